@@ -1,0 +1,405 @@
+"""Adaptive discriminator augmentation (ADA): every image the discriminator sees, real or generated, is transformed with
+probability p, and p follows how far the discriminator overfits. For small training sets.
+
+Source: Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", arXiv 2006.06676. Appendix B:
+the transforms, their distributions and order; section 3: the control of p. This is the paper's `bgc` set:
+
+    b  pixel blitting   xflip, rotate90, xint (translation by whole pixels)
+    g  geometry         scale, rotate (before and after aniso), aniso (stretch), xfrac (translation by fractions)
+    c  colour           brightness, contrast, lumaflip, hue, saturation
+
+Per image all geometry is one affine matrix from output to input pixels and all colour one affine matrix on RGB. Images
+are resampled at twice the resolution, between an orthogonal low-pass (sym6) and its transpose. All of it is linear in
+the image with first and second derivatives, which R1 needs. Different from NVIDIA's implementation:
+
+- Images that drew blits alone (or nothing) are moved by exact indexing, not resampled.
+- Reflection at the border has no end (theirs: one image side at most, then black). Further than MARGIN pixels outside it
+  is the doubled image that is reflected, and the slightly asymmetric filter with it: 1.7/255 RMS on faces, out there.
+
+    ada = AdaptiveAugment(target=0.6, length=500_000, device=device)
+    logits = discriminator(ada(real, generator)); ada.accumulate(logits); ada.update()
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+GROUPS = {
+    "b": ("xflip", "rotate90", "xint"),
+    "g": ("scale", "rotate", "aniso", "xfrac"),
+    "c": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
+}
+TRANSFORMS = GROUPS["b"] + GROUPS["g"] + GROUPS["c"]
+
+# Appendix B: ranges of the parameters. Translations are shares of the image side, scales are log2.
+XINT_MAX = XFRAC_STD = 0.125
+SCALE_STD = ANISO_STD = 0.2
+BRIGHTNESS_STD, CONTRAST_STD, SATURATION_STD = 0.2, 0.5, 1.0
+
+# Columns of the noise, per image: uniforms that decide, then uniforms that give the values. All are drawn whatever p
+# and the selection are, so that neither changes what the following images get.
+_DECISIONS = (*GROUPS["b"], "scale", "rotate", "aniso", "rotate_after", "xfrac", *GROUPS["c"])
+_VALUES = (*_DECISIONS, "xint_y", "xfrac_y")
+N_NOISE = len(_DECISIONS) + len(_VALUES)
+
+# Low-pass of the sym6 wavelet (Daubechies' least asymmetric, 6 vanishing moments): orthonormal to its shifts by 2.
+SYM6 = (
+    0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466,
+    0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
+    0.0017677118642428036, -0.007800708325034148,
+)  # fmt: skip
+CENTRE = 5  # the tap that lies on the pixel
+MARGIN = 6  # pixels around the image that are doubled with it
+
+
+def parse_transforms(transforms: str | Iterable[str]) -> frozenset[str]:
+    """The names of transforms given as group letters ("bgc", "bg"), as names of TRANSFORMS, as a comma-separated list
+    of either or as an iterable. Raises ValueError for an unknown one."""
+    names = set()
+    for item in map(str.strip, transforms.split(",") if isinstance(transforms, str) else transforms):
+        if item in TRANSFORMS:
+            names.add(item)
+        elif set(item) <= set(GROUPS):
+            names.update(name for letter in item for name in GROUPS[letter])
+        else:
+            known = ", ".join(TRANSFORMS)
+            raise ValueError(f"unknown augmentation {item!r}: expected the letters b, g, c or names out of {known}")
+    return frozenset(names)
+
+
+def draw_noise(n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+    """All the randomness of augmenting n images: uniforms in [0, 1), float32 [n, N_NOISE], on the generator's device
+    (without one: the CPU, torch's default generator)."""
+    device = generator.device if generator is not None else "cpu"
+    return torch.rand(n, N_NOISE, generator=generator, device=device)
+
+
+class Plan(NamedTuple):
+    """What happens to each of N images. Matrices are homogeneous ones without their constant last row."""
+
+    blit: torch.Tensor  # [N, 2, 3] output pixel -> input pixel, both (x, y) from the centre, of the blits alone
+    geometry: torch.Tensor  # [N, 2, 3] the same, of blits and geometry
+    colour: torch.Tensor  # [N, 3, 4] on RGB in [-1, 1]
+    blitted: torch.Tensor  # bool [N], drew a blit
+    resampled: torch.Tensor  # bool [N], drew geometry that is not a blit
+    coloured: torch.Tensor  # bool [N], drew a colour transform
+
+
+def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device` that the host does not wait for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transforms: str | Iterable[str] = "bgc") -> Plan:
+    """Noise [N, N_NOISE] -> what happens to N images of size x size, each transform drawn with probability p (a number,
+    or a 0-dim tensor on the noise's device). Appendix B. Fixed shapes and no host sync: a CUDA graph can hold it."""
+    selected = parse_transforms(transforms)
+    u = dict(zip(_VALUES, noise[:, len(_DECISIONS) :].unbind(1), strict=True))  # each [N]
+    chance = {name: p if name in selected else 0.0 for name in TRANSFORMS}
+    chance["rotate"] = chance["rotate_after"] = 1 - (1 - chance["rotate"]) ** 0.5  # p_rot: P(before or after) = p
+    drew = {name: noise[:, i] < chance[name] for i, name in enumerate(_DECISIONS)}  # each bool [N]
+
+    def pick(name: str, value: torch.Tensor) -> torch.Tensor:
+        return torch.where(drew[name], value, 0.0)
+
+    def normal(name: str) -> torch.Tensor:  # clamped to 5.2 sigma, where float32's uniform ends
+        return math.sqrt(2) * torch.erfinv((2 * u[name] - 1).clamp(-1 + 1.2e-7, 1 - 1.2e-7))
+
+    def angle(name: str) -> torch.Tensor:
+        return pick(name, (2 * u[name] - 1) * math.pi)
+
+    # Blits. Matrices lead from output to input: inverse factors, the first transform on the left.
+    mirror = 1 - 2 * pick("xflip", torch.floor(2 * u["xflip"]))
+    turns = pick("rotate90", torch.floor(4 * u["rotate90"])) * (math.pi / 2)
+    cos, sin = torch.cos(turns).round(), torch.sin(turns).round()
+    blit = _matrix2(mirror * cos, -mirror * sin, sin, cos)  # [N, 2, 2]
+    shift = [pick("xint", torch.round((2 * u[axis] - 1) * XINT_MAX * size)) for axis in ("xint", "xint_y")]
+    blit_offset = -blit @ torch.stack(shift, 1)[:, :, None]  # [N, 2, 1]
+
+    # Geometry
+    scale = torch.exp2(-pick("scale", normal("scale") * SCALE_STD))[:, None, None]
+    aniso = torch.exp2(-pick("aniso", normal("aniso") * ANISO_STD))
+    stretch = torch.diag_embed(torch.stack([aniso, 1 / aniso], 1))  # [N, 2, 2]
+    linear = blit @ (_rotation(angle("rotate")) * scale) @ stretch @ _rotation(angle("rotate_after"))  # [N, 2, 2]
+    shift = [pick("xfrac", normal(axis) * XFRAC_STD * size) for axis in ("xfrac", "xfrac_y")]
+    offset = blit_offset - linear @ torch.stack(shift, 1)[:, :, None]  # [N, 2, 1]
+
+    # Colour. Contrast, luma flip, hue and saturation scale along or across the grey axis v or turn about it, so they
+    # commute: luma * K + chroma * (cos * (I - K) + sin * [v]x), K = vv^T, a circulant. Brightness, the first, is on v.
+    gain = torch.exp2(pick("contrast", normal("contrast") * CONTRAST_STD))
+    luma = gain * (1 - 2 * pick("lumaflip", torch.floor(2 * u["lumaflip"])))
+    chroma, hue = gain * torch.exp2(pick("saturation", normal("saturation") * SATURATION_STD)), angle("hue")
+    shade = luma * pick("brightness", normal("brightness") * BRIGHTNESS_STD)
+    same, mean = (luma + 2 * chroma * torch.cos(hue)) / 3, (luma - chroma * torch.cos(hue)) / 3
+    turn = chroma * torch.sin(hue) / math.sqrt(3)
+    low, high = mean - turn, mean + turn
+    rows = (same, low, high, shade), (high, same, low, shade), (low, high, same, shade)
+    colour = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [N, 3, 4]
+    coloured = _any(drew, GROUPS["c"])
+    colour = torch.where(coloured[:, None, None], colour, torch.eye(3, 4, device=colour.device))  # free of rounding
+
+    return Plan(
+        blit=torch.cat([blit, blit_offset], 2),
+        geometry=torch.cat([linear, offset], 2),
+        colour=colour,
+        blitted=_any(drew, GROUPS["b"]),
+        resampled=_any(drew, ("scale", "rotate", "aniso", "rotate_after", "xfrac")),
+        coloured=coloured,
+    )
+
+
+def _any(drew: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
+    return torch.stack([drew[name] for name in names]).any(0)  # [N]
+
+
+def _matrix2(*elements: torch.Tensor) -> torch.Tensor:
+    return torch.stack(elements, 1).view(-1, 2, 2)
+
+
+def _rotation(theta: torch.Tensor) -> torch.Tensor:
+    cos, sin = torch.cos(theta), torch.sin(theta)
+    return _matrix2(cos, -sin, sin, cos)
+
+
+def augment(
+    images: torch.Tensor,
+    p: float | torch.Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    transforms: str | Iterable[str] = "bgc",
+    noise: torch.Tensor | None = None,
+    static: bool | None = None,
+) -> torch.Tensor:
+    """Augment images [N, C, S, S] in [-1, 1], each transform with probability p. Same shape, dtype, device and memory
+    format; values may leave [-1, 1]. Differentiable twice. Computed in float32 (float64 for float64), autocast or not.
+
+    p: a number from 0 to 1, or a 0-dim tensor; one on a GPU is never read by the host. At 0, known to the host, the
+        very tensor comes back and nothing is drawn.
+    generator: where the parameters are drawn from; torch's default CPU generator without one.
+    transforms: what to draw from, see parse_transforms.
+    noise: draw_noise(N) drawn beforehand; for a CUDA graph, a buffer that is refilled before each replay.
+    static: True: the same work and shapes whatever was drawn. False: images are not put through what they did not draw.
+        Both give the same pictures. None: static where the parameters live on a GPU, since reading them would wait.
+
+    Raises ValueError for images that are not square, smaller than 4 pixels, or not RGB when colour is selected.
+    """
+    if isinstance(p, torch.Tensor) and p.device.type == "cpu":
+        p = float(p)
+    if not isinstance(p, torch.Tensor) and not 0 <= p <= 1:
+        raise ValueError(f"augmentation probability: expected a number from 0 to 1, found {p}")
+    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] < 4 or not images.is_floating_point():
+        found = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"augmentation: expected float images [N, C, S, S] with S of at least 4, found {found}")
+    n, channels, _, size = images.shape
+    selected = parse_transforms(transforms)
+    if channels != 3 and selected & set(GROUPS["c"]):
+        raise ValueError(f"colour augmentation needs RGB images, found {channels} channels: use transforms='bg'")
+    if not isinstance(p, torch.Tensor) and p == 0:
+        return images
+
+    noise = draw_noise(n, generator) if noise is None else noise
+    if noise.shape != (n, N_NOISE):
+        raise ValueError(f"noise for {n} images: expected shape {(n, N_NOISE)}, found {tuple(noise.shape)}")
+    noise = _to(noise, p.device) if isinstance(p, torch.Tensor) else noise
+    with torch.no_grad(), torch.autocast(noise.device.type, enabled=False):
+        plan = make_plan(noise, p, size, selected)
+    static = noise.device.type != "cpu" if static is None else static
+
+    with torch.autocast(images.device.type, enabled=False):
+        x = images if images.dtype == torch.float64 else images.float()
+        if static:
+            plan = Plan(*(_to(part, x.device) for part in plan))
+            x = torch.where(plan.resampled[:, None, None, None], resample(x, plan.geometry), blit(x, plan.blit))
+        else:
+            x = _move_drawn(x, plan)
+        if selected & set(GROUPS["c"]) and (static or plan.coloured.any()):
+            colour = _to(plan.colour, x.device).to(x.dtype)
+            x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], x.flatten(2)).view(n, channels, size, size)
+    nhwc = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return x.to(images.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def _move_drawn(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The geometry of x [N, C, S, S], the plan on the CPU: each image through what it drew and nothing else."""
+    index = plan.resampled.nonzero()[:, 0]  # of the images that must be resampled
+    moved = bool((plan.blitted & ~plan.resampled).any())
+    if len(index) == len(x):
+        return resample(x, _to(plan.geometry, x.device))
+    kept = blit(x, _to(plan.blit, x.device)) if moved else x
+    if not len(index):
+        return kept
+    geometry, index = _to(plan.geometry[index], x.device), _to(index, x.device)
+    return kept.index_copy(0, index, resample(x.index_select(0, index), geometry))
+
+
+def blit(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Move x [N, C, S, S] by matrices [N, 2, 3] of mirrors, quarter turns and whole pixels. Exact; borders reflect."""
+    n, channels, size, _ = x.shape
+    centre, period = (size - 1) / 2, 2 * (size - 1)
+    position = torch.arange(size, device=x.device) - centre  # [S]
+    column, line = position[None, None, :], position[None, :, None]
+    source = []
+    for m in matrix.float().unbind(1):  # x, then y; m [N, 3]
+        a, b, c = m[:, :, None, None].unbind(1)  # each [N, 1, 1]
+        index = torch.round(a * column + b * line + c + centre).long() % period  # [N, S, S]
+        source.append(torch.minimum(index, period - index))
+    flat = (source[1] * size + source[0]).view(n, 1, -1).expand(-1, channels, -1)  # [N, C, S*S]
+    return x.flatten(2).gather(2, flat).view(n, channels, size, size)
+
+
+def resample(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """Warp x [N, C, S, S] by matrices [N, 2, 3] (Plan.geometry): up to twice the resolution through the low-pass,
+    bilinear sampling there, down through its transpose. The identity returns x, as the low-pass is orthogonal."""
+    channels, size = x.shape[1:3]
+    taps = _taps(x.dtype, x.device)
+    down = taps.mul(0.5**0.5).view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+    up = taps.mul(2**0.5).view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+    along_x = (0, 1, 3, 2)
+
+    # Twice the resolution: out[j] = sum_k up[j + 5 - 2k] x[k], where out[2k] lies on pixel k.
+    # Depthwise filters on the CPU are 1.3 (64x64) to 5 times (256x256) faster in channels_last.
+    margin, crop = min(MARGIN, size - 4), 2 * 3 + CENTRE
+    x = x.contiguous(memory_format=torch.channels_last)
+    x = F.pad(x, (margin + 3, margin + 2) * 2, mode="reflect")
+    x = F.conv_transpose2d(x, up, None, (2, 1), (crop, 0), (1, 0), channels)
+    x = F.conv_transpose2d(x, up.permute(along_x), None, (1, 2), (0, crop), (0, 1), channels)  # [N, C, R, R]
+
+    # Sample from 5 before the first pixel to 6 after the last on the doubled grid, as the transposed filter needs.
+    # The unit is grid_sample's: positions about the centre, -1 and 1 on the ends of the doubled image (R = 4 reach + 1).
+    centre, reach = (size - 1) / 2, (size - 1) / 2 + margin
+    position = (torch.arange(2 * size + 10, device=x.device, dtype=x.dtype) - CENTRE) / 2 - centre  # [Q], Q = 2S+10
+    matrix = matrix.to(x.dtype) / reach
+    column = position[:, None] * matrix[:, None, :, 0] + matrix[:, None, :, 2]  # [N, Q, 2]
+    line = position[:, None] * matrix[:, None, :, 1]  # [N, Q, 2]
+    grid = line[:, :, None] + column[:, None]  # [N, Q, Q, 2]
+    border = centre / reach
+    phase = (grid + border) / (4 * border)
+    reflected = border - 4 * border * (phase - phase.floor() - 0.5).abs()  # a triangle wave between the borders
+    x = _Sample.apply(x, torch.where(grid.abs() > 1, reflected, grid))  # [N, C, Q, Q]
+
+    # The transpose of the doubling: out[k] = sum_i down[i] x[2k + i].
+    x = x.contiguous(memory_format=torch.channels_last)
+    x = F.conv2d(x, down, None, (2, 1), 0, 1, channels)  # [N, C, S, Q]
+    return F.conv2d(x, down.permute(along_x), None, (1, 2), 0, 1, channels)  # [N, C, S, S]
+
+
+@functools.cache
+def _taps(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a constant born in inference mode could not be used in training afterwards
+        return torch.tensor(SYM6, dtype=dtype, device=device)
+
+
+# grid_sample is linear in the image: its gradient is the transposed sampling, whose gradient is the sampling again.
+# torch 2.15 knows that, but releases before it raised "derivative for grid_sampler_2d_backward is not implemented", and
+# F.grid_sample keeps the image alive for a gradient of the grid, which this does not. CUDA adds in no fixed order.
+_MODE = (0, 1, True)  # bilinear; clamped to the border; -1 and 1 are the centres of the outermost pixels
+
+
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, grid):
+        ctx.save_for_backward(grid)
+        ctx.shape = image.shape
+        return torch.ops.aten.grid_sampler_2d(image, grid, *_MODE)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (grid,) = ctx.saved_tensors
+        return _SampleTransposed.apply(grad, grid, ctx.shape), None
+
+
+class _SampleTransposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad, grid, shape):
+        ctx.save_for_backward(grid)
+        image = grad.new_zeros(()).expand(shape)  # read only for the gradient of the grid, which nobody asks for
+        return torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, *_MODE, [True, False])[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (grid,) = ctx.saved_tensors
+        return _Sample.apply(grad, grid), None, None
+
+
+class AdaptiveAugment:
+    """Augmentation whose p follows r = E[sign(D(real))], the paper's r_t (section 3): p rises by images / length where
+    r is above target (the discriminator is sure of the training set), falls where it is below, and stays in [0, 1].
+
+    p: the start; a 0-dim float64 tensor on `device` afterwards (float32 on mps, which has no float64).
+    target: r to hold; None keeps p as it is.
+    length: number of images in which p may go from 0 to 1.
+    interval: p is adjusted on every interval-th update().
+
+    Nothing but state_dict() and reading p or r waits for the device. Raises ValueError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.0,
+        target: float | None = 0.6,
+        length: int = 500_000,
+        interval: int = 4,
+        *,
+        transforms: str | Iterable[str] = "bgc",
+        device: torch.device | str = "cpu",
+    ):
+        if not 0 <= p <= 1:
+            raise ValueError(f"augment_p: expected a number from 0 to 1, found {p}")
+        if target is not None and not -1 < target < 1:
+            raise ValueError(f"ada_target: expected a number between -1 and 1, found {target}")
+        if length <= 0 or interval < 1:
+            raise ValueError(f"ada_length and interval: expected positive numbers, found {length} and {interval}")
+        self.target, self.length, self.interval = target, length, interval
+        self.transforms = parse_transforms(transforms)
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.p = torch.tensor(p, dtype=dtype, device=device)
+        self.r = torch.zeros_like(self.p)  # E[sign(D(real))] of the last adjustment, for the log
+        self._sums = torch.zeros(2, dtype=dtype, device=device)  # signs, images: since the last adjustment, this rank's
+        self._updates = 0
+
+    def __call__(self, images: torch.Tensor, generator: torch.Generator | None = None, **options) -> torch.Tensor:
+        """augment() with this p and these transforms, and options as there."""
+        return augment(images, self.p, generator, transforms=self.transforms, **options)
+
+    @torch.no_grad()
+    def accumulate(self, real_logits: torch.Tensor) -> None:
+        """Count the discriminator's outputs [N, 1] (before softplus) for augmented real images."""
+        self._sums[0] += real_logits.detach().sign().sum(dtype=self._sums.dtype)
+        self._sums[1] += real_logits.numel()
+
+    @torch.no_grad()
+    def update(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> bool:
+        """Call once per training step: every interval-th call adjusts p by the images counted since, and returns True.
+        all_reduce sums a tensor over the ranks in place, as torch.distributed.all_reduce does."""
+        self._updates += 1
+        if self.target is None or self._updates % self.interval:
+            return False
+        if all_reduce is not None:
+            all_reduce(self._sums)
+        signs, images = self._sums
+        self.r.copy_(signs / images.clamp(min=1))
+        step = torch.sign(self.r - self.target) * images / self.length  # 0 where no image was counted
+        self.p.add_(step).clamp_(0, 1)
+        self._sums.zero_()
+        return True
+
+    def state_dict(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> dict:
+        """Plain numbers. Of several ranks all must call this, with all_reduce, since the sums are each rank's own."""
+        sums = self._sums.clone()
+        if all_reduce is not None:
+            all_reduce(sums)
+        signs, images = sums.tolist()
+        return {"p": self.p.item(), "r": self.r.item(), "signs": signs, "images": images, "updates": self._updates}
+
+    def load_state_dict(self, state: dict, is_main: bool = True) -> None:
+        """Continue from state_dict(), bit-equal. Of several ranks one alone (is_main) takes over the sums."""
+        self.p.fill_(state["p"])
+        self.r.fill_(state["r"])
+        self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) * is_main)
+        self._updates = int(state["updates"])

@@ -1,0 +1,1 @@
+"""One shared concern per module."""

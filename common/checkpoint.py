@@ -1,0 +1,252 @@
+"""Checkpoints: written so that a crash or a full disk cannot harm the previous one, read so that no file can run code.
+
+A checkpoint (`.pt`) is a nested dictionary of tensors and plain values, read with `torch.load(weights_only=True)`.
+An exported model (`.safetensors`) is a flat dictionary of tensors with JSON metadata in its header.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write, which names no file
+PLAIN = (str, int, float, bool, type(None))
+
+
+class CheckpointError(ValueError):
+    """A file that is not the checkpoint it should be, or a state that no checkpoint can hold."""
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_write(path):
+    """Binary file that appears under `path` only when the block ends well, complete and on the disk.
+
+    The bytes go to `.NAME.tmp` in the same folder (created when absent), are synced, and take the name in one step.
+    On any exception the temporary file is removed and what was under `path` stays. One writer per path.
+    Raises OSError naming `path` (full disk, no permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except Exception as error:
+        cause = _os_error(error)  # torch.save hides ENOSPC behind a RuntimeError of its own
+        unnamed = cause is not None and cause.filename is None and cause.errno in DISK_ERRORS
+        if not unnamed and getattr(cause, "filename", None) != str(temporary):
+            raise
+        raise OSError(cause.errno, f"could not be written: {cause.strerror}", str(path)) from error
+
+
+def _os_error(error):
+    """The OSError among `error` and the errors it was raised from, else None."""
+    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _sync_folder(folder):
+    """Make a rename in `folder` survive a power cut; Windows cannot open folders and needs no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(path, state):
+    """Write `state` to `path`: nested dicts, lists and tuples of tensors, str, int, float, bool and None.
+
+    Raises CheckpointError, before anything is written, naming the first entry that `weights_only=True` could not read
+    back; OSError naming `path` when the disk is full, in which case the previous file is untouched.
+    """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: a checkpoint is a dict, not a {type(state).__name__}")
+    _require_plain(state, "state")
+    with atomic_write(path) as file:
+        torch.save(state, file)
+
+
+def _require_plain(value, name):
+    """Exact types: a subclass (numpy.float64, a named tuple) pickles as its own class and is refused on reading."""
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, item in value.items():
+            if type(key) not in PLAIN:
+                raise CheckpointError(f"{name} has the key {key!r} of type {type(key).__name__}; use str or int")
+            _require_plain(item, f"{name}[{key!r}]")
+    elif kind in (list, tuple):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{name}[{index}]")
+    elif kind not in (*PLAIN, torch.Tensor, torch.nn.Parameter):
+        raise CheckpointError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}; checkpoints hold tensors and plain values only"
+        )
+
+
+def save_safetensors(path, tensors, metadata):
+    """Write a flat dict of named tensors; `metadata` is a dict of JSON values, kept in the header. Atomic."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    header = {str(name): json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in metadata.items()}
+    with atomic_write(path) as file:
+        file.write(save(tensors, header))
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def require_file(path, what="file"):
+    """Path of a file that exists, is not empty and is not a web page or git-lfs pointer saved under its name.
+
+    Raises FileNotFoundError or CheckpointError with the sentence to show; `what` names the kind of file expected.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such {what}")
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; expected a {what}")
+    with open(path, "rb") as file:
+        head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        raise CheckpointError(f"{path} is empty; expected a {what}, save or download it again")
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise CheckpointError(
+            f"{path} is a web page, not a {what}: the download gave a log-in, quota or error page; download it again"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the {what}: run `git lfs pull` where it came from")
+    return path
+
+
+def load_checkpoint(path, map_location="cpu"):
+    """The dictionary saved in `path`, tensors on `map_location`. Reads old (before PyTorch 1.6) files as well.
+
+    Never runs code from the file. Raises FileNotFoundError when it is absent and CheckpointError, in one sentence, when
+    it is a folder, empty, a web page, a git-lfs pointer, truncated, damaged, not a dictionary, or holds Python objects.
+    """
+    path = require_file(path, "checkpoint")
+    _require_whole_archive(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on the pickle protocol: no reader can act on it
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything at all
+        raise CheckpointError(f"{path} {_load_failure(error)}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
+    return state
+
+
+def _load_failure(error):
+    """What torch's several paragraphs on a refused or unreadable file come to."""
+    message = str(error)
+    refused = re.search(r"GLOBAL (\S+)", message)  # the pickle opcode that names a class or function
+    if refused:
+        return (
+            f"holds Python objects ({refused[1]}) besides tensors and plain values; reading them could run code, so it "
+            "is refused: re-save its state_dict from the program that wrote it"
+        )
+    reason = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+    return f"is truncated, damaged or not a PyTorch checkpoint ({type(error).__name__}: {reason[:200]})"
+
+
+def _require_whole_archive(path, every_byte=False):
+    """Refuse a zip checkpoint that lost its end, where the directory is.
+
+    With `every_byte`, for files of our own: refuse one that is no zip (zeros after a power cut) or fails a checksum.
+    """
+    with open(path, "rb") as file:
+        magic = file.read(10)
+    if magic[8:] == b'{"':
+        raise CheckpointError(f"{path} is a safetensors file; expected a PyTorch checkpoint (.pt)")
+    if magic[:4] != b"PK\x03\x04":
+        if every_byte:
+            raise CheckpointError(f"{path} is damaged from its first byte on; use an earlier checkpoint")
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if every_byte else None
+    except (zipfile.BadZipFile, EOFError) as error:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path} is truncated after {size:,} bytes; save or download it again") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged (record {damaged}); use an earlier checkpoint")
+
+
+def load_safetensors(path):
+    """(tensors, metadata) of a `.safetensors` file: CPU tensors by name, JSON values by name.
+
+    Raises FileNotFoundError or CheckpointError as `load_checkpoint` does.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = require_file(path, "safetensors file")
+    try:
+        with safe_open(str(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file ({error})") from error
+    return tensors, {name: _json_value(text) for name, text in metadata.items()}
+
+
+def _json_value(text):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:  # written by another program: the format itself knows only strings
+        return text
+
+
+# -- identity --------------------------------------------------------------------------------------
+
+
+def fingerprint(state_dict):
+    """16 hex digits that name a network's exact weights: sha256 over the sorted (name, dtype, shape, bytes)."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def latest_checkpoint(folder):
+    """Newest valid `*.pt` in `folder` by the number its name ends with (`001000.pt`), or None.
+
+    A damaged file is passed over with a warning; files whose names end without a number are none of ours.
+    """
+    numbered = [(re.search(r"(\d+)$", path.stem), path) for path in Path(folder).glob("*.pt")]
+    for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
+        try:
+            _require_whole_archive(require_file(path, "checkpoint"), every_byte=True)
+        except CheckpointError as error:
+            warnings.warn(f"{error}: passed over", stacklevel=2)
+        else:
+            return path
+    return None

@@ -1,0 +1,117 @@
+"""Command lines: one parser class and one way to end a script, so that every script behaves alike.
+
+Exit status 0 on success, 1 on a user's mistake or a failing machine (one `error: ...` line on stderr, no traceback),
+2 on misuse of the flags, 130 on Ctrl-C. A bug keeps its traceback; WPP_TRACEBACK=1 keeps it for the rest as well.
+
+    def build_parser(): parser = ArgumentParser(description=__doc__); ...; return parser
+    def main(args): ...
+    if __name__ == "__main__":
+        sys.exit(run(main, build_parser()))
+"""
+
+import argparse
+import os
+import sys
+
+
+class UserError(ValueError):
+    """A mistake of the user's: its message is one sentence naming the file or flag, what was expected and found."""
+
+
+class UsageError(UserError):
+    """Flags that parse one by one but not together (exit status 2)."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the line breaks of the description; shows the defaults that say something."""
+
+    def _get_help_string(self, action):
+        # None and False are the absence of a choice: "(default: None)" is noise
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations, where `--foo_bar` and `--foo-bar` are the same flag however it was declared."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._declared_spelling(args), namespace)
+
+    def _declared_spelling(self, args):
+        """The same arguments, each `--long_flag[=value]` spelt as it was declared. Values are left alone."""
+        declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions if flag.startswith("--")}
+        spelt = []
+        for position, arg in enumerate(args):
+            if arg == "--":
+                return spelt + args[position:]
+            flag, equals, value = arg.partition("=")
+            if flag.startswith("--"):
+                flag = declared.get(flag.replace("_", "-"), flag)
+            spelt.append(flag + equals + value)
+        return spelt
+
+
+def flags_without_help(parser):
+    """Names of the arguments of `parser` and of its sub-commands that lack a help text: must be empty (tested)."""
+    missing = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, subparser in action.choices.items():
+                missing += [f"{name} {flag}" for flag in flags_without_help(subparser)]
+        elif not action.help:
+            missing.append("/".join(action.option_strings) or action.dest)
+    return missing
+
+
+def run(main, parser, argv=None):
+    """Parse `argv` (default: the command line), call `main(args)` and return the exit status, an int.
+
+    `main` returns None or a status. ValueError and OSError (absent file, full disk, no permission, lost peer ...) and
+    lack of memory become one line on stderr; every other exception is a bug of ours and is let through.
+    """
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 on misuse
+        return stop.code or 0
+    try:
+        return int(main(args) or 0)
+    except KeyboardInterrupt:
+        return _report("interrupted", 130)
+    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        return 0
+    except Exception as error:
+        message = _one_line(error)
+        if message is None or os.environ.get("WPP_TRACEBACK"):
+            raise
+        return _report(f"error: {message}", 2 if isinstance(error, UsageError) else 1)
+
+
+def _one_line(error):
+    """The sentence to show for a user's error; None for a bug, which deserves its traceback."""
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's, without importing torch
+        text = f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        if error.filename2 is not None:
+            text += f" ({error.filename2})"
+    elif isinstance(error, UnicodeError):  # a ValueError, but never a considered message
+        return None
+    elif isinstance(error, (ValueError, OSError)):
+        text = str(error) or type(error).__name__
+    else:
+        return None
+    return " ".join(line.strip() for line in text.splitlines())
+
+
+def _report(line, status):
+    rank = os.environ.get("RANK", "0")
+    print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)
+    return status

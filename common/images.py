@@ -1,0 +1,401 @@
+"""The one place where pictures are read, fitted, converted and written.
+
+Photos arrive in every form that phones, cameras and editors produce: turned by an EXIF tag, in the colour space of an
+ICC profile, with alpha, a palette, one channel, four inks or sixteen bits. `read_image` brings each to 8-bit sRGB,
+or refuses it in one sentence. Networks use float32 [3, H, W] in [-1, 1]; files and screens use uint8 [H, W, 3];
+`to_tensor` and `to_uint8` are the only two lines between them, and their round trip is exact.
+
+    from common.images import read_image, fit_image, to_tensor, save_image
+    image = to_tensor(fit_image(read_image("photo.heic"), 256))         # float32 [3, 256, 256] in [-1, 1]
+    save_image(image, "face.png")
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import itertools
+import os
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+
+# torch is imported where a tensor is made, not here: the encoding workers of prepare_data.py start without it.
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .tga .avif .jp2 .heic .heif".split()
+)
+FITS = ("crop", "pad", "squash")
+RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "area": Image.Resampling.BOX,  # Pillow's box filter averages the covered area when it shrinks
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+WHITE = (255, 255, 255)
+
+# Keys of PIL's `info` that ask for more than a plain copy.
+_SPECIAL = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency", "icc_profile"))
+# What Pillow's decoders raise for damaged content, in its several formats.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
+                  struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
+
+
+class ImageError(ValueError):
+    """A file is not a readable picture; the message is one sentence that names it."""
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_image(source: str | os.PathLike | bytes, *, background: Sequence[int] = WHITE) -> Image.Image:
+    """Reads a picture file, or its bytes, as 8-bit sRGB.
+
+    EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on `background` (R, G, B in 0..255),
+    palette, grey and CMYK expanded, 16-bit grey scaled to 8 bits. Of an animation the first frame is taken.
+    Returns a PIL image of mode RGB without metadata.
+    Raises FileNotFoundError if the file is absent, ImageError if it is damaged, cut short, not a picture, larger than
+    Pillow's decompression-bomb limit (179 megapixels), or of a kind without a defined range (32-bit float).
+    """
+    is_bytes = isinstance(source, (bytes, bytearray, memoryview))
+    name = "the encoded image" if is_bytes else str(source)
+    try:
+        with _open(io.BytesIO(source) if is_bytes else Path(source)) as image:
+            image.load()
+            return _to_srgb(image, tuple(background))
+    except FileNotFoundError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise ImageError(f"{name} cannot be read as an image: {_reason(error)}") from error
+
+
+def check_header(path: str | os.PathLike) -> str | None:
+    """Opens a file without decoding its pixels (about 0.1 ms). Returns None, or why it is not a picture."""
+    try:
+        with _open(Path(path)):
+            return None
+    except _DECODE_ERRORS as error:
+        return _reason(error)
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The picture files below a folder, at any depth, sorted by their POSIX path relative to it.
+
+    Told by suffix, in any case. Hidden files and folders are left out, links to folders followed once.
+    Raises FileNotFoundError if the folder is absent, ValueError if it is a file.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist: a folder of images is expected")
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a file: a folder of images is expected")
+    found, visited = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        seen = os.path.realpath(parent) in visited  # by a link that leads back up
+        visited.add(os.path.realpath(parent))
+        folders[:] = [] if seen else sorted(f for f in folders if not f.startswith("."))
+        found += [] if seen else [Path(parent, f) for f in files if not f.startswith(".")]
+    found = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
+
+
+def _open(source: Path | io.BytesIO) -> Image.Image:
+    if isinstance(source, Path) and source.suffix.lower() in (".heic", ".heif"):
+        _register_heif()
+    if isinstance(source, Path) and source.is_file() and source.stat().st_size == 0:
+        raise ValueError("it is empty (0 bytes)")
+    return Image.open(source)
+
+
+@functools.cache
+def _register_heif() -> None:
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        warnings.warn("HEIC photos need the package pillow-heif; without it they are not read", stacklevel=2)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "its content is not in a known image format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode == "RGB" and image.format in ("PNG", "JPEG", "WEBP") and not (_SPECIAL & image.info.keys()):
+        image.info = {}
+        return image  # the common case, and every item of an LMDB
+
+    image = _upright(image)
+    if image.mode[0] in "IF":  # I, I;16, I;16B, F
+        image = _sixteen_to_eight(image)
+    alpha = None
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        grey = image.mode in ("L", "LA", "La")
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.getchannel("R") if grey else image.convert("RGB")  # drops alpha, keeps the colour beneath
+    elif image.mode not in ("RGB", "L", "CMYK"):
+        image = image.convert("RGB")  # 1, P, YCbCr, LAB, HSV, RGBX
+    transform = _icc_transform(profile, image.mode) if profile else None
+    image = (image if transform is None else transform.apply(image)).convert("RGB")
+    if alpha is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
+    image.info = {}
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODE_ERRORS:
+        return image  # a damaged EXIF block says nothing about orientation; the pixels are sound
+
+
+def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are 32-bit floats, whose range is not defined: convert it to 8 or 16 bits first")
+    # Pillow opens 16-bit grey as I;16*, and 16-bit PGM as I with the same range 0..65535; 65535 / 257 = 255.
+    values = np.asarray(image).astype(np.int64)
+    if values.max() > 65535 or values.min() < 0:
+        raise ValueError("its pixels are integers beyond 16 bits: convert it to 8 or 16 bits first")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+@functools.lru_cache(maxsize=16)
+def _icc_transform(profile: bytes, mode: str):
+    """The transform of an ICC profile to sRGB, or None where there is nothing to do or the profile is unusable."""
+    from PIL import ImageCms  # needs the littlecms2 of Pillow's wheels
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None  # damaged, or for another number of channels than the picture has: shown as plain RGB
+
+
+# -- fitting -------------------------------------------------------------------------------------------------------
+
+
+def fit_image(
+    image: Image.Image, size: int, *, fit: str = "crop", resample: str = "lanczos", background: Sequence[int] = WHITE
+) -> Image.Image:
+    """Makes a picture square: size x size pixels.
+
+    fit: `crop` keeps the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes
+    the aspect. resample: a name in RESAMPLE. A picture that has the size already comes back unchanged.
+    """
+    if fit not in FITS:
+        raise ValueError(f"fit is one of {', '.join(FITS)}, not {fit!r}")
+    if resample not in RESAMPLE:
+        raise ValueError(f"resample is one of {', '.join(RESAMPLE)}, not {resample!r}")
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    method = RESAMPLE[resample]
+    if fit == "squash" or width == height:
+        return image.resize((size, size), method)
+    if fit == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.resize((size, size), method, box=(left, top, left + side, top + side))
+    scale = size / max(width, height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    canvas = Image.new("RGB", (size, size), tuple(background))
+    canvas.paste(image.resize(inner, method), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return canvas
+
+
+# -- conversion ----------------------------------------------------------------------------------------------------
+
+
+def to_tensor(image):
+    """PIL image, or uint8 array [H, W, 3] or [H, W] -> torch float32 [3, H, W] in [-1, 1]."""
+    import torch
+
+    array = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.dtype != np.uint8:
+        raise TypeError(f"expected a PIL image or a uint8 array, got {array.dtype}")
+    array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def to_uint8(images) -> np.ndarray:
+    """Tensor [..., 3, H, W] in [-1, 1], any float type and device -> uint8 array [..., H, W, 3] in 0..255.
+
+    Values beyond the range are clamped. The tensor itself is not changed.
+    """
+    scaled = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
+    return np.ascontiguousarray(scaled.movedim(-3, -1).cpu().numpy())
+
+
+def to_pil(image) -> Image.Image:
+    """Tensor [3, H, W] in [-1, 1], uint8 array [H, W, 3] or [H, W], or PIL image -> PIL image (RGB)."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = image if isinstance(image, np.ndarray) else to_uint8(image)
+    if array.dtype != np.uint8:
+        raise TypeError(f"expected a tensor in [-1, 1] or a uint8 array, got an array of {array.dtype}")
+    return Image.fromarray(array).convert("RGB")
+
+
+# -- sheets --------------------------------------------------------------------------------------------------------
+
+
+def make_grid(images, nrow: int = 8, *, padding: int = 2, background: Sequence[int] = WHITE) -> np.ndarray:
+    """Tensor [N, 3, H, W] in [-1, 1], or a sequence of pictures of one size -> one uint8 sheet [rows, columns, 3].
+
+    nrow: pictures per row.
+    """
+    cells = [np.asarray(to_pil(image)) for image in images]
+    if not cells:
+        raise ValueError("a grid needs at least one image")
+    height, width = cells[0].shape[:2]
+    if any(cell.shape != cells[0].shape for cell in cells):
+        raise ValueError(f"the images of a grid have one size, not {sorted({cell.shape[1::-1] for cell in cells})}")
+    nrow = max(1, min(nrow, len(cells)))
+    rows = -(-len(cells) // nrow)
+    sheet = np.empty((rows * (height + padding) - padding, nrow * (width + padding) - padding, 3), np.uint8)
+    sheet[:] = np.asarray(background, np.uint8)
+    for i, cell in enumerate(cells):
+        top, left = (i // nrow) * (height + padding), (i % nrow) * (width + padding)
+        sheet[top : top + height, left : left + width] = cell
+    return sheet
+
+
+def save_grid(images, path: str | os.PathLike, nrow: int = 8, **options) -> Path:
+    """make_grid, written to a file."""
+    return save_image(make_grid(images, nrow, **options), path)
+
+
+def make_strip(
+    images, captions: Sequence[str] | None = None, *, nrow: int | None = None, font_size: int = 12, padding: int = 2
+) -> Image.Image:
+    """Pictures side by side (or `nrow` per row) with a caption below each; a caption too long for its cell is cut.
+
+    images: tensor [N, 3, H, W] in [-1, 1] or a sequence of pictures of one size; captions: one per picture.
+    """
+    cells = [to_pil(image) for image in images]
+    if captions is not None and len(captions) != len(cells):
+        raise ValueError(f"{len(captions)} captions for {len(cells)} images")
+    if captions:
+        font = ImageFont.load_default(font_size)
+        cells = [_captioned(cell, str(text), font, font_size) for cell, text in zip(cells, captions, strict=True)]
+    return Image.fromarray(make_grid(cells, nrow or len(cells), padding=padding))
+
+
+def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Image:
+    text = " ".join(text.split())
+    cell = Image.new("RGB", (image.width, image.height + round(1.6 * font_size)), WHITE)
+    cell.paste(image)
+    if font.getlength(text) > image.width:
+        while text and font.getlength(text + "...") > image.width:
+            text = text[:-1]
+        text += "..."
+    ImageDraw.Draw(cell).text((image.width // 2, cell.height), text, fill=(0, 0, 0), font=font, anchor="md")
+    return cell
+
+
+# Nine evenly spaced anchors of the viridis colour map (CC0), dark to light.
+_VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129),
+                     (92, 200, 99), (170, 220, 50), (253, 231, 37)], np.float64)  # fmt: skip
+
+
+def make_heatmap(
+    matrices, captions: Sequence[str] | None = None, *, nrow: int = 4, cell: int | None = None,
+    low: float | None = None, high: float | None = None,
+) -> Image.Image:  # fmt: skip
+    """Matrices as colours, dark (low) to light (high): [H, W], or a stack [N, H, W] drawn `nrow` per row.
+
+    Array or tensor of any float type. cell: pixels per entry (default: such that a matrix is about 128 wide).
+    All matrices of a figure share one scale, low..high (default: their own minimum and maximum), written below the
+    figure. NaN entries are grey.
+    """
+    values = np.asarray(matrices.detach().float().cpu() if hasattr(matrices, "detach") else matrices, np.float64)
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise ValueError(f"a heat map needs a matrix [H, W] or a stack [N, H, W], got shape {list(values.shape)}")
+    values = values[None] if values.ndim == 2 else values
+    finite = values[np.isfinite(values)]
+    low = low if low is not None else finite.min(initial=0.0 if finite.size == 0 else np.inf)
+    high = high if high is not None else finite.max(initial=1.0 if finite.size == 0 else -np.inf)
+    position = np.clip(np.nan_to_num((values - low) / max(high - low, 1e-12)), 0, 1) * (len(_VIRIDIS) - 1)
+    anchors = np.arange(len(_VIRIDIS))
+    colours = np.stack([np.interp(position, anchors, _VIRIDIS[:, c]) for c in range(3)], axis=-1)  # [N, H, W, 3]
+    colours[np.isnan(values)] = 128
+    cell = cell or max(1, round(128 / values.shape[-1]))
+    pictures = np.rint(colours).astype(np.uint8).repeat(cell, axis=1).repeat(cell, axis=2)
+    sheet = make_strip(list(pictures), captions, nrow=nrow, padding=6)
+    scale = f"{low:.3g} (dark) to {high:.3g} (light)"
+    return _captioned(sheet, scale, ImageFont.load_default(12), 12)
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def save_image(image, path: str | os.PathLike, *, quality: int = 95) -> Path:
+    """Writes a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix.
+
+    quality: of JPEG (written without chroma subsampling) and WebP. The folder is made when absent.
+    Raises ValueError for a suffix that is no image format.
+    """
+    path = Path(path)
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format is None:
+        raise ValueError(f"{path}: no image format has the suffix {path.suffix!r}; use .png, .jpg or .webp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"JPEG": {"quality": quality, "subsampling": 0}, "WEBP": {"quality": quality}}.get(image_format, {})
+    to_pil(image).save(path, image_format, **options)
+    return path
+
+
+def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Path:
+    """Writes frames (tensors [3, H, W] in [-1, 1], uint8 arrays or PIL images, all of one size) as .mp4, .gif or .webp.
+
+    Frames may be a generator: .mp4 is encoded while they come (H.264 through imageio and its own ffmpeg). An odd
+    height or width loses its last line, which H.264 cannot store.
+    Raises ValueError for another suffix, no frames, or .mp4 without the package imageio[ffmpeg].
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".mp4", ".gif", ".webp"):
+        raise ValueError(f"{path}: a video is written as .mp4, .gif or .webp, not {suffix or 'without a suffix'}")
+    pictures = (to_pil(frame) for frame in frames)
+    first = next(pictures, None)
+    if first is None:
+        raise ValueError(f"{path}: a video needs at least one frame")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix == ".mp4":
+        _save_mp4(first, pictures, path, fps)
+    else:
+        quality = {"quality": 90} if suffix == ".webp" else {}
+        first.save(path, save_all=True, append_images=pictures, duration=round(1000 / fps), loop=0, **quality)
+    return path
+
+
+def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: float) -> None:
+    try:
+        imageio = importlib.import_module("imageio.v2")
+        importlib.import_module("imageio_ffmpeg")
+    except ImportError as error:
+        raise ValueError(f"{path}: writing .mp4 needs pip install 'imageio[ffmpeg]'; .gif and .webp do not") from error
+    width, height = first.width // 2 * 2, first.height // 2 * 2
+    with imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
+        for frame in itertools.chain([first], rest):
+            writer.append_data(np.asarray(frame)[:height, :width])
+

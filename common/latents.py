@@ -1,0 +1,229 @@
+"""Latent codes: drawn from seeds, kept in files that say what they are.
+
+A folder of latents holds `latents.npy` (float32 [N, L, D], the file of the published projector) and `latents.json`
+(names, space, image size, fingerprint of the generator, losses per image, alignment), and `noise.npz` when the noise
+maps were optimised too. A bare `.npy` of the published tools is read as well, but tells nothing of its origin.
+"""
+
+import json
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.checkpoint import atomic_write, require_file
+from common.runs import to_plain
+
+SPACES = ("w", "w+", "w++")
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def parse_seeds(text):
+    """'0-35,40' -> [0, 1, ..., 35, 40], in the order given. Raises ValueError naming the part that is none."""
+    seeds = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last >= 2**32:  # the generator takes 32 bits
+            raise ValueError(
+                f"--seeds {text}: {part.strip()!r} is neither a seed (0 to {2**32 - 1}) nor a range like 0-35"
+            )
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def draw_z(seeds, n_tokens, dim, *, w_space=False):
+    """Standard normal z, float32 [N, n_tokens, dim] on the CPU; image i depends on seeds[i] alone.
+
+    Each image has its own generator, so neither batch size nor device changes it. W++ draws one vector per token;
+    with `w_space` one vector is drawn and repeated over the tokens, as the W mapping network is trained.
+    """
+    z = torch.empty(len(seeds), n_tokens, dim)
+    for index, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        z[index] = torch.randn(1 if w_space else n_tokens, dim, generator=generator)  # [1|T, D] -> [T, D]
+    return z
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Latents:
+    """What `load_latents` returns; a bare `.npy` has no fingerprint, losses, alignment, noise or extra."""
+
+    latents: torch.Tensor  # float32 [N, L, D], CPU
+    names: list[str]  # N, in the order of the latents
+    space: str | None
+    size: int
+    fingerprint: str | None = None
+    losses: dict[str, list[float]] = field(default_factory=dict)  # each N values
+    alignment: list | None = None  # N transforms, as align_faces.py records them, or None
+    noise: list[torch.Tensor] | None = None  # per layer, float32 [N, 1, r, r]
+    extra: dict = field(default_factory=dict)
+    path: Path | None = None
+
+    def __len__(self):
+        return len(self.latents)
+
+
+def n_tokens(size):
+    """Latent codes per image of a generator for `size` x `size`: 2 (log2(size) - 1). ValueError off powers of two."""
+    if size < 8 or size & (size - 1):
+        raise ValueError(f"image size {size}: expected a power of two from 8")
+    return 2 * (size.bit_length() - 2)
+
+
+def save_latents(
+    folder, latents, *, names, space, size, fingerprint, losses=None, alignment=None, noise=None, extra=None
+):
+    """Write a folder of latents; every file is complete on the disk before the first of them takes its name.
+
+    latents      float [N, L, D] tensor or array, L = n_tokens(size); for space 'w' also [N, D], repeated over L
+    names        N strings, such as the image files'
+    fingerprint  of the generator (`common.checkpoint.fingerprint`), or None when unknown
+    losses       {name: N numbers}; alignment: N JSON values; noise: per layer [N, 1, r, r]; extra: JSON values
+
+    Raises ValueError when the parts do not fit each other or a latent is not finite; OSError naming the file.
+    """
+    folder = Path(folder)
+    latents = _array(latents)
+    if space not in SPACES:
+        raise ValueError(f"space {space!r}: expected one of {', '.join(SPACES)}")
+    if latents.ndim == 2 and space == "w":
+        latents = np.repeat(latents[:, None], n_tokens(size), axis=1)  # [N, D] -> [N, L, D]
+    _check_latents(latents, folder, size)
+    if space == "w" and (latents != latents[:, :1]).any():
+        raise ValueError(f"{folder}: latents of space w repeat one code over all tokens, these differ: they are w+")
+    noise = None if noise is None else [_array(layer) for layer in noise]
+    counts = {"names": len(names), "alignment": len(latents) if alignment is None else len(alignment)}
+    counts |= {f"losses[{name!r}]": len(values) for name, values in (losses or {}).items()}
+    counts |= {f"noise[{index}]": len(layer) for index, layer in enumerate(noise or [])}
+    for part, count in counts.items():
+        if count != len(latents):
+            raise ValueError(f"{folder}: {len(latents)} latents, but {count} in {part}")
+
+    description = {
+        "format": 1, "names": [str(name) for name in names], "space": space, "size": size, "shape": latents.shape,
+        "fingerprint": fingerprint, "losses": losses or {}, "alignment": alignment, "noise": noise is not None,
+        "extra": extra or {},
+    }  # fmt: skip
+    text = json.dumps(to_plain(description), ensure_ascii=False, indent=1)
+    with ExitStack() as files:  # left in reverse order: the description takes its name last
+        files.enter_context(atomic_write(folder / "latents.json")).write(text.encode())
+        if noise is not None:
+            np.savez(files.enter_context(atomic_write(folder / "noise.npz")), **_named_layers(noise))
+        _write_array(files.enter_context(atomic_write(folder / "latents.npy")), latents)
+    if noise is None:
+        (folder / "noise.npz").unlink(missing_ok=True)  # of an earlier save
+
+
+def _array(values):
+    values = values.detach().cpu() if isinstance(values, torch.Tensor) else values
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def _named_layers(noise):
+    return {f"noise_{index:02d}": layer for index, layer in enumerate(noise)}
+
+
+def _write_array(file, array):
+    """numpy.save, but through `file.write`, whose error on a full disk carries its errno (numpy's own does not)."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(array.data)
+
+
+def _check_latents(latents, path, size):
+    if latents.ndim != 3 or latents.shape[1] != n_tokens(size):
+        raise ValueError(
+            f"{path}: latents of shape {list(latents.shape)}; expected [N, {n_tokens(size)}, D] for image size {size}"
+        )
+    finite = np.isfinite(latents).all(axis=(1, 2))
+    if not finite.all():
+        raise ValueError(f"{path}: latent {int(finite.argmin())} has values that are not finite")
+
+
+def load_latents(path, *, expect_space=None, expect_shape=None, expect_fingerprint=None):
+    """Latents from a folder, its `latents.npy`, or a bare upstream `.npy` ([N, L, D]; [N, D] with `expect_shape`).
+
+    expect_space: a space or several; expect_shape: (L, D) of one image; expect_fingerprint: the generator's. What a
+    bare file does not tell is taken as expected. Raises FileNotFoundError, or ValueError naming both sides.
+    """
+    path = Path(path)
+    file = path / "latents.npy" if path.is_dir() else path
+    array = _read_array(file)
+    sidecar = file.with_name("latents.json")
+    if file.name == "latents.npy" and sidecar.exists():
+        latents = _described(array, file, sidecar)
+    else:
+        latents = _bare(array, file, expect_space, expect_shape)
+    latents.path = path
+    _expect(latents, expect_space, expect_shape, expect_fingerprint)
+    return latents
+
+
+def _read_array(file):
+    require_file(file, "latents file (.npy)")
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{file} is truncated, damaged or not a .npy file ({error})") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
+        raise ValueError(f"{file} holds {kind}; expected one array of floating-point latents")
+    return array.astype(np.float32, copy=False)
+
+
+def _described(array, file, sidecar):
+    try:
+        known = json.loads(sidecar.read_text(encoding="utf-8"))
+        shape, names, size = known["shape"], known["names"], known["size"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{sidecar} is damaged ({type(error).__name__}: {error}); save the latents again") from error
+    if list(array.shape) != shape or len(names) != len(array):
+        raise ValueError(
+            f"{file} has the shape {list(array.shape)}, but {sidecar.name} describes {shape} with {len(names)} names"
+        )
+    _check_latents(array, file, size)
+    noise = None
+    if known.get("noise"):
+        with np.load(require_file(file.with_name("noise.npz"), "noise file"), allow_pickle=False) as layers:
+            noise = [torch.from_numpy(layers[name]) for name in sorted(layers.files)]
+    return Latents(
+        torch.from_numpy(array), names, known.get("space"), size, known.get("fingerprint"), known.get("losses") or {},
+        known.get("alignment"), noise, known.get("extra") or {},
+    )  # fmt: skip
+
+
+def _bare(array, file, expect_space, expect_shape):
+    if array.ndim == 2 and expect_shape is not None and array.shape[1] == expect_shape[1]:
+        array = np.repeat(array[:, None], expect_shape[0], axis=1)  # rosinality's W: [N, D] -> [N, L, D]
+    length = array.shape[1] if array.ndim == 3 else 0
+    if length < 4 or length % 2:
+        raise ValueError(f"{file}: latents of shape {list(array.shape)}; expected [N, L, D], L even and at least 4")
+    size = 2 ** (length // 2 + 1)
+    _check_latents(array, file, size)
+    space = expect_space if isinstance(expect_space, str) else None
+    return Latents(torch.from_numpy(array), [f"{index:05d}" for index in range(len(array))], space, size)
+
+
+def _expect(latents, spaces, shape, fingerprint):
+    if spaces is not None and latents.space is not None:
+        spaces = (spaces,) if isinstance(spaces, str) else tuple(spaces)
+        if latents.space not in spaces:
+            raise ValueError(f"{latents.path}: latents of space {latents.space}; expected {' or '.join(spaces)}")
+    found = tuple(latents.latents.shape[1:])
+    if shape is not None and found != tuple(shape):
+        raise ValueError(
+            f"{latents.path}: latents of shape {list(found)} per image (size {latents.size}); the generator takes "
+            f"{list(shape)}"
+        )
+    if fingerprint is not None and latents.fingerprint not in (None, fingerprint):
+        raise ValueError(
+            f"{latents.path}: latents of the generator {latents.fingerprint}; the checkpoint given is {fingerprint}"
+        )

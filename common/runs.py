@@ -1,0 +1,198 @@
+"""The run folder: what was asked (options.json), what happened (log.jsonl, TensorBoard), and where results go.
+
+RUN/options.json      options, command line, versions, git commit; of an earlier start: options-1.json, -2 ...
+RUN/log.jsonl         one JSON object per line: {"step", "time" (seconds since 1970), "group", name: value ...}
+RUN/{sample,similarity,checkpoint,tensorboard_log}/
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, is_dataclass
+from importlib import metadata
+from pathlib import Path
+
+from common.checkpoint import atomic_write
+
+FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
+PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
+
+
+def to_plain(value):
+    """`value` as JSON can hold it: tensors and arrays become lists, paths strings, non-finite numbers None."""
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, range)):
+        return [to_plain(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return to_plain(asdict(value))
+    if hasattr(value, "tolist"):  # numpy and torch, scalars included
+        return to_plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def write_json(path, value):
+    """Write `value` (see `to_plain`) as readable UTF-8 JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+class Run:
+    """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written.
+
+    `options`: dict or argparse.Namespace. `resume_step`: what an earlier start logged from this step on is dropped, in
+    log.jsonl and in TensorBoard, so that a resumed run shows every step once. Raises OSError naming the folder.
+    """
+
+    def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None):
+        self.folder = Path(folder)
+        self.main = main
+        self._log = self._board = None
+        if not main:
+            return
+        for name in FOLDERS:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self._keep_earlier_options()
+        self.write_json("options.json", _circumstances(options))
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            truncate_log(log, math.inf if resume_step is None else resume_step)
+        self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        if use_tensorboard:
+            self._board = _open_tensorboard(self.folder / "tensorboard_log", resume_step)
+
+    def _keep_earlier_options(self):
+        current = self.folder / "options.json"
+        if current.exists():
+            count = len(list(self.folder.glob("options-*.json")))
+            current.rename(self.folder / f"options-{count + 1}.json")
+
+    def path(self, *parts):
+        """Path inside the run folder, whose parent exists on the main process."""
+        path = self.folder.joinpath(*parts)
+        if self.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, step, group, **scalars):
+        """One line of log.jsonl, one TensorBoard point `group/name` per number. Reading a tensor is a host sync."""
+        if self._log is None:
+            return
+        scalars = to_plain(scalars)
+        line = {"step": step, "time": round(time.time(), 3), "group": group, **scalars}
+        self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self._board is not None:
+            for name, value in scalars.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def write_json(self, name, value):
+        """Write `value` to the file `name` of the run folder."""
+        if self.main:
+            write_json(self.folder / name, value)
+
+    def close(self):
+        for output in (self._log, self._board):
+            if output is not None:
+                output.close()
+        self._log = self._board = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def _open_tensorboard(folder, purge_step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
+    except ImportError as error:
+        warnings.warn(f"TensorBoard is not installed ({error}): log.jsonl is still written", stacklevel=3)
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+def _circumstances(options):
+    """What options.json holds: enough to repeat the run."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "options": options if isinstance(options, dict) else vars(options),
+        "command": [sys.executable, *sys.argv],
+        "world_size": int(os.environ.get("WORLD_SIZE") or 1),
+        "versions": versions,
+        "platform": platform.platform(),
+        "git": _git_commit(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit():
+    """Commit of this checkout, with '+changes' where the work tree differs; None without git or repository."""
+    root = Path(__file__).resolve().parents[1]
+    answers = []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
+        try:
+            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode != 0:
+            return None
+        answers.append(done.stdout.strip())
+    commit, changes = answers
+    return commit + ("+changes" if changes else "")
+
+
+def read_log(path):
+    """The lines of a log.jsonl as dicts; a last line torn by a crash is left out.
+
+    Raises FileNotFoundError, or ValueError naming the line when one before the last is not JSON.
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    whole, torn = lines[:-1], lines[-1]  # a whole line ends with a newline
+    records = []
+    for number, line in enumerate(whole, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(whole) and not torn:
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+    return records
+
+
+def truncate_log(path, step):
+    """Drop the lines of `step` and later, and a torn last line, so that a resumed run repeats nothing. Atomic."""
+    records = [record for record in read_log(path) if record.get("step", -1) < step]
+    with atomic_write(path) as file:
+        for record in records:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+def format_duration(seconds):
+    """'42s', '3m 05s', '2h 03m' or '1d 02h': two units are enough for an estimate; '?' when not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    seconds = max(0, round(seconds))
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if minutes == 0:
+        return f"{seconds}s"
+    if hours == 0:
+        return f"{minutes}m {seconds % 60:02d}s"
+    if days == 0:
+        return f"{hours}h {minutes % 60:02d}m"
+    return f"{days}d {hours % 24:02d}h"

@@ -1,0 +1,321 @@
+"""Training pictures: from an LMDB or a plain folder to an endless stream of uint8 batches.
+
+`open_dataset` takes either by path and looks closely before the first step: what would end a run after hours (a
+missing resolution, a half-written store, a damaged file) is one sentence at the start. Pictures stay uint8
+[3, size, size] until they are on the device; the trainer normalises there.
+
+The order is a pure function of (seed, position): `InfiniteSampler` counts positions in global samples, so a checkpoint
+needs that one number to go on at exactly the next picture, on any number of processes.
+
+LMDB layout (docs/formats.md): f"{size}-{index:05d}" -> encoded image, b"length" -> ascii integer, and, when written by
+our prepare_data.py, b"manifest" -> JSON. Stores made by rosinality's prepare_data open as they are.
+
+    dataset = open_dataset("faces.lmdb", 64)
+    sampler = InfiniteSampler(len(dataset), seed=0)
+    batches = data_loader(dataset, 16, sampler, workers=2)
+    images = next(batches)                                                # uint8 [16, 3, 64, 64]
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from common.images import ImageError, check_header, fit_image, list_images, read_image
+from common.store import (
+    BUILDING_FILE,
+    DATA_FILE,
+    PREPARE,
+    DatasetError,
+    image_key,
+    open_store,
+    read_manifest,
+    sizes_present,
+)
+
+
+def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None = None) -> Dataset:
+    """Opens the LMDB or the folder of images at `path`, told apart by content.
+
+    Raises FileNotFoundError if the path is absent, DatasetError if it cannot give pictures of size x size.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: a folder of images or an LMDB is expected"
+            f" (make one with {PREPARE} --out LMDB FOLDER)"
+        )
+    is_lmdb = path.is_file() or (path / DATA_FILE).exists() or (path / BUILDING_FILE).exists()
+    return MultiResolutionDataset(path, size, transform) if is_lmdb else FolderDataset(path, size, transform)
+
+
+# -- LMDB ----------------------------------------------------------------------------------------------------------
+
+class MultiResolutionDataset(Dataset):
+    """The pictures of one resolution in an LMDB; item i is uint8 [3, size, size], through `transform` if given.
+
+    The store is opened when the first item is read, in each process by itself, so that the object can be sent to
+    workers by fork or spawn. Opening checks that the store is whole, holds the resolution, and decodes three items.
+    Raises DatasetError; also from reading an item that is missing or damaged: nothing else is ever put in its place.
+    """
+
+    def __init__(self, path: str | os.PathLike, size: int, transform: Callable | None = None):
+        self.path, self.size, self.transform = Path(path), int(size), transform
+        self._store, self._owner = None, None
+        store = open_store(self.path)
+        self._length = self._read_length(store)
+        self._check(store)
+        self.manifest = read_manifest(store)
+
+    @property
+    def names(self) -> list[str]:
+        """Source names in order, from the manifest; the keys where there is none."""
+        if self.manifest is not None:
+            return list(self.manifest["names"])
+        return [image_key(self.size, i).decode() for i in range(self._length)]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        """Several items in one transaction; the DataLoader calls this."""
+        with self._reader().begin() as transaction:
+            encoded = [transaction.get(image_key(self.size, self._position(i))) for i in indices]
+        return [self._decode(index, data) for index, data in zip(indices, encoded, strict=True)]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_store": None, "_owner": None}
+
+    def _reader(self):
+        if self._store is None or self._owner != os.getpid():
+            self._store, self._owner = open_store(self.path), os.getpid()
+        return self._store
+
+    def _position(self, index: int) -> int:
+        if not -self._length <= index < self._length:
+            raise IndexError(f"item {index} of {self.path}, which holds {self._length}")
+        return int(index) % self._length
+
+    def _decode(self, index: int, data: bytes | None) -> torch.Tensor:
+        key = image_key(self.size, self._position(index)).decode()
+        again = f"run {PREPARE} --overwrite --out {self.path} ... to make it anew"
+        if data is None:
+            raise DatasetError(f"{self.path} lacks the item {key}: {again}")
+        try:
+            image = read_image(data)
+        except ImageError as error:
+            raise DatasetError(f"{self.path}: item {key} is damaged ({error}): {again}") from error
+        if image.size != (self.size, self.size):
+            found = f"{image.width}x{image.height} pixels, not {self.size}x{self.size}"
+            raise DatasetError(f"{self.path}: item {key} has {found}: {again}")
+        return _as_tensor(image, self.transform)
+
+    def _read_length(self, store) -> int:
+        with store.begin() as transaction:
+            length = transaction.get(b"length")
+        if length is None:
+            again = f"run {PREPARE} --out {self.path} ... again"
+            raise DatasetError(f"{self.path} is unfinished (it has no `length`): {again}")
+        if not length.isdigit() or int(length) == 0:
+            raise DatasetError(f"{self.path} holds no images (length {length!r}): run {PREPARE} --out {self.path} ...")
+        return int(length)
+
+    def _check(self, store) -> None:
+        sizes = sizes_present(store)
+        if self.size not in sizes:
+            present = ", ".join(map(str, sizes)) or "none"
+            raise DatasetError(
+                f"{self.path} has no images of size {self.size} (present: {present}): pass --size with one of these,"
+                f" or run {PREPARE} --size {self.size} --out ANOTHER_LMDB ..."
+            )
+        picked = random.Random(self.size).sample(range(self._length), min(3, self._length))
+        with store.begin() as transaction:
+            for index in {*picked, self._length - 1}:
+                self._decode(index, transaction.get(image_key(self.size, index)))
+
+
+# -- folder --------------------------------------------------------------------------------------------------------
+
+
+class FolderDataset(Dataset):
+    """The images below a folder, fitted to size x size as they are read; item i is uint8 [3, size, size].
+
+    For small sets and trials: each reading decodes the original. Opening looks at every file header; files that are no
+    images are left out, counted and listed once (`skipped`, pairs of path and reason). A file whose header is sound but
+    whose pixels are not raises DatasetError naming it when it is read.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, size: int, transform: Callable | None = None, *,
+        fit: str = "crop", resample: str = "lanczos",
+    ):  # fmt: skip
+        self.path, self.size, self.transform = Path(path), int(size), transform
+        self.fit, self.resample = fit, resample
+        files = list_images(self.path)
+        reasons = [check_header(file) for file in files]
+        self.files = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
+        self.skipped = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason is not None]
+        if not files:
+            raise DatasetError(f"{self.path} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
+        if not self.files:
+            raise DatasetError(f"{self.path}: none of its {len(files)} image files can be read; the first: {files[0]}")
+        if self.skipped:
+            listed = "; ".join(f"{file} ({reason})" for file, reason in self.skipped[:10])
+            more = f"; and {len(self.skipped) - 10} more" if len(self.skipped) > 10 else ""
+            warnings.warn(f"{len(self.skipped)} of {len(files)} image files are left out: {listed}{more}", stacklevel=2)
+
+    @property
+    def names(self) -> list[str]:
+        """POSIX paths relative to the folder, in order."""
+        return [file.relative_to(self.path).as_posix() for file in self.files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        try:
+            image = read_image(self.files[index])
+        except (ImageError, FileNotFoundError) as error:
+            raise DatasetError(f"{error}: repair or remove it, or run {PREPARE}, which leaves it out") from error
+        return _as_tensor(fit_image(image, self.size, fit=self.fit, resample=self.resample), self.transform)
+
+
+def _as_tensor(image, transform: Callable | None) -> torch.Tensor:
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # uint8 [3, size, size]
+    return tensor if transform is None else transform(tensor)
+
+
+# -- order ---------------------------------------------------------------------------------------------------------
+
+
+class InfiniteSampler:
+    """Shuffled epochs without end, dealt out to ranks like cards.
+
+    Global sample p is entry p % n of the permutation of epoch p // n, which depends on (seed, epoch) alone. Rank r of R
+    takes p = position + r, position + r + R, ...: together the ranks see every image once per epoch, whatever R is.
+    Iterating starts at `position` and never changes it (a loader prefetches); the consumer calls `advance`.
+    """
+
+    def __init__(self, n: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, position: int = 0):
+        if n < 1:
+            raise ValueError("a sampler needs at least one image")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not within 0..{world_size - 1}")
+        self.n, self.rank, self.world_size, self.seed, self.position = n, rank, world_size, seed, position
+
+    def __iter__(self) -> Iterator[int]:
+        p, epoch, order = self.position + self.rank, -1, None
+        while True:
+            if p // self.n != epoch:
+                epoch = p // self.n
+                order = _permutation(self.n, self.seed, epoch)
+            yield int(order[p % self.n])
+            p += self.world_size
+
+    def advance(self, n_samples: int) -> None:
+        """Counts samples used by all ranks together: batch x world_size per step."""
+        self.position += n_samples
+
+    def state(self) -> dict:
+        """Plain values for a checkpoint: position in global samples, seed, number of images."""
+        return {"position": self.position, "seed": self.seed, "n": self.n}
+
+    def load(self, state: dict) -> None:
+        """Goes on where `state` was taken. Warns if the data set has another number of images since."""
+        if state["n"] != self.n:
+            warnings.warn(
+                f"the data set had {state['n']} images and has {self.n} now: the order of images goes on differently",
+                stacklevel=2,
+            )
+        self.position, self.seed = int(state["position"]), int(state["seed"])
+
+
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, because NumPy promises its stream for ever: a checkpoint resumes alike after an upgrade
+    return np.random.RandomState([seed % 2**32, epoch]).permutation(n)
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+class BatchStream:
+    """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader.
+
+    Each batch handed out advances `sampler.position` by batch x world_size: the sampler's state is what was consumed,
+    however much the workers have fetched ahead.
+    """
+
+    def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
+        self.loader, self.sampler, self.device = loader, sampler, device
+        self._batches = iter(loader)
+
+    def __iter__(self) -> BatchStream:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        batch = next(self._batches)
+        if isinstance(batch, Exception):
+            raise batch
+        self.sampler.advance(self.loader.batch_size * self.sampler.world_size)
+        return batch.to(self.device, non_blocking=True)
+
+    def restart(self) -> None:
+        """Goes on from `sampler.position` after it was changed: drops what was fetched ahead."""
+        self._batches = iter(self.loader)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches = iter(())
+
+
+def data_loader(
+    dataset: Dataset, batch: int, sampler: InfiniteSampler, *, workers: int = 2, device: str | torch.device = "cpu",
+    prefetch: int = 4, start_method: str | None = None,
+) -> BatchStream:  # fmt: skip
+    """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs.
+
+    batch: per rank. workers: processes that decode (0: in this one), each `prefetch` batches ahead, alive as long as
+    the stream. On CUDA the memory is pinned and the copy asynchronous. start_method: fork, forkserver or spawn
+    (default: the platform's).
+    A DatasetError in a worker is raised here as itself, without the worker's traceback. Leaves the global random state
+    of this process alone, so resuming stays exact.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
+    loader = DataLoader(
+        _Fetch(dataset), batch_size=batch, sampler=sampler, num_workers=workers, collate_fn=_identity,
+        pin_memory=device.type == "cuda", prefetch_factor=prefetch if workers else None,
+        multiprocessing_context=start_method if workers else None, generator=generator,
+    )  # fmt: skip
+    return BatchStream(loader, sampler, device)
+
+
+class _Fetch(Dataset):
+    """Reads a whole batch at once; a user's error travels as a value, since a raised one arrives as a traceback."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> torch.Tensor | DatasetError:
+        try:
+            fetch = getattr(self.dataset, "__getitems__", None)
+            return torch.stack(fetch(indices) if fetch else [self.dataset[i] for i in indices])
+        except DatasetError as error:
+            return DatasetError(str(error))
+
+
+def _identity(batch):
+    return batch

@@ -1,0 +1,385 @@
+"""StyleGAN2 with a transformer mapping network (W++), and with the classic one (W): everything that has weights.
+
+The synthesis network and the discriminator are StyleGAN2's (Karras et al. 2020, arXiv 1912.04958). The W++ mapping
+network (Li et al. 2024, arXiv 2105.14230) maps one latent per token, L = 2*(log2(size)-1) tokens, through eight blocks
+of self-attention, so that the native output space has one code per synthesis layer. Tensor names are those of
+rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN: their checkpoints load with `load_generator`.
+
+    generator = load_generator("checkpoints/face-wpp-64.safetensors", "cpu")
+    images, latents = generator(draw_z([0, 1, 2], generator.config), truncation=0.7)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_safetensors
+from layers import ConstantInput, ConvLayer, EqualLinear, PixelNorm, ResBlock, StyledConv, ToRGB, TransformerBlock
+
+CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2 (reference 8.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """All that is needed to rebuild a Generator or Discriminator. Raises ValueError for what cannot be built."""
+
+    size: int = 256  # pixels, a power of two, 32..1024 (8 and 16 exist for tests)
+    style_dim: int = 512
+    n_mlp: int = 8  # mapping layers (W) or transformer blocks (W++)
+    w_space: bool = False  # False: W++ (transformer), True: W (MLP)
+    channel_multiplier: float = 2  # scales the widths above 32 pixels
+    channel_max: int = 512
+    lr_mlp: float = 0.01
+    condition_dim: int = 0  # attributes concatenated to every style code (the conditional GAN)
+
+    def __post_init__(self):
+        if self.size < 8 or self.size > 1024 or self.size & (self.size - 1):
+            raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
+        if not self.w_space and self.style_dim % 16:
+            raise ValueError(f"W++ needs a style_dim divisible by 16 (4 heads of style_dim/16), got {self.style_dim}")
+        for name in ("style_dim", "n_mlp", "channel_max", "channel_multiplier", "lr_mlp"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def n_tokens(self) -> int:
+        """Style codes per image: two per resolution from 8 up, plus two. 8 at 32 px ... 14 at 256 ... 18 at 1024."""
+        return 2 * (int(math.log2(self.size)) - 1)
+
+    @property
+    def n_noise(self) -> int:
+        return self.n_tokens - 1
+
+    @property
+    def space(self) -> str:
+        return "w" if self.w_space else "w++"
+
+    def channels(self, resolution: int) -> int:
+        """Feature maps at a resolution: 512 up to 32 px, then 256m at 64, 128m at 128 ..., capped by channel_max."""
+        width = 512 if resolution <= 32 else int(16384 // resolution * self.channel_multiplier)
+        return max(1, min(self.channel_max, width))
+
+    def noise_size(self, index: int) -> int:
+        return 2 ** ((index + 5) // 2)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> GeneratorConfig:
+        known = {f.name for f in fields(cls)}
+        unknown = set(values) - known
+        if unknown:
+            raise ValueError(f"model config has unknown entries {sorted(unknown)}: written by a newer version?")
+        return cls(**values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generator
+
+
+def build_mapping(config: GeneratorConfig) -> nn.Sequential:
+    """`style` of the checkpoints: PixelNorm, then n_mlp layers (W) or transformer blocks (W++)."""
+    dim, lr = config.style_dim, config.lr_mlp
+    if config.w_space:
+        return nn.Sequential(PixelNorm(), *(EqualLinear(dim, dim, 0, lr, True) for _ in range(config.n_mlp)))
+    first = dim + config.n_tokens
+    return nn.Sequential(
+        PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp))
+    )
+
+
+class Generator(nn.Module):
+    """z [N, L, 512] (W++), [N, 512] or [N, L, 512] (W)  ->  image [N, 3, size, size], about [-1, 1]."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        self.fingerprint: str | None = None  # of the file it came from; set by load_generator
+        self.compute_dtype = torch.float32  # of the convolutions; mapping and image sum stay in float32
+        dim = config.style_dim + config.condition_dim
+
+        self.style = build_mapping(config)
+        self.register_buffer("token", torch.eye(config.n_tokens))
+        self.input = ConstantInput(config.channels(4))
+        self.conv1 = StyledConv(config.channels(4), config.channels(4), 3, dim)
+        self.to_rgb1 = ToRGB(config.channels(4), dim, upsample=False)
+        self.convs, self.to_rgbs, self.noises = nn.ModuleList(), nn.ModuleList(), nn.Module()
+        width, resolution = config.channels(4), 8
+        while resolution <= config.size:
+            out = config.channels(resolution)
+            self.convs.append(StyledConv(width, out, 3, dim, up=True))
+            self.convs.append(StyledConv(out, out, 3, dim))
+            self.to_rgbs.append(ToRGB(out, dim))
+            width, resolution = out, resolution * 2
+        for i in range(config.n_noise):
+            side = config.noise_size(i)
+            self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, side, side))
+
+    # -- mapping ------------------------------------------------------------------------------------------------------
+
+    def tokens(self, z):
+        """W++ input: z [N, T, 512] with the one-hot token appended -> PixelNorm over both -> [N, T, 512+T]."""
+        return self.style[0](torch.cat((z, self.token.to(z.dtype).expand(z.shape[0], -1, -1)), dim=-1))
+
+    def get_latent(self, z):
+        """z -> w codes [N, L, 512]. W accepts [N, 512] (one code for all layers) or [N, L, 512] (each mapped alone)."""
+        config = self.config
+        if config.w_space:
+            if z.ndim == 3:
+                return self.style(z)
+            return self.style(z)[:, None].expand(-1, config.n_tokens, -1)
+        if z.shape[1:] != (config.n_tokens, config.style_dim):
+            raise ValueError(f"W++ at size {config.size} maps z [N, {config.n_tokens}, {config.style_dim}], "
+                             f"got {list(z.shape)}")  # fmt: skip
+        x = self.tokens(z)
+        for block in self.style[1:]:
+            x = block(x)
+        return x
+
+    @torch.no_grad()
+    def get_similarity(self, z) -> torch.Tensor:
+        """Attention between tokens, batch mean: [n_mlp, heads, T, T], rows = query. W++ only (ValueError for W)."""
+        if self.config.w_space:
+            raise ValueError("attention maps exist in a W++ generator only; this one is W")
+        x, maps = self.tokens(z), []
+        for block in self.style[1:]:
+            maps.append(block.atten.similarity(block.norm(x)).mean(0))
+            x = block(x)
+        return torch.stack(maps)
+
+    def draw_z(self, n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Standard normal z on the CPU: [n, L, 512] (W++) or [n, 512] (W)."""
+        config = self.config
+        shape = (n, config.style_dim) if config.w_space else (n, config.n_tokens, config.style_dim)
+        return torch.randn(shape, generator=generator)
+
+    @torch.no_grad()
+    def latent_statistics(self, n: int = 10_000, seed: int = 0, batch: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean [1, L, 512] and per-token standard deviation [L] (the norm over channels, as the projector uses it:
+        sqrt(sum_c var_c)) of w over n seeded samples; accumulated in float64, so independent of the batch."""
+        draw = torch.Generator().manual_seed(seed)
+        total = square = 0
+        for start in range(0, n, batch):
+            z = self.draw_z(min(batch, n - start), draw)
+            w = self.get_latent(z.to(self.token.device)).cpu().double()  # [B, L, 512]
+            total, square = total + w.sum(0), square + w.square().sum(0)
+        mean = total / n
+        std = (square / n - mean.square()).clamp(min=0).sum(-1).sqrt()
+        return mean[None].float().to(self.token.device), std.float().to(self.token.device)
+
+    def mean_latent(self, n: int = 10_000, seed: int = 0) -> torch.Tensor:
+        """Mean w code per token, [1, L, 512], of n samples drawn from the seed."""
+        return self.latent_statistics(n, seed)[0]
+
+    # -- noise --------------------------------------------------------------------------------------------------------
+
+    def fixed_noise(self) -> list[torch.Tensor]:
+        """The stored noise maps, each [1, 1, r, r]."""
+        return [getattr(self.noises, f"noise_{i}") for i in range(self.config.n_noise)]
+
+    def seeded_noise(self, seeds: list[int]) -> list[torch.Tensor]:
+        """Noise maps [N, 1, r, r] drawn on the CPU, each image from its own seed: the same whatever batch or device."""
+        draws = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        sides = [self.config.noise_size(i) for i in range(self.config.n_noise)]
+        maps = [torch.stack([torch.randn(1, side, side, generator=g) for g in draws]) for side in sides]
+        return [m.to(self.token.device) for m in maps]
+
+    # -- synthesis ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        styles: torch.Tensor,
+        *,
+        input_is_latent: bool = False,
+        truncation: float = 1.0,
+        truncation_latent: torch.Tensor | None = None,
+        noise: list[torch.Tensor | None] | None = None,
+        randomize_noise: bool = True,
+        condition: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Synthesise images.
+
+        styles: z (see get_latent), or w codes [N, 512] | [N, L, 512] with input_is_latent. truncation: psi in
+        w = mean + psi*(w - mean), per token; needs truncation_latent (from mean_latent) when not 1. noise: maps
+        [N or 1, 1, r, r] per layer (None entries = none given: random); default random, or the stored maps with
+        randomize_noise=False. condition: attributes [N, condition_dim] in [0, 1] of a conditional generator.
+        dtype: of the convolutions (default self.compute_dtype). Returns image float32 [N, 3, size, size] and the
+        codes used, [N, L, 512] without the condition. Raises ValueError on shapes that do not fit this generator.
+        """
+        config = self.config
+        latent = styles if input_is_latent else self.get_latent(styles)
+        if latent.ndim == 2:
+            latent = latent[:, None].expand(-1, config.n_tokens, -1)
+        if latent.shape[1:] != (config.n_tokens, config.style_dim):
+            raise ValueError(f"this generator ({config.space}, {config.size} px) takes codes "
+                             f"[N, {config.n_tokens}, {config.style_dim}], got {list(latent.shape)}")  # fmt: skip
+        if truncation != 1:
+            if truncation_latent is None:
+                raise ValueError("truncation needs truncation_latent = generator.mean_latent(n)")
+            latent = torch.lerp(truncation_latent.to(latent), latent, truncation)
+        if noise is None:
+            noise = [None] * config.n_noise if randomize_noise else self.fixed_noise()
+        code = self.add_condition(latent, condition)  # [N, L, 512 + condition_dim]
+
+        x = self.input.input.to(dtype or self.compute_dtype).expand(latent.shape[0], -1, -1, -1)
+        x = x.contiguous(memory_format=torch.channels_last)  # [N, C, 4, 4]
+        x = self.conv1(x, code[:, 0], noise[0])
+        image = self.to_rgb1(x, code[:, 1])  # [N, 3, 4, 4]
+        for i, to_rgb in enumerate(self.to_rgbs):  # codes 2i+1, 2i+2, and 2i+3, which the next block shares
+            x = self.convs[2 * i](x, code[:, 2 * i + 1], noise[2 * i + 1])  # resolution doubles
+            x = self.convs[2 * i + 1](x, code[:, 2 * i + 2], noise[2 * i + 2])
+            image = to_rgb(x, code[:, 2 * i + 3], image)
+        return image, latent
+
+    def add_condition(self, latent, condition):
+        """Append the centred, scaled attributes to every code (reference 8.4); None stands for the neutral 0.5."""
+        dim = self.config.condition_dim
+        if dim == 0:
+            if condition is not None:
+                raise ValueError("this generator is unconditional: it takes no condition")
+            return latent
+        if condition is None:
+            condition = latent.new_full((latent.shape[0], dim), 0.5)
+        if condition.shape != (latent.shape[0], dim):
+            raise ValueError(f"condition must be [{latent.shape[0]}, {dim}], got {list(condition.shape)}")
+        signal = CONDITION_GAIN * (2 * condition - 1)
+        return torch.cat((latent, signal[:, None].expand(-1, latent.shape[1], -1)), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discriminator
+
+
+def stddev_group(batch: int, largest: int = 4) -> int:
+    """The largest group <= `largest` that divides the batch: any batch size works."""
+    return max(g for g in range(1, largest + 1) if batch % g == 0)
+
+
+class Discriminator(nn.Module):
+    """Image [N, 3, size, size] in [-1, 1] -> realness logit [N, 1]."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        width = config.channels(config.size)
+        layers = [ConvLayer(3, width, 1)]
+        resolution = config.size
+        while resolution > 4:
+            out = config.channels(resolution // 2)
+            layers.append(ResBlock(width, out))
+            width, resolution = out, resolution // 2
+        self.convs = nn.Sequential(*layers)
+        self.final_conv = ConvLayer(width + 1, width, 3)
+        self.final_linear = nn.Sequential(
+            EqualLinear(width * 16, width, activation=True), EqualLinear(width, 1)
+        )
+
+    def features(self, images, dtype=None):
+        """The activations before the minibatch statistic, [N, C, 4, 4]."""
+        x = images.to(dtype or self.compute_dtype).contiguous(memory_format=torch.channels_last)
+        return self.convs(x)
+
+    def forward(self, images, dtype=None, group: int | None = None):
+        """group: size of the minibatch-stddev groups (default: the largest <= 4 that divides the batch)."""
+        x = self.features(images, dtype).float()
+        n, channels, height, width = x.shape
+        group = group or stddev_group(n)
+        # Minibatch standard deviation (Karras et al. 2018, arXiv 1710.10196), one statistic per group
+        std = x.view(group, n // group, channels, height, width).var(0, unbiased=False).add(1e-8).sqrt()
+        std = std.mean((1, 2, 3)).repeat(group).view(n, 1, 1, 1).expand(-1, 1, height, width)
+        x = self.final_conv(torch.cat((x, std), 1))
+        return self.final_linear(x.flatten(1))  # channels_last strides are copied to [N, C*4*4] in NCHW order
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building a network from a file
+
+
+def infer_config(state: dict) -> GeneratorConfig:
+    """The architecture of a generator from its tensors: TransStyleGAN (W++, W), rosinality (W), or our own.
+
+    Raises CheckpointError when the tensors are not such a generator's. lr_mlp cannot be seen: the published 0.01.
+    """
+    try:
+        if "style.1.atten.q_transform.weight" in state:
+            style_dim = state["style.1.atten.proj.weight"].shape[0]
+            n_mlp = len([k for k in state if k.startswith("style.") and k.endswith("atten.proj.weight")])
+        else:
+            style_dim = state["style.1.weight"].shape[1]
+            n_mlp = len([k for k in state if k.startswith("style.") and k.endswith(".weight")])
+        n_convs = len([k for k in state if k.startswith("convs.") and k.endswith("conv.weight")])
+        size = 2 ** (n_convs // 2 + 2)
+        widths = {4: state["conv1.conv.weight"].shape[1]}
+        widths |= {2 ** (i + 3): state[f"convs.{2 * i}.conv.weight"].shape[1] for i in range(n_convs // 2)}
+        condition_dim = state["conv1.conv.modulation.weight"].shape[1] - style_dim
+    except (KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"these tensors are not a StyleGAN2 generator's: {error} is missing") from None
+    for multiplier in [2] + [width * side / 16384 for side, width in sorted(widths.items(), reverse=True)]:
+        config = GeneratorConfig(
+            size, style_dim, n_mlp, "style.1.weight" in state, multiplier, widths[4], condition_dim=condition_dim
+        )
+        if all(config.channels(side) == width for side, width in widths.items()):
+            return config
+    raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier")
+
+
+def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:
+    """EMA tensors and config in a generator file: `.safetensors` export, or a training checkpoint (`g_ema`).
+
+    Raises FileNotFoundError, or CheckpointError when the file holds no generator.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        state, metadata = load_safetensors(path)
+        config = metadata.get("config")
+    else:
+        checkpoint = load_checkpoint(path)
+        config = checkpoint.get("config")
+        state = checkpoint.get("g_ema", checkpoint)
+    try:
+        inferred = infer_config(state)
+        config = inferred if config is None else GeneratorConfig.from_dict(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    state.setdefault("token", torch.eye(config.n_tokens))  # rosinality's files have no token buffer
+    return state, config
+
+
+def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Generator:
+    """The generator in a file, with EMA weights, in eval mode, gradients off, on `device`.
+
+    The architecture comes from the file (its config, or the tensors of rosinality's and TransStyleGAN's files). Raises
+    FileNotFoundError, or CheckpointError naming what does not fit. `generator.fingerprint` identifies the weights.
+    """
+    state, config = generator_state(path)
+    generator = Generator(config)
+    load_strictly(generator, {k: v.float() for k, v in state.items()}, path)
+    generator.fingerprint = fingerprint(generator.state_dict())
+    return generator.eval().requires_grad_(False).to(device)
+
+
+def load_strictly(network: nn.Module, state: dict, source) -> None:
+    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences."""
+    own = network.state_dict()
+    wrong = [f"{k} is absent" for k in own if k not in state]
+    wrong += [f"{k} is unknown" for k in state if k not in own]
+    wrong += [
+        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
+        for k in own if k in state and state[k].shape != own[k].shape
+    ]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")
+    network.load_state_dict(state)

@@ -1,0 +1,10 @@
+"""The two operations StyleGAN2 adds to a plain convolutional network.
+
+Each has one public function with the ecosystem's signature. The reference is plain PyTorch with correct derivatives of
+every order, runs on any device and needs no compiler; faster kernels slot in behind the same functions (`set_ops`).
+"""
+
+from op.fused_act import FusedLeakyReLU, fused_leaky_relu, noise_bias_act
+from op.upfirdn2d import upfirdn2d
+
+__all__ = ["FusedLeakyReLU", "fused_leaky_relu", "noise_bias_act", "upfirdn2d"]

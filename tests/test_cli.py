@@ -1,0 +1,124 @@
+"""common/cli.py: spelling of flags, help texts, and the exit status and message of every kind of ending."""
+
+import errno
+
+import pytest
+
+from common.cli import ArgumentParser, UsageError, UserError, flags_without_help, run
+
+
+def build_parser():
+    parser = ArgumentParser(prog="tool", description="first line\nsecond line")
+    parser.add_argument("path", nargs="?", help="positional")
+    parser.add_argument("--exp_name", default="test", help="name of the run")
+    parser.add_argument("--max-bad", type=int, default=0, help="bad files allowed")
+    parser.add_argument("--start_distance", type=float, default=-30.0, help="first distance")
+    parser.add_argument("--w_space", action="store_true", help="train in W")
+    return parser
+
+
+@pytest.mark.parametrize("spelling", ["--exp_name", "--exp-name"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_both_spellings(spelling, joined):
+    args = build_parser().parse_args([f"{spelling}=a-b_c"] if joined else [spelling, "a-b_c"])
+    assert args.exp_name == "a-b_c"
+
+
+def test_declared_with_dash_and_mixed_spellings():
+    args = build_parser().parse_args(["--max_bad", "3", "--w-space", "--start-distance", "-5"])
+    assert (args.max_bad, args.w_space, args.start_distance) == (3, True, -5.0)
+
+
+def test_values_are_left_alone():
+    assert build_parser().parse_args(["--exp-name=--max_bad=1"]).exp_name == "--max_bad=1"
+    assert build_parser().parse_args(["--", "--exp-name"]).path == "--exp-name"
+    assert build_parser().parse_args(["-"]).path == "-"
+
+
+def test_subcommands_accept_both_spellings():
+    parser = ArgumentParser(prog="tool")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("get").add_argument("--weights_dir")
+    assert parser.parse_args(["get", "--weights-dir", "x"]).weights_dir == "x"
+    assert flags_without_help(parser) == ["get --weights_dir"]
+
+
+def test_no_abbreviations():
+    assert run(lambda args: None, build_parser(), ["--exp", "x"]) == 2
+
+
+def test_help_keeps_lines_and_shows_defaults(capsys):
+    assert run(lambda args: None, build_parser(), ["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "first line\nsecond line" in text
+    assert "(default: test)" in text and "(default: -30.0)" in text
+    assert "(default: None)" not in text and "(default: False)" not in text
+
+
+def test_flags_without_help():
+    parser = build_parser()
+    assert flags_without_help(parser) == []
+    parser.add_argument_group("more").add_argument("--silent", "-s")
+    assert flags_without_help(parser) == ["--silent/-s"]
+
+
+def raiser(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("--size 100: expected a power of two"), "error: --size 100: expected a power of two"),
+        (ValueError("two\n  lines"), "error: two lines"),
+        (FileNotFoundError("a.pt: no such checkpoint"), "error: a.pt: no such checkpoint"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a b.pt"),
+         "error: a b.pt: No such file or directory"),
+        (FileExistsError(errno.EEXIST, "File exists", "out"), "error: out: File exists"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), "error: out: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+        (MemoryError(), "error: out of memory: the machine has no more"),
+    ],
+)  # fmt: skip
+def test_user_errors_are_one_line(error, message, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WPP_TRACEBACK", raising=False)
+    assert run(raiser(error), build_parser(), []) == 1
+    captured = capsys.readouterr()
+    assert captured.err == message + "\n" and captured.out == ""
+
+
+def test_other_ranks_say_who_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert run(raiser(ValueError("no")), build_parser(), []) == 1
+    assert capsys.readouterr().err == "error: no (rank 3)\n"
+
+
+@pytest.mark.parametrize("error", [TypeError("bug"), KeyError("bug"), AssertionError("bug"), RuntimeError("bug")])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        run(raiser(error), build_parser(), [])
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("WPP_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        run(raiser(UserError("x")), build_parser(), [])
+
+
+def test_other_endings(capsys):
+    assert run(lambda args: None, build_parser(), []) == 0
+    assert run(lambda args: 7, build_parser(), []) == 7
+    assert run(raiser(KeyboardInterrupt()), build_parser(), []) == 130
+    assert run(raiser(UsageError("--a and --b")), build_parser(), []) == 2
+    assert run(lambda args: None, build_parser(), ["--unknown"]) == 2
+
+
+def test_out_of_memory_of_torch(capsys):
+    import torch
+
+    assert run(raiser(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore")), build_parser(), []) == 1
+    assert capsys.readouterr().err == "error: out of memory: CUDA out of memory. Tried ...\n"

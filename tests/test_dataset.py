@@ -1,0 +1,385 @@
+"""dataset.py: every mistake is told at opening, workers of either kind read alike, the order is exact."""
+
+import io
+import itertools
+import multiprocessing
+import os
+import pickle
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common.store
+import dataset
+from common.store import DatasetError, open_store, sizes_present
+from dataset import FolderDataset, InfiniteSampler, MultiResolutionDataset, data_loader, open_dataset
+
+
+def picture(index, size):
+    """Flat colour that tells the index."""
+    return Image.new("RGB", (size, size), (index, 2 * index, size))
+
+
+def encode(image, image_format="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def write_lmdb(folder, items, length=None):
+    """An LMDB as rosinality's prepare_data.py leaves it: one transaction per put, `length` last."""
+    with lmdb.open(str(folder), map_size=1 << 24, readahead=False) as env:
+        for key, value in items.items():
+            with env.begin(write=True) as transaction:
+                transaction.put(key.encode(), value)
+        if length is not None:
+            with env.begin(write=True) as transaction:
+                transaction.put(b"length", str(length).encode())
+    return folder
+
+
+def rosinality_items(n=7, sizes=(8, 16)):
+    return {
+        f"{size}-{str(i).zfill(5)}": encode(picture(i, size), "JPEG", quality=100)
+        for i, size in itertools.product(range(n), sizes)
+    }
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write_lmdb(tmp_path / "ü 中文.lmdb", rosinality_items(), 7)
+
+
+def test_reads_rosinalitys_lmdb(store):
+    for size in (8, 16):
+        data = open_dataset(store, size)
+        assert isinstance(data, MultiResolutionDataset) and len(data) == 7 and data.manifest is None
+        assert data[3].dtype == torch.uint8 and data[3].shape == (3, size, size)
+        assert torch.allclose(data[3][:, 0, 0].float(), torch.tensor([3.0, 6.0, size]), atol=2)
+        assert torch.equal(data[-1], data[6])
+        assert data.names[6] == f"{size}-00006"
+        with pytest.raises(IndexError):
+            data[7]
+    assert sizes_present(open_store(store)) == [8, 16]
+    assert open_dataset(store / "data.mdb", 8)[2].shape == (3, 8, 8)  # the bare file as well
+
+
+def test_transform_gets_the_uint8_tensor(store, face_folder):
+    halved = MultiResolutionDataset(store, 8, transform=lambda x: x // 2)
+    assert torch.equal(halved[3], MultiResolutionDataset(store, 8)[3] // 2)
+    assert FolderDataset(face_folder, 8, transform=torch.Tensor.float)[0].dtype == torch.float32
+
+
+def test_more_than_99999_items_and_grey_ones(tmp_path):
+    items = {"8-00000": encode(Image.new("L", (8, 8), 9)), "8-100000": encode(picture(1, 8))}
+    with pytest.raises(DatasetError, match="lacks the item 8-"):
+        open_dataset(write_lmdb(tmp_path / "holes", items, 100001), 8)
+    data = open_dataset(write_lmdb(tmp_path / "grey", {"8-00000": items["8-00000"]}, 1), 8)
+    assert data[0].shape == (3, 8, 8) and data[0].unique().tolist() == [9]
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------
+
+
+def refused(path, size=8, error=DatasetError):
+    with pytest.raises(error) as caught:
+        open_dataset(path, size)
+    message = str(caught.value)
+    assert "\n" not in message and path.name in message
+    return message
+
+
+def test_absent_path(tmp_path):
+    assert "prepare_data.py" in refused(tmp_path / "nowhere", error=FileNotFoundError)
+
+
+def test_wrong_size_lists_the_sizes_present(store):
+    message = refused(store, 32)
+    assert "size 32" in message and "8, 16" in message and "--size" in message
+
+
+def test_without_length_it_is_unfinished(tmp_path):
+    message = refused(write_lmdb(tmp_path / "half.lmdb", rosinality_items()))
+    assert "unfinished" in message and "prepare_data.py" in message and "again" in message
+
+
+def test_building_store_is_unfinished(tmp_path):
+    (tmp_path / "half.lmdb").mkdir()
+    (tmp_path / "half.lmdb" / "building.mdb").write_bytes(b"")
+    message = refused(tmp_path / "half.lmdb")
+    assert "unfinished" in message and "continues" in message
+
+
+@pytest.mark.parametrize("length", ["0", "x"])
+def test_senseless_length(tmp_path, length):
+    assert "prepare_data.py" in refused(write_lmdb(tmp_path / "a.lmdb", rosinality_items(), length))
+
+
+def test_fewer_items_than_length(tmp_path):
+    assert "lacks the item" in refused(write_lmdb(tmp_path / "a.lmdb", rosinality_items(7), 9))
+
+
+@pytest.mark.parametrize("keep", [0, 100, 5000, 0.5, -1])
+def test_truncated_file(store, keep):
+    file = store / "data.mdb"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    message = refused(store)
+    assert "prepare_data.py" in message and "data.mdb" in message
+
+
+def test_not_an_lmdb(tmp_path):
+    (tmp_path / "page.lmdb").mkdir()
+    (tmp_path / "page.lmdb" / "data.mdb").write_bytes(b"<html>404</html>" * 1000)
+    assert "not a readable LMDB" in refused(tmp_path / "page.lmdb")
+
+
+def test_undecodable_items(tmp_path):
+    items = {f"8-{i:05d}": b"\xff\xd8 no jpeg" for i in range(3)}
+    assert "is damaged" in refused(write_lmdb(tmp_path / "a.lmdb", items, 3))
+
+
+def test_item_of_another_size(tmp_path):
+    items = {f"8-{i:05d}": encode(picture(i, 16)) for i in range(3)}
+    assert "16x16 pixels, not 8x8" in refused(write_lmdb(tmp_path / "a.lmdb", items, 3))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_found_later_is_one_sentence_and_no_other_image(tmp_path, workers):
+    items = {f"8-{i:05d}": encode(picture(i, 8)) for i in range(40)}
+    data = open_dataset(write_lmdb(tmp_path / "a.lmdb", items, 40), 8)
+    with lmdb.open(str(tmp_path / "b.lmdb"), map_size=1 << 24) as env, env.begin(write=True) as transaction:
+        for key, value in {**items, "8-00020": items["8-00020"][:40], "length": b"40"}.items():
+            transaction.put(key.encode(), value)
+    data.path = tmp_path / "b.lmdb"  # as if the disk had failed after opening
+    batches = data_loader(data, 4, InfiniteSampler(40, seed=1), workers=workers)
+    seen = 0
+    with pytest.raises(DatasetError, match="8-00020 is damaged") as caught:
+        for _ in range(10):
+            assert 20 not in next(batches)[:, 0, 0, 0]
+            seen += 4
+    assert "\n" not in str(caught.value)
+    assert batches.sampler.position == seen
+    batches.close()
+
+
+# -- folder --------------------------------------------------------------------------------------------------------
+
+
+def test_folder(tmp_path):
+    for i in range(5):
+        path = tmp_path / f"{i % 2}" / f"ü 中文 {i}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture(i, 20).save(path)
+    data = open_dataset(tmp_path, 8)
+    assert isinstance(data, FolderDataset) and len(data) == 5 and not data.skipped
+    assert data.names == [f"0/ü 中文 {i}.png" for i in (0, 2, 4)] + [f"1/ü 中文 {i}.png" for i in (1, 3)]
+    assert data[1].shape == (3, 8, 8) and data[1][:, 0, 0].tolist() == [2, 4, 20]
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no")
+    assert "holds no images" in refused(tmp_path / "empty")
+
+
+def test_folder_leaves_out_and_lists_what_is_no_image(tmp_path):
+    picture(1, 8).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"2 of 3 image files are left out: .*empty\.jpg.*text\.png"):
+        data = open_dataset(tmp_path, 8)
+    assert data.names == ["good.png"] and len(data.skipped) == 2
+    (tmp_path / "good.png").unlink()
+    assert "none of its 2 image files" in refused(tmp_path)
+
+
+def test_folder_names_the_damaged_file(tmp_path):
+    noise = np.random.RandomState(0).randint(0, 256, (128, 128, 3), np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    folder = open_dataset(tmp_path, 8)  # its header is sound
+    with pytest.raises(DatasetError, match=r"cut\.jpg cannot be read as an image.*prepare_data\.py"):
+        folder[0]
+
+
+# -- processes -----------------------------------------------------------------------------------------------------
+
+
+def read_in_child(data, index, queue):
+    queue.put(data[index].numpy())
+
+
+@pytest.mark.parametrize(("method", "opened_before"), [("fork", False), ("fork", True), ("spawn", True)])
+def test_workers_of_either_kind(store, method, opened_before):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this platform cannot {method}")
+    data = open_dataset(store, 8)
+    expected = torch.stack([data[i] for i in range(7)]) if opened_before else None
+    sampler = InfiniteSampler(7, seed=3)
+    batches = data_loader(data, 7, sampler, workers=2, start_method=method)
+    first = next(batches)
+    batches.close()
+    expected = torch.stack([data[i] for i in range(7)]) if expected is None else expected
+    assert torch.equal(first, expected[list(itertools.islice(InfiniteSampler(7, seed=3), 7))])
+    assert torch.equal(data[2], expected[2])  # this process still reads
+
+
+def test_handle_does_not_travel(store):
+    data = open_dataset(store, 8)
+    data[0]
+    copy = pickle.loads(pickle.dumps(data))
+    assert copy._store is None and torch.equal(copy[3], data[3])
+
+
+def test_fork_with_a_handle_open_opens_anew(store):
+    if not hasattr(os, "fork"):
+        pytest.skip("this platform cannot fork")
+    data, other = open_dataset(store, 8), open_dataset(store, 16)
+    before, handle = data[4], data._store
+    assert other[0] is not None and other._store is handle  # shared: py-lmdb opens a file once per process
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    children = [context.Process(target=read_in_child, args=(data, 4, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    found = [queue.get() for _ in children]
+    for child in children:
+        child.join()
+        assert child.exitcode == 0
+    assert all(np.array_equal(f, before) for f in found)
+    assert torch.equal(data[4], before) and data._store is handle
+
+
+def test_the_last_reader_closes_the_store(store):
+    data = open_dataset(store, 8)
+    data[0]
+    assert len(common.store._open_stores) == 1
+    del data
+    assert len(common.store._open_stores) == 0
+
+
+# -- order ---------------------------------------------------------------------------------------------------------
+
+
+def take(sampler, n):
+    return list(itertools.islice(sampler, n))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_ranks_together_see_every_image_once_per_epoch(n, world_size):
+    ranks = [take(InfiniteSampler(n, rank=r, world_size=world_size, seed=5), 3 * n) for r in range(world_size)]
+    dealt = [index for step in zip(*ranks, strict=True) for index in step]  # in global order
+    alone = take(InfiniteSampler(n, seed=5), len(dealt))
+    assert dealt == alone
+    for epoch in range(len(dealt) // n):
+        assert sorted(dealt[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_epochs_and_seeds_differ():
+    order = take(InfiniteSampler(50, seed=0), 100)
+    assert order[:50] != order[50:]
+    assert order[:50] != take(InfiniteSampler(50, seed=1), 50)
+    assert order == take(InfiniteSampler(50, seed=0), 100)
+
+
+def test_order_is_frozen():
+    # a checkpoint of today resumes alike tomorrow
+    assert take(InfiniteSampler(8, seed=7), 10) == [1, 7, 5, 6, 4, 3, 2, 0, 6, 7]
+
+
+@pytest.mark.parametrize("position", [0, 4, 7, 8, 23])
+def test_resumes_at_the_place(position):
+    for rank in range(2):
+        whole = take(InfiniteSampler(7, rank=rank, world_size=2, seed=1), 40)
+        sampler = InfiniteSampler(7, rank=rank, world_size=2, seed=9)
+        sampler.load({"position": 2 * position, "seed": 1, "n": 7})
+        assert take(sampler, 10) == whole[position : position + 10]
+
+
+def test_iterating_does_not_move_the_state():
+    sampler = InfiniteSampler(7, world_size=2, seed=1)
+    take(sampler, 9)
+    assert sampler.state() == {"position": 0, "seed": 1, "n": 7}
+    sampler.advance(6)
+    assert sampler.state()["position"] == 6
+
+
+def test_changed_data_set_warns_and_nonsense_is_refused():
+    with pytest.warns(UserWarning, match="had 9 images and has 7 now"):
+        InfiniteSampler(7).load({"position": 3, "seed": 0, "n": 9})
+    with pytest.raises(ValueError, match="at least one image"):
+        InfiniteSampler(0)
+    with pytest.raises(ValueError, match="rank 2"):
+        InfiniteSampler(5, rank=2, world_size=2)
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_resumes_exactly_in_spite_of_prefetching(store, workers):
+    data = open_dataset(store, 8)
+
+    def stream(state=None):
+        sampler = InfiniteSampler(len(data), rank=1, world_size=2, seed=4)
+        if state:
+            sampler.load(state)
+        return data_loader(data, 3, sampler, workers=workers, prefetch=3)
+
+    batches = stream()
+    whole = [next(batches) for _ in range(6)]
+    assert batches.sampler.position == 6 * 3 * 2
+    batches.close()
+    batches = stream()
+    for _ in range(2):
+        next(batches)
+    state = batches.sampler.state()
+    batches.close()
+    batches = stream(state)
+    assert all(torch.equal(next(batches), expected) for expected in whole[2:])
+    batches.close()
+
+
+@pytest.mark.parametrize("batch", [1, 8, 20])
+def test_batch_larger_than_the_data_set_wraps(store, batch):
+    data = open_dataset(store, 8)
+    images = next(data_loader(data, batch, InfiniteSampler(7, seed=2), workers=0))
+    assert images.shape == (batch, 3, 8, 8) and images.dtype == torch.uint8
+    assert len(images[:, 0, 0, 0].unique()) == min(batch, 7)
+
+
+def test_folder_streams_too(face_folder):
+    data = open_dataset(face_folder, 16)
+    batches = data_loader(data, 4, InfiniteSampler(len(data)), workers=1)
+    assert next(batches).shape == (4, 3, 16, 16)
+    batches.close()
+
+
+def test_global_random_state_is_left_alone(store):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    batches = data_loader(open_dataset(store, 8), 2, InfiniteSampler(7), workers=1)
+    next(batches)
+    batches.close()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_cuda_batches_are_copied_from_pinned_memory(store):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    data = open_dataset(store, 8)
+    batches = data_loader(data, 4, InfiniteSampler(7, seed=2), workers=1, device="cuda")
+    images = next(batches)
+    assert images.is_cuda
+    assert torch.equal(images.cpu(), next(data_loader(data, 4, InfiniteSampler(7, seed=2), workers=0)))
+    batches.close()
+
+
+def test_module_names():
+    assert dataset.DatasetError is DatasetError

@@ -1,0 +1,158 @@
+"""common/distributed.py: one process, two processes over gloo, and a rank that does not come."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import distributed
+from common.cli import ArgumentParser
+
+WORKER = """
+import time, torch
+from common import distributed as d
+here = d.setup("cpu", timeout=60)
+assert (here.world_size, here.backend, here.is_main) == (2, "gloo", here.rank == 0)
+
+gradients = [torch.full((2, 3), float(here.rank)), torch.tensor(10.0 * here.rank), torch.empty(0),
+             torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last) * here.rank,
+             torch.full((3,), here.rank, dtype=torch.float64)]
+d.all_reduce_mean(gradients)
+assert torch.equal(gradients[0], torch.full((2, 3), 0.5)) and gradients[1] == 5
+assert torch.equal(gradients[3], torch.arange(24.0).view(1, 2, 3, 4) / 2)
+assert gradients[4].dtype == torch.float64 and gradients[4].tolist() == [0.5] * 3
+weight = torch.nn.Parameter(torch.tensor([float(here.rank)]))
+d.all_reduce_mean([weight])
+assert weight.item() == 0.5
+
+assert d.gather_list({"rank": here.rank}) == [{"rank": 0}, {"rank": 1}]
+assert d.broadcast_object(f"from {here.rank}") == "from 0"
+assert d.broadcast_object(f"from {here.rank}", source=1) == "from 1"
+d.barrier()
+if here.is_main:
+    try:
+        d.barrier(timeout=0.5)
+    except d.DistributedError as error:
+        print(error)
+else:
+    time.sleep(1.5)
+d.shutdown()
+d.shutdown()
+print("done", here.rank)
+"""
+
+
+def launch(program, world_size, **environment):
+    """Output of `world_size` processes that run `program`, as the launchers start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                   "WORLD_SIZE": str(world_size), **environment}  # fmt: skip
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(distributed.__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for rank in range(world_size)
+    ]
+    try:
+        results = [worker.communicate(timeout=120) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0] * world_size, results
+    return [output for output, _ in results]
+
+
+def test_two_processes():
+    first, second = launch(WORKER, 2)
+    assert "rank 0 of 2: barrier failed" in first and "Rank 1" in first and first.endswith("done 0\n")
+    assert second == "done 1\n"
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_alone(alone):
+    here = distributed.setup("cpu")
+    assert (here.rank, here.world_size, here.backend, here.is_main) == (0, 1, None, True)
+    assert here.device == torch.device("cpu") and not torch.distributed.is_initialized()
+    tensor = torch.ones(3)
+    distributed.all_reduce_mean([tensor])
+    distributed.barrier()
+    distributed.shutdown()
+    assert tensor.tolist() == [1, 1, 1]
+    assert distributed.gather_list("a") == ["a"] and distributed.broadcast_object("a") == "a"
+
+
+def test_one_process_under_a_launcher(alone, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.setup("cpu").backend is None and not torch.distributed.is_initialized()
+
+
+def test_bad_environment(alone, monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ValueError, match="RANK='first'"):
+        distributed.setup("cpu")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--local_rank=1"], ["--local-rank", "1"]])
+def test_flags(arguments):
+    parser = ArgumentParser()
+    distributed.add_device_flags(parser)
+    assert parser.parse_args(arguments).device == "auto"
+
+
+def test_resolve_device(monkeypatch):
+    assert distributed.resolve_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "cuda:", "cuda:x", "cpu:1", "mps:0", ""):
+        with pytest.raises(ValueError, match="expected auto"):
+            distributed.resolve_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert distributed.resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="sees 0 CUDA devices"):
+        distributed.resolve_device("cuda")
+    with pytest.raises(ValueError, match="Metal"):
+        distributed.resolve_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert distributed.resolve_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.resolve_device("auto") == torch.device("cuda")
+    assert distributed.resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="cuda:2: .* sees 2 CUDA devices"):
+        distributed.resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("n_items", [0, 1, 7, 8, 1000])
+@pytest.mark.parametrize("world_size", [1, 3, 8])
+def test_shard(n_items, world_size):
+    shards = [distributed.shard(n_items, rank, world_size) for rank in range(world_size)]
+    assert [index for part in shards for index in part] == list(range(n_items))
+    sizes = [len(part) for part in shards]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_seed_everything():
+    def draw(seed, rank=0):
+        distributed.seed_everything(seed, rank)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    assert draw(1) == draw(1)
+    assert len({draw(1), draw(2), draw(1, rank=1), draw(2**32 - 1, rank=1)}) == 4

@@ -1,0 +1,118 @@
+"""common/runs.py: the run folder, its log after a crash and after a resume, and other ranks that stay silent."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.runs import Run, format_duration, read_log, to_plain, truncate_log
+
+
+def steps(path):
+    return [record["step"] for record in read_log(path)]
+
+
+def test_folder_and_options(tmp_path):
+    folder = tmp_path / "runs" / "erster Lauf ü"
+    with Run(folder, argparse.Namespace(size=32, path=Path("x/ü"), lr=0.002), use_tensorboard=False) as run:
+        assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
+            "checkpoint", "sample", "similarity", "tensorboard_log"]  # fmt: skip
+        assert run.path("sample", "deep", "0.png").parent.is_dir()
+        run.write_json("result.json", {"fid": math.nan, "n": torch.tensor(3)})
+    written = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    assert written["options"] == {"size": 32, "path": "x/ü", "lr": 0.002}
+    assert written["command"][1:] == sys.argv and written["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert json.loads((folder / "result.json").read_text()) == {"fid": None, "n": 3}
+
+
+def test_earlier_options_are_kept(tmp_path):
+    for size in (1, 2, 3):
+        Run(tmp_path, {"size": size}, use_tensorboard=False).close()
+    sizes = [json.loads((tmp_path / f"options{n}.json").read_text())["options"]["size"] for n in ("", "-1", "-2")]
+    assert sizes == [3, 1, 2]
+
+
+def test_log(tmp_path):
+    with Run(tmp_path, {}, use_tensorboard=False) as run:
+        run.log(0, "Loss", d=torch.tensor(1.5), g=math.inf, note="ok")
+        run.log(1, "Path", **{"mean path": 2})
+        assert steps(tmp_path / "log.jsonl") == [0, 1]  # readable while the run goes on
+    first, second = read_log(tmp_path / "log.jsonl")
+    assert (first["group"], first["d"], first["g"], first["note"]) == ("Loss", 1.5, None, "ok")
+    assert second["mean path"] == 2 and second["time"] >= first["time"]
+
+
+def test_torn_last_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    with Run(tmp_path, {}, use_tensorboard=False) as run:
+        for step in range(3):
+            run.log(step, "Loss", d=1.0)
+    whole = log.read_bytes()
+    for torn in (b'{"step": 3, "ti', b"\0\0\0\n"):  # killed while writing; power cut
+        log.write_bytes(whole + torn)
+        assert steps(log) == [0, 1, 2]
+        with Run(tmp_path, {}, use_tensorboard=False) as run:
+            run.log(3, "Loss", d=1.0)
+        assert steps(log) == [0, 1, 2, 3]
+
+
+def test_damage_in_the_middle_is_an_error(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0}\n{"ste\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: not JSON"):
+        read_log(log)
+    with pytest.raises(FileNotFoundError):
+        read_log(tmp_path / "absent.jsonl")
+
+
+def test_truncate_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 0}\n{"note": "ü"}\n{"step": 1}\n{"step": 2}\n{"step": 1}\n', encoding="utf-8")
+    truncate_log(log, 1)
+    assert [record.get("step") for record in read_log(log)] == [0, None]
+
+
+def test_resume_repeats_no_step(tmp_path):
+    for first, last, resume_step in ((0, 15, None), (10, 20, 10)):
+        with Run(tmp_path, {}, use_tensorboard=False, resume_step=resume_step) as run:
+            for step in range(first, last):
+                run.log(step, "Loss", d=float(step))
+    assert steps(tmp_path / "log.jsonl") == list(range(20))
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for steps, resume_step in (((0, 1, 2), None), ((1, 2, 3), 1)):
+        with Run(tmp_path, {}, resume_step=resume_step) as run:
+            for step in steps:
+                run.log(step, "Loss", d=float(step), g=math.nan, note="text")
+    board = EventAccumulator(str(tmp_path / "tensorboard_log"))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["Loss/d"]
+    assert [event.step for event in board.Scalars("Loss/d")] == [0, 1, 2, 3]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Run(tmp_path / "run", {}, main=False) as run:
+        run.log(0, "Loss", d=1.0)
+        run.write_json("a.json", {})
+        assert run.path("sample", "a.png") == tmp_path / "run" / "sample" / "a.png"
+    assert not (tmp_path / "run").exists()
+
+
+def test_to_plain():
+    assert to_plain({1: (torch.ones(2), {"a"}, range(2), Path("p"), True)}) == {"1": [[1, 1], ["a"], [0, 1], "p", True]}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (185, "3m 05s"), (7383, "2h 03m"), (93600, "1d 02h"), (-1, "0s"),
+     (math.inf, "?"), (math.nan, "?")],
+)  # fmt: skip
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text

@@ -1,0 +1,398 @@
+"""Train StyleGAN2 with the W++ (transformer) or W (MLP) mapping network on an LMDB or a folder of square faces.
+
+One process or many: alone, under torchrun, or under torch.distributed.launch; --batch counts images per process.
+The run folder (--exp_name) receives options.json, log.jsonl, TensorBoard events, sample grids, attention maps and
+checkpoints; a run that was stopped at any moment goes on with --resume auto as if it had not been.
+
+    python train.py --path faces.lmdb --size 64 --exp_name runs/faces --channel_max 128 --augment
+    torchrun --nproc_per_node 8 train.py --path ffhq.lmdb --exp_name runs/ffhq --batch 8 --n_sample 64
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_safetensors,
+)
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
+from common.images import make_heatmap, save_grid, save_image
+from common.runs import Run, format_duration
+from dataset import InfiniteSampler, data_loader, open_dataset
+from model import GeneratorConfig, generator_state
+from training import DTYPES, Trainer, TrainSettings
+
+ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+
+    data = parser.add_argument_group("data and run folder")
+    data.add_argument("path_positional", nargs="?", metavar="PATH", help="LMDB or folder of images (same as --path)")
+    data.add_argument("--path", help="LMDB made by prepare_data.py, or a folder of images")
+    data.add_argument("--exp_name", default="test", help="run folder; everything is written below it")
+    data.add_argument("--workers", type=int, default=2, help="loader processes (0: decode in the training process)")
+
+    data.add_argument("--resume", metavar="auto|PATH",
+                      help="continue a run; auto: from the newest checkpoint of the run folder, if any")  # fmt: skip
+    data.add_argument("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
+    data.add_argument("--init_from", help="start a new run from these weights (checkpoint or .safetensors): transfer")
+
+    net = parser.add_argument_group("networks")
+    net.add_argument("--size", type=int, default=256, help="image size in pixels, a power of two")
+    net.add_argument("--w_space", action="store_true", help="train the W baseline (MLP mapping) instead of W++")
+    net.add_argument("--style_dim", type=int, default=512, help="width of z and w")
+    net.add_argument("--n_mlp", type=int, default=8, help="mapping layers (W) or transformer blocks (W++)")
+    net.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
+    net.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
+
+    loss = parser.add_argument_group("optimisation")
+    loss.add_argument("--iter", type=int, default=800_000, help="training steps in all")
+    loss.add_argument("--batch", type=int, default=16, help="images per step and process")
+    loss.add_argument("--micro_batch", default="0", metavar="N|auto",
+                      help="images per forward pass, gradients are accumulated; 0: the whole batch; "
+                           "auto: halve until a step fits in memory")  # fmt: skip
+    loss.add_argument("--lr", type=float, default=0.002, help="Adam learning rate before the lazy-regularisation ratio")
+    loss.add_argument("--r1", type=float, default=10, help="weight of the R1 penalty; 0: none")
+    loss.add_argument("--path_regularize", type=float, default=2, help="weight of path length regularisation; 0: none")
+    loss.add_argument("--path_batch_shrink", type=int, default=2, help="batch divisor for path length regularisation")
+    loss.add_argument("--d_reg_every", type=int, default=16, help="steps between R1 penalties")
+    loss.add_argument("--g_reg_every", type=int, default=4, help="steps between path length penalties")
+    loss.add_argument("--mixing", type=float, default=0.9, help="probability of style mixing (W only)")
+    loss.add_argument("--augment", action="store_true", help="adaptive discriminator augmentation (for small sets)")
+    loss.add_argument("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")
+    loss.add_argument("--ada_target", type=float, default=0.6, help="target of E[sign(D(real))] for adaptive p")
+    loss.add_argument("--ada_length", type=int, default=500_000, help="images in which p may go from 0 to 1")
+    loss.add_argument("--precision", choices=sorted(DTYPES), default="fp32",
+                      help="of the convolutions; mapping, regularisers and losses stay in fp32")  # fmt: skip
+    loss.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
+    loss.add_argument("--on_nan", choices=("stop", "rollback"), default="stop",
+                      help="a loss is not finite: stop, or go on from the last checkpoint with fresh draws")  # fmt: skip
+
+    out = parser.add_argument_group("output")
+    out.add_argument("--n_sample", type=int, default=64, help="images in a sample grid")
+    out.add_argument("--sample_every", type=int, default=500, help="steps between sample grids and attention maps")
+    out.add_argument("--save_every", type=int, default=10_000, help="steps between checkpoints")
+    out.add_argument("--keep", type=int, default=3,
+                     help="full checkpoints kept, older ones shrink to the EMA generator (.safetensors); 0: all")  # fmt: skip
+    out.add_argument("--log_every", type=int, default=50, help="steps between log lines")
+    out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
+    add_device_flags(parser)
+    add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From flags to plain objects
+
+
+def read_options(args) -> tuple[GeneratorConfig, TrainSettings]:
+    """Model config and settings from the flags. Raises UsageError or ValueError for flags that exclude each other."""
+    args.path = args.path or args.path_positional
+    if not args.path:
+        raise UsageError("which faces? pass an LMDB or folder as --path PATH")
+    given = [flag for flag in ("resume", "ckpt", "init_from") if getattr(args, flag)]
+    if len(given) > 1:
+        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
+    args.resume = args.resume or args.ckpt
+    for name in ("iter", "n_sample", "sample_every", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    config = GeneratorConfig(
+        size=args.size, style_dim=args.style_dim, n_mlp=args.n_mlp, w_space=args.w_space,
+        channel_multiplier=args.channel_multiplier, channel_max=args.channel_max,
+    )  # fmt: skip
+    names = TrainSettings.__dataclass_fields__
+    values = {name: getattr(args, name) for name in names if name != "micro_batch"}
+    micro = 0 if args.micro_batch == "auto" else int(args.micro_batch)
+    return config, TrainSettings(**values, micro_batch=micro)
+
+
+def find_start(args, config) -> tuple[dict | None, Path | None]:
+    """The state to continue from, with its file; (None, None) for a new run. Refuses to overwrite an earlier run."""
+    folder = Path(args.exp_name) / "checkpoint"
+    newest = latest_checkpoint(folder) if folder.is_dir() else None
+    if args.resume and args.resume != "auto":
+        path = Path(args.resume)
+        state = load_checkpoint(path)
+    elif newest is not None and args.resume == "auto":
+        path, state = newest, load_checkpoint(newest)
+    elif newest is not None:
+        raise UserError(f"{args.exp_name} already holds a run ({newest.name}): --resume auto continues it, "
+                        "another --exp_name starts a new one")  # fmt: skip
+    else:
+        return None, None
+    if "step" not in state and (digits := re.findall(r"\d+", path.stem)):
+        state["step"] = int(digits[-1])  # rosinality and TransStyleGAN tell the step in the file name only
+    require_same_architecture(config, state.get("config"), path)
+    return state, path
+
+
+def require_same_architecture(config: GeneratorConfig, stored: dict | None, path) -> None:
+    if stored is None:
+        return
+    own = config.to_dict()
+    differing = [f"--{name} {own[name]} here, {stored[name]} in the file" for name in own
+                 if stored.get(name, own[name]) != own[name]]  # fmt: skip
+    if differing:
+        raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
+
+
+def init_from(trainer: Trainer, path: str) -> None:
+    """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew."""
+    state, config = generator_state(path)
+    require_same_architecture(trainer.config, config.to_dict(), path)
+    checkpoint = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    trainer.load_networks(checkpoint, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run writes
+
+
+class Outputs:
+    """Writes samples, attention maps and checkpoints of a trainer into its run folder (rank 0)."""
+
+    def __init__(self, run: Run, trainer: Trainer, args):
+        self.run, self.trainer, self.keep = run, trainer, args.keep
+        self.micro = min(args.n_sample, trainer.settings.micro_batch or args.batch)  # never more than training fits
+        draw = torch.Generator().manual_seed(args.seed)
+        self.z = trainer.g.draw_z(args.n_sample, draw)
+
+    @torch.no_grad()
+    def sample(self):
+        """Grid of the EMA generator on fixed latents and noise maps; attention maps, one figure, for W++."""
+        trainer, name = self.trainer, f"{self.trainer.step:06d}.png"
+        z = self.z.to(trainer.place.device)
+        images = [trainer.g_ema(chunk, randomize_noise=False)[0].cpu() for chunk in z.split(self.micro)]
+        save_grid(torch.cat(images), self.run.path("sample", name), nrow=math.ceil(len(z) ** 0.5))
+        if not trainer.config.w_space:
+            maps = trainer.g_ema.get_similarity(z[: self.micro]).cpu()  # [layers, heads, T, T]
+            titles = [f"block {b + 1} head {h + 1}" for b in range(maps.shape[0]) for h in range(maps.shape[1])]
+            figure = make_heatmap(maps.flatten(0, 1), titles, nrow=maps.shape[1])
+            save_image(figure, self.run.path("similarity", name))
+
+    def save(self, state: dict):
+        """Write checkpoint/{step}.pt, then reduce checkpoints beyond --keep to their EMA generator."""
+        save_checkpoint(self.run.path("checkpoint", f"{state['step']:06d}.pt"), state)
+        if self.keep:
+            full = sorted(self.run.path("checkpoint").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+            for path in full[: -self.keep]:
+                export_ema(load_checkpoint(path), path.with_suffix(".safetensors"))
+                path.unlink()
+
+
+def export_ema(state: dict, path: Path) -> None:
+    """The EMA generator of a training state as .safetensors, its config and step in the header."""
+    weights = state["g_ema"]
+    metadata = {"config": state["config"], "step": state["step"], "fingerprint": fingerprint(weights)}
+    save_safetensors(path, weights, metadata)
+
+
+class Progress:
+    """Speed, data wait, memory and time left, for the log."""
+
+    def __init__(self, trainer: Trainer, total: int, images_per_step: int):
+        self.trainer, self.total, self.images_per_step = trainer, total, images_per_step
+        self.begin = self.tick = time.perf_counter()
+        self.tick_step = trainer.step
+        self.waited = 0.0
+
+    def read(self) -> dict:
+        now, step = time.perf_counter(), self.trainer.step
+        seconds, steps = now - self.tick, max(1, step - self.tick_step)
+        speed = steps * self.images_per_step / seconds
+        values = {
+            "images_per_s": round(speed, 2), "s_per_kimg": round(1000 / speed, 2),
+            "data_wait": round(self.waited / seconds, 4), "peak_memory_mb": peak_memory(self.trainer.place.device),
+            "kimg": round(step * self.images_per_step / 1000, 3), "eta_s": round((self.total - step) * seconds / steps),
+        }  # fmt: skip
+        self.tick, self.tick_step, self.waited = now, step, 0.0
+        return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """MiB: of the GPU's allocator, elsewhere of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> 20 if sys.platform == "darwin" else peak >> 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class StopSignal:
+    """SIGTERM and the first Ctrl-C ask for an orderly end: finish the step, write a checkpoint. A second one kills."""
+
+    def __init__(self):
+        self.raised = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame):
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True
+
+
+def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal) -> None:
+    """Steps trainer.step .. args.iter - 1 with logs, samples and checkpoints at their intervals."""
+    place, total = trainer.place, args.iter
+    outputs = Outputs(run, trainer, args) if place.is_main else None
+    options = dict(vars(args))
+    progress = Progress(trainer, total, args.batch * place.world_size)
+    bar = tqdm(total=total, initial=trainer.step, disable=not place.is_main, unit="step", dynamic_ncols=True)
+    rollbacks, saved = 0, -1
+
+    def save():
+        nonlocal saved
+        state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}
+        if place.is_main:
+            outputs.save(state)
+        saved = trainer.step
+        barrier()
+
+    if trainer.step == 0:  # a path that cannot be written shows now, not after hours
+        if place.is_main:
+            outputs.sample()
+        save()
+    while trainer.step < total:
+        asked = time.perf_counter()
+        images = next(batches)
+        progress.waited += time.perf_counter() - asked
+        trainer.train_step(images)
+        bar.update()
+
+        step = trainer.step
+        last = step == total
+        due = {what: last or step % every == 0 for what, every in
+               (("log", args.log_every), ("sample", args.sample_every), ("save", args.save_every))}  # fmt: skip
+        if place.world_size == 1:
+            ending = stop.raised
+        else:
+            ending = due["log"] and any(gather_list(stop.raised))
+        if due["log"] or due["save"] or ending:
+            metrics = trainer.read_metrics()
+            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+            if bad:
+                rollbacks += 1
+                roll_back(trainer, sampler, batches, run, args, bad, rollbacks)
+                bar.n = trainer.step
+                continue
+            if place.is_main:
+                write_log(run, trainer, metrics, progress.read(), bar)
+        if due["sample"] and place.is_main:
+            outputs.sample()
+        if due["save"] or ending:
+            save()
+        if ending and not last:
+            bar.close()
+            raise UserError(f"stopped at step {step}, checkpoint written: --resume auto goes on")
+    bar.close()
+    if saved != trainer.step:
+        save()
+
+
+def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> None:
+    step = trainer.step
+    loss = {name: metrics[name] for name in ("d", "g", "r1") if name in metrics}
+    run.log(step, "Loss", **loss)
+    if "path" in metrics:
+        mean = float(trainer.mean_path_length)
+        run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
+    run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
+    if trainer.settings.augment:
+        run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
+    run.log(step, "Speed", **speed)
+    bar.set_postfix_str(f"d {metrics['d']:.3f} g {metrics['g']:.3f}, {speed['images_per_s']} img/s, "
+                        f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}")  # fmt: skip
+
+
+def roll_back(trainer, sampler, batches, run, args, bad, count) -> None:
+    """A loss is not finite: end the run before any checkpoint is overwritten, or go on from the last good one."""
+    names = ", ".join(bad)
+    if args.on_nan == "stop" or count > ROLLBACKS:
+        hint = "" if args.on_nan == "rollback" else "; --on_nan rollback --resume auto goes on from the last checkpoint"
+        raise UserError(f"the loss {names} is not finite at step {trainer.step}{hint}")
+    path = latest_checkpoint(run.path("checkpoint"))
+    state = load_checkpoint(path)
+    trainer.load_state_dict(state, path)
+    trainer.salt += count
+    sampler.load(state["sampler"])
+    batches.restart()
+    run.log(trainer.step, "Rollback", loss=names, checkpoint=path.name)
+
+
+def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:
+    """Halve the micro-batch until the four phases of a step fit in memory (--micro_batch auto); weights stay put."""
+    from dataclasses import replace
+
+    size = trainer.settings.batch
+    while True:
+        trainer.settings = replace(trainer.settings, micro_batch=size)
+        try:
+            trainer.rehearse(images)
+            return trainer
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise UserError("a single image does not fit in memory: lower --size or --channel_max") from None
+            size = max(s for s in range(1, size) if trainer.settings.batch % s == 0)
+            torch.cuda.empty_cache()
+
+
+def main(args) -> int:
+    config, settings = read_options(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    place: Distributed = setup(args.device)
+    try:
+        dataset = open_dataset(args.path, config.size)
+        state, source = find_start(args, config)
+        trainer = Trainer(config, settings, place)
+        sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed)
+        if state is not None:
+            trainer.load_state_dict(state, source)
+            if "sampler" in state:
+                sampler.load(state["sampler"])
+        elif args.init_from:
+            init_from(trainer, args.init_from)
+        barrier()  # no rank writes before every rank has looked at the folder
+        run_folder = Run(args.exp_name, args, main=place.is_main, resume_step=trainer.step + 1 if state else None)
+        batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=place.device)
+        with run_folder as opened:
+            if args.micro_batch == "auto":
+                fit_micro_batch(trainer, next(batches))
+                sampler.advance(-args.batch * place.world_size)
+                batches.restart()
+            if place.is_main:
+                start = f"continuing {source}" if state else "a new run"
+                print(f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
+                      f"step {trainer.step} of {args.iter}, batch {args.batch} x {place.world_size} "
+                      f"on {place.device}")  # fmt: skip
+            train(trainer, batches, sampler, opened, args, StopSignal())
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,304 @@
+"""The GAN game: the four phases of a training step, their optimisers, averages and state.
+
+Non-saturating logistic loss with lazy R1 and lazy path-length regularisation (Karras et al. 2020, arXiv 1912.04958,
+sections 3.1 and 3.2), the regularisers in float32. `train.py` is the command line around `Trainer`.
+
+Every random number of a step is drawn from (seed, step, phase, micro-batch): nothing about random state needs saving,
+a resumed run repeats the uninterrupted one, and R processes draw what one process draws over R micro-batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from augment import AdaptiveAugment
+from common.checkpoint import CheckpointError
+from common.distributed import Distributed, all_reduce_mean
+from model import Discriminator, Generator, GeneratorConfig, load_strictly
+
+EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant
+PATH_DECAY = 0.01
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PHASES = ("d", "r1", "g", "path")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the game depends on; the names are train.py's flags. Raises ValueError for what cannot work."""
+
+    batch: int = 16  # per process
+    micro_batch: int = 0  # images per forward pass; 0: the whole batch
+    lr: float = 0.002
+    r1: float = 10.0
+    path_regularize: float = 2.0
+    path_batch_shrink: int = 2
+    d_reg_every: int = 16
+    g_reg_every: int = 4
+    mixing: float = 0.9  # W only: W++ has one z per token already
+    augment: bool = False
+    augment_p: float = 0.0  # 0: adaptive; else fixed
+    ada_target: float = 0.6
+    ada_length: int = 500_000
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+        if self.micro_batch and self.batch % self.micro_batch:
+            raise ValueError(f"--micro_batch {self.micro_batch} must divide --batch {self.batch}")
+
+    @property
+    def n_micro(self) -> int:
+        return self.batch // self.micro_batch if self.micro_batch else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def d_logistic_loss(real_logits, fake_logits):
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def g_nonsaturating_loss(fake_logits):
+    return F.softplus(-fake_logits).mean()
+
+
+def r1_penalty(real_logits, real):
+    """Mean squared gradient norm of the logits at the real images (Mescheder et al. 2018, arXiv 1801.04406)."""
+    (grad,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    return grad.square().sum((1, 2, 3)).mean()
+
+
+def path_lengths(images, latents):
+    """|J^T y| per image, [N]: y ~ N(0, 1/pixels), RMS over tokens of the codes [N, L, C] (arXiv 1912.04958, 3.2)."""
+    noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
+    (grad,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
+    return grad.square().sum(2).mean(1).sqrt()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainer
+
+
+class Trainer:
+    """Generator, its moving average, discriminator and optimisers on one device; `train_step` plays one round."""
+
+    def __init__(self, config: GeneratorConfig, settings: TrainSettings, place: Distributed):
+        self.config, self.settings, self.place = config, settings, place
+        torch.manual_seed(settings.seed)  # all ranks start from the same weights
+        self.g = Generator(config).to(place.device)
+        self.d = Discriminator(config).to(place.device)
+        self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
+        self.ada = AdaptiveAugment(
+            settings.augment_p, None if settings.augment_p else settings.ada_target, settings.ada_length,
+            device=place.device,
+        )  # fmt: skip
+        self.g_optim = self._adam(self.g, settings.g_reg_every)
+        self.d_optim = self._adam(self.d, settings.d_reg_every)
+        self.dtype = DTYPES[settings.precision]
+        self.mean_path_length = torch.zeros((), device=place.device)
+        self.step = 0
+        self.salt = 0  # raised by a rollback, so that the same numbers are not drawn again
+        self._average = get_ema_multi_avg_fn(EMA_DECAY)
+        self._path_means: list[torch.Tensor] = []  # of this step's micro-batches
+        self._sums: dict[str, list] = {}  # metrics since the last log tick, on the device
+
+    def _adam(self, network, reg_every):
+        """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
+        ratio = reg_every / (reg_every + 1)
+        fused = self.place.device.type in ("cuda", "cpu")
+        return torch.optim.Adam(
+            network.parameters(), lr=self.settings.lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused
+        )
+
+    # -- one round ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, images: torch.Tensor) -> None:
+        """One step on this process's uint8 batch [B, 3, S, S]: D, every d_reg_every R1, G, every g_reg_every path."""
+        settings = self.settings
+        self._optimise(self.d_optim, self.d, self.d_phase, images, "d")
+        if settings.r1 and self.step % settings.d_reg_every == 0:
+            self._optimise(self.d_optim, self.d, self.r1_phase, images, "r1")
+        self._optimise(self.g_optim, self.g, self.g_phase, images, "g")
+        if settings.path_regularize and self.step % settings.g_reg_every == 0:
+            self._path_means = []
+            self._optimise(self.g_optim, self.g, self.path_phase, images, "path")
+            self.mean_path_length = torch.stack(self._path_means).mean()
+            all_reduce_mean([self.mean_path_length])
+        if settings.augment:
+            self.ada.update(all_reduce=torch.distributed.all_reduce if self.place.world_size > 1 else None)
+        self.average()
+        self.step += 1
+
+    def _optimise(self, optimiser, network, phase, images, name):
+        self.g.requires_grad_(network is self.g)
+        self.d.requires_grad_(network is self.d)
+        self.accumulate_gradients(phase, images, name)
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        all_reduce_mean(gradients)
+        if self.dtype == torch.float16:  # overflow in one image must not end the run (stylegan2-ada-pytorch does this)
+            for gradient in gradients:
+                gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    def accumulate_gradients(self, phase, images, name):
+        """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
+        n_micro = self.settings.n_micro
+        for k, micro in enumerate(images.chunk(n_micro)):
+            self._seed(name, self.place.rank * n_micro + k)
+            phase(self.prepare(micro), 1 / n_micro)
+
+    def _seed(self, phase: str, micro_index: int):
+        entropy = [self.settings.seed, self.salt, self.step, PHASES.index(phase), micro_index]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+    def prepare(self, images):
+        """uint8 [N, 3, S, S] -> float32 in [-1, 1], each image mirrored with probability one half."""
+        images = images.to(self.place.device).float().div_(127.5).sub_(1)
+        mirror = torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
+        return torch.where(mirror, images.flip(3), images)
+
+    def synthesise(self, n, dtype):
+        """Images and codes of n fresh latents; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, 3.1)."""
+        g, config = self.g, self.config
+        z = torch.randn(n, *g.draw_z(0).shape[1:], device=self.place.device)
+        if config.w_space and torch.rand(()) < self.settings.mixing:  # a CPU number: no wait for the device
+            crossover = int(torch.randint(1, config.n_tokens, ()))
+            first, second = g.get_latent(z), g.get_latent(torch.randn_like(z))
+            codes = torch.cat((first[:, :crossover], second[:, crossover:]), 1)
+            return g(codes, input_is_latent=True, dtype=dtype)
+        return g(z, dtype=dtype)
+
+    def judge(self, images, dtype):
+        return self.d(self.ada(images) if self.settings.augment else images, dtype=dtype)
+
+    def d_phase(self, real, weight):
+        with torch.no_grad():
+            fake, _ = self.synthesise(real.shape[0], self.dtype)
+        real_logits, fake_logits = self.judge(real, self.dtype), self.judge(fake, self.dtype)
+        if self.settings.augment:
+            self.ada.accumulate(real_logits)
+        loss = d_logistic_loss(real_logits, fake_logits)
+        (loss * weight).backward()
+        self.note(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
+
+    def r1_phase(self, real, weight):
+        real = real.requires_grad_()
+        penalty = r1_penalty(self.judge(real, torch.float32), real)
+        (penalty * (self.settings.r1 / 2 * self.settings.d_reg_every * weight)).backward()
+        self.note(r1=penalty)
+
+    def g_phase(self, real, weight):
+        fake, _ = self.synthesise(real.shape[0], self.dtype)
+        loss = g_nonsaturating_loss(self.judge(fake, self.dtype))
+        (loss * weight).backward()
+        self.note(g=loss)
+
+    def path_phase(self, real, weight):
+        n = max(1, real.shape[0] // self.settings.path_batch_shrink)
+        fake, codes = self.synthesise(n, torch.float32)
+        lengths = path_lengths(fake, codes)
+        mean = torch.lerp(self.mean_path_length, lengths.mean(), PATH_DECAY)
+        penalty = (lengths - mean).square().mean()
+        (penalty * (self.settings.path_regularize * self.settings.g_reg_every * weight)).backward()
+        self._path_means.append(mean.detach())
+        self.note(path=penalty, path_length=lengths.mean())
+
+    @torch.no_grad()
+    def average(self):
+        """Moving average of the parameters; buffers (noise maps, token) are carried over as they are."""
+        self._average(list(self.g_ema.parameters()), list(self.g.parameters()), None)
+        for average, buffer in zip(self.g_ema.buffers(), self.g.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def rehearse(self, images: torch.Tensor) -> None:
+        """The backward passes of all four phases, without a trace: to see whether a micro-batch fits in memory."""
+        ada, mean = self.ada.state_dict(), self.mean_path_length
+        phases = [(self.g, self.g_phase, "g"), (self.g, self.path_phase, "path"),
+                  (self.d, self.d_phase, "d"), (self.d, self.r1_phase, "r1")]  # fmt: skip
+        try:
+            for network, phase, name in phases:
+                self.g.requires_grad_(network is self.g)
+                self.d.requires_grad_(network is self.d)
+                self.accumulate_gradients(phase, images, name)
+        finally:
+            for network in (self.g, self.d):
+                network.zero_grad(set_to_none=True)
+            self.ada.load_state_dict(ada)
+            self.mean_path_length = mean
+            self._sums.clear()
+
+    # -- metrics ------------------------------------------------------------------------------------------------------
+
+    def note(self, **values):
+        """Add up a scalar per name on the device, to be read at the next log tick."""
+        for name, value in values.items():
+            entry = self._sums.setdefault(name, [torch.zeros((), device=self.place.device), 0])
+            entry[0] += value.detach()
+            entry[1] += 1
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means over the steps since the last call and over ranks; the one place that waits for the device."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        means = torch.stack([self._sums[name][0] / self._sums[name][1] for name in names])
+        all_reduce_mean([means])
+        self._sums.clear()
+        return dict(zip(names, means.tolist(), strict=True))
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
+        reduce = torch.distributed.all_reduce if self.place.world_size > 1 else None
+        return {
+            "g": self.g.state_dict(), "d": self.d.state_dict(), "g_ema": self.g_ema.state_dict(),
+            "g_optim": self.g_optim.state_dict(), "d_optim": self.d_optim.state_dict(),
+            "config": self.config.to_dict(), "step": self.step, "salt": self.salt,
+            "mean_path_length": float(self.mean_path_length), "ada": self.ada.state_dict(reduce),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict, source="checkpoint") -> None:
+        """Continue from state_dict(), or from a rosinality or TransStyleGAN checkpoint, which lacks config and step."""
+        missing = [name for name in ("g", "d", "g_ema", "g_optim", "d_optim") if name not in state]
+        if missing:
+            raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; "
+                                  "--init_from starts a new run from its weights")  # fmt: skip
+        self.load_networks(state, source)
+        for optimiser, name in ((self.g_optim, "g_optim"), (self.d_optim, "d_optim")):
+            settings = [(group["lr"], group["betas"], group["fused"]) for group in optimiser.param_groups]
+            try:
+                optimiser.load_state_dict(state[name])
+            except ValueError as error:
+                raise CheckpointError(f"{source}: {name} belongs to another network ({error})") from None
+            for group, (lr, betas, fused) in zip(optimiser.param_groups, settings, strict=True):
+                group.update(lr=lr, betas=betas, fused=fused, foreach=None)  # the flags of this run, not of the file
+        self.step = int(state.get("step", 0))
+        self.salt = int(state.get("salt", 0))
+        self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
+        if "ada" in state:
+            keep = float(self.ada.p)
+            self.ada.load_state_dict(state["ada"], is_main=self.place.is_main)
+            if self.settings.augment_p:
+                self.ada.p.fill_(keep)
+
+    def load_networks(self, state: dict, source) -> None:
+        """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""
+        average = state.get("g_ema", state)
+        for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average), (self.d, state.get("d"))):
+            if weights is not None:
+                if isinstance(network, Generator):
+                    weights = {"token": network.token, **weights}
+                load_strictly(network, weights, source)
