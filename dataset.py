@@ -58,6 +58,7 @@ def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None 
 
 # -- LMDB ----------------------------------------------------------------------------------------------------------
 
+
 class MultiResolutionDataset(Dataset):
     """The pictures of one resolution in an LMDB; item i is uint8 [3, size, size], through `transform` if given.
 

@@ -214,7 +214,7 @@ class ToRGB(nn.Module):
         weight = style[:, :, None] * self.conv.weight[0, :, :, 0, 0].t()  # [N, C, 3]
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)  # a view in channels_last
         out = torch.bmm(pixels, weight.to(x.dtype))  # [N, HW, 3]
-        out = out.float().view(n, height, width, 3).permute(0, 3, 1, 2) + self.bias
+        out = out.to(self.bias.dtype).view(n, height, width, 3).permute(0, 3, 1, 2) + self.bias
         return out if skip is None else out + self.upsample(skip)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_safetensors
 from layers import ConstantInput, ConvLayer, EqualLinear, PixelNorm, ResBlock, StyledConv, ToRGB, TransformerBlock
 
+NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
 CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2 (reference 8.2)
 
 
@@ -134,13 +135,14 @@ class Generator(nn.Module):
     def get_latent(self, z):
         """z -> w codes [N, L, 512]. W accepts [N, 512] (one code for all layers) or [N, L, 512] (each mapped alone)."""
         config = self.config
-        if config.w_space:
-            if z.ndim == 3:
-                return self.style(z)
+        if config.w_space and z.shape[1:] == (config.style_dim,):
             return self.style(z)[:, None].expand(-1, config.n_tokens, -1)
         if z.shape[1:] != (config.n_tokens, config.style_dim):
-            raise ValueError(f"W++ at size {config.size} maps z [N, {config.n_tokens}, {config.style_dim}], "
-                             f"got {list(z.shape)}")  # fmt: skip
+            vector = f"[N, {config.style_dim}] or " if config.w_space else ""
+            raise ValueError(f"{config.space.upper()} at size {config.size} maps z {vector}"
+                             f"[N, {config.n_tokens}, {config.style_dim}], got {list(z.shape)}")  # fmt: skip
+        if config.w_space:
+            return self.style(z)
         x = self.tokens(z)
         for block in self.style[1:]:
             x = block(x)
@@ -189,7 +191,8 @@ class Generator(nn.Module):
 
     def seeded_noise(self, seeds: list[int]) -> list[torch.Tensor]:
         """Noise maps [N, 1, r, r] drawn on the CPU, each image from its own seed: the same whatever batch or device."""
-        draws = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        # Another stream than common.latents.draw_z has for the same seed, else the noise would repeat the latent
+        draws = [torch.Generator().manual_seed(int(seed) ^ NOISE_STREAM) for seed in seeds]
         sides = [self.config.noise_size(i) for i in range(self.config.n_noise)]
         maps = [torch.stack([torch.randn(1, side, side, generator=g) for g in draws]) for side in sides]
         return [m.to(self.token.device) for m in maps]
@@ -230,6 +233,11 @@ class Generator(nn.Module):
             latent = torch.lerp(truncation_latent.to(latent), latent, truncation)
         if noise is None:
             noise = [None] * config.n_noise if randomize_noise else self.fixed_noise()
+        sides = [config.noise_size(i) for i in range(config.n_noise)]
+        given = [None if n is None else n.shape[-1] for n in noise]
+        if len(given) != len(sides) or any(g not in (None, side) for g, side in zip(given, sides, strict=True)):
+            raise ValueError(f"noise must be {len(sides)} maps [N or 1, 1, r, r] with r = {sides}, "
+                             f"got {given}")  # fmt: skip
         code = self.add_condition(latent, condition)  # [N, L, 512 + condition_dim]
 
         x = self.input.input.to(dtype or self.compute_dtype).expand(latent.shape[0], -1, -1, -1)
@@ -293,7 +301,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images, dtype=None, group: int | None = None):
         """group: size of the minibatch-stddev groups (default: the largest <= 4 that divides the batch)."""
-        x = self.features(images, dtype).float()
+        x = self.features(images, dtype).to(self.final_conv[0].weight.dtype)  # the head keeps the parameters' precision
         n, channels, height, width = x.shape
         group = group or stddev_group(n)
         # Minibatch standard deviation (Karras et al. 2018, arXiv 1710.10196), one statistic per group
@@ -312,6 +320,9 @@ def infer_config(state: dict) -> GeneratorConfig:
 
     Raises CheckpointError when the tensors are not such a generator's. lr_mlp cannot be seen: the published 0.01.
     """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"a {type(state).__name__} is not a StyleGAN2 generator's tensors")
+    foreign = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     try:
         if "style.1.atten.q_transform.weight" in state:
             style_dim = state["style.1.atten.proj.weight"].shape[0]
@@ -326,6 +337,8 @@ def infer_config(state: dict) -> GeneratorConfig:
         condition_dim = state["conv1.conv.modulation.weight"].shape[1] - style_dim
     except (KeyError, IndexError, AttributeError) as error:
         raise CheckpointError(f"these tensors are not a StyleGAN2 generator's: {error} is missing") from None
+    if foreign:
+        raise CheckpointError(f"a StyleGAN2 generator holds tensors only, here {foreign[0]} is none")
     for multiplier in [2] + [width * side / 16384 for side, width in sorted(widths.items(), reverse=True)]:
         config = GeneratorConfig(
             size, style_dim, n_mlp, "style.1.weight" in state, multiplier, widths[4], condition_dim=condition_dim

@@ -40,7 +40,7 @@ from common.store import DATA_FILE, DatasetError, StoreWriter, open_store, read_
 
 SETTINGS_VERSION = 1
 CHUNK = 16  # files per task of a worker
-BATCH_BYTES, BATCH_FILES = 32 << 20, 1024  # a transaction closes at either
+BATCH_BYTES, BATCH_FILES = 32 << 20, 256  # a transaction closes at either
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,14 +85,14 @@ def build_parser() -> ArgumentParser:
                       help="of the convolutions; mapping, regularisers and losses stay in fp32")  # fmt: skip
     loss.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
     loss.add_argument("--on_nan", choices=("stop", "rollback"), default="stop",
-                      help="a loss is not finite: stop, or go on from the last checkpoint with fresh draws")  # fmt: skip
+                      help="a loss is not finite: stop, or go on from the last checkpoint")
 
     out = parser.add_argument_group("output")
     out.add_argument("--n_sample", type=int, default=64, help="images in a sample grid")
     out.add_argument("--sample_every", type=int, default=500, help="steps between sample grids and attention maps")
     out.add_argument("--save_every", type=int, default=10_000, help="steps between checkpoints")
     out.add_argument("--keep", type=int, default=3,
-                     help="full checkpoints kept, older ones shrink to the EMA generator (.safetensors); 0: all")  # fmt: skip
+                     help="full checkpoints kept; older ones shrink to their EMA generator; 0: all")  # fmt: skip
     out.add_argument("--log_every", type=int, default=50, help="steps between log lines")
     out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     add_device_flags(parser)
@@ -344,8 +345,6 @@ def roll_back(trainer, sampler, batches, run, args, bad, count) -> None:
 
 def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:
     """Halve the micro-batch until the four phases of a step fit in memory (--micro_batch auto); weights stay put."""
-    from dataclasses import replace
-
     size = trainer.settings.batch
     while True:
         trainer.settings = replace(trainer.settings, micro_batch=size)
@@ -357,6 +356,15 @@ def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:
                 raise UserError("a single image does not fit in memory: lower --size or --channel_max") from None
             size = max(s for s in range(1, size) if trainer.settings.batch % s == 0)
             torch.cuda.empty_cache()
+
+
+def start_wandb(args) -> None:
+    """Weights & Biases mirrors what goes to TensorBoard. Raises UserError when the package is absent."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    wandb.init(project="wpp", name=args.exp_name, config=vars(args), sync_tensorboard=True, resume="allow")
 
 
 def main(args) -> int:
@@ -375,6 +383,8 @@ def main(args) -> int:
                 sampler.load(state["sampler"])
         elif args.init_from:
             init_from(trainer, args.init_from)
+        if args.wandb and place.is_main:
+            start_wandb(args)  # before the TensorBoard writer, which it mirrors
         barrier()  # no rank writes before every rank has looked at the folder
         run_folder = Run(args.exp_name, args, main=place.is_main, resume_step=trainer.step + 1 if state else None)
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=place.device)

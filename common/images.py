@@ -398,4 +398,3 @@ def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: 
     with imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
         for frame in itertools.chain([first], rest):
             writer.append_data(np.asarray(frame)[:height, :width])
-

@@ -66,7 +66,8 @@ def open_store(path: str | os.PathLike) -> lmdb.Environment:
     try:
         store = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
     except lmdb.Error as error:
-        raise DatasetError(f"{file} is not a readable LMDB ({_lmdb_reason(error)}): {again}") from error
+        reason = "it is empty" if file.stat().st_size == 0 else str(error).rpartition(": ")[2]
+        raise DatasetError(f"{file} is not a readable LMDB ({reason}): {again}") from error
     expected = _n_bytes(store)
     if file.stat().st_size < expected:
         store.close()
@@ -99,10 +100,6 @@ def sizes_present(store: lmdb.Environment) -> list[int]:
 def _n_bytes(store: lmdb.Environment) -> int:
     """Bytes up to the last page in use. LMDB maps the file: reading beyond its end kills the process with SIGBUS."""
     return (store.info()["last_pgno"] + 1) * store.stat()["psize"]
-
-
-def _lmdb_reason(error: lmdb.Error) -> str:
-    return str(error).rpartition(": ")[2]
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

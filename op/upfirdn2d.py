@@ -29,11 +29,14 @@ def upfirdn2d(
     """
     up = (up, up) if isinstance(up, int) else tuple(up)
     down = (down, down) if isinstance(down, int) else tuple(down)
-    pad = (pad[0], pad[1], pad[0], pad[1]) if len(pad) == 2 else tuple(pad)
+    pad = (*pad, *pad) if len(pad) == 2 else tuple(pad)
+    if min(*up, *down) < 1 or len(up) != 2 or len(down) != 2 or len(pad) != 4:
+        raise ValueError(f"upfirdn2d: need factors from 1 and two or four pads, got up {up}, down {down}, pad {pad}")
     if input.ndim != 4 or kernel.ndim != 2:
         raise ValueError(f"upfirdn2d: need [N,C,H,W] and [kh,kw], got {tuple(input.shape)} and {tuple(kernel.shape)}")
     if min(output_size(input.shape, kernel.shape, up, down, pad)) < 1:
-        raise ValueError(f"upfirdn2d: {tuple(input.shape)} with kernel {tuple(kernel.shape)}, pad {pad} leaves no pixel")
+        shapes = f"{tuple(input.shape)} with kernel {tuple(kernel.shape)}"
+        raise ValueError(f"upfirdn2d: {shapes}, pad {pad} leaves no pixel")
     return _UpFirDn2d.apply(input, kernel.detach(), up, down, pad)
 
 
@@ -98,6 +101,8 @@ def upsample_polyphase(input, kernel, pad):
             tap_x = (x0 - phase_x) % 2
             first_x = (phase_x - x0 + tap_x) // 2
             columns = (out_width - phase_x + 1) // 2
+            if rows == 0 or columns == 0:  # a single row or column of output has one phase only
+                continue
             crop = (-first_x, first_x + columns + taps_x - 1 - width, -first_y, first_y + rows + taps_y - 1 - height)
             weight = depthwise_weight(kernel[tap_y::2, tap_x::2], channels, input)
             out[:, :, phase_y::2, phase_x::2] = F.conv2d(F.pad(input, crop), weight, groups=channels)

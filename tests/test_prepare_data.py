@@ -32,7 +32,8 @@ def noise(seed, width=40, height=40):
 def photos(tmp_path):
     """Nine readable pictures in a tree, of several shapes and names."""
     folder = tmp_path / "photos"
-    for i, name in enumerate(["b.png", "a/ü 中文 .png", "a/c.PNG", "a/b/d.png", "z.png", "e.png", "f.png", "g.png", "h.png"]):
+    names = ["b.png", "a/ü 中文 .png", "a/c.PNG", "a/b/d.png", "z.png", "e.png", "f.png", "g.png", "h.png"]
+    for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         noise(i, 40 + 4 * i, 40).save(folder / name)
     return folder
@@ -151,10 +152,11 @@ def test_fit_resample_background_are_applied_and_recorded(photos, tmp_path):
     args = ["--fit", "pad", "--resample", "box", "--background", "10,20,30", "--size", 20]
     assert command("--out", out, "--n_worker", 1, *args, photos) == 0
     found = manifest(out)
-    assert (found["fit"], found["resample"], found["background"], found["format"]) == ("pad", "box", [10, 20, 30], "png")
+    assert (found["fit"], found["resample"], found["background"]) == ("pad", "box", [10, 20, 30])
     image = read_image(photos / found["names"][0])
     expected = fit_image(image, 20, fit="pad", resample="box", background=(10, 20, 30))
-    assert np.array_equal(decoded(out, 20, 0), np.asarray(expected)) and decoded(out, 20, 0)[0, 0].tolist() == [10, 20, 30]
+    assert np.array_equal(decoded(out, 20, 0), np.asarray(expected))
+    assert decoded(out, 20, 0)[0, 0].tolist() == [10, 20, 30]
 
 
 def test_enlarging_is_said(photos, tmp_path, capsys):
@@ -304,7 +306,12 @@ def test_a_killed_run_goes_on_to_the_same_result(photos, tmp_path, monkeypatch, 
 
     encoded = []
     encode_file = prepare_data.encode_file
-    monkeypatch.setattr(prepare_data, "encode_file", lambda path, settings: encoded.append(path) or encode_file(path, settings))
+
+    def counted(path, settings):
+        encoded.append(path)
+        return encode_file(path, settings)
+
+    monkeypatch.setattr(prepare_data, "encode_file", counted)
     assert command("--out", out, *args) == 0
     assert len(encoded) == (6 if "third" in moment else 0)  # 10 files, 4 of them done
     assert command("--out", tmp_path / "whole", *args) == 0
@@ -339,8 +346,9 @@ def test_a_store_in_the_making_of_something_else_is_made_anew(photos, tmp_path, 
     if change == "damage":
         building = out / "building.mdb"
         building.write_bytes(building.read_bytes()[:9000])
-    assert command("--out", out, "--n_worker", 1, "--size", 16 if change == "settings" else 8, photos) == 0
-    assert command("--out", tmp_path / "whole", "--n_worker", 1, "--size", 16 if change == "settings" else 8, photos) == 0
+    size = 16 if change == "settings" else 8
+    assert command("--out", out, "--n_worker", 1, "--size", size, photos) == 0
+    assert command("--out", tmp_path / "whole", "--n_worker", 1, "--size", size, photos) == 0
     assert contents(out) == contents(tmp_path / "whole")
 
 

@@ -1,0 +1,361 @@
+"""Pictures of a trained generator: by seed, truncated, mixed, interpolated, or of saved latents; and its export.
+
+The checkpoint is ours, rosinality's or TransStyleGAN's (.pt), or an export (.safetensors); its architecture is read
+from the file. A seed gives the same picture whatever --batch is. Under torchrun the processes share the pictures.
+
+    python generate.py --ckpt runs/faces/checkpoint/100000.pt --seeds 0-35 --truncation 0.7 --grid
+    python generate.py --ckpt faces.safetensors --mix 0-3 10-14 --mix_layers 0-3
+    python generate.py --ckpt faces.safetensors --seeds 0-7 --interpolate --video loop.mp4
+    python generate.py --ckpt faces.safetensors --latents projection/ --output_dir rendered
+    python generate.py --ckpt runs/faces/checkpoint/100000.pt --export faces.safetensors
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import fingerprint, load_checkpoint, load_safetensors, save_safetensors
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.images import save_grid, save_image, save_video
+from common.latents import parse_seeds, save_latents
+from model import Generator, load_generator
+from rendering import (
+    NOISE_MODES,
+    RECORD,
+    Source,
+    blend_noise,
+    latents_source,
+    loop_position,
+    map_latents,
+    mix,
+    mixing_sheet,
+    noise_at,
+    render,
+    seed_source,
+    seeded_z,
+    select_noise,
+    slerp,
+)
+from training import DTYPES
+
+DEFAULT_SEEDS = "0-35"
+VIDEOS = (".mp4", ".gif", ".webp")
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", required=True, help="training checkpoint (.pt) or exported generator (.safetensors)")
+
+    what = parser.add_argument_group("what to render")
+    what.add_argument("--seeds", help=f"such as 7 or 0-35,40; {DEFAULT_SEEDS} unless something else is asked for")
+    what.add_argument("--latents", metavar="FOLDER|NPY", help="render saved latents, with their saved noise, instead")
+    what.add_argument("--truncation", "--trunc", type=float, default=1.0, metavar="PSI",
+                      help="w = mean + psi (w - mean), per token; 1: none, 0: the mean picture")  # fmt: skip
+    what.add_argument("--truncation_mean", type=int, default=10_000, metavar="N", help="samples for the mean of w")
+    what.add_argument("--noise", choices=NOISE_MODES,
+                      help="const: the maps stored in the generator; random: drawn for each picture from its seed; "
+                           "none: zeros; default const, for --latents what they were saved with")  # fmt: skip
+    what.add_argument("--noise_seed", type=int, help="another value, other maps of --noise random; default 0")
+
+    modes = parser.add_argument_group("mixing and interpolation")
+    modes.add_argument("--mix", nargs=2, metavar=("ROWS", "COLS"),
+                       help="one sheet: every row's code with layers of every column's; two lists of seeds, or, with "
+                            "--latents, of positions from 0")  # fmt: skip
+    modes.add_argument("--mix_layers", default="0-3", metavar="RANGE",
+                       help="layers (tokens of w) taken from the columns: 0-3 is coarse, pose and shape")  # fmt: skip
+    modes.add_argument("--interpolate", nargs="?", const="w", choices=("w", "z"),
+                       help="closed loop through the seeds or latents: straight in w, or spherical in z")  # fmt: skip
+    modes.add_argument("--video", help="where: .mp4, .gif or .webp; default OUTPUT_DIR/interpolation.mp4")
+    modes.add_argument("--frames", type=int, default=60, help="frames from one seed to the next")
+    modes.add_argument("--fps", type=float, default=30, help="frames per second")
+
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_dir", "--outdir", default="generated", help="folder of the pictures; made when absent")
+    out.add_argument("--grid", nargs="?", type=int, const=0, metavar="NROW",
+                     help="also one sheet of all pictures, grid.png, NROW per row (default: a square)")  # fmt: skip
+    out.add_argument("--save_latents", nargs="?", const="", metavar="FOLDER",
+                     help="also save the w codes drawn, for --latents; default OUTPUT_DIR/latents")  # fmt: skip
+    out.add_argument("--export", metavar="FILE", help="write the EMA generator with its config as .safetensors; "
+                                                      "renders nothing unless --seeds or the like asks")  # fmt: skip
+    out.add_argument("--half", action="store_true", help="export in 16 bits: half the file, a fingerprint of its own")
+    out.add_argument("--batch", type=int, default=8,
+                     help="pictures per forward pass on a GPU; a CPU computes each alone, so that the batch cannot "
+                          "change it")  # fmt: skip
+    out.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
+    add_device_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From flags to plain values
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the flags ask for: `kind` is pictures, mix, loop or export (nothing to render)."""
+
+    kind: str
+    seeds: list[int]  # of the pictures; for mix rows, then columns; empty with --latents
+    rows: list[int]  # positions of the sources, for mix
+    columns: list[int]
+
+
+def read_options(args) -> Task:
+    """Raises UsageError for flags that cannot be read or exclude each other."""
+    for name in ("batch", "frames", "truncation_mean"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not math.isfinite(args.truncation) or not 0 < args.fps < math.inf:
+        raise UsageError(f"--truncation and --fps take finite numbers, got {args.truncation} and {args.fps}")
+    if args.noise_seed is not None and args.noise_seed < 0:
+        raise UsageError(f"--noise_seed must be 0 or more, got {args.noise_seed}")
+    if args.video is not None and Path(args.video).suffix.lower() not in VIDEOS:
+        raise UsageError(f"--video {args.video}: expected a name that ends with {', '.join(VIDEOS)}")
+    if args.export is not None and Path(args.export).suffix.lower() != ".safetensors":
+        raise UsageError(f"--export {args.export}: expected a name that ends with .safetensors")
+    for flag, other, wrong in (
+        ("--mix", "--interpolate", args.mix and args.interpolate),
+        ("--mix", "--seeds (name the seeds in ROWS and COLS)", args.mix and args.seeds is not None),
+        ("--latents", "--seeds", args.latents and args.seeds is not None),
+        ("--latents", "--save_latents", args.latents and args.save_latents is not None),
+        ("--latents", "--interpolate z (their z is not known)", args.latents and args.interpolate == "z"),
+        ("--grid and --save_latents", "--mix and --interpolate",
+         (args.mix or args.interpolate) and (args.grid is not None or args.save_latents is not None)),
+    ):  # fmt: skip
+        if wrong:
+            raise UsageError(f"{flag} cannot be used with {other}")
+    for flag, needed, wrong in (("--video", "--interpolate", args.video and not args.interpolate),
+                                ("--half", "--export", args.half and not args.export)):  # fmt: skip
+        if wrong:
+            raise UsageError(f"{flag} is for {needed}")
+    return _read_task(args)
+
+
+def _read_task(args) -> Task:
+    if args.mix:
+        rows, columns = (parse_numbers(text, "--mix") for text in args.mix)
+        if args.latents:
+            return Task("mix", [], rows, columns)
+        positions = range(len(rows) + len(columns))
+        return Task("mix", rows + columns, list(positions[: len(rows)]), list(positions[len(rows) :]))
+    nothing_else = args.seeds is None and not args.latents and not args.interpolate
+    if args.export and nothing_else and args.grid is None and args.save_latents is None:
+        return Task("export", [], [], [])
+    seeds = [] if args.latents else parse_numbers(args.seeds or DEFAULT_SEEDS, "--seeds")
+    if args.interpolate and len(seeds) == 1:
+        raise UsageError(f"--interpolate needs at least two seeds, got --seeds {args.seeds}")
+    return Task("loop" if args.interpolate else "pictures", seeds, [], [])
+
+
+def parse_numbers(text: str, flag: str) -> list[int]:
+    """parse_seeds, whose message names the flag at fault."""
+    try:
+        return parse_seeds(text)
+    except ValueError as error:
+        raise UsageError(str(error).replace("--seeds", flag, 1)) from None
+
+
+def parse_layers(text: str, n_tokens: int) -> list[int]:
+    """'0-3,8' -> [0, 1, 2, 3, 8]; UsageError when it cannot be read, UserError beyond the generator's last layer."""
+    try:
+        layers = parse_seeds(text)
+    except ValueError:
+        raise UsageError(f"--mix_layers {text}: expected layers such as 0-3 or 0-3,8") from None
+    if max(layers) >= n_tokens:
+        raise UserError(f"--mix_layers {text}: this generator has the layers 0-{n_tokens - 1}")
+    return layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of output
+
+
+def write_pictures(generator, source: Source, place: Distributed, *, folder, grid, latents_folder, **settings) -> None:
+    """One PNG per picture, shared among the ranks; optional sheet and latents, by rank 0. Prints what was written."""
+    mine = shard(len(source.names), place.rank, place.world_size)
+    kept_codes, kept_pictures = [], []
+
+    def codes():
+        for code in source.codes(mine):
+            if latents_folder is not None:
+                kept_codes.append(code.numpy())
+            yield code
+
+    pictures = render(generator, codes(), noise=noise_at(source.noise, mine), **settings)
+    for position, picture in zip(mine, progress(pictures, len(mine), place), strict=True):
+        save_image(picture, folder / f"{source.names[position]}.png")
+        if grid is not None:
+            kept_pictures.append(picture)
+    kept_codes = gather_list(kept_codes)  # also: nobody says "done" before every rank is
+    kept_pictures = gather_list(kept_pictures)
+    if not place.is_main:
+        return
+    print(f"{folder}: {len(source.names)} pictures, {source.names[0]}.png to {source.names[-1]}.png")
+    if grid is not None:
+        pictures = sum(kept_pictures, [])
+        print(f"{save_grid(pictures, folder / 'grid.png', nrow=grid or math.ceil(len(pictures) ** 0.5))}: the sheet")
+    if latents_folder is not None:
+        codes, config = np.stack(sum(kept_codes, [])), generator.config
+        save_latents(latents_folder, codes, names=source.names, space=config.space, size=config.size,
+                     fingerprint=generator.fingerprint, extra={RECORD: source.about})  # fmt: skip
+        print(f"{latents_folder}: their w codes, for --latents")
+
+
+def write_mixture(generator, source: Source, place, *, rows, columns, layers, path, **settings) -> None:
+    """The mixing sheet: cell (r, c) is row r's code with `layers` of column c's, and row r's noise."""
+    beyond = [i for i in rows + columns if i >= len(source.names)]
+    if beyond:
+        raise UserError(f"--mix names position {beyond[0]}: the latents have the positions 0-{len(source.names) - 1}")
+    sources = rows + columns
+    points = list(source.codes(sources))
+    pairs = [(r, len(rows) + c) for r in range(len(rows)) for c in range(len(columns))]
+    positions = sources + [sources[r] for r, _ in pairs]  # whose noise
+
+    def code(index):
+        if index < len(points):
+            return points[index]
+        r, c = pairs[index - len(points)]
+        return mix(points[r], points[c], layers)
+
+    mine = shard(len(positions), place.rank, place.world_size)
+    noise = noise_at(source.noise, [positions[i] for i in mine])
+    pictures = list(progress(render(generator, map(code, mine), noise=noise, **settings), len(mine), place))
+    pictures = sum(gather_list(pictures), [])
+    if place.is_main:
+        margin, cells = pictures[: len(points)], pictures[len(points) :]
+        save_image(mixing_sheet(margin[: len(rows)], margin[len(rows) :], cells), path)
+        print(f"{path}: {len(rows)} x {len(columns)} mixtures, layers {layers} of the upper margin, the others and the "
+              "noise of the left one")  # fmt: skip
+
+
+def write_loop(generator, source: Source, place, *, z, truncation, mean, frames, path, fps, **settings) -> None:
+    """The closed loop through all codes as a video. z: the points in z, or None for the straight way in w.
+
+    At every point stands that seed's or latent's own picture, with its own noise, which is blended on the way. The
+    ranks render blocks of frames in turn, so that memory does not grow with the length.
+    """
+    n = len(source.names)
+    if n < 2:
+        raise UserError(f"--interpolate needs at least two latents, got {n}")
+    points = list(source.codes(range(n))) if z is None else z
+    maps = functools.lru_cache(maxsize=4)(lambda point: select_noise(source.noise, [point]))
+    changing = callable(source.noise) or len(source.noise[0]) > 1
+
+    def codes(block):
+        ways = [loop_position(frame, n, frames) for frame in block]
+        if z is None:
+            return (torch.lerp(points[a], points[b], t) for a, b, t in ways)
+        path_z = (slerp(points[a], points[b], t) for a, b, t in ways)
+        return map_latents(generator, path_z, truncation=truncation, mean=mean, batch=settings["batch"])
+
+    def noise(block, chosen):
+        ways = [loop_position(block[i], n, frames) for i in chosen]
+        layers = [blend_noise(maps(a), maps(b), t) for a, b, t in ways]
+        return [torch.cat(layer) for layer in zip(*layers, strict=True)]
+
+    def pictures():
+        total, step = n * frames, settings["batch"]
+        for start in range(0, total, step * place.world_size):
+            first = start + step * place.rank
+            block = range(min(first, total), min(first + step, total))
+            maps_of = functools.partial(noise, block) if changing else source.noise
+            for part in gather_list(list(render(generator, codes(block), noise=maps_of, **settings))):
+                yield from part
+
+    video = progress(pictures(), n * frames, place)
+    if place.is_main:
+        save_video(video, path, fps)
+        print(f"{path}: {n * frames} frames through {n} points, {n * frames / fps:.1f} s")
+    else:
+        for _ in video:
+            pass
+
+
+def export_generator(generator: Generator, path, *, step: int | None = None, half: bool = False) -> str:
+    """Write the weights as .safetensors, config, step and fingerprint in the header; returns the fingerprint.
+
+    half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
+    Raises ValueError when a weight is beyond fp16's range.
+    """
+    state = generator.state_dict()
+    if half:
+        state = {name: tensor.half() for name, tensor in state.items()}
+        large = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if large:
+            raise UserError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504); export without --half")
+    identity = fingerprint({name: tensor.float() for name, tensor in state.items()})
+    metadata = {"config": generator.config.to_dict(), "fingerprint": identity, "half": half}
+    save_safetensors(path, state, metadata | ({} if step is None else {"step": step}))
+    return identity
+
+
+def read_step(path) -> int | None:
+    """Training step of a checkpoint or export, None where it does not tell."""
+    path = Path(path)
+    return (load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)).get("step")
+
+
+def progress(items, total: int, place: Distributed):
+    return tqdm(items, total=total, disable=not place.is_main, unit="picture", dynamic_ncols=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def truncation_mean(generator: Generator, args, place: Distributed) -> torch.Tensor | None:
+    """Mean code [1, L, D] on the CPU where truncation needs one: computed by rank 0, the same on all."""
+    if args.truncation == 1:
+        return None
+    if place.is_main:
+        print(f"mean of {args.truncation_mean} codes ...", file=sys.stderr)
+    return broadcast_object(generator.mean_latent(args.truncation_mean).cpu() if place.is_main else None)
+
+
+def main(args) -> int:
+    task = read_options(args)
+    place = setup(args.device)
+    try:
+        generator = load_generator(args.ckpt, place.device)
+        config = generator.config
+        layers = parse_layers(args.mix_layers, config.n_tokens) if task.kind == "mix" else []
+        if args.export and place.is_main:
+            identity = export_generator(generator, args.export, step=read_step(args.ckpt), half=args.half)
+            print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
+        if task.kind == "export":
+            return 0
+
+        folder = Path(args.output_dir)
+        settings = {"batch": args.batch, "dtype": DTYPES[args.precision]}
+        trunc = {"truncation": args.truncation, "mean": truncation_mean(generator, args, place)}
+        if args.latents:
+            source = latents_source(generator, args.latents, **trunc, noise=args.noise, noise_seed=args.noise_seed)
+        else:
+            source = seed_source(generator, task.seeds, **trunc, noise=args.noise or "const",
+                                 noise_seed=args.noise_seed or 0, batch=args.batch)  # fmt: skip
+        if task.kind == "mix":
+            write_mixture(generator, source, place, rows=task.rows, columns=task.columns, layers=layers,
+                          path=folder / "mix.png", **settings)  # fmt: skip
+        elif task.kind == "loop":
+            z = list(seeded_z(generator, task.seeds)) if args.interpolate == "z" else None
+            write_loop(generator, source, place, z=z, **trunc, frames=args.frames, fps=args.fps,
+                       path=Path(args.video or folder / "interpolation.mp4"), **settings)  # fmt: skip
+        else:
+            latents_folder = None if args.save_latents is None else Path(args.save_latents or folder / "latents")
+            write_pictures(generator, source, place, folder=folder, grid=args.grid, latents_folder=latents_folder,
+                           **settings)  # fmt: skip
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))
