@@ -204,8 +204,8 @@ def write_pictures(generator, source: Source, place: Distributed, *, folder, gri
         pictures = sum(kept_pictures, [])
         print(f"{save_grid(pictures, folder / 'grid.png', nrow=grid or math.ceil(len(pictures) ** 0.5))}: the sheet")
     if latents_folder is not None:
-        codes, config = np.stack(sum(kept_codes, [])), generator.config
-        save_latents(latents_folder, codes, names=source.names, space=config.space, size=config.size,
+        latents, config = np.stack(sum(kept_codes, [])), generator.config
+        save_latents(latents_folder, latents, names=source.names, space=config.space, size=config.size,
                      fingerprint=generator.fingerprint, extra={RECORD: source.about})  # fmt: skip
         print(f"{latents_folder}: their w codes, for --latents")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-import resource
 import signal
 import sys
 import time
@@ -35,6 +34,7 @@ from common.distributed import Distributed, add_device_flags, barrier, gather_li
 from common.images import make_heatmap, save_grid, save_image
 from common.runs import Run, format_duration
 from dataset import InfiniteSampler, data_loader, open_dataset
+from growing import can_grow, grow_discriminator, grow_generator
 from model import GeneratorConfig, generator_state
 from training import DTYPES, Trainer, TrainSettings
 
@@ -54,7 +54,7 @@ def build_parser() -> ArgumentParser:
     data.add_argument("--resume", metavar="auto|PATH",
                       help="continue a run; auto: from the newest checkpoint of the run folder, if any")  # fmt: skip
     data.add_argument("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
-    data.add_argument("--init_from", help="start a new run from these weights (checkpoint or .safetensors): transfer")
+    data.add_argument("--init_from", help="start a new run from these weights; a smaller size is grown")
 
     net = parser.add_argument_group("networks")
     net.add_argument("--size", type=int, default=256, help="image size in pixels, a power of two")
@@ -157,11 +157,20 @@ def require_same_architecture(config: GeneratorConfig, stored: dict | None, path
 
 
 def init_from(trainer: Trainer, path: str) -> None:
-    """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew."""
+    """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew.
+
+    A smaller generator of else the same architecture is grown (growing.py). Raises CheckpointError if it cannot be.
+    """
     state, config = generator_state(path)
-    require_same_architecture(trainer.config, config.to_dict(), path)
-    checkpoint = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
-    trainer.load_networks(checkpoint, path)
+    weights = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    if can_grow(config, trainer.config):
+        grown = {name: grow_generator(weights[name], config, trainer.g) for name in ("g", "g_ema") if name in weights}
+        if "d" in weights:
+            grown["d"] = grow_discriminator(weights["d"], config, trainer.d)
+        weights = grown
+    else:
+        require_same_architecture(trainer.config, config.to_dict(), path)
+    trainer.load_networks(weights, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,9 +239,13 @@ class Progress:
 
 
 def peak_memory(device: torch.device) -> int:
-    """MiB: of the GPU's allocator, elsewhere of the process."""
+    """MiB: of the GPU's allocator, elsewhere of the process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> 20 if sys.platform == "darwin" else peak >> 10
 

@@ -53,7 +53,7 @@ class TrainSettings:
         for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        if self.micro_batch and self.batch % self.micro_batch:
+        if self.micro_batch < 0 or (self.micro_batch and self.batch % self.micro_batch):
             raise ValueError(f"--micro_batch {self.micro_batch} must divide --batch {self.batch}")
 
     @property
@@ -281,8 +281,12 @@ class Trainer:
             settings = [(group["lr"], group["betas"], group["fused"]) for group in optimiser.param_groups]
             try:
                 optimiser.load_state_dict(state[name])
-            except ValueError as error:
+            except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{source}: {name} belongs to another network ({error})") from None
+            for parameter, moments in optimiser.state.items():  # Adam does not look at shapes
+                if moments["exp_avg"].shape != parameter.shape:
+                    shapes = f"{list(moments['exp_avg'].shape)} for {list(parameter.shape)}"
+                    raise CheckpointError(f"{source}: {name} belongs to another network (moments {shapes})")
             for group, (lr, betas, fused) in zip(optimiser.param_groups, settings, strict=True):
                 group.update(lr=lr, betas=betas, fused=fused, foreach=None)  # the flags of this run, not of the file
         self.step = int(state.get("step", 0))

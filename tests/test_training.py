@@ -231,6 +231,7 @@ def test_d_and_g_gradients_by_the_textbook(tiny_config):
     seen = record_phases(trainer)
     trainer.train_step(pictures(4))
     g, d = copy.deepcopy(trainer.g).requires_grad_(), copy.deepcopy(trainer.d).requires_grad_()
+    trainer.step = 0  # whose draws are repeated
 
     trainer._seed("d", 0)
     real = trainer.prepare(pictures(4))
@@ -391,8 +392,7 @@ distributed.shutdown()
 TWO = {"augment": True, "augment_p": 0.5, "g_reg_every": 2, "d_reg_every": 3}
 
 
-@pytest.mark.parametrize("w_space", [False])
-def test_two_processes_equal_one_that_accumulates(tiny_config, w_space, tmp_path, root):
+def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
     """Batch b on each of two gloo processes against one process with 2b in micro-batches of b: same gradients."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -453,8 +453,9 @@ def test_fp16_overflow_does_not_poison_the_weights(tiny_config):
 @pytest.mark.parametrize("w_space", [False, True])
 def test_state_round_trip_is_exact(tiny_config, w_space, tmp_path):
     config = GeneratorConfig(**{**tiny_config.to_dict(), "w_space": w_space})
-    settings = {"augment": True, "ada_length": 50, "d_reg_every": 3, "g_reg_every": 2, "seed": 4}
+    settings = {"augment": True, "ada_length": 200, "d_reg_every": 3, "g_reg_every": 2, "seed": 4}
     trainer = make_trainer(config, **settings)
+    trainer.ada.p.fill_(0.5)
     for step in range(5):
         trainer.train_step(pictures(4, seed=step))
     trainer.salt = 2
@@ -469,7 +470,7 @@ def test_state_round_trip_is_exact(tiny_config, w_space, tmp_path):
     torch.manual_seed(321)
     for step in range(5, 9):
         other.train_step(pictures(4, seed=step))
-    assert other.step == 9 and 0 < other.ada.p <= 1
+    assert other.step == 9 and float(other.ada.p) not in (0, 0.5)
     assert_equal_states(other.state_dict(), trainer.state_dict())
 
 
@@ -495,10 +496,10 @@ def test_published_checkpoint_is_continued(tiny_config, tiny_w_config):
         if config.w_space:
             del state["g"]["token"], state["g_ema"]["token"]
         for optimiser in ("g_optim", "d_optim"):  # as an older PyTorch wrote it: plain Adam, int steps
+            kept = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
             state[optimiser]["param_groups"] = [
-                {"lr": 0.0016, "betas": (0.0, 0.992), "eps": 1e-8, "weight_decay": 0, "amsgrad": False, "params": group["params"]}
-                for group in state[optimiser]["param_groups"]
-            ]  # fmt: skip
+                {name: group[name] for name in kept} for group in state[optimiser]["param_groups"]
+            ]
             for entry in state[optimiser]["state"].values():
                 entry["step"] = int(entry["step"])
         other = make_trainer(config, seed=5)
@@ -526,19 +527,15 @@ def test_states_that_cannot_be_continued(tiny_config, tiny_w_config):
 
 
 def test_training_learns(tiny_config):
-    """The discriminator alone tells faces of one colour from the generator's within a few steps."""
-    trainer = make_trainer(tiny_config, batch=8, path_regularize=0)
+    """Each network alone lowers its own loss: the signs of the game are right."""
+    trainer = make_trainer(tiny_config, batch=8, lr=0.01)
     images = torch.full((8, 3, 16, 16), 200, dtype=torch.uint8)
-    losses = []
-    for _ in range(25):
-        trainer._optimise(trainer.d_optim, trainer.d, trainer.d_phase, images, "d")
-        losses.append(trainer.read_metrics()["d"])
-        trainer.step += 1
-    assert losses[-1] < 0.5 * losses[0]
-    before = trainer.g(trainer.g.draw_z(8))[0].detach()
-    scores = []
-    for _ in range(25):
-        trainer._optimise(trainer.g_optim, trainer.g, trainer.g_phase, images, "g")
-        scores.append(trainer.read_metrics()["g"])
-        trainer.step += 1
-    assert scores[-1] < scores[0] and torch.isfinite(before).all()
+    for optimiser, network, phase, name in (
+        (trainer.d_optim, trainer.d, trainer.d_phase, "d"), (trainer.g_optim, trainer.g, trainer.g_phase, "g"),
+    ):  # fmt: skip
+        losses = []
+        for _ in range(30):
+            trainer._optimise(optimiser, network, phase, images, name)
+            losses.append(trainer.read_metrics()[name])
+            trainer.step += 1
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), name

@@ -1,0 +1,78 @@
+"""Start a larger generator and discriminator from the weights of a smaller pair: cheap coarse training first.
+
+The picture of the grown generator starts as the smaller one's, enlarged: the layers of the new resolutions are fresh,
+and their contribution to the image (ToRGB) starts at zero. The discriminator's new blocks start as a plain reduction to
+the smaller image. The idea is progressive growing (Karras et al. 2018, arXiv 1710.10196) without its fade-in: skip
+connections to RGB (arXiv 1912.04958, section 4.1) make the fade unnecessary.
+
+    train.py --size 64 --init_from runs/faces-32/checkpoint/010000.pt ...
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from model import Discriminator, Generator, GeneratorConfig
+
+
+def can_grow(small: GeneratorConfig, large: GeneratorConfig) -> bool:
+    """Whether the configs differ in size (and the widths above the small size) alone."""
+    same = replace(small, size=large.size, channel_multiplier=large.channel_multiplier) == large
+    sides = [2**i for i in range(2, int(math.log2(small.size)) + 1)]
+    return same and small.size < large.size and all(small.channels(side) == large.channels(side) for side in sides)
+
+
+@torch.no_grad()
+def grow_generator(state: dict, small: GeneratorConfig, generator: Generator) -> dict:
+    """A state dict for the larger `generator` that holds the smaller one's weights. Raises ValueError if it cannot."""
+    require_growth(small, generator.config)
+    grown = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+    n_old, n_new = small.n_tokens, generator.config.n_tokens
+    for name, tensor in state.items():
+        if name == "token":
+            continue
+        if tensor.shape == grown[name].shape:
+            grown[name].copy_(tensor)
+        else:
+            # First transformer block: in_dim = style_dim + tokens. New one-hot columns start at zero, and the
+            # equalised scale 1/sqrt(in_dim) is made up for.
+            in_old, in_new = small.style_dim + n_old, small.style_dim + n_new
+            grown[name].zero_()[:, :in_old] = tensor * math.sqrt(in_new / in_old)
+    for i in range(len(generator.to_rgbs)):
+        if 2 ** (i + 3) > small.size:
+            grown[f"to_rgbs.{i}.conv.weight"].zero_()
+            grown[f"to_rgbs.{i}.bias"].zero_()
+    return grown
+
+
+@torch.no_grad()
+def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discriminator) -> dict:
+    """A state dict for the larger `discriminator`; its new blocks pass on the reduced image where widths allow it."""
+    large = discriminator.config
+    require_growth(small, large)
+    grown = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
+    added = int(math.log2(large.size // small.size))
+    for name, tensor in state.items():
+        parts = name.split(".")
+        if parts[0] == "convs" and parts[1] != "0":
+            parts[1] = str(int(parts[1]) + added)
+        if parts[:2] != ["convs", "0"]:
+            grown[".".join(parts)].copy_(tensor)
+    old_rgb, old_bias = state["convs.0.0.weight"], state["convs.0.1.bias"]
+    width = min(old_rgb.shape[0], grown["convs.0.0.weight"].shape[0])
+    grown["convs.0.0.weight"][:width].copy_(old_rgb[:width])
+    grown["convs.0.1.bias"][:width].copy_(old_bias[:width])
+    for block in range(1, added + 1):
+        skip = grown[f"convs.{block}.skip.1.weight"]  # [out, in, 1, 1]; runtime gain 1/sqrt(2 * in)
+        grown[f"convs.{block}.conv2.1.weight"].mul_(0.1)
+        shared = min(skip.shape[:2])
+        skip.mul_(0.1)[:shared, :shared, 0, 0] += torch.eye(shared) * math.sqrt(2 * skip.shape[1])
+    return grown
+
+
+def require_growth(small: GeneratorConfig, large: GeneratorConfig) -> None:
+    if not can_grow(small, large):
+        raise ValueError(f"cannot grow {small} into {large}: all but size and the new widths must agree")
