@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import FusedLeakyReLU, fused_leaky_relu, noise_bias_act, upfirdn2d
+from op import FusedLeakyReLU, conv3x3, fused_leaky_relu, modulate, noise_bias_act, up_conv3x3, upfirdn2d
 
 BLUR = (1, 3, 3, 1)  # the FIR kernel of all resampling in StyleGAN2
 
@@ -80,7 +80,9 @@ class EqualConv2d(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x):
-        weight = (self.weight * self.scale).to(x.dtype, memory_format=torch.channels_last)
+        weight = (self.weight * self.scale).to(x.dtype)
+        if weight.shape[2] == 3:  # padded at stride 1; at stride 2 the blur before it has padded
+            return conv3x3(x, weight, self.stride)
         return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
 
 
@@ -166,13 +168,13 @@ class ModulatedConv2d(nn.Module):
             weight = weight / weight.abs().amax((1, 2, 3), keepdim=True)
         energy = weight.square().sum((2, 3))  # [Cout, Cin]
         demod = torch.rsqrt(style.square() @ energy.t() + 1e-8)  # [N, Cout]
-        x = x * style.to(x.dtype)[:, :, None, None]
+        x = modulate(x, style.to(x.dtype))
         weight = weight.to(x.dtype)
-        if not self.up:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            return F.conv2d(x, weight, padding=self.padding), demod
-        weight = weight.transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        return self.blur(F.conv_transpose2d(x, weight, stride=2)), demod  # [N, Cout, 2H, 2W]
+        if self.up:
+            return up_conv3x3(x, weight, self.blur.kernel), demod  # [N, Cout, 2H, 2W]
+        if weight.shape[2] == 3:
+            return conv3x3(x, weight), demod  # [N, Cout, H, W]
+        return F.conv2d(x, weight, padding=self.padding), demod
 
 
 class NoiseInjection(nn.Module):

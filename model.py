@@ -69,6 +69,11 @@ class GeneratorConfig:
         width = 512 if resolution <= 32 else int(16384 // resolution * self.channel_multiplier)
         return max(1, min(self.channel_max, width))
 
+    @property
+    def widths(self) -> list[int]:
+        """Feature maps from 4 px to the full size."""
+        return [self.channels(2**r) for r in range(2, int(math.log2(self.size)) + 1)]
+
     def noise_size(self, index: int) -> int:
         return 2 ** ((index + 5) // 2)
 

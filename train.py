@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def build_parser() -> ArgumentParser:
     out.add_argument("--keep", type=int, default=3,
                      help="full checkpoints kept; older ones shrink to their EMA generator; 0: all")  # fmt: skip
     out.add_argument("--log_every", type=int, default=50, help="steps between log lines")
+    out.add_argument("--eval_every", type=int, default=0,
+                     help="steps between evaluations against the training images; the best weights by FID are kept "
+                          "as checkpoint/best.safetensors; 0: none")  # fmt: skip
+    out.add_argument("--metric", default="fid,prdc", help="what --eval_every computes: fid, kid, prdc, several with "
+                                                          "commas between")  # fmt: skip
+    out.add_argument("--eval_samples", type=int, default=5000, help="real and generated images of an evaluation")
+    out.add_argument("--extractor", default="auto",
+                     help="features for --eval_every: inception, or a named stand-in (fid-squeeze)")  # fmt: skip
     out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     add_device_flags(parser)
     add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
@@ -106,6 +115,8 @@ def build_parser() -> ArgumentParser:
 
 def read_options(args) -> tuple[GeneratorConfig, TrainSettings]:
     """Model config and settings from the flags. Raises UsageError or ValueError for flags that exclude each other."""
+    if args.path and args.path_positional:
+        raise UsageError(f"which faces, {args.path_positional} or {args.path}? pass one PATH")
     args.path = args.path or args.path_positional
     if not args.path:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
@@ -116,23 +127,35 @@ def read_options(args) -> tuple[GeneratorConfig, TrainSettings]:
     for name in ("iter", "n_sample", "sample_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    config = GeneratorConfig(
-        size=args.size, style_dim=args.style_dim, n_mlp=args.n_mlp, w_space=args.w_space,
-        channel_multiplier=args.channel_multiplier, channel_max=args.channel_max,
-    )  # fmt: skip
+    for name in ("keep", "workers", "threads", "eval_every"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name} must not be negative, got {getattr(args, name)}")
+    if args.micro_batch != "auto" and not args.micro_batch.isdecimal():
+        raise UsageError(f"--micro_batch is a number of images or auto, got {args.micro_batch}")
     names = TrainSettings.__dataclass_fields__
     values = {name: getattr(args, name) for name in names if name != "micro_batch"}
     micro = 0 if args.micro_batch == "auto" else int(args.micro_batch)
-    return config, TrainSettings(**values, micro_batch=micro)
+    try:
+        config = GeneratorConfig(
+            size=args.size, style_dim=args.style_dim, n_mlp=args.n_mlp, w_space=args.w_space,
+            channel_multiplier=args.channel_multiplier, channel_max=args.channel_max,
+        )  # fmt: skip
+        return config, TrainSettings(**values, micro_batch=micro)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def find_start(args, config) -> tuple[dict | None, Path | None]:
-    """The state to continue from, with its file; (None, None) for a new run. Refuses to overwrite an earlier run."""
+    """The state to continue from, with its file; (None, None) for a new run. Refuses to overwrite an earlier run, or
+    to go on in its folder from anything but its newest checkpoint."""
     folder = Path(args.exp_name) / "checkpoint"
     newest = latest_checkpoint(folder) if folder.is_dir() else None
     if args.resume and args.resume != "auto":
         path = Path(args.resume)
         state = load_checkpoint(path)
+        if newest is not None and newest.resolve() != path.resolve():
+            raise UserError(f"{args.exp_name} already holds a run, up to {newest.name}: continue {path} in another "
+                            "--exp_name")  # fmt: skip
     elif newest is not None and args.resume == "auto":
         path, state = newest, load_checkpoint(newest)
     elif newest is not None:
@@ -149,9 +172,11 @@ def find_start(args, config) -> tuple[dict | None, Path | None]:
 def require_same_architecture(config: GeneratorConfig, stored: dict | None, path) -> None:
     if stored is None:
         return
-    own = config.to_dict()
-    differing = [f"--{name} {own[name]} here, {stored[name]} in the file" for name in own
-                 if stored.get(name, own[name]) != own[name]]  # fmt: skip
+    other = GeneratorConfig.from_dict(stored)
+    if config.widths == other.widths:  # several pairs of channel_max and channel_multiplier give the same networks
+        other = replace(other, channel_max=config.channel_max, channel_multiplier=config.channel_multiplier)
+    differing = [f"--{name} {value} here, {getattr(other, name)} in the file"
+                 for name, value in config.to_dict().items() if getattr(other, name) != value]  # fmt: skip
     if differing:
         raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
 
@@ -201,12 +226,18 @@ class Outputs:
 
     def save(self, state: dict):
         """Write checkpoint/{step}.pt, then reduce checkpoints beyond --keep to their EMA generator."""
-        save_checkpoint(self.run.path("checkpoint", f"{state['step']:06d}.pt"), state)
+        newest = self.run.path("checkpoint", f"{state['step']:06d}.pt")
+        save_checkpoint(newest, state)
         if self.keep:
-            full = sorted(self.run.path("checkpoint").glob("[0-9]*.pt"), key=lambda path: int(path.stem))
-            for path in full[: -self.keep]:
-                export_ema(load_checkpoint(path), path.with_suffix(".safetensors"))
-                path.unlink()
+            older = [path for path in newest.parent.glob("*.pt") if path.stem.isdecimal() and path != newest]
+            older.sort(key=lambda path: int(path.stem))
+            for path in older[: max(0, len(older) - self.keep + 1)]:
+                try:
+                    export_ema(load_checkpoint(path), path.with_suffix(".safetensors"))
+                except CheckpointError as error:
+                    warnings.warn(f"{error}: left as it is", stacklevel=2)
+                else:
+                    path.unlink()
 
 
 def export_ema(state: dict, path: Path) -> None:
@@ -268,13 +299,24 @@ class StopSignal:
         self.raised = True
 
 
+def start_monitor(trainer: Trainer, run: Run, args):
+    """The evaluation of --eval_every. Raises FileNotFoundError when the extractor's weights are not at hand."""
+    from metrics.monitor import Monitor, parse_metrics  # with torch-fidelity and SciPy: seconds, only where wanted
+
+    return Monitor(
+        run, args.path, trainer.config.size, metrics=parse_metrics(args.metric), n=args.eval_samples,
+        extractor=args.extractor, batch=trainer.settings.micro_batch or args.batch, place=trainer.place,
+        start_step=trainer.step,
+    )  # fmt: skip
+
+
 def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal) -> None:
-    """Steps trainer.step .. args.iter - 1 with logs, samples and checkpoints at their intervals."""
+    """Steps trainer.step .. args.iter - 1 with logs, samples, evaluations and checkpoints at their intervals."""
     place, total = trainer.place, args.iter
     outputs = Outputs(run, trainer, args) if place.is_main else None
+    monitor = start_monitor(trainer, run, args) if args.eval_every else None
     options = dict(vars(args))
     progress = Progress(trainer, total, args.batch * place.world_size)
-    bar = tqdm(total=total, initial=trainer.step, disable=not place.is_main, unit="step", dynamic_ncols=True)
     rollbacks, saved = 0, -1
 
     def save():
@@ -289,39 +331,45 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal) 
         if place.is_main:
             outputs.sample()
         save()
-    while trainer.step < total:
-        asked = time.perf_counter()
-        images = next(batches)
-        progress.waited += time.perf_counter() - asked
-        trainer.train_step(images)
-        bar.update()
+    bar = tqdm(total=total, initial=trainer.step, disable=not place.is_main, unit="step", dynamic_ncols=True)
+    with bar:  # closed before any error line is printed
+        while trainer.step < total:
+            asked = time.perf_counter()
+            images = next(batches)
+            progress.waited += time.perf_counter() - asked
+            trainer.train_step(images)
+            bar.update()
 
-        step = trainer.step
-        last = step == total
-        due = {what: last or step % every == 0 for what, every in
-               (("log", args.log_every), ("sample", args.sample_every), ("save", args.save_every))}  # fmt: skip
-        if place.world_size == 1:
-            ending = stop.raised
-        else:
-            ending = due["log"] and any(gather_list(stop.raised))
-        if due["log"] or due["save"] or ending:
-            metrics = trainer.read_metrics()
-            bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-            if bad:
-                rollbacks += 1
-                roll_back(trainer, sampler, batches, run, args, bad, rollbacks)
-                bar.n = trainer.step
-                continue
-            if place.is_main:
-                write_log(run, trainer, metrics, progress.read(), bar)
-        if due["sample"] and place.is_main:
-            outputs.sample()
-        if due["save"] or ending:
-            save()
-        if ending and not last:
-            bar.close()
-            raise UserError(f"stopped at step {step}, checkpoint written: --resume auto goes on")
-    bar.close()
+            step = trainer.step
+            last = step == total
+            due = {what: last or step % every == 0 for what, every in
+                   (("log", args.log_every), ("sample", args.sample_every), ("save", args.save_every),
+                    ("eval", args.eval_every or total))}  # fmt: skip
+            if place.world_size == 1:
+                ending = stop.raised
+            else:
+                ending = due["log"] and any(gather_list(stop.raised))
+            if due["log"] or due["save"] or due["eval"] or ending:
+                metrics = trainer.read_metrics()
+                bad = [f"loss {name}" for name, value in metrics.items() if not math.isfinite(value)]
+                if not bad and (due["save"] or due["eval"] or ending):  # what the last phase broke shows in no loss yet
+                    bad = [f"network {name}" for name in trainer.broken_networks()]
+                if bad:
+                    rollbacks += 1
+                    roll_back(trainer, sampler, batches, run, args, bad, rollbacks)
+                    bar.n = trainer.step
+                    progress = Progress(trainer, total, args.batch * place.world_size)
+                    continue
+                if place.is_main:
+                    write_log(run, trainer, metrics, progress.read(), bar)
+            if due["sample"] and place.is_main:
+                outputs.sample()
+            if monitor is not None and due["eval"]:
+                monitor.evaluate(trainer.g_ema, step, sampler.position)
+            if due["save"] or ending:
+                save()
+            if ending and not last:
+                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto goes on")
     if saved != trainer.step:
         save()
 
@@ -342,18 +390,18 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> No
 
 
 def roll_back(trainer, sampler, batches, run, args, bad, count) -> None:
-    """A loss is not finite: end the run before any checkpoint is overwritten, or go on from the last good one."""
+    """A number is not finite: end the run before any checkpoint is overwritten, or go on from the last good one."""
     names = ", ".join(bad)
     if args.on_nan == "stop" or count > ROLLBACKS:
         hint = "" if args.on_nan == "rollback" else "; --on_nan rollback --resume auto goes on from the last checkpoint"
-        raise UserError(f"the loss {names} is not finite at step {trainer.step}{hint}")
+        raise UserError(f"the {names} is not finite at step {trainer.step}{hint}")
     path = latest_checkpoint(run.path("checkpoint"))
     state = load_checkpoint(path)
     trainer.load_state_dict(state, path)
     trainer.salt += count
     sampler.load(state["sampler"])
     batches.restart()
-    run.log(trainer.step, "Rollback", loss=names, checkpoint=path.name)
+    run.log(trainer.step, "Rollback", cause=names, checkpoint=path.name)
 
 
 def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:

@@ -222,6 +222,12 @@ class Trainer:
         for average, buffer in zip(self.g_ema.buffers(), self.g.buffers(), strict=True):
             average.copy_(buffer)
 
+    def broken_networks(self) -> list[str]:
+        """Names of the networks that hold a NaN or an infinity; waits for the device."""
+        networks = {"g": self.g, "d": self.d, "g_ema": self.g_ema}
+        return [name for name, network in networks.items()
+                if not all(torch.isfinite(p).all() for p in network.parameters())]  # fmt: skip
+
     def rehearse(self, images: torch.Tensor) -> None:
         """The backward passes of all four phases, without a trace: to see whether a micro-batch fits in memory."""
         ada, mean = self.ada.state_dict(), self.mean_path_length

@@ -8,7 +8,8 @@ with 2x2, 2x1, 1x2 and 1x1 of the nine taps: 81 multiplications per tile instead
 Two autograd functions, the convolution and its weight gradient, are each other's derivatives: correct to every order.
 In float32 the result differs from a direct convolution by about 1e-5 of the largest value.
 
-    y = conv3x3(x, weight); y = up_conv3x3(x, weight, kernel); y = down_conv3x3(x, weight, kernel)
+    y = conv3x3(x, weight)
+    y = up_conv3x3(x, weight, kernel)
 """
 
 from __future__ import annotations
@@ -25,18 +26,21 @@ from op.upfirdn2d import upfirdn2d
 
 TILE = 4  # low-resolution pixels per side of a tile
 POINTS = {1: (0, 1, -1), 2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # by taps; infinity is one more
-BLOCK = 160  # tiles transformed at a time, so that they stay in the cache
+BLOCK = 128  # tiles at a time: the matrix products need that many rows, more would leave the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Public functions
 
 
-def conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Correlation with padding 1: x [N, Cin, H, W], weight [Cout, Cin, 3, 3] -> [N, Cout, H, W]."""
+def conv3x3(x: torch.Tensor, weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Correlation of x [N, Cin, H, W] with weight [Cout, Cin, 3, 3].
+
+    Stride 1 with padding 1 -> [N, Cout, H, W]; stride 2 without padding -> [N, Cout, (H-1)//2, (W-1)//2].
+    """
     if not on_fast_device(x):
-        return F.conv2d(x, channels_last(weight), padding=1)
-    return _Conv.apply(x, weight, 1, False)
+        return F.conv2d(x, channels_last(weight), stride=stride, padding=1 if stride == 1 else 0)
+    return _Conv.apply(x, weight, stride, False)
 
 
 def up_conv3x3(x: torch.Tensor, weight: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -50,17 +54,6 @@ def up_conv3x3(x: torch.Tensor, weight: torch.Tensor, kernel: torch.Tensor) -> t
     else:
         out = F.conv_transpose2d(x, channels_last(weight), stride=2)
     return upfirdn2d(out, kernel, pad=(1, 1))  # [N, Cout, 2H+1, 2W+1] -> [N, Cout, 2H, 2W]
-
-
-def down_conv3x3(x: torch.Tensor, weight: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """The FIR filter, then a convolution of stride 2: [N, Cin, H, W] -> [N, Cout, H/2, W/2] (H, W even).
-
-    weight: [Cout, Cin, 3, 3]; kernel: [4, 4]. Source: StyleGAN2's `conv_downsample_2d`.
-    """
-    x = upfirdn2d(x, kernel, pad=(2, 2))  # [N, Cin, H+1, W+1]
-    if not on_fast_device(x):
-        return F.conv2d(x, channels_last(weight), stride=2)
-    return _Conv.apply(x, weight, 2, False)
 
 
 def on_fast_device(x) -> bool:
@@ -180,8 +173,8 @@ def cook_toom(taps: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kernel.append([Fraction(k == taps - 1) for k in range(taps)])
     data.append(polynomial(points))
     assert len(data[-1]) == n == TILE + taps - 1
-    as_tensor = [torch.tensor([[float(v) for v in row] for row in m], dtype=torch.float64) for m in (output, kernel, data)]
-    return tuple(as_tensor)
+    rows = [[[float(value) for value in row] for row in matrix] for matrix in (output, kernel, data)]
+    return tuple(torch.tensor(matrix, dtype=torch.float64) for matrix in rows)
 
 
 def polynomial(roots) -> list[Fraction]:
@@ -195,51 +188,36 @@ def polynomial(roots) -> list[Fraction]:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one convolution is put together from plain ones; each entry of `groups` lists things per 2-D phase.
+    """A convolution along one axis, tile by tile: output @ ((kernel @ taps) * (data @ pixels)); 2-D nests it twice."""
 
-    A phase along one axis is (taps, start): out[i] = sum_k w[taps[k]] * x[spacing * (i + k) + start].
-    """
-
-    spacing: int  # of the input pixels that one phase reads
-    interleave: int  # output pixels per low-resolution pixel
-    before: int  # pixels read before the first one
-    extent: int  # input pixels a tile spans
-    inputs: tuple  # ((start y, start x), (count y, count x), matrix [frequencies, count y * count x] or None) per gather
-    kernel: torch.Tensor  # [frequencies, 9]
-    outputs: tuple  # ((offset y, offset x), matrix [16, frequencies]) per group of output pixels
+    data: torch.Tensor  # [F, pixels read by a tile]
+    kernel: torch.Tensor  # [F, 3]
+    output: torch.Tensor  # [pixels written by a tile, F]
+    before: int  # pixels a tile reads before its own
+    step: int  # input pixels from tile to tile
 
 
 @cache
 def scheme(stride: int, transposed: bool, dtype: torch.dtype) -> Scheme:
-    """Tables of the four convolutions."""
+    """Tables of the four convolutions. A phase (taps, start) is out[i] = sum_k w[taps[k]] * x[spacing*(i+k) + start];
+    those of a convolution add up, those of a transposed one interleave."""
     phases = {
         (1, False): [((0, 1, 2), 0)], (1, True): [((2, 1, 0), 0)],
         (2, False): [((0, 2), 0), ((1,), 1)], (2, True): [((2, 0), 0), ((1,), 1)],
     }[stride, transposed]  # fmt: skip
-    pairs, kernels, data, outputs = list(product(phases, phases)), [], [], []
-    for (taps_y, start_y), (taps_x, start_x) in pairs:
-        (out_y, kernel_y, data_y), (out_x, kernel_x, data_x) = cook_toom(len(taps_y)), cook_toom(len(taps_x))
-        select_y, select_x = torch.eye(3).double()[list(taps_y)], torch.eye(3).double()[list(taps_x)]
-        kernels.append(torch.kron(kernel_y @ select_y, kernel_x @ select_x))
-        outputs.append(torch.kron(out_y, out_x))
-        data.append(((start_y, start_x), (len(data_y), len(data_x)), data_y, data_x))
-    gathers = [(start, count, torch.kron(y, x).to(dtype) if max(count) > TILE else None) for start, count, y, x in data]
-    results = [(start, table.to(dtype)) for (start, *_), table in zip(data, outputs, strict=True)]
-    if not (stride == 2 and transposed):  # all phases add up to one output
-        results = [((0, 0), torch.cat([table for _, table in results], 1))]
-    else:  # all phases read the same pixels: one gather, one matrix
-        size = TILE + 1
-        rows = []
-        for start, count, y, x in data:
-            wide = [torch.zeros(len(m), size, dtype=m.dtype) for m in (y, x)]
-            for m, w, s in ((y, wide[0], start[0]), (x, wide[1], start[1])):
-                w[:, s : s + m.shape[1]] = m
-            rows.append(torch.kron(*wide))
-        gathers = [((0, 0), (size, size), torch.cat(rows).to(dtype))]
-    spacing, interleave = (2, 1) if (stride, transposed) == (2, False) else (1, stride)
-    before = 0 if spacing == 2 else 1
-    extent = {(1, 1): 6, (2, 1): 9, (1, 2): 5}[spacing, interleave]
-    return Scheme(spacing, interleave, before, extent, tuple(gathers), torch.cat(kernels).to(dtype), tuple(results))
+    spacing, interleave = (1, stride) if transposed else (stride, 1)
+    data, kernel, output = [], [], []
+    for offset, (taps, start) in enumerate(phases):
+        a, g, b = cook_toom(len(taps))
+        read = torch.zeros(len(b), {1: 6, 2: 5 if transposed else 9}[stride]).double()
+        read[:, [start + spacing * k for k in range(len(b))]] = b
+        write = torch.zeros(TILE * interleave, len(b)).double()
+        write[offset * (interleave - 1) :: interleave] = a
+        data.append(read)
+        kernel.append(g @ torch.eye(3).double()[list(taps)])
+        output.append(write)
+    tables = torch.cat(data), torch.cat(kernel), torch.cat(output, 1)
+    return Scheme(*(t.to(dtype) for t in tables), before=1 if spacing == 1 else 0, step=TILE * spacing)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,104 +225,94 @@ def scheme(stride: int, transposed: bool, dtype: torch.dtype) -> Scheme:
 
 
 def winograd(x, weight, stride, transposed):
-    """Tile by tile: gather, transform, multiply per frequency, transform back, store."""
+    """Block by block: transform the pixels, multiply per frequency, transform back, store."""
     plan = scheme(stride, transposed, x.dtype)
-    n, c_in, height, width = x.shape
-    rows, columns = (height // plan.spacing // TILE, width // plan.spacing // TILE)
-    frequencies = len(plan.kernel)
-    # [F, low, high]; the product with the transposed kernel needs no copy
-    kernel = torch.mm(plan.kernel, weight_rows(weight)).view(frequencies, *weight.shape[:2])
+    n, _, height, width = x.shape
+    rows, columns, size = height // plan.step, width // plan.step, len(plan.kernel)
+    kernel = transform_kernel(weight, plan)  # [FF, low, high]
     if not transposed:
-        kernel = kernel.transpose(1, 2)  # [F, Cin, Cout]
-    c_out = kernel.shape[2]
+        kernel = kernel.transpose(1, 2)  # [FF, Cin, Cout]
+    c_out, side = kernel.shape[2], len(plan.output)
+    border = 1 if transposed and stride == 2 else 0
     pixels = channels_last(x).permute(0, 2, 3, 1)
-    extra = plan.interleave - 1
-    side = (rows * TILE * plan.interleave + extra, columns * TILE * plan.interleave + extra)
-    out = x.new_empty(n, *side, c_out)
-    most = max(columns, BLOCK)
+    out = x.new_empty(n, rows * side + border, columns * side + border, c_out)
     scratch = Scratch(x)
-    for images, tile_rows in blocks(n, rows, columns, most):
-        count = len(images) * len(tile_rows) * columns
-        data = analyse(pixels, plan, images, tile_rows, columns, scratch)  # [F, P, Cin]
-        products = torch.bmm(data, kernel, out=scratch("products", frequencies, count, c_out))
-        first = 0
-        for (offset_y, offset_x), table in plan.outputs:
-            group = products[first : first + table.shape[1]].flatten(1)
-            tiles = torch.mm(table, group, out=scratch("tiles", TILE**2, count * c_out))
-            first += table.shape[1] if len(plan.outputs) > 1 else 0
-            target = tiled(out, images, tile_rows, columns, plan.interleave, (offset_y, offset_x))
-            target.copy_(tiles.view(target.shape))
-    out = out.permute(0, 3, 1, 2)
-    if extra:  # the transpose's last row and column stand alone
+    for images, tile_rows in blocks(n, rows, columns, BLOCK):
+        data = analyse(pixels, plan.data, plan.before, plan.step, images, tile_rows, columns, scratch)  # [FF, P, Cin]
+        count = data.shape[1]
+        products = torch.bmm(data, kernel, out=scratch("products", size**2, count, c_out)).view(size, size, -1)
+        strips = torch.bmm(plan.output.expand(size, -1, -1), products, out=scratch("strips", size, side, count * c_out))
+        tiles = torch.mm(plan.output, strips.view(size, -1), out=scratch("tiles", side, side * count * c_out))
+        target = tiled(out, side, images, tile_rows, columns)
+        target.copy_(tiles.view(target.shape))
+    out = out.permute(0, 3, 1, 2)  # [N, Cout, H, W] in channels_last
+    if border:  # the last row and column of the transpose are no part of a tile
         out[:, :, -1:] = F.conv_transpose2d(x[:, :, -1:], weight[:, :, 2:], stride=2)
         out[:, :, :, -1:] = F.conv_transpose2d(x[:, :, :, -1:], weight[:, :, :, 2:], stride=2)
     return out
 
 
 def winograd_weight_gradient(high, low, stride):
-    """Gradient of the kernel's transform summed over tiles, transformed back: the transpose of `winograd`."""
+    """Sum over tiles of the products of transforms, transformed back: the transpose of `winograd` [low, high, 3, 3]."""
     plan = scheme(stride, False, low.dtype)
     n, c_low, height, width = low.shape
-    rows, columns, c_high = height // TILE, width // TILE, high.shape[1]
-    frequencies = len(plan.kernel)
-    table = plan.outputs[0][1].t().contiguous()  # [F, 16]
+    rows, columns, size, c_high = height // TILE, width // TILE, len(plan.kernel), high.shape[1]
     high, low = channels_last(high).permute(0, 2, 3, 1), channels_last(low).permute(0, 2, 3, 1)
-    total = low.new_empty(frequencies, c_low, c_high)
-    scratch = Scratch(low)
-    for step, (images, tile_rows) in enumerate(blocks(n, rows, columns, max(columns, 2 * BLOCK))):
-        count = len(images) * len(tile_rows) * columns
-        data = analyse(high, plan, images, tile_rows, columns, scratch)  # [F, P, Chigh]
-        tiles = scratch("tiles", TILE, TILE, len(images), len(tile_rows), columns, c_low)
-        tiles.copy_(tiled(low, images, tile_rows, columns, 1, (0, 0)))
-        grads = torch.mm(table, tiles.view(TILE**2, -1), out=scratch("grads", frequencies, count * c_low))
-        grads = grads.view(frequencies, count, c_low).transpose(1, 2)
-        torch.baddbmm(total, grads, data, beta=float(step > 0), out=total)  # [F, Clow, Chigh]
-    taps = torch.mm(total.view(frequencies, -1).t(), plan.kernel)  # [Clow * Chigh, 9]
+    total = low.new_empty(size**2, c_low, c_high)
+    scratch, scratch_low = Scratch(low), Scratch(low)
+    for step, (images, tile_rows) in enumerate(blocks(n, rows, columns, 2 * BLOCK)):
+        data = analyse(high, plan.data, plan.before, plan.step, images, tile_rows, columns, scratch)  # [FF, P, Chigh]
+        grads = analyse(low, plan.output.t(), 0, TILE, images, tile_rows, columns, scratch_low)  # [FF, P, Clow]
+        torch.baddbmm(total, grads.transpose(1, 2), data, beta=float(step > 0), out=total)  # [FF, Clow, Chigh]
+    taps = torch.mm(total.view(size**2, -1).t(), torch.kron(plan.kernel, plan.kernel))  # [Clow * Chigh, 9]
     return taps.view(c_low, c_high, 3, 3)
 
 
-def analyse(pixels, plan, images, tile_rows, columns, scratch):
-    """Gather the tiles of a block and transform them: pixels [N, H, W, C] -> [F, P, C]."""
-    step = TILE * plan.spacing
-    top, bottom = step * tile_rows[0] - plan.before, step * tile_rows[-1] - plan.before + plan.extent
-    left, right = -plan.before, step * (columns - 1) - plan.before + plan.extent
+def transform_kernel(weight, plan):
+    """[low, high, 3, 3] -> [FF, low, high]; a weight that is a transposed view is not copied."""
+    flipped = not weight.is_contiguous() and weight.transpose(0, 1).is_contiguous()
+    weight = weight.transpose(0, 1) if flipped else weight.contiguous()
+    taps, size = weight.view(-1, 9).t().contiguous().view(3, -1), len(plan.kernel)
+    rows = torch.mm(plan.kernel, taps).view(size, 3, -1)  # [F, 3, low * high]
+    kernel = torch.bmm(plan.kernel.expand(size, -1, -1), rows).view(size**2, *weight.shape[:2])
+    return kernel.transpose(1, 2) if flipped else kernel
+
+
+def analyse(pixels, matrix, before, step, images, tile_rows, columns, scratch):
+    """Transform the tiles of a block, along columns of pixels, then along rows: [N, H, W, C] -> [FF, P, C]."""
     height, width, channels = pixels.shape[1:]
-    pads = max(0, -left), max(0, right - width), max(0, -top), max(0, bottom - height)
-    window = pixels[images[0] : images[-1] + 1, max(0, top) : bottom, max(0, left) : right]
-    if any(pads):
-        window = F.pad(window, (0, 0, *pads))
-    stride_n, stride_y, stride_x, _ = window.stride()
-    places = len(images), len(tile_rows), columns
-    count = len(images) * len(tile_rows) * columns
-    data = scratch("data", len(plan.kernel), count * channels)
-    first = 0
-    for (start_y, start_x), (count_y, count_x), table in plan.inputs:
-        view = window.as_strided(
-            (count_y, count_x, *places, channels),
-            (stride_y * plan.spacing, stride_x * plan.spacing, stride_n, stride_y * step, stride_x * step, 1),
-            window.storage_offset() + start_y * stride_y + start_x * stride_x,
-        )
-        n_in = count_y * count_x
-        if table is None:
-            data[first : first + n_in].view(view.shape).copy_(view)
-            first += n_in
-        else:
-            tiles = scratch("pixels", n_in, count * channels)
-            tiles.view(view.shape).copy_(view)
-            torch.mm(table, tiles, out=data[first : first + len(table)])
-            first += len(table)
-    return data.view(len(plan.kernel), count, channels)
+    size, extent = matrix.shape
+    places = len(images), len(tile_rows), columns, channels
+    top, bottom = step * tile_rows[0] - before, step * tile_rows[-1] - before + extent
+    window = pixels[images[0] : images[-1] + 1, max(0, top) : bottom]
+    if top < 0 or bottom > height:
+        window = F.pad(window, (0, 0, 0, 0, max(0, -top), max(0, bottom - height)))
+    strips = scratch("strips", len(images), len(tile_rows), size, width * channels)
+    for image, strip in zip(window, strips, strict=True):  # tiles overlap in rows: a view, no copy
+        stride = image.stride(0)
+        overlapping = image.as_strided((len(tile_rows), extent, width * channels), (step * stride, stride, 1))
+        torch.bmm(matrix.expand(len(tile_rows), -1, -1), overlapping, out=strip)
+
+    strips = strips.view(*places[:2], size, width, channels).permute(2, 0, 1, 3, 4)  # [F, images, tile rows, W, C]
+    tiles = scratch("tiles", size, extent, *places)
+    for k in range(extent):  # the k-th column of every tile, zero outside the image
+        first = 1 if k < before else 0
+        last = min(columns, (width - 1 + before - k) // step + 1)
+        tiles[:, k, :, :, first:last] = strips[:, :, :, first * step + k - before :: step][:, :, :, : last - first]
+        tiles[:, k, :, :, :first] = 0
+        tiles[:, k, :, :, last:] = 0
+    data = scratch("data", size, size, len(images) * len(tile_rows) * columns * channels)
+    torch.bmm(matrix.expand(size, -1, -1), tiles.view(size, extent, -1), out=data)
+    return data.view(size**2, -1, channels)
 
 
-def tiled(image, images, tile_rows, columns, interleave, offset):
-    """View of a block's output pixels: [N, H, W, C] -> [4, 4, images, tile rows, tile columns, C]."""
+def tiled(image, side, images, tile_rows, columns):
+    """View of a block's output pixels: [N, H, W, C] -> [side, side, images, tile rows, tile columns, C]."""
     stride_n, stride_y, stride_x, stride_c = image.stride()
-    step = TILE * interleave
-    start = images[0] * stride_n + (tile_rows[0] * step + offset[0]) * stride_y + offset[1] * stride_x
     return image.as_strided(
-        (TILE, TILE, len(images), len(tile_rows), columns, image.shape[3]),
-        (stride_y * interleave, stride_x * interleave, stride_n, stride_y * step, stride_x * step, stride_c),
-        image.storage_offset() + start,
+        (side, side, len(images), len(tile_rows), columns, image.shape[3]),
+        (stride_y, stride_x, stride_n, stride_y * side, stride_x * side, stride_c),
+        images[0] * stride_n + tile_rows[0] * side * stride_y,
     )
 
 
@@ -352,17 +320,12 @@ def blocks(n, rows, columns, most):
     """Ranges of images and of tile rows, at most `most` tiles each (but one row at least)."""
     per_block = max(1, most // columns)
     if per_block >= rows:
-        whole = max(1, per_block // rows)
+        whole = per_block // rows
         for first in range(0, n, whole):
             yield range(first, min(n, first + whole)), range(rows)
     else:
         for image, row in product(range(n), range(0, rows, per_block)):
             yield range(image, image + 1), range(row, min(rows, row + per_block))
-
-
-def weight_rows(weight):
-    """[low, high, 3, 3] -> [9, low * high], a view of contiguous memory."""
-    return weight.contiguous().view(-1, 9).t()
 
 
 class Scratch:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from op.modulate import modulate, pieces, pixel_dot
+
 SQRT2 = 2**0.5
 
 
@@ -60,12 +62,47 @@ def noise_bias_act(
     if noise is not None:
         noise = (noise * (noise_strength * scale)).to(input.dtype)
     if demod is None:
-        out = torch.add(bias if noise is None else noise, input, alpha=scale)
+        demod = input.new_full(input.shape[:2], scale)
     else:
-        out = torch.addcmul(bias if noise is None else noise, input, (demod * scale).to(input.dtype)[:, :, None, None])
+        demod = (demod * scale).to(input.dtype)
+    if input.device.type == "cpu":
+        return _ScaleAddAct.apply(input, demod, noise, bias, negative_slope)
+    out = torch.addcmul(bias if noise is None else noise, input, demod[:, :, None, None])
     if noise is not None:
         out += bias
     return F.leaky_relu_(out, negative_slope)
+
+
+class _ScaleAddAct(torch.autograd.Function):
+    """leaky_relu(input * demod + noise + bias), piece by piece so that the three steps are one pass over memory."""
+
+    @staticmethod
+    def forward(ctx, input, demod, noise, bias, negative_slope):
+        out = torch.empty_like(input)
+        noise_of = None if noise is None else noise.expand(input.shape[0], -1, -1, -1)
+        for index, rows in pieces(input):
+            piece = out[index, :, rows]
+            start = bias[0] if noise is None else noise_of[index, :, rows]
+            torch.addcmul(start, input[index, :, rows], demod[index, :, None, None], out=piece)
+            if noise is not None:
+                piece += bias[0]
+            F.leaky_relu_(piece, negative_slope)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, demod, out)
+        ctx.noise_shape = None if noise is None else noise.shape
+        ctx.negative_slope = negative_slope
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, demod, out = ctx.saved_tensors
+        # The sign of the output is that of the sum (positive slope); its own derivative is zero almost everywhere
+        grad = torch.ops.aten.leaky_relu_backward(grad, out.detach(), ctx.negative_slope, True)
+        needs_input, needs_demod, needs_noise, needs_bias = ctx.needs_input_grad[:4]
+        grad_input = modulate(grad, demod) if needs_input else None
+        grad_demod = pixel_dot(grad, input) if needs_demod else None
+        grad_noise = grad.sum_to_size(ctx.noise_shape) if needs_noise else None
+        grad_bias = grad.sum((0, 2, 3), keepdim=True) if needs_bias else None
+        return grad_input, grad_demod, grad_noise, grad_bias, None
 
 
 class FusedLeakyReLU(nn.Module):

@@ -20,7 +20,7 @@ def correlation(a, b):
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
 
-@pytest.mark.parametrize("w_space, least", [(True, 0.999), (False, 0.6)])
+@pytest.mark.parametrize("w_space, least", [(True, 0.98), (False, 0.6)])
 def test_grown_generator_draws_the_smaller_picture(w_space, least):
     """W: the same code, the same picture. W++: new tokens join the attention, so only roughly."""
     small, large = pair(w_space=w_space)

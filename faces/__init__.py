@@ -1,0 +1,1 @@
+"""Images to facts: attributes, identity, alignment."""

@@ -1,0 +1,247 @@
+"""Labels of faces: a CSV becomes attributes, values in stated units, and a weight per label.
+
+Any label may be missing in any row. Where a column `<column>_src` says who made a label, TRUST weighs it: another
+network's guess counts less than the data set's own record. The validation split never parts the pictures of one person.
+
+    table = read_labels("faces/labels.csv")                    # age, gender, smile ...: those the file has labels for
+    table = read_labels("list_attr_celeba.csv", "Young,Bald")  # any column, -1/1 included
+    training, validation = table.split(0.08, seed=0)
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from common.checkpoint import require_file
+
+AGE_BINS = 101  # 0, 1 ... 100 years, as DEX has them (Rothe et al. 2015)
+UNITS = {"years": "years", "probability": "probability", "value": "as labelled"}
+
+NAME_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "name", "path")
+UNKNOWN = frozenset(("", "nan", "na", "n/a", "none", "null", "unknown", "?"))
+WORDS = {"m": 1.0, "male": 1.0, "man": 1.0, "f": 0.0, "female": 0.0, "woman": 0.0,
+         "yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}  # fmt: skip
+
+# Weight of a label by its maker, as far as the development data know them; others count fully. deepface's ages have
+# half the spread of real ones; Azure's are good (shared/data/README.md).
+TRUST = {"deepface-pred": 0.1, "azure-dcgm": 0.7}
+# One column tells the maker of several.
+SHARED_SOURCE = {"mouth_open": "expression_src", "narrow_eyes": "expression_src", "eyeglasses": "expression_src"}
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing to predict. kind: `years` (expected value over AGE_BINS), `probability` or `value` (a regression)."""
+
+    name: str
+    kind: str = "probability"
+    meaning: str = ""  # of 0 and 1
+    mean: float = 0.0  # of the labels of a `value`: the network predicts (value - mean) / std
+    std: float = 1.0
+
+    @property
+    def n_outputs(self) -> int:
+        return AGE_BINS if self.kind == "years" else 1
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.kind]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+# Attribute, and the columns that can give it, first to last; "!" means one minus the column.
+KNOWN = {
+    attribute.name: (attribute, columns)
+    for attribute, columns in (
+        (Attribute("age", "years", "apparent age"), ("age",)),
+        (Attribute("gender", meaning="0 female, 1 male, as the data sets label appearance"), ("gender", "male", "sex")),
+        (Attribute("smile", meaning="0 none, 1 smiling"), ("smile", "smiling")),
+        (Attribute("eyes_open", meaning="0 narrow or closed, 1 open"), ("eyes_open", "!narrow_eyes")),
+        (Attribute("mouth_open", meaning="0 closed, 1 open"), ("mouth_open", "mouth_slightly_open")),
+        (Attribute("eyeglasses", meaning="0 none, 1 eyeglasses"), ("eyeglasses", "glasses")),
+    )
+}
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """N rows of labels. values, weights: float32 [N, A]; a missing label is NaN with weight 0.
+
+    sources: per row and attribute who made the label ("" when the file does not say). path: the file, for messages.
+    """
+
+    path: Path
+    attributes: tuple[Attribute, ...]
+    names: tuple[str, ...]
+    identities: tuple[str, ...]  # the name, where the file knows no identity
+    values: np.ndarray
+    weights: np.ndarray
+    sources: np.ndarray  # of str, [N, A]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, rows) -> LabelTable:
+        rows = np.asarray(rows, np.int64)
+        return replace(
+            self, names=tuple(self.names[i] for i in rows), identities=tuple(self.identities[i] for i in rows),
+            values=self.values[rows], weights=self.weights[rows], sources=self.sources[rows],
+        )  # fmt: skip
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[LabelTable, LabelTable]:
+        """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
+
+        Raises ValueError when one of the two would be empty.
+        """
+        held = np.array([_unit_hash(f"{seed}/{identity}") < fraction for identity in self.identities], bool)
+        if not held.any() or held.all():
+            empty = "training" if held.all() else "validation"
+            raise ValueError(f"{self.path}: --validation {fraction} of {len(self)} rows leaves no {empty} faces")
+        return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
+
+
+def _unit_hash(text: str) -> float:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+
+
+def parse_trust(text: str | None) -> dict[str, float]:
+    """'deepface-pred=0.1,mine=1' on top of TRUST. Raises ValueError."""
+    trust = dict(TRUST)
+    for part in filter(None, (text or "").split(",")):
+        source, equals, weight = part.partition("=")
+        try:
+            trust[source.strip()] = float(weight)
+        except ValueError:
+            equals = ""
+        if not equals or not 0 <= trust[source.strip()] < math.inf:
+            raise ValueError(f"--trust {part}: expected SOURCE=WEIGHT with a weight of 0 or more")
+    return trust
+
+
+def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | None = None) -> LabelTable:
+    """The labels in a CSV with a column of file names (NAME_COLUMNS) and one column per attribute.
+
+    attributes: comma-separated names; of KNOWN ones by their usual columns, else of any column: values 0..1, yes/no or
+    -1/1 become a probability, other numbers a `value`. `auto`: those of KNOWN that the file has labels for; `all`:
+    further every other column that holds nothing but numbers and yes/no.
+    Raises FileNotFoundError, or ValueError naming file, line and column for an unknown attribute, an attribute without
+    a single label, or a cell that cannot be read.
+    """
+    path = require_file(path, "CSV file of labels")
+    columns, rows = _read_csv(path)
+    name_column = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
+    if name_column is None:
+        raise ValueError(f"{path} has no column of file names: expected one of {', '.join(NAME_COLUMNS)}, "
+                         f"found {', '.join(columns.values())}")  # fmt: skip
+    trust = TRUST if trust is None else trust
+    read = []
+    for name in _wanted(path, columns, rows, attributes):
+        labels = _read_attribute(path, columns, rows, name, trust)
+        if labels is not None:
+            read.append(labels)
+        elif attributes not in ("auto", "all"):
+            raise ValueError(f"{path}: no row has a label for {name!r}")
+    if not read:
+        raise ValueError(f"{path} has no labels for any of {', '.join(KNOWN)}; name its columns with --attributes "
+                         f"(found: {', '.join(columns.values())})")  # fmt: skip
+    names = tuple(row[name_column] for row in rows)
+    person = columns.get("identity")
+    identities = tuple((row[person] if person else "") or name for row, name in zip(rows, names, strict=True))
+    found, values, weights, sources = zip(*read, strict=True)
+    return LabelTable(path, found, names, identities, np.stack(values, 1), np.stack(weights, 1), np.stack(sources, 1))
+
+
+def _read_csv(path) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Columns by their lower-case names, and the rows; missing cells are empty strings."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restval="")
+            rows = [{key: (value or "").strip() for key, value in row.items() if key is not None} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} holds no labels: expected a header line and one line per face")
+    return {name.strip().lower(): name for name in reader.fieldnames if name}, rows
+
+
+def _wanted(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
+    if attributes in ("auto", "all"):
+        names = [name for name, (_, sources) in KNOWN.items() if any(c.lstrip("!") in columns for c in sources)]
+        taken = {*NAME_COLUMNS, "identity"}.union(*(KNOWN[name][1] for name in names))
+        rest = [name for name in columns if name not in taken] if attributes == "all" else []
+        return names + [name for name in rest if all(_readable(row[columns[name]]) for row in rows)]
+    names = list(dict.fromkeys(name.strip() for name in attributes.split(",") if name.strip()))
+    for name in names:
+        sources = KNOWN[name][1] if name in KNOWN else (name.lower(),)
+        if not any(column.lstrip("!") in columns for column in sources):
+            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: "
+                             f"{', '.join(columns.values())}")  # fmt: skip
+    if not names:
+        raise ValueError("--attributes names nothing: expected auto or names separated by commas")
+    return names
+
+
+def _read_attribute(path, columns, rows, name: str, trust) -> tuple | None:
+    """(Attribute, values [N], weights [N], sources [N]), or None when every cell is empty."""
+    attribute, sources = KNOWN.get(name, (None, (name.lower(),)))
+    column = next(c for c in sources if c.lstrip("!") in columns)
+    inverted, column = column.startswith("!"), column.lstrip("!")
+    header = columns[column]
+    values = np.array([_number(path, line, header, row[header]) for line, row in enumerate(rows, 2)], np.float32)
+    known = np.isfinite(values)
+    if not known.any():
+        return None
+    if set(np.unique(values[known])) == {-1.0, 1.0}:  # CelebA's no and yes
+        values = (values + 1) / 2
+    attribute = attribute or _describe(name, values[known])
+    if attribute.kind == "probability":
+        _require_range(path, header, values, 0, 1)
+        values = 1 - values if inverted else values
+    elif attribute.kind == "years":
+        _require_range(path, header, values, 0, 150)
+        values = values.clip(None, AGE_BINS - 1)
+    maker = columns.get(f"{column}_src") or columns.get(SHARED_SOURCE.get(column, ""))
+    makers = np.array([row[maker] if maker else "" for row in rows])
+    weights = np.array([trust.get(source, 1.0) for source in makers], np.float32) * known
+    return attribute, values, weights, makers
+
+
+def _describe(name: str, values: np.ndarray) -> Attribute:
+    if values.min() >= 0 and values.max() <= 1:
+        return Attribute(name)
+    return Attribute(name, "value", mean=float(values.mean()), std=float(values.std()) or 1.0)
+
+
+def _readable(cell: str) -> bool:
+    try:
+        return not math.isinf(_number("", 0, "", cell))
+    except ValueError:
+        return False
+
+
+def _number(path, line: int, column: str, cell: str) -> float:
+    cell = cell.strip().lower()
+    if cell in UNKNOWN:
+        return math.nan
+    try:
+        value = WORDS[cell] if cell in WORDS else float(cell)
+    except ValueError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise ValueError(f"{path}, line {line}: {cell!r} in column {column!r} is neither a number nor yes/no")
+    return value
+
+
+def _require_range(path, column: str, values: np.ndarray, low: float, high: float) -> None:
+    outside = np.flatnonzero((values < low) | (values > high))  # NaN is neither
+    if outside.size:
+        row = int(outside[0])
+        raise ValueError(f"{path}, line {row + 2}: {values[row]:g} in column {column!r} is outside {low:g}..{high:g}")

@@ -1,0 +1,335 @@
+"""Attribute scorers: pictures in, age, gender, smile, eyes and mouth open ... out, in stated units and differentiable.
+
+`load_scorer` gives every scorer the same interface, whatever is behind it: the bundled network, DEX, a classifier file
+of somebody else's, or a CSV of labels (faces/other_scorers.py). A loaded scorer is frozen and stays in evaluation
+mode; gradients flow through it to the pictures. It resizes by itself: any size of picture will do.
+
+    scorer = load_scorer("face-scorer", "cuda")         # or a .safetensors file, "dex", "classifier.json", "csv:FILE"
+    scores = scorer(images)                             # [N, 3, H, W] in [-1, 1] -> [N, A]: years, probabilities
+    age = scores[:, scorer.column("age")]
+
+The network: a small residual network (He et al. 2016; blocks from torchvision) or ShuffleNetV2 or RegNet of reduced
+width; age as the expected value of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one
+logit per attribute, calibrated on the validation split (Platt 1999; temperature for age).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import ShuffleNetV2
+from torchvision.models.regnet import BlockParams, RegNet
+from torchvision.models.resnet import BasicBlock
+
+from common.checkpoint import CheckpointError, fingerprint, load_safetensors, save_safetensors
+from common.distributed import resolve_device
+from faces.labels import AGE_BINS, Attribute
+from model import load_strictly
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for judging edits only
+FORMAT = "wpp-scorer-1"
+MEAN, STD = (0.0, 0.0, 0.0), (0.5, 0.5, 0.5)  # of RGB in [-1, 1]
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Enough to rebuild the network. width scales the channels of the backbone; input_size in pixels."""
+
+    attributes: tuple[Attribute, ...]
+    backbone: str = "resnet"
+    width: float = 1.0
+    input_size: int = 64
+    mean: tuple[float, ...] = field(default=MEAN)
+    std: tuple[float, ...] = field(default=STD)
+
+    def __post_init__(self):
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"--backbone {self.backbone}: expected one of {', '.join(BACKBONES)}")
+        if self.width <= 0 or self.input_size < 32:
+            raise ValueError(f"--width {self.width} --input_size {self.input_size}: expected above 0, at least 32")
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"attributes": [attribute.to_dict() for attribute in self.attributes]}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> ScorerConfig:
+        attributes = tuple(Attribute(**attribute) for attribute in values["attributes"])
+        lists = {name: tuple(values[name]) for name in ("mean", "std")}
+        return cls(**{**values, **lists, "attributes": attributes})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+def resnet_stages(width: float) -> tuple[list[nn.Module], int]:
+    """Stages of a small ResNet and its last width: 1/2, 1/2, 1/4, 1/8 and 1/16 of the input size."""
+    widths = [max(8, round(c * width / 8) * 8) for c in (16, 48, 96, 192)]
+    stages = [nn.Sequential(
+        nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+    )]  # fmt: skip
+    channels = widths[0]
+    for out, blocks, stride in zip(widths, (1, 2, 2, 2), (1, 2, 2, 2), strict=True):
+        layers = []
+        for i in range(blocks):
+            shortcut = None
+            if i == 0 and (stride > 1 or channels != out):
+                shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            layers.append(BasicBlock(channels, out, stride if i == 0 else 1, shortcut))
+            channels = out
+        stages.append(nn.Sequential(*layers))
+    return stages, channels
+
+
+def shufflenet_stages(width: float) -> tuple[list[nn.Module], int]:
+    """Stages of ShuffleNetV2 1x (Ma et al. 2018), without its max-pooling: 1/2 to 1/16 of the input size."""
+    widths = [24, *(max(8, round(c * width / 2) * 2) for c in (116, 232, 464)), max(64, round(512 * width))]
+    net = ShuffleNetV2([4, 8, 4], widths, num_classes=1)
+    return [net.conv1, net.stage2, net.stage3, net.stage4, net.conv5], widths[-1]
+
+
+def regnet_stages(width: float) -> tuple[list[nn.Module], int]:
+    """Stages of a RegNetY of about 100 MFLOP at 224 pixels (Radosavovic et al. 2020): 1/2 to 1/32 of the input."""
+    group = max(8, round(16 * width / 8) * 8)
+    params = BlockParams.from_init_params(
+        depth=12, w_0=max(8, round(32 * width / 8) * 8), w_a=20 * width, w_m=2.2, group_width=group, se_ratio=0.25
+    )
+    net = RegNet(params, num_classes=1, stem_width=24)
+    return [net.stem, *net.trunk_output], net.fc.in_features
+
+
+BACKBONES = {"resnet": resnet_stages, "shufflenet": shufflenet_stages, "regnet": regnet_stages}
+
+
+class ScorerNetwork(nn.Module):
+    """Backbone, global average, one linear head for all attributes. Trainable; `Scorer` is the frozen interface."""
+
+    def __init__(self, config: ScorerConfig):
+        super().__init__()
+        self.config = config
+        stages, self.n_features = BACKBONES[config.backbone](config.width)
+        self.stages = nn.ModuleList(stages)
+        self.head = nn.Linear(self.n_features, sum(attribute.n_outputs for attribute in config.attributes))
+        nn.init.normal_(self.head.weight, 0, 0.01)  # an even distribution over ages at the start
+        nn.init.zeros_(self.head.bias)
+
+    def feature_maps(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Normalised pictures [N, 3, S, S] -> outputs of the stages, [N, C_i, S_i, S_i]."""
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.feature_maps(x)[-1].mean((2, 3))  # [N, n_features]
+        return self.head(features)  # [N, sum of n_outputs]
+
+
+def split_outputs(outputs: torch.Tensor, attributes) -> list[torch.Tensor]:
+    """[N, sum of n_outputs] -> per attribute [N, n_outputs]."""
+    return list(outputs.split([attribute.n_outputs for attribute in attributes], 1))
+
+
+def expected_age(logits: torch.Tensor) -> torch.Tensor:
+    """[N, 101] -> [N] years: sum over i = 0..100 of i p_i."""
+    years = torch.arange(AGE_BINS, dtype=logits.dtype, device=logits.device)
+    return logits.softmax(1) @ years
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """[N, C, H, W] -> [N, C, size, size], bilinear, antialiased when it shrinks; differentiable."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interface
+
+
+class AttributeScorer(nn.Module):
+    """What every scorer offers. A subclass sets `attributes` and implements `margins`."""
+
+    attributes: tuple[Attribute, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(attribute.name for attribute in self.attributes)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Per attribute: years, probability, or as labelled."""
+        return {attribute.name: attribute.unit for attribute in self.attributes}
+
+    def column(self, name: str) -> int:
+        """Column of an attribute in the scores. Raises ValueError naming those there are."""
+        if name not in self.names:
+            raise ValueError(f"this scorer has no attribute {name!r}; it has {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def margins(self, images: torch.Tensor) -> torch.Tensor:
+        """As `forward`, but log-odds in place of probabilities: to rank pictures whose probabilities are all near 1."""
+        raise NotImplementedError
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float [N, 3, H, W] in [-1, 1] (clamped to it), any size -> [N, A] in the units of `units`, columns `names`.
+
+        Differentiable in the pictures. Raises ValueError for another shape.
+        """
+        return self.to_scores(self.margins(images))
+
+    def to_scores(self, margins: torch.Tensor) -> torch.Tensor:
+        """Margins [N, A] -> scores [N, A]."""
+        odds = torch.tensor([a.kind == "probability" for a in self.attributes], device=margins.device)
+        return torch.where(odds, margins.sigmoid(), margins)
+
+    def score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `forward`, by name: each [N]."""
+        return dict(zip(self.names, self(images).unbind(1), strict=True))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] in [-1, 1] -> [N, F], what the last layer sees: for distances between sets of pictures."""
+        raise ValueError(f"{type(self).__name__} has no features")
+
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """[N, 3, H, W] in [-1, 1] -> maps [N, C_i, S_i, S_i], fine to coarse: for distances between pictures."""
+        raise ValueError(f"{type(self).__name__} has no feature maps")
+
+    def train(self, mode: bool = True):
+        """Stays in evaluation mode, also inside a network that is being trained."""
+        return super().train(False)
+
+    def freeze(self):
+        return self.eval().requires_grad_(False)
+
+
+def require_images(images: torch.Tensor) -> torch.Tensor:
+    """The pictures, clamped to [-1, 1] as saving clamps them. Raises ValueError for a shape other than [N, 3, H, W]."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {images.dtype} "
+                         f"{list(images.shape)}")  # fmt: skip
+    return images.clamp(-1, 1)
+
+
+class Scorer(AttributeScorer):
+    """A trained ScorerNetwork, calibrated. calibration: attribute -> (scale, offset) of its logits.
+
+    Probability: sigmoid(scale * logit + offset). Years: softmax(scale * logits), then the expected value + offset.
+    `fingerprint` identifies the weights, `metadata` is the header of the file (metrics, training, terms).
+    """
+
+    def __init__(self, network: ScorerNetwork, calibration: dict | None = None, metadata: dict | None = None):
+        super().__init__()
+        self.network, self.config = network, network.config
+        self.attributes = self.config.attributes
+        self.calibration = {name: (1.0, 0.0) for name in self.names} | (calibration or {})
+        self.metadata = metadata or {}
+        self.fingerprint = fingerprint(network.state_dict())
+        self.register_buffer("mean", torch.tensor(self.config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.config.std).view(3, 1, 1), persistent=False)
+        self.freeze()
+
+    @property
+    def input_size(self) -> int:
+        return self.config.input_size
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        images = resize(require_images(images).to(self.mean.dtype), self.input_size)
+        return (images - self.mean) / self.std  # [N, 3, S, S]
+
+    def margins(self, images: torch.Tensor) -> torch.Tensor:
+        return self.margins_of(self.network(self.prepare(images)))
+
+    def scores_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Outputs of the network [N, K] -> scores [N, A]."""
+        return self.to_scores(self.margins_of(outputs))
+
+    def margins_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Outputs of the network [N, K] -> margins [N, A], calibrated."""
+        columns = []
+        for attribute, logits in zip(self.attributes, split_outputs(outputs, self.attributes), strict=True):
+            scale, offset = self.calibration[attribute.name]
+            if attribute.kind == "years":
+                columns.append((expected_age(logits * scale) + offset).clamp(0, AGE_BINS - 1))
+            elif attribute.kind == "probability":
+                columns.append(logits[:, 0] * scale + offset)
+            else:
+                columns.append(logits[:, 0] * attribute.std + attribute.mean)
+        return torch.stack(columns, 1)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.feature_maps(images)[-1].mean((2, 3))
+
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return self.network.feature_maps(self.prepare(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_scorer(path, scorer: Scorer, *, half: bool = True, **metadata) -> Path:
+    """Write `.safetensors`: weights, and in the header config, calibration, attribute names and units, `metadata`.
+
+    half: matrices and kernels as float16 (vectors stay float32). Returns the path.
+    """
+    tensors = scorer.network.state_dict()
+    if half:
+        tensors = {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}
+    header = {
+        **metadata, "format": FORMAT, "config": scorer.config.to_dict(), "calibration": scorer.calibration,
+        "attributes": scorer.names, "units": scorer.units, "input_size": scorer.input_size,
+    }  # fmt: skip
+    save_safetensors(path, tensors, header)
+    return Path(path)
+
+
+def round_half(state: dict) -> dict:
+    """A state dict with matrices and kernels rounded to float16, as a file keeps them, in float32."""
+    return {name: t.half().float() if t.ndim > 1 else t for name, t in state.items()}
+
+
+def read_scorer(path) -> Scorer:
+    """The scorer in a `.safetensors` file written by `save_scorer`. Raises FileNotFoundError or CheckpointError."""
+    tensors, header = load_safetensors(path)
+    if header.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no scorer of train_scorer.py (its header says {header.get('format')!r}, "
+                              f"expected {FORMAT!r})")  # fmt: skip
+    try:
+        network = ScorerNetwork(ScorerConfig.from_dict(header["config"]))
+        calibration = {name: (float(scale), float(offset)) for name, (scale, offset) in header["calibration"].items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: its header describes no scorer known here ({error})") from error
+    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    load_strictly(network, tensors, path)
+    return Scorer(network, calibration, header)
+
+
+def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop: bool = False) -> AttributeScorer:
+    """The scorer called `name`, frozen, on `device`.
+
+    name: `face-scorer` or `face-scorer-eval` (bundled), a `.safetensors` file of train_scorer.py, `dex` (or `dex_age`,
+    `dex_gender` alone; weights from common.weights), a `.json` that describes a classifier file, or `csv:FILE`.
+    dex_crop: DEX sees the centre 224 of 256 pixels, as the original code does, instead of the whole face.
+    Raises FileNotFoundError or ValueError in one sentence.
+    """
+    device, name = resolve_device(device), str(name)
+    if name in ("dex", "dex_age", "dex_gender") or name.startswith("csv:") or name.endswith(".json"):
+        from faces import other_scorers  # built on this module
+
+        if name.startswith("csv:"):
+            return other_scorers.TableScorer(name.removeprefix("csv:"))
+        if name.endswith(".json"):
+            return other_scorers.load_classifier(name).to(device)
+        return other_scorers.load_dex(name, weights_dir=weights_dir, crop=dex_crop).to(device)
+    path = ROOT / "checkpoints" / f"{name}.safetensors" if name in BUNDLED else Path(name)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such scorer; expected {', '.join(BUNDLED)}, dex, dex_age, dex_gender, "
+                                "csv:FILE, or a .safetensors or .json file")  # fmt: skip
+    return read_scorer(path).to(device)

@@ -1,0 +1,1 @@
+"""Numbers for generators: each stamped with how it was computed, so that unlike ones are not compared."""

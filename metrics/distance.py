@@ -1,0 +1,66 @@
+"""Distances between two sets of features: Fréchet (FID) and kernel (KID). The statistics are torch-fidelity's.
+
+FID: Heusel et al. 2017 (arXiv 1706.08500); KID, unbiased and so better for small sets: Binkowski et al. 2018
+(arXiv 1801.01401).
+"""
+
+from __future__ import annotations
+
+import torch
+
+KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> float:
+    """|mean_a - mean_b|² + tr(A + B - 2 (A B)^½) of two Gaussians: arrays [D] and [D, D] of one floating type."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    first, second = {"mu": mean_a, "sigma": cov_a}, {"mu": mean_b, "sigma": cov_b}
+    return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+
+
+def compute_fid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, list[str]]:
+    """FID of features [N, D] and [M, D], with what there is to be said against it (too few samples).
+
+    Raises ValueError on other shapes, fewer than two samples, or values that are not finite.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    real, fake = check_features(real, fake)
+    sides = [fid_features_to_statistics(features) for features in (real, fake)]
+    value = frechet_distance(*(side[name] for side in sides for name in ("mu", "sigma")))
+    dim, fewer = real.shape[1], min(len(real), len(fake))
+    if fewer > dim:
+        return value, []
+    return value, [f"{fewer:,} samples cannot fill a covariance of {dim:,} dimensions: the value is far too high, "
+                   "compare it only with values from as many samples, or take KID"]  # fmt: skip
+
+
+def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> dict:
+    """KID of features [N, D] and [M, D]: value and std over subsets, their number and size, notes. Raises as FID."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    real, fake = check_features(real, fake)
+    size = min(KID_SUBSET_SIZE, len(real), len(fake))
+    found = kid_features_to_metric(fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED,
+                                   verbose=False)  # fmt: skip
+    notes = [] if size == KID_SUBSET_SIZE else [f"KID on subsets of {size}, not {KID_SUBSET_SIZE}: too few samples"]
+    return {"value": found[KEY_METRIC_KID_MEAN], "std": found[KEY_METRIC_KID_STD], "subsets": KID_SUBSETS,
+            "subset_size": size, "notes": notes}  # fmt: skip
+
+
+def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as CPU float32 tensors, or ValueError."""
+    sides = []
+    for name, features in (("real", real), ("fake", fake)):
+        features = torch.as_tensor(features).detach().cpu().float()
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(f"{name} features have the shape {list(features.shape)}; expected [N, D], N at least 2")
+        if not torch.isfinite(features).all():
+            raise ValueError(f"{name} features hold values that are not finite (NaN or infinite): broken images or "
+                             "weights?")  # fmt: skip
+        sides.append(features)
+    if sides[0].shape[1] != sides[1].shape[1]:
+        raise ValueError(f"real features have {sides[0].shape[1]} dimensions, fake ones {sides[1].shape[1]}: two "
+                         "extractors?")  # fmt: skip
+    return tuple(sides)

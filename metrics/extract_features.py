@@ -1,0 +1,51 @@
+"""Features of a folder, an LMDB, a checkpoint or latents, as a file that fid.py and prdc.py take for --real or --fake.
+
+    python metrics/extract_features.py faces.lmdb --size 256 --extractor vgg16 --protocol paper --out faces-vgg16.npz
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import ArgumentParser, run
+from common.distributed import setup, shutdown
+from metrics.evaluation import parse_truncations
+from metrics.extractors import build_extractor
+from metrics.features import add_extractor_flags, add_sampling_flags, cache_folder, extract, save_features
+from metrics.protocol import PROTOCOLS
+from metrics.sources import Sampling, open_source
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("source", help="folder of images, LMDB, checkpoint, or folder of latents")
+    parser.add_argument("--out", required=True, help="features file to write (.npz)")
+    parser.add_argument("--ckpt", help="generator of the latents")
+    add_extractor_flags(parser)
+    add_sampling_flags(parser)
+    return parser
+
+
+def main(args) -> int:
+    place = setup(args.device)
+    try:
+        extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir,
+                                    device=place.device)  # fmt: skip
+        sampling = Sampling(parse_truncations(args.truncation)[0], args.truncation_mean, args.noise, args.seed)
+        source = open_source(args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=place.device,
+                             workers=args.workers)  # fmt: skip
+        found = extract(source, extractor, args.n_sample, seed=args.seed, batch=args.batch, place=place,
+                        cache_dir=cache_folder(args))  # fmt: skip
+        if place.is_main:
+            save_features(Path(args.out), found)
+            print(f"{args.out}: {list(found.values.shape)} {extractor.name} features of {args.source}")
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,164 @@
+"""Feature extractors, by name: images in, one vector per image out.
+
+`inception` is torch-fidelity's network (FID), `vgg16` torchvision's up to fc2 (the paper's PRDC), `squeeze` the
+pooled features of SqueezeNet 1.1 and `scorer` those of the bundled face scorer: stand-ins where the others' weights are
+not at hand. A number from a stand-in carries its name (`fid-squeeze`) and compares with no published one. Another
+extractor is one function:
+
+    @register_extractor("mine")
+    def build_mine(protocol, weights_dir):
+        return Extractor("mine", network, size=64, dim=128, mean=(127.5,) * 3, std=(127.5,) * 3, sha256=digest)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from common import weights
+from common.checkpoint import load_checkpoint
+from common.cli import UserError
+from metrics.protocol import Protocol
+
+IMAGENET_MEAN = tuple(255 * value for value in (0.485, 0.456, 0.406))
+IMAGENET_STD = tuple(255 * value for value in (0.229, 0.224, 0.225))
+
+
+@dataclass
+class Extractor:
+    """A network with what has to be done to an image before it: resized to `size`, then (x - mean) / std."""
+
+    name: str
+    network: nn.Module  # float32 [N, 3, size, size] -> [N, dim]
+    size: int | None  # pixels; None: images are taken as they are
+    dim: int
+    mean: tuple[float, ...]  # per channel, of images in 0..255
+    std: tuple[float, ...]
+    sha256: str | None  # of the weights file
+    standin: bool = True  # its name belongs into the name of every number
+    protocol: Protocol = field(default_factory=Protocol)
+
+    def to(self, device) -> Extractor:
+        self.network = self.network.eval().requires_grad_(False).to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W], or float in [-1, 1] as a generator gives it -> features, float32 [N, dim]."""
+        x = self.protocol.resize_to(self.protocol.to_255(images), self.size)  # [N, 3, size, size] in 0..255
+        mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return self.network((x - mean) / std).flatten(1).float()
+
+
+Builder = Callable[[Protocol, "str | None"], Extractor]
+_builders: dict[str, tuple[Builder, bool]] = {}
+
+
+def register_extractor(name: str, *, standin: bool = True) -> Callable[[Builder], Builder]:
+    """Decorator: `build(protocol, weights_dir)` makes the extractor called `name`. standin=False is for the extractors
+    that the published numbers are made of; theirs go by the plain name of the metric."""
+
+    def register(build: Builder) -> Builder:
+        _builders[name] = (build, standin)
+        return build
+
+    return register
+
+
+def extractor_names() -> list[str]:
+    return sorted(_builders)
+
+
+def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu") -> Extractor:
+    """The extractor `name` on `device`; `auto` takes Inception, else the stand-in `squeeze`.
+
+    Raises ValueError for an unknown name, FileNotFoundError with the URL when its weights are not at hand.
+    """
+    if name == "auto":
+        name = "inception" if weights.find("inception", weights_dir) else "squeeze"
+    if name not in _builders:
+        raise UserError(f"--extractor {name}: expected auto, {', '.join(extractor_names())}")
+    build, standin = _builders[name]
+    extractor = build(protocol, weights_dir)
+    extractor.name, extractor.standin, extractor.protocol = name, standin, protocol
+    return extractor.to(device)
+
+
+def metric_name(metric: str, extractor: str) -> str:
+    """`fid` for Inception, `fid-squeeze` for a stand-in; FID on VGG is none that anybody publishes: `fid-vgg16`."""
+    standin = _builders[extractor][1] if extractor in _builders else True
+    plain = not standin and (metric not in ("fid", "kid") or extractor == "inception")
+    return metric if plain else f"{metric}-{extractor}"
+
+
+def _state(name: str, weights_dir) -> tuple[dict, str]:
+    """Checked tensors of third-party weights and the sha256 of their file."""
+    path = weights.require(name, weights_dir)
+    return load_checkpoint(path), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@register_extractor("squeeze")
+def build_squeeze(protocol: Protocol, weights_dir) -> Extractor:
+    """SqueezeNet 1.1 (arXiv 1602.07360), the last Fire module averaged over the image: [N, 512]."""
+    from torchvision.models import squeezenet1_1
+
+    state, sha256 = _state("squeezenet1_1_features", weights_dir)
+    features = squeezenet1_1(weights=None).features
+    features.load_state_dict({name.removeprefix("features."): value.float() for name, value in state.items()})
+    network = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Extractor("squeeze", network, 128, 512, IMAGENET_MEAN, IMAGENET_STD, sha256)
+
+
+@register_extractor("inception", standin=False)
+def build_inception(protocol: Protocol, weights_dir) -> Extractor:
+    """The Inception-v3 of FID (arXiv 1706.08500) as torch-fidelity defines it, pooled features: [N, 2048]."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = weights.require("inception", weights_dir)
+    _, sha256 = _state("inception", weights_dir)  # the library unpickles it: a file that passes here holds no code
+    inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    layers = list(inception.children())[:-1]  # in order of execution; without fc, which comes after the features
+    # TensorFlow's graph subtracts 128 and divides by 128; pytorch-fid, of which the paper's code is, maps to [-1, 1]
+    centre = (127.5,) * 3 if protocol.name == "paper" else (128.0,) * 3
+    return Extractor("inception", nn.Sequential(*layers, nn.Flatten()), 299, 2048, centre, centre, sha256)
+
+
+@register_extractor("vgg16", standin=False)
+def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
+    """torchvision's VGG-16 up to fc2 and its ReLU: [N, 4096]. The paper's code feeds [-1, 1] at the images' own size;
+    the other protocols resize to 224 and normalise as the network was trained."""
+    from torchvision.models import vgg16
+
+    state, sha256 = _state("vgg16", weights_dir)
+    vgg = vgg16(weights=None)
+    vgg.load_state_dict(state)
+    network = nn.Sequential(vgg.features, vgg.avgpool, nn.Flatten(), vgg.classifier[:6])
+    if protocol.name == "paper":
+        return Extractor("vgg16", network, None, 4096, (127.5,) * 3, (127.5,) * 3, sha256)
+    return Extractor("vgg16", network, 224, 4096, IMAGENET_MEAN, IMAGENET_STD, sha256)
+
+
+@register_extractor("scorer")
+def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
+    """What the last layer of the bundled attribute scorer sees (faces/scorer.py): a network that knows faces."""
+    from faces.scorer import load_scorer
+
+    scorer = load_scorer("face-scorer", weights_dir=weights_dir)
+    network, size = _ScorerFeatures(scorer), scorer.input_size
+    dim = network(torch.zeros(1, 3, size, size)).shape[1]
+    return Extractor("scorer", network, size, dim, (127.5,) * 3, (127.5,) * 3, scorer.fingerprint)
+
+
+class _ScorerFeatures(nn.Module):
+    """A scorer's features as a network's output."""
+
+    def __init__(self, scorer):
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, images):
+        return self.scorer.features(images)

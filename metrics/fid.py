@@ -1,0 +1,36 @@
+"""Fréchet distance (FID) and kernel distance (KID) between real and generated images.
+
+FID: Heusel et al. 2017 (arXiv 1706.08500); KID, unbiased and so better for small sets: Binkowski et al. 2018
+(arXiv 1801.01401). Extractor and statistics are torch-fidelity's (metrics/distance.py). `fid` is
+Inception's; where its weights are not at hand the stand-in is named: `fid-squeeze` compares with no published FID.
+
+    python metrics/fid.py --real ffhq.lmdb --size 256 --fake runs/ffhq/checkpoint/230000.pt
+    python metrics/fid.py --real faces.lmdb --fake runs/faces/checkpoint --extractor squeeze --n_sample 5000
+    python metrics/fid.py --real faces/ --fake generated/ --size 64 --protocol clean
+    torchrun --nproc_per_node 8 metrics/fid.py --real ffhq.lmdb --fake faces.safetensors --truncation 0.5,0.7,1
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import run
+from metrics.distance import compute_fid, compute_kid, frechet_distance
+from metrics.evaluation import evaluation_parser, run_command
+
+__all__ = ["build_parser", "compute_fid", "compute_kid", "frechet_distance", "main"]
+
+
+def build_parser():
+    return evaluation_parser(__doc__)
+
+
+def main(args) -> int:
+    return run_command(args, ("fid", "kid"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

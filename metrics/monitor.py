@@ -1,0 +1,86 @@
+"""Metrics while a generator is trained (train.py --eval_every): into the run's log, and the best weights into a file.
+
+    monitor = Monitor(run, "faces.lmdb", 64, metrics=("fid", "prdc"), n=5000, place=place)
+    monitor.evaluate(g_ema, step, images)        # on every rank
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.checkpoint import CheckpointError, fingerprint, load_safetensors, save_safetensors
+from common.cli import UsageError
+from common.distributed import Distributed
+from common.runs import Run, truncate_log
+from metrics.evaluation import METRICS, evaluate
+from metrics.extractors import build_extractor, metric_name
+from metrics.features import default_cache, extract
+from metrics.protocol import PROTOCOLS, append_records
+from metrics.sources import GeneratorSource, Sampling, open_source
+
+SEED = 0  # of every evaluation, so that steps and runs are judged by the same draws; the same as of metrics/fid.py
+BEST = "best.safetensors"
+
+
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """'fid,prdc' -> ("fid", "prdc"). Raises UsageError for another name."""
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if name not in METRICS:
+            raise UsageError(f"--metric {text}: {name!r} is none of {', '.join(METRICS)}")
+    return names
+
+
+class Monitor:
+    """Judges a generator against the training images, always by the same draws.
+
+    Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
+    so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
+    computed at once: what is missing shows before the training begins. start_step: later results of an earlier start
+    are dropped.
+    """
+
+    def __init__(
+        self, run: Run, path, size: int, *, metrics: tuple[str, ...], n: int, extractor: str = "auto",
+        batch: int = 16, place: Distributed, start_step: int = 0, weights_dir=None,
+    ):  # fmt: skip
+        self.run, self.metrics, self.n, self.batch, self.place = run, metrics, n, batch, place
+        self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir,
+                                         device=place.device)  # fmt: skip
+        self.real = self._extract(open_source(path, size=size), SEED + 1, default_cache())
+        self.output = run.folder / "metrics.jsonl"
+        if place.is_main and self.output.exists():
+            truncate_log(self.output, start_step + 1)
+        self.fid = metric_name("fid", self.extractor.name)
+        self.best = self._best_so_far() if place.is_main else None
+
+    def _extract(self, source, seed, cache_dir=None):
+        return extract(source, self.extractor, self.n, seed=seed, batch=self.batch, place=self.place,
+                       cache_dir=cache_dir, progress=cache_dir is not None)  # fmt: skip
+
+    def _best_so_far(self) -> float:
+        try:
+            _, known = load_safetensors(self.run.path("checkpoint", BEST))
+        except (FileNotFoundError, CheckpointError):
+            return float("inf")
+        return known["value"] if (known.get("metric"), known.get("n_fake")) == (self.fid, self.n) else float("inf")
+
+    @torch.no_grad()
+    def evaluate(self, generator, step: int, images: int) -> dict[str, float]:
+        """Values by name on rank 0 ({} elsewhere) of a generator after `step` steps and `images` images seen."""
+        weights = generator.state_dict()
+        about = {"kind": "training", "path": str(self.run.folder), "step": step, "images": images, "ema": True,
+                 "fingerprint": fingerprint(weights)}  # fmt: skip
+        fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), about), SEED)
+        if not self.place.is_main:
+            return {}
+        records = evaluate(self.real, fake, self.metrics, device=self.place.device)
+        append_records(self.output, records)
+        values = {record["metric"]: record["value"] for record in records}
+        self.run.log(step, "Metrics", **values)
+        if values.get(self.fid, self.best) < self.best:
+            self.best = values[self.fid]
+            facts = {"metric": self.fid, "value": self.best, "n_fake": self.n}
+            config = generator.config.to_dict()
+            save_safetensors(self.run.path("checkpoint", BEST), weights, {**about, **facts, "config": config})
+        return values

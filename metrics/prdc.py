@@ -1,0 +1,36 @@
+"""Precision, recall, density and coverage of generated images against real ones; the computation: metrics/manifold.py.
+
+The k and the features make the numbers: the paper's are VGG-16 fc2, k = 3, 50,000 samples (--protocol paper); most
+others Inception, k = 5. Other features carry their name: `precision-squeeze`.
+
+    python metrics/prdc.py --real faces.lmdb --fake runs/faces/checkpoint/230000.pt --extractor vgg16 --protocol paper
+    python metrics/prdc.py --real faces.lmdb --fake faces.safetensors --truncation 0.5,0.7,1
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import run
+from metrics.evaluation import evaluation_parser, run_command
+from metrics.manifold import compute_prdc
+
+__all__ = ["build_parser", "compute_prdc", "main"]
+
+
+def build_parser():
+    parser = evaluation_parser(__doc__)
+    parser.add_argument("--nearest_k", type=int, help="neighbour that sets a ball's radius; default 3 under --protocol "
+                                                      "paper, else 5")  # fmt: skip
+    return parser
+
+
+def main(args) -> int:
+    return run_command(args, ("prdc",))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,150 @@
+"""How a number was computed: what is done to images before the extractor, and the stamp that every result carries.
+
+One FID in four in the literature cannot be reproduced because the resize, the codec or the sample count went unsaid
+(Parmar et al. 2022, arXiv 2104.11222). Each result here is one JSON line in `metrics.jsonl` that says all of it, and
+`require_alike` refuses to set numbers side by side that were not computed alike.
+
+| protocol  | images                    | resize to the extractor                     | numbers to compare with        |
+|-----------|---------------------------|---------------------------------------------|--------------------------------|
+| paper     | as generated, no rounding | bilinear, no antialias (VGG-16: none)       | the W++ paper, pytorch-fid     |
+| tf-compat | rounded to 8 bits         | TensorFlow 1's bilinear, no antialias       | torch-fidelity, most papers    |
+| clean     | rounded to 8 bits         | bicubic, antialiased, as Pillow in float    | clean-fid's `clean` mode       |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common.cli import UserError
+from common.runs import _git_commit, to_plain
+
+# What may differ between numbers set side by side: where things lie, what is being compared, and when
+FREE = {
+    "value", "std", "time", "code", "notes", "step", "images", "device", "real.path", "real.seed", "real.kind",
+    "real.fingerprint", "real.space", "real.step", "fake.path", "fake.seed", "fake.kind", "fake.fingerprint",
+    "fake.space", "fake.step", "fake.images", "fake.digest", "fake.noise_seed",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What happens to an image on its way to the extractor."""
+
+    name: str = "tf-compat"
+    quantised: bool = True  # generated images rounded and clamped to 8 bits, as a file holds them
+    resize: str = "bilinear-tf1"
+    antialias: bool = False
+
+    def to_255(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W] or float [N, 3, H, W] in [-1, 1] -> float32 in 0..255."""
+        if images.dtype == torch.uint8:
+            return images.float()
+        images = (images.float() + 1) * 127.5
+        return images.round().clamp(0, 255) if self.quantised else images
+
+    def resize_to(self, x: torch.Tensor, size: int | None) -> torch.Tensor:
+        """float [N, 3, H, W] -> [N, 3, size, size]; None, or the size it has already: unchanged."""
+        if size is None or tuple(x.shape[2:]) == (size, size):
+            return x
+        if self.resize == "bilinear-tf1":
+            from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+            return interpolate_bilinear_2d_like_tensorflow1x(x, size=(size, size), align_corners=False)
+        x = F.interpolate(x, (size, size), mode=self.resize, antialias=self.antialias, align_corners=False)
+        return x.clamp(0, 255) if self.quantised else x  # bicubic overshoots
+
+
+PROTOCOLS = {
+    "paper": Protocol("paper", False, "bilinear", False),
+    "tf-compat": Protocol("tf-compat", True, "bilinear-tf1", False),
+    "clean": Protocol("clean", True, "bicubic", True),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def make_record(metric: str, value: float, *, real: dict | None, fake: dict, protocol: dict, extractor: dict, **facts):
+    """One result as `metrics.jsonl` holds it. real, fake: `about` of the sources, `n` among it; real None: there is
+    none (path length)."""
+    real = dict(real) if real else {}
+    fake = dict(fake)
+    counts = {"n_real": real.pop("n", None), "n_fake": fake.pop("n")}
+    if fake.get("step") is not None:
+        counts["step"] = fake["step"]
+    return to_plain({
+        "metric": metric, "value": value, **counts, **facts, "protocol": protocol, "extractor": extractor,
+        "real": real, "fake": fake, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": _code_version(),
+    })  # fmt: skip
+
+
+def _code_version() -> dict:
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "torch-fidelity", "pillow")}
+    return {"git": _git_commit(), **versions}
+
+
+def append_records(path: str | Path, records: Iterable[dict]) -> None:
+    """Add one JSON line per record to `path`, which is created when absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(lines)
+
+
+def read_records(path: Path) -> list[dict]:
+    """Records of a metrics.jsonl. Raises ValueError naming the line that is none."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            record["metric"], record["value"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: not a result of metrics/ ({error})") from error
+        records.append(record)
+    return records
+
+
+def unlike(first: dict, second: dict, vary: Iterable[str] = ()) -> list[str]:
+    """What keeps two results from being comparable, as 'extractor.name squeeze against inception'; empty if nothing.
+
+    vary: dotted names that may differ, such as `fake.truncation` along a sweep.
+    """
+    a, b = flat(first), flat(second)
+    free = FREE | set(vary)
+    names = [name for name in dict.fromkeys((*a, *b)) if name not in free and not name.startswith("code.")]
+    differing = [name for name in names if a.get(name) != b.get(name)]
+    return [f"{name} {_shown(a.get(name))} against {_shown(b.get(name))}" for name in differing]
+
+
+def flat(record: dict, prefix: str = "") -> dict:
+    """Nested entries under dotted names."""
+    entries = {}
+    for name, value in record.items():
+        entries |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return entries
+
+
+def _shown(value) -> str:
+    return "unknown" if value is None else str(value)
+
+
+def require_alike(records: list[dict], *, vary: Iterable[str] = (), allow: bool = False) -> list[str]:
+    """The differences in protocol between results of one metric, each with the first; raises ValueError if there are
+    any, unless `allow`."""
+    vary = tuple(vary)
+    differences = list(dict.fromkeys(line for record in records[1:] for line in unlike(records[0], record, vary)))
+    if differences and not allow:
+        more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
+        raise UserError(f"{records[0]['metric']}: these numbers were not computed alike ({'; '.join(differences[:4])}"
+                        f"{more}): compute them alike, or pass --allow_unlike")  # fmt: skip
+    return differences

@@ -1,0 +1,231 @@
+"""The pSp encoders: image [N, 3, S, S] -> style codes, relative to the average code (Richardson et al. 2021, 3.1).
+
+GradualStyleEncoder                      feature pyramid, one small network per code           -> [N, L, 512]
+BackboneEncoderUsingLastLayerIntoW       one code from the last feature map, for all layers    -> [N, 512]
+BackboneEncoderUsingLastLayerIntoWPlus   all codes from the last feature map                   -> [N, L, 512]
+
+Names of classes and tensors are those of eladrich/pixel2style2pixel. The number of codes follows from the generator, so
+that every size from 32 to 1024 works; `EncoderConfig.for_generator` chooses a narrower, shallower network on a smaller
+picture for generators below 256 px, where the published 256 px input would be an enlargement.
+
+    encoder = build_encoder(EncoderConfig.for_generator(generator.config))
+    offsets = encoder(images)                                    # add generator.mean_latent() for codes
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.checkpoint import CheckpointError
+from faces.arcface import DEPTHS, MODES, STRIDES, build_body, input_layer
+from layers import EqualLinear
+
+GRADUAL, INTO_W, INTO_W_PLUS = (
+    "GradualStyleEncoder", "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus",
+)  # fmt: skip
+PUBLISHED_INPUT = 256  # pixels
+COARSE, MIDDLE = 3, 7  # codes below 3 come from the coarsest tap, below 7 from the middle, the rest from the finest
+POOL = 7  # the side to which IntoWPlus pools its last map
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """All that is needed to rebuild an encoder. Raises ValueError for what cannot be built."""
+
+    encoder_type: str = GRADUAL
+    n_styles: int = 14  # codes per image, L of the generator
+    style_dim: int = 512
+    input_size: int = PUBLISHED_INPUT  # pixels, a power of two
+    input_nc: int = 3
+    width: int = 64  # feature maps of the first stage; the others have 2, 4 and 8 times as many
+    depth: int = 50
+    mode: str = "ir_se"  # or ir: without squeeze and excitation
+
+    def __post_init__(self):
+        for name, allowed in (("encoder_type", tuple(ENCODERS)), ("depth", tuple(DEPTHS)), ("mode", MODES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is one of {', '.join(map(str, allowed))}, not {getattr(self, name)}")
+        size = self.input_size
+        if size < 16 or size > 1024 or size & (size - 1):
+            raise ValueError(f"the encoder's input_size is a power of two from 16 to 1024, not {size}")
+        for name in ("n_styles", "style_dim", "input_nc", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"the encoder's {name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the four stages. A small picture keeps its resolution in the first, or the taps would be 2 px small."""
+        return STRIDES if self.input_size > 64 else (1, *STRIDES[1:])
+
+    @property
+    def channels(self) -> int:
+        """Feature maps of the last stage and of the pyramid: 512 at the published width."""
+        return 8 * self.width
+
+    @property
+    def taps(self) -> tuple[int, int, int]:
+        """Index of the last unit of stages 2, 3 and 4 in the body: 6, 20, 23 at depth 50."""
+        units = DEPTHS[self.depth]
+        return tuple(sum(units[: stage + 1]) - 1 for stage in (1, 2, 3))
+
+    @property
+    def tap_sizes(self) -> tuple[int, int, int]:
+        """Side of these feature maps: 64, 32, 16 for 256 px."""
+        return tuple(self.input_size // math.prod(self.strides[: stage + 1]) for stage in (1, 2, 3))
+
+    def tap_of(self, style: int) -> int:
+        """Which tap (0 fine, 1 middle, 2 coarse) code number `style` is computed from."""
+        return 2 if style < COARSE else 1 if style < MIDDLE else 0
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> EncoderConfig:
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"encoder config has unknown entries {sorted(unknown)}: written by a newer version?")
+        return cls(**values)
+
+    @classmethod
+    def for_generator(cls, config, *, input_size: int = 0, width: int = 0, depth: int = 0, **other) -> EncoderConfig:
+        """The encoder for a generator (a GeneratorConfig). 0 chooses: the published network from 256 px on, below that
+        the generator's own size as input, width 32 and depth 18."""
+        light = config.size < PUBLISHED_INPUT
+        return cls(
+            n_styles=config.n_tokens, style_dim=config.style_dim,
+            input_size=input_size or min(PUBLISHED_INPUT, max(16, config.size)),
+            width=width or (32 if light else 64), depth=depth or (18 if light else 50), **other,
+        )  # fmt: skip
+
+
+class GradualStyleBlock(nn.Module):
+    """map2style: strided convolutions from [N, C, side, side] down to one pixel, then a linear layer -> [N, out]."""
+
+    def __init__(self, channels: int, out_dim: int, side: int):
+        super().__init__()
+        layers = []
+        for _ in range(max(1, int(math.log2(side)))):
+            layers += [nn.Conv2d(channels, channels, 3, 2, 1), nn.LeakyReLU()]
+        self.convs = nn.Sequential(*layers)
+        self.linear = EqualLinear(channels, out_dim)
+
+    def forward(self, x):
+        return self.linear(self.convs(x).flatten(1))
+
+
+class Backbone(nn.Module):
+    """`input_layer` and `body` of ArcFace's network, which all encoders share."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.input_layer = input_layer(config.input_nc, config.width)
+        self.body = build_body(config.depth, config.width, config.mode, config.strides)
+
+    def features(self, images) -> list[torch.Tensor]:
+        """The three taps, fine to coarse: [N, 2w, s, s], [N, 4w, s/2, s/2], [N, 8w, s/4, s/4], s = tap_sizes[0]."""
+        expected = (self.config.input_nc, self.config.input_size, self.config.input_size)
+        if images.shape[1:] != expected:
+            raise ValueError(f"the encoder takes images [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
+        x = self.input_layer(images.contiguous(memory_format=torch.channels_last))
+        found = []
+        for index, unit in enumerate(self.body):
+            x = unit(x)
+            if index in self.config.taps:
+                found.append(x)
+        return found
+
+
+class GradualStyleEncoder(Backbone):
+    """images [N, 3, S, S] in [-1, 1] -> codes [N, L, style_dim], each from the pyramid level of its resolution."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        channels, sides = config.channels, config.tap_sizes
+        self.styles = nn.ModuleList(
+            GradualStyleBlock(channels, config.style_dim, sides[config.tap_of(i)]) for i in range(config.n_styles)
+        )
+        self.latlayer1 = nn.Conv2d(channels // 2, channels, 1)
+        self.latlayer2 = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, images):
+        fine, middle, coarse = self.features(images)
+        middle = enlarge(coarse, middle) + self.latlayer1(middle)  # [N, 8w, s/2, s/2]
+        fine = enlarge(middle, fine) + self.latlayer2(fine)  # [N, 8w, s, s]
+        pyramid = (fine, middle, coarse)
+        codes = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
+        return torch.stack(codes, 1)  # [N, L, style_dim]
+
+
+def enlarge(x, like):
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=True)
+
+
+class BackboneEncoderUsingLastLayerIntoW(Backbone):
+    """images [N, 3, S, S] in [-1, 1] -> one code [N, style_dim] for all layers (space W)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        self.linear = EqualLinear(config.channels, config.style_dim)
+
+    def forward(self, images):
+        coarse = self.features(images)[-1]  # [N, 8w, s, s]
+        return self.linear(coarse.mean((2, 3)))
+
+
+class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
+    """images [N, 3, S, S] in [-1, 1] -> codes [N, L, style_dim] from the last feature map alone."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        channels = config.channels
+        self.output_layer_2 = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(POOL), nn.Flatten(),
+            nn.Linear(channels * POOL**2, channels),
+        )  # fmt: skip
+        self.linear = EqualLinear(channels, config.style_dim * config.n_styles)
+
+    def forward(self, images):
+        x = self.output_layer_2(self.features(images)[-1])  # [N, 8w]
+        return self.linear(x).unflatten(1, (self.config.n_styles, self.config.style_dim))
+
+
+ENCODERS = {
+    GRADUAL: GradualStyleEncoder, INTO_W: BackboneEncoderUsingLastLayerIntoW,
+    INTO_W_PLUS: BackboneEncoderUsingLastLayerIntoWPlus,
+}  # fmt: skip
+
+
+def build_encoder(config: EncoderConfig) -> nn.Module:
+    """The encoder of a config, randomly initialised."""
+    return ENCODERS[config.encoder_type](config)
+
+
+def infer_encoder_config(state: dict) -> EncoderConfig:
+    """The config of an encoder from its tensors: those of a published checkpoint, which holds none, have 256 px input.
+
+    Raises CheckpointError when they are no pSp encoder's.
+    """
+    try:
+        width, input_nc = state["input_layer.0.weight"].shape[:2]
+        n_units = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("body."))
+        depth = next(depth for depth, units in DEPTHS.items() if sum(units) == n_units)
+        mode = "ir_se" if "body.0.res_layer.5.fc1.weight" in state else "ir"
+        if "styles.0.linear.weight" in state:
+            kind, style_dim = GRADUAL, state["styles.0.linear.weight"].shape[0]
+            n_styles = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("styles."))
+        elif "output_layer_2.3.weight" in state:
+            kind, style_dim = INTO_W_PLUS, 512
+            n_styles = state["linear.weight"].shape[0] // style_dim
+        else:
+            kind, style_dim, n_styles = INTO_W, state["linear.weight"].shape[0], 1
+    except (KeyError, StopIteration, ValueError, IndexError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else "its layers are numbered or counted otherwise"
+        raise CheckpointError(f"these tensors are no pSp encoder's: {what}") from None
+    return EncoderConfig(kind, n_styles, style_dim, PUBLISHED_INPUT, input_nc, width, depth, mode)

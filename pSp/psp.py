@@ -1,0 +1,179 @@
+"""The pSp network: an encoder that gives codes for the generator it carries, and the file that holds both.
+
+    net = load_psp("checkpoints/best_model.pt", "cpu")
+    images, codes = net(net.fit(photos), randomize_noise=False)     # [N, 3, S, S], [N, L, 512]
+
+The published checkpoint, {"state_dict": encoder.* and decoder.*, "latent_avg", "opts"}, is what is written, with the
+configs of both networks, the step and the training state beside it; files of eladrich/pixel2style2pixel and of
+TransStyleGAN are read, their architecture from their tensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint
+from model import Generator, GeneratorConfig, infer_config, load_strictly
+from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
+
+
+class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpoint
+    """encoder(images) + latent_avg -> codes -> decoder. `space` is w++ with a W++ generator, else w or w+.
+
+    latent_avg: [1, L, D], the generator's mean code per token. Raises ValueError for an encoder and a generator that do
+    not fit, or a W encoder on a W++ generator, whose codes differ from token to token by construction.
+    """
+
+    def __init__(self, config: EncoderConfig, decoder: Generator, latent_avg: torch.Tensor, *,
+                 start_from_latent_avg: bool = True):  # fmt: skip
+        super().__init__()
+        generator = decoder.config
+        self.learn_in_w = config.encoder_type == INTO_W
+        if self.learn_in_w and not generator.w_space:
+            raise ValueError(f"{INTO_W} (--learn_in_w) gives one code for all layers: it needs a W generator, this one "
+                             "is W++; use GradualStyleEncoder")  # fmt: skip
+        if (config.n_styles, config.style_dim) != (generator.n_tokens, generator.style_dim):
+            raise ValueError(f"the encoder gives {config.n_styles} codes of width {config.style_dim}, the generator "
+                             f"({generator.size} px) takes {generator.n_tokens} of {generator.style_dim}")  # fmt: skip
+        if generator.condition_dim:
+            raise ValueError("pSp inverts into an unconditional generator, this one is conditional")
+        self.config, self.start_from_latent_avg = config, start_from_latent_avg
+        self.encoder, self.decoder = build_encoder(config), decoder
+        self.register_buffer("latent_avg", shape_average(latent_avg, generator), persistent=False)
+        self.step = 0  # of the training it comes from
+
+    @property
+    def space(self) -> str:
+        return "w++" if not self.decoder.config.w_space else "w" if self.learn_in_w else "w+"
+
+    @property
+    def image_size(self) -> int:
+        """Side at which output and original are compared: the generator's, at most the published 256."""
+        return min(PUBLISHED_INPUT, self.decoder.config.size)
+
+    @property
+    def description(self) -> str:
+        config = self.config
+        return (f"{config.encoder_type} (depth {config.depth}, width {config.width}, {config.input_size} px) into "
+                f"{self.space} of a {self.decoder.config.size} px generator")  # fmt: skip
+
+    def fit(self, images):
+        """Images [N, C, H, H] of any size -> the encoder's input size, shrunk by area or enlarged bilinearly."""
+        return resize_square(images, self.config.input_size)
+
+    def face_pool(self, images):
+        """Output of the generator -> [N, 3, image_size, image_size], shrunk by area (256 from 512 and 1024)."""
+        return resize_square(images, self.image_size)
+
+    def encode(self, images) -> torch.Tensor:
+        """Images [N, 3, input_size, input_size] in [-1, 1] -> codes [N, L, D] of the generator."""
+        codes = self.encoder(images).float()
+        if self.learn_in_w:
+            codes = codes[:, None].expand(-1, self.decoder.config.n_tokens, -1)
+        return codes + self.latent_avg if self.start_from_latent_avg else codes
+
+    def forward(self, images, *, resize: bool = True, randomize_noise: bool = True, dtype: torch.dtype | None = None):
+        """Reconstructions [N, 3, image_size | size, ...] (`resize`: face_pool) and their codes [N, L, D].
+
+        dtype: of the convolutions; torch.bfloat16 runs the encoder under autocast.
+        """
+        if dtype in (None, torch.float32):
+            codes = self.encode(images)
+        else:
+            with torch.autocast(images.device.type, dtype):
+                codes = self.encode(images)
+        output, _ = self.decoder(codes, input_is_latent=True, randomize_noise=randomize_noise, dtype=dtype)
+        return (self.face_pool(output) if resize else output), codes
+
+
+def resize_square(images, size: int):
+    """Square images to size x size: by area when they shrink, bilinearly when they grow, as they are when they fit."""
+    if images.shape[-1] == size:
+        return images
+    if images.shape[-1] > size:
+        return F.adaptive_avg_pool2d(images, size)
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Tensor:
+    """An average code as any of the published tools stores it, [D], [1, D], [L, D] or [1, L, D], as [1, L, D]."""
+    shape = list(latent_avg.shape)
+    if latent_avg.ndim == 3 and shape[0] == 1:
+        latent_avg = latent_avg[0]
+    if latent_avg.ndim == 1:
+        latent_avg = latent_avg[None]
+    if latent_avg.ndim != 2 or latent_avg.shape[1] != config.style_dim or len(latent_avg) not in (1, config.n_tokens):
+        raise ValueError(f"latent_avg {shape} does not fit a generator with codes [{config.n_tokens}, "
+                         f"{config.style_dim}]")  # fmt: skip
+    return latent_avg.float().expand(config.n_tokens, -1)[None].clone()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def psp_state(net: pSp, opts: dict) -> dict:
+    """What a checkpoint needs to rebuild `net`, under the published keys; the trainer adds its own state."""
+    return {
+        "state_dict": net.state_dict(),
+        "latent_avg": net.latent_avg,
+        "opts": opts | {
+            "output_size": net.decoder.config.size, "encoder_type": net.config.encoder_type,
+            "start_from_latent_avg": net.start_from_latent_avg, "learn_in_w": net.learn_in_w,
+        },
+        "encoder_config": net.config.to_dict(),
+        "config": net.decoder.config.to_dict(),
+        "fingerprint": fingerprint(net.decoder.state_dict()),
+        "step": net.step,
+    }  # fmt: skip
+
+
+def part(state: dict, name: str) -> dict:
+    """The tensors below `name.` of a state dict, without the prefix."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+
+
+def psp_from_state(checkpoint: dict, path) -> pSp:
+    """The network in a loaded checkpoint, on the CPU, in eval mode, gradients off. Raises CheckpointError."""
+    state, opts = checkpoint.get("state_dict"), checkpoint.get("opts")
+    if not isinstance(state, dict) or not isinstance(opts, dict):
+        hint = "; it holds a generator: an encoder for it is trained by pSp/scripts/train.py" if "g_ema" in checkpoint \
+            else ""  # fmt: skip
+        raise CheckpointError(f"{path} is no pSp checkpoint: it has no state_dict and opts{hint}")
+    encoder, decoder = part(state, "encoder"), part(state, "decoder")
+    try:
+        stored = checkpoint.get("config")
+        inferred = infer_config(decoder)  # also refuses what is no generator
+        generator = Generator(GeneratorConfig.from_dict(stored) if stored else inferred)
+        if "encoder_config" in checkpoint:
+            config = EncoderConfig.from_dict(checkpoint["encoder_config"])
+        else:
+            config = infer_encoder_config(encoder)
+            if config.encoder_type == INTO_W:
+                config = EncoderConfig.from_dict(config.to_dict() | {"n_styles": generator.config.n_tokens})
+        average = checkpoint.get("latent_avg")
+        if average is None and opts.get("start_from_latent_avg"):
+            raise CheckpointError("it was trained with --start_from_latent_avg but lacks latent_avg")
+        if average is None:
+            average = torch.zeros(1, generator.config.style_dim)
+        net = pSp(config, generator, average, start_from_latent_avg=bool(opts.get("start_from_latent_avg")))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    decoder.setdefault("token", torch.eye(generator.config.n_tokens))  # absent from eladrich's files
+    load_strictly(net.decoder, decoder, f"{path} (decoder)")
+    load_strictly(net.encoder, encoder, f"{path} (encoder)")
+    net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
+    net.step = int(checkpoint.get("step", 0))
+    return net.eval().requires_grad_(False)
+
+
+def load_psp(path: str | Path, device: str | torch.device = "cpu") -> pSp:
+    """The pSp network in a checkpoint of ours or of the published tools, eval mode, gradients off, on `device`.
+
+    Raises FileNotFoundError, or CheckpointError in one sentence. `net.decoder.fingerprint` is that of the generator.
+    """
+    return psp_from_state(load_checkpoint(path), path).to(device)
