@@ -411,6 +411,8 @@ def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:
         trainer.settings = replace(trainer.settings, micro_batch=size)
         try:
             trainer.rehearse(images)
+            smallest = min(gather_list(size))  # the draws of a step go by the number of micro-batches on every rank
+            trainer.settings = replace(trainer.settings, micro_batch=smallest)
             return trainer
         except torch.OutOfMemoryError:
             if size == 1:

@@ -29,13 +29,22 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write, latest_checkpoint, load_checkpoint, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, resolve_device
-from common.images import check_header, fit_image, list_images, make_strip, read_image, save_grid, save_image, to_tensor
+from common.images import check_header, fit_image, list_images, make_strip, read_image, save_grid, save_image
 from common.interrupt import StopSignal
 from common.runs import Run, write_json
 from dataset import InfiniteSampler
 from faces.accuracy import accuracy_report, format_report
 from faces.labels import LabelTable, parse_trust, read_labels
-from faces.scorer import BACKBONES, Scorer, ScorerConfig, ScorerNetwork, load_scorer, round_half, save_scorer
+from faces.scorer import (
+    BACKBONES,
+    Scorer,
+    ScorerConfig,
+    ScorerNetwork,
+    load_scorer,
+    round_half,
+    save_scorer,
+    score_files,
+)
 from faces.scorer_training import FaceStore, ScorerSettings, ScorerTrainer, augment_faces, calibrate, network_outputs
 
 SHEET_FACES = 40
@@ -166,7 +175,7 @@ def train(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, validatio
     stop, order, total = StopSignal(), iter(sampler), args.iter
     names = [attribute.name for attribute in table.attributes]
     sums, count, tick = torch.zeros(len(names)), 0, time.perf_counter()
-    bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True, disable=None)
     while trainer.step < total:
         rows = list(islice(order, args.batch))
         values, weights = (torch.from_numpy(array[rows]) for array in (table.values, table.weights))
@@ -175,14 +184,15 @@ def train(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, validatio
         count += 1
         bar.update()
 
-        step = trainer.step
-        due = {every: step == total or stop.raised or step % getattr(args, every) == 0
-               for every in ("log_every", "val_every", "save_every")}  # fmt: skip
+        step, ending = trainer.step, stop.raised
+        due = {every: step == total or step % getattr(args, every) == 0 for every in ("log_every", "val_every")}
+        due["save_every"] = ending or step == total or step % args.save_every == 0
         if any(due.values()) and count:
             means = (sums / count).tolist()
-            if not np.isfinite(means).all():
-                bad = ", ".join(name for name, mean in zip(names, means, strict=True) if not np.isfinite(mean))
-                raise UserError(f"not finite at step {step}: loss of {bad}; lower --lr and --resume auto")
+            bad = [f"loss of {name}" for name, mean in zip(names, means, strict=True) if not np.isfinite(mean)]
+            bad += [] if all(torch.isfinite(p).all() for p in trainer.network.parameters()) else ["network"]
+            if bad:
+                raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")
         if due["log_every"]:
             speed = count * args.batch / (time.perf_counter() - tick)
             run.log(step, "Loss", **dict(zip(names, means, strict=True)))
@@ -195,7 +205,7 @@ def train(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, validatio
             tick = time.perf_counter()
         if due["save_every"]:
             save(trainer, sampler, run, args)
-        if stop.raised and step < total:
+        if ending and step < total:
             bar.close()
             raise UserError(f"stopped at step {step}, checkpoint written: --resume auto goes on")
     bar.close()
@@ -237,66 +247,53 @@ def finish(trainer: ScorerTrainer, validation, folder: Path, args) -> Path:
     return paths[-1]
 
 
-def train_or_export(args) -> None:
-    """A run from its flags to its exported scorer; without --data, the export alone, by the run's own options."""
-    only_export = bool(args.export and args.out and not args.data)
-    if only_export:
-        state, source = find_start(copy_of(args, resume="auto"))
-        if state is None:
-            raise FileNotFoundError(f"{args.out} holds no checkpoint to export")
-        args = copy_of(args, **{name: state["options"][name] for name in SAVED_OPTIONS})
+def prepare(args, state: dict | None, source) -> tuple[ScorerTrainer, InfiniteSampler, list]:
+    """Trainer and sampler, new or as in `state`, and [(table, store) of training, of validation]."""
     settings = read_options(args)
-    device = resolve_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not only_export:
-        state, source = find_start(args)
-    table, held = read_data(args)
-    config = ScorerConfig(table.attributes, args.backbone, args.width, args.input_size)
-    trainer = ScorerTrainer(config, settings, table.weights.mean(0), device)
-    sampler = InfiniteSampler(len(table), seed=args.seed)
+    device, tables = resolve_device(args.device), read_data(args)
+    config = ScorerConfig(tables[0].attributes, args.backbone, args.width, args.input_size)
+    trainer = ScorerTrainer(config, settings, tables[0].weights.mean(0), device)
+    sampler = InfiniteSampler(len(tables[0]), seed=args.seed)
     if state is not None:
         trainer.load_state_dict(state, source)
         sampler.load(state["sampler"])
-    stores = [FaceStore([Path(args.data) / name for name in part.names], args.input_size) for part in (table, held)]
-    if only_export:
-        finish(trainer, (held, stores[1]), Path(args.out), args)
-        return
+    folder = Path(args.data)
+    return trainer, sampler, [(table, FaceStore([folder / name for name in table.names], args.input_size))
+                              for table in tables]  # fmt: skip
+
+
+def train_and_export(args) -> None:
+    """A run from its flags to its exported scorer."""
+    read_options(args)
+    state, source = find_start(args)
+    trainer, sampler, (training, validation) = prepare(args, state, source)
+    table, store = training
     with Run(args.out, args, resume_step=trainer.step + 1 if state else None) as run:
         start = f"continuing {source}" if state else "a new run"
-        print(f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {len(table)} faces, {len(held)} "
-              f"for validation; step {trainer.step} of {args.iter} on {device}")  # fmt: skip
+        print(f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {len(table)} faces, "
+              f"{len(validation[0])} for validation; step {trainer.step} of {args.iter} on {trainer.device}",
+              flush=True)  # fmt: skip
         if state is None:
-            seen = stores[0].batch(range(min(SHEET_FACES, len(table)))).float() / 127.5 - 1
+            seen = store.batch(range(min(SHEET_FACES, len(table)))).float() / 127.5 - 1
             save_grid(augment_faces(seen, torch.Generator().manual_seed(0)), run.path("sample", "augmented.png"))
-        train(trainer, table, stores[0], (held, stores[1]), sampler, run, args)
-    finish(trainer, (held, stores[1]), Path(args.out), args)
+        train(trainer, table, store, validation, sampler, run, args)
+    finish(trainer, validation, Path(args.out), args)
 
 
-def copy_of(args, **changes):
-    return type(args)(**{**vars(args), **changes})
+def export(args) -> None:
+    """The scorer in a run's newest checkpoint, calibrated on the validation split of that run."""
+    state, source = find_start(type(args)(**{**vars(args), "resume": "auto"}))
+    if state is None:
+        raise FileNotFoundError(f"{args.out} holds no checkpoint to export")
+    chosen = type(args)(**{**vars(args), **{name: state["options"][name] for name in SAVED_OPTIONS}})
+    trainer, _, (_, validation) = prepare(chosen, state, source)
+    finish(trainer, validation, Path(args.out), chosen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
-
-
-def score_files(scorer, paths, *, size: int = 0, batch: int = 64, device="cpu") -> np.ndarray:
-    """Scores [N, A] of picture files, shown at `size` x `size` pixels (0: as they are). Raises ImageError."""
-    chunks = []
-    for start in tqdm(range(0, len(paths), batch), unit="batch", desc=f"scoring at {size or 'own'} px", disable=None):
-        images = [read_image(path) for path in paths[start : start + batch]]
-        images = [fit_image(image, size) if size else image for image in images]
-        groups: dict[tuple, list[int]] = {}
-        for i, image in enumerate(images):
-            groups.setdefault(image.size, []).append(i)
-        scores = np.empty((len(images), len(scorer.names)), np.float32)
-        for rows in groups.values():  # pictures of one size go through together
-            with torch.no_grad():
-                found = scorer(torch.stack([to_tensor(images[i]) for i in rows]).to(device))
-            scores[rows] = found.cpu().numpy()
-        chunks.append(scores)
-    return np.concatenate(chunks)
 
 
 def read_evaluation(args, scorer) -> tuple[list[str], LabelTable | None]:
@@ -387,8 +384,10 @@ def make_captioned(image, lines):
 def main(args) -> int:
     if args.evaluate:
         evaluate(args)
+    elif args.export and args.out and not args.data:
+        export(args)
     else:
-        train_or_export(args)
+        train_and_export(args)
     return 0
 
 

@@ -4,7 +4,9 @@ Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as both launcher
 here works as rank 0 of 1 and no process group exists.
 """
 
+import ctypes
 import os
+import platform
 import random
 import re
 from contextlib import contextmanager
@@ -63,6 +65,20 @@ def resolve_device(name):
     return torch.device(name)
 
 
+def tune_allocator():
+    """Keep freed memory in the process (glibc on Linux; elsewhere nothing happens). Call it before large work.
+
+    By default glibc maps every large tensor anew and hands it back when freed, so that each elementwise operation pays
+    a page fault per 4 KiB: several times the cost of the arithmetic. The process stays at its peak size in return.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    libc.mallopt(mmap_max, 0)
+
+
 def setup(device="auto", *, timeout=1800.0):
     """Join the other processes, if there are any, and return this one's Distributed.
 
@@ -73,6 +89,8 @@ def setup(device="auto", *, timeout=1800.0):
     rank, world_size, local_rank = (_env_int(name, default) for name, default in
                                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     device = resolve_device(device)
+    if device.type == "cpu":
+        tune_allocator()
     if device.type == "cuda":
         if world_size > 1 and device.index is None:
             device = resolve_device(f"cuda:{local_rank}")

@@ -215,7 +215,7 @@ def load_discriminator(path):
     """
     state = load_checkpoint(path)
     if not isinstance(state.get("d"), dict) or not isinstance(state.get("config"), dict):
-        raise CheckpointError(f"{path} holds no discriminator (d) with its config: a checkpoint of train.py is expected")
+        raise CheckpointError(f"{path} holds no discriminator (d) and config: expected a checkpoint of train.py")
     # `common` imports nothing above itself (docs/layout.md): the user's flag, not this module, asks for the network
     model = importlib.import_module("model")
     discriminator = model.Discriminator(model.GeneratorConfig.from_dict(state["config"]))

@@ -69,7 +69,7 @@ def crop_for_arcface(images):
 
 
 def crop_as_psp(images):
-    """FFHQ-framed [N, 3, H, H] -> pSp's input of its identity loss [N, 3, 112, 112]: [35:223, 32:220] of 256, pooled."""
+    """FFHQ-framed [N, 3, H, H] -> [N, 3, 112, 112] as pSp's identity loss: [35:223, 32:220] of 256, pooled."""
     if images.shape[-1] != 256:
         images = resample_box(images, (0, 0, 1, 1), 256)
     return F.adaptive_avg_pool2d(images[:, :, 35:223, 32:220], INPUT_SIZE)

@@ -18,15 +18,18 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import ShuffleNetV2
 from torchvision.models.regnet import BlockParams, RegNet
 from torchvision.models.resnet import BasicBlock
+from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, fingerprint, load_safetensors, save_safetensors
 from common.distributed import resolve_device
+from common.images import fit_image, read_image, to_tensor
 from faces.labels import AGE_BINS, Attribute
 from model import load_strictly
 
@@ -186,8 +189,8 @@ class AttributeScorer(nn.Module):
 
     def to_scores(self, margins: torch.Tensor) -> torch.Tensor:
         """Margins [N, A] -> scores [N, A]."""
-        odds = torch.tensor([a.kind == "probability" for a in self.attributes], device=margins.device)
-        return torch.where(odds, margins.sigmoid(), margins)
+        columns = zip(margins.unbind(1), self.attributes, strict=True)
+        return torch.stack([c.sigmoid() if a.kind == "probability" else c for c, a in columns], 1)
 
     def score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `forward`, by name: each [N]."""
@@ -268,6 +271,27 @@ class Scorer(AttributeScorer):
 
     def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         return self.network.feature_maps(self.prepare(images))
+
+
+def score_files(scorer: AttributeScorer, paths, *, size: int = 0, batch: int = 64, device="cpu") -> np.ndarray:
+    """Scores of picture files, float32 [N, A], shown at `size` x `size` pixels (0: as they are).
+
+    Raises FileNotFoundError or ImageError naming the file.
+    """
+    chunks, label = [], f"scoring at {size} px" if size else "scoring"
+    for start in tqdm(range(0, len(paths), batch), unit="batch", desc=label, disable=None):
+        images = [read_image(path) for path in paths[start : start + batch]]
+        images = [fit_image(image, size) if size else image for image in images]
+        groups: dict[tuple, list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault(image.size, []).append(i)
+        scores = np.empty((len(images), len(scorer.names)), np.float32)
+        for rows in groups.values():  # pictures of one size go through together
+            with torch.no_grad():
+                found = scorer(torch.stack([to_tensor(images[i]) for i in rows]).to(device))
+            scores[rows] = found.cpu().numpy()
+        chunks.append(scores)
+    return np.concatenate(chunks) if chunks else np.empty((0, len(scorer.names)), np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -104,10 +104,10 @@ def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     images = torch.cat([resize(_sharpen(part, amount), size) for part, amount in zip(small, amounts, strict=True)])
 
     luma = images.mean(1, keepdim=True)
-    saturation = torch.where(chance(0.1), 0.0, uniform(-0.4, 0.4).exp())  # a tenth in grey
-    images = luma + (images - luma) * saturation + uniform(-0.08, 0.08, n, 3, 1, 1)
+    saturation = torch.where(chance(0.1), 0.0, uniform(-0.3, 0.3).exp())  # a tenth in grey
+    images = luma + (images - luma) * saturation + uniform(-0.06, 0.06, n, 3, 1, 1)
     mean = images.mean((1, 2, 3), keepdim=True)
-    images = (images - mean) * uniform(-0.35, 0.35).exp() + mean + uniform(-0.25, 0.25)
+    images = (images - mean) * uniform(-0.3, 0.3).exp() + mean + uniform(-0.2, 0.2)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     images = (images + noise * torch.where(chance(0.25), uniform(0, 0.08), 0.0)).clamp(-1, 1)
 

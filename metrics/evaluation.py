@@ -83,22 +83,29 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
     try:
         extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir,
                                     device=place.device)  # fmt: skip
-        settings = {"batch": args.batch, "place": place, "cache_dir": cache_folder(args)}
 
-        def features(path, sampling, size):
+        def opened(path, sampling, size):
             if path.suffix == ".npz":
                 return require_same(load_features(path), extractor, path)
-            source = open_source(path, size=size, ckpt=args.ckpt, sampling=sampling, device=place.device,
-                                 workers=args.workers)  # fmt: skip
-            return extract(source, extractor, args.n_sample, seed=sampling.seed, **settings)
+            if not path.exists() and path.with_suffix(".safetensors").exists():
+                path = path.with_suffix(".safetensors")  # a training that goes on has shrunk it meanwhile
+            return open_source(path, size=size, ckpt=args.ckpt, sampling=sampling, device=place.device,
+                               workers=args.workers)  # fmt: skip
+
+        def features(source, seed):
+            return source if isinstance(source, Features) else extract(
+                source, extractor, args.n_sample, seed=seed, batch=args.batch, place=place, cache_dir=cache_folder(args)
+            )  # fmt: skip
 
         reals: dict[object, Features] = {}
         for path in fakes:
             for truncation in truncations:
-                fake = features(path, Sampling(truncation, args.truncation_mean, args.noise, args.seed), args.size)
+                fake = opened(path, Sampling(truncation, args.truncation_mean, args.noise, args.seed), args.size)
                 size = args.size or (fake.about["size"] if isinstance(fake.about["size"], int) else None)
                 if size not in reals:  # drawn from another seed than the fakes, if it is a generator as well
-                    reals[size] = features(Path(args.real), Sampling(seed=args.seed + 1), size)
+                    seed = args.seed + 1
+                    reals[size] = features(opened(Path(args.real), Sampling(seed=seed), size), seed)
+                fake = features(fake, args.seed)
                 if place.is_main:
                     records = evaluate(reals[size], fake, metrics, nearest_k=nearest_k, device=place.device,
                                        progress=True)  # fmt: skip

@@ -13,6 +13,7 @@ One FID in four in the literature cannot be reproduced because the resize, the c
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterable
@@ -87,6 +88,7 @@ def make_record(metric: str, value: float, *, real: dict | None, fake: dict, pro
     })  # fmt: skip
 
 
+@functools.cache
 def _code_version() -> dict:
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "torch-fidelity", "pillow")}
     return {"git": _git_commit(), **versions}

@@ -6,7 +6,7 @@ every order, runs on any device and needs no compiler; faster kernels slot in be
 
 from op.conv import conv3x3, up_conv3x3
 from op.fused_act import FusedLeakyReLU, fused_leaky_relu, noise_bias_act
-from op.modulate import modulate
+from op.modulation import modulate
 from op.upfirdn2d import upfirdn2d
 
 __all__ = ["FusedLeakyReLU", "conv3x3", "fused_leaky_relu", "modulate", "noise_bias_act", "up_conv3x3",

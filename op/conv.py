@@ -61,7 +61,7 @@ def on_fast_device(x) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
-def worthwhile(shape, n_out: int, dtype: torch.dtype, *, stride: int) -> bool:
+def worthwhile(shape, n_out: int, dtype: torch.dtype) -> bool:
     """Is Winograd faster than oneDNN for a low-resolution map `shape` [N, C, H, W] facing `n_out` channels?
 
     Measured on AVX2 (benchmarks/bench_model.py): the transforms need enough channels to pay, and enough tiles to
@@ -125,16 +125,14 @@ def convolve(x, weight, stride, transposed):
     low = (height, width) if transposed or stride == 1 else (height // 2, width // 2)
     n_out = weight.shape[1 if transposed else 0]
     fits = (transposed or stride == 1 or (height % 2 and width % 2)) and not any(side % TILE for side in low)
-    if fits and worthwhile((n, channels, *low), n_out, x.dtype, stride=stride):
+    if fits and worthwhile((n, channels, *low), n_out, x.dtype):
         return winograd(x, weight, stride, transposed)
     apply = F.conv_transpose2d if transposed else F.conv2d
     return apply(x, channels_last(weight), stride=stride, padding=1 if stride == 1 else 0)
 
 
 def weight_gradient(high, low, stride):
-    if not any(side % TILE for side in low.shape[2:]) and worthwhile(
-        low.shape, high.shape[1], low.dtype, stride=stride
-    ):
+    if not any(side % TILE for side in low.shape[2:]) and worthwhile(low.shape, high.shape[1], low.dtype):
         return winograd_weight_gradient(high, low, stride)
     weight = low.new_empty(low.shape[1], high.shape[1], 3, 3).to(memory_format=torch.channels_last)
     padding = 1 if stride == 1 else 0

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op.modulate import modulate, pieces, pixel_dot
+from op.modulation import modulate, pieces, pixel_dot
 
 SQRT2 = 2**0.5
 

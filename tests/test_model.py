@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import op.conv
 from common.checkpoint import CheckpointError, save_checkpoint, save_safetensors
 from layers import ConvLayer, EqualLinear, ModulatedConv2d, ResBlock, StyledConv, ToRGB
 from model import Discriminator, Generator, GeneratorConfig, infer_config, load_generator, stddev_group
@@ -216,6 +217,23 @@ def test_modulated_convolution_equals_grouped(kernel, up, dtype, tolerance):
     for a, b in zip(torch.autograd.grad((fast * probe).sum(), wanted),
                     torch.autograd.grad((straight * probe).sum(), wanted), strict=True):  # fmt: skip
         assert torch.allclose(a, b, atol=20 * tolerance, rtol=20 * tolerance)
+
+
+@pytest.mark.parametrize("kernel, up", [(3, False), (3, True)])
+def test_modulated_convolution_of_many_channels_equals_grouped(kernel, up):
+    """Wide enough for the CPU's fast convolutions (op/conv.py), which the small layers above do not reach."""
+    torch.manual_seed(0)
+    layer = ModulatedConv2d(40, 36, kernel, style_dim=16, up=up)
+    x, style = torch.randn(8, 40, 8, 8, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    assert op.conv.worthwhile(x.shape, 36, x.dtype)
+    out, demod = layer(x, style)
+    fast, straight = out * demod[:, :, None, None], grouped_modulated_conv(layer, x, style, True)
+    assert (fast - straight).abs().max() < 1e-4 * straight.abs().max()
+    probe = torch.randn_like(fast)
+    for wanted in (x, style, layer.weight):
+        (a,) = torch.autograd.grad((fast * probe).sum(), wanted, retain_graph=True)
+        (b,) = torch.autograd.grad((straight * probe).sum(), wanted, retain_graph=True)
+        assert (a - b).norm() < 1e-4 * b.norm()
 
 
 @pytest.mark.parametrize("up", [False, True])
@@ -592,6 +610,30 @@ def test_discriminator_equals_a_straight_one(batch, tiny_config):
     assert found.shape == (batch, 1)
     expected = straight_discriminator(discriminator.double(), images.double())
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fast_convolutions_change_no_derivative(tiny_config, monkeypatch):
+    """Path length and R1, whose gradients are second derivatives of the networks, with op/conv.py's tiles or without."""
+    torch.manual_seed(0)
+    generator, discriminator = (loud(net(tiny_config)).double() for net in (Generator, Discriminator))
+    generator.compute_dtype = discriminator.compute_dtype = torch.float64
+    codes = torch.randn(2, 6, 32).double().requires_grad_()
+    probe, noise = torch.randn(2, 3, 16, 16).double(), [n.double() for n in generator.fixed_noise()]
+    found = []
+    for fast in (True, False):
+        monkeypatch.setattr(op.conv, "worthwhile", lambda *shape, fast=fast: fast)
+        image, _ = generator(codes, input_is_latent=True, noise=noise)
+        (slope,) = torch.autograd.grad((image * probe).sum(), codes, create_graph=True)
+        (real_slope,) = torch.autograd.grad(discriminator(image).sum(), image, create_graph=True)
+        parameters = [p for name, p in generator.named_parameters() if not name.startswith("style")]
+        first = torch.autograd.grad(slope.square().sum(), parameters, retain_graph=True, allow_unused=True)
+        second = torch.autograd.grad(
+            real_slope.square().sum(), list(discriminator.parameters()), retain_graph=True, allow_unused=True
+        )
+        found.append([image, slope, real_slope, *first, *second])
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
 
 
 def test_minibatch_stddev_groups():

@@ -500,12 +500,19 @@ def call(*args):
     return run(train_scorer.main, train_scorer.build_parser(), [str(arg) for arg in args])
 
 
+def assert_equal_files(first, second):
+    """Same tensors and header; safetensors writes the header's entries in any order."""
+    (tensors, header), (others, other_header) = load_safetensors(first), load_safetensors(second)
+    assert header == other_header and tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
 def test_a_planted_attribute_is_learnt_exported_and_judged(planted, tmp_path, capsys):
     out, file = tmp_path / "run", tmp_path / "my scorer.safetensors"
-    assert call(*flags(planted, out, "--attributes", "mouth_open,size", "--iter", 90, "--export", file)) == 0
+    assert call(*flags(planted, out, "--attributes", "mouth_open,size", "--iter", 60, "--export", file)) == 0
     scorer = load_scorer(file)
     assert scorer.names == ("mouth_open", "size") and scorer.units["size"] == "as labelled"
-    assert (out / "scorer.safetensors").read_bytes() == file.read_bytes()
+    assert_equal_files(out / "scorer.safetensors", file)
     assert (out / "sample" / "augmented.png").is_file()
     capsys.readouterr()
 
@@ -539,7 +546,7 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
     assert first["sampler"] == second["sampler"] and first["step"] == second["step"] == 8
     for part in ("network", "average"):
         assert all(torch.equal(tensor, second[part][name]) for name, tensor in first[part].items())
-    assert (whole / "scorer.safetensors").read_bytes() == (again / "scorer.safetensors").read_bytes()
+    assert_equal_files(whole / "scorer.safetensors", again / "scorer.safetensors")
     assert call(*flags(planted, again, *common, "--resume", "auto", "--width", "1")) == 1
     assert "holds another scorer: --backbone shufflenet --width 0.5" in capsys.readouterr().err
 
@@ -567,10 +574,10 @@ def test_labels_decide_what_is_learnt():
     """Same pictures, opposite labels: the loss falls for both."""
     images = (smooth_faces(16, 32).mul(127.5).add(127.5)).byte()
     values = torch.arange(16).remainder(2).float()[:, None]
-    trainer = ScorerTrainer(ScorerConfig((SMILE,), width=0.5, input_size=32), ScorerSettings(40, 16), [1.0])
-    losses = [float(trainer.train_step(images, values, torch.ones(16, 1))) for _ in range(40)]
+    trainer = ScorerTrainer(ScorerConfig((SMILE,), width=0.5, input_size=32), ScorerSettings(25, 16), [1.0])
+    losses = [float(trainer.train_step(images, values, torch.ones(16, 1))) for _ in range(25)]
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
-    assert trainer.learning_rate() < 0.05 * trainer.settings.lr
+    assert trainer.learning_rate() < 0.1 * trainer.settings.lr
 
 
 def test_faces_that_are_absent_or_damaged_are_left_out(planted, tmp_path):

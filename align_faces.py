@@ -1,0 +1,150 @@
+"""Stage 0: photos become aligned square faces, framed as FFHQ frames them, and edited faces go back into their photos.
+
+    python3 align_faces.py --photos photos/ --output_dir faces/
+    python3 align_faces.py --paste_back edited/ --alignment faces/alignment.json --photos photos/ --output_dir pasted/
+
+Writes OUT/aligned/NAME.png, OUT/alignment.json (per face where it lies in its photo: all that pasting back needs) and
+OUT/report.csv (what became of every photo). A photo without a face, a profile beyond --max_yaw or a damaged file is
+reported and left out; the exit status is 0 unless no photo at all gave a face. Photos that are aligned already are
+taken as they are. A run that was killed goes on where it stopped; a finished one only does what is new or changed.
+Faces that the detector misses can be given by hand: PHOTO.json beside the photo, or all in one file (--landmarks), as
+{"landmarks": [[x, y] x 5]}: right eye, left eye, nose, right and left mouth corner, in pixels of the upright photo.
+
+Edited faces are found by the NAME of the crop; they may have any size. Pasting keeps the photo's size, file format
+where it can hold a photo, and EXIF; colours are sRGB.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from PIL import Image, ImageCms
+from tqdm import tqdm
+
+from common.checkpoint import atomic_write
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.images import ImageError, list_images, read_image
+from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
+from faces.folder import AlignSettings, align_folder, count_outcomes
+
+KEPT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF",
+                ".tiff": "TIFF"}  # fmt: skip
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photos, of any depth, or one photo")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--size", type=int, default=256, help="side of the aligned faces in pixels")
+    parser.add_argument("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
+    parser.add_argument("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
+    parser.add_argument("--framing", default="ffhq", choices=FRAMINGS,
+                        help="the formula of FFHQ, or the best fit of eyes and mouth to the mean face")  # fmt: skip
+    parser.add_argument("--aligned_tolerance", type=float, default=4.0,
+                        help="a square photo whose eyes and mouth lie within this many %% of its side from their "
+                             "places in an FFHQ frame is taken as it is; 0: never")  # fmt: skip
+    parser.add_argument("--max_yaw", type=float, default=90.0,
+                        help="leave out heads that are turned further, in degrees (an estimate); 90: none")  # fmt: skip
+    parser.add_argument("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
+    parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="do all photos again")
+    parser.add_argument("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
+    paste = parser.add_argument_group("pasting back")
+    paste.add_argument("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
+    paste.add_argument("--alignment", type=Path, help="alignment.json that was written with the crops")
+    paste.add_argument("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
+    paste.add_argument("--colour_match", action="store_true", help="bring the border's colours to those of the photo")
+    paste.add_argument("--detail", default="auto", choices=DETAILS,
+                       help="detail of the photo that is finer than the crop: keep it where the edit left the "
+                            "structure alone (auto), everywhere, nowhere")  # fmt: skip
+    return parser
+
+
+def main(args) -> None:
+    if args.size < 8 or args.n_worker < 1 or args.aligned_tolerance < 0:
+        raise UsageError("--size takes 8 or more, --n_worker 1 or more, --aligned_tolerance 0 or more")
+    if not 0 <= args.feather <= 0.5 or not 0 < args.score_threshold < 1:
+        raise UsageError("--feather takes 0 to 0.5, --score_threshold above 0 and below 1")
+    if not re.fullmatch(r"largest|all|\d+", args.faces):
+        raise UsageError(f"--faces {args.faces}: expected largest, all or a number from 0")
+    if bool(args.paste_back) != bool(args.alignment):
+        raise UsageError("--paste_back and --alignment go together")
+    if args.paste_back:
+        paste_folder(args.photos, args.paste_back, args.alignment, args.output_dir,
+                     feather=args.feather, colour_match=args.colour_match, detail=args.detail)  # fmt: skip
+        return
+    settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
+    records = align_folder(args.photos, args.output_dir, settings, landmarks=args.landmarks, n_worker=args.n_worker,
+                           overwrite=args.overwrite, weights_dir=args.weights_dir)  # fmt: skip
+    if records is not None:
+        n_faces = sum(len(record["faces"]) for record in records)
+        print(f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {args.output_dir / 'aligned'}, "
+              f"{args.output_dir / 'report.csv'}")  # fmt: skip
+
+
+def _n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# -- pasting back --------------------------------------------------------------------------------------------------
+
+
+def paste_folder(photos, edited, alignment_file, output_dir, **options):
+    """Pastes every edited face NAME.* into its photo; the results keep the photos' relative paths.
+
+    Prints what was pasted and, one line each, what could not be. Raises ValueError when nothing could.
+    """
+    alignments = read_alignment(alignment_file)
+    root = photos if photos.is_dir() else photos.parent
+    by_photo: dict[str, list] = {}
+    problems = []
+    for path in list_images(edited):
+        if path.stem in alignments:
+            by_photo.setdefault(alignments[path.stem].source, []).append((path, alignments[path.stem]))
+        else:
+            problems.append(f"{path}: no face called {path.stem} in {alignment_file}")
+    pasted, n_faces = 0, 0
+    for source, faces in tqdm(sorted(by_photo.items()), desc="pasting", unit="photo", disable=None):
+        try:
+            result = read_image(root / source)
+            for path, alignment in faces:
+                result = paste_back(result, read_image(path), alignment, **options)
+            save_like(result, root / source, output_dir / source)
+            pasted, n_faces = pasted + 1, n_faces + len(faces)
+        except (ImageError, AlignError, FileNotFoundError) as error:
+            problems.append(f"{root / source}: {error}")
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    if pasted == 0:
+        raise UserError(f"no face of {edited} could be pasted into a photo of {photos} ({len(problems)} left out)")
+    print(f"{n_faces} faces pasted into {pasted} photos, {len(problems)} left out: {output_dir}")
+
+
+def save_like(image, photo, path) -> Path:
+    """Writes `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else PNG is added to
+    the name), its EXIF with the orientation set to upright, an sRGB profile if it had a profile, its resolution."""
+    with Image.open(photo) as original:
+        exif, info = original.getexif(), dict(original.info)
+    if ORIENTATION in exif:
+        exif[ORIENTATION] = 1
+    kind = KEPT_FORMATS.get(path.suffix.lower())
+    if kind is None:
+        path, kind = path.with_name(path.name + ".png"), "PNG"
+    options = {"exif": exif} if len(exif) else {}
+    if info.get("icc_profile"):
+        options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if info.get("dpi"):
+        options["dpi"] = info["dpi"]
+    options |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    with atomic_write(path) as file:
+        image.save(file, kind, **options)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

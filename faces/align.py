@@ -1,0 +1,322 @@
+"""Photos to aligned faces, and edited faces back into their photos: frame, crop, paste.
+
+Framing: the formula of FFHQ (Karras et al. 2019, arXiv 1812.04948) from eyes and mouth corners. Pasting: the inverse
+mapping with a feathered border, from the Alignment that was kept beside the crop.
+
+    face = FaceDetector().detect(photo)[0]                                  # faces/detect.py; photo: PIL image
+    alignment = align(photo, face.landmarks, size=256, score=face.score)
+    crop = crop_aligned(photo, alignment)                                   # PIL image, 256 x 256
+    photo = paste_back(photo, edited, alignment)
+
+Coordinates are pixels of the upright photo with pixel centres at whole numbers. Landmarks are in YuNet's order: right
+eye, left eye, nose, right and left mouth corner, where right is the person's right, the picture's left.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from common.images import to_pil
+
+# Where eyes and mouth corners lie in an FFHQ frame, in units of the side. Solved from the development data's aligned
+# twins, which are least-squares similarities to these four points (to 0.004 degrees and 0.006%); at 128 pixels
+# (47.81, 60.11), (79.82, 59.88), (50.02, 93.64), (78.45, 93.34), the mean of FFHQ's own faces to 0.2 pixels.
+TEMPLATE = (np.array([[47.809, 60.110], [79.820, 59.877], [50.022, 93.644], [78.452, 93.339]]) + 0.5) / 128
+FRAMINGS = ("ffhq", "template")
+PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
+NOSE_PROTRUSION = 0.87  # of the nose tip before the eyes, in half eye distances, of an average head (27 of 31 mm)
+
+
+class AlignError(ValueError):
+    """A face cannot be framed, cropped or pasted as asked; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How a crop lies in its photo: all that `crop_aligned` and `paste_back` need, as plain values.
+
+    quad: corners upper left, lower left, lower right, upper right. whole: the crop is the whole photo, resized (it was
+    aligned already). size: of the crop in pixels; photo_size: (width, height). yaw: degrees, an estimate, positive
+    towards the picture's right. name: of the crop without suffix; source: of the photo, relative to its folder.
+    """
+
+    quad: list[list[float]]
+    photo_size: list[int]
+    size: int
+    landmarks: list[list[float]]
+    whole: bool = False
+    yaw: float = 0.0
+    box: list[float] | None = None
+    score: float | None = None
+    name: str = ""
+    source: str = ""
+
+    @property
+    def side(self) -> float:
+        """Side of the crop in pixels of the photo."""
+        return float(np.linalg.norm(np.subtract(self.quad[3], self.quad[0])))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def read_alignment(path) -> dict[str, Alignment]:
+    """{name: Alignment} of an alignment.json. Raises FileNotFoundError, or AlignError when it is something else."""
+    path = Path(path)
+    known = {field.name for field in fields(Alignment)}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["faces"]
+        faces = [Alignment(**{key: value for key, value in entry.items() if key in known}) for entry in entries]
+        for face in faces:
+            if np.shape(face.quad) != (4, 2) or np.shape(face.photo_size) != (2,):
+                raise ValueError(f"the quad of {face.name} is not 4 points")
+    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AlignError(f"{path} is no alignment.json of align_faces.py: {type(error).__name__}: {error}") from error
+    return {face.name: face for face in faces}
+
+
+# -- framing -------------------------------------------------------------------------------------------------------
+
+
+def parse_landmarks(value, where="landmarks") -> list[np.ndarray]:
+    """Faces [5, 2] given by hand: five [x, y], ten numbers, a list of such, or {"landmarks": any of these}.
+
+    Raises AlignError when it is none of these, not finite, or not in the order of the five points.
+    """
+    value = value.get("landmarks") if isinstance(value, dict) else value
+    try:
+        points = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        points = np.empty(0)
+    if points.shape == (10,) or points.shape == (5, 2):
+        points = points.reshape(1, 5, 2)
+    elif points.ndim == 2 and points.shape[1] == 10:
+        points = points.reshape(-1, 5, 2)
+    if points.ndim != 3 or points.shape[1:] != (5, 2) or len(points) == 0 or not np.isfinite(points).all():
+        raise AlignError(f"{where}: expected five points [x, y] per face, got {str(value)[:80]}")
+    for face in points:
+        across, down = face[1] - face[0], face[3:].mean(0) - face[:2].mean(0)
+        if across[0] * down[1] - across[1] * down[0] <= 0:
+            raise AlignError(f"{where}: the points must be right eye, left eye, nose, right and left mouth corner; the "
+                             "right eye is the one on the left of the picture")  # fmt: skip
+    return list(points)
+
+
+def ffhq_quad(landmarks) -> np.ndarray:
+    """Corners [4, 2] of the FFHQ frame: centre a tenth below the eyes towards the mouth, level between the eye line and
+    the upright of eyes and mouth, half side max(2 eye distances, 1.8 eye-mouth distances)."""
+    right_eye, left_eye, _, right_mouth, left_mouth = np.asarray(landmarks, np.float64)
+    eyes, mouth = (right_eye + left_eye) / 2, (right_mouth + left_mouth) / 2
+    across, down = left_eye - right_eye, mouth - eyes
+    x = across + (down[1], -down[0])  # the eye line plus the eye-mouth line turned by 90 degrees
+    length = np.hypot(*x)
+    half = max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
+    if length < 1e-6 or half < 1:
+        raise AlignError("the landmarks of a face coincide")
+    x = x / length * half
+    y = np.array((-x[1], x[0]))
+    centre = eyes + 0.1 * down
+    return np.stack([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
+
+
+def template_quad(landmarks) -> np.ndarray:
+    """Corners [4, 2] of the frame in which eyes and mouth corners lie nearest to TEMPLATE: least-squares similarity."""
+    photo = np.asarray(landmarks, np.float64)[[0, 1, 3, 4]] @ (1, 1j)  # complex numbers turn and scale by a product
+    frame = TEMPLATE @ (1, 1j)
+    photo_mean, frame_mean = photo.mean(), frame.mean()
+    centred = photo - photo_mean
+    if (scale := np.vdot(centred, centred).real) < 1:
+        raise AlignError("the landmarks of a face coincide")
+    turn = np.vdot(centred, frame - frame_mean) / scale  # photo -> frame, as the shared data's faces were made
+    corners = (np.array([0, 1j, 1 + 1j, 1]) - frame_mean) / turn + photo_mean
+    return np.stack([corners.real, corners.imag], axis=1)
+
+
+def estimate_yaw(landmarks) -> float:
+    """Degrees by which the head is turned, from how far the nose leaves the line from eyes to mouth; +-10 or so.
+
+    Positive: towards the right of the picture.
+    """
+    right_eye, left_eye, nose, right_mouth, left_mouth = np.asarray(landmarks, np.float64)
+    eyes, across = (right_eye + left_eye) / 2, left_eye - right_eye
+    down = (right_mouth + left_mouth) / 2 - eyes
+    length = max(np.hypot(*down), 1e-9)
+    aside = ((nose - eyes)[0] * down[1] - (nose - eyes)[1] * down[0]) / length
+    half_eyes = max((across[0] * down[1] - across[1] * down[0]) / length / 2, 1e-9)
+    return float(np.degrees(np.arctan2(aside, NOSE_PROTRUSION * half_eyes)))
+
+
+def template_error(landmarks, photo_size) -> float:
+    """Mean distance of eyes and mouth corners from their places in an FFHQ frame, of the side; inf if not square."""
+    if photo_size[0] != photo_size[1]:
+        return float("inf")
+    points = (np.asarray(landmarks, np.float64)[[0, 1, 3, 4]] + 0.5) / photo_size[0]
+    return float(np.linalg.norm(points - TEMPLATE, axis=1).mean())
+
+
+def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **facts) -> Alignment:
+    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; facts: score, box, name, source.
+
+    framing: ffhq (the published formula) or template (least squares to the mean face, as the development data were
+    made). A square photo whose template_error is at most aligned_tolerance is taken as it is (0: never). Raises
+    AlignError for landmarks that frame nothing, or something far from the photo.
+    """
+    if framing not in FRAMINGS:
+        raise ValueError(f"framing is one of {', '.join(FRAMINGS)}, not {framing!r}")
+    width, height = photo.size
+    whole = template_error(landmarks, photo.size) <= aligned_tolerance
+    if whole:
+        quad = np.array([[0, 0], [0, height], [width, height], [width, 0]]) - 0.5
+    else:
+        quad = ffhq_quad(landmarks) if framing == "ffhq" else template_quad(landmarks)
+    inside = (quad.max(0) > 0) & (quad.min(0) < (width - 1, height - 1))
+    if not inside.all() or np.linalg.norm(quad[3] - quad[0]) > 10 * max(photo.size):
+        raise AlignError(f"the landmarks frame nothing of a photo of {width}x{height} pixels")
+    return Alignment(
+        quad=np.round(quad, 3).tolist(), photo_size=[width, height], size=size, whole=whole,
+        landmarks=np.round(landmarks, 3).tolist(), yaw=round(estimate_yaw(landmarks), 1), **facts,
+    )  # fmt: skip
+
+
+# -- cropping ------------------------------------------------------------------------------------------------------
+
+
+def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = None) -> Image.Image:
+    """The face as a PIL image [size, size] (default: alignment.size). Beyond the photo's borders it is mirrored and
+    blurred, as in FFHQ."""
+    size = size or alignment.size
+    if alignment.whole:
+        return photo if photo.size == (size, size) else photo.resize((size, size), Image.Resampling.LANCZOS)
+    quad, side = np.array(alignment.quad) + 0.5, alignment.side
+    border = max(round(0.1 * side), 3)
+    wanted_low, wanted_high = np.floor(quad.min(0)) - border, np.ceil(quad.max(0)) + border
+    low, high = np.maximum(wanted_low, 0).astype(int), np.minimum(wanted_high, photo.size).astype(int)
+    part = photo.crop((*low, *high))
+    quad, missing = quad - low, np.concatenate((low - wanted_low, wanted_high - high))
+
+    shrink = int(0.5 * side / size)
+    if shrink > 1:
+        before = np.array(part.size)
+        after = np.maximum(np.round(before / shrink), 1)
+        part = part.resize(tuple(int(v) for v in after), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        quad, side, border, missing = quad * (after / before), side / shrink, border / shrink, missing / shrink
+
+    if missing.max() > border - 4:  # the frame itself comes near the photo's border
+        pad = np.maximum(np.ceil(missing), round(0.3 * side)).astype(int)
+        part, quad = _extend(part, pad, side), quad + pad[:2]
+    fine = size * max(1, int(np.ceil(side / size)))  # no coarser than the photo, so that nothing aliases
+    across, down = (quad[3] - quad[0]) / fine, (quad[1] - quad[0]) / fine
+    mapping = (across[0], down[0], quad[0, 0], across[1], down[1], quad[0, 1])
+    crop = part.transform((fine, fine), Image.Transform.AFFINE, mapping, Image.Resampling.BICUBIC)
+    return crop.reduce(fine // size) if fine > size else crop
+
+
+def _extend(part: Image.Image, pad, side: float) -> Image.Image:
+    """Mirrors the picture over its borders by `pad` (left, top, right, bottom) pixels, and blurs it towards the
+    outside, down to its median colour: the recipe and constants of FFHQ."""
+    from scipy import ndimage
+
+    left, top, right, bottom = (int(v) for v in pad)
+    pixels = np.pad(np.asarray(part, np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
+    height, width = pixels.shape[:2]
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    # 1 at the outer edge, 0 at the photo's border, negative inside
+    outside = np.maximum(1 - np.minimum(x / left, (width - 1 - x) / right),
+                         1 - np.minimum(y / top, (height - 1 - y) / bottom))[..., None]  # fmt: skip
+    blurred = ndimage.gaussian_filter(pixels, (0.02 * side, 0.02 * side, 0))
+    pixels += (blurred - pixels) * np.clip(3 * outside + 1, 0, 1)
+    pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(outside, 0, 1)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+# -- pasting -------------------------------------------------------------------------------------------------------
+
+DETAILS = ("auto", "keep", "drop")
+STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
+
+
+def paste_back(photo, face, alignment, *, feather=0.1, colour_match=False, detail="auto") -> Image.Image:
+    """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
+
+    photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
+    any size. feather: width of the soft border, of the face's side. colour_match: bring mean and spread of the colours
+    in that border to the photo's. detail: a crop is often coarser than the photo, and pasting it would blur; `keep`
+    changes the photo only by what was edited, so that its fine detail stays, `drop` pastes the face as it is, `auto`
+    keeps the detail where the edit left the structure alone. Pixels outside the frame are not touched.
+    Raises AlignError when the photo has another size than the one that was aligned, or the face is not square.
+    """
+    photo, face = to_pil(photo), to_pil(face)
+    if detail not in DETAILS:
+        raise ValueError(f"detail is one of {', '.join(DETAILS)}, not {detail!r}")
+    if list(photo.size) != list(alignment.photo_size):
+        raise AlignError(f"{alignment.source or 'the photo'} has {photo.width}x{photo.height} pixels, but "
+                         f"{alignment.photo_size[0]}x{alignment.photo_size[1]} when it was aligned")  # fmt: skip
+    if face.width != face.height:
+        raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
+    crop = crop_aligned(photo, alignment, face.width)
+    mask = _feather_mask(face.width, 0.0 if alignment.whole else feather)
+    if colour_match:
+        face = _match_colours(face, crop, _feather_mask(face.width, feather))
+    keep = _unchanged(face, crop) if detail == "auto" else np.full(mask.shape, float(detail == "keep"))
+    layers = [face, crop, *(Image.fromarray(np.rint(255 * plane).astype(np.uint8)) for plane in (mask, keep))]
+    return _composite(photo, layers, alignment)
+
+
+def _composite(photo, layers, alignment):
+    """photo + mask * (face - mix), where mix lies between the photo (detail dropped) and its own crop (kept)."""
+    side = max(1, round(alignment.side))
+    if layers[0].width > side:  # no finer than the photo, else the mapping would alias
+        layers = [layer.resize((side, side), Image.Resampling.LANCZOS) for layer in layers]
+    quad = np.array(alignment.quad) + 0.5
+    low = np.clip(np.floor(quad.min(0)), 0, photo.size).astype(int)
+    high = np.clip(np.ceil(quad.max(0)), 0, photo.size).astype(int)
+    across, down = quad[3] - quad[0], quad[1] - quad[0]
+    inverse = np.linalg.inv(np.stack([across, down], axis=1)) * layers[0].width  # photo -> face pixels
+    photo = photo.copy()
+    band = max(1, 2**22 // max(1, high[0] - low[0]))  # rows at a time: memory stays bounded for any photo
+    for top in range(low[1], high[1], band):
+        box = int(low[0]), top, int(high[0]), int(min(top + band, high[1]))
+        size = box[2] - box[0], box[3] - box[1]
+        shift = inverse @ (np.array(box[:2]) - quad[0])
+        mapping = (*inverse[0], shift[0], *inverse[1], shift[1])
+        planes = [layer.transform(size, Image.Transform.AFFINE, mapping, Image.Resampling.BICUBIC) for layer in layers]
+        face, crop, mask, keep = (np.asarray(plane, np.float32) for plane in planes)
+        mask, keep = mask[..., None] / 255, keep[..., None] / 255
+        original = np.asarray(photo.crop(box), np.float32)
+        result = original + mask * (face - original - keep * (crop - original))
+        photo.paste(Image.fromarray(np.clip(np.rint(result), 0, 255).astype(np.uint8)), box[:2])
+    return photo
+
+
+def _feather_mask(size, feather) -> np.ndarray:
+    """[size, size], 1 inside, falling smoothly to 0 at the border over `feather` of the side."""
+    place = (np.arange(size) + 0.5) / size
+    ramp = np.clip(np.minimum(place, 1 - place) / max(feather, 1e-9), 0, 1)
+    ramp = ramp * ramp * (3 - 2 * ramp)
+    return np.outer(ramp, ramp)
+
+
+def _match_colours(face, crop, mask) -> Image.Image:
+    """`face` with the mean and standard deviation per channel that `crop` has where the mask is in between."""
+    ring = mask < 1 if (mask < 1).any() else np.ones(mask.shape, bool)
+    pixels, wanted = np.asarray(face, np.float64), np.asarray(crop, np.float64)[ring]
+    found = pixels[ring]
+    gain = np.clip(wanted.std(0) / np.maximum(found.std(0), 1e-3), 0.5, 2.0)
+    pixels = (pixels - found.mean(0)) * gain + wanted.mean(0)
+    return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def _unchanged(face, crop) -> np.ndarray:
+    """[H, H]: 1 where the edit left the picture's structure alone (a tint is no structure), towards 0 where not."""
+    from scipy import ndimage
+
+    change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)
+    blur = [0.02 * face.width] * 2 + [0]
+    mean = ndimage.gaussian_filter(change, blur)
+    spread = ndimage.gaussian_filter(np.square(change - mean), blur).mean(-1)
+    return np.exp(-spread / STRUCTURE_SCALE**2)

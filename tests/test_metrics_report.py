@@ -1,0 +1,181 @@
+"""metrics.protocol and metrics.report: the stamp, what may be compared, and table, curve and sweep from run folders."""
+
+import copy
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from common.cli import run
+from metrics import report
+from metrics.extractors import metric_name
+from metrics.protocol import PROTOCOLS, append_records, make_record, read_records, require_alike, unlike
+
+EXTRACTOR = {"name": "squeeze", "sha256": "ab" * 32, "size": 128, "dim": 512}
+REAL = {"kind": "lmdb", "path": "faces.lmdb", "n": 500, "size": 32, "filter": "lanczos", "codec": "png", "digest": "d1"}
+PROTOCOL = {"name": "tf-compat", "quantised": True, "resize": "bilinear-tf1", "antialias": False}
+
+
+def record(metric="fid", value=10.0, *, step=100, truncation=1.0, fingerprint="f0", n=500, **facts):
+    fake = {"kind": "checkpoint", "path": "x", "n": n, "step": step, "images": step * 16, "truncation": truncation,
+            "seed": 0, "ema": True, "size": 32, "fingerprint": fingerprint + str(step), "space": "w++"}  # fmt: skip
+    return make_record(metric_name(metric, "squeeze"), value, real=REAL, fake=fake, protocol=PROTOCOL,
+                       extractor=EXTRACTOR, **facts)  # fmt: skip
+
+
+def write_run(folder, curve, space="w++", **options):
+    """A run folder with FID, precision and recall at (step, fid)."""
+    records = []
+    for step, value in curve:
+        for metric, number in (("fid", value), ("precision", 0.5 + step / 1e4), ("recall", 0.4)):
+            one = record(metric, number, step=step, fingerprint=folder.name, **options)
+            one["fake"]["space"] = space
+            records.append(one)
+    append_records(folder / "metrics.jsonl", records)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    w = write_run(tmp_path / "w ü", [(1000, 300.0), (2000, 120.0), (3000, 130.0)], space="w")
+    return [f"W={w}", f"W++={write_run(tmp_path / 'wpp', [(1000, 280.0), (2000, 110.0), (3000, 95.5)])}"]
+
+
+@pytest.fixture
+def play(capfd):
+    def play(*flags):
+        status = run(report.main, report.build_parser(), list(map(str, flags)))
+        return status, *capfd.readouterr()
+
+    return play
+
+
+# -- stamp and comparison ------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_everything(tmp_path):
+    append_records(tmp_path / "deep" / "metrics.jsonl", [record(std=0.1, notes=["few samples"])])
+    append_records(tmp_path / "deep" / "metrics.jsonl", [record(value=float("nan"))])
+    first, second = read_records(tmp_path / "deep" / "metrics.jsonl")
+    assert (first["metric"], first["value"], first["n_real"], first["n_fake"], first["step"]) == (
+        "fid-squeeze", 10.0, 500, 500, 100,
+    )  # fmt: skip
+    assert first["extractor"] == EXTRACTOR and first["protocol"]["antialias"] is False and first["notes"]
+    assert {"filter", "codec", "size", "digest"} <= set(first["real"])
+    assert {"truncation", "seed", "ema", "fingerprint"} <= set(first["fake"])
+    assert {"git", "torch", "torch-fidelity"} <= set(first["code"]) and first["time"]
+    assert second["value"] is None  # JSON has no NaN
+
+
+def test_lines_that_are_none(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps(record()) + "\nnot json\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2: not a result of metrics/"):
+        read_records(file)
+
+
+@pytest.mark.parametrize("path, value, text", [
+    ("n_fake", 400, "n_fake 500 against 400"),
+    ("extractor.sha256", "cd", "extractor.sha256 ab.* against cd"),
+    ("protocol.antialias", True, "protocol.antialias False against True"),
+    ("protocol.name", "clean", "protocol.name tf-compat against clean"),
+    ("real.filter", None, "real.filter lanczos against unknown"),
+    ("real.codec", "jpeg", "real.codec png against jpeg"),
+    ("real.digest", "d2", "real.digest d1 against d2"),
+    ("fake.truncation", 0.7, "fake.truncation 1.0 against 0.7"),
+    ("fake.ema", False, "fake.ema True against False"),
+])  # fmt: skip
+def test_unlike_results_are_refused(path, value, text):
+    one, other = record(), copy.deepcopy(record(value=8.0))
+    *parents, name = path.split(".")
+    target = other
+    for parent in parents:
+        target = target[parent]
+    target[name] = value
+    with pytest.raises(ValueError, match=f"fid-squeeze: these numbers were not computed alike .*{text}.*allow_unlike"):
+        require_alike([one, other])
+    assert len(require_alike([one, other], allow=True)) == 1
+    assert unlike(one, other, vary=[path]) == []
+
+
+def test_what_is_compared_may_differ():
+    one, other = record(), record(value=3.0, step=900, fingerprint="other")
+    other["fake"] |= {"space": "w", "path": "elsewhere", "seed": 3}
+    other["time"], other["code"]["git"] = "later", "another"
+    assert unlike(one, other) == []
+
+
+def test_protocols_are_three():
+    assert list(PROTOCOLS) == ["paper", "tf-compat", "clean"]
+
+
+# -- report --------------------------------------------------------------------------------------------------------
+
+
+def test_table_of_w_against_wpp(play, runs, tmp_path):
+    status, out, err = play(*runs, "--csv", tmp_path / "t.csv", "--latex", tmp_path / "t.tex")
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0].split() == ["step", "k", "images", "fid-squeeze", "precision-squeeze", "recall-squeeze"]
+    assert lines[2].split() == ["W", "2000", "32.0", "120.0", "0.700", "0.400"]
+    assert lines[3].split() == ["W++", "3000", "48.0", "95.5", "0.800", "0.400"]
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:2] == ["name", "step"] and rows[2] == ["W++", "3000", "48.0", "95.5", "0.8", "0.4"]
+    latex = (tmp_path / "t.tex").read_text(encoding="utf-8")
+    assert r"\textbf{95.5}" in latex and r"\textbf{0.800}" in latex and r"\textbf{120.0}" not in latex
+    assert latex.count(r"\\") == 3 and latex.startswith(r"\begin{tabular}{lrrrrr}")
+
+
+def test_pick_last(runs):
+    _, rows = report.build_table(report.read_runs(runs), "last")
+    assert [row[1] for row in rows] == [3000, 3000] and rows[0][3] == 130.0
+
+
+def test_curve(play, runs, tmp_path):
+    png, points = tmp_path / "c.png", tmp_path / "c.csv"
+    status, _, err = play(*runs, "--png", png, "--curve_csv", points)
+    assert status == 0, err
+    with Image.open(png) as image:
+        image.load()
+        assert min(image.size) > 400 and len(image.convert("RGB").getcolors(1 << 20)) > 10
+    with open(points, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["name", "images", "fid-squeeze"] and rows[1] == ["W", "16.0", "300.0"] and len(rows) == 7
+    assert play(*runs, "--png", png, "--metric", "kid")[0] == 1
+
+
+def test_sweep(play, tmp_path):
+    file = tmp_path / "sweep.jsonl"
+    append_records(file, [record("recall", psi / 2, truncation=psi) for psi in (0.5, 1.0, 0.7)])
+    status, _, err = play(file)
+    assert status == 1 and "fake.truncation 0.5 against 1.0" in err
+    points = tmp_path / "s.csv"
+    assert play(file, "--against", "truncation", "--curve_csv", points)[0] == 0
+    assert points.read_text().splitlines()[1:] == ["sweep,0.5,0.25", "sweep,0.7,0.35", "sweep,1.0,0.5"]
+    assert play(file, "--where", "fake.truncation=1")[0] == 0
+    assert play(file, "--where", "fake.truncation=0.9")[0] == 1
+    status, _, err = play(file, "--where", "psi=1")
+    assert status == 2 and "expected NAME=VALUE with one of metric, value" in err
+
+
+def test_unlike_runs_only_when_told(play, runs, tmp_path):
+    other = write_run(tmp_path / "other", [(1000, 50.0)], n=600)
+    status, _, err = play(*runs, f"C={other}")
+    assert status == 1 and "n_fake 500 against 600" in err and err.count("error: ") == 1
+    status, out, err = play(*runs, f"C={other}", "--allow_unlike")
+    assert status == 0 and "note: not computed alike: fid-squeeze: n_fake 500 against 600" in err and "\nC " in out
+
+
+def test_the_last_of_repeated_results_counts(play, tmp_path):
+    folder = write_run(tmp_path / "run", [(1000, 90.0)])
+    append_records(folder / "metrics.jsonl", [record("fid", 70.0, step=1000, fingerprint="run")])
+    assert " 70.0" in play(folder)[1]
+
+
+def test_mistakes(play, runs, tmp_path):
+    status, _, err = play(tmp_path / "none")
+    assert status == 1 and "metrics.jsonl does not exist" in err or "none does not exist" in err
+    status, _, err = play(runs[0], runs[0])
+    assert status == 1 and "two runs are called W" in err
