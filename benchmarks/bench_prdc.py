@@ -37,6 +37,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--n", type=int, default=10_000, help="real and fake points each; 0: no timing")
     parser.add_argument("--dim", type=int, default=2048, help="feature dimensions")
     parser.add_argument("--nearest_k", type=int, default=5, help="neighbour that sets the radius")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; the package starts 8 threads")
     parser.add_argument("--memory_n", type=int, default=6_000, help="points of the memory measurement; 0: none")
     parser.add_argument("--memory_child", action="store_true", help="measure memory in this process (internal)")
     return parser
@@ -60,19 +61,24 @@ def compare_speed(n: int, dim: int, nearest_k: int) -> dict:
     compute_prdc(real[:500], fake[:500], nearest_k=nearest_k)  # warm up threads
     begin = time.perf_counter()
     ours = compute_prdc(real, fake, nearest_k=nearest_k)
+    seconds = time.perf_counter() - begin
+    print(f"{n:,} x {n:,} x {dim:,}, k = {nearest_k}, {torch.get_num_threads()} threads", flush=True)
+    print(f"{'':16}{'seconds':>10}   precision     recall    density   coverage")
+    print_row("metrics.prdc", seconds, ours)
     middle = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         theirs = prdc.compute_prdc(real, fake, nearest_k)
     end = time.perf_counter()
     theirs = {name: float(value) for name, value in theirs.items()}
-    seconds, package_seconds = middle - begin, end - middle
-    print(f"{n:,} x {n:,} x {dim:,}, k = {nearest_k}, {torch.get_num_threads()} threads")
-    print(f"{'':16}{'seconds':>10}   precision     recall    density   coverage")
-    for name, took, values in (("prdc package", package_seconds, theirs), ("metrics.prdc", seconds, ours)):
-        print(f"{name:16}{took:10.2f}" + "".join(f"{values[key]:11.6f}" for key in ours))
+    package_seconds = end - middle
+    print_row("prdc package", package_seconds, theirs)
     print(f"{package_seconds / seconds:.2f}x, results {'equal' if ours == theirs else 'DIFFER'}")
     return {"n": n, "dim": dim, "seconds": round(seconds, 3), "package_seconds": round(package_seconds, 3),
             "speedup": round(package_seconds / seconds, 3), "equal": ours == theirs}  # fmt: skip
+
+
+def print_row(name: str, seconds: float, values: dict) -> None:
+    print(f"{name:16}{seconds:10.2f}" + "".join(f"{value:11.6f}" for value in values.values()), flush=True)
 
 
 def peak_bytes() -> int:
@@ -109,6 +115,7 @@ def measure_memory(n: int) -> dict:
 def main(args) -> int:
     if args.memory_child:
         return memory_child(args.memory_n)
+    torch.set_num_threads(args.threads)
     result = {"benchmark": "prdc", "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
               "torch": torch.__version__}  # fmt: skip
     if args.n:

@@ -23,7 +23,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from inversion.state import CURVES, Projection, ProjectionSettings, Rows, Task, shrink
+from inversion.measures import average_down
+from inversion.state import CURVES, Projection, ProjectionSettings, Rows, Task
 from model import Generator
 
 SPACES = {"w": ("w", "w+"), "w++": ("w++",)}  # of a generator -> of its codes, the default first
@@ -134,7 +135,7 @@ def _step(rows: Rows, std: torch.Tensor, dtype, watch) -> None:
         dtype=dtype, condition=tensors["condition"] if generator.config.condition_dim else None,
     )  # fmt: skip
     losses = {
-        "perceptual": rows.perceptual.distance(rows.perceptual.features(shrink(picture)), rows.features),
+        "perceptual": rows.perceptual.distance(rows.perceptual.features(average_down(picture)), rows.features),
         "noise": noise_regularisation(maps),
         "mse": mean_squared_error(picture, tensors["image"]),
     }

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from inversion.measures import average_down
 from model import Generator
 
 CURVE_EVERY = 10  # steps between two points of a loss curve: the published interval
 CURVES = ("perceptual", "noise", "mse")
-PERCEPTUAL_SIZE = 256  # larger images are averaged down to it for the perceptual distance, as in the published program
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
 
@@ -67,12 +66,6 @@ class Projection:
     curves: dict[str, torch.Tensor]  # CURVES, each [T]: values at steps 0, 10, 20 ...; NaN after an early stop
     steps: torch.Tensor  # int64 [], taken
     space: str
-
-
-def shrink(images):
-    """Averaged down to 256 pixels when larger: what the perceptual networks were made for."""
-    size = images.shape[-1]
-    return F.avg_pool2d(images, size // PERCEPTUAL_SIZE) if size > PERCEPTUAL_SIZE else images
 
 
 class Clock:
@@ -178,7 +171,7 @@ class Rows:
         t["image"][row] = task.image
         if task.condition is not None:
             t["condition"][row] = task.condition
-        features = self.perceptual.features(shrink(t["image"][row : row + 1]))  # alone: in no company to depend on
+        features = self.perceptual.features(average_down(t["image"][row : row + 1]))  # alone: no company to depend on
         if self.features is None:
             self.features = [layer.repeat(len(self), *[1] * (layer.ndim - 1)) for layer in features]
         for layer, own in zip(self.features, features, strict=True):

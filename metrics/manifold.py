@@ -32,6 +32,7 @@ def compute_prdc(real, fake, *, nearest_k: int, block: int = BLOCK, device="cpu"
     those are taken again by differences in float64. Memory beyond the features: about 12 tiles of block² floats and two
     of block x D. Raises ValueError: other shapes, values that are not finite, fewer than nearest_k + 1 points.
     """
+    device = "cpu" if torch.device(device).type == "mps" else device  # Metal has no float64
     real, fake = _features(real, "real"), _features(fake, "fake")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}: two extractors?")

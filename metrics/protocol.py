@@ -9,6 +9,9 @@ One FID in four in the literature cannot be reproduced because the resize, the c
 | paper     | as generated, no rounding | bilinear, no antialias (VGG-16: none)       | the W++ paper, pytorch-fid     |
 | tf-compat | rounded to 8 bits         | TensorFlow 1's bilinear, no antialias       | torch-fidelity, most papers    |
 | clean     | rounded to 8 bits         | bicubic, antialiased, as Pillow in float    | clean-fid's `clean` mode       |
+
+Of more real images than asked for, `paper` takes the first, as the published code does for FID (its PRDC drew with
+replacement, which shrinks the radii: not repeated here); the others draw, without replacement.
 """
 
 from __future__ import annotations

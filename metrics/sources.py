@@ -76,6 +76,8 @@ class ImageSource:
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """uint8 [B, 3, H, W] on `device`; threads read the next batch meanwhile. DatasetError for a damaged image."""
         chunks = [positions[i : i + batch] for i in range(0, len(positions), batch)]
+        if chunks:
+            self.dataset[chunks[0][0]]  # opens an LMDB here: two threads at once would open it twice
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             ahead = [pool.submit(self.dataset.__getitem__, i) for i in chunks[0]] if chunks else []
             for position in range(len(chunks)):
@@ -117,6 +119,8 @@ class GeneratorSource:
             "truncation": truncation, "truncation_mean": None if truncation == 1 else sampling.truncation_mean,
             "noise": sampling.noise if saved_noise is None else "saved", "seed": sampling.seed,
         }  # fmt: skip
+        if config.condition_dim:
+            self.about["condition"] = "neutral"  # the generator's default, 0.5 for every attribute
         self._mean = None
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:

@@ -26,6 +26,9 @@ from op.upfirdn2d import upfirdn2d
 
 TILE = 4  # low-resolution pixels per side of a tile
 POINTS = {1: (0, 1, -1), 2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # by taps; infinity is one more
+WORTHWHILE = {  # (stride, weight gradient?): fewest channels, fewest tiles
+    (1, False): (128, 32), (2, False): (128, 128), (1, True): (64, 128), (2, True): (128, 256),
+}  # fmt: skip
 BLOCK = 128  # tiles at a time: the matrix products need that many rows, more would leave the cache
 
 
@@ -61,15 +64,16 @@ def on_fast_device(x) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
-def worthwhile(shape, n_out: int, dtype: torch.dtype) -> bool:
-    """Is Winograd faster than oneDNN for a low-resolution map `shape` [N, C, H, W] facing `n_out` channels?
+def worthwhile(low_shape, n_high: int, dtype: torch.dtype, stride: int, *, gradient: bool = False) -> bool:
+    """Is Winograd faster than oneDNN for the low-resolution map [N, C, H, W] facing `n_high` channels?
 
-    Measured on AVX2 (benchmarks/bench_model.py): the transforms need enough channels to pay, and enough tiles to
-    make up for transforming the kernel, which is four (stride 2: nine) times as large afterwards.
+    Measured in float32 on AVX2: below these numbers the transforms of pixels (few channels) or of the kernel (few
+    tiles) cost more than the multiplications saved.
     """
-    n, channels, height, width = shape
-    tiles = n * height * width // TILE**2
-    return dtype == torch.float32 and min(channels, n_out) >= 32 and tiles >= 32
+    n, channels, height, width = low_shape
+    least_channels, least_tiles = WORTHWHILE[stride, gradient]
+    few = min(channels, n_high) < least_channels or n * height * width < least_tiles * TILE**2
+    return dtype == torch.float32 and not few and height % TILE == 0 and width % TILE == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,15 +128,15 @@ def convolve(x, weight, stride, transposed):
     n, channels, height, width = x.shape
     low = (height, width) if transposed or stride == 1 else (height // 2, width // 2)
     n_out = weight.shape[1 if transposed else 0]
-    fits = (transposed or stride == 1 or (height % 2 and width % 2)) and not any(side % TILE for side in low)
-    if fits and worthwhile((n, channels, *low), n_out, x.dtype):
+    whole = transposed or stride == 1 or (height % 2 and width % 2)
+    if whole and worthwhile((n, channels, *low), n_out, x.dtype, stride):
         return winograd(x, weight, stride, transposed)
     apply = F.conv_transpose2d if transposed else F.conv2d
     return apply(x, channels_last(weight), stride=stride, padding=1 if stride == 1 else 0)
 
 
 def weight_gradient(high, low, stride):
-    if not any(side % TILE for side in low.shape[2:]) and worthwhile(low.shape, high.shape[1], low.dtype):
+    if worthwhile(low.shape, high.shape[1], low.dtype, stride, gradient=True):
         return winograd_weight_gradient(high, low, stride)
     weight = low.new_empty(low.shape[1], high.shape[1], 3, 3).to(memory_format=torch.channels_last)
     padding = 1 if stride == 1 else 0

@@ -76,16 +76,19 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
             codes = codes[:, None].expand(-1, self.decoder.config.n_tokens, -1)
         return codes + self.latent_avg if self.start_from_latent_avg else codes
 
+    def encode_images(self, images, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`encode`, its convolutions in `dtype` (autocast) unless that is None or float32; codes in float32."""
+        if dtype in (None, torch.float32):
+            return self.encode(images)
+        with torch.autocast(images.device.type, dtype):
+            return self.encode(images)
+
     def forward(self, images, *, resize: bool = True, randomize_noise: bool = True, dtype: torch.dtype | None = None):
         """Reconstructions [N, 3, image_size | size, ...] (`resize`: face_pool) and their codes [N, L, D].
 
-        dtype: of the convolutions; torch.bfloat16 runs the encoder under autocast.
+        dtype: of the convolutions.
         """
-        if dtype in (None, torch.float32):
-            codes = self.encode(images)
-        else:
-            with torch.autocast(images.device.type, dtype):
-                codes = self.encode(images)
+        codes = self.encode_images(images, dtype)
         output, _ = self.decoder(codes, input_is_latent=True, randomize_noise=randomize_noise, dtype=dtype)
         return (self.face_pool(output) if resize else output), codes
 

@@ -14,7 +14,11 @@ SHAPES = [(2, 5, 3, 8, 12), (1, 4, 4, 4, 4), (3, 1, 2, 4, 8), (2, 32, 48, 16, 16
 
 @pytest.fixture
 def always_winograd(monkeypatch):
-    monkeypatch.setattr(conv, "worthwhile", lambda shape, n_out, dtype: True)
+    monkeypatch.setattr(conv, "WORTHWHILE", dict.fromkeys(conv.WORTHWHILE, (1, 1)))
+    real = conv.worthwhile
+    monkeypatch.setattr(
+        conv, "worthwhile", lambda low, n_high, dtype, *a, **k: real(low, n_high, torch.float32, *a, **k)
+    )
 
 
 def direct(x, weight, stride, transposed):
@@ -114,8 +118,8 @@ def test_choice(monkeypatch):
     """Winograd in float32 with many channels and pixels only; everything else as the libraries do it."""
     calls = []
     monkeypatch.setattr(conv, "winograd", lambda x, weight, stride, transposed: calls.append(x.shape) or x)
-    weight = torch.randn(64, 64, 3, 3)
-    x = torch.randn(2, 64, 32, 32)
+    weight = torch.randn(128, 128, 3, 3)
+    x = torch.randn(2, 128, 32, 32)
     conv3x3(x, weight)
     assert len(calls) == 1
     for other in (x.double(), x.bfloat16(), x[:, :, :8, :8], x[:, :, :31], x[:, :, :, 1:]):

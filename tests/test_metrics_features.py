@@ -20,7 +20,7 @@ from metrics.features import extract, load_features, require_same, save_features
 from metrics.protocol import PROTOCOLS, read_records
 from metrics.sources import SEED_STRIDE, Sampling, open_source
 from model import Generator, load_generator
-from train import export_ema
+from snapshots import export_ema
 
 DIM = 12
 

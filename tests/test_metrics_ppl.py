@@ -11,7 +11,7 @@ from metrics import ppl
 from metrics.ppl import EPSILON, path_lengths, trimmed_mean
 from metrics.protocol import read_records
 from model import Generator
-from train import export_ema
+from snapshots import export_ema
 
 
 class Linear(nn.Module):

@@ -613,7 +613,7 @@ def test_discriminator_equals_a_straight_one(batch, tiny_config):
 
 
 def test_fast_convolutions_change_no_derivative(tiny_config, monkeypatch):
-    """Path length and R1, whose gradients are second derivatives of the networks, with op/conv.py's tiles or without."""
+    """Path length and R1, whose gradients are second derivatives, with the tiles of op/conv.py or without."""
     torch.manual_seed(0)
     generator, discriminator = (loud(net(tiny_config)).double() for net in (Generator, Discriminator))
     generator.compute_dtype = discriminator.compute_dtype = torch.float64

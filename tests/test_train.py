@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import snapshots
 import train
 from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
 from common.cli import run
@@ -450,7 +451,7 @@ def test_init_from_starts_anew_with_the_weights(face_lmdb, play, straight, publi
     path = {"own": straight / "checkpoint" / "000020.pt", "published": published_file}.get(kind)
     if kind == "safetensors":
         path = tmp_path / "g.safetensors"
-        train.export_ema(state, path)
+        snapshots.export_ema(state, path)
     if kind in ("rosinality", "bare"):
         path = tmp_path / "g.pt"
         weights = {name: tensor for name, tensor in state["g_ema"].items() if kind == "bare" or name != "token"}

@@ -1,0 +1,191 @@
+"""Our networks beside the original formulation (baseline.py): time, ratio, and the difference of the results.
+
+Parts: generator and discriminator forward, latent gradient (of the mean square of the image with respect to the
+codes, network frozen), at --size and --batch; the four phases of training at --train_size and --train_batch, and their
+weighted sum d + r1/16 + g + path/4. Medians of --repeats runs after a warm-up. Each formulation runs in a process of
+its own: ours with the allocator setting of `common.distributed.tune_allocator`, the original without it and with it.
+The original knows float32 only. The last line is the table as JSON.
+
+    python benchmarks/bench_model.py
+    python benchmarks/bench_model.py --parts generator latent --precision fp32 --repeats 3
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
+from common.cli import ArgumentParser, run  # noqa: E402
+from common.distributed import Distributed, resolve_device, tune_allocator  # noqa: E402
+from model import Discriminator, Generator, GeneratorConfig  # noqa: E402
+from training import DTYPES, Trainer, TrainSettings  # noqa: E402
+
+PARTS = ("generator", "discriminator", "latent", "training")
+KINDS = {"original": (True, False), "original, tuned": (True, True), "ours": (False, True)}  # (original, allocator)
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--size", type=int, default=256, help="image size of the first three parts")
+    parser.add_argument("--batch", type=int, default=4, help="images at a time in the first three parts")
+    parser.add_argument("--train_size", type=int, default=64, help="image size of the training step")
+    parser.add_argument("--train_batch", type=int, default=8, help="images per training step")
+    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"],
+                        help="of our convolutions")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per number, after one to warm up")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps")
+    parser.add_argument("--only", choices=list(KINDS), help="measure one formulation in this process (used internally)")
+    return parser
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    if args.only:
+        print(json.dumps(measure(args, device, *KINDS[args.only])))
+        return
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, "
+          f"torch {torch.__version__}; {args.size} px batch {args.batch}, "
+          f"training {args.train_size} px batch {args.train_batch}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    differences = compare(args, device)
+    print("largest difference from the original, relative to its largest value: "
+          + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))  # fmt: skip
+    results = {kind: child(args, kind) for kind in KINDS}
+    rows = table(results)
+    print(json.dumps({
+        "benchmark": "model", "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device),
+        "size": args.size, "batch": args.batch, "train_size": args.train_size, "train_batch": args.train_batch,
+        "channel_max": args.channel_max, "repeats": args.repeats, "differences": differences, "seconds": rows,
+    }))  # fmt: skip
+
+
+def child(args, kind):
+    """The measurements of one formulation, {"part precision": seconds}, from a fresh process."""
+    command = [sys.executable, __file__, "--only", kind, "--parts", *args.parts, "--precision", *args.precision]
+    for name in ("size", "batch", "train_size", "train_batch", "channel_max", "repeats", "threads", "device"):
+        command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results):
+    """Print the rows and return them."""
+    print(f"{'':28}{'original':>12}{'tuned':>10}{'ours':>10}{'ratio':>8}{'to tuned':>10}")
+    rows = {}
+    for name, ours in results["ours"].items():
+        part, precision = name.rsplit(" ", 1)
+        plain, tuned = (results[kind][f"{part} fp32"] for kind in ("original", "original, tuned"))
+        rows[name] = {"original": plain, "original_tuned": tuned, "ours": ours, "ratio": round(plain / ours, 2)}
+        print(f"{name:28}{plain:12.3f}{tuned:10.3f}{ours:10.3f}{plain / ours:8.2f}{tuned / ours:10.2f}")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def networks(config, device, original):
+    """Generator and discriminator with the same random weights in either formulation."""
+    torch.manual_seed(0)
+    g, d = Generator(config).to(device), Discriminator(config).to(device)
+    if original:  # same parameters and buffers, other arithmetic
+        g.__class__, d.__class__ = BaselineGenerator, BaselineDiscriminator
+    return g.requires_grad_(False), d.requires_grad_(False)
+
+
+def latent_gradient(g, codes, dtype):
+    codes = codes.clone().requires_grad_()
+    image, _ = g(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)
+    (gradient,) = torch.autograd.grad(image.square().mean(), codes)
+    return gradient
+
+
+@torch.no_grad()
+def forward(g, codes, dtype):
+    return g(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)[0]
+
+
+def compare(args, device):
+    """Largest relative difference of image, logits and latent gradient in float32, one image per batch."""
+    config = GeneratorConfig(args.size, channel_max=args.channel_max)
+    (g, d), (g0, d0) = networks(config, device, False), networks(config, device, True)
+    codes = g.get_latent(g.draw_z(1).to(device))
+    image, image0 = forward(g, codes, None), forward(g0, codes, None)
+    pairs = {"image": (image, image0), "logit": (d(image0), d0(image0)),
+             "latent gradient": (latent_gradient(g, codes, None), latent_gradient(g0, codes, None))}  # fmt: skip
+    return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+
+
+def measure(args, device, original, allocator):
+    if allocator:
+        tune_allocator()
+    seconds = {}
+    for precision in ["fp32"] if original else args.precision:
+        seconds.update(measure_networks(args, device, original, precision))
+        if "training" in args.parts:
+            seconds.update(measure_training(args, device, original, precision))
+    return seconds
+
+
+def measure_networks(args, device, original, precision):
+    g, d = networks(GeneratorConfig(args.size, channel_max=args.channel_max), device, original)
+    codes, dtype = g.get_latent(g.draw_z(args.batch).to(device)), DTYPES[precision]
+    image = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    calls = {"generator": lambda: forward(g, codes, dtype), "discriminator": lambda: judge(d, image, dtype),
+             "latent": lambda: latent_gradient(g, codes, dtype)}  # fmt: skip
+    chosen = {name: call for name, call in calls.items() if name in args.parts}
+    return {f"{name} {precision}": median(call, args.repeats, device) for name, call in chosen.items()}
+
+
+@torch.no_grad()
+def judge(d, image, dtype):
+    return d(image, dtype=dtype)
+
+
+def measure_training(args, device, original, precision):
+    """The four phases with optimiser step, one by one, and their sum weighted by how often they are played."""
+    settings = TrainSettings(batch=args.train_batch, precision=precision)
+    config = GeneratorConfig(args.train_size, channel_max=args.channel_max)
+    trainer = Trainer(config, settings, Distributed(0, 0, 1, device, None))
+    if original:
+        trainer.g.__class__, trainer.d.__class__ = BaselineGenerator, BaselineDiscriminator
+    images = torch.randint(0, 256, (args.train_batch, 3, args.train_size, args.train_size), dtype=torch.uint8)
+    seconds = {}
+    for name, optimiser, network, phase, every in (
+        ("d", trainer.d_optim, trainer.d, trainer.d_phase, 1),
+        ("r1", trainer.d_optim, trainer.d, trainer.r1_phase, settings.d_reg_every),
+        ("g", trainer.g_optim, trainer.g, trainer.g_phase, 1),
+        ("path", trainer.g_optim, trainer.g, trainer.path_phase, settings.g_reg_every),
+    ):
+        call = lambda o=optimiser, n=network, p=phase, name=name: trainer._optimise(o, n, p, images, name)  # noqa: E731
+        seconds[f"{name} {precision}"] = median(call, args.repeats, device)
+        total = seconds.get(f"step {precision}", 0.0) + seconds[f"{name} {precision}"] / every
+        seconds[f"step {precision}"] = total
+    return seconds
+
+
+def median(call, repeats, device):
+    times = []
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,159 @@
+"""Invert a folder of faces with a trained pSp encoder: one forward pass per picture.
+
+Writes below --exp_dir: latents.npy and latents.json (for generate.py and edit_attribute.py), inference_results/ (the
+reconstructions under the pictures' names), inference_coupled/ (input beside output), reconstruction.csv, perceptual.npy,
+mse.npy, stats.txt, sheets/, and skipped.csv when a file could not be read. Several processes under torchrun share the
+pictures among them.
+
+    python pSp/scripts/inference.py --exp_dir E --checkpoint_path E/checkpoints/best_model.pt --data_path faces
+        --test_batch_size 1 --test_workers 4 --resize_outputs --couple_outputs
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+from PIL import Image
+
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
+from common.images import save_image
+from common.perceptual import build_perceptual
+from faces.identity import build_identity
+from inversion.pictures import open_pictures
+from pSp.data_configs import resize_factors
+from pSp.inference import COUPLED_EVERY, Inversion, invert, save_inversion, style_mixing
+from pSp.psp import load_psp
+from pSp.training import DTYPES
+from rendering import file_names
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--exp_dir", help="folder for everything that is written")
+    add("--checkpoint_path", help="pSp checkpoint, ours or a published one (default: EXP_DIR/checkpoints/best_model.pt)")
+    add("--data_path", default="gt_images", help="folder of pictures (any depth), one picture, or an LMDB")
+    add("--couple_outputs", action="store_true", help="save every input beside its output, not each 100th only")
+    add("--resize_outputs", action="store_true", help="save outputs at 256x256 where the generator's are larger")
+    add("--test_batch_size", type=int, default=2, help="pictures per forward pass on a GPU; a CPU computes each alone")
+    add("--test_workers", type=int, default=2, help="processes that read pictures (0: this one)")
+    add("--n_images", type=int, help="only the first N pictures")
+    add("--latent_mask", help="style mixing: comma-separated layers whose codes come from a random sample")
+    add("--mix_alpha", type=float, help="how far those codes go to the sample, 0 to 1 (default: all the way)")
+    add("--n_outputs_to_generate", type=int,
+        help="not supported: a flag of the published style_mixing.py; generate.py --mix mixes saved latents")  # fmt: skip
+    add("--resize_factors", help="super-resolution: one factor by which inputs are shrunk")
+    add("--fit", choices=("crop", "pad", "squash"), default="crop", help="what to do with pictures that are not square")
+    add("--lpips_net", default="auto", help="perceptual distance (common/perceptual.py); auto: vgg as published, if found")
+    add("--id_net", default="auto", help="identity network (faces/identity.py); auto: the first that is found; none")
+    add("--weights_dir", help="folder looked into first for third-party weights")
+    add("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
+    add("--seed", type=int, default=0, help="of the samples of --latent_mask")
+    add_device_flags(parser)
+    return parser
+
+
+def read_options(args) -> tuple[int, list[int] | None]:
+    """Factor of super-resolution (1: none) and layers to mix (None: none). UsageError for flags that do not fit."""
+    if not args.exp_dir:
+        raise UsageError("where to? pass --exp_dir FOLDER")
+    if args.n_outputs_to_generate is not None:
+        raise UserError("--n_outputs_to_generate is not supported: it belongs to the published style_mixing.py; "
+                        "generate.py --latents EXP_DIR --mix ROWS COLS mixes saved latents")  # fmt: skip
+    if args.test_batch_size < 1 or args.test_workers < 0 or (args.n_images is not None and args.n_images < 1):
+        raise UsageError("--test_batch_size and --n_images must be at least 1, --test_workers at least 0")
+    factors = resize_factors(args.resize_factors) if args.resize_factors else (1,)
+    if len(factors) != 1:
+        raise UsageError(f"--resize_factors {args.resize_factors}: inference takes one factor")
+    if args.mix_alpha is not None and (args.latent_mask is None or not 0 <= args.mix_alpha <= 1):
+        raise UsageError("--mix_alpha is a number from 0 to 1 and goes with --latent_mask")
+    try:
+        layers = None if args.latent_mask is None else [int(part) for part in args.latent_mask.split(",")]
+    except ValueError:
+        raise UsageError(f"--latent_mask {args.latent_mask}: expected layers such as 8,9,10") from None
+    return factors[0], layers
+
+
+def find_identity(name: str, device, weights_dir):
+    """The network, or None when there is to be none, or `auto` finds none."""
+    if name == "none":
+        return None
+    try:
+        return build_identity(name, device, weights_dir)
+    except FileNotFoundError as error:
+        if name != "auto":
+            raise
+        print(f"identity is not measured: {error}", file=sys.stderr)
+        return None
+
+
+class Folders:
+    """Where pictures go: inference_results/ and inference_coupled/, below downsampling_F for super-resolution."""
+
+    def __init__(self, exp_dir: Path, names: list[str], *, couple: bool, factor: int, output_size: int):
+        below = "" if factor == 1 else f"downsampling_{factor}"
+        self.results, self.coupled = exp_dir / "inference_results" / below, exp_dir / "inference_coupled" / below
+        self.names, self.couple, self.factor = file_names(names), couple, factor
+        self.output_size = output_size
+
+    def save(self, position: int, original: np.ndarray, source: np.ndarray, picture: np.ndarray) -> None:
+        """Arrays uint8 [S, S, 3]; the coupled sheet is original (with `source` for super-resolution) and picture."""
+        name = f"{self.names[position]}.png"
+        save_image(picture, self.results / name)
+        if self.couple or position % COUPLED_EVERY == 0:
+            parts = [original, picture] if self.factor == 1 else [original, source, picture]
+            side = (self.output_size, self.output_size)
+            save_image(np.concatenate([np.asarray(Image.fromarray(part).resize(side)) for part in parts], 1),
+                       self.coupled / name)  # fmt: skip
+
+
+def main(args) -> int:
+    factor, layers = read_options(args)
+    exp_dir = Path(args.exp_dir)
+    path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
+    place = setup(args.device)
+    try:
+        net = load_psp(path, place.device)
+        if net.config.input_nc != 3:
+            raise UserError(f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB pictures "
+                            "are supported")  # fmt: skip
+        size = max(net.config.input_size, net.image_size)
+        pictures = open_pictures([args.data_path], size, fit=args.fit)
+        n = min(len(pictures), args.n_images or len(pictures))
+        mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
+        perceptual = build_perceptual(args.lpips_net, place.device, args.weights_dir)
+        identity = find_identity(args.id_net, place.device, args.weights_dir)
+        output_size = net.image_size if args.resize_outputs else net.decoder.config.size
+        folders = Folders(exp_dir, pictures.names, couple=args.couple_outputs, factor=factor, output_size=output_size)
+        if place.is_main:
+            print(f"{path}: {net.description}; {n} pictures of {args.data_path} on {place.device}, measured by "
+                  f"{perceptual.name}{', ' + identity.name if identity else ''}")  # fmt: skip
+        mine = invert(
+            net, pictures, shard(n, place.rank, place.world_size), perceptual=perceptual, identity=identity,
+            batch=args.test_batch_size, workers=args.test_workers, factor=factor, mix=mix, resize=args.resize_outputs,
+            dtype=None if args.precision == "fp32" else DTYPES[args.precision], save=folders.save,
+        )  # fmt: skip
+        result = Inversion()
+        for part in gather_list(mine):  # contiguous shards: the order of the pictures
+            result.extend(part)
+        if place.is_main:
+            extra = {"checkpoint": path.name, "factor": factor, "latent_mask": layers}
+            line = save_inversion(exp_dir, net, result, pictures.names, perceptual=perceptual.name,
+                                  identity=identity.name if identity else None, alignment=pictures.alignment(),
+                                  extra=extra)  # fmt: skip
+            for position, reason in result.skipped:
+                print(f"skipped {pictures.names[position]}: {reason}", file=sys.stderr)
+            print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}"
+                  f"{f', {len(result.skipped)} skipped' if result.skipped else ''}; {line}")  # fmt: skip
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

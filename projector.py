@@ -1,0 +1,335 @@
+"""Stage 3a: find latent codes, and noise maps, with which a generator reproduces faces, by optimisation.
+
+For all pictures of a folder, an LMDB or single files: every one by itself, in a fixed order, so that neither batch nor
+company changes its result (on a CPU to the bit). W and W+ for a W generator, W++ for a W++ generator. Faces should be
+aligned (align_faces.py). A run that was stopped goes on with the same command; torchrun shares the pictures.
+
+    python projector.py --ckpt faces.safetensors --dataset faces/ --output_dir projection
+    python projector.py --ckpt faces.safetensors --dataset a.jpg b.jpg --step 400 --mse 1 --early_stop --save_video
+    torchrun --nproc_per_node 8 projector.py --ckpt ffhq.pt --dataset faces.lmdb --init encoder:best_model.pt
+    python generate.py --ckpt faces.safetensors --latents projection --output_dir rendered
+
+OUTPUT_DIR receives latents.npy [N, L, 512], latents.json and noise.npz; origin_{i}.png and project_{i}.png;
+sheet_{k}.png (original, |difference|, reconstruction); reconstruction.csv and .json; curves.npz and .png;
+perceptual.npy, noise.npy and mse.npy (the published sums and means over images, every ten steps); skipped.csv.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.distributed import (
+    Distributed,
+    add_device_flags,
+    barrier,
+    broadcast_object,
+    gather_list,
+    setup,
+    shard,
+    shutdown,
+)
+from common.images import FITS, save_video, to_uint8
+from common.latents import load_latents
+from common.perceptual import build_perceptual
+from faces.identity import build_identity
+from inversion.measures import measure
+from inversion.pictures import open_pictures, pixel_seed
+from inversion.projection import Projection, ProjectionSettings, Task, choose_space, project_each
+from inversion.results import conclude
+from inversion.store import Part, Store
+from model import Generator, load_generator
+from rendering import file_names, render
+from training import DTYPES
+
+EARLY_STOP = 0.02  # when --early_stop is given without a number
+FRAMES = 100  # of a video, at most
+VIDEO_SIZE = 256  # pixels, at most
+PATIENCE = timedelta(days=30)  # of a rank that waits for one with more work
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", required=True, help="training checkpoint (.pt) or exported generator (.safetensors)")
+    parser.add_argument("--dataset", required=True, nargs="+", metavar="PATH",
+                        help="folder of faces, single files, or an LMDB")  # fmt: skip
+    parser.add_argument("--size", type=int, help="pixels; the generator's own (256 in the published program), "
+                                                 "anything else is refused")  # fmt: skip
+    parser.add_argument("--fit", choices=FITS, default="crop", help="for pictures that are not square")
+    parser.add_argument("--space", choices=("w", "w+", "w++"),
+                        help="of the codes: w (default) or w+ for a W generator, w++ for a W++ generator")  # fmt: skip
+    parser.add_argument("--init", default="mean", metavar="mean|encoder:PATH|latents:PATH",
+                        help="where the codes start: the mean code, a pSp checkpoint, saved latents (matched by name; "
+                             "a bare .npy by position; with their noise maps, if any)")  # fmt: skip
+
+    schedule = parser.add_argument_group("optimisation (defaults: the published ones)")
+    schedule.add_argument("--step", "--steps", type=int, default=1000, help="optimisation steps")
+    schedule.add_argument("--lr", type=float, default=0.1, help="step size of Adam")
+    schedule.add_argument("--lr_rampup", type=float, default=0.05, help="fraction of the steps in which lr rises")
+    schedule.add_argument("--lr_rampdown", type=float, default=0.25, help="fraction of the steps in which lr falls")
+    schedule.add_argument("--noise", type=float, default=0.05,
+                          help="perturbation of the code at the first step, in standard deviations of w; only for "
+                               "codes that start at the mean, unless --perturb_init")  # fmt: skip
+    schedule.add_argument("--noise_ramp", type=float, default=0.75, help="fraction of the steps in which it falls to 0")
+    schedule.add_argument("--perturb_init", action="store_true",
+                          help="perturb codes of an encoder or a file too, which takes them far away")  # fmt: skip
+    schedule.add_argument("--noise_regularize", type=float, default=1e5, help="weight of the noise regularisation")
+    schedule.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
+    schedule.add_argument("--early_stop", type=float, nargs="?", const=EARLY_STOP, default=0.0, metavar="FRACTION",
+                          help="an image begins its ramp-down when its loss, averaged over a twentieth of the steps, "
+                               f"falls by less than this from window to window; alone: {EARLY_STOP}")  # fmt: skip
+    schedule.add_argument("--mean_samples", type=int, default=10_000, help="samples for mean and deviation of w")
+    schedule.add_argument("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
+
+    networks = parser.add_argument_group("networks that compare")
+    networks.add_argument("--perceptual", default="auto", metavar="NAME",
+                          help="vgg (published), squeeze or alex, with -up64 to enlarge small images; auto: the first "
+                               "that is here; discriminator:CHECKPOINT or scorer:NAME without any of them")  # fmt: skip
+    networks.add_argument("--identity", default="auto", metavar="NAME",
+                          help="for that column: ir_se50, mobilefacenet or none; auto: what is here")  # fmt: skip
+    networks.add_argument("--weights_dir", type=Path, help="folder in which weights are looked for first")
+
+    out = parser.add_argument_group("output and machine")
+    out.add_argument("--output_dir", default="./projection", help="folder of the results; made when absent")
+    out.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds other results")
+    out.add_argument("--save_video", nargs="?", const="mp4", choices=("mp4", "gif", "webp"),
+                     help="also video/NAME: the picture during the optimisation")  # fmt: skip
+    out.add_argument("--batch", type=int, default=8,
+                     help="images in work at once on a GPU; on a CPU the generator's size decides, so that the batch "
+                          "cannot change a result")  # fmt: skip
+    out.add_argument("--precision", choices=list(DTYPES), default="fp32",
+                     help="of the convolutions while optimising; the saved pictures are fp32")  # fmt: skip
+    add_device_flags(parser)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From flags to plain values
+
+
+def read_settings(args) -> ProjectionSettings:
+    """Raises UsageError for flags that cannot work."""
+    if args.batch < 1 or args.mean_samples < 2:
+        raise UsageError(f"--batch and --mean_samples must be positive, got {args.batch} and {args.mean_samples}")
+    kind, _, path = args.init.partition(":")
+    if kind not in ("mean", "encoder", "latents") or (kind == "mean") == bool(path):
+        raise UsageError(f"--init {args.init}: expected mean, encoder:PATH or latents:PATH")
+    names = ("lr", "lr_rampup", "lr_rampdown", "noise", "noise_ramp", "noise_regularize", "mse", "early_stop")
+    values = {name: getattr(args, name) for name in names}
+    if kind != "mean" and not args.perturb_init:
+        values["noise"] = 0.0
+    try:
+        return ProjectionSettings(steps=args.step, **values)
+    except ValueError as error:
+        raise UsageError(f"--{error}".replace("--steps", "--step")) from None
+
+
+def identity_or_none(name: str, device, weights_dir):
+    """The network called `name`; None for 'none', and for 'auto' when no weights are here."""
+    if name == "none":
+        return None
+    try:
+        return build_identity(name, device, weights_dir)
+    except FileNotFoundError as error:
+        if name != "auto":
+            raise
+        print(f"note: no identity column: {error}", file=sys.stderr)
+        return None
+
+
+def digest(path: Path) -> str:
+    """16 hex digits of a file, or of the latents.npy in a folder."""
+    path = path / "latents.npy" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"--init: {path} does not exist")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+class Start:
+    """`--init`: the code, and perhaps the noise maps, with which each picture begins."""
+
+    def __init__(self, init: str, generator: Generator, space: str, names: list[str]):
+        kind, _, path = init.partition(":")
+        self.kind, self.generator, self.names = kind, generator, names
+        self.identity = kind if kind == "mean" else f"{kind}:{digest(Path(path))}"
+        if kind == "encoder":
+            self.encoder = load_encoder(path, generator)
+        if kind == "latents":
+            self.saved = load_start(path, generator, space, names)
+            self.rows = {name: i for i, name in enumerate(self.saved.names)}
+
+    @torch.no_grad()
+    def __call__(self, position: int, image: torch.Tensor) -> dict:
+        """Fields of the Task of this picture, image [3, S, S] in [-1, 1]."""
+        if self.kind == "encoder":
+            image = image[None].to(self.generator.token)
+            return {"start": self.encoder.encode(self.encoder.fit(image))[0]}
+        if self.kind == "latents":
+            row = self.rows.get(self.names[position], position % len(self.saved))
+            noise = None if self.saved.noise is None else [layer[row] for layer in self.saved.noise]
+            return {"start": self.saved.latents[row], "noise": noise}
+        return {}
+
+
+def load_encoder(path: str, generator: Generator):
+    """The pSp network of a checkpoint, for this very generator."""
+    from pSp.psp import load_psp  # only where it is asked for
+
+    encoder = load_psp(path, generator.token.device)
+    if encoder.decoder.fingerprint != generator.fingerprint:
+        raise UserError(f"--init encoder:{path} was trained for the generator {encoder.decoder.fingerprint}, --ckpt is "
+                        f"{generator.fingerprint}")  # fmt: skip
+    return encoder
+
+
+def load_start(path: str, generator: Generator, space: str, names: list[str]):
+    """Saved latents that fit generator, space and pictures."""
+    config = generator.config
+    allowed = {"w": ("w",), "w+": ("w", "w+"), "w++": ("w++",)}[space]
+    saved = load_latents(path, expect_space=allowed, expect_shape=(config.n_tokens, config.style_dim),
+                         expect_fingerprint=generator.fingerprint)  # fmt: skip
+    described = saved.fingerprint is not None
+    missing = [name for name in names if name not in set(saved.names)]
+    if described and missing:
+        raise UserError(f"--init latents:{path} has no latent called {missing[0]} (and {len(missing) - 1} more of "
+                        f"{len(names)} pictures)")  # fmt: skip
+    if not described and len(saved) not in (1, len(names)):
+        raise UserError(f"--init latents:{path} holds {len(saved)} latents for {len(names)} pictures")
+    return saved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures of one process
+
+
+class Shard:
+    """Projects this process's share of the pictures into the store."""
+
+    def __init__(self, generator, pictures, store: Store, place: Distributed, *, start, settings, space, perceptual,
+                 identity, seed: int, video: str | None):  # fmt: skip
+        self.generator, self.pictures, self.store, self.place = generator, pictures, store, place
+        self.start, self.settings, self.space, self.seed, self.video = start, settings, space, seed, video
+        self.perceptual, self.identity = perceptual, identity
+        self.mine = shard(len(pictures), place.rank, place.world_size)
+        self.keys: dict[int, str] = {}  # position -> key of its part
+        self.skipped: dict[int, str] = {}  # position -> reason
+        self.work: dict[int, tuple[int, torch.Tensor]] = {}  # number of a task -> position, uint8 picture
+        self.n_tasks = 0
+        self.frames: dict[int, list[np.ndarray]] = {}
+        self.files = file_names(pictures.names)
+        self.bar = tqdm(total=len(self.mine) * settings.steps, disable=not place.is_main, unit="step", unit_scale=True,
+                        dynamic_ncols=True)  # fmt: skip
+        self.calls = 0
+
+    def tasks(self) -> Iterator[Task]:
+        """The pictures that are still to be done; unreadable ones are noted."""
+        for position in self.mine:
+            try:
+                picture = self.pictures.read(position)
+            except ValueError as error:
+                self.skipped[position] = str(error)
+                self.bar.update(self.settings.steps)
+                continue
+            key = self.keys[position] = self.store.key(self.pictures.names[position], picture)
+            if self.store.has(key):
+                self.bar.update(self.settings.steps)
+                continue
+            self.work[self.n_tasks] = (position, picture)
+            self.n_tasks += 1
+            image = picture.float() / 127.5 - 1
+            yield Task(image, pixel_seed(picture, self.seed), **self.start(position, image))
+
+    def run(self, batch: int, statistics, dtype) -> None:
+        done = project_each(self.generator, self.tasks(), perceptual=self.perceptual, space=self.space, batch=batch,
+                            statistics=statistics, dtype=dtype, watch=self.watch, **asdict(self.settings))  # fmt: skip
+        with self.bar:
+            for number, projection in done:
+                position, picture = self.work.pop(number)
+                self.bar.update(self.settings.steps - int(projection.steps))
+                self.finish(position, picture, projection)
+
+    def finish(self, position: int, picture: torch.Tensor, projection: Projection) -> None:
+        if not torch.isfinite(projection.latents).all():
+            self.skipped[position] = "the optimisation diverged: a smaller --lr, or --precision fp32"
+            return
+        noise = [layer[None] for layer in projection.noise]
+        (rendered,) = render(self.generator, projection.latents[None], noise=noise)  # uint8 [S, S, 3]
+        original = picture.permute(1, 2, 0).numpy()
+        pair = [torch.from_numpy(np.array(p)).permute(2, 0, 1)[None] for p in (original, rendered)]
+        pair = [p.to(self.generator.token) / 127.5 - 1 for p in pair]
+        values = measure(*pair, perceptual=self.perceptual, identity=self.identity)
+        part = Part(
+            projection.latents.numpy(), [layer.numpy() for layer in projection.noise],
+            {name: curve.numpy() for name, curve in projection.curves.items()},
+            {name: float(value[0]) for name, value in values.items()}, int(projection.steps), original, rendered,
+        )  # fmt: skip
+        if self.video:
+            frames = self.frames.pop(position) + [shrink(rendered)] * (FRAMES // 4)
+            save_video(frames, self.store.folder / "video" / f"{self.files[position]}.{self.video}", fps=25)
+        self.store.write(self.keys[position], part)
+
+    def watch(self, numbers, steps, images, losses) -> None:
+        self.bar.update(len(numbers))
+        self.calls += 1
+        if self.calls % 20 == 1 and self.place.is_main:
+            self.bar.set_postfix_str(f"loss {float(losses.mean()):.4f}, images {numbers[0] + 1}-{numbers[-1] + 1}")
+        if self.video:
+            every = max(1, self.settings.steps // FRAMES)
+            for number, step, image in zip(numbers, steps, images, strict=True):
+                if step % every == 0:
+                    self.frames.setdefault(self.work[number][0], []).append(shrink(to_uint8(image)))
+
+
+def shrink(picture: np.ndarray) -> np.ndarray:
+    """uint8 [S, S, 3] by averaging, at most VIDEO_SIZE pixels wide."""
+    factor = max(1, len(picture) // VIDEO_SIZE)
+    side = len(picture) // factor
+    return picture.reshape(side, factor, side, factor, 3).mean((1, 3)).round().astype(np.uint8)
+
+
+def main(args) -> int:
+    settings = read_settings(args)
+    place = setup(args.device, timeout=PATIENCE.total_seconds())
+    try:
+        generator = load_generator(args.ckpt, place.device)
+        config = generator.config
+        if args.size not in (None, config.size):
+            raise UserError(f"--size {args.size}, but the generator in {args.ckpt} makes {config.size} pixels")
+        space = choose_space(generator, args.space)
+        pictures = open_pictures(args.dataset, config.size, fit=args.fit)
+        dtype = DTYPES[args.precision]
+        perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
+        identity = identity_or_none(args.identity, place.device, args.weights_dir)
+        start = Start(args.init, generator, space, pictures.names)
+        by = {"perceptual": perceptual.name, "identity": identity and identity.name}
+        depends = asdict(settings) | by | {
+            "space": space, "generator": generator.fingerprint, "size": config.size, "fit": args.fit,
+            "init": start.identity, "seed": args.seed, "precision": args.precision, "mean_samples": args.mean_samples,
+        }  # fmt: skip
+        store = Store(args.output_dir, depends, overwrite=args.overwrite, main=place.is_main)
+        barrier()
+        statistics = store.statistics(generator, args.mean_samples) if place.is_main else None
+        statistics = broadcast_object(statistics)
+        work = Shard(generator, pictures, store, place, start=start, settings=settings, space=space,
+                     perceptual=perceptual, identity=identity, seed=args.seed, video=args.save_video)  # fmt: skip
+        work.run(args.batch, statistics, dtype)
+        reports = gather_list((work.keys, work.skipped, pictures.enlarged))
+        if place.is_main:
+            conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by)
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,99 @@
+"""What a training writes on its way: sample grids, attention maps, checkpoints, and how fast it goes.
+
+    outputs = Outputs(run, trainer, args)
+    outputs.sample(); outputs.save(state)
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint, save_safetensors
+from common.images import make_heatmap, save_grid, save_image
+from common.runs import Run
+from training import Trainer
+
+
+class Outputs:
+    """Writes samples, attention maps and checkpoints of a trainer into its run folder (rank 0)."""
+
+    def __init__(self, run: Run, trainer: Trainer, args):
+        self.run, self.trainer, self.keep = run, trainer, args.keep
+        self.micro = min(args.n_sample, trainer.settings.micro_batch or args.batch)  # never more than training fits
+        draw = torch.Generator().manual_seed(args.seed)
+        self.z = trainer.g.draw_z(args.n_sample, draw)
+
+    @torch.no_grad()
+    def sample(self):
+        """Grid of the EMA generator on fixed latents and noise maps; attention maps, one figure, for W++."""
+        trainer, name = self.trainer, f"{self.trainer.step:06d}.png"
+        z = self.z.to(trainer.place.device)
+        images = [trainer.g_ema(chunk, randomize_noise=False)[0].cpu() for chunk in z.split(self.micro)]
+        save_grid(torch.cat(images), self.run.path("sample", name), nrow=math.ceil(len(z) ** 0.5))
+        if not trainer.config.w_space:
+            maps = trainer.g_ema.get_similarity(z[: self.micro]).cpu()  # [layers, heads, T, T]
+            titles = [f"block {b + 1} head {h + 1}" for b in range(maps.shape[0]) for h in range(maps.shape[1])]
+            figure = make_heatmap(maps.flatten(0, 1), titles, nrow=maps.shape[1])
+            save_image(figure, self.run.path("similarity", name))
+
+    def save(self, state: dict):
+        """Write checkpoint/{step}.pt, then reduce checkpoints beyond --keep to their EMA generator."""
+        newest = self.run.path("checkpoint", f"{state['step']:06d}.pt")
+        save_checkpoint(newest, state)
+        if self.keep:
+            older = [path for path in newest.parent.glob("*.pt") if path.stem.isdecimal() and path != newest]
+            older.sort(key=lambda path: int(path.stem))
+            for path in older[: max(0, len(older) - self.keep + 1)]:
+                try:
+                    export_ema(load_checkpoint(path), path.with_suffix(".safetensors"))
+                except CheckpointError as error:
+                    warnings.warn(f"{error}: left as it is", stacklevel=2)
+                else:
+                    path.unlink()
+
+
+def export_ema(state: dict, path: Path) -> None:
+    """The EMA generator of a training state as .safetensors, its config and step in the header."""
+    weights = state["g_ema"]
+    metadata = {"config": state["config"], "step": state["step"], "fingerprint": fingerprint(weights)}
+    save_safetensors(path, weights, metadata)
+
+
+class Progress:
+    """Speed, data wait, memory and time left, for the log."""
+
+    def __init__(self, trainer: Trainer, total: int, images_per_step: int):
+        self.trainer, self.total, self.images_per_step = trainer, total, images_per_step
+        self.begin = self.tick = time.perf_counter()
+        self.tick_step = trainer.step
+        self.waited = 0.0
+
+    def read(self) -> dict:
+        now, step = time.perf_counter(), self.trainer.step
+        seconds, steps = now - self.tick, max(1, step - self.tick_step)
+        speed = steps * self.images_per_step / seconds
+        values = {
+            "images_per_s": round(speed, 2), "s_per_kimg": round(1000 / speed, 2),
+            "data_wait": round(self.waited / seconds, 4), "peak_memory_mb": peak_memory(self.trainer.place.device),
+            "kimg": round(step * self.images_per_step / 1000, 3), "eta_s": round((self.total - step) * seconds / steps),
+        }  # fmt: skip
+        self.tick, self.tick_step, self.waited = now, step, 0.0
+        return values
+
+
+def peak_memory(device: torch.device) -> int:
+    """MiB: of the GPU's allocator, elsewhere of the process; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> 20 if sys.platform == "darwin" else peak >> 10
