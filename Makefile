@@ -22,11 +22,11 @@ DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size 32 --exp_name $(DEMO)/training --
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
-	$(PY) generate.py --ckpt $(MODEL) --seeds 0-99 --truncation 0.8 --grid --output_dir $(DEMO)/faces --device cpu
+	$(PY) generate.py --ckpt $(MODEL) --seeds 0-99 --truncation 0.8 --noise none --grid --output_dir $(DEMO)/faces --device cpu
 	mv $(DEMO)/faces/grid.png $(DEMO)/1-faces-by-seed.png
-	$(PY) generate.py --ckpt $(MODEL) --mix 0-4 10-17 --mix_layers 0-3 --truncation 0.8 --output_dir $(DEMO) --device cpu
+	$(PY) generate.py --ckpt $(MODEL) --mix 0-4 10-17 --mix_layers 0-3 --truncation 0.8 --noise none --output_dir $(DEMO) --device cpu
 	mv $(DEMO)/mix.png $(DEMO)/2-style-mixing.png
-	$(PY) generate.py --ckpt $(MODEL) --seeds 0-5 --truncation 0.8 --interpolate --frames 20 --video $(DEMO)/3-interpolation.gif \
+	$(PY) generate.py --ckpt $(MODEL) --seeds 0-5 --truncation 0.8 --noise none --interpolate --frames 20 --video $(DEMO)/3-interpolation.gif \
 	  --output_dir $(DEMO) --device cpu
 	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size 32 --n_worker 2 $(DEMO)/faces
 	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 20 --sample_every 20 --save_every 20

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -297,6 +298,7 @@ def data_loader(
         _Fetch(dataset), batch_size=batch, sampler=sampler, num_workers=workers, collate_fn=_identity,
         pin_memory=device.type == "cuda", prefetch_factor=prefetch if workers else None,
         multiprocessing_context=start_method if workers else None, generator=generator,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )  # fmt: skip
     return BatchStream(loader, sampler, device)
 
@@ -316,6 +318,12 @@ class _Fetch(Dataset):
             return torch.stack(fetch(indices) if fetch else [self.dataset[i] for i in indices])
         except DatasetError as error:
             return DatasetError(str(error))
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Schedulers and Ctrl-C signal the whole process group; the workers must outlive the trainer's last step."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _identity(batch):

@@ -122,6 +122,8 @@ def read_options(args) -> tuple[GeneratorConfig, TrainSettings]:
     for name in ("keep", "workers", "threads", "eval_every"):
         if getattr(args, name) < 0:
             raise UsageError(f"--{name} must not be negative, got {getattr(args, name)}")
+    if args.augment_p and not args.augment:
+        raise UsageError("--augment_p needs --augment")
     if args.micro_batch != "auto" and not args.micro_batch.isdecimal():
         raise UsageError(f"--micro_batch is a number of images or auto, got {args.micro_batch}")
     names = TrainSettings.__dataclass_fields__
@@ -205,8 +207,12 @@ def start_monitor(trainer: Trainer, run: Run, args):
     )  # fmt: skip
 
 
-def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal) -> None:
-    """Steps trainer.step .. args.iter - 1 with logs, samples, evaluations and checkpoints at their intervals."""
+def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, *, begins: bool) -> None:
+    """Steps trainer.step .. args.iter - 1 with logs, samples, evaluations and checkpoints at their intervals.
+
+    begins: the run folder has no checkpoint yet and gets one first: a path that cannot be written shows now, not after
+    hours, and a rollback has something to go back to.
+    """
     place, total = trainer.place, args.iter
     outputs = Outputs(run, trainer, args) if place.is_main else None
     monitor = start_monitor(trainer, run, args) if args.eval_every else None
@@ -222,7 +228,7 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal) 
         saved = trainer.step
         barrier()
 
-    if trainer.step == 0:  # a path that cannot be written shows now, not after hours
+    if begins:
         if place.is_main:
             outputs.sample()
         save()
@@ -356,7 +362,8 @@ def main(args) -> int:
                 print(f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
                       f"step {trainer.step} of {args.iter}, batch {args.batch} x {place.world_size} "
                       f"on {place.device}")  # fmt: skip
-            train(trainer, batches, sampler, opened, args, StopSignal())
+            begins = source is None or source.resolve().parent != opened.path("checkpoint").resolve()
+            train(trainer, batches, sampler, opened, args, StopSignal(), begins=begins)
     finally:
         shutdown()
     return 0

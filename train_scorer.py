@@ -159,7 +159,10 @@ def find_start(args) -> tuple[dict | None, Path | None]:
     folder = Path(args.out) / "checkpoint"
     newest = latest_checkpoint(folder) if folder.is_dir() else None
     if args.resume and args.resume != "auto":
-        return load_checkpoint(args.resume), Path(args.resume)
+        path = Path(args.resume)
+        if newest is not None and newest.resolve() != path.resolve():
+            raise UserError(f"{args.out} already holds a run, up to {newest.name}: continue {path} in another --out")
+        return load_checkpoint(path), path
     if newest is not None and args.resume != "auto":
         raise UserError(f"{args.out} already holds a run ({newest.name}): --resume auto continues it, another --out "
                         "starts a new one")  # fmt: skip

@@ -4,6 +4,7 @@ A checkpoint (`.pt`) is a nested dictionary of tensors and plain values, read wi
 An exported model (`.safetensors`) is a flat dictionary of tensors with JSON metadata in its header.
 """
 
+import argparse
 import errno
 import hashlib
 import json
@@ -145,13 +146,15 @@ def require_file(path, what="file"):
 def load_checkpoint(path, map_location="cpu"):
     """The dictionary saved in `path`, tensors on `map_location`. Reads old (before PyTorch 1.6) files as well.
 
-    Never runs code from the file. Raises FileNotFoundError when it is absent and CheckpointError, in one sentence, when
-    it is a folder, empty, a web page, a git-lfs pointer, truncated, damaged, not a dictionary, or holds Python objects.
+    Never runs code from the file: of Python objects it admits argparse.Namespace alone, the bag of plain values that
+    rosinality's train.py saves as `args`. Raises FileNotFoundError when the file is absent and CheckpointError, in one
+    sentence, when it is a folder, empty, a web page, a git-lfs pointer, truncated, damaged, not a dictionary, or holds
+    other Python objects.
     """
     path = require_file(path, "checkpoint")
     _require_whole_archive(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # torch's advice on the pickle protocol: no reader can act on it
             state = torch.load(path, map_location=map_location, weights_only=True)
     except (OSError, MemoryError, torch.OutOfMemoryError):

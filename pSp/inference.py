@@ -21,9 +21,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from common.checkpoint import atomic_write
 from common.images import ImageError, save_image, to_tensor, to_uint8
 from common.latents import draw_z, save_latents
+from common.runs import write_json
 from common.store import DatasetError
-from inversion.measures import measure, summary, write_measures
+from inversion.measures import mean_and_std, measure, summary, write_measures
+from inversion.results import write_skipped
 from inversion.sheets import PER_SHEET, comparison_sheet
+from inversion.store import remove_numbered
 from pSp.data_configs import normalise, shrink
 from pSp.psp import pSp
 from rendering import forward_size
@@ -143,11 +146,12 @@ def save_inversion(
     folder: str | Path, net: pSp, result: Inversion, names: list[str], *, perceptual: str, identity: str | None,
     alignment: list | None = None, extra: dict | None = None,
 ) -> str:  # fmt: skip
-    """Write latents.npy, latents.json, reconstruction.csv, perceptual.npy, mse.npy, stats.txt, skipped.csv and sheets.
+    """Write everything but the pictures themselves: see the head of scripts/inference.py.
 
     names, alignment: of all pictures, by position. Returns the summary line. ValueError when nothing could be read.
     """
     folder = Path(folder)
+    write_skipped(folder, {names[position]: reason for position, reason in result.skipped})
     if not result.positions:
         first = f": {result.skipped[0][1]}" if result.skipped else ""
         raise ValueError(f"none of {len(names)} pictures could be read{first}")
@@ -162,17 +166,19 @@ def save_inversion(
     for name in ("perceptual", "mse"):  # the published files, one value per picture
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array(result.values[name]))
+    statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in result.values.items()}
+    write_json(folder / "reconstruction.json", {
+        "method": "pSp", "space": net.space, "count": len(kept), "perceptual_by": perceptual, "identity_by": identity,
+        "measures": statistics, "settings": extra or {},
+    })  # fmt: skip
     line = summary(result.values, perceptual=perceptual, identity=identity)
     runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
     (folder / "stats.txt").write_text(f"{runtime}\n{line}\n", encoding="utf-8")
-    skipped = folder / "skipped.csv"
-    skipped.unlink(missing_ok=True)
-    if result.skipped:
-        rows = [f'"{names[position]}","{reason}"' for position, reason in result.skipped]
-        skipped.write_text("\n".join(["name,reason", *rows]) + "\n", encoding="utf-8")
     for index in range(0, min(len(result.shown), SHEETS * PER_SHEET), PER_SHEET):
         originals, pictures = zip(*result.shown[index : index + PER_SHEET], strict=True)
-        captions = [f"{result.values['mse'][index + i]:.4f}" for i in range(len(originals))]
+        captions = [f"{kept[i]}: {result.values['perceptual'][i]:.3f}, mse {result.values['mse'][i]:.4f}"
+                    for i in range(index, index + len(originals))]  # fmt: skip
         sheet = comparison_sheet(originals, pictures, captions)
-        save_image(sheet, folder / "sheets" / f"sheet_{index // PER_SHEET:03d}.png")
+        save_image(sheet, folder / f"sheet_{index // PER_SHEET:03d}.png")
+    remove_numbered(folder, ("sheet_*.png",), -(-min(len(result.shown), SHEETS * PER_SHEET) // PER_SHEET))
     return line

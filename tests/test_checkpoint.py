@@ -1,5 +1,6 @@
 """common/checkpoint.py: what is written is read back; a bad file or a full disk does no harm and says what it is."""
 
+import argparse
 import errno
 import os
 import pickle
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict, namedtuple
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -177,10 +179,8 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, kind):
 
 
 def test_pickled_objects_are_refused(tmp_path):
-    import argparse
-
-    torch.save({"opts": argparse.Namespace(size=256)}, tmp_path / "g.pt")
-    with pytest.raises(CheckpointError, match=r"argparse\.Namespace"):
+    torch.save({"opts": Fraction(1, 2)}, tmp_path / "g.pt")
+    with pytest.raises(CheckpointError, match=r"fractions\.Fraction"):
         load_checkpoint(tmp_path / "g.pt")
 
 
@@ -336,3 +336,9 @@ def test_latest_checkpoint(tmp_path):
     assert all(
         word in text for word, text in zip(("first byte", "record", "empty", "truncated"), complaints, strict=True)
     )
+
+
+def test_rosinalitys_args_are_let_through(tmp_path):
+    """rosinality/stylegan2-pytorch saves its argparse.Namespace in every checkpoint: plain values, no code."""
+    torch.save({"g_ema": {"w": torch.ones(1)}, "args": argparse.Namespace(size=256)}, tmp_path / "550000.pt")
+    assert load_checkpoint(tmp_path / "550000.pt")["args"].size == 256

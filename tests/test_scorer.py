@@ -541,6 +541,8 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
     shutil.copy(whole / "checkpoint" / "000004.pt", again / "checkpoint")  # killed after step 4
     assert call(*flags(planted, again, *common)) == 1
     assert "already holds a run" in capsys.readouterr().err
+    assert call(*flags(planted, again, *common, "--resume", whole / "checkpoint" / "000008.pt")) == 1
+    assert "already holds a run, up to 000004.pt" in capsys.readouterr().err
     assert call(*flags(planted, again, *common, "--resume", "auto")) == 0
     first, second = (load_checkpoint(folder / "checkpoint" / "000008.pt") for folder in (whole, again))
     assert first["sampler"] == second["sampler"] and first["step"] == second["step"] == 8

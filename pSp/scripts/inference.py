@@ -1,9 +1,9 @@
-"""Invert a folder of faces with a trained pSp encoder: one forward pass per picture.
+"""Stage 3b: invert a folder of faces with a trained pSp encoder: one forward pass per picture.
 
 Writes below --exp_dir: latents.npy and latents.json (for generate.py and edit_attribute.py), inference_results/ (the
-reconstructions under the pictures' names), inference_coupled/ (input beside output), reconstruction.csv, perceptual.npy,
-mse.npy, stats.txt, sheets/, and skipped.csv when a file could not be read. Several processes under torchrun share the
-pictures among them.
+reconstructions under the pictures' names), inference_coupled/ (input beside output), sheet_{k}.png (original,
+|difference|, reconstruction), reconstruction.csv and .json, perceptual.npy, mse.npy (one value per picture), stats.txt,
+and skipped.csv when a file could not be read. Several processes under torchrun share the pictures among them.
 
     python pSp/scripts/inference.py --exp_dir E --checkpoint_path E/checkpoints/best_model.pt --data_path faces
         --test_batch_size 1 --test_workers 4 --resize_outputs --couple_outputs
@@ -21,7 +21,7 @@ from PIL import Image
 
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
-from common.images import save_image
+from common.images import FITS, save_image
 from common.perceptual import build_perceptual
 from faces.identity import build_identity
 from inversion.pictures import open_pictures
@@ -36,7 +36,7 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--exp_dir", help="folder for everything that is written")
-    add("--checkpoint_path", help="pSp checkpoint, ours or a published one (default: EXP_DIR/checkpoints/best_model.pt)")
+    add("--checkpoint_path", help="pSp checkpoint, ours or published (default: EXP_DIR/checkpoints/best_model.pt)")
     add("--data_path", default="gt_images", help="folder of pictures (any depth), one picture, or an LMDB")
     add("--couple_outputs", action="store_true", help="save every input beside its output, not each 100th only")
     add("--resize_outputs", action="store_true", help="save outputs at 256x256 where the generator's are larger")
@@ -45,11 +45,11 @@ def build_parser() -> ArgumentParser:
     add("--n_images", type=int, help="only the first N pictures")
     add("--latent_mask", help="style mixing: comma-separated layers whose codes come from a random sample")
     add("--mix_alpha", type=float, help="how far those codes go to the sample, 0 to 1 (default: all the way)")
-    add("--n_outputs_to_generate", type=int,
-        help="not supported: a flag of the published style_mixing.py; generate.py --mix mixes saved latents")  # fmt: skip
+    add("--n_outputs_to_generate", type=int, help="not supported: a flag of the published style_mixing.py; generate.py "
+                                                  "--mix mixes saved latents")  # fmt: skip
     add("--resize_factors", help="super-resolution: one factor by which inputs are shrunk")
-    add("--fit", choices=("crop", "pad", "squash"), default="crop", help="what to do with pictures that are not square")
-    add("--lpips_net", default="auto", help="perceptual distance (common/perceptual.py); auto: vgg as published, if found")
+    add("--fit", choices=FITS, default="crop", help="for pictures that are not square")
+    add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the first that is found")
     add("--id_net", default="auto", help="identity network (faces/identity.py); auto: the first that is found; none")
     add("--weights_dir", help="folder looked into first for third-party weights")
     add("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
@@ -120,8 +120,8 @@ def main(args) -> int:
     try:
         net = load_psp(path, place.device)
         if net.config.input_nc != 3:
-            raise UserError(f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB pictures "
-                            "are supported")  # fmt: skip
+            raise UserError(f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
+                            "pictures are supported")  # fmt: skip
         size = max(net.config.input_size, net.image_size)
         pictures = open_pictures([args.data_path], size, fit=args.fit)
         n = min(len(pictures), args.n_images or len(pictures))
@@ -146,10 +146,7 @@ def main(args) -> int:
             line = save_inversion(exp_dir, net, result, pictures.names, perceptual=perceptual.name,
                                   identity=identity.name if identity else None, alignment=pictures.alignment(),
                                   extra=extra)  # fmt: skip
-            for position, reason in result.skipped:
-                print(f"skipped {pictures.names[position]}: {reason}", file=sys.stderr)
-            print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}"
-                  f"{f', {len(result.skipped)} skipped' if result.skipped else ''}; {line}")  # fmt: skip
+            print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}; {line}")
     finally:
         shutdown()
     return 0

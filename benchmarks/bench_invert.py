@@ -1,0 +1,183 @@
+"""The projector beside the original formulation: images per minute at equal final loss, in one run.
+
+The original, as TransStyleGAN's program computes it: batch 8, the generator of baseline.py with gradients for its
+weights, the features of the target computed anew at every step, noise terms over the whole batch, --steps steps. Ours:
+`project`, first with the same steps, then with each of --shorter. Every result is judged alike, by our projector's
+loss on the picture that its code and noise maps give; the speed that counts is that of the fewest steps whose mean loss
+is not above the original's. Targets are the generator's own samples unless --dataset names pictures. The last line
+is the table as JSON.
+
+    python benchmarks/bench_invert.py --ckpt faces.safetensors
+    python benchmarks/bench_invert.py --ckpt faces.safetensors --dataset faces/ --steps 300 --shorter 225 150 100
+"""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.baseline import BaselineGenerator  # noqa: E402
+from common.cli import ArgumentParser, UsageError, run  # noqa: E402
+from common.distributed import resolve_device, tune_allocator  # noqa: E402
+from common.perceptual import build_perceptual  # noqa: E402
+from inversion.measures import average_down  # noqa: E402
+from inversion.pictures import open_pictures  # noqa: E402
+from inversion.projection import mean_squared_error, project  # noqa: E402
+from inversion.state import Clock, ProjectionSettings  # noqa: E402
+from model import Generator, GeneratorConfig, load_generator  # noqa: E402
+
+BATCH = 8  # of the original
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", help="generator; without it one with random weights, which says little of the loss")
+    parser.add_argument("--dataset", nargs="+", help="pictures to project (the first --images); default: own samples")
+    parser.add_argument("--images", type=int, default=BATCH, help="how many; a multiple of 8 is fair to both")
+    parser.add_argument("--steps", type=int, default=200, help="of the original, and of ours at first")
+    parser.add_argument("--shorter", type=int, nargs="*", default=[100, 70], help="fewer steps to try with ours")
+    parser.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss of both")
+    parser.add_argument("--perceptual", default="auto", help="as in projector.py")
+    parser.add_argument("--size", type=int, default=32, help="of the generator with random weights")
+    parser.add_argument("--channel_max", type=int, default=64, help="of the generator with random weights")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The original formulation
+
+
+def whole_batch_regularisation(maps):
+    """The published sum: means over the whole batch [N, 1, r, r], which couples its images."""
+    loss = 0
+    for noise in maps:
+        side = noise.shape[2]
+        while True:
+            for axis in (3, 2):
+                loss = loss + (noise * torch.roll(noise, shifts=1, dims=axis)).mean().pow(2)
+            if side <= 8:
+                break
+            noise = noise.reshape(-1, 1, side // 2, 2, side // 2, 2).mean([3, 5])
+            side //= 2
+    return loss
+
+
+def original(generator, images, *, perceptual, statistics, settings: ProjectionSettings, seed: int = 0):
+    """Codes [N, L, D] and maps of one batch; random numbers from the global generator, as published."""
+    torch.manual_seed(seed)
+    mean, std = statistics
+    n, clock = len(images), Clock(settings)
+    latent = mean.repeat(n, 1, 1).requires_grad_()
+    maps = [torch.randn(n, *noise.shape[1:], device=noise.device).requires_grad_() for noise in generator.fixed_noise()]
+    optimiser = torch.optim.Adam([latent, *maps], lr=settings.lr)
+    for _ in range(settings.steps):
+        optimiser.param_groups[0]["lr"] = clock.lr
+        strength = clock.perturbation * std[:, None]
+        picture, _ = generator(latent + torch.randn_like(latent) * strength, input_is_latent=True, noise=maps)
+        loss = perceptual(average_down(picture), average_down(images)).sum()
+        loss = loss + settings.noise_regularize * whole_batch_regularisation(maps)
+        loss = loss + settings.mse * torch.nn.functional.mse_loss(picture, images)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        with torch.no_grad():
+            for noise in maps:
+                noise.sub_(noise.mean()).div_(noise.std())
+        clock.step += 1
+    return latent.detach(), [noise.detach() for noise in maps]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+
+@torch.no_grad()
+def judge(generator, latents, noise, images, *, perceptual, mse) -> dict[str, float]:
+    """Mean loss of the pictures of these codes, without regularisation; one image at a time."""
+    losses, errors = [], []
+    for i in range(len(images)):
+        maps = [layer[i : i + 1].to(images) for layer in noise]
+        picture, _ = generator(latents[i : i + 1].to(images), input_is_latent=True, noise=maps)
+        errors.append(float(mean_squared_error(picture, images[i : i + 1])))
+        distance = perceptual(average_down(picture), average_down(images[i : i + 1]))
+        losses.append(float(distance) + mse * errors[-1])
+    return {"loss": sum(losses) / len(losses), "mse": sum(errors) / len(errors)}
+
+
+def timed(function, device):
+    start = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def targets(args, generator, device):
+    if args.dataset:
+        pictures = open_pictures(args.dataset, generator.config.size)
+        if len(pictures) < args.images:
+            raise UsageError(f"--images {args.images}, but there are {len(pictures)} pictures")
+        return torch.stack([pictures.read(i) for i in range(args.images)]).to(device).float() / 127.5 - 1
+    z = generator.draw_z(args.images, torch.Generator().manual_seed(1)).to(device)
+    with torch.no_grad():
+        return generator(z, randomize_noise=False)[0].clamp(-1, 1)
+
+
+def main(args):
+    if args.images < 1 or args.images % BATCH:
+        raise UsageError(f"--images {args.images}: expected a multiple of {BATCH}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tune_allocator()
+    device = resolve_device(args.device)
+    torch.manual_seed(0)
+    config = GeneratorConfig(size=args.size, channel_max=args.channel_max)
+    generator = load_generator(args.ckpt, device) if args.ckpt else Generator(config).to(device).eval()
+    baseline = BaselineGenerator(generator.config).to(device).eval()
+    baseline.load_state_dict(generator.state_dict())
+    perceptual = build_perceptual(args.perceptual, device)
+    images, statistics = targets(args, generator, device), generator.latent_statistics(2000)
+    common = {"perceptual": perceptual, "statistics": statistics}
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, torch "
+          f"{torch.__version__}; {generator.config.space} generator, {generator.config.size} px, {args.images} images, "
+          f"{perceptual.name}")  # fmt: skip
+
+    original(baseline, images[:BATCH], settings=ProjectionSettings(steps=2), **common)  # warm up
+    project(generator, images, steps=2, **common)
+    rows = []
+
+    def add(name, steps, latents, noise, seconds):
+        found = judge(generator, latents, noise, images, perceptual=perceptual, mse=args.mse)
+        rows.append({"name": name, "steps": steps, "images_per_minute": 60 * args.images / seconds, **found})
+        print(f"{name:9} {steps:5} steps  {rows[-1]['images_per_minute']:8.2f} images/min  loss {found['loss']:.4f}  "
+              f"mse {found['mse']:.4f}", flush=True)  # fmt: skip
+
+    settings = ProjectionSettings(steps=args.steps, mse=args.mse)
+    batches = images.split(BATCH)
+    results, seconds = timed(lambda: [original(baseline, b, settings=settings, **common) for b in batches], device)
+    noise = [torch.cat(layer) for layer in zip(*(maps for _, maps in results), strict=True)]
+    add("original", args.steps, torch.cat([latents for latents, _ in results]), noise, seconds)
+    for steps in (args.steps, *args.shorter):
+        found, seconds = timed(lambda n=steps: project(generator, images, steps=n, mse=args.mse, **common), device)
+        add("ours", steps, found.latents, found.noise, seconds)
+
+    reference = rows[0]
+    equal = [row for row in rows[1:] if row["loss"] <= reference["loss"]]
+    best = max(equal, key=lambda row: row["images_per_minute"], default=None)
+    ratio = best and best["images_per_minute"] / reference["images_per_minute"]
+    same = rows[1]["images_per_minute"] / reference["images_per_minute"]
+    print(f"same steps: {same:.2f} times as fast; at equal final loss: "
+          + (f"{ratio:.2f} times ({best['steps']} steps)" if best else "not reached"))  # fmt: skip
+    print(json.dumps({"benchmark": "invert", "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "perceptual": perceptual.name, "rows": rows, "ratio_same_steps": same,
+                      "ratio_equal_loss": ratio}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))
