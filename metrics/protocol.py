@@ -93,8 +93,13 @@ def make_record(metric: str, value: float, *, real: dict | None, fake: dict, pro
 
 @functools.cache
 def _code_version() -> dict:
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "torch-fidelity", "pillow")}
-    return {"git": _git_commit(), **versions}
+    versions = {"git": _git_commit()}
+    for name in ("torch", "torchvision", "torch-fidelity", "lpips", "pillow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def append_records(path: str | Path, records: Iterable[dict]) -> None:
