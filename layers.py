@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import FusedLeakyReLU, conv3x3, fused_leaky_relu, modulate, noise_bias_act, up_conv3x3, upfirdn2d
+from op import FusedLeakyReLU, conv3x3, fused_leaky_relu, mix_channels, modulate, noise_bias_act, up_conv3x3, upfirdn2d
 
 BLUR = (1, 3, 3, 1)  # the FIR kernel of all resampling in StyleGAN2
 
@@ -213,9 +213,9 @@ class ToRGB(nn.Module):
         # Three output channels: per-image weights and one batched matrix product beat scaling the whole input.
         n, channels, height, width = x.shape
         style = self.conv.modulation(style) * self.conv.scale  # [N, C]
-        weight = style[:, :, None] * self.conv.weight[0, :, :, 0, 0].t()  # [N, C, 3]
+        weight = style[:, None] * self.conv.weight[0, :, :, 0, 0]  # [N, 3, C]
         pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)  # a view in channels_last
-        out = torch.bmm(pixels, weight.to(x.dtype))  # [N, HW, 3]
+        out = mix_channels(pixels, weight.to(x.dtype))  # [N, HW, 3]
         out = out.to(self.bias.dtype).view(n, height, width, 3).permute(0, 3, 1, 2) + self.bias
         return out if skip is None else out + self.upsample(skip)
 

@@ -22,9 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import ShuffleNetV2
-from torchvision.models.regnet import BlockParams, RegNet
-from torchvision.models.resnet import BasicBlock
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, fingerprint, load_safetensors, save_safetensors
@@ -72,6 +69,8 @@ class ScorerConfig:
 
 def resnet_stages(width: float) -> tuple[list[nn.Module], int]:
     """Stages of a small ResNet and its last width: 1/2, 1/2, 1/4, 1/8 and 1/16 of the input size."""
+    from torchvision.models.resnet import BasicBlock  # torchvision takes seconds to import
+
     widths = [max(8, round(c * width / 8) * 8) for c in (16, 48, 96, 192)]
     stages = [nn.Sequential(
         nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
@@ -91,6 +90,8 @@ def resnet_stages(width: float) -> tuple[list[nn.Module], int]:
 
 def shufflenet_stages(width: float) -> tuple[list[nn.Module], int]:
     """Stages of ShuffleNetV2 1x (Ma et al. 2018), without its max-pooling: 1/2 to 1/16 of the input size."""
+    from torchvision.models import ShuffleNetV2
+
     widths = [24, *(max(8, round(c * width / 2) * 2) for c in (116, 232, 464)), max(64, round(512 * width))]
     net = ShuffleNetV2([4, 8, 4], widths, num_classes=1)
     return [net.conv1, net.stage2, net.stage3, net.stage4, net.conv5], widths[-1]
@@ -98,6 +99,8 @@ def shufflenet_stages(width: float) -> tuple[list[nn.Module], int]:
 
 def regnet_stages(width: float) -> tuple[list[nn.Module], int]:
     """Stages of a RegNetY of about 100 MFLOP at 224 pixels (Radosavovic et al. 2020): 1/2 to 1/32 of the input."""
+    from torchvision.models.regnet import BlockParams, RegNet
+
     group = max(8, round(16 * width / 8) * 8)
     params = BlockParams.from_init_params(
         depth=12, w_0=max(8, round(32 * width / 8) * 8), w_a=20 * width, w_m=2.2, group_width=group, se_ratio=0.25

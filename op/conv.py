@@ -29,7 +29,7 @@ POINTS = {1: (0, 1, -1), 2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # by taps; inf
 WORTHWHILE = {  # (stride, weight gradient?): fewest channels, fewest tiles
     (1, False): (128, 32), (2, False): (128, 128), (1, True): (64, 128), (2, True): (128, 256),
 }  # fmt: skip
-BLOCK = 128  # tiles at a time: the matrix products need that many rows, more would leave the cache
+BLOCK = 256  # tiles at a time: fewer pay for more calls and thinner matrix products, more would leave the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------

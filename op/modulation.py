@@ -1,9 +1,11 @@
-"""Scale every channel of an image by its own factor, and the derivative of that: a dot product over pixels.
+"""Scale every channel of an image by its own factor, mix the channels of every pixel, and the derivatives of both.
 
-Each is the other's derivative, so both are differentiable to every order. On the CPU large tensors are taken in pieces
-that stay in the cache: the product that the dot product sums never goes through memory.
+The derivative of scaling is a dot product over pixels and the other way round, so both are differentiable to every
+order. On the CPU large tensors are taken in pieces that stay in the cache: the product that the dot product sums never
+goes through memory.
 
     y = modulate(x, style)  # x * style[:, :, None, None]
+    rgb = mix_channels(pixels, weight)
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ def pixel_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _PixelDot.apply(a, b)
 
 
+def mix_channels(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """pixels [N, P, C] by weight [N, K, C], K small: -> [N, P, K]; a 1x1 convolution with weights of each image's own."""
+    return _MixChannels.apply(pixels, weight)
+
+
 class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, style):
@@ -44,12 +51,9 @@ class _PixelDot(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a if ctx.needs_input_grad[1] else None, b if ctx.needs_input_grad[0] else None)
-        n, channels, height, width = a.shape
-        if a[0].numel() <= PIECE:
-            return (a * b).sum((2, 3))
-        total = a.new_zeros(n, channels)
-        for index, rows in pieces(a):
-            total[index] += (a[index, :, rows] * b[index, :, rows]).sum((1, 2))
+        total = a.new_zeros(a.shape[:2])
+        for images, rows in pieces(a):
+            total[images] += (a[images, :, rows] * b[images, :, rows]).sum((2, 3))
         return total
 
     @staticmethod
@@ -59,10 +63,32 @@ class _PixelDot(torch.autograd.Function):
         return grad_a, modulate(a, grad) if ctx.needs_input_grad[1] else None
 
 
+class _MixChannels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pixels, weight):
+        ctx.save_for_backward(pixels if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return torch.bmm(pixels, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        pixels, weight = ctx.saved_tensors
+        grad_pixels = mix_channels(grad, weight.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+        return grad_pixels, sum_of_outer_products(grad, pixels) if ctx.needs_input_grad[1] else None
+
+
+def sum_of_outer_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [N, P, K], b [N, P, C] -> sum over P of a b^T, [N, K, C]. Chunks of P: BLAS is slow at few rows and many terms."""
+    n, terms = a.shape[:2]
+    chunks = 64 if terms % 64 == 0 and a.device.type == "cpu" else 1
+    a, b = (t.reshape(n * chunks, terms // chunks, -1) for t in (a, b))
+    return torch.bmm(a.transpose(1, 2), b).view(n, chunks, a.shape[2], b.shape[2]).sum(1)
+
+
 def pieces(x):
-    """(image, slice of rows) pairs that cover x [N, C, H, W] in pieces of about PIECE elements."""
+    """Slices of images and of rows that cover x [N, C, H, W] in pieces of about PIECE elements."""
     n, channels, height, width = x.shape
-    rows = max(1, PIECE // (channels * width))
-    for index in range(n):
-        for first in range(0, height, rows):
-            yield index, slice(first, first + rows)
+    n_images = max(1, PIECE // max(1, channels * height * width))
+    n_rows = height if n_images > 1 else max(1, PIECE // (channels * width))
+    for image in range(0, n, n_images):
+        for row in range(0, height, n_rows):
+            yield slice(image, image + n_images), slice(row, row + n_rows)

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from layers import make_kernel
 from op import conv, conv3x3, modulate, up_conv3x3, upfirdn2d
-from op.modulation import pixel_dot
+from op.modulation import mix_channels, pixel_dot
 
 SHAPES = [(2, 5, 3, 8, 12), (1, 4, 4, 4, 4), (3, 1, 2, 4, 8), (2, 32, 48, 16, 16)]  # N, low and high channels, H, W
 
@@ -141,3 +141,12 @@ def test_pixel_dot_in_pieces(monkeypatch, layout):
     monkeypatch.setattr("op.modulation.PIECE", 16)
     a, b = (torch.randn(2, 3, 5, 4).double().contiguous(memory_format=layout) for _ in range(2))
     assert torch.allclose(pixel_dot(a, b), (a * b).sum((2, 3)))
+
+
+@pytest.mark.parametrize("n_pixels", [64, 30])  # in chunks and whole
+def test_mix_channels(n_pixels):
+    torch.manual_seed(0)
+    pixels = torch.randn(2, n_pixels, 4).double().requires_grad_()
+    weight = torch.randn(2, 3, 4).double().requires_grad_()
+    assert torch.allclose(mix_channels(pixels, weight), torch.einsum("npc,nkc->npk", pixels, weight))
+    assert gradcheck(mix_channels, (pixels, weight)) and gradgradcheck(mix_channels, (pixels, weight))
