@@ -18,13 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.interrupt import StopSignal
-from common.runs import Run, format_duration
+from common.runs import Run, StepBar, format_duration
 from dataset import InfiniteSampler, data_loader, open_dataset
 from growing import can_grow, grow_discriminator, grow_generator
 from model import GeneratorConfig, generator_state
@@ -232,7 +231,7 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
         if place.is_main:
             outputs.sample()
         save()
-    bar = tqdm(total=total, initial=trainer.step, disable=not place.is_main, unit="step", dynamic_ncols=True)
+    bar = StepBar(total, trainer.step, main=place.is_main)
     with bar:  # closed before any error line is printed
         while trainer.step < total:
             asked = time.perf_counter()
@@ -286,8 +285,8 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> No
     if trainer.settings.augment:
         run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
     run.log(step, "Speed", **speed)
-    bar.set_postfix_str(f"d {metrics['d']:.3f} g {metrics['g']:.3f}, {speed['images_per_s']} img/s, "
-                        f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}")  # fmt: skip
+    bar.note(step, f"d {metrics['d']:.3f} g {metrics['g']:.3f}, {speed['images_per_s']} img/s, "
+                   f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}")  # fmt: skip
 
 
 def roll_back(trainer, sampler, batches, run, args, bad, count) -> None:

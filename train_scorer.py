@@ -24,14 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.checkpoint import atomic_write, latest_checkpoint, load_checkpoint, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, resolve_device
 from common.images import check_header, fit_image, list_images, make_strip, read_image, save_grid, save_image
 from common.interrupt import StopSignal
-from common.runs import Run, write_json
+from common.runs import Run, StepBar, write_json
 from dataset import InfiniteSampler
 from faces.accuracy import accuracy_report, format_report
 from faces.labels import LabelTable, parse_trust, read_labels
@@ -178,7 +177,7 @@ def train(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, validatio
     stop, order, total = StopSignal(), iter(sampler), args.iter
     names = [attribute.name for attribute in table.attributes]
     sums, count, tick = torch.zeros(len(names)), 0, time.perf_counter()
-    bar = tqdm(total=total, initial=trainer.step, unit="step", dynamic_ncols=True, disable=None)
+    bar = StepBar(total, trainer.step)
     while trainer.step < total:
         rows = list(islice(order, args.batch))
         values, weights = (torch.from_numpy(array[rows]) for array in (table.values, table.weights))
@@ -200,7 +199,7 @@ def train(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, validatio
             speed = count * args.batch / (time.perf_counter() - tick)
             run.log(step, "Loss", **dict(zip(names, means, strict=True)))
             run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
-            bar.set_postfix_str(f"loss {sum(means):.3f}, {speed:.0f} img/s")
+            bar.note(step, f"loss {sum(means):.3f}, {speed:.0f} img/s")
             sums.zero_()
             count, tick = 0, time.perf_counter()
         if due["val_every"]:

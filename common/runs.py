@@ -17,6 +17,8 @@ from dataclasses import asdict, is_dataclass
 from importlib import metadata
 from pathlib import Path
 
+from tqdm import tqdm
+
 from common.checkpoint import atomic_write
 
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
@@ -181,6 +183,20 @@ def truncate_log(path, step):
     with atomic_write(path) as file:
         for record in records:
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+
+
+class StepBar(tqdm):
+    """Progress over training steps: a bar on a terminal, a line per `note` in a log file; nothing unless `main`."""
+
+    def __init__(self, total, initial=0, *, main=True):
+        super().__init__(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=None if main else True)
+        self.main = main
+
+    def note(self, step, text):
+        if not self.disable:
+            self.set_postfix_str(text)
+        elif self.main:
+            print(f"step {step} of {self.total}: {text}", file=sys.stderr, flush=True)
 
 
 def format_duration(seconds):

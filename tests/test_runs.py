@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.runs import Run, format_duration, read_log, to_plain, truncate_log
+from common.runs import Run, StepBar, format_duration, read_log, to_plain, truncate_log
 
 
 def steps(path):
@@ -116,3 +116,12 @@ def test_to_plain():
 )  # fmt: skip
 def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_step_bar_without_a_terminal(capsys):
+    """In a log file: one line per note, nothing else, and nothing from the other ranks."""
+    for main in (True, False):
+        with StepBar(10, 2, main=main) as bar:
+            bar.update()
+            bar.note(3, "d 1.000")
+    assert capsys.readouterr().err == "step 3 of 10: d 1.000\n"
