@@ -1,0 +1,1 @@
+"""Moving latent codes so that one attribute of the picture changes."""
