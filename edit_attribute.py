@@ -1,0 +1,257 @@
+"""Stage 5a: inverted faces moved along age, gender, smile ... by a boundary in latent space (InterFaceGAN).
+
+    python3 edit_attribute.py --ckpt faces.pt --latent inverted/ --output_dir aged/ --num_sample 100000 \\
+        --batch_size 25 --start_distance -30 --end_distance 30 --steps 61 --ratio 0.02
+    python3 edit_attribute.py --ckpt faces.pt --latent inverted/ --output_dir smiling/ --attribute smile \\
+        --boundary smile.npz --distance relative --unit std --start_distance -4 --end_distance 4 --steps 9
+
+Random samples are scored, the extreme --ratio picked, a boundary fitted and saved (OUT/boundary-ATTRIBUTE.npz); then
+every code of --latent is moved along it. The scores are kept (--samples, default OUT/samples) and serve other
+attributes; a killed run goes on. --boundary FILE edits at once. Frames: OUT/frames/origin_I_edit_J_ATTRIBUTE_N.png,
+N the predicted value; a strip per face with the values below (OUT/strips); OUT/edits.csv with every score, the identity
+similarity and the mean change of the pixels per frame.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import atomic_write
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.images import make_strip, save_image, save_video, to_tensor
+from common.weights import find
+from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthogonalise
+from editing.samples import SampledCodes, score_samples
+from editing.sweep import edit_codes, reach, render_codes, score_frames
+from faces.identity import WEIGHTS, build_identity
+from faces.scorer import load_scorer
+from model import load_generator
+from rendering import latents_source, select_noise
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", required=True, help="generator: checkpoint or exported model")
+    parser.add_argument("--latent", required=True, help="folder of latents, or a .npy [N, L, 512]")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--size", type=int, help="image size, checked against the generator's")
+    parser.add_argument("--attribute", default="age", help="a column of the scorer: age, gender, smile ...")
+    parser.add_argument("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | FILE.json")
+    parser.add_argument("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels (published)")
+    fit = parser.add_argument_group("boundary")
+    fit.add_argument("--boundary", nargs="+", help="use these files instead of sampling and fitting")
+    fit.add_argument("--num_sample", type=int, default=100_000, help="random samples to score")
+    fit.add_argument("--batch_size", type=int, default=25, help="pictures at a time; changes no result on a CPU")
+    fit.add_argument("--ratio", type=float, default=0.02, help="share of the samples at either end that are fitted on")
+    fit.add_argument("--fit", choices=FITS, default="svm", help="svc: the published machine; svm: the same, faster; "
+                     "ridge: regression on all samples")  # fmt: skip
+    fit.add_argument("--balance", default="", help="attributes, comma-separated, that shall not differ at the two ends")
+    fit.add_argument("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")
+    fit.add_argument("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
+    fit.add_argument("--seed", type=int, default=0, help="first seed of the samples, and of the 70/30 split")
+    edit = parser.add_argument_group("edit")
+    edit.add_argument("--start_distance", type=float, default=-30, help="distance of the first frame")
+    edit.add_argument("--end_distance", type=float, default=30, help="distance of the last frame")
+    edit.add_argument("--steps", type=int, default=61, help="frames per face")
+    edit.add_argument("--distance", choices=("absolute", "relative"), default="absolute",
+                      help="absolute: from the boundary (published); relative: from the inversion itself")  # fmt: skip
+    edit.add_argument("--unit", choices=("latent", "std"), default="latent",
+                      help="of the distances: latent units, or standard deviations of the samples")  # fmt: skip
+    edit.add_argument("--layers", default="", help="layers that move, such as 0-7 or 4,6 (default: all)")
+    edit.add_argument("--target", help="ATTRIBUTE=VALUE: one frame per face where the scorer sees that value")
+    edit.add_argument("--no_frames", action="store_true", help="strips and tables only")
+    edit.add_argument("--video", choices=("none", "mp4", "gif", "webp"), default="none", help="a video per face")
+    edit.add_argument("--fps", type=float, default=20, help="frames per second of the video")
+    edit.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto",
+                      help="network that says how alike each frame is to the inversion")  # fmt: skip
+    edit.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
+    add_device_flags(parser)
+    return parser
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What judges a frame."""
+
+    scorer: object
+    identity: object | None
+
+
+def main(args) -> None:
+    layers = check_flags(args)
+    place = setup(args.device)
+    try:
+        generator = load_generator(args.ckpt, place.device)
+        if args.size and args.size != generator.config.size:
+            raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
+        source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
+        scorer = load_scorer(args.scorer, place.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
+        column = scorer.column(args.attribute)
+        if args.boundary:
+            boundaries = [read_boundary(path, generator) for path in args.boundary]
+        else:
+            boundaries = [make_boundary(args, generator, scorer, place)]
+        if args.orthogonal_to:
+            others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",")]
+            boundaries = [orthogonalise(boundary, others) for boundary in boundaries]
+        tools = Tools(scorer, choose_identity(args, place.device))
+        rows = []
+        mine = shard(len(source.names), place.rank, place.world_size)
+        for i in tqdm(mine, desc="editing", unit="face", disable=None):
+            rows += edit_face(args, generator, source, i, boundaries, tools, column, layers)
+        rows = [row for share in gather_list(rows) for row in share]
+        if place.is_main:
+            write_table(args.output_dir / "edits.csv", rows)
+            print(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {args.output_dir}")
+    finally:
+        shutdown()
+
+
+def check_flags(args):
+    """Raises UsageError; returns the list of layers that move, or None for all."""
+    if args.steps < 1 or args.num_sample < 4 or args.batch_size < 1 or not 0 < args.ratio <= 0.5:
+        raise UsageError("--steps and --batch_size take 1 or more, --num_sample 4 or more, --ratio above 0, up to 0.5")
+    if args.target and "=" not in args.target:
+        raise UsageError(f"--target {args.target}: expected ATTRIBUTE=VALUE, such as age=60")
+    if not args.layers:
+        return None
+    layers = []
+    try:
+        for part in args.layers.split(","):
+            first, dash, last = part.partition("-")
+            layers += range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise UsageError(f"--layers {args.layers}: expected numbers and ranges such as 0-7,10") from None
+    return layers
+
+
+# -- boundaries ----------------------------------------------------------------------------------------------------
+
+
+def read_boundary(path, generator) -> Boundary:
+    config = generator.config
+    width = config.style_dim * (1 if config.w_space else config.n_tokens)
+    space = "w" if config.w_space else "w++"
+    return load_boundary(path, space=space, width=width, fingerprint=generator.fingerprint)
+
+
+def make_boundary(args, generator, scorer, place) -> Boundary:
+    """Sample, score, fit, save. Every rank gets the same boundary."""
+    scores = score_samples(generator, scorer, args.num_sample, folder=args.samples or args.output_dir / "samples",
+                           batch=args.batch_size, first=args.seed, place=place)  # fmt: skip
+    boundary = None
+    if place.is_main:
+        others = [scorer.column(name) for name in args.balance.split(",") if name]
+        boundary = fit_boundary(
+            SampledCodes(generator, args.num_sample, first=args.seed), scores[:, scorer.column(args.attribute)],
+            ratio=args.ratio, fit=args.fit, seed=args.seed, others=scores[:, others] if others else None,
+            space="w" if generator.config.w_space else "w++", attribute=args.attribute,
+            fingerprint=generator.fingerprint, size=generator.config.size,
+        )  # fmt: skip
+        path = boundary.save(args.output_dir / f"boundary-{args.attribute}.npz")
+        shown = ", ".join(f"{name} {value:.1%}" for name, value in boundary.accuracies.items() if value is not None)
+        print(f"{path}: {args.fit} on {args.num_sample} samples, accuracy {shown}; "
+              f"one standard deviation is {boundary.std:.3g}")  # fmt: skip
+    return broadcast_object(boundary)
+
+
+def choose_identity(args, device):
+    if args.identity == "none" or (args.identity == "auto" and not any(
+            find(weights, args.weights_dir) for weights in WEIGHTS.values())):  # fmt: skip
+        return None
+    return build_identity(args.identity, device, args.weights_dir)
+
+
+# -- a face --------------------------------------------------------------------------------------------------------
+
+
+def edit_face(args, generator, source, i, boundaries, tools, column, layers) -> list[dict]:
+    """Frames, strip and video of one face; returns its rows of edits.csv."""
+    (code,) = source.codes([i])
+    code, noise = code.numpy(), select_noise(source.noise, [i])
+    n_layers = len(code)
+    if layers is not None and not all(0 <= layer < n_layers for layer in layers):
+        raise UserError(f"--layers {args.layers}: the code has layers 0 to {n_layers - 1}")
+    distances = frame_distances(args, generator, code, noise, boundaries, tools.scorer, layers)
+    how = "relative" if args.target else args.distance
+    codes = edit_codes(code, boundaries, distances, distance=how, layers=layers)
+    frames = list(render_codes(generator, np.concatenate((code[None], codes)), noise))  # the inversion comes first
+    scores = score_frames(tools.scorer, frames)
+    alike = likeness(tools.identity, frames)
+    names = tools.scorer.names
+    rows = []
+    for j, (frame, score) in enumerate(zip(frames[1:], scores[1:], strict=True)):
+        value = f"{score[column]:.0f}" if tools.scorer.attributes[column].kind == "years" else f"{score[column]:.2f}"
+        name = f"origin_{i}_edit_{j}_{args.attribute}_{value}.png"
+        if not args.no_frames:
+            save_image(frame, args.output_dir / "frames" / name)
+        change = np.abs(frame.astype(np.float32) - frames[0]).mean() / 127.5
+        rows.append({"image": source.names[i], "origin": i, "edit": j, "distance": round(float(distances[j, 0]), 4),
+                     "frame": name, **{n: round(float(s), 4) for n, s in zip(names, score, strict=True)},
+                     "identity": "" if alike is None else round(float(alike[j + 1]), 4),
+                     "change": round(float(change), 4)})  # fmt: skip
+    show_sweep(args, i, frames, scores[:, column], tools.scorer.attributes[column].kind)
+    return rows
+
+
+def frame_distances(args, generator, code, noise, boundaries, scorer, layers) -> np.ndarray:
+    """[K, number of boundaries], in latent units."""
+    if args.target:
+        name, _, value = args.target.partition("=")
+        try:
+            target = float(value)
+        except ValueError:
+            raise UsageError(f"--target {args.target}: {value!r} is no number") from None
+        found, _ = reach(generator, code, noise, boundaries[0], scorer, scorer.column(name), target,
+                         limit=6 * boundaries[0].std, layers=layers)  # fmt: skip
+        return np.array([[found] + [0.0] * (len(boundaries) - 1)])
+    line = np.linspace(args.start_distance, args.end_distance, args.steps)
+    units = [boundary.std if args.unit == "std" else 1.0 for boundary in boundaries]
+    means = [boundary.mean if args.unit == "std" and args.distance == "absolute" else 0.0 for boundary in boundaries]
+    return np.stack([line * unit + mean for unit, mean in zip(units, means, strict=True)], 1)
+
+
+@torch.no_grad()
+def likeness(identity, frames):
+    """Cosine similarity of each frame to the first, [K], or None without a network."""
+    if identity is None:
+        return None
+    images = torch.stack([to_tensor(frame) for frame in frames])
+    embeddings = torch.cat([identity.embed(block) for block in images.to(next(identity.buffers()).device).split(16)])
+    return (embeddings @ embeddings[0]).cpu().numpy()
+
+
+def show_sweep(args, i, frames, values, kind):
+    """Strip (at most 13 of the frames, the inversion first) and video."""
+    chosen = np.unique(np.linspace(1, len(frames) - 1, min(12, len(frames) - 1)).round().astype(int))
+    captions = [f"{values[j]:.0f}" if kind == "years" else f"{values[j]:.2f}" for j in [0, *chosen]]
+    captions[0] = f"inv. {captions[0]}"
+    scale = max(1, 96 // frames[0].shape[0])  # small pictures would have no room for their captions
+    cells = [frames[j].repeat(scale, 0).repeat(scale, 1) for j in [0, *chosen]]
+    save_image(make_strip(cells, captions), args.output_dir / "strips" / f"origin_{i}_{args.attribute}.png")
+    if args.video != "none":
+        save_video(frames[1:], args.output_dir / "videos" / f"origin_{i}_{args.attribute}.{args.video}", args.fps)
+
+
+def write_table(path, rows):
+    if not rows:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode("utf-8-sig"))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,115 @@
+"""Random samples of a generator with their scores: what boundaries are fitted on.
+
+A sample is its seed: code and noise are drawn from it, so that only the scores are kept, in chunks that a killed run
+goes on from and other attributes reuse; the codes of the few samples that a fit needs are computed again.
+
+    scores = score_samples(generator, scorer, 100_000, folder="samples", batch=25)     # float32 [N, A]
+    boundary = fit_boundary(SampledCodes(generator, 100_000), scores[:, 0])
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import atomic_write
+from common.distributed import Distributed, barrier, shard
+from common.images import to_tensor
+from rendering import blocks, forward_size, map_latents, noise_maps, render, seeded_z
+
+CHUNK = 500  # samples per file of scores
+
+
+class SamplesError(ValueError):
+    """The folder holds scores of other samples; the message is one sentence."""
+
+
+class SampledCodes:
+    """Codes of seeds first .. first + n - 1, float32 [n, L * 512] (W: [n, 512]), computed when rows are asked for.
+
+    It has `shape`, `len` and indexing by an array of rows: enough for `fit_boundary`.
+    """
+
+    def __init__(self, generator, n: int, *, first: int = 0, batch: int = 64):
+        self.generator, self.first, self.batch = generator, first, batch
+        config = generator.config
+        self.shape = (n, config.style_dim * (1 if config.w_space else config.n_tokens))
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows) -> np.ndarray:
+        seeds = [self.first + int(row) for row in np.atleast_1d(rows)]
+        codes = np.empty((len(seeds), self.shape[1]), np.float32)
+        for i, code in enumerate(map_latents(self.generator, seeded_z(self.generator, seeds), batch=self.batch)):
+            codes[i] = code.numpy().reshape(-1)[: self.shape[1]]  # in W all tokens are equal
+        return codes
+
+
+def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise="random", place=None) -> np.ndarray:
+    """Scores float32 [n, A] of the pictures of seeds first .. first + n - 1, columns as scorer.names.
+
+    folder: where chunks are kept; those that are there are not computed again. batch: pictures at a time on a GPU; it
+    changes nothing on a CPU. place: a Distributed; the ranks share the work and all return the whole. Raises
+    SamplesError when the folder holds samples of another generator, scorer, seed or noise.
+    """
+    place = place or Distributed(0, 0, 1, generator.token.device, None)
+    folder = Path(folder)
+    about = {"generator": generator.fingerprint, "scorer": scorer_identity(scorer), "names": list(scorer.names),
+             "first": first, "noise": noise, "chunk": CHUNK}  # fmt: skip
+    if place.is_main:
+        _claim(folder, about)
+    barrier()
+    starts = list(range(0, n, CHUNK))
+    missing = [start for start in starts if not _chunk_path(folder, start).is_file()]
+    mine = [missing[i] for i in shard(len(missing), place.rank, place.world_size)]
+    for start in tqdm(mine, unit_scale=CHUNK, unit="sample", desc="scoring samples", disable=None):
+        seeds = range(first + start, first + start + CHUNK)  # whole chunks, so that a larger n goes on from them
+        scores = _score(generator, scorer, seeds, noise, batch)
+        with atomic_write(_chunk_path(folder, start)) as file:
+            np.save(file, scores)
+    barrier()
+    return np.concatenate([np.load(_chunk_path(folder, start), allow_pickle=False) for start in starts])[:n]
+
+
+def scorer_identity(scorer) -> str:
+    """Fingerprint of a scorer's weights, or its class where it has none."""
+    return getattr(scorer, "fingerprint", None) or type(scorer).__name__
+
+
+@torch.no_grad()
+def _score(generator, scorer, seeds, noise, batch) -> np.ndarray:
+    device = generator.token.device
+    codes = map_latents(generator, seeded_z(generator, seeds), batch=batch)
+    pictures = render(generator, codes, noise=noise_maps(generator, noise, seeds=list(seeds)), batch=batch)
+    chunks = []
+    for block in blocks(pictures, forward_size(device, batch)):
+        images = torch.stack([to_tensor(picture) for picture in block]).to(device)
+        chunks.append(scorer(images).cpu().numpy())
+    return np.concatenate(chunks).astype(np.float32)
+
+
+def _chunk_path(folder, start) -> Path:
+    return folder / f"scores-{start:08d}.npy"
+
+
+def _claim(folder, about):
+    """Write what the folder's scores are of, or compare it with what is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "samples.json"
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        for key, expected in about.items():
+            if found.get(key) != expected:
+                raise SamplesError(f"{folder} holds scores of {key} {found.get(key)}, now {expected} is asked for: "
+                                   "name another folder, or remove it")  # fmt: skip
+        return
+    with atomic_write(path) as file:
+        file.write(json.dumps(about, ensure_ascii=False, indent=1).encode())

@@ -1,0 +1,79 @@
+"""One face along one or several boundaries: codes, frames, and what scorer and identity network see in them.
+
+for frame in sweep(generator, code, noise, [boundary], distances): ...      # uint8 [size, size, 3]
+distance = reach(generator, code, noise, boundary, scorer, column, 60.0)    # the scorer's age becomes 60
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from common.images import to_tensor, to_uint8
+from editing.boundary import Boundary, BoundaryError, walk
+
+BLOCK = 16  # frames per forward pass: fixed, since on a CPU the size of a batch moves the last bits of a picture
+
+
+def edit_codes(code, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
+    """Codes [K, L, 512] of `code` [L, 512] moved along several boundaries at once.
+
+    distances: [K] along the first boundary, or [K, number of boundaries].
+    """
+    code = np.asarray(code, np.float32)
+    steps = np.asarray(distances, np.float64)
+    steps = steps[:, None] if steps.ndim == 1 else steps
+    if steps.shape[1] != len(boundaries):
+        raise BoundaryError(f"{steps.shape[1]} distances per frame for {len(boundaries)} boundaries")
+    moved = np.zeros((len(steps), *code.shape), np.float64)
+    for boundary, along in zip(boundaries, steps.T, strict=True):
+        moved += walk(code, boundary, along, distance=distance, layers=layers).astype(np.float64) - code
+    return (code + moved).astype(np.float32)
+
+
+@torch.no_grad()
+def render_codes(generator, codes, noise, *, dtype=None) -> Iterator[np.ndarray]:
+    """Frames uint8 [size, size, 3] of codes [K, L, 512] with the noise maps of one picture, [1, 1, r, r] each."""
+    device = generator.token.device
+    maps = [layer.to(device) for layer in noise]
+    for start in range(0, len(codes), BLOCK):
+        block = torch.from_numpy(np.array(codes[start : start + BLOCK])).to(device)  # [B, L, 512]
+        images, _ = generator(block, input_is_latent=True, noise=maps, dtype=dtype)  # [B, 3, S, S]
+        yield from to_uint8(images)
+
+
+@torch.no_grad()
+def score_frames(scorer, frames, *, batch=BLOCK) -> np.ndarray:
+    """Scores float32 [K, A] of frames uint8 [K, size, size, 3] as they are saved."""
+    device = next((t.device for t in [*scorer.parameters(), *scorer.buffers()]), torch.device("cpu"))
+    images = torch.stack([to_tensor(frame) for frame in frames])
+    return torch.cat([scorer(block.to(device)).cpu() for block in images.split(batch)]).numpy().astype(np.float32)
+
+
+def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=12, layers=None):
+    """Relative distance at which the scorer's `column` is nearest to `target`: (distance, score there).
+
+    Bisection between -limit and +limit (in units of the boundary), with the sign of the slope taken from the two ends.
+    A target beyond what the ends reach gives the nearer end.
+    """
+
+    def score(distances):
+        codes = edit_codes(code, [boundary], np.asarray(distances, np.float64), layers=layers)
+        frames = list(render_codes(generator, codes, noise))
+        return score_frames(scorer, frames)[:, column]
+
+    low, high = -float(limit), float(limit)
+    at_low, at_high = score([low, high])
+    best = min(((abs(at_low - target), low, at_low), (abs(at_high - target), high, at_high)))
+    if (at_low - target) * (at_high - target) <= 0:
+        for _ in range(steps):
+            middle = (low + high) / 2
+            (at_middle,) = score([middle])
+            best = min(best, (abs(at_middle - target), middle, at_middle))
+            if (at_low - target) * (at_middle - target) <= 0:
+                high, at_high = middle, at_middle
+            else:
+                low, at_low = middle, at_middle
+    return best[1], float(best[2])

@@ -1,0 +1,208 @@
+"""edit_attribute.py: sampled scores are kept and go on, edits move the score they should, frames and tables are there,
+what does not fit is refused. The scorer of these tests sees the brightness of a picture and its redness."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import edit_attribute
+import editing.samples
+from common.checkpoint import save_checkpoint
+from common.cli import run
+from common.distributed import Distributed
+from common.latents import save_latents
+from editing.boundary import fit_boundary, load_boundary
+from editing.samples import SampledCodes, SamplesError, score_samples
+from editing.sweep import edit_codes, reach, render_codes, score_frames
+from faces.labels import Attribute
+from faces.scorer import AttributeScorer, require_images
+from model import Generator, GeneratorConfig, load_generator
+from rendering import map_latents, seeded_z
+
+
+class ColourScorer(AttributeScorer):
+    attributes = (Attribute("age", "years"), Attribute("smile", "probability"))
+    fingerprint = "colour"
+
+    def margins(self, images):
+        images = require_images(images)
+        return torch.stack(
+            [50 + 40 * images.mean((1, 2, 3)), 4 * (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))], 1
+        )
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(editing.samples, "CHUNK", 60)
+
+
+@pytest.fixture
+def scorer(monkeypatch):
+    monkeypatch.setattr(edit_attribute, "load_scorer", lambda *args, **kwargs: ColourScorer())
+    return ColourScorer()
+
+
+@pytest.fixture(scope="module", params=["w++", "w"])
+def ckpt(request, tmp_path_factory):
+    torch.manual_seed(3)
+    config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, w_space=request.param == "w")
+    network = Generator(config).requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if "to_rgb" in name and name.endswith("conv.weight"):
+            parameter.mul_(0.2)
+    path = tmp_path_factory.mktemp("ckpt ü") / "000007.pt"
+    save_checkpoint(path, {"g_ema": network.state_dict(), "config": config.to_dict(), "step": 7})
+    return path
+
+
+@pytest.fixture(scope="module")
+def generator(ckpt):
+    return load_generator(ckpt, "cpu")
+
+
+@pytest.fixture
+def latents(generator, tmp_path):
+    codes = torch.stack(list(map_latents(generator, seeded_z(generator, [9000, 9001, 9002]))))
+    folder = tmp_path / "inverted"
+    draw = torch.Generator().manual_seed(1)
+    noise = [torch.randn(3, 1, *layer.shape[2:], generator=draw) for layer in generator.fixed_noise()]
+    save_latents(folder, codes, names=["a/ü 1.png", "b.png", "c.png"], space=generator.config.space, size=16,
+                 fingerprint=generator.fingerprint, noise=noise)  # fmt: skip
+    return folder
+
+
+def command(ckpt, latents, out, *flags):
+    argv = ["--ckpt", ckpt, "--latent", latents, "--output_dir", out, "--device", "cpu", "--identity", "none", *flags]
+    return run(edit_attribute.main, edit_attribute.build_parser(), [str(arg) for arg in argv])
+
+
+def table(out):
+    with open(out / "edits.csv", encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- samples -------------------------------------------------------------------------------------------------------
+
+
+def test_codes_by_row_are_those_of_the_seeds(generator):
+    codes = SampledCodes(generator, 20, first=5)
+    whole = codes[np.arange(20)]
+    assert whole.shape == codes.shape == (20, 32 * (1 if generator.config.w_space else 6))
+    assert np.array_equal(codes[np.array([7, 3])], whole[[7, 3]])
+    (expected,) = map_latents(generator, seeded_z(generator, [5 + 7]))
+    assert np.array_equal(whole[7], expected.numpy().reshape(-1)[: codes.shape[1]])
+
+
+def test_scores_do_not_depend_on_batch_ranks_or_a_restart(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(editing.samples, "CHUNK", 10)
+    scorer = ColourScorer()
+    whole = score_samples(generator, scorer, 35, folder=tmp_path / "whole", batch=25)
+    assert whole.shape == (35, 2) and len(np.unique(whole[:, 0])) == 35
+    device = generator.token.device
+    folder = tmp_path / "ranks"
+    (folder).mkdir()
+    with pytest.raises(FileNotFoundError):  # alone, rank 1 of 2 finds the other half missing
+        score_samples(generator, scorer, 35, folder=folder, batch=4, place=Distributed(1, 1, 2, device, None))
+    assert sorted(path.name for path in folder.glob("*.npy")) == ["scores-00000020.npy", "scores-00000030.npy"]
+    computed = []
+    original = editing.samples._score
+    monkeypatch.setattr(editing.samples, "_score", lambda *args: computed.append(args[2][0]) or original(*args))
+    assert np.array_equal(score_samples(generator, scorer, 35, folder=folder, batch=1), whole)
+    assert computed == [0, 10], "the chunks that were there are kept"
+    assert np.array_equal(score_samples(generator, scorer, 50, folder=folder)[:35], whole)
+    assert computed == [0, 10, 40]
+    with pytest.raises(SamplesError, match="holds scores of first 0, now 3"):
+        score_samples(generator, scorer, 35, folder=folder, first=3)
+
+
+# -- edits ---------------------------------------------------------------------------------------------------------
+
+
+def test_editing_moves_the_score(ckpt, latents, scorer, tmp_path, capsys, generator):
+    """Sample, fit, edit: the score rises along the sweep; the files are those that the issue names."""
+    out = tmp_path / "öut"
+    flags = ("--num_sample", "180", "--ratio", "0.15", "--distance", "relative", "--unit", "std")
+    assert command(ckpt, latents, out, *flags, "--start_distance", "-3", "--end_distance", "3", "--steps", "7",
+                   "--video", "gif") == 0  # fmt: skip
+    assert "accuracy train" in capsys.readouterr().out
+    rows = table(out)
+    assert len(rows) == 3 * 7
+    for origin in range(3):
+        ages = [float(row["age"]) for row in rows if row["origin"] == str(origin)]
+        assert np.corrcoef(ages, range(7))[0, 1] > 0.9 and ages[-1] > ages[0] + 5
+    frame = rows[9]
+    assert frame["frame"] == f"origin_1_edit_2_age_{float(frame['age']):.0f}.png" and frame["image"] == "b"
+    assert Image.open(out / "frames" / frame["frame"]).size == (16, 16)
+    assert len(list((out / "strips").iterdir())) == 3 and (out / "videos" / "origin_2_age.gif").stat().st_size > 0
+    boundary = load_boundary(out / "boundary-age.npz", space=generator.config.space, fingerprint=generator.fingerprint)
+    assert boundary.attribute == "age" and boundary.accuracies["validation"] > 0.8
+
+    again = tmp_path / "again"  # the boundary alone, other batch size: the same frames
+    assert command(ckpt, latents, again, "--boundary", out / "boundary-age.npz", *flags[4:], "--batch_size", "3",
+                   "--start_distance", "-3", "--end_distance", "3", "--steps", "7") == 0  # fmt: skip
+    assert not (again / "samples").exists()
+    for row in rows:
+        assert (again / "frames" / row["frame"]).read_bytes() == (out / "frames" / row["frame"]).read_bytes()
+
+
+def test_the_frame_at_distance_nought_is_the_inversion(ckpt, latents, scorer, tmp_path, generator):
+    flags = ("--num_sample", "60", "--ratio", "0.2", "--distance", "relative", "--start_distance", "0",
+             "--end_distance", "0", "--steps", "1")  # fmt: skip
+    assert command(ckpt, latents, tmp_path / "out", *flags) == 0
+    assert [float(row["change"]) for row in table(tmp_path / "out")] == [0, 0, 0]
+
+
+def test_published_distances_are_projections(generator):
+    codes = SampledCodes(generator, 200)
+    scores = codes[np.arange(200)] @ np.random.default_rng(0).standard_normal(codes.shape[1])
+    boundary = fit_boundary(codes, scores, ratio=0.1, space=generator.config.space)
+    (code,) = map_latents(generator, seeded_z(generator, [9000]))
+    moved = edit_codes(code.numpy(), [boundary], [-30, 0, 30], distance="absolute")
+    flat = moved[:, 0] if generator.config.w_space else moved.reshape(3, -1)
+    assert np.allclose(boundary.project(flat), [-30, 0, 30], atol=1e-3)
+    both = edit_codes(code.numpy(), [boundary, boundary], [[1, 2]])
+    assert np.allclose(both, edit_codes(code.numpy(), [boundary], [3]), atol=1e-5), "several edits add up"
+
+
+def test_a_target_is_reached(generator):
+    scorer = ColourScorer()
+    codes = SampledCodes(generator, 300)
+    scores = score_frames(scorer, list(render_codes(generator, expand(generator, codes), generator.fixed_noise())))
+    boundary = fit_boundary(codes, scores[:, 0], ratio=0.1, space=generator.config.space)
+    code, noise = expand(generator, codes)[0], generator.fixed_noise()
+    wanted = float(np.quantile(scores[:, 0], 0.7))
+    distance, found = reach(generator, code, noise, boundary, scorer, 0, wanted, limit=6 * boundary.std)
+    assert found == pytest.approx(wanted, abs=0.5)
+    frame = list(render_codes(generator, edit_codes(code, [boundary], [distance]), noise))
+    assert score_frames(scorer, frame)[0, 0] == pytest.approx(found, abs=1e-3)
+    edge, found = reach(generator, code, noise, boundary, scorer, 0, 1000.0, limit=boundary.std)
+    assert edge == pytest.approx(boundary.std), "out of reach: the nearer end"
+
+
+def expand(generator, codes):
+    config = generator.config
+    rows = codes[np.arange(len(codes))]
+    return np.broadcast_to(
+        rows.reshape(len(rows), -1, config.style_dim), (len(rows), config.n_tokens, config.style_dim)
+    )
+
+
+def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
+    out = tmp_path / "out"
+    small = ("--num_sample", "60", "--ratio", "0.2", "--steps", "1")
+    for flags, status, message in (
+        (("--attribute", "beard"), 1, "no attribute 'beard'"), (("--layers", "x"), 2, "--layers x"),
+        (("--layers", "0-99"), 1, "the code has layers 0 to 5"), (("--target", "60"), 2, "ATTRIBUTE=VALUE"),
+        (("--target", "age=old"), 2, "is no number"), (("--size", "256"), 1, "draws 16 pixels"),
+        (("--ratio", "0.6"), 2, "--ratio"), (("--boundary", tmp_path / "absent.npz"), 1, "absent.npz"),
+    ):  # fmt: skip
+        assert command(ckpt, latents, out, *small, *flags) == status
+        assert message in capsys.readouterr().err
+    config = generator.config
+    other = save_latents(tmp_path / "other", np.zeros((1, 6, 32), np.float32), names=["a"],
+                         space=config.space, size=16, fingerprint="0123456789abcdef")  # fmt: skip
+    assert other is None and command(ckpt, tmp_path / "other", out, *small) == 1
+    assert "0123456789abcdef" in capsys.readouterr().err
