@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.images import ImageError, check_header, fit_image, list_images, read_image
+from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image
 from common.store import (
     BUILDING_FILE,
     DATA_FILE,
@@ -40,6 +40,8 @@ from common.store import (
     read_manifest,
     sizes_present,
 )
+
+ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
 
 
 def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None = None) -> Dataset:
@@ -53,6 +55,9 @@ def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None 
             f"{path} does not exist: a folder of images or an LMDB is expected"
             f" (make one with {PREPARE} --out LMDB FOLDER)"
         )
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | ARCHIVE_SUFFIXES:
+        unpack = "unpack it and " if path.suffix.lower() in ARCHIVE_SUFFIXES else ""
+        raise DatasetError(f"{path} is one file: {unpack}pass the folder of images, or an LMDB made with {PREPARE}")
     is_lmdb = path.is_file() or (path / DATA_FILE).exists() or (path / BUILDING_FILE).exists()
     return MultiResolutionDataset(path, size, transform) if is_lmdb else FolderDataset(path, size, transform)
 

@@ -1,7 +1,8 @@
 """Pictures of a trained generator: by seed, truncated, mixed, interpolated, or of saved latents; and its export.
 
 The checkpoint is ours, rosinality's or TransStyleGAN's (.pt), or an export (.safetensors); its architecture is read
-from the file. A seed gives the same picture whatever --batch is. Under torchrun the processes share the pictures.
+from the file. A seed gives the same picture whatever --batch is (on a GPU up to rounding, see rendering.py). Under
+torchrun the processes share the pictures.
 
     python generate.py --ckpt runs/faces/checkpoint/100000.pt --seeds 0-35 --truncation 0.7 --grid
     python generate.py --ckpt faces.safetensors --mix 0-3 10-14 --mix_layers 0-3
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import fingerprint, load_checkpoint, load_safetensors, save_safetensors
+from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import save_grid, save_image, save_video
@@ -45,6 +46,7 @@ from rendering import (
     select_noise,
     slerp,
 )
+from snapshots import export_ema
 from training import DTYPES
 
 DEFAULT_SEEDS = "0-35"
@@ -280,24 +282,6 @@ def write_loop(generator, source: Source, place, *, z, truncation, mean, frames,
             pass
 
 
-def export_generator(generator: Generator, path, *, step: int | None = None, half: bool = False) -> str:
-    """Write the weights as .safetensors, config, step and fingerprint in the header; returns the fingerprint.
-
-    half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
-    Raises ValueError when a weight is beyond fp16's range.
-    """
-    state = generator.state_dict()
-    if half:
-        state = {name: tensor.half() for name, tensor in state.items()}
-        large = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-        if large:
-            raise UserError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504); export without --half")
-    identity = fingerprint({name: tensor.float() for name, tensor in state.items()})
-    metadata = {"config": generator.config.to_dict(), "fingerprint": identity, "half": half}
-    save_safetensors(path, state, metadata | ({} if step is None else {"step": step}))
-    return identity
-
-
 def read_step(path) -> int | None:
     """Training step of a checkpoint or export, None where it does not tell."""
     path = Path(path)
@@ -328,7 +312,8 @@ def main(args) -> int:
         config = generator.config
         layers = parse_layers(args.mix_layers, config.n_tokens) if task.kind == "mix" else []
         if args.export and place.is_main:
-            identity = export_generator(generator, args.export, step=read_step(args.ckpt), half=args.half)
+            state = {"g_ema": generator.state_dict(), "config": config.to_dict(), "step": read_step(args.ckpt)}
+            identity = export_ema(state, args.export, half=args.half)
             print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
         if task.kind == "export":
             return 0

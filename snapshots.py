@@ -1,4 +1,4 @@
-"""What a training writes on its way: sample grids, attention maps, checkpoints, and how fast it goes.
+"""What a training writes on its way: sample grids, attention maps, checkpoints, exports, and how fast it goes.
 
     outputs = Outputs(run, trainer, args)
     outputs.sample(); outputs.save(state)
@@ -51,18 +51,32 @@ class Outputs:
             older.sort(key=lambda path: int(path.stem))
             for path in older[: max(0, len(older) - self.keep + 1)]:
                 try:
-                    export_ema(load_checkpoint(path), path.with_suffix(".safetensors"))
+                    older_state = load_checkpoint(path)
                 except CheckpointError as error:
                     warnings.warn(f"{error}: left as it is", stacklevel=2)
-                else:
+                    continue
+                if "config" in older_state:  # else another program's file, put here to go on from: the user's to remove
+                    export_ema(older_state, path.with_suffix(".safetensors"))
                     path.unlink()
 
 
-def export_ema(state: dict, path: Path) -> None:
-    """The EMA generator of a training state as .safetensors, its config and step in the header."""
+def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:
+    """The EMA generator of a training state (`g_ema`, `config`, `step` when known) as .safetensors, with its config,
+    step and fingerprint in the header; returns the fingerprint.
+
+    half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
+    Raises ValueError when a weight is beyond fp16's range.
+    """
     weights = state["g_ema"]
-    metadata = {"config": state["config"], "step": state["step"], "fingerprint": fingerprint(weights)}
-    save_safetensors(path, weights, metadata)
+    if half:
+        weights = {name: tensor.half() for name, tensor in weights.items()}
+        large = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        if large:
+            raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
+    identity = fingerprint({name: tensor.float() for name, tensor in weights.items()})
+    metadata = {"config": state["config"], "fingerprint": identity, "half": half}
+    save_safetensors(path, weights, metadata | ({} if state.get("step") is None else {"step": state["step"]}))
+    return identity
 
 
 class Progress:

@@ -96,6 +96,13 @@ def test_absent_path(tmp_path):
     assert "prepare_data.py" in refused(tmp_path / "nowhere", error=FileNotFoundError)
 
 
+@pytest.mark.parametrize(("name", "words"), [("face.JPG", "pass the folder"), ("faces.zip", "unpack it")])
+def test_a_single_picture_or_archive(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"PK")
+    message = refused(tmp_path / name)
+    assert words in message and "--out" not in message, "no advice that would overwrite the file"
+
+
 def test_wrong_size_lists_the_sizes_present(store):
     message = refused(store, 32)
     assert "size 32" in message and "8, 16" in message and "--size" in message

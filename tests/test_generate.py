@@ -1,5 +1,6 @@
 """generate.py and rendering.py: a picture depends on its seed and code alone, and every file gives it back exactly."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -14,7 +15,9 @@ import generate
 import rendering
 from common.checkpoint import fingerprint, load_safetensors, save_checkpoint
 from common.cli import flags_without_help, run
+from common.distributed import Distributed
 from common.latents import draw_z, load_latents, save_latents
+from common.runs import Run
 from model import Generator, GeneratorConfig, load_generator
 from rendering import (
     file_names,
@@ -28,6 +31,8 @@ from rendering import (
     seeded_z,
     slerp,
 )
+from snapshots import Outputs
+from training import Trainer, TrainSettings
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 
@@ -343,6 +348,26 @@ def test_half_export(ckpt, generator, tmp_path):
     assert metadata["fingerprint"] == loaded.fingerprint != generator.fingerprint
     full, half = seed_pictures(generator, [0, 1, 2]), seed_pictures(loaded, [0, 1, 2])
     assert np.abs(full.astype(int) - half).max() <= 4  # weights 5e-4 apart, values 0..255
+
+
+def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_config):
+    """What --keep does while training and what --export does are one; another program's file is left alone."""
+    trainer = Trainer(tiny_config, TrainSettings(batch=1), Distributed(0, 0, 1, torch.device("cpu"), None))
+    folder = tmp_path / "run" / "checkpoint"
+    with Run(tmp_path / "run", {}, use_tensorboard=False) as opened:
+        outputs = Outputs(opened, trainer, argparse.Namespace(keep=1, n_sample=1, batch=1, seed=0))
+        theirs = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
+        save_checkpoint(folder / "000003.pt", theirs)
+        for step in (4, 5):
+            outputs.save(trainer.state_dict() | {"step": step})
+            if step == 4:
+                assert command("--ckpt", folder / "000004.pt", "--export", tmp_path / "a.safetensors") == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["000003.pt", "000004.safetensors", "000005.pt"]
+    (tensors, header), (others, other) = (
+        load_safetensors(path) for path in (folder / "000004.safetensors", tmp_path / "a.safetensors")
+    )
+    assert header == other and header["step"] == 4 and tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
 def test_half_export_refuses_large_weights(tmp_path, capsys):
