@@ -46,7 +46,7 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 
-# The whole pipeline, tiny, on real faces: faces -> LMDB -> W++ and W training -> killed and resumed -> samples
+# The whole pipeline, tiny, on real faces: faces -> LMDB -> W++ training, continued from its checkpoint -> W training -> samples
 tiny: $(VENV)/.installed
 	$(PY) prepare_data.py --out $(TINY)/faces.lmdb --size 32 --n_worker 2 $(DATA)/faces
 	$(PY) train.py --path $(TINY)/faces.lmdb --size 32 --exp_name $(TINY)/wpp --channel_max 32 --n_mlp 4 --batch 16 \

@@ -11,23 +11,21 @@ checkpoints; a run that was stopped at any moment goes on with --resume auto as 
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.checkpoint import latest_checkpoint, load_checkpoint
+from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, run
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.interrupt import StopSignal
 from common.runs import Run, StepBar, format_duration
 from dataset import InfiniteSampler, data_loader, open_dataset
-from growing import can_grow, grow_discriminator, grow_generator
-from model import GeneratorConfig, generator_state
+from model import stddev_group
 from snapshots import Outputs, Progress
+from starting import find_start, init_from, read_architecture, require_same_architecture, stored_architecture
 from training import DTYPES, Trainer, TrainSettings
 
 ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
@@ -48,13 +46,14 @@ def build_parser() -> ArgumentParser:
     data.add_argument("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
     data.add_argument("--init_from", help="start a new run from these weights; a smaller size is grown")
 
-    net = parser.add_argument_group("networks")
-    net.add_argument("--size", type=int, default=256, help="image size in pixels, a power of two")
-    net.add_argument("--w_space", action="store_true", help="train the W baseline (MLP mapping) instead of W++")
-    net.add_argument("--style_dim", type=int, default=512, help="width of z and w")
-    net.add_argument("--n_mlp", type=int, default=8, help="mapping layers (W) or transformer blocks (W++)")
-    net.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
-    net.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
+    net = parser.add_argument_group("networks", "what is not given is read from the file that the run starts from")
+    net.add_argument("--size", type=int, help="image size in pixels, a power of two (a new run: 256)")
+    net.add_argument("--w_space", action="store_true", default=None,
+                     help="train the W baseline (MLP mapping) instead of W++")  # fmt: skip
+    net.add_argument("--style_dim", type=int, help="width of z and w (a new run: 512)")
+    net.add_argument("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
+    net.add_argument("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")
+    net.add_argument("--channel_max", type=int, help="largest number of feature maps (a new run: 512)")
 
     loss = parser.add_argument_group("optimisation")
     loss.add_argument("--iter", type=int, default=800_000, help="training steps in all")
@@ -104,8 +103,8 @@ def build_parser() -> ArgumentParser:
 # From flags to plain objects
 
 
-def read_options(args) -> tuple[GeneratorConfig, TrainSettings]:
-    """Model config and settings from the flags. Raises UsageError or ValueError for flags that exclude each other."""
+def read_options(args) -> TrainSettings:
+    """Settings from the flags. Raises UsageError for flags that exclude each other or cannot work."""
     if args.path and args.path_positional:
         raise UsageError(f"which faces, {args.path_positional} or {args.path}? pass one PATH")
     args.path = args.path or args.path_positional
@@ -129,66 +128,9 @@ def read_options(args) -> tuple[GeneratorConfig, TrainSettings]:
     values = {name: getattr(args, name) for name in names if name != "micro_batch"}
     micro = 0 if args.micro_batch == "auto" else int(args.micro_batch)
     try:
-        config = GeneratorConfig(
-            size=args.size, style_dim=args.style_dim, n_mlp=args.n_mlp, w_space=args.w_space,
-            channel_multiplier=args.channel_multiplier, channel_max=args.channel_max,
-        )  # fmt: skip
-        return config, TrainSettings(**values, micro_batch=micro)
+        return TrainSettings(**values, micro_batch=micro)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def find_start(args, config) -> tuple[dict | None, Path | None]:
-    """The state to continue from, with its file; (None, None) for a new run. Refuses to overwrite an earlier run, or
-    to go on in its folder from anything but its newest checkpoint."""
-    folder = Path(args.exp_name) / "checkpoint"
-    newest = latest_checkpoint(folder) if folder.is_dir() else None
-    if args.resume and args.resume != "auto":
-        path = Path(args.resume)
-        state = load_checkpoint(path)
-        if newest is not None and newest.resolve() != path.resolve():
-            raise UserError(f"{args.exp_name} already holds a run, up to {newest.name}: continue {path} in another "
-                            "--exp_name")  # fmt: skip
-    elif newest is not None and args.resume == "auto":
-        path, state = newest, load_checkpoint(newest)
-    elif newest is not None:
-        raise UserError(f"{args.exp_name} already holds a run ({newest.name}): --resume auto continues it, "
-                        "another --exp_name starts a new one")  # fmt: skip
-    else:
-        return None, None
-    if "step" not in state and (digits := re.findall(r"\d+", path.stem)):
-        state["step"] = int(digits[-1])  # rosinality and TransStyleGAN tell the step in the file name only
-    require_same_architecture(config, state.get("config"), path)
-    return state, path
-
-
-def require_same_architecture(config: GeneratorConfig, stored: dict | None, path) -> None:
-    if stored is None:
-        return
-    other = GeneratorConfig.from_dict(stored)
-    if config.widths == other.widths:  # several pairs of channel_max and channel_multiplier give the same networks
-        other = replace(other, channel_max=config.channel_max, channel_multiplier=config.channel_multiplier)
-    differing = [f"--{name} {value} here, {getattr(other, name)} in the file"
-                 for name, value in config.to_dict().items() if getattr(other, name) != value]  # fmt: skip
-    if differing:
-        raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
-
-
-def init_from(trainer: Trainer, path: str) -> None:
-    """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew.
-
-    A smaller generator of else the same architecture is grown (growing.py). Raises CheckpointError if it cannot be.
-    """
-    state, config = generator_state(path)
-    weights = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
-    if can_grow(config, trainer.config):
-        grown = {name: grow_generator(weights[name], config, trainer.g) for name in ("g", "g_ema") if name in weights}
-        if "d" in weights:
-            grown["d"] = grow_discriminator(weights["d"], config, trainer.d)
-        weights = grown
-    else:
-        require_same_architecture(trainer.config, config.to_dict(), path)
-    trainer.load_networks(weights, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,11 +256,21 @@ def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:
             smallest = min(gather_list(size))  # the draws of a step go by the number of micro-batches on every rank
             trainer.settings = replace(trainer.settings, micro_batch=smallest)
             return trainer
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise UserError("a single image does not fit in memory: lower --size or --channel_max") from None
             size = max(s for s in range(1, size) if trainer.settings.batch % s == 0)
             torch.cuda.empty_cache()
+
+
+def warn_of(settings: TrainSettings, world_size: int) -> None:
+    """Settings that work but are known to end badly."""
+    total = settings.batch * world_size
+    if total < 8 and settings.path_regularize:
+        print(f"warning: path length regularisation is unstable at {total} images per step: --path_regularize 0, or "
+              "a larger --batch", file=sys.stderr)  # fmt: skip
 
 
 def start_wandb(args) -> None:
@@ -331,13 +283,17 @@ def start_wandb(args) -> None:
 
 
 def main(args) -> int:
-    config, settings = read_options(args)
+    settings = read_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     place: Distributed = setup(args.device)
     try:
+        state, source = find_start(args)
+        stored = stored_architecture(args, state, source)
+        config = read_architecture(args, stored)
+        if state is not None:
+            require_same_architecture(config, stored, source)
         dataset = open_dataset(args.path, config.size)
-        state, source = find_start(args, config)
         trainer = Trainer(config, settings, place)
         sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed)
         if state is not None:
@@ -353,14 +309,15 @@ def main(args) -> int:
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=place.device)
         with run_folder as opened:
             if args.micro_batch == "auto":
-                fit_micro_batch(trainer, next(batches))
+                settings = fit_micro_batch(trainer, next(batches)).settings
                 sampler.advance(-args.batch * place.world_size)
                 batches.restart()
             if place.is_main:
-                start = f"continuing {source}" if state else "a new run"
+                start, group = f"continuing {source}" if state else "a new run", settings.micro_batch or settings.batch
                 print(f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
                       f"step {trainer.step} of {args.iter}, batch {args.batch} x {place.world_size} "
-                      f"on {place.device}")  # fmt: skip
+                      f"on {place.device}, minibatch deviation over {stddev_group(group)}")  # fmt: skip
+                warn_of(settings, place.world_size)
             begins = source is None or source.resolve().parent != opened.path("checkpoint").resolve()
             train(trainer, batches, sampler, opened, args, StopSignal(), begins=begins)
     finally:

@@ -53,6 +53,12 @@ class TrainSettings:
         for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+        for name in ("r1", "path_regularize"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
+        for name in ("mixing", "augment_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is a probability, 0 to 1, got {getattr(self, name)}")
         if self.micro_batch < 0 or (self.micro_batch and self.batch % self.micro_batch):
             raise ValueError(f"--micro_batch {self.micro_batch} must divide --batch {self.batch}")
 

@@ -96,7 +96,7 @@ def run(main, parser, argv=None):
 
 def _one_line(error):
     """The sentence to show for a user's error; None for a bug, which deserves its traceback."""
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):  # torch's, without importing torch
+    if is_out_of_memory(error):
         text = f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
@@ -109,6 +109,13 @@ def _one_line(error):
     else:
         return None
     return " ".join(line.strip() for line in text.splitlines())
+
+
+def is_out_of_memory(error) -> bool:
+    """Of a GPU, or of the machine: there PyTorch raises a plain RuntimeError that names its allocator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without importing torch
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _report(line, status):

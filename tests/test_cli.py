@@ -81,6 +81,8 @@ def raiser(error):
         (PermissionError(errno.EACCES, "Permission denied", "out"), "error: out: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
         (MemoryError(), "error: out of memory: the machine has no more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+         "error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )  # fmt: skip
 def test_user_errors_are_one_line(error, message, capsys, monkeypatch):

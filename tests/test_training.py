@@ -146,7 +146,8 @@ def test_path_length_formula():
 @pytest.mark.parametrize(
     "wrong",
     [{"batch": 0}, {"lr": 0}, {"path_batch_shrink": 0}, {"d_reg_every": -1}, {"g_reg_every": 0},
-     {"batch": 8, "micro_batch": 3}, {"batch": 8, "micro_batch": 16}, {"batch": 8, "micro_batch": -2}],
+     {"batch": 8, "micro_batch": 3}, {"batch": 8, "micro_batch": 16}, {"batch": 8, "micro_batch": -2},
+     {"r1": -1.0}, {"path_regularize": float("nan")}, {"mixing": 5.0}, {"augment_p": -0.1}],
 )  # fmt: skip
 def test_settings_that_cannot_work(wrong):
     with pytest.raises(ValueError, match=f"--{list(wrong)[-1]}"):

@@ -1,0 +1,183 @@
+"""Fitting boundaries and sweeping along them: memory, time, and what is found, beside the published way.
+
+Parts: `memory`: peak memory of sampling codes and fitting (svm and ridge) at --num_sample samples of --width numbers
+with a planted direction, codes drawn as rows are asked for, each fit in a process of its own; the original holds all
+codes twice. `svm`: svc (published) against svm on the extremes: seconds, held-out accuracy, cosine between the two.
+`sweep`: --frames frames of one face at --size pixels, one by one in the original formulation (baseline.py), one by one
+and in blocks in ours. Medians of 3. The last line is everything as JSON.
+
+    python benchmarks/bench_edit.py
+    python benchmarks/bench_edit.py --parts memory --num_sample 20000
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.baseline import BaselineGenerator  # noqa: E402
+from common.cli import ArgumentParser, run  # noqa: E402
+from common.distributed import tune_allocator  # noqa: E402
+from editing.boundary import fit_boundary, pick_extremes, separate  # noqa: E402
+from editing.sweep import render_codes  # noqa: E402
+from model import Generator, GeneratorConfig  # noqa: E402
+
+PARTS = ("memory", "svm", "sweep")
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--num_sample", type=int, default=100_000, help="samples of the parts memory and svm")
+    parser.add_argument("--width", type=int, default=7168, help="numbers per code; 7,168 at 256 pixels in W++")
+    parser.add_argument("--ratio", type=float, default=0.02, help="share of the samples at either end")
+    parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of the error of the scores")
+    parser.add_argument("--size", type=int, default=256, help="image size of the sweep")
+    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps of the sweep")
+    parser.add_argument("--frames", type=int, default=61, help="frames of the sweep")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--only", choices=("svm", "ridge"), help="fit once and report memory (used internally)")
+    return parser
+
+
+class PlantedCodes:
+    """Standard normal codes [n, width], row i from seed i, drawn when asked for, and a direction among them."""
+
+    def __init__(self, n, width, noise):
+        self.shape = (n, width)
+        self.direction = np.random.default_rng(12345).standard_normal(width).astype(np.float32)
+        self.direction /= np.linalg.norm(self.direction)
+        self.scores = np.empty(n)
+        for start in range(0, n, 4096):
+            rows = np.arange(start, min(n, start + 4096))
+            self.scores[rows] = self[rows] @ self.direction
+        self.scores += noise * np.random.default_rng(54321).standard_normal(n)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, rows):
+        return np.stack([np.random.default_rng(int(i)).standard_normal(self.shape[1], np.float32) for i in rows])
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.only:
+        print(json.dumps(measure_fit(args)))
+        return
+    results = {"benchmark": "edit", "torch": torch.__version__, "threads": torch.get_num_threads(),
+               "num_sample": args.num_sample, "width": args.width, "ratio": args.ratio}  # fmt: skip
+    for part in args.parts:
+        results[part] = {"memory": memory, "svm": compare_svm, "sweep": compare_sweeps}[part](args)
+    print(json.dumps(results))
+
+
+# -- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(args):
+    found = {}
+    for fit in ("svm", "ridge"):
+        command = [sys.executable, __file__, "--only", fit]
+        for name in ("num_sample", "width", "ratio", "noise", "threads"):
+            command += [f"--{name}", str(getattr(args, name))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[fit] = json.loads(done.stdout.splitlines()[-1])
+    original = 2 * args.num_sample * args.width * 4 / 2**20
+    print(f"{args.num_sample} samples of {args.width}: the original holds {original:.0f} MiB of codes (two copies)")
+    for fit, row in found.items():
+        print(f"{fit:6} peak {row['peak_mib']:6.0f} MiB ({row['before_mib']:.0f} before)  {row['seconds']:7.1f} s  "
+              f"cosine {row['cosine']:.3f}  accuracy {row['accuracies']['validation']:.3f}")  # fmt: skip
+    return found | {"original_mib": round(original)}
+
+
+def measure_fit(args):
+    codes = PlantedCodes(args.num_sample, args.width, args.noise)
+    before = peak_mib()
+    start = time.perf_counter()
+    boundary = fit_boundary(codes, codes.scores, ratio=args.ratio, fit=args.only)
+    return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "before_mib": before,
+            "cosine": float(boundary.normal[0] @ codes.direction), "accuracies": boundary.accuracies}  # fmt: skip
+
+
+def peak_mib():
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+# -- machines ------------------------------------------------------------------------------------------------------
+
+
+def compare_svm(args):
+    codes = PlantedCodes(args.num_sample, args.width, args.noise)
+    low, high = pick_extremes(codes.scores, args.ratio)
+    draw = np.random.default_rng(0)
+    low, high = draw.permutation(low), draw.permutation(high)
+    cut = int(0.7 * len(low))
+    train, held = codes[np.concatenate((low[:cut], high[:cut]))], codes[np.concatenate((low[cut:], high[cut:]))]
+    side, held_side = np.repeat([0, 1], cut), np.repeat([0, 1], (len(low) - cut, len(high) - cut))
+    found, normals = {}, {}
+    for fit in ("svc", "svm"):
+        seconds = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            normals[fit], bias = separate(train, side, fit)
+            seconds.append(time.perf_counter() - start)
+        accuracy = float(np.mean((held @ normals[fit] + bias > 0) == held_side))
+        found[fit] = {"seconds": statistics.median(seconds), "accuracy": accuracy,
+                      "cosine_planted": float(normals[fit] @ codes.direction)}  # fmt: skip
+    found["cosine"] = float(normals["svc"] @ normals["svm"])
+    found["ratio"] = found["svc"]["seconds"] / found["svm"]["seconds"]
+    for fit in ("svc", "svm"):
+        print(f"{fit}  {found[fit]['seconds']:8.2f} s  held-out accuracy {found[fit]['accuracy']:.3f}  "
+              f"cosine to the planted direction {found[fit]['cosine_planted']:.3f}")  # fmt: skip
+    print(f"svm is {found['ratio']:.1f} times as fast; cosine between the two {found['cosine']:.3f}")
+    return found
+
+
+# -- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def compare_sweeps(args):
+    tune_allocator()
+    torch.manual_seed(0)
+    config = GeneratorConfig(args.size, channel_max=args.channel_max)
+    generator = Generator(config).eval().requires_grad_(False)
+    baseline = BaselineGenerator(config).eval().requires_grad_(False)
+    baseline.load_state_dict(generator.state_dict())
+    code = generator.get_latent(generator.draw_z(1))[0].numpy()
+    step = np.random.default_rng(0).standard_normal(code.shape).astype(np.float32) * 0.1
+    codes = np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])
+    noise = generator.fixed_noise()
+
+    def one_by_one(network):
+        return [frame for i in range(len(codes)) for frame in render_codes(network, codes[i : i + 1], noise)]
+
+    ways = {"original, one by one": lambda: one_by_one(baseline), "ours, one by one": lambda: one_by_one(generator),
+            "ours, in blocks": lambda: list(render_codes(generator, codes, noise))}  # fmt: skip
+    found, frames = {}, {}
+    for name, way in ways.items():
+        seconds = []
+        for _ in range(args.repeats):
+            start = time.perf_counter()
+            frames[name] = np.stack(way()).astype(int)
+            seconds.append(time.perf_counter() - start)
+        found[name] = statistics.median(seconds)
+    worst = int(np.abs(frames["original, one by one"] - frames["ours, in blocks"]).max())
+    for name, seconds in found.items():
+        print(f"{name:22} {seconds:7.2f} s for {args.frames} frames  {found['original, one by one'] / seconds:5.2f}x")
+    print(f"largest difference of a pixel: {worst} of 255")
+    return found | {"ratio": found["original, one by one"] / found["ours, in blocks"], "largest_difference": worst}
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

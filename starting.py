@@ -1,0 +1,92 @@
+"""Where a training starts: the checkpoint it continues, or the weights it takes, and what they say of the networks.
+
+    state, path = find_start(args)
+    config = read_architecture(args, stored_architecture(args, state, path))
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from common.cli import UsageError, UserError
+from growing import can_grow, grow_discriminator, grow_generator
+from model import GeneratorConfig, generator_state, infer_config
+from training import Trainer
+
+ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "channel_multiplier", "channel_max")
+
+
+def read_architecture(args, stored: GeneratorConfig | None = None) -> GeneratorConfig:
+    """The networks' config; flags that were not given take the value of `stored`, the file that the run starts from,
+    or the published one, and are filled in. Raises UsageError for what cannot be built."""
+    for name in ARCHITECTURE:
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(stored or GeneratorConfig(), name))
+    try:
+        return replace(stored or GeneratorConfig(), **{name: getattr(args, name) for name in ARCHITECTURE})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def stored_architecture(args, state: dict | None, path: Path | None) -> GeneratorConfig | None:
+    """The config of the networks in the checkpoint `state`, or in the file of --init_from; None for a fresh run."""
+    if state is None:
+        return generator_state(args.init_from)[1] if args.init_from else None
+    try:
+        if "config" in state:
+            return GeneratorConfig.from_dict(state["config"])
+        return infer_config(state.get("g_ema", {}))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def find_start(args) -> tuple[dict | None, Path | None]:
+    """The state to continue from, with its file; (None, None) for a new run. Refuses to overwrite an earlier run, or
+    to go on in its folder from anything but its newest checkpoint."""
+    folder = Path(args.exp_name) / "checkpoint"
+    newest = latest_checkpoint(folder) if folder.is_dir() else None
+    if args.resume and args.resume != "auto":
+        path = Path(args.resume)
+        state = load_checkpoint(path)
+        if newest is not None and newest.resolve() != path.resolve():
+            raise UserError(f"{args.exp_name} already holds a run, up to {newest.name}: continue {path} in another "
+                            "--exp_name")  # fmt: skip
+    elif newest is not None and args.resume == "auto":
+        path, state = newest, load_checkpoint(newest)
+    elif newest is not None:
+        raise UserError(f"{args.exp_name} already holds a run ({newest.name}): --resume auto continues it, "
+                        "another --exp_name starts a new one")  # fmt: skip
+    else:
+        return None, None
+    if "step" not in state and (digits := re.findall(r"\d+", path.stem)):
+        state["step"] = int(digits[-1])  # rosinality and TransStyleGAN tell the step in the file name only
+    return state, path
+
+
+def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
+    if config.widths == other.widths:  # several pairs of channel_max and channel_multiplier give the same networks
+        other = replace(other, channel_max=config.channel_max, channel_multiplier=config.channel_multiplier)
+    differing = [f"--{name} {value} here, {getattr(other, name)} in the file"
+                 for name, value in config.to_dict().items() if getattr(other, name) != value]  # fmt: skip
+    if differing:
+        raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
+
+
+def init_from(trainer: Trainer, path: str) -> None:
+    """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew.
+
+    A smaller generator of else the same architecture is grown (growing.py). Raises CheckpointError if it cannot be.
+    """
+    state, config = generator_state(path)
+    weights = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    if can_grow(config, trainer.config):
+        grown = {name: grow_generator(weights[name], config, trainer.g) for name in ("g", "g_ema") if name in weights}
+        if "d" in weights:
+            grown["d"] = grow_discriminator(weights["d"], config, trainer.d)
+        weights = grown
+    else:
+        require_same_architecture(trainer.config, config, path)
+    trainer.load_networks(weights, path)
