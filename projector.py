@@ -68,8 +68,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--space", choices=("w", "w+", "w++"),
                         help="of the codes: w (default) or w+ for a W generator, w++ for a W++ generator")  # fmt: skip
     parser.add_argument("--init", default="mean", metavar="mean|encoder:PATH|latents:PATH",
-                        help="where the codes start: the mean code, a pSp checkpoint, saved latents (matched by name; "
-                             "a bare .npy by position; with their noise maps, if any)")  # fmt: skip
+                        help="where the codes start: the mean code, a pSp checkpoint or exported encoder, saved "
+                             "latents (by name; a bare .npy by position; with their noise maps, if any)")  # fmt: skip
 
     schedule = parser.add_argument_group("optimisation (defaults: the published ones)")
     schedule.add_argument("--step", "--steps", type=int, default=1000, help="optimisation steps")
@@ -185,7 +185,7 @@ def load_encoder(path: str, generator: Generator):
     """The pSp network of a checkpoint, for this very generator."""
     from pSp.psp import load_psp  # only where it is asked for
 
-    encoder = load_psp(path, generator.token.device)
+    encoder = load_psp(path, generator.token.device, generator)
     if encoder.decoder.fingerprint != generator.fingerprint:
         raise UserError(f"--init encoder:{path} was trained for the generator {encoder.decoder.fingerprint}, --ckpt is "
                         f"{generator.fingerprint}")  # fmt: skip

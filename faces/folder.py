@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -101,8 +102,16 @@ def align_photo(task: dict) -> tuple[dict, list[tuple[str, bytes]]]:
         return end("bad landmarks", str(error))
     if any(abs(face["yaw"]) > PROFILE_YAW for face in record["faces"]):
         notes.append("profile")
+    if any(_is_cut_off(face) for face in record["faces"]):
+        notes.append("partly outside the photo")
     whole = bool(crops) and all(face["whole"] for face in record["faces"])
     return end("skipped" if not crops else "already aligned" if whole else "aligned", ", ".join(notes), len(faces))
+
+
+def _is_cut_off(face) -> bool:
+    """An eye, the nose or a mouth corner lies beyond the photo's border: what the crop shows there is mirrored."""
+    return any(not 0 <= value <= size - 1 for point in face["landmarks"]
+               for value, size in zip(point, face["photo_size"], strict=True))  # fmt: skip
 
 
 def _choose(faces, settings):
@@ -335,5 +344,10 @@ def _write_results(output_dir, settings, records):
                          " ".join(f"{v:.0f}" for v in yaws), record["note"]])  # fmt: skip
     with atomic_write(output_dir / "report.csv") as file:
         file.write(buffer.getvalue().encode("utf-8-sig"))  # the mark that spreadsheets need to read UTF-8
+    listed = {face["name"] for face in faces}
+    others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
+    if others:
+        print(f"note: {len(others)} pictures in {output_dir / 'aligned'} are of no photo of this run, the first is "
+              f"{others[0]}; they are not in alignment.json", file=sys.stderr)  # fmt: skip
     for journal in output_dir.glob(".alignment-*.jsonl"):
         journal.unlink()

@@ -9,6 +9,7 @@ Pictures are measured as they are saved, 8 bits per channel: whoever has the fil
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -85,20 +86,31 @@ class Measured:
     values: dict[str, list[float]]  # of MEASURES those that were measured
     perceptual: str  # name of the distance
     identity: str | None
+    originals: list[str] | None = None  # picture_digest of each, where it was written
 
     def __len__(self) -> int:
         return len(self.names)
 
 
-def write_measures(path, names: Sequence[str], values: dict, *, perceptual: str, identity: str | None, steps=None):
-    """One line per image: position, name, MEASURES (blank where not measured), what measured them, steps taken."""
+def picture_digest(picture) -> str:
+    """12 hex digits of the pixels of a picture, uint8 [H, W, 3]: two tables are about the same pictures, or are not."""
+    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()[:12]
+
+
+def write_measures(path, names: Sequence[str], values: dict, *, perceptual: str, identity: str | None, steps=None,
+                   originals: Sequence[str] | None = None):  # fmt: skip
+    """One line per image: position, name, MEASURES (blank where not measured), what measured them, steps taken.
+
+    originals: picture_digest of each original as it was measured.
+    """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["index", "name", *MEASURES, "perceptual_by", "identity_by", "steps"])
+    table.writerow(["index", "name", *MEASURES, "perceptual_by", "identity_by", "steps", "original"])
     for i, name in enumerate(names):
         row = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
         by_identity = identity if "identity" in values else ""
-        table.writerow([i, name, *row, perceptual, by_identity, "" if steps is None else int(steps[i])])
+        table.writerow([i, name, *row, perceptual, by_identity, "" if steps is None else int(steps[i]),
+                        "" if originals is None else originals[i]])  # fmt: skip
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
@@ -106,18 +118,19 @@ def write_measures(path, names: Sequence[str], values: dict, *, perceptual: str,
 def read_measures(path) -> Measured:
     """What `write_measures` wrote. Raises FileNotFoundError, or ValueError naming what is wrong with the table."""
     path = require_file(Path(path), "table of reconstructions (reconstruction.csv)")
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
         names = [row["name"] for row in rows]
         values = {m: [float(row[m]) for row in rows] for m in MEASURES if rows and rows[0][m] != ""}
         by = {row["perceptual_by"] for row in rows}
         identity = next((row["identity_by"] for row in rows if row["identity_by"]), None)
-    except (KeyError, TypeError, ValueError) as error:
+        originals = [row["original"] for row in rows] if rows and rows[0].get("original") else None
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no reconstruction.csv of the projector or pSp: {error}") from None
     if len(by) != 1:
         raise ValueError(f"{path} mixes the perceptual distances {', '.join(sorted(by)) or '(it has no lines)'}")
-    return Measured(names, values, by.pop(), identity)
+    return Measured(names, values, by.pop(), identity, originals)
 
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:

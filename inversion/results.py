@@ -13,7 +13,7 @@ from common.checkpoint import atomic_write
 from common.cli import UserError
 from common.images import save_image
 from common.runs import write_json
-from inversion.measures import mean_and_std, summary, write_measures
+from inversion.measures import mean_and_std, picture_digest, summary, write_measures
 from inversion.sheets import PER_SHEET, comparison_sheet, curve_plot
 from inversion.state import CURVE_EVERY, CURVES
 from inversion.store import Store, merge, remove_numbered
@@ -56,11 +56,12 @@ def write_results(store: Store, names: list[str], keys: list[str], *, perceptual
     """
     values: dict[str, list[float]] = {}
     curves: dict[str, list[np.ndarray]] = {name: [] for name in CURVES}
-    steps, columns = [], []
+    steps, originals, columns = [], [], []
     for i, part in enumerate(merge(store, keys, names, **described)):
         save_image(part.original, store.folder / f"origin_{i}.png")
         save_image(part.picture, store.folder / f"project_{i}.png")
         steps.append(part.steps)
+        originals.append(picture_digest(part.original))
         for name, value in part.values.items():
             values.setdefault(name, []).append(value)
         for name, curve in part.curves.items():
@@ -73,7 +74,7 @@ def write_results(store: Store, names: list[str], keys: list[str], *, perceptual
     remove_numbered(store.folder, ("origin_*.png", "project_*.png"), len(keys))
     remove_numbered(store.folder, ("sheet_*.png",), -(-len(keys) // PER_SHEET))
     write_measures(store.folder / "reconstruction.csv", names, values, perceptual=perceptual, identity=identity,
-                   steps=steps)  # fmt: skip
+                   steps=steps, originals=originals)  # fmt: skip
     write_curves(store.folder, {name: np.stack(rows) for name, rows in curves.items()}, names)
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in values.items()}
     write_json(store.folder / "reconstruction.json", {

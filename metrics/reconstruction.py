@@ -2,7 +2,8 @@
 
 From folders that projector.py or pSp/scripts/inference.py wrote (their reconstruction.csv and latents.json). The
 columns are W, W+ and W++; the rows projector and pSp, as in reference.md, section 1. Numbers that were not measured in
-the same way are never put side by side: another perceptual distance, or other pictures, is refused.
+the same way are never put side by side: another perceptual distance or identity network, other pictures (by name and,
+where the tables tell, by content), or pictures of another size are refused.
 
     python metrics/reconstruction.py runs/w runs/wplus runs/wpp
     python metrics/reconstruction.py runs/w runs/wpp --format latex --measures perceptual,mse,psnr --output table.tex
@@ -14,7 +15,7 @@ import csv
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # started by path: the root stands in for this folder
@@ -38,6 +39,7 @@ class Inversion:
     space: str
     method: str
     measured: Measured
+    size: int | None = None  # of the generator's pictures, pixels
 
 
 def build_parser() -> ArgumentParser:
@@ -68,7 +70,7 @@ def read_inversion(folder: Path, method: str | None = None) -> Inversion:
         raise UserError(f"{described}: space {space!r}, expected {', '.join(SPACES)}")
     if not method:
         raise UserError(f"{described} does not tell the method: give --method")
-    return Inversion(folder, space, method, read_measures(folder / "reconstruction.csv"))
+    return Inversion(folder, space, method, read_measures(folder / "reconstruction.csv"), known.get("size"))
 
 
 def comparable(inversions: list[Inversion], measures: list[str], *, common: bool = False) -> list[Inversion]:
@@ -83,16 +85,20 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
         for measure in measures:
             if measure not in inversion.measured.values:
                 raise UserError(f"{inversion.folder} has no {measure}: its column of reconstruction.csv is blank")
+        if inversion.size != first.size:
+            raise UserError(f"{first.folder} holds pictures of {first.size} pixels, {inversion.folder} of "
+                            f"{inversion.size}: the numbers cannot be compared")  # fmt: skip
         for measure, by in (("perceptual", "perceptual"), ("identity", "identity")):
             mine, theirs = getattr(inversion.measured, by), getattr(first.measured, by)
             if measure in measures and mine != theirs:
                 raise UserError(f"{first.folder} was measured by {theirs}, {inversion.folder} by {mine}: the numbers "
                                 "cannot be compared")  # fmt: skip
+    require_same_originals(inversions)
     names = set(first.measured.names).intersection(*(i.measured.names for i in inversions))
     if common:
         if not names:
             raise UserError("the folders have no picture in common")
-        return [Inversion(i.folder, i.space, i.method, restrict(i.measured, names)) for i in inversions]
+        return [replace(i, measured=restrict(i.measured, names)) for i in inversions]
     for inversion in inversions:
         if set(inversion.measured.names) != set(first.measured.names):
             raise UserError(f"{first.folder} ({len(first.measured)} pictures) and {inversion.folder} "
@@ -101,10 +107,24 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
     return inversions
 
 
+def require_same_originals(inversions: list[Inversion]) -> None:
+    """ValueError when one name stands for different pictures, as far as the tables tell."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for inversion in inversions:
+        if inversion.measured.originals is None:
+            continue
+        for name, digest in zip(inversion.measured.names, inversion.measured.originals, strict=True):
+            known, folder = seen.setdefault(name, (digest, inversion.folder))
+            if digest != known:
+                raise UserError(f"{name} is another picture in {folder} than in {inversion.folder}: the numbers cannot "
+                                "be compared")  # fmt: skip
+
+
 def restrict(measured: Measured, names: set[str]) -> Measured:
     keep = [i for i, name in enumerate(measured.names) if name in names]
     values = {measure: [column[i] for i in keep] for measure, column in measured.values.items()}
-    return Measured([measured.names[i] for i in keep], values, measured.perceptual, measured.identity)
+    originals = measured.originals and [measured.originals[i] for i in keep]
+    return replace(measured, names=[measured.names[i] for i in keep], values=values, originals=originals)
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
