@@ -30,7 +30,7 @@ def pixel_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def mix_channels(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """pixels [N, P, C] by weight [N, K, C], K small: -> [N, P, K]; a 1x1 convolution with weights of each image's own."""
+    """pixels [N, P, C] by weight [N, K, C], K small, -> [N, P, K]: a 1x1 convolution, weights per image."""
     return _MixChannels.apply(pixels, weight)
 
 
@@ -77,7 +77,7 @@ class _MixChannels(torch.autograd.Function):
 
 
 def sum_of_outer_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [N, P, K], b [N, P, C] -> sum over P of a b^T, [N, K, C]. Chunks of P: BLAS is slow at few rows and many terms."""
+    """a [N, P, K], b [N, P, C] -> sum over P of a b^T, [N, K, C]. In chunks: BLAS is slow at long sums."""
     n, terms = a.shape[:2]
     chunks = 64 if terms % 64 == 0 and a.device.type == "cpu" else 1
     a, b = (t.reshape(n * chunks, terms // chunks, -1) for t in (a, b))
