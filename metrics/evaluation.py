@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from common.cli import ArgumentParser, UsageError, UserError
 from common.distributed import setup, shutdown
 from metrics.distance import compute_fid, compute_kid
-from metrics.extractors import build_extractor, metric_name
+from metrics.extractors import AUTO, build_extractor, metric_name
 from metrics.features import (
     Features,
     add_extractor_flags,
@@ -23,7 +24,7 @@ from metrics.features import (
 )
 from metrics.manifold import PRDC, compute_prdc
 from metrics.protocol import PROTOCOLS, append_records, make_record
-from metrics.sources import CHECKPOINTS, Sampling, is_checkpoint, open_source
+from metrics.sources import CHECKPOINTS, Sampling, is_checkpoint, is_lmdb, open_source
 
 METRICS = ("fid", "kid", "prdc")
 
@@ -32,7 +33,11 @@ def evaluate(
     real: Features, fake: Features, metrics: Iterable[str], *, nearest_k: int | None = None, device="cpu",
     progress: bool = False,
 ) -> list[dict]:  # fmt: skip
-    """Records (see metrics.protocol) of `fid`, `kid` and `prdc`, of features of one extractor and protocol."""
+    """Records (see metrics.protocol) of `fid`, `kid` and `prdc`, of features of one extractor and protocol.
+
+    nearest_k: of prdc; default 3 under the protocol `paper`, else 5. What there is to be said against a number is in
+    its `notes`. Raises ValueError for unlike features, or too few, or ones that are not finite.
+    """
     protocol, extractor = real.protocol, real.extractor
     if (fake.protocol, fake.extractor) != (real.protocol, real.extractor):
         raise ValueError("real and fake features were computed with different extractors or protocols")
@@ -47,11 +52,34 @@ def evaluate(
         elif metric == "prdc":
             k = nearest_k or (3 if protocol["name"] == "paper" else 5)
             values = compute_prdc(real.values, fake.values, nearest_k=k, device=device, progress=progress)
-            found += [(name, values[name], {"nearest_k": k}) for name in PRDC]
+            found += [(name, values[name], {"nearest_k": k, "notes": []}) for name in PRDC]
         else:
             raise UserError(f"--metric {metric}: expected {', '.join(METRICS)}")
+    general = remarks(real, fake)
+    for _, _, facts in found:
+        facts["notes"] += general
     about = {"protocol": protocol, "extractor": extractor, "real": real.about, "fake": fake.about}
     return [make_record(metric_name(name, extractor["name"]), value, **facts, **about) for name, value, facts in found]
+
+
+def remarks(real: Features, fake: Features) -> list[str]:
+    """What speaks against any number of these features: repeated images, and sides of different sizes."""
+    found = []
+    for name, side in (("real", real), ("generated", fake)):
+        rows = side.values.numpy()
+        n_copies = len(rows) - len({hashlib.blake2b(row, digest_size=16).digest() for row in rows})
+        if n_copies:
+            found.append(f"{n_copies:,} of {len(rows):,} {name} images have the very features of another: repeated "
+                         "images, which shrink the balls around them")  # fmt: skip
+    sizes = [pixels(side.about.get("size")) for side in (real, fake)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        found.append(f"real images have {sizes[0]} pixels, generated ones {sizes[1]}: their resize tells them apart")
+    return found
+
+
+def pixels(size: int | str | None) -> str | None:
+    """32 and '32x32' -> '32x32'."""
+    return f"{size}x{size}" if isinstance(size, int) else size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -79,10 +107,15 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
     if args.n_sample < 1 or args.batch < 1:
         raise UsageError(f"--n_sample and --batch must be at least 1, got {args.n_sample} and {args.batch}")
     nearest_k = getattr(args, "nearest_k", None)
+    if nearest_k is not None and nearest_k < 1:
+        raise UsageError(f"--nearest_k must be at least 1, got {nearest_k}")
     place = setup(args.device)
     try:
+        # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
+        as_published = args.protocol == "paper" and metrics == ("prdc",)
         extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir,
-                                    device=place.device)  # fmt: skip
+                                    device=place.device,
+                                    preferred=("vgg16", *AUTO[1:]) if as_published else AUTO)  # fmt: skip
 
         def opened(path, sampling, size):
             if path.suffix == ".npz":
@@ -94,14 +127,17 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
 
         def features(source, seed):
             return source if isinstance(source, Features) else extract(
-                source, extractor, args.n_sample, seed=seed, batch=args.batch, place=place, cache_dir=cache_folder(args)
+                source, extractor, args.n_sample, seed=seed, batch=args.batch, place=place,
+                cache_dir=cache_folder(args), order="drawn" if as_published else None,
             )  # fmt: skip
 
         reals: dict[object, Features] = {}
         for path in fakes:
             for truncation in truncations:
                 fake = opened(path, Sampling(truncation, args.truncation_mean, args.noise, args.seed), args.size)
-                size = args.size or (fake.about["size"] if isinstance(fake.about["size"], int) else None)
+                if truncation != 1 and "truncation" not in fake.about:
+                    raise UserError(f"{path} holds images: --truncation {truncation:g} is for images yet to be made")
+                size = args.size or size_for(Path(args.real), fake.about["size"])
                 if size not in reals:  # drawn from another seed than the fakes, if it is a generator as well
                     seed = args.seed + 1
                     reals[size] = features(opened(Path(args.real), Sampling(seed=seed), size), seed)
@@ -110,10 +146,19 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
                     records = evaluate(reals[size], fake, metrics, nearest_k=nearest_k, device=place.device,
                                        progress=True)  # fmt: skip
                     append_records(args.output or default_output(path), records)
-                    report(path, truncation, records)
+                    report(path, records)
     finally:
         shutdown()
     return 0
+
+
+def size_for(real: Path, size: int | str) -> int | None:
+    """Pixels that the real images are taken at, given those of the generated ones ('32x32': of a folder as it is, for
+    which an LMDB gives its pictures of that size, but a folder its own as they are)."""
+    if isinstance(size, str):
+        width, _, height = size.partition("x")
+        return int(width) if width == height and is_lmdb(real) else None
+    return size
 
 
 def find_fakes(args) -> list[Path]:
@@ -152,11 +197,13 @@ def default_output(fake: Path) -> Path:
     return (run if inside else Path()) / "metrics.jsonl"
 
 
-def report(path: Path, truncation: float, records: list[dict]) -> None:
+def report(path: Path, records: list[dict]) -> None:
     """One line of results on stdout, notes on stderr."""
     values = "  ".join(f"{record['metric']} {record['value']:.5g}" for record in records)
     first = records[0]
-    print(f"{path}  truncation {truncation:g}  {first['n_real']} real {first['n_fake']} fake  "
-          f"{first['protocol']['name']}:  {values}", flush=True)  # fmt: skip
+    drawn = f"  truncation {first['fake']['truncation']:g}" if "truncation" in first["fake"] else ""
+    k = f", k = {first['nearest_k']}" if "nearest_k" in first else ""
+    print(f"{path}{drawn}  {first['n_real']} real {first['n_fake']} fake  {first['protocol']['name']}, "
+          f"{first['extractor']['name']} features{k}:  {values}", flush=True)  # fmt: skip
     for note in dict.fromkeys(note for record in records for note in record.get("notes") or []):
         print(f"note: {note}", file=sys.stderr)

@@ -24,6 +24,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("source", help="folder of images, LMDB, checkpoint, or folder of latents")
     parser.add_argument("--out", required=True, help="features file to write (.npz)")
     parser.add_argument("--ckpt", help="generator of the latents")
+    parser.add_argument("--order", choices=("first", "drawn"),
+                        help="which images of a larger set: the first, or drawn by --seed (fid.py and prdc.py draw "
+                             "reals by seed 1); default: drawn, for --protocol paper the first")  # fmt: skip
     add_extractor_flags(parser)
     add_sampling_flags(parser)
     return parser
@@ -38,7 +41,7 @@ def main(args) -> int:
         source = open_source(args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=place.device,
                              workers=args.workers)  # fmt: skip
         found = extract(source, extractor, args.n_sample, seed=args.seed, batch=args.batch, place=place,
-                        cache_dir=cache_folder(args))  # fmt: skip
+                        cache_dir=cache_folder(args), order=args.order)  # fmt: skip
         if place.is_main:
             save_features(Path(args.out), found)
             print(f"{args.out}: {list(found.values.shape)} {extractor.name} features of {args.source}")

@@ -2,8 +2,8 @@
 
 `inception` is torch-fidelity's network (FID), `vgg16` torchvision's up to fc2 (the paper's PRDC), `squeeze` the
 pooled features of SqueezeNet 1.1 and `scorer` those of the bundled face scorer: stand-ins where the others' weights are
-not at hand. A number from a stand-in carries its name (`fid-squeeze`) and compares with no published one. Another
-extractor is one function:
+not at hand (`auto` takes the first there is). A number from a stand-in carries its name (`fid-squeeze`) and compares
+with no published one. Another extractor is one function:
 
     @register_extractor("mine")
     def build_mine(protocol, weights_dir):
@@ -26,6 +26,7 @@ from metrics.protocol import Protocol
 
 IMAGENET_MEAN = tuple(255 * value for value in (0.485, 0.456, 0.406))
 IMAGENET_STD = tuple(255 * value for value in (0.229, 0.224, 0.225))
+AUTO = ("inception", "squeeze", "scorer")  # what `auto` takes: the first whose weights are at hand
 
 
 @dataclass
@@ -73,19 +74,32 @@ def extractor_names() -> list[str]:
     return sorted(_builders)
 
 
-def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu") -> Extractor:
-    """The extractor `name` on `device`; `auto` takes Inception, else the stand-in `squeeze`.
+def build_extractor(
+    name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred: tuple[str, ...] = AUTO
+) -> Extractor:
+    """The extractor `name` on `device`; `auto` takes the first of `preferred` whose weights are at hand.
 
-    Raises ValueError for an unknown name, FileNotFoundError with the URL when its weights are not at hand.
+    Raises ValueError for an unknown name, FileNotFoundError with the URL when its weights are not at hand (for `auto`:
+    what the first of `preferred` lacks).
     """
     if name == "auto":
-        name = "inception" if weights.find("inception", weights_dir) else "squeeze"
+        return _first_at_hand(preferred, protocol, weights_dir, device)
     if name not in _builders:
         raise UserError(f"--extractor {name}: expected auto, {', '.join(extractor_names())}")
     build, standin = _builders[name]
     extractor = build(protocol, weights_dir)
     extractor.name, extractor.standin, extractor.protocol = name, standin, protocol
     return extractor.to(device)
+
+
+def _first_at_hand(names: tuple[str, ...], protocol: Protocol, weights_dir, device) -> Extractor:
+    absent = []
+    for name in names:
+        try:
+            return build_extractor(name, protocol, weights_dir=weights_dir, device=device)
+        except FileNotFoundError as error:
+            absent.append(error)
+    raise FileNotFoundError(f"{absent[0]}; nor is there any of the stand-ins {', '.join(names[1:])}")
 
 
 def metric_name(metric: str, extractor: str) -> str:

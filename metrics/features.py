@@ -48,15 +48,16 @@ def describe(extractor: Extractor) -> dict:
 
 def extract(
     source, extractor: Extractor, n: int, *, seed: int = 0, batch: int = 64, place: Distributed = HERE,
-    cache_dir: str | os.PathLike | None = None, progress: bool = True,
+    cache_dir: str | os.PathLike | None = None, progress: bool = True, order: str | None = None,
 ) -> Features:  # fmt: skip
     """Features of n images of a source (all there are, when fewer), chosen without replacement.
 
-    batch: images per forward pass and rank. cache_dir: folder of the cache; None: no cache. All ranks must call it.
+    batch: images per forward pass and rank. cache_dir: folder of the cache; None: no cache. order: which images of a
+    larger set, `first` or `drawn`; None: as the protocol has it for FID. All ranks must call it.
     Raises DatasetError for a damaged image, ValueError when features are not finite.
     """
     protocol = extractor.protocol
-    order = "first" if protocol.name == "paper" else "drawn"
+    order = order or ("first" if protocol.name == "paper" else "drawn")
     positions = source.choose(n, order, seed)
     about = {**source.about, "n": len(positions)}
     if isinstance(source, ImageSource):
@@ -170,13 +171,15 @@ def add_extractor_flags(parser) -> None:
     """Flags of everything that extracts features."""
     group = parser.add_argument_group("features")
     group.add_argument("--extractor", default="auto", metavar="NAME",
-                       help=f"auto (Inception, else the stand-in squeeze), {', '.join(extractor_names())}")  # fmt: skip
+                       help=f"{', '.join(extractor_names())}; auto: Inception (for the paper's precision and recall "
+                            "VGG-16), else the stand-in squeeze or scorer")  # fmt: skip
     group.add_argument("--protocol", choices=list(PROTOCOLS), default="tf-compat",
                        help="how images reach the extractor: paper (and pytorch-fid), tf-compat (torch-fidelity, most "
                             "papers), clean (clean-fid)")  # fmt: skip
     group.add_argument("--n_sample", type=int, default=50_000, help="images of each side; all there are, when fewer")
-    group.add_argument("--size", type=int, help="pixels: which size of an LMDB, or what to fit the images of a folder "
-                                                "to; default: as they are, or the generator's size")  # fmt: skip
+    group.add_argument("--size", type=int,
+                       help="pixels: which size of an LMDB, or what to fit the images of a folder to; default: as they "
+                            "are, or that of the generated images")  # fmt: skip
     group.add_argument("--batch", type=int, default=64, help="images per forward pass and process")
     group.add_argument("--workers", type=int, default=2, help="threads that decode images")
     group.add_argument("--weights_dir", help="folder with the extractor's weights, looked into first")

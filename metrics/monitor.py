@@ -18,6 +18,7 @@ from metrics.features import default_cache, extract
 from metrics.protocol import PROTOCOLS, append_records
 from metrics.sources import GeneratorSource, Sampling, open_source
 
+FEWEST = {"fid": 2, "kid": 2, "prdc": 6}  # images of each side that a metric is defined for (prdc: k = 5)
 SEED = 0  # of every evaluation, so that steps and runs are judged by the same draws; the same as of metrics/fid.py
 BEST = "best.safetensors"
 
@@ -37,7 +38,7 @@ class Monitor:
     Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
     so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
     computed at once: what is missing shows before the training begins. start_step: later results of an earlier start
-    are dropped.
+    are dropped. Raises UsageError for too few images, FileNotFoundError when the extractor's weights are not at hand.
     """
 
     def __init__(
@@ -48,6 +49,10 @@ class Monitor:
         self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir,
                                          device=place.device)  # fmt: skip
         self.real = self._extract(open_source(path, size=size), SEED + 1, default_cache())
+        for name in metrics:
+            if (found := min(n, self.real.about["n"])) < FEWEST[name]:
+                raise UsageError(f"--metric {name} needs at least {FEWEST[name]} images: there are {found} "
+                                 f"(--eval_samples {n})")  # fmt: skip
         self.output = run.folder / "metrics.jsonl"
         if place.is_main and self.output.exists():
             truncate_log(self.output, start_step + 1)

@@ -148,7 +148,7 @@ def main(args) -> int:
             config = generator.config
             fake = {"kind": "checkpoint", "path": args.ckpt, "n": args.n_sample, **checkpoint_facts(Path(args.ckpt)),
                     "size": config.size, "space": config.space, "fingerprint": generator.fingerprint,
-                    "noise": "const", "seed": args.seed}  # fmt: skip
+                    "truncation": 1.0, "noise": "const", "seed": args.seed}  # fmt: skip
             how = {"name": args.sampling, "epsilon": args.epsilon, "crop": args.crop, "percentiles": "1 to 99"}
             name = f"ppl-{space}" + ("" if network == "vgg" else f"-{network}")
             record = make_record(name, value, real=None, fake=fake, protocol=how, extractor={"name": perceptual.name},

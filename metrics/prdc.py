@@ -1,9 +1,10 @@
 """Precision, recall, density and coverage of generated images against real ones; the computation: metrics/manifold.py.
 
 The k and the features make the numbers: the paper's are VGG-16 fc2, k = 3, 50,000 samples (--protocol paper); most
-others Inception, k = 5. Other features carry their name: `precision-squeeze`.
+others Inception, k = 5. Other features carry their name: `precision-squeeze`. Real images are drawn without
+replacement. Density is not capped at 1: above it, fakes crowd where reals are dense.
 
-    python metrics/prdc.py --real faces.lmdb --fake runs/faces/checkpoint/230000.pt --extractor vgg16 --protocol paper
+    python metrics/prdc.py --real faces.lmdb --fake runs/faces/checkpoint/230000.pt --protocol paper
     python metrics/prdc.py --real faces.lmdb --fake faces.safetensors --truncation 0.5,0.7,1
 """
 

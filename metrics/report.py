@@ -1,8 +1,9 @@
 """Results of several runs side by side: the synthesis table (W against W++) and a metric along the training.
 
 Takes run folders (their metrics.jsonl, which train.py --eval_every and metrics/ write) and metrics.jsonl files, as
-NAME=PATH to name the row. Each row of the table is one checkpoint of a run: the one with the best FID, or the last.
-Results that were not computed alike are refused, or listed with --allow_unlike.
+NAME=PATH to name the row. Each row of the table is one checkpoint of a run: the one with the best FID, or the last;
+with --against truncation, one row per truncation of a sweep. Results that were not computed alike are refused, or
+listed with --allow_unlike.
 
     python metrics/report.py W=runs/w W++=runs/wpp
     python metrics/report.py W=runs/w W++=runs/wpp --csv table.csv --latex table.tex --png curve.png
@@ -48,7 +49,8 @@ def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dic
         if name in runs:
             raise UserError(f"two runs are called {name}: name them as in A={path}")
         records = [record for record in read_records(file) if _fulfils(record, where)]
-        runs[name] = list({(record["metric"], _subject(record)): record for record in records}.values())
+        latest = {(record["metric"], _subject(record), record["n_fake"]): record for record in records}
+        runs[name] = list(latest.values())
         if not runs[name]:
             raise UserError(f"{file} holds no results" + (f" where {' '.join(where)}" if where else ""))
     return runs
@@ -74,10 +76,9 @@ def _number(text: str) -> float | None:
 
 
 def _subject(record: dict) -> tuple:
-    """What was judged: the same for all metrics of one checkpoint and truncation."""
+    """What was judged: the same for all metrics of one checkpoint and truncation, however many samples each took."""
     fake = record["fake"]
-    identity = fake.get("fingerprint") or fake.get("digest")
-    return identity, fake.get("truncation"), record["n_fake"]
+    return fake.get("fingerprint") or fake.get("digest"), fake.get("truncation")
 
 
 def metric_names(runs: dict[str, list[dict]]) -> list[str]:
@@ -101,6 +102,16 @@ def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[s
         rows.append([name, chosen.get("step"), None if images is None else images / 1000,
                      *(values.get(metric) for metric in metrics)])  # fmt: skip
     return ["", "step", "k images", *metrics], rows
+
+
+def by_truncation(runs: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The runs of a sweep, each truncation as a run of its own: 'W++, psi 0.7'."""
+    parts: dict[str, list[dict]] = {}
+    for name, records in runs.items():
+        for record in sorted(records, key=lambda r: r["fake"].get("truncation") or 0):
+            psi = record["fake"].get("truncation")
+            parts.setdefault(name if psi is None else f"{name}, psi {psi:g}", []).append(record)
+    return parts
 
 
 def build_curve(records: list[dict], metric: str, against: str) -> list[tuple[float, float]]:
@@ -184,7 +195,7 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
         (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=name)
         best = (min if family(metric) in LOWER_IS_BETTER else max)(points, key=lambda point: point[1])
         axes.plot(*best, marker="o", markersize=9, fillstyle="none", color=line.get_color())
-        axes.annotate(f"{best[1]:.3g}", best, textcoords="offset points", xytext=(6, 6), fontsize=8)
+        axes.annotate(_cell(float(best[1])), best, textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
     values = [value for points in curves.values() for _, value in points]
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
@@ -222,7 +233,7 @@ def build_parser() -> ArgumentParser:
 def main(args) -> int:
     runs = read_runs(args.runs, args.where)
     differences = check(runs, args.against, args.allow_unlike)
-    header, rows = build_table(runs, args.pick)
+    header, rows = build_table(by_truncation(runs) if args.against == "truncation" else runs, args.pick)
     print(text_table(header, rows))
     for line in differences:
         print(f"note: not computed alike: {line}", file=sys.stderr)

@@ -21,7 +21,7 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UserError
 from common.images import read_image
 from common.latents import draw_z, load_latents
-from common.store import DatasetError, image_key, open_store, sizes_present
+from common.store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
 from dataset import FolderDataset, MultiResolutionDataset, open_dataset
 from model import Generator, load_generator
 from rendering import NOISE_MODES, Noise, noise_maps, select_noise
@@ -171,6 +171,12 @@ def is_checkpoint(path: Path) -> bool:
     return path.is_file() and path.suffix in CHECKPOINTS
 
 
+def is_lmdb(path: Path) -> bool:
+    return (path.is_file() and path.suffix not in (*CHECKPOINTS, ".npz", ".npy", ".pkl")) or any(
+        (path / name).exists() for name in (DATA_FILE, BUILDING_FILE)
+    )
+
+
 def open_source(path, *, size: int | None = None, ckpt=None, sampling: Sampling | None = None, device="cpu",
                 workers: int = 2):  # fmt: skip
     """The images at `path`: checkpoint, folder of latents or .npy (of the generator `ckpt`), LMDB, folder of images.
@@ -189,7 +195,7 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling: Sampling 
         return checkpoint_source(path, sampling, device)
     if path.suffix == ".npy" or (path / "latents.npy").exists():
         return latents_source(path, ckpt, sampling, device)
-    if path.is_file() or (path / "data.mdb").exists() or (path / "building.mdb").exists():
+    if is_lmdb(path):
         return lmdb_source(path, size, workers)
     return folder_source(path, size, workers)
 

@@ -377,6 +377,47 @@ def test_k_is_that_of_the_protocol(play, face_lmdb, checkpoint, tmp_path):
         assert {(r["nearest_k"], r["protocol"]["name"]) for r in read_records(output)} == {(k, protocol)}
 
 
+def test_published_precision_draws_its_reals(play, face_lmdb, checkpoint, tmp_path):
+    """Under `paper` FID takes the first real images, as its code did; precision and recall draw from all of them."""
+    output = tmp_path / "m.jsonl"
+    flags = ["--real", face_lmdb, "--fake", checkpoint, "--n_sample", 12, "--protocol", "paper", "--output", output]
+    assert play(fid, *flags)[0] == 0 and play(prdc, *flags)[0] == 0
+    assert {r["metric"]: r["real"]["chosen"] for r in read_records(output)} == {
+        "fid-tiny": "first", "kid-tiny": "first", "precision-tiny": "drawn", "recall-tiny": "drawn",
+        "density-tiny": "drawn", "coverage-tiny": "drawn",
+    }  # fmt: skip
+    flags = [face_lmdb, "--size", 16, "--n_sample", 12, "--protocol", "paper", "--seed", 1, "--out", tmp_path / "r.npz"]
+    assert play(extract_features, *flags, "--order", "drawn")[0] == 0
+    assert load_features(tmp_path / "r.npz").about["digest"] == read_records(output)[-1]["real"]["digest"]
+
+
+def test_repeated_images_and_unlike_sizes_are_said(play, face_folder, tmp_path):
+    """Copies have balls of no radius (all-equal fakes: recall 0); sides of two sizes are told apart by their resize."""
+    small, output = tmp_path / "small", tmp_path / "m.jsonl"
+    small.mkdir()
+    with Image.open(next(face_folder.glob("face 03.png"))) as image:
+        for i in range(8):
+            image.resize((20, 20)).save(small / f"{i}.png")
+    status, out, err = play(prdc, "--real", face_folder, "--fake", small, "--output", output, "--nearest_k", 3)
+    assert status == 0, err
+    assert "note: 7 of 8 generated images have the very features of another" in err
+    assert "note: real images have 40x40 pixels, generated ones 20x20" in err and err.count("note: ") == 2
+    assert "tf-compat, tiny features, k = 3:" in out and "truncation" not in out
+    found = {r["metric"]: r for r in read_records(output)}
+    assert found["recall-tiny"]["value"] == 0 and len(found["recall-tiny"]["notes"]) == 2
+
+
+def test_sizes_of_the_generated_images(play, face_folder, face_lmdb, tmp_path):
+    """An LMDB of several sizes gives the one of the generated images, also where those lie in a folder."""
+    small, output = tmp_path / "small", tmp_path / "m.jsonl"
+    small.mkdir()
+    for i in range(8):
+        Image.new("RGB", (8, 8), (30 * i, 9, 9)).save(small / f"{i}.png")
+    assert play(prdc, "--real", face_lmdb, "--fake", small, "--output", output)[0] == 0
+    assert {(r["real"]["size"], r["fake"]["size"]) for r in read_records(output)} == {(8, "8x8")}
+    assert not read_records(output)[0]["notes"]
+
+
 def test_features_files_stand_for_images(play, face_lmdb, checkpoint, tmp_path):
     outputs, flags = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"], ["--n_sample", 14]
     assert play(extract_features, face_lmdb, "--size", 16, "--out", tmp_path / "r.npz", *flags, "--seed", 1)[0] == 0
@@ -397,6 +438,9 @@ def test_mistakes_are_one_line(play, face_folder, checkpoint, tmp_path):
     assert status == 1 and "nearest_k 5 needs at least 6 real points" in err
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
     assert play(fid, "--real", face_folder, "--fake", checkpoint, "--n_sample", 0)[0] == 2
+    status, _, err = play(fid, "--real", face_folder, "--fake", face_folder, "--truncation", "0.7")
+    assert status == 1 and "holds images: --truncation 0.7 is for images yet to be made" in err
+    assert play(prdc, "--real", face_folder, "--fake", face_folder, "--nearest_k", 0)[0] == 2
 
 
 def test_unknown_metric():

@@ -283,9 +283,31 @@ def test_absent_weights_are_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="pt_inception-2015-12-05-6726825d.pth .*is not here"):
         build_extractor("inception", PROTOCOLS["tf-compat"])
     with pytest.raises(FileNotFoundError, match="squeezenet1_1_features.pth .*is not here"):
-        build_extractor("auto", PROTOCOLS["tf-compat"])
+        build_extractor("squeeze", PROTOCOLS["tf-compat"])
     with pytest.raises(ValueError, match="--extractor resnet: expected auto, inception, scorer, squeeze, vgg16"):
         build_extractor("resnet", PROTOCOLS["tf-compat"])
+
+
+def test_auto_takes_the_first_at_hand(monkeypatch, random_extractor):
+    """Inception, else a stand-in, never under the plain name; with nothing at all, the sentence names the first."""
+
+    def absent(protocol, weights_dir):
+        raise FileNotFoundError("no such weights here")
+
+    def present(protocol, weights_dir):
+        return Extractor("x", random_network(), 48, 24, (128.0,) * 3, (128.0,) * 3, "0" * 64)
+
+    protocol = PROTOCOLS["clean"]
+    for at_hand, name in (("inception", "fid"), ("squeeze", "fid-squeeze"), ("scorer", "fid-scorer")):
+        for candidate in extractors.AUTO:
+            build = present if candidate == at_hand else absent
+            monkeypatch.setitem(extractors._builders, candidate, (build, candidate != "inception"))
+        assert metric_name("fid", build_extractor("auto", protocol).name) == name
+    monkeypatch.setitem(extractors._builders, "vgg16", (present, False))
+    assert build_extractor("auto", protocol, preferred=("vgg16", "scorer")).name == "vgg16"
+    monkeypatch.setitem(extractors._builders, "scorer", (absent, True))
+    with pytest.raises(FileNotFoundError, match="no such weights here; nor .* any of the stand-ins squeeze, scorer"):
+        build_extractor("auto", protocol)
 
 
 def test_squeeze_features():
@@ -297,3 +319,23 @@ def test_squeeze_features():
     assert features.shape == (5, 512) and features.dtype == torch.float32 and extractor.sha256.startswith("435cedb3")
     torch.testing.assert_close(torch.cat([extractor(part) for part in images.split(2)]), features, rtol=1e-4, atol=1e-4)
     assert (features[0] - features[1]).abs().max() > 0.1
+
+
+def test_scorer_features(monkeypatch, tmp_path):
+    """The bundled face scorer's last features, of images resized as the protocol says; on a small scorer of our own."""
+    import faces.scorer
+    from faces.labels import Attribute
+    from faces.scorer import Scorer, ScorerConfig, ScorerNetwork, save_scorer
+
+    torch.manual_seed(0)
+    config = ScorerConfig((Attribute("smile", "probability"),), width=0.25, input_size=32)
+    scorer = Scorer(ScorerNetwork(config).eval())
+    (tmp_path / "checkpoints").mkdir()
+    save_scorer(tmp_path / "checkpoints" / "face-scorer.safetensors", scorer, half=False)
+    monkeypatch.setattr(faces.scorer, "ROOT", tmp_path)
+    extractor = build_extractor("scorer", PROTOCOLS["tf-compat"])
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    expected = scorer.features(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) / 127.5 - 1)
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)
+    assert extractor.dim == expected.shape[1] and extractor.sha256 == scorer.fingerprint and extractor.standin
+    assert extractor(images[:, :, ::2, ::2]).shape == expected.shape

@@ -106,3 +106,5 @@ def test_mistakes_show_before_the_first_step(play, tmp_path):
     assert ending.status == 1 and "--extractor resnet: expected auto" in ending.err
     assert "Traceback" not in ending.err and not list((tmp_path / "other").glob("sample/000001*"))
     assert play("third", "--iter", 2, "--eval_every", -1).status == 2
+    ending = play("fourth", "--iter", 2, "--eval_every", 2, "--eval_samples", 5)
+    assert ending.status == 2 and "--metric prdc needs at least 6 images: there are 5 (--eval_samples 5)" in ending.err

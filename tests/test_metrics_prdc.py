@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -150,6 +151,67 @@ def test_refusals():
         broken[7, 2] = bad
         with pytest.raises(ValueError, match="fake features hold values that are not finite"):
             compute_prdc(real, broken, nearest_k=2)
+
+
+@pytest.mark.parametrize("order", ["as it is", "near ones last"])
+def test_neighbours_found_in_later_blocks(order):
+    """Blocks are merged by what is nearer than so far: first neighbours that are all replaced, and many at once."""
+    real, fake = gaussians(240, 100, 4, seed=8)
+    if order == "near ones last":  # shells, from the outermost inwards: every later block is nearer than all before
+        real = real[np.argsort(-np.linalg.norm(real, axis=1))]
+    for block in (20, 128):
+        assert compute_prdc(real, fake, nearest_k=5, block=block) == by_definition(real, fake, 5)
+
+
+def test_portions_of_pairs_change_nothing(monkeypatch):
+    """Tiles of which nearly all pairs count are looked at in portions."""
+    real, fake = gaussians(150, 150, 3, scale=0.2)
+    expected = by_definition(real, fake, 60)
+    assert compute_prdc(real, fake, nearest_k=60) == expected
+    monkeypatch.setattr("metrics.manifold.PAIRS", 100)
+    assert compute_prdc(real, fake, nearest_k=60, block=64) == expected
+
+
+def test_features_in_mapped_files(tmp_path):
+    """As large sets come: read-only pages of a file. No warning, no copy, the file stays as it is."""
+    sides = gaussians(200, 150, 16, seed=9)
+    for name, values in zip("rf", sides, strict=True):
+        np.save(tmp_path / f"{name}.npy", values)
+    before = (tmp_path / "r.npy").read_bytes()
+    mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "rf"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compute_prdc(*mapped, nearest_k=5) == compute_prdc(*sides, nearest_k=5)
+    assert (tmp_path / "r.npy").read_bytes() == before
+
+
+def test_working_memory_does_not_grow_with_the_points(monkeypatch):
+    """Whatever N: two blocks, one tile, and pairs in portions. No tensor of N x N, or of N x D, is ever made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        def __init__(self, *given):
+            super().__init__()
+            self.given, self.n_bytes = {tensor.untyped_storage().data_ptr() for tensor in given}, 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.given:
+                    self.n_bytes = max(self.n_bytes, tensor.untyped_storage().nbytes())
+            return result
+
+    dim, block = 40, 64
+    monkeypatch.setattr("metrics.manifold.BLOCK", block)
+    monkeypatch.setattr("metrics.manifold.PAIRS", 2048)
+    monkeypatch.setattr("metrics.manifold.CACHED_BYTES", 8 * dim * block)
+    for n in (300, 600):
+        features = [torch.from_numpy(side) for side in gaussians(n, n, dim, seed=10)]
+        with Largest(*features) as seen:
+            compute_prdc(*features, nearest_k=3, block=block)
+        neighbours = n * (3 + 1 + SPARE) * 8  # kept, of every point: int64; all that grows
+        assert max(2 * block * dim * 4, block * block * 4) <= seen.n_bytes <= max(neighbours, 4 * 2048 * 8)
+        assert seen.n_bytes < min(n * dim * 4, n * n * 4 / 5)
 
 
 @pytest.mark.gpu

@@ -152,7 +152,10 @@ def test_sweep(play, tmp_path):
     status, _, err = play(file)
     assert status == 1 and "fake.truncation 0.5 against 1.0" in err
     points = tmp_path / "s.csv"
-    assert play(file, "--against", "truncation", "--curve_csv", points)[0] == 0
+    status, out, _ = play(file, "--against", "truncation", "--curve_csv", points)
+    assert status == 0 and [" ".join(line.split()) for line in out.splitlines()[2:]] == [
+        "sweep, psi 0.5 100 1.600 0.250", "sweep, psi 0.7 100 1.600 0.350", "sweep, psi 1 100 1.600 0.500",
+    ]  # fmt: skip
     assert points.read_text().splitlines()[1:] == ["sweep,0.5,0.25", "sweep,0.7,0.35", "sweep,1.0,0.5"]
     assert play(file, "--where", "fake.truncation=1")[0] == 0
     assert play(file, "--where", "fake.truncation=0.9")[0] == 1
@@ -179,3 +182,31 @@ def test_mistakes(play, runs, tmp_path):
     assert status == 1 and "metrics.jsonl does not exist" in err or "none does not exist" in err
     status, _, err = play(runs[0], runs[0])
     assert status == 1 and "two runs are called W" in err
+
+
+def test_metrics_of_one_checkpoint_make_one_row(play, tmp_path):
+    """Path length takes other numbers of samples than FID, and has no real images: still the same row."""
+    folder = write_run(tmp_path / "run", [(1000, 90.0), (2000, 80.0)])
+    lengths = record("fid", 55.0, step=2000, fingerprint="run", n=9)
+    lengths |= {"metric": "ppl-w++-squeeze", "n_real": None, "real": {}}
+    append_records(folder / "metrics.jsonl", [lengths])
+    status, out, err = play(folder)
+    assert status == 0, err
+    assert out.splitlines()[0].split()[-1] == "ppl-w++-squeeze"
+    assert out.splitlines()[2].split() == ["run", "2000", "32.0", "80.0", "0.700", "0.400", "55.0"]
+
+
+def test_committed_curve_falls(root):
+    """docs/metrics-32: the log beside the curve is read, was computed alike, and is what the table of points says."""
+    folder = root / "docs" / "metrics-32"
+    records = read_records(folder / "metrics.jsonl")
+    curve = [r for r in records if r["metric"] == "fid-squeeze"]
+    require_alike(curve)
+    points = report.build_curve(curve, "fid-squeeze", "images")
+    assert len(points) >= 5 and points[0][0] == 0
+    assert points[-1][1] < 0.5 * points[0][1]
+    with open(folder / "curve.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert [(float(x), float(value)) for _, x, value in rows[1:]] == points
+    for side in ("real", "fake"):  # where things lay on the machine is nobody's business
+        assert not any(str(r[side]["path"]).startswith("/") for r in records)
