@@ -39,7 +39,7 @@ def render_codes(generator, codes, noise, *, dtype=None) -> Iterator[np.ndarray]
     device = generator.token.device
     maps = [layer.to(device) for layer in noise]
     for start in range(0, len(codes), BLOCK):
-        block = torch.from_numpy(np.array(codes[start : start + BLOCK])).to(device)  # [B, L, 512]
+        block = torch.from_numpy(np.array(codes[start : start + BLOCK], np.float32)).to(device)  # [B, L, 512]
         images, _ = generator(block, input_is_latent=True, noise=maps, dtype=dtype)  # [B, 3, S, S]
         yield from to_uint8(images)
 
