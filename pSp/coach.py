@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError
 from common.distributed import barrier, gather_list
 from common.images import save_grid
 from common.interrupt import StopSignal
-from common.runs import Run, format_duration
+from common.runs import Run, StepBar, format_duration
 from common.store import DatasetError
 from pSp.training import EncoderTrainer, bad_values
 
@@ -131,7 +130,7 @@ def train(trainer: EncoderTrainer, batches, sampler, held_out: HeldOut, run: Run
     """
     place, total = trainer.place, schedule.max_steps
     outputs = Outputs(run, trainer, keep) if place.is_main else None
-    bar = tqdm(total=total, initial=trainer.step, disable=not place.is_main, unit="step", dynamic_ncols=True)
+    bar = StepBar(total, trainer.step, main=place.is_main)
     since, since_step, metrics = time.perf_counter(), trainer.step, {}
 
     def validate():
@@ -175,7 +174,7 @@ def train(trainer: EncoderTrainer, batches, sampler, held_out: HeldOut, run: Run
             left = (total - step) * (now - since) / (step - since_step)
             run.log(step, "train", **metrics)
             run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
+            bar.note(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
             since, since_step = now, step
         if "val" in due:
             metrics = validate()

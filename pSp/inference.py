@@ -33,6 +33,7 @@ from rendering import forward_size
 
 COUPLED_EVERY = 100  # pictures coupled with their original even without --couple_outputs, as published
 SHEETS = 8  # comparison sheets at most
+SHOWN = SHEETS * PER_SHEET  # pictures kept for them
 
 
 @dataclass
@@ -80,7 +81,7 @@ def read_batches(pictures, positions: Iterable[int], batch: int, workers: int) -
 def invert(
     net: pSp, pictures, positions: Iterable[int], *, perceptual, identity=None, batch: int = 2, workers: int = 0,
     factor: int = 1, mix: Callable | None = None, resize: bool = False, dtype=None, save: Callable | None = None,
-    keep_shown: int = SHEETS * PER_SHEET,
+    keep_shown: int = SHOWN,
 ) -> Inversion:  # fmt: skip
     """Codes, reconstructions and measures of pictures (inversion/pictures.py), those that can be read.
 
@@ -142,13 +143,36 @@ def style_mixing(net: pSp, layers: list[int], alpha: float | None, seed: int) ->
     return mix
 
 
+@torch.no_grad()
+def retrieval(shown: list[tuple[np.ndarray, np.ndarray]], features: Callable, distance: Callable, device) -> float:
+    """Share of the reconstructions whose nearest original is their own: does the output depend on the input?
+
+    shown: (original, picture) pairs, uint8 [S, S, 3]. features(images [1, 3, S, S]) -> list of tensors [1, ...];
+    distance(features of N, features of 1) -> [N]. An encoder that always gives the mean face has 1 / n.
+    """
+    originals, pictures = ([features(to_tensor(pair[side])[None].to(device)) for pair in shown] for side in (0, 1))
+    originals = [torch.cat(layer) for layer in zip(*originals, strict=True)]
+    own = sum(int(distance(originals, picture).argmin()) == i for i, picture in enumerate(pictures))
+    return own / len(shown)
+
+
+def retrieve(result: Inversion, n: int, perceptual, identity, device) -> dict[str, float]:
+    """`retrieval` among the first n pictures of a result, by the perceptual distance and, if it is there, identity."""
+    found = {"perceptual": retrieval(result.shown[:n], perceptual.features, perceptual.distance, device)}
+    if identity is not None:
+        found["identity"] = retrieval(result.shown[:n], lambda images: [identity.embed(images)],
+                                      lambda a, b: -(a[0] * b[0]).sum(1), device)  # fmt: skip
+    return found
+
+
 def save_inversion(
     folder: str | Path, net: pSp, result: Inversion, names: list[str], *, perceptual: str, identity: str | None,
-    alignment: list | None = None, extra: dict | None = None,
+    alignment: list | None = None, extra: dict | None = None, retrieved: dict | None = None,
 ) -> str:  # fmt: skip
     """Write everything but the pictures themselves: see the head of scripts/inference.py.
 
-    names, alignment: of all pictures, by position. Returns the summary line. ValueError when nothing could be read.
+    names, alignment: of all pictures, by position. retrieved: of `retrieve`. Returns the summary line. ValueError when
+    nothing could be read.
     """
     folder = Path(folder)
     write_skipped(folder, {names[position]: reason for position, reason in result.skipped})
@@ -169,16 +193,16 @@ def save_inversion(
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in result.values.items()}
     write_json(folder / "reconstruction.json", {
         "method": "pSp", "space": net.space, "count": len(kept), "perceptual_by": perceptual, "identity_by": identity,
-        "measures": statistics, "settings": extra or {},
+        "measures": statistics, "settings": extra or {}, **({"retrieval": retrieved} if retrieved else {}),
     })  # fmt: skip
     line = summary(result.values, perceptual=perceptual, identity=identity)
     runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
     (folder / "stats.txt").write_text(f"{runtime}\n{line}\n", encoding="utf-8")
-    for index in range(0, min(len(result.shown), SHEETS * PER_SHEET), PER_SHEET):
+    for index in range(0, min(len(result.shown), SHOWN), PER_SHEET):
         originals, pictures = zip(*result.shown[index : index + PER_SHEET], strict=True)
         captions = [f"{kept[i]}: {result.values['perceptual'][i]:.3f}, mse {result.values['mse'][i]:.4f}"
                     for i in range(index, index + len(originals))]  # fmt: skip
         sheet = comparison_sheet(originals, pictures, captions)
         save_image(sheet, folder / f"sheet_{index // PER_SHEET:03d}.png")
-    remove_numbered(folder, ("sheet_*.png",), -(-min(len(result.shown), SHEETS * PER_SHEET) // PER_SHEET))
+    remove_numbered(folder, ("sheet_*.png",), -(-min(len(result.shown), SHOWN) // PER_SHEET))
     return line

@@ -5,7 +5,8 @@
 
 The published checkpoint, {"state_dict": encoder.* and decoder.*, "latent_avg", "opts"}, is what is written, with the
 configs of both networks, the step and the training state beside it; files of eladrich/pixel2style2pixel and of
-TransStyleGAN are read, their architecture from their tensors.
+TransStyleGAN are read, their architecture from their tensors. An exported encoder (.safetensors) is the encoder alone,
+in half precision, and names the generator that it was trained for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoint import CheckpointError, fingerprint, load_checkpoint
-from model import Generator, GeneratorConfig, infer_config, load_strictly
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_safetensors, save_safetensors
+from model import Generator, GeneratorConfig, infer_config, load_generator, load_strictly
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
 
 
@@ -174,9 +175,56 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
     return net.eval().requires_grad_(False)
 
 
-def load_psp(path: str | Path, device: str | torch.device = "cpu") -> pSp:
+def load_psp(path: str | Path, device: str | torch.device = "cpu", generator: Generator | None = None) -> pSp:
     """The pSp network in a checkpoint of ours or of the published tools, eval mode, gradients off, on `device`.
 
-    Raises FileNotFoundError, or CheckpointError in one sentence. `net.decoder.fingerprint` is that of the generator.
+    generator: for an exported encoder, which holds none; default: the file that it names, beside it. Raises
+    FileNotFoundError, or CheckpointError in one sentence. `net.decoder.fingerprint` is that of the generator.
     """
+    path = Path(path)
+    if path.suffix.lower() == ".safetensors":
+        return load_exported(path, generator).to(device)
     return psp_from_state(load_checkpoint(path), path).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The encoder alone
+
+
+def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
+    """Write the encoder as .safetensors: convolutions and matrices in half precision, all else in float32.
+
+    generator: name of the file of its generator, which readers look for beside this one.
+    """
+    tensors = {f"encoder.{name}": value.half() if value.ndim > 1 else value
+               for name, value in net.encoder.state_dict().items()}  # fmt: skip
+    save_safetensors(path, tensors | {"latent_avg": net.latent_avg}, {
+        "encoder_config": net.config.to_dict(), "start_from_latent_avg": net.start_from_latent_avg,
+        "generator": generator, "fingerprint": net.decoder.fingerprint, "step": net.step,
+    })  # fmt: skip
+
+
+def load_exported(path: Path, generator: Generator | None = None) -> pSp:
+    """What export_encoder wrote, with its generator. Raises as load_psp does."""
+    tensors, about = load_safetensors(path)
+    missing = [name for name in ("encoder_config", "generator", "fingerprint") if name not in about]
+    if missing or "latent_avg" not in tensors:
+        raise CheckpointError(f"{path} is no exported pSp encoder: it has no {(missing or ['latent_avg'])[0]}")
+    if generator is None:
+        beside = path.parent / Path(about["generator"]).name
+        if not beside.is_file():
+            raise FileNotFoundError(f"{path} is an encoder for the generator {beside.name} ({about['fingerprint']}), "
+                                    "which is not beside it")  # fmt: skip
+        generator = load_generator(beside)
+    if generator.fingerprint != about["fingerprint"]:
+        raise CheckpointError(f"{path} is an encoder for the generator {about['fingerprint']} ({about['generator']}), "
+                              f"this one is {generator.fingerprint}")  # fmt: skip
+    try:
+        net = pSp(EncoderConfig.from_dict(about["encoder_config"]), generator, tensors.pop("latent_avg"),
+                  start_from_latent_avg=bool(about.get("start_from_latent_avg")))  # fmt: skip
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    state = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    load_strictly(net.encoder, part(state, "encoder"), path)
+    net.step = int(about.get("step", 0))
+    return net.eval().requires_grad_(False)

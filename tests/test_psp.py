@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import CheckpointError, fingerprint, save_checkpoint
+from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
 from common.cli import UserError
 from faces.arcface import ArcFace, Unit, arcface_state
 from model import Generator, GeneratorConfig
 from pSp import data_configs, losses
 from pSp.encoders import ENCODERS, GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig, build_encoder, infer_encoder_config
 from pSp.losses import EncoderLoss, LossWeights
-from pSp.psp import load_psp, pSp, psp_state
+from pSp.psp import export_encoder, load_psp, pSp, psp_state
 from pSp.ranger import Ranger
 
 # sha256 over "name:shape" of every tensor, sorted, of eladrich/pixel2style2pixel at commit 5cfff38 (its own classes,
@@ -238,14 +238,50 @@ def test_files_that_are_no_encoders(tmp_path):
         load_psp(tmp_path / "absent.pt")
 
 
+def test_exported_encoder(tmp_path):
+    """The encoder alone, in half precision; its generator is found beside it, or given, and must be the right one."""
+    net = tiny_net().eval()
+    net.step, net.decoder.fingerprint = 7, fingerprint(net.decoder.state_dict())
+    config = net.decoder.config.to_dict()
+    save_safetensors(tmp_path / "faces.safetensors", net.decoder.state_dict(), {"config": config})
+    export_encoder(net, tmp_path / "encoder.safetensors", "faces.safetensors")
+    read = load_psp(tmp_path / "encoder.safetensors")
+    assert read.step == 7 and read.config == net.config and read.start_from_latent_avg and not read.training
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        codes = read.encode(images)
+        torch.testing.assert_close(codes, net.encode(images), atol=5e-3, rtol=5e-3)
+        given = load_psp(tmp_path / "encoder.safetensors", generator=net.decoder)
+        assert given.decoder is net.decoder and torch.equal(given.encode(images), codes)
+    assert torch.equal(read.encoder.input_layer[1].running_var, net.encoder.input_layer[1].running_var), "not rounded"
+
+    other = tiny_generator()
+    with torch.no_grad():
+        other.input.input.add_(1)
+    save_safetensors(tmp_path / "faces.safetensors", other.state_dict(), {"config": config})
+    with pytest.raises(CheckpointError, match=rf"for the generator {net.decoder.fingerprint} \(faces.*this one is"):
+        load_psp(tmp_path / "encoder.safetensors")
+    (tmp_path / "faces.safetensors").rename(tmp_path / "wrong.safetensors")
+    with pytest.raises(FileNotFoundError, match="encoder for the generator faces.safetensors .* not beside it"):
+        load_psp(tmp_path / "encoder.safetensors")
+    with pytest.raises(CheckpointError, match="wrong.safetensors is no exported pSp encoder: it has no encoder_config"):
+        load_psp(tmp_path / "wrong.safetensors")
+
+
 # -- losses --------------------------------------------------------------------------------------------------------
 
 
 class FakePerceptual(torch.nn.Module):
     name = "fake-perceptual"
 
+    def features(self, images):
+        return [images]
+
+    def distance(self, a, b):
+        return (a[0] - b[0]).abs().mean((1, 2, 3))
+
     def forward(self, a, b):
-        return (a - b).abs().mean((1, 2, 3))
+        return self.distance(self.features(a), self.features(b))
 
 
 class FakeIdentity(torch.nn.Module):

@@ -23,8 +23,10 @@ from common.latents import load_latents
 from common.runs import read_log
 from inversion.measures import read_measures
 from model import Generator, GeneratorConfig, load_generator
+from pSp.inference import retrieval
 from pSp.losses import EncoderLoss, LossWeights
 from pSp.psp import load_psp
+from pSp.scripts import export as export_script
 from pSp.scripts import inference as inference_script
 from pSp.scripts import train as train_script
 from pSp.training import EncoderSettings, EncoderTrainer
@@ -395,6 +397,50 @@ def test_outputs_at_the_generators_size_or_256(face_folder, tmp_path):
         assert Image.open(result).size == (size, size) and Image.open(coupled).size == (2 * size, size)
 
 
+def test_retrieval():
+    """Pictures near their originals are found; one face for all is not; and a swapped pair counts against it."""
+    draw = np.random.RandomState(0)
+    originals = [draw.randint(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
+    alike = [(o, np.clip(o.astype(int) + draw.randint(-9, 10, o.shape), 0, 255).astype(np.uint8)) for o in originals]
+    mean = np.mean(originals, 0).astype(np.uint8)
+
+    def share(pairs):
+        return retrieval(pairs, lambda x: [x], lambda a, b: (a[0] - b[0]).square().mean((1, 2, 3)), "cpu")
+
+    assert share(alike) == 1
+    assert share([(o, mean) for o in originals]) == pytest.approx(1 / 6)
+    swapped = [(alike[0][0], alike[1][1]), (alike[1][0], alike[0][1]), *alike[2:]]
+    assert share(swapped) == pytest.approx(4 / 6)
+
+
+def test_exported_encoder_gives_the_same_pictures(trained, generators, faces_to_invert, tmp_path, capsys):
+    """By the command lines of export and inference: half precision moves a pixel by a little at most."""
+
+    def export(*flags):
+        return run(export_script.main, export_script.build_parser(), [str(flag) for flag in flags])
+
+    checkpoint, out = trained / "checkpoints" / "best_model.pt", tmp_path / "ü.safetensors"
+    flags = ("--checkpoint_path", checkpoint, "--output", out)
+    assert export(*flags, "--stylegan_weights", generators["w++"]) == 0
+    assert "keep it beside wpp.pt" in capsys.readouterr().out
+    data = ("--data_path", faces_to_invert, "--test_workers", 0)
+    assert infer("--exp_dir", tmp_path / "a", "--checkpoint_path", out, *data) == 1
+    assert "an encoder for the generator wpp.pt" in capsys.readouterr().err
+    assert infer("--exp_dir", tmp_path / "a", "--checkpoint_path", out, *data, "--stylegan_weights",
+                 generators["w++"], "--retrieval", 5, "--id_net", "none") == 0  # fmt: skip
+    assert "its own for" in capsys.readouterr().out
+    assert infer("--exp_dir", tmp_path / "b", "--checkpoint_path", checkpoint, *data) == 0
+    exported, whole = (load_latents(tmp_path / name) for name in "ab")
+    assert exported.names == whole.names and exported.fingerprint == whole.fingerprint
+    torch.testing.assert_close(exported.latents, whole.latents, atol=1e-2, rtol=1e-2)
+    shares = json.loads((tmp_path / "a" / "reconstruction.json").read_text())["retrieval"]
+    assert set(shares) == {"perceptual"} and 0 <= shares["perceptual"] <= 1
+
+    assert export(*flags, "--stylegan_weights", generators["w"]) == 1
+    assert "was trained for" in capsys.readouterr().err
+    assert export("--checkpoint_path", checkpoint, "--output", "x.pt", "--stylegan_weights", generators["w"]) == 2
+
+
 INFERENCE_ERRORS = [
     (["--data_path", "absent"], "absent does not exist", 1),
     (["--data_path", "EMPTY"], "holds no images", 1),
@@ -404,6 +450,8 @@ INFERENCE_ERRORS = [
     (["--latent_mask", "a"], "expected layers such as 8,9,10", 2),
     (["--mix_alpha", "0.5"], "goes with --latent_mask", 2),
     (["--resize_factors", "2,4"], "inference takes one factor", 2),
+    (["--retrieval", "1"], "expected at least two pictures", 2),
+    (["--stylegan_weights", "W"], "best_model.pt was trained for", 1),
     (["--n_outputs_to_generate", "5"], "--n_outputs_to_generate is not supported", 1),
 ]
 
@@ -413,7 +461,8 @@ def test_mistakes_of_inference_are_one_line(flags, message, status, trained, gen
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no picture")
-    places = {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken", "GENERATOR": generators["w++"]}
+    places = {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken", "GENERATOR": generators["w++"],
+              "W": generators["w"]}  # fmt: skip
     flags = [str(places.get(flag, flag)) for flag in flags]
     checkpoint = trained / "checkpoints" / "best_model.pt"
     assert infer("--exp_dir", tmp_path / "E", "--checkpoint_path", checkpoint, "--data_path", face_folder,

@@ -25,8 +25,9 @@ from common.images import FITS, save_image
 from common.perceptual import build_perceptual
 from faces.identity import build_identity
 from inversion.pictures import open_pictures
+from model import load_generator
 from pSp.data_configs import resize_factors
-from pSp.inference import COUPLED_EVERY, Inversion, invert, save_inversion, style_mixing
+from pSp.inference import COUPLED_EVERY, SHOWN, Inversion, invert, retrieve, save_inversion, style_mixing
 from pSp.psp import load_psp
 from pSp.training import DTYPES
 from rendering import file_names
@@ -36,7 +37,9 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--exp_dir", help="folder for everything that is written")
-    add("--checkpoint_path", help="pSp checkpoint, ours or published (default: EXP_DIR/checkpoints/best_model.pt)")
+    add("--checkpoint_path", help="pSp checkpoint, ours or published, or an exported encoder (default: "
+                                  "EXP_DIR/checkpoints/best_model.pt)")  # fmt: skip
+    add("--stylegan_weights", help="generator of an exported encoder (default: the file it names, beside it)")
     add("--data_path", default="gt_images", help="folder of pictures (any depth), one picture, or an LMDB")
     add("--couple_outputs", action="store_true", help="save every input beside its output, not each 100th only")
     add("--resize_outputs", action="store_true", help="save outputs at 256x256 where the generator's are larger")
@@ -51,6 +54,8 @@ def build_parser() -> ArgumentParser:
     add("--fit", choices=FITS, default="crop", help="for pictures that are not square")
     add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the first that is found")
     add("--id_net", default="auto", help="identity network (faces/identity.py); auto: the first that is found; none")
+    add("--retrieval", type=int, default=0, metavar="N",
+        help="among the first N pictures: whose nearest original is a reconstruction's? 0: not asked")  # fmt: skip
     add("--weights_dir", help="folder looked into first for third-party weights")
     add("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
     add("--seed", type=int, default=0, help="of the samples of --latent_mask")
@@ -70,6 +75,8 @@ def read_options(args) -> tuple[int, list[int] | None]:
     factors = resize_factors(args.resize_factors) if args.resize_factors else (1,)
     if len(factors) != 1:
         raise UsageError(f"--resize_factors {args.resize_factors}: inference takes one factor")
+    if args.retrieval < 0 or args.retrieval == 1:
+        raise UsageError(f"--retrieval {args.retrieval}: expected at least two pictures, or 0")
     if args.mix_alpha is not None and (args.latent_mask is None or not 0 <= args.mix_alpha <= 1):
         raise UsageError("--mix_alpha is a number from 0 to 1 and goes with --latent_mask")
     try:
@@ -118,7 +125,11 @@ def main(args) -> int:
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
     place = setup(args.device)
     try:
-        net = load_psp(path, place.device)
+        generator = load_generator(args.stylegan_weights, place.device) if args.stylegan_weights else None
+        net = load_psp(path, place.device, generator)
+        if generator is not None and net.decoder.fingerprint != generator.fingerprint:
+            raise UserError(f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, {path} was "
+                            f"trained for {net.decoder.fingerprint}")  # fmt: skip
         if net.config.input_nc != 3:
             raise UserError(f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
                             "pictures are supported")  # fmt: skip
@@ -137,16 +148,23 @@ def main(args) -> int:
             net, pictures, shard(n, place.rank, place.world_size), perceptual=perceptual, identity=identity,
             batch=args.test_batch_size, workers=args.test_workers, factor=factor, mix=mix, resize=args.resize_outputs,
             dtype=None if args.precision == "fp32" else DTYPES[args.precision], save=folders.save,
+            keep_shown=max(SHOWN, args.retrieval),
         )  # fmt: skip
         result = Inversion()
         for part in gather_list(mine):  # contiguous shards: the order of the pictures
             result.extend(part)
         if place.is_main:
             extra = {"checkpoint": path.name, "factor": factor, "latent_mask": layers}
+            retrieved = {}
+            if args.retrieval and result.shown:
+                retrieved = retrieve(result, args.retrieval, perceptual, identity, place.device)
             line = save_inversion(exp_dir, net, result, pictures.names, perceptual=perceptual.name,
                                   identity=identity.name if identity else None, alignment=pictures.alignment(),
-                                  extra=extra)  # fmt: skip
+                                  extra=extra, retrieved=retrieved)  # fmt: skip
             print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}; {line}")
+            for by, share in retrieved.items():
+                print(f"nearest original by {by}: its own for {share:.0%} of "
+                      f"{min(args.retrieval, len(result.shown))}")  # fmt: skip
     finally:
         shutdown()
     return 0
