@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.checkpoint import atomic_write, require_file
 
@@ -216,19 +217,19 @@ class RidgeSums:
     """
 
     def __init__(self, width: int):
-        self.gram = np.zeros((width, width))
+        self.gram = torch.zeros(width, width, dtype=torch.float64)
         self.sum_x, self.sum_xy = np.zeros(width), np.zeros(width)
         self.n, self.sum_y, self.shift = 0, 0.0, None
 
     def add(self, latents, scores):
         """latents [N, D], scores [N]."""
-        latents = np.asarray(latents, np.float64)
         if self.shift is None:  # sums about a point among the samples lose no digits to a large mean
-            self.shift = latents.mean(0)
-        x = latents - self.shift
-        self.gram += x.T @ x
-        self.sum_x += x.sum(0)
-        self.sum_xy += x.T @ scores
+            self.shift = np.mean(latents, 0, dtype=np.float64)
+        for rows in _batches(np.arange(len(scores)), 512):
+            x = torch.from_numpy(latents[rows] - self.shift)  # float64
+            self.gram.addmm_(x.t(), x)  # in place: a product of its own would double the memory
+            self.sum_x += x.sum(0).numpy()
+            self.sum_xy += x.numpy().T @ scores[rows]
         self.sum_y += float(np.sum(scores))
         self.n += len(scores)
 
@@ -239,8 +240,8 @@ class RidgeSums:
         if self.n < 2:
             raise BoundaryError(f"{self.n} samples are too few for a regression")
         mean = self.sum_x / self.n
-        covariance = self.gram  # overwritten: a copy would double the memory
-        covariance -= self.n * np.outer(mean, mean)
+        about_mean = torch.from_numpy(mean)
+        covariance = self.gram.addr_(about_mean, about_mean, alpha=-self.n).numpy().T  # in place; symmetric
         penalty = ridge * np.trace(covariance) / len(mean)
         if not penalty > 0:
             raise BoundaryError("the latents of the samples do not differ")
