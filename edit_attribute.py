@@ -28,11 +28,10 @@ from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import make_strip, save_image, save_video, to_tensor
-from common.weights import find
 from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthogonalise
 from editing.samples import SampledCodes, score_samples
 from editing.sweep import edit_codes, reach, render_codes, score_frames
-from faces.identity import WEIGHTS, build_identity
+from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from model import load_generator
 from rendering import latents_source, select_noise
@@ -103,7 +102,7 @@ def main(args) -> None:
         if args.orthogonal_to:
             others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",")]
             boundaries = [orthogonalise(boundary, others) for boundary in boundaries]
-        tools = Tools(scorer, choose_identity(args, place.device))
+        tools = Tools(scorer, identity_or_none(args.identity, place.device, args.weights_dir))
         rows = []
         mine = shard(len(source.names), place.rank, place.world_size)
         for i in tqdm(mine, desc="editing", unit="face", disable=None):
@@ -162,13 +161,6 @@ def make_boundary(args, generator, scorer, place) -> Boundary:
         print(f"{path}: {args.fit} on {args.num_sample} samples, accuracy {shown}; "
               f"one standard deviation is {boundary.std:.3g}")  # fmt: skip
     return broadcast_object(boundary)
-
-
-def choose_identity(args, device):
-    if args.identity == "none" or (args.identity == "auto" and not any(
-            find(weights, args.weights_dir) for weights in WEIGHTS.values())):  # fmt: skip
-        return None
-    return build_identity(args.identity, device, args.weights_dir)
 
 
 # -- a face --------------------------------------------------------------------------------------------------------

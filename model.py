@@ -393,10 +393,9 @@ def load_strictly(network: nn.Module, state: dict, source) -> None:
     own = network.state_dict()
     wrong = [f"{k} is absent" for k in own if k not in state]
     wrong += [f"{k} is unknown" for k in state if k not in own]
-    wrong += [
-        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-        for k in own if k in state and state[k].shape != own[k].shape
-    ]  # fmt: skip
+    shared = [k for k in own if k in state]
+    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
+              for k in shared if state[k].shape != own[k].shape]  # fmt: skip
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")

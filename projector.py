@@ -41,7 +41,7 @@ from common.distributed import (
 from common.images import FITS, save_video, to_uint8
 from common.latents import load_latents
 from common.perceptual import build_perceptual
-from faces.identity import build_identity
+from faces.identity import identity_or_none
 from inversion.measures import measure
 from inversion.pictures import open_pictures, pixel_seed
 from inversion.projection import Projection, ProjectionSettings, Task, choose_space, project_each
@@ -131,19 +131,6 @@ def read_settings(args) -> ProjectionSettings:
         return ProjectionSettings(steps=args.step, **values)
     except ValueError as error:
         raise UsageError(f"--{error}".replace("--steps", "--step")) from None
-
-
-def identity_or_none(name: str, device, weights_dir):
-    """The network called `name`; None for 'none', and for 'auto' when no weights are here."""
-    if name == "none":
-        return None
-    try:
-        return build_identity(name, device, weights_dir)
-    except FileNotFoundError as error:
-        if name != "auto":
-            raise
-        print(f"note: no identity column: {error}", file=sys.stderr)
-        return None
 
 
 def digest(path: Path) -> str:

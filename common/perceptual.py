@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ NORM_EPSILON = 1e-10  # the lpips package's
 # -- the interface -------------------------------------------------------------------------------------------------
 
 
-class Perceptual(nn.Module):
+class Perceptual(nn.Module, ABC):
     """A frozen distance: images [N, 3, H, W] in [-1, 1], twice -> [N], float32. Gradients reach the images only.
 
     `features` is the expensive half; `distance` takes two of its results, of N images each or of N and 1.
@@ -52,12 +53,13 @@ class Perceptual(nn.Module):
             raise ValueError(f"{self.name} compares images [N, 3, H, W], got {list(images.shape)}")
         return [_unit_length(layer) for layer in self.activations(images)]
 
+    @abstractmethod
     def activations(self, images):
-        raise NotImplementedError
+        """Activations per layer, each [N, C, h, w]."""
 
+    @abstractmethod
     def layer_distance(self, index, squared):
         """Squared differences [N, C, h, w] of layer `index` -> its share of the distance [N, 1, h, w]."""
-        raise NotImplementedError
 
     def distance(self, features_a, features_b):
         """The distance [N] between two results of `features`."""

@@ -12,6 +12,7 @@ Apache-2.0 weights) is small and may be used freely; IR-SE50 ArcFace is that of 
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -224,3 +225,16 @@ def build_identity(name="auto", device="cpu", weights_dir=None, *, flip=False):
         return Identity(load_arcface("cpu", weights_dir), name, crop_as_psp, flip=flip).to(device)
     network = load_mobilefacenet(weights_dir)
     return Identity(network, name, crop_for_arcface, mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=flip).to(device)
+
+
+def identity_or_none(name, device="cpu", weights_dir=None):
+    """As `build_identity`; None for 'none', and, with a note on stderr, for 'auto' when no weights are here."""
+    if name == "none":
+        return None
+    try:
+        return build_identity(name, device, weights_dir)
+    except FileNotFoundError as error:
+        if name != "auto":
+            raise
+        print(f"note: identity is not measured: {error}", file=sys.stderr)
+        return None

@@ -15,6 +15,7 @@ logit per attribute, calibrated on the validation split (Platt 1999; temperature
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -159,7 +160,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 # Interface
 
 
-class AttributeScorer(nn.Module):
+class AttributeScorer(nn.Module, ABC):
     """What every scorer offers. A subclass sets `attributes` and implements `margins`."""
 
     attributes: tuple[Attribute, ...] = ()
@@ -179,9 +180,9 @@ class AttributeScorer(nn.Module):
             raise ValueError(f"this scorer has no attribute {name!r}; it has {', '.join(self.names)}")
         return self.names.index(name)
 
+    @abstractmethod
     def margins(self, images: torch.Tensor) -> torch.Tensor:
         """As `forward`, but log-odds in place of probabilities: to rank pictures whose probabilities are all near 1."""
-        raise NotImplementedError
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [-1, 1] (clamped to it), any size -> [N, A] in the units of `units`, columns `names`.

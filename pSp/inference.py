@@ -23,7 +23,7 @@ from common.images import ImageError, save_image, to_tensor, to_uint8
 from common.latents import draw_z, save_latents
 from common.runs import write_json
 from common.store import DatasetError
-from inversion.measures import mean_and_std, measure, summary, write_measures
+from inversion.measures import mean_and_std, measure, picture_digest, summary, write_measures
 from inversion.results import write_skipped
 from inversion.sheets import PER_SHEET, comparison_sheet
 from inversion.store import remove_numbered
@@ -44,11 +44,12 @@ class Inversion:
     latents: list[np.ndarray] = field(default_factory=list)  # float32 [L, D]
     values: dict[str, list[float]] = field(default_factory=dict)  # of inversion/measures.py
     shown: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # original, picture of the first few
+    originals: list[str] = field(default_factory=list)  # picture_digest of each original as it was measured
     skipped: list[tuple[int, str]] = field(default_factory=list)  # position, reason
     seconds: list[float] = field(default_factory=list)  # per batch, encoder and generator
 
     def extend(self, other: Inversion) -> None:
-        for name in ("positions", "latents", "shown", "skipped", "seconds"):
+        for name in ("positions", "latents", "originals", "shown", "skipped", "seconds"):
             getattr(self, name).extend(getattr(other, name))
         for name, values in other.values.items():
             self.values.setdefault(name, []).extend(values)
@@ -114,6 +115,7 @@ def invert(
             for name, value in values.items():
                 result.values.setdefault(name, []).extend(value.tolist())
             result.positions += where
+            result.originals += [picture_digest(picture) for picture in pooled]
             result.latents += list(codes.float().cpu().numpy())
             if len(result.shown) < keep_shown:
                 result.shown += list(zip(pooled, to_uint8(picture), strict=True))
@@ -186,7 +188,8 @@ def save_inversion(
         alignment=None if alignment is None else [alignment[position] for position in result.positions],
         extra={"method": "pSp", "step": net.step, "perceptual": perceptual, "identity": identity} | (extra or {}),
     )  # fmt: skip
-    write_measures(folder / "reconstruction.csv", kept, result.values, perceptual=perceptual, identity=identity)
+    write_measures(folder / "reconstruction.csv", kept, result.values, perceptual=perceptual, identity=identity,
+                   originals=result.originals)  # fmt: skip
     for name in ("perceptual", "mse"):  # the published files, one value per picture
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array(result.values[name]))

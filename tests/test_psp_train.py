@@ -62,7 +62,7 @@ class FakeMeasure(FakeIdentity):
 def fake_measures(monkeypatch):
     """Of the inference script: no weights needed, and no seconds for SqueezeNet."""
     monkeypatch.setattr(inference_script, "build_perceptual", lambda *_, **__: FakePerceptual())
-    monkeypatch.setattr(inference_script, "build_identity", lambda *_, **__: FakeMeasure())
+    monkeypatch.setattr("faces.identity.build_identity", lambda *_, **__: FakeMeasure())
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
 from common.images import FITS, save_image
 from common.perceptual import build_perceptual
-from faces.identity import build_identity
+from faces.identity import identity_or_none
 from inversion.pictures import open_pictures
 from model import load_generator
 from pSp.data_configs import resize_factors
@@ -86,19 +86,6 @@ def read_options(args) -> tuple[int, list[int] | None]:
     return factors[0], layers
 
 
-def find_identity(name: str, device, weights_dir):
-    """The network, or None when there is to be none, or `auto` finds none."""
-    if name == "none":
-        return None
-    try:
-        return build_identity(name, device, weights_dir)
-    except FileNotFoundError as error:
-        if name != "auto":
-            raise
-        print(f"identity is not measured: {error}", file=sys.stderr)
-        return None
-
-
 class Folders:
     """Where pictures go: inference_results/ and inference_coupled/, below downsampling_F for super-resolution."""
 
@@ -138,7 +125,7 @@ def main(args) -> int:
         n = min(len(pictures), args.n_images or len(pictures))
         mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
         perceptual = build_perceptual(args.lpips_net, place.device, args.weights_dir)
-        identity = find_identity(args.id_net, place.device, args.weights_dir)
+        identity = identity_or_none(args.id_net, place.device, args.weights_dir)
         output_size = net.image_size if args.resize_outputs else net.decoder.config.size
         folders = Folders(exp_dir, pictures.names, couple=args.couple_outputs, factor=factor, output_size=output_size)
         if place.is_main:
