@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint, save_safetensors
 from common.images import make_heatmap, save_grid, save_image
-from common.runs import Run
+from common.runs import Run, peak_bytes
 from training import Trainer
 
 
@@ -105,9 +104,4 @@ def peak_memory(device: torch.device) -> int:
     """MiB: of the GPU's allocator, elsewhere of the process; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> 20 if sys.platform == "darwin" else peak >> 10
+    return peak_bytes() >> 20

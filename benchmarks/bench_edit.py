@@ -11,8 +11,6 @@ and in blocks in ours. Medians of 3. The last line is everything as JSON.
 """
 
 import json
-import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from common.cli import ArgumentParser, run  # noqa: E402
 from common.distributed import tune_allocator  # noqa: E402
+from common.runs import peak_bytes  # noqa: E402
 from editing.boundary import fit_boundary, pick_extremes, separate  # noqa: E402
 from editing.sweep import render_codes  # noqa: E402
 from model import Generator, GeneratorConfig  # noqa: E402
@@ -103,19 +102,11 @@ def memory(args):
 
 def measure_fit(args):
     codes = PlantedCodes(args.num_sample, args.width, args.noise)
-    before = peak_mib()
+    before = peak_bytes() / 2**20
     start = time.perf_counter()
     boundary = fit_boundary(codes, codes.scores, ratio=args.ratio, fit=args.only)
-    return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "before_mib": before,
+    return {"seconds": time.perf_counter() - start, "peak_mib": peak_bytes() / 2**20, "before_mib": before,
             "cosine": float(boundary.normal[0] @ codes.direction), "accuracies": boundary.accuracies}  # fmt: skip
-
-
-def peak_mib():
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss begins at the size of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 # -- machines ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import torch
 
 from common.cli import ArgumentParser, UserError, run
 from common.distributed import tune_allocator
+from common.runs import peak_bytes  # noqa: E402
 from metrics.manifold import BLOCK, PAIRS, SPARE, compute_prdc
 
 MEMORY_DIM, MEMORY_K, FULL_N = 4096, 3, 50_000
@@ -100,15 +100,6 @@ def print_row(name: str, seconds: float, values: dict) -> None:
 
 
 # -- memory --------------------------------------------------------------------------------------------------------
-
-
-def peak_bytes() -> int:
-    """Most resident memory that this process ever had, mapped files among it."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss begins at the size of the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class OwnMemory(threading.Thread):

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -197,6 +198,21 @@ class StepBar(tqdm):
             self.set_postfix_str(text)
         elif self.main:
             print(f"step {step} of {self.total}: {text}", file=sys.stderr, flush=True)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process ever had resident; 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's ru_maxrss begins at the size of the process that started this one
+        found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+        if found:
+            return 1024 * int(found[1])
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def format_duration(seconds):
