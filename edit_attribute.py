@@ -9,7 +9,7 @@ Random samples are scored, the extreme --ratio picked, a boundary fitted and sav
 every code of --latent is moved along it. The scores are kept (--samples, default OUT/samples) and serve other
 attributes; a killed run goes on. --boundary FILE edits at once. Frames: OUT/frames/origin_I_edit_J_ATTRIBUTE_N.png,
 N the predicted value; a strip per face with the values below (OUT/strips); OUT/edits.csv with every score, the identity
-similarity and the mean change of the pixels per frame.
+similarity, perceptual distance and mean change of the pixels per frame.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
-from common.images import make_strip, save_image, save_video, to_tensor
+from common.images import make_strip, save_image, save_video
+from common.latents import parse_layers
+from common.perceptual import perceptual_or_none
 from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthogonalise
+from editing.judging import Judges, judge
 from editing.samples import SampledCodes, score_samples
-from editing.sweep import edit_codes, reach, render_codes, score_frames
+from editing.sweep import edit_codes, reach, render_codes
 from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from model import load_generator
@@ -72,26 +73,21 @@ def build_parser() -> ArgumentParser:
     edit.add_argument("--fps", type=float, default=20, help="frames per second of the video")
     edit.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto",
                       help="network that says how alike each frame is to the inversion")  # fmt: skip
+    edit.add_argument("--perceptual", default="auto-up64",
+                      help="distance of each frame to the inversion: auto-up64, vgg, squeeze, scorer:NAME ... or none")
     edit.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     add_device_flags(parser)
     return parser
 
 
-@dataclass(frozen=True)
-class Tools:
-    """What judges a frame."""
-
-    scorer: object
-    identity: object | None
-
-
 def main(args) -> None:
-    layers = check_flags(args)
+    check_flags(args)
     place = setup(args.device)
     try:
         generator = load_generator(args.ckpt, place.device)
         if args.size and args.size != generator.config.size:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
+        layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
         scorer = load_scorer(args.scorer, place.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
         column = scorer.column(args.attribute)
@@ -102,11 +98,12 @@ def main(args) -> None:
         if args.orthogonal_to:
             others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",")]
             boundaries = [orthogonalise(boundary, others) for boundary in boundaries]
-        tools = Tools(scorer, identity_or_none(args.identity, place.device, args.weights_dir))
+        judges = Judges(scorer, identity_or_none(args.identity, place.device, args.weights_dir),
+                        perceptual_or_none(args.perceptual, place.device, args.weights_dir))  # fmt: skip
         rows = []
         mine = shard(len(source.names), place.rank, place.world_size)
         for i in tqdm(mine, desc="editing", unit="face", disable=None):
-            rows += edit_face(args, generator, source, i, boundaries, tools, column, layers)
+            rows += edit_face(args, generator, source, i, boundaries, judges, column, layers)
         rows = [row for share in gather_list(rows) for row in share]
         if place.is_main:
             write_table(args.output_dir / "edits.csv", rows)
@@ -116,21 +113,11 @@ def main(args) -> None:
 
 
 def check_flags(args):
-    """Raises UsageError; returns the list of layers that move, or None for all."""
+    """Raises UsageError."""
     if args.steps < 1 or args.num_sample < 4 or args.batch_size < 1 or not 0 < args.ratio <= 0.5:
         raise UsageError("--steps and --batch_size take 1 or more, --num_sample 4 or more, --ratio above 0, up to 0.5")
     if args.target and "=" not in args.target:
         raise UsageError(f"--target {args.target}: expected ATTRIBUTE=VALUE, such as age=60")
-    if not args.layers:
-        return None
-    layers = []
-    try:
-        for part in args.layers.split(","):
-            first, dash, last = part.partition("-")
-            layers += range(int(first), int(last) + 1) if dash else [int(first)]
-    except ValueError:
-        raise UsageError(f"--layers {args.layers}: expected numbers and ranges such as 0-7,10") from None
-    return layers
 
 
 # -- boundaries ----------------------------------------------------------------------------------------------------
@@ -166,32 +153,28 @@ def make_boundary(args, generator, scorer, place) -> Boundary:
 # -- a face --------------------------------------------------------------------------------------------------------
 
 
-def edit_face(args, generator, source, i, boundaries, tools, column, layers) -> list[dict]:
+def edit_face(args, generator, source, i, boundaries, judges, column, layers) -> list[dict]:
     """Frames, strip and video of one face; returns its rows of edits.csv."""
     (code,) = source.codes([i])
     code, noise = code.numpy(), select_noise(source.noise, [i])
-    n_layers = len(code)
-    if layers is not None and not all(0 <= layer < n_layers for layer in layers):
-        raise UserError(f"--layers {args.layers}: the code has layers 0 to {n_layers - 1}")
-    distances = frame_distances(args, generator, code, noise, boundaries, tools.scorer, layers)
+    distances = frame_distances(args, generator, code, noise, boundaries, judges.scorer, layers)
     how = "relative" if args.target else args.distance
     codes = edit_codes(code, boundaries, distances, distance=how, layers=layers)
     frames = list(render_codes(generator, np.concatenate((code[None], codes)), noise))  # the inversion comes first
-    scores = score_frames(tools.scorer, frames)
-    alike = likeness(tools.identity, frames)
-    names = tools.scorer.names
+    found, kind = judge(judges, frames), judges.scorer.attributes[column].kind
+    names = judges.scorer.names
     rows = []
-    for j, (frame, score) in enumerate(zip(frames[1:], scores[1:], strict=True)):
-        value = f"{score[column]:.0f}" if tools.scorer.attributes[column].kind == "years" else f"{score[column]:.2f}"
+    for j, (frame, score) in enumerate(zip(frames[1:], found.scores[1:], strict=True)):
+        value = f"{score[column]:.0f}" if kind == "years" else f"{score[column]:.2f}"
         name = f"origin_{i}_edit_{j}_{args.attribute}_{value}.png"
         if not args.no_frames:
             save_image(frame, args.output_dir / "frames" / name)
-        change = np.abs(frame.astype(np.float32) - frames[0]).mean() / 127.5
         rows.append({"image": source.names[i], "origin": i, "edit": j, "distance": round(float(distances[j, 0]), 4),
                      "frame": name, **{n: round(float(s), 4) for n, s in zip(names, score, strict=True)},
-                     "identity": "" if alike is None else round(float(alike[j + 1]), 4),
-                     "change": round(float(change), 4)})  # fmt: skip
-    show_sweep(args, i, frames, scores[:, column], tools.scorer.attributes[column].kind)
+                     **{what: "" if values is None else round(float(values[j + 1]), 4) for what, values in
+                        (("identity", found.identity), ("perceptual", found.perceptual), ("change", found.change))},
+                     })  # fmt: skip
+    show_sweep(args, i, frames, found.scores[:, column], kind)
     return rows
 
 
@@ -210,16 +193,6 @@ def frame_distances(args, generator, code, noise, boundaries, scorer, layers) ->
     units = [boundary.std if args.unit == "std" else 1.0 for boundary in boundaries]
     means = [boundary.mean if args.unit == "std" and args.distance == "absolute" else 0.0 for boundary in boundaries]
     return np.stack([line * unit + mean for unit, mean in zip(units, means, strict=True)], 1)
-
-
-@torch.no_grad()
-def likeness(identity, frames):
-    """Cosine similarity of each frame to the first, [K], or None without a network."""
-    if identity is None:
-        return None
-    images = torch.stack([to_tensor(frame) for frame in frames])
-    embeddings = torch.cat([identity.embed(block) for block in images.to(next(identity.buffers()).device).split(16)])
-    return (embeddings @ embeddings[0]).cpu().numpy()
 
 
 def show_sweep(args, i, frames, values, kind):

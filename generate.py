@@ -27,7 +27,7 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import save_grid, save_image, save_video
-from common.latents import parse_seeds, save_latents
+from common.latents import parse_layers, parse_seeds, save_latents
 from model import Generator, load_generator
 from rendering import (
     NOISE_MODES,
@@ -166,17 +166,6 @@ def parse_numbers(text: str, flag: str) -> list[int]:
         raise UsageError(str(error).replace("--seeds", flag, 1)) from None
 
 
-def parse_layers(text: str, n_tokens: int) -> list[int]:
-    """'0-3,8' -> [0, 1, 2, 3, 8]; UsageError when it cannot be read, UserError beyond the generator's last layer."""
-    try:
-        layers = parse_seeds(text)
-    except ValueError:
-        raise UsageError(f"--mix_layers {text}: expected layers such as 0-3 or 0-3,8") from None
-    if max(layers) >= n_tokens:
-        raise UserError(f"--mix_layers {text}: this generator has the layers 0-{n_tokens - 1}")
-    return layers
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Kinds of output
 
@@ -310,7 +299,7 @@ def main(args) -> int:
     try:
         generator = load_generator(args.ckpt, place.device)
         config = generator.config
-        layers = parse_layers(args.mix_layers, config.n_tokens) if task.kind == "mix" else []
+        layers = parse_layers(args.mix_layers, config.n_tokens, "--mix_layers") if task.kind == "mix" else []
         if args.export and place.is_main:
             state = {"g_ema": generator.state_dict(), "config": config.to_dict(), "step": read_step(args.ckpt)}
             identity = export_ema(state, args.export, half=args.half)

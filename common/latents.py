@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import atomic_write, require_file
+from common.cli import UsageError, UserError
 from common.runs import to_plain
 
 SPACES = ("w", "w+", "w++")
@@ -35,6 +36,17 @@ def parse_seeds(text):
             )
         seeds += range(first, last + 1)
     return seeds
+
+
+def parse_layers(text, n_tokens, flag="--layers"):
+    """'0-3,8' -> [0, 1, 2, 3, 8]; UsageError when it cannot be read, UserError beyond a code's last layer."""
+    try:
+        layers = parse_seeds(text)
+    except ValueError:
+        raise UsageError(f"{flag} {text}: expected layers such as 0-3 or 0-3,8") from None
+    if max(layers) >= n_tokens:
+        raise UserError(f"{flag} {text}: this generator has the layers 0-{n_tokens - 1}")
+    return layers
 
 
 def draw_z(seeds, n_tokens, dim, *, w_space=False):

@@ -14,6 +14,7 @@ tells which distance it is, and belongs beside every number.
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -254,6 +255,19 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
         raise FileNotFoundError(f"{error}, or compare by discriminator:CHECKPOINT") from None
     backbone = load_checkpoint(path)
     return Lpips(net, backbone, dtype=dtype, upsample_small=base != name, source=path).to(device)
+
+
+def perceptual_or_none(name, device="cpu", weights_dir=None):
+    """As `build_perceptual`; None for 'none', and, with a note on stderr, for 'auto' when no weights are here."""
+    if name == "none":
+        return None
+    try:
+        return build_perceptual(name, device, weights_dir)
+    except FileNotFoundError as error:
+        if name.removesuffix(UPSAMPLE) != "auto":
+            raise
+        print(f"note: perceptual distance is not measured: {error}", file=sys.stderr)
+        return None
 
 
 def _build_feature_distance(kind, path, weights_dir, dtype):

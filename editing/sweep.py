@@ -1,4 +1,4 @@
-"""One face along one or several boundaries: codes, frames, and what scorer and identity network see in them.
+"""One face along one or several boundaries: codes, frames, and the distance at which a scorer sees a value.
 
 for frame in sweep(generator, code, noise, [boundary], distances): ...      # uint8 [size, size, 3]
 distance = reach(generator, code, noise, boundary, scorer, column, 60.0)    # the scorer's age becomes 60
@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from common.images import to_tensor, to_uint8
+from common.images import to_uint8
 from editing.boundary import Boundary, BoundaryError, walk
+from editing.judging import score_frames
 
 BLOCK = 16  # frames per forward pass: fixed, since on a CPU the size of a batch moves the last bits of a picture
 
@@ -42,14 +43,6 @@ def render_codes(generator, codes, noise, *, dtype=None) -> Iterator[np.ndarray]
         block = torch.from_numpy(np.array(codes[start : start + BLOCK], np.float32)).to(device)  # [B, L, 512]
         images, _ = generator(block, input_is_latent=True, noise=maps, dtype=dtype)  # [B, 3, S, S]
         yield from to_uint8(images)
-
-
-@torch.no_grad()
-def score_frames(scorer, frames, *, batch=BLOCK) -> np.ndarray:
-    """Scores float32 [K, A] of frames uint8 [K, size, size, 3] as they are saved."""
-    device = next((t.device for t in [*scorer.parameters(), *scorer.buffers()]), torch.device("cpu"))
-    images = torch.stack([to_tensor(frame) for frame in frames])
-    return torch.cat([scorer(block.to(device)).cpu() for block in images.split(batch)]).numpy().astype(np.float32)
 
 
 def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=12, layers=None):

@@ -15,8 +15,9 @@ from common.cli import run
 from common.distributed import Distributed
 from common.latents import save_latents
 from editing.boundary import fit_boundary, load_boundary
+from editing.judging import score_frames
 from editing.samples import SampledCodes, SamplesError, score_samples
-from editing.sweep import edit_codes, reach, render_codes, score_frames
+from editing.sweep import edit_codes, reach, render_codes
 from faces.labels import Attribute
 from faces.scorer import AttributeScorer, require_images
 from model import Generator, GeneratorConfig, load_generator
@@ -75,7 +76,8 @@ def latents(generator, tmp_path):
 
 
 def command(ckpt, latents, out, *flags):
-    argv = ["--ckpt", ckpt, "--latent", latents, "--output_dir", out, "--device", "cpu", "--identity", "none", *flags]
+    argv = ["--ckpt", ckpt, "--latent", latents, "--output_dir", out, "--device", "cpu", "--identity", "none",
+            "--perceptual", "none", *flags]  # fmt: skip
     return run(edit_attribute.main, edit_attribute.build_parser(), [str(arg) for arg in argv])
 
 
@@ -195,7 +197,7 @@ def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
     small = ("--num_sample", "60", "--ratio", "0.2", "--steps", "1")
     for flags, status, message in (
         (("--attribute", "beard"), 1, "no attribute 'beard'"), (("--layers", "x"), 2, "--layers x"),
-        (("--layers", "0-99"), 1, "the code has layers 0 to 5"), (("--target", "60"), 2, "ATTRIBUTE=VALUE"),
+        (("--layers", "0-99"), 1, "this generator has the layers 0-5"), (("--target", "60"), 2, "ATTRIBUTE=VALUE"),
         (("--target", "age=old"), 2, "is no number"), (("--size", "256"), 1, "draws 16 pixels"),
         (("--ratio", "0.6"), 2, "--ratio"), (("--boundary", tmp_path / "absent.npz"), 1, "absent.npz"),
     ):  # fmt: skip

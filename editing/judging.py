@@ -1,0 +1,69 @@
+"""What judges an edited frame: attribute scores, and how alike it is to the picture that was edited.
+
+judges = Judges(scorer, identity, perceptual)
+found = judge(judges, frames)                # frames[0] is the inversion, the others are compared with it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.images import to_tensor
+
+BLOCK = 16  # frames per forward pass: fixed, since on a CPU the size of a batch moves the last bits of a number
+
+
+@dataclass(frozen=True)
+class Judges:
+    """An AttributeScorer; optionally an Identity and a Perceptual, all frozen and on one device."""
+
+    scorer: object
+    identity: object | None = None
+    perceptual: object | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of K frames: scores float32 [K, A]; identity (cosine similarity, -1..1), perceptual (0 is equal) and change
+    (mean absolute difference of pixels in [-1, 1]) to the first frame, float32 [K]; None where no network judges."""
+
+    scores: np.ndarray
+    identity: np.ndarray | None
+    perceptual: np.ndarray | None
+    change: np.ndarray
+
+
+@torch.no_grad()
+def score_frames(scorer, frames) -> np.ndarray:
+    """Scores float32 [K, A] of frames uint8 [K, size, size, 3] as they are saved."""
+    return np.concatenate([scorer(block).cpu().numpy() for block in _blocks(frames, scorer)]).astype(np.float32)
+
+
+@torch.no_grad()
+def judge(judges: Judges, frames) -> Judgement:
+    """frames: uint8 [K, size, size, 3], the first of them the one that the others are compared with."""
+    identity = perceptual = None
+    if judges.identity is not None:
+        embeddings = torch.cat([judges.identity.embed(block) for block in _blocks(frames, judges.identity)])
+        identity = (embeddings @ embeddings[0]).cpu().numpy()
+    if judges.perceptual is not None:
+        first = None
+        distances = []
+        for block in _blocks(frames, judges.perceptual):
+            features = judges.perceptual.features(block)
+            first = [layer[:1] for layer in features] if first is None else first
+            distances.append(judges.perceptual.distance(features, first).cpu())
+        perceptual = torch.cat(distances).numpy()
+    frames = np.asarray(frames, np.float32)
+    change = np.abs(frames - frames[:1]).mean((1, 2, 3)) / 127.5
+    return Judgement(score_frames(judges.scorer, frames.astype(np.uint8)), identity, perceptual, change)
+
+
+def _blocks(frames, network):
+    """float32 [B, 3, size, size] in [-1, 1] on the network's device."""
+    device = next((t.device for t in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
+    for start in range(0, len(frames), BLOCK):
+        yield torch.stack([to_tensor(frame) for frame in frames[start : start + BLOCK]]).to(device)
