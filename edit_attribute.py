@@ -30,7 +30,7 @@ from common.latents import parse_layers
 from common.perceptual import perceptual_or_none
 from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthogonalise
 from editing.judging import Judges, judge
-from editing.samples import SampledCodes, score_samples
+from editing.samples import SampledCodes, labelled_seeds, score_samples, separable_ratio
 from editing.sweep import edit_codes, reach, render_codes
 from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
@@ -44,7 +44,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--latent", required=True, help="folder of latents, or a .npy [N, L, 512]")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
     parser.add_argument("--size", type=int, help="image size, checked against the generator's")
-    parser.add_argument("--attribute", default="age", help="a column of the scorer: age, gender, smile ...")
+    parser.add_argument("--attribute", help="age (default), gender, smile ... of the scorer; or csv:FILE[:COLUMN], "
+                        "your labels of pictures that generate.py drew; with --boundary: what it moves")  # fmt: skip
     parser.add_argument("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | FILE.json")
     parser.add_argument("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels (published)")
     fit = parser.add_argument_group("boundary")
@@ -66,6 +67,8 @@ def build_parser() -> ArgumentParser:
                       help="absolute: from the boundary (published); relative: from the inversion itself")  # fmt: skip
     edit.add_argument("--unit", choices=("latent", "std"), default="latent",
                       help="of the distances: latent units, or standard deviations of the samples")  # fmt: skip
+    edit.add_argument("--at", type=float, nargs="+", metavar="DISTANCE",
+                      help="instead of a sweep one frame, at this distance along each boundary")  # fmt: skip
     edit.add_argument("--layers", default="", help="layers that move, such as 0-7 or 4,6 (default: all)")
     edit.add_argument("--target", help="ATTRIBUTE=VALUE: one frame per face where the scorer sees that value")
     edit.add_argument("--no_frames", action="store_true", help="strips and tables only")
@@ -90,20 +93,21 @@ def main(args) -> None:
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
         scorer = load_scorer(args.scorer, place.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
-        column = scorer.column(args.attribute)
         if args.boundary:
             boundaries = [read_boundary(path, generator) for path in args.boundary]
         else:
+            args.attribute = args.attribute or "age"
             boundaries = [make_boundary(args, generator, scorer, place)]
         if args.orthogonal_to:
             others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",")]
             boundaries = [orthogonalise(boundary, others) for boundary in boundaries]
+        shown = args.attribute if args.boundary and args.attribute else boundaries[0].attribute
         judges = Judges(scorer, identity_or_none(args.identity, place.device, args.weights_dir),
                         perceptual_or_none(args.perceptual, place.device, args.weights_dir))  # fmt: skip
         rows = []
         mine = shard(len(source.names), place.rank, place.world_size)
         for i in tqdm(mine, desc="editing", unit="face", disable=None):
-            rows += edit_face(args, generator, source, i, boundaries, judges, column, layers)
+            rows += edit_face(args, generator, source, i, boundaries, judges, shown, layers)
         rows = [row for share in gather_list(rows) for row in share]
         if place.is_main:
             write_table(args.output_dir / "edits.csv", rows)
@@ -132,20 +136,25 @@ def read_boundary(path, generator) -> Boundary:
 
 def make_boundary(args, generator, scorer, place) -> Boundary:
     """Sample, score, fit, save. Every rank gets the same boundary."""
-    scores = score_samples(generator, scorer, args.num_sample, folder=args.samples or args.output_dir / "samples",
-                           batch=args.batch_size, first=args.seed, place=place)  # fmt: skip
+    if args.attribute.startswith("csv:"):
+        seeds, scores, name = labelled_seeds(args.attribute.removeprefix("csv:"))
+        ratio, others = separable_ratio(scores), None
+    else:
+        seeds, name, ratio = range(args.seed, args.seed + args.num_sample), args.attribute, args.ratio
+        table = score_samples(generator, scorer, args.num_sample, folder=args.samples or args.output_dir / "samples",
+                              batch=args.batch_size, first=args.seed, place=place)  # fmt: skip
+        others = [scorer.column(other) for other in args.balance.split(",") if other]
+        scores, others = table[:, scorer.column(name)], table[:, others] if others else None
     boundary = None
     if place.is_main:
-        others = [scorer.column(name) for name in args.balance.split(",") if name]
         boundary = fit_boundary(
-            SampledCodes(generator, args.num_sample, first=args.seed), scores[:, scorer.column(args.attribute)],
-            ratio=args.ratio, fit=args.fit, seed=args.seed, others=scores[:, others] if others else None,
-            space="w" if generator.config.w_space else "w++", attribute=args.attribute,
-            fingerprint=generator.fingerprint, size=generator.config.size,
+            SampledCodes(generator, seeds), scores, ratio=ratio, fit=args.fit, seed=args.seed, others=others,
+            space="w" if generator.config.w_space else "w++", attribute=name, fingerprint=generator.fingerprint,
+            size=generator.config.size,
         )  # fmt: skip
-        path = boundary.save(args.output_dir / f"boundary-{args.attribute}.npz")
-        shown = ", ".join(f"{name} {value:.1%}" for name, value in boundary.accuracies.items() if value is not None)
-        print(f"{path}: {args.fit} on {args.num_sample} samples, accuracy {shown}; "
+        path = boundary.save(args.output_dir / f"boundary-{name}.npz")
+        shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
+        print(f"{path}: {args.fit} on {len(seeds)} samples, accuracy {shown}; "
               f"one standard deviation is {boundary.std:.3g}")  # fmt: skip
     return broadcast_object(boundary)
 
@@ -153,20 +162,19 @@ def make_boundary(args, generator, scorer, place) -> Boundary:
 # -- a face --------------------------------------------------------------------------------------------------------
 
 
-def edit_face(args, generator, source, i, boundaries, judges, column, layers) -> list[dict]:
-    """Frames, strip and video of one face; returns its rows of edits.csv."""
+def edit_face(args, generator, source, i, boundaries, judges, attribute, layers) -> list[dict]:
+    """Frames, strip and video of one face; returns its rows of edits.csv. attribute: what names and captions show."""
     (code,) = source.codes([i])
     code, noise = code.numpy(), select_noise(source.noise, [i])
     distances = frame_distances(args, generator, code, noise, boundaries, judges.scorer, layers)
     how = "relative" if args.target else args.distance
     codes = edit_codes(code, boundaries, distances, distance=how, layers=layers)
     frames = list(render_codes(generator, np.concatenate((code[None], codes)), noise))  # the inversion comes first
-    found, kind = judge(judges, frames), judges.scorer.attributes[column].kind
-    names = judges.scorer.names
+    found, names = judge(judges, frames), judges.scorer.names
+    captions = caption_frames(judges.scorer, attribute, found.scores, distances)
     rows = []
     for j, (frame, score) in enumerate(zip(frames[1:], found.scores[1:], strict=True)):
-        value = f"{score[column]:.0f}" if kind == "years" else f"{score[column]:.2f}"
-        name = f"origin_{i}_edit_{j}_{args.attribute}_{value}.png"
+        name = f"origin_{i}_edit_{j}_{attribute}_{captions[j + 1]}.png"
         if not args.no_frames:
             save_image(frame, args.output_dir / "frames" / name)
         rows.append({"image": source.names[i], "origin": i, "edit": j, "distance": round(float(distances[j, 0]), 4),
@@ -174,8 +182,17 @@ def edit_face(args, generator, source, i, boundaries, judges, column, layers) ->
                      **{what: "" if values is None else round(float(values[j + 1]), 4) for what, values in
                         (("identity", found.identity), ("perceptual", found.perceptual), ("change", found.change))},
                      })  # fmt: skip
-    show_sweep(args, i, frames, found.scores[:, column], kind)
+    show_sweep(args, f"origin_{i}_{attribute}", frames, captions)
     return rows
+
+
+def caption_frames(scorer, attribute, scores, distances) -> list[str]:
+    """What the scorer sees in each of the frames [K + 1]; of an attribute that it does not know, the distance."""
+    if attribute not in scorer.names:
+        return ["0", *(f"{distance:+.3g}" for distance in distances[:, 0])]
+    column = scorer.column(attribute)
+    digits = 0 if scorer.attributes[column].kind == "years" else 2
+    return [f"{value:.{digits}f}" for value in scores[:, column]]
 
 
 def frame_distances(args, generator, code, noise, boundaries, scorer, layers) -> np.ndarray:
@@ -189,22 +206,24 @@ def frame_distances(args, generator, code, noise, boundaries, scorer, layers) ->
         found, _ = reach(generator, code, noise, boundaries[0], scorer, scorer.column(name), target,
                          limit=6 * boundaries[0].std, layers=layers)  # fmt: skip
         return np.array([[found] + [0.0] * (len(boundaries) - 1)])
-    line = np.linspace(args.start_distance, args.end_distance, args.steps)
+    if args.at:
+        line = np.array([args.at])  # [1, number of boundaries]
+    else:
+        line = np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
     units = [boundary.std if args.unit == "std" else 1.0 for boundary in boundaries]
     means = [boundary.mean if args.unit == "std" and args.distance == "absolute" else 0.0 for boundary in boundaries]
-    return np.stack([line * unit + mean for unit, mean in zip(units, means, strict=True)], 1)
+    return line * units + means
 
 
-def show_sweep(args, i, frames, values, kind):
+def show_sweep(args, name, frames, captions):
     """Strip (at most 13 of the frames, the inversion first) and video."""
     chosen = np.unique(np.linspace(1, len(frames) - 1, min(12, len(frames) - 1)).round().astype(int))
-    captions = [f"{values[j]:.0f}" if kind == "years" else f"{values[j]:.2f}" for j in [0, *chosen]]
-    captions[0] = f"inv. {captions[0]}"
     scale = max(1, 96 // frames[0].shape[0])  # small pictures would have no room for their captions
     cells = [frames[j].repeat(scale, 0).repeat(scale, 1) for j in [0, *chosen]]
-    save_image(make_strip(cells, captions), args.output_dir / "strips" / f"origin_{i}_{args.attribute}.png")
+    below = [f"inv. {captions[0]}", *(captions[j] for j in chosen)]
+    save_image(make_strip(cells, below), args.output_dir / "strips" / f"{name}.png")
     if args.video != "none":
-        save_video(frames[1:], args.output_dir / "videos" / f"origin_{i}_{args.attribute}.{args.video}", args.fps)
+        save_video(frames[1:], args.output_dir / "videos" / f"{name}.{args.video}", args.fps)
 
 
 def write_table(path, rows):

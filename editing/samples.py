@@ -4,13 +4,15 @@ A sample is its seed: code and noise are drawn from it, so that only the scores 
 goes on from and other attributes reuse; the codes of the few samples that a fit needs are computed again.
 
     scores = score_samples(generator, scorer, 100_000, folder="samples", batch=25)     # float32 [N, A]
-    boundary = fit_boundary(SampledCodes(generator, 100_000), scores[:, 0])
+    boundary = fit_boundary(SampledCodes(generator, range(100_000)), scores[:, 0])
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write
 from common.distributed import Distributed, barrier, shard
 from common.images import to_tensor
+from faces.labels import read_labels
 from rendering import blocks, forward_size, map_latents, noise_maps, render, seeded_z
 
 CHUNK = 500  # samples per file of scores
@@ -29,25 +32,56 @@ class SamplesError(ValueError):
 
 
 class SampledCodes:
-    """Codes of seeds first .. first + n - 1, float32 [n, L * 512] (W: [n, 512]), computed when rows are asked for.
+    """Codes of `seeds`, float32 [n, L * 512] (W: [n, 512]), computed when rows are asked for.
 
     It has `shape`, `len` and indexing by an array of rows: enough for `fit_boundary`.
     """
 
-    def __init__(self, generator, n: int, *, first: int = 0, batch: int = 64):
-        self.generator, self.first, self.batch = generator, first, batch
+    def __init__(self, generator, seeds: Sequence[int], *, batch: int = 64):
+        self.generator, self.seeds, self.batch = generator, seeds, batch
         config = generator.config
-        self.shape = (n, config.style_dim * (1 if config.w_space else config.n_tokens))
+        self.shape = (len(seeds), config.style_dim * (1 if config.w_space else config.n_tokens))
 
     def __len__(self):
         return self.shape[0]
 
     def __getitem__(self, rows) -> np.ndarray:
-        seeds = [self.first + int(row) for row in np.atleast_1d(rows)]
+        seeds = [self.seeds[int(row)] for row in np.atleast_1d(rows)]
         codes = np.empty((len(seeds), self.shape[1]), np.float32)
         for i, code in enumerate(map_latents(self.generator, seeded_z(self.generator, seeds), batch=self.batch)):
             codes[i] = code.numpy().reshape(-1)[: self.shape[1]]  # in W all tokens are equal
         return codes
+
+
+def labelled_seeds(source: str) -> tuple[list[int], np.ndarray, str]:
+    """(seeds, labels float32 [n], attribute) of `FILE` or `FILE:COLUMN`: a CSV of labels for pictures that generate.py
+    drew (seed0012.png ...). Rows without a label are left out. Raises FileNotFoundError, ValueError or SamplesError.
+    """
+    path, _, column = source.rpartition(":")
+    if not path or Path(source).exists():
+        path, column = source, ""
+    table = read_labels(path, column or "all")
+    if len(table.attributes) > 1:
+        names = ", ".join(attribute.name for attribute in table.attributes)
+        raise SamplesError(f"{path} has labels for {names}: name one, as in csv:{path}:{table.attributes[0].name}")
+    labels, seeds = table.values[:, 0], []
+    known = np.isfinite(labels)
+    for row in np.flatnonzero(known):
+        match = re.fullmatch(r"seed(\d+)", PurePosixPath(table.names[row]).stem)
+        if match is None:
+            raise SamplesError(f"{path}: {table.names[row]!r} is no picture of generate.py (seed0012.png ...): "
+                               "for labels of other pictures train a scorer on them (train_scorer.py)")  # fmt: skip
+        seeds.append(int(match[1]))
+    return seeds, labels[known], table.attributes[0].name
+
+
+def separable_ratio(labels: np.ndarray) -> float:
+    """The largest share, up to a half, of lowest and highest labels [n] that differ from each other; 0: all equal."""
+    ordered = np.sort(labels)
+    count = len(ordered) // 2
+    while count and ordered[count - 1] >= ordered[len(ordered) - count]:
+        count -= 1
+    return count / len(ordered)
 
 
 def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise="random", place=None) -> np.ndarray:

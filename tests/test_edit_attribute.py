@@ -90,7 +90,7 @@ def table(out):
 
 
 def test_codes_by_row_are_those_of_the_seeds(generator):
-    codes = SampledCodes(generator, 20, first=5)
+    codes = SampledCodes(generator, range(5, 25))
     whole = codes[np.arange(20)]
     assert whole.shape == codes.shape == (20, 32 * (1 if generator.config.w_space else 6))
     assert np.array_equal(codes[np.array([7, 3])], whole[[7, 3]])
@@ -158,7 +158,7 @@ def test_the_frame_at_distance_nought_is_the_inversion(ckpt, latents, scorer, tm
 
 
 def test_published_distances_are_projections(generator):
-    codes = SampledCodes(generator, 200)
+    codes = SampledCodes(generator, range(200))
     scores = codes[np.arange(200)] @ np.random.default_rng(0).standard_normal(codes.shape[1])
     boundary = fit_boundary(codes, scores, ratio=0.1, space=generator.config.space)
     (code,) = map_latents(generator, seeded_z(generator, [9000]))
@@ -171,7 +171,7 @@ def test_published_distances_are_projections(generator):
 
 def test_a_target_is_reached(generator):
     scorer = ColourScorer()
-    codes = SampledCodes(generator, 300)
+    codes = SampledCodes(generator, range(300))
     scores = score_frames(scorer, list(render_codes(generator, expand(generator, codes), generator.fixed_noise())))
     boundary = fit_boundary(codes, scores[:, 0], ratio=0.1, space=generator.config.space)
     code, noise = expand(generator, codes)[0], generator.fixed_noise()
@@ -208,3 +208,26 @@ def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
                          space=config.space, size=16, fingerprint="0123456789abcdef")  # fmt: skip
     assert other is None and command(ckpt, tmp_path / "other", out, *small) == 1
     assert "0123456789abcdef" in capsys.readouterr().err
+
+
+def test_labels_of_drawn_pictures_make_a_boundary(ckpt, latents, scorer, tmp_path, generator, capsys):
+    seeds = range(1000, 1120)
+    codes = SampledCodes(generator, seeds)[np.arange(120)]
+    side = codes @ np.random.RandomState(0).randn(codes.shape[1])
+    rows = [f"seed{seed:04d}.png,{int(value > np.median(side))},x" for seed, value in zip(seeds, side, strict=True)]
+    (tmp_path / "labels.csv").write_text("\n".join(["file,hat,note", *rows, "seed0003.png,,y"]), encoding="utf-8")
+    out = tmp_path / "out"
+    flags = ("--attribute", f"csv:{tmp_path / 'labels.csv'}", "--distance", "relative", "--unit", "std",
+             "--start_distance", "-2", "--end_distance", "2", "--steps", "3")  # fmt: skip
+    assert command(ckpt, latents, out, *flags) == 0
+    boundary = load_boundary(out / "boundary-hat.npz")
+    assert (boundary.attribute, boundary.n_samples, boundary.ratio) == ("hat", 120, 0.5)
+    assert boundary.accuracies["train"] > 0.9 and np.mean((codes @ boundary.normal[0] > 0) == (side > 0)) > 0.6
+    assert sorted(path.name for path in (out / "frames").glob("origin_0_*"))[0].startswith("origin_0_edit_0_hat_-")
+    assert command(ckpt, latents, tmp_path / "again", "--boundary", out / "boundary-hat.npz", "--steps", "1") == 0
+    assert (tmp_path / "again" / "strips" / "origin_0_hat.png").is_file()
+    (tmp_path / "labels.csv").write_text("file,hat\nann.png,1\nbob.png,0\n", encoding="utf-8")
+    assert command(ckpt, latents, tmp_path / "out2", *flags) == 1 and "train a scorer" in capsys.readouterr().err
+    (tmp_path / "labels.csv").write_text("file,hat,hood\nseed1.png,1,0\nseed2.png,0,1\n", encoding="utf-8")
+    assert command(ckpt, latents, tmp_path / "out2", *flags) == 1
+    assert "name one, as in csv:" in capsys.readouterr().err
