@@ -37,6 +37,8 @@ from faces.scorer import load_scorer
 from model import load_generator
 from rendering import latents_source, select_noise
 
+ROUNDS = 3  # of the search for several targets at once
+
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
@@ -68,9 +70,11 @@ def build_parser() -> ArgumentParser:
     edit.add_argument("--unit", choices=("latent", "std"), default="latent",
                       help="of the distances: latent units, or standard deviations of the samples")  # fmt: skip
     edit.add_argument("--at", type=float, nargs="+", metavar="DISTANCE",
-                      help="instead of a sweep one frame, at this distance along each boundary")  # fmt: skip
+                      help="instead of a sweep one frame, this far along each boundary (one distance for all, or one "
+                           "each)")  # fmt: skip
     edit.add_argument("--layers", default="", help="layers that move, such as 0-7 or 4,6 (default: all)")
-    edit.add_argument("--target", help="ATTRIBUTE=VALUE: one frame per face where the scorer sees that value")
+    edit.add_argument("--target", nargs="+", help="ATTRIBUTE=VALUE ...: one frame per face where the scorer sees that; "
+                      "several values with as many boundaries")  # fmt: skip
     edit.add_argument("--no_frames", action="store_true", help="strips and tables only")
     edit.add_argument("--video", choices=("none", "mp4", "gif", "webp"), default="none", help="a video per face")
     edit.add_argument("--fps", type=float, default=20, help="frames per second of the video")
@@ -120,8 +124,9 @@ def check_flags(args):
     """Raises UsageError."""
     if args.steps < 1 or args.num_sample < 4 or args.batch_size < 1 or not 0 < args.ratio <= 0.5:
         raise UsageError("--steps and --batch_size take 1 or more, --num_sample 4 or more, --ratio above 0, up to 0.5")
-    if args.target and "=" not in args.target:
-        raise UsageError(f"--target {args.target}: expected ATTRIBUTE=VALUE, such as age=60")
+    parse_targets(args.target or [])
+    if args.at and (args.target or len(args.at) not in (1, len(args.boundary or [None]))):
+        raise UsageError("--at takes one distance for all boundaries or one for each, and excludes --target")
 
 
 # -- boundaries ----------------------------------------------------------------------------------------------------
@@ -186,6 +191,44 @@ def edit_face(args, generator, source, i, boundaries, judges, attribute, layers)
     return rows
 
 
+def reach_targets(args, generator, code, noise, boundaries, scorer, layers) -> list[float]:
+    """Relative distances, one per boundary, at which the scorer sees the values of --target (or comes nearest)."""
+    targets = pair_targets(parse_targets(args.target), boundaries)
+    found = [0.0] * len(boundaries)
+    for _ in range(ROUNDS if len(targets) > 1 else 1):  # one edit moves the other attributes a little
+        for k, (name, value) in targets.items():
+            rest = [0.0 if i == k else distance for i, distance in enumerate(found)]
+            (start,) = edit_codes(code, boundaries, [rest], layers=layers)
+            found[k], _ = reach(generator, start, noise, boundaries[k], scorer, scorer.column(name), value,
+                                limit=6 * boundaries[k].std, layers=layers)  # fmt: skip
+    return found
+
+
+def parse_targets(texts) -> dict[str, float]:
+    """['age=60', 'gender=0'] -> {'age': 60.0, 'gender': 0.0}. Raises UsageError."""
+    targets = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--target {text}: expected ATTRIBUTE=VALUE, such as age=60")
+        try:
+            targets[name] = float(value)
+        except ValueError:
+            raise UsageError(f"--target {text}: {value!r} is no number") from None
+    return targets
+
+
+def pair_targets(targets, boundaries) -> dict[int, tuple[str, float]]:
+    """{number of the boundary: (attribute, value)}, by attribute; a single boundary may serve any target."""
+    if len(targets) == len(boundaries) == 1:
+        return {0: next(iter(targets.items()))}
+    moved = [boundary.attribute for boundary in boundaries]
+    absent = [name for name in targets if name not in moved]
+    if absent:
+        raise UsageError(f"--target {absent[0]}: no --boundary moves it; they move {', '.join(moved)}")
+    return {moved.index(name): (name, value) for name, value in targets.items()}
+
+
 def caption_frames(scorer, attribute, scores, distances) -> list[str]:
     """What the scorer sees in each of the frames [K + 1]; of an attribute that it does not know, the distance."""
     if attribute not in scorer.names:
@@ -198,18 +241,8 @@ def caption_frames(scorer, attribute, scores, distances) -> list[str]:
 def frame_distances(args, generator, code, noise, boundaries, scorer, layers) -> np.ndarray:
     """[K, number of boundaries], in latent units."""
     if args.target:
-        name, _, value = args.target.partition("=")
-        try:
-            target = float(value)
-        except ValueError:
-            raise UsageError(f"--target {args.target}: {value!r} is no number") from None
-        found, _ = reach(generator, code, noise, boundaries[0], scorer, scorer.column(name), target,
-                         limit=6 * boundaries[0].std, layers=layers)  # fmt: skip
-        return np.array([[found] + [0.0] * (len(boundaries) - 1)])
-    if args.at:
-        line = np.array([args.at])  # [1, number of boundaries]
-    else:
-        line = np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
+        return np.array([reach_targets(args, generator, code, noise, boundaries, scorer, layers)])
+    line = np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
     units = [boundary.std if args.unit == "std" else 1.0 for boundary in boundaries]
     means = [boundary.mean if args.unit == "std" and args.distance == "absolute" else 0.0 for boundary in boundaries]
     return line * units + means

@@ -231,3 +231,20 @@ def test_labels_of_drawn_pictures_make_a_boundary(ckpt, latents, scorer, tmp_pat
     (tmp_path / "labels.csv").write_text("file,hat,hood\nseed1.png,1,0\nseed2.png,0,1\n", encoding="utf-8")
     assert command(ckpt, latents, tmp_path / "out2", *flags) == 1
     assert "name one, as in csv:" in capsys.readouterr().err
+
+
+def test_two_targets_are_reached_together(ckpt, latents, scorer, tmp_path, capsys):
+    out = tmp_path / "out"
+    for attribute in ("age", "smile"):
+        assert command(ckpt, latents, out, "--num_sample", "300", "--ratio", "0.1", "--steps", "1",
+                       "--attribute", attribute) == 0  # fmt: skip
+    start = {name: float(table(out)[0][name]) for name in ("age", "smile")}
+    wanted = {"age": start["age"] + 2, "smile": start["smile"] + 0.03}
+    both = ("--boundary", out / "boundary-age.npz", out / "boundary-smile.npz", "--target")
+    targets = [f"{name}={value}" for name, value in wanted.items()]
+    assert command(ckpt, latents, tmp_path / "both", *both, *targets) == 0
+    row = table(tmp_path / "both")[0]
+    assert float(row["age"]) == pytest.approx(wanted["age"], abs=0.3)
+    assert float(row["smile"]) == pytest.approx(wanted["smile"], abs=0.01)
+    assert command(ckpt, latents, tmp_path / "no", *both, "beard=1", "age=2") == 2
+    assert "--target beard: no --boundary moves it; they move age, smile" in capsys.readouterr().err
