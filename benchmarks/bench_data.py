@@ -1,0 +1,197 @@
+"""Data preparation and loading: images/s, ours beside rosinality's way.
+
+Parts: `prepare`: a folder of --photos drawn JPEG pictures of --photo_size pixels becomes an LMDB of --sizes, by
+prepare_data.py --compat and by the formulation of rosinality's prepare_data.py, which makes the same bytes (JPEG of
+quality 100) with the same number of processes, but commits every picture of every size in a transaction of its own;
+`store`: the same without the resizing and encoding; `loader`: batches of --batch from that LMDB at the smallest size,
+by number of worker processes. `wait`: the share of a training step spent waiting for a batch, from a short training at
+that size (train.py's data_wait). Medians of --repeats runs. The last line is everything as JSON.
+
+    python benchmarks/bench_data.py
+    python benchmarks/bench_data.py --parts loader --sizes 64 --photos 2000
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.cli import ArgumentParser, run  # noqa: E402
+from common.images import list_images  # noqa: E402
+from common.runs import read_log  # noqa: E402
+from common.store import image_key  # noqa: E402
+from dataset import InfiniteSampler, data_loader, open_dataset  # noqa: E402
+from prepare_data import SETTINGS_VERSION, encode_file, prepare  # noqa: E402
+
+PARTS = ("prepare", "store", "loader", "wait")
+ROOT = Path(__file__).resolve().parents[1]
+MAP_SIZE = 4 << 30  # bytes
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--photos", type=int, default=1000, help="pictures")
+    parser.add_argument("--photo_size", type=int, default=256, help="their side in pixels")
+    parser.add_argument("--sizes", default="64,128", help="sizes in the LMDB, separated by commas")
+    parser.add_argument("--n_worker", type=int, default=os.cpu_count(), help="processes that read and encode")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="loader processes")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch")
+    parser.add_argument("--steps", type=int, default=60, help="training steps of the part `wait`")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
+    parser.add_argument("--folder", type=Path, help="where the LMDBs are written (default: a temporary folder)")
+    return parser
+
+
+def main(args):
+    sizes = sorted(int(size) for size in args.sizes.split(","))
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        draw_photos(folder / "photos", args.photos, args.photo_size)
+        settings = {"version": SETTINGS_VERSION, "sizes": sizes, "resample": "lanczos", "fit": "crop", "format": "jpeg",
+                    "quality": 100, "subsampling": "4:2:0", "background": [255] * 3, "compat": True}  # fmt: skip
+        prepare(folder / "photos", folder / "faces.lmdb", settings=settings, n_worker=args.n_worker, progress=False)
+        seconds = {}
+        measures = {"prepare": measure_prepare, "store": measure_store, "loader": measure_loader, "wait": measure_wait}
+        for part in args.parts:
+            seconds |= measures[part](args, folder, settings)
+    for row, value in seconds.items():
+        print(f"{row:44}{value:12.4g}")
+    print(json.dumps({"benchmark": "data", "torch": torch.__version__, "cores": os.cpu_count(), "photos": args.photos,
+                      "photo_size": args.photo_size, "sizes": sizes, "n_worker": args.n_worker, "batch": args.batch,
+                      "results": seconds}))  # fmt: skip
+
+
+def draw_photos(folder, n, size):
+    """Smooth coloured pictures with some grain, whose JPEGs are about as large as those of photos."""
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(n):
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
+        grain = draw.integers(-6, 7, (size, size, 1))
+        picture = np.clip(np.asarray(coarse, np.int16) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(folder / f"{i:05d}.jpg", quality=92)
+
+
+def timed(call, repeats):
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def commit_each(out, encoded, sizes):
+    """rosinality's way to write: `encoded` gives (number, a picture per size); a transaction per picture and size."""
+    shutil.rmtree(out, ignore_errors=True)
+    n = 0
+    with lmdb.open(str(out), map_size=MAP_SIZE, readahead=False) as store:
+        for i, pictures in encoded:
+            for size, picture in zip(sizes, pictures, strict=True):
+                with store.begin(write=True) as transaction:
+                    transaction.put(image_key(size, i), picture)
+            n += 1
+        with store.begin(write=True) as transaction:
+            transaction.put(b"length", str(n).encode())
+
+
+def encode_numbered(item, settings):
+    return item[0], encode_file(item[1], settings)[0]
+
+
+def measure_prepare(args, folder, settings):
+    files = list_images(folder / "photos")
+
+    def original():
+        with multiprocessing.get_context("fork").Pool(args.n_worker) as pool:
+            encoded = pool.imap_unordered(partial(encode_numbered, settings=settings), enumerate(files))
+            commit_each(folder / "original.lmdb", encoded, settings["sizes"])
+
+    def ours():
+        shutil.rmtree(folder / "ours.lmdb", ignore_errors=True)
+        prepare(folder / "photos", folder / "ours.lmdb", settings=settings, n_worker=args.n_worker, progress=False)
+
+    before, after = timed(original, args.repeats), timed(ours, args.repeats)
+    require_equal(folder / "original.lmdb", folder / "ours.lmdb", len(files), settings["sizes"])
+    return {"prepare, commit per picture, images/s": len(files) / before, "prepare, ours, images/s": len(files) / after,
+            "prepare, ratio": before / after}  # fmt: skip
+
+
+def require_equal(first, second, n, sizes):
+    """RuntimeError unless both stores hold the same bytes: otherwise the times would mean nothing."""
+    with lmdb.open(str(first), readonly=True) as a, lmdb.open(str(second), readonly=True) as b:
+        with a.begin() as one, b.begin() as two:
+            for size, i in itertools.product(sizes, range(n)):
+                if one.get(image_key(size, i)) != two.get(image_key(size, i)):
+                    raise RuntimeError(f"picture {i} at {size} px differs between the two ways")
+
+
+def measure_store(args, folder, settings):
+    """Writing alone: pictures that are encoded already."""
+    from common.store import StoreWriter
+
+    pictures = [encode_file(file, settings)[0] for file in list_images(folder / "photos")]
+    records = [[f"{i:05d}.jpg", len(p[0]), 0] for i, p in enumerate(pictures)]
+
+    def ours():
+        out = folder / "store.lmdb"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        with StoreWriter(out, settings, records) as writer:
+            for k in range(0, len(records), 256):
+                batch = zip(records[k : k + 256], pictures[k : k + 256], strict=True)
+                writer.write([([*record, args.photo_size, args.photo_size], encoded) for record, encoded in batch])
+            writer.finish()
+
+    before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(pictures), settings["sizes"]), args.repeats)
+    after = timed(ours, args.repeats)
+    puts = len(pictures) * len(settings["sizes"])
+    return {"store, commit per picture, puts/s": puts / before, "store, ours, puts/s": puts / after,
+            "store, ratio": before / after}  # fmt: skip
+
+
+def measure_loader(args, folder, settings):
+    size = settings["sizes"][0]
+    found, n_batches = {}, max(20, 3200 // args.batch)
+    for workers in args.workers:
+        dataset = open_dataset(folder / "faces.lmdb", size)
+        batches = data_loader(dataset, args.batch, InfiniteSampler(len(dataset)), workers=workers)
+        next(batches)  # the workers are up
+
+        def call(batches=batches):
+            for _ in range(n_batches):
+                next(batches)
+
+        found[f"loader {size} px, {workers} workers, images/s"] = n_batches * args.batch / timed(call, args.repeats)
+        batches.close()
+    return found
+
+
+def measure_wait(args, folder, settings):
+    size, out = settings["sizes"][0], folder / "training"
+    command = [sys.executable, ROOT / "train.py", "--path", folder / "faces.lmdb", "--size", size, "--channel_max", 64,
+               "--batch", args.batch, "--workers", 1, "--iter", args.steps, "--log_every", args.steps // 3, "--n_sample", 4,
+               "--save_every", args.steps, "--sample_every", args.steps, "--exp_name", out]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    speeds = [entry for entry in read_log(out / "log.jsonl") if entry["group"] == "Speed"][1:]
+    return {f"training {size} px, data wait, share": statistics.median(entry["data_wait"] for entry in speeds),
+            f"training {size} px, images/s": statistics.median(entry["images_per_s"] for entry in speeds)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))
