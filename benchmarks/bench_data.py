@@ -183,10 +183,10 @@ def measure_loader(args, folder, settings):
 
 
 def measure_wait(args, folder, settings):
-    size, out = settings["sizes"][0], folder / "training"
+    size, out, end = settings["sizes"][0], folder / "training", args.steps
     command = [sys.executable, ROOT / "train.py", "--path", folder / "faces.lmdb", "--size", size, "--channel_max", 64,
-               "--batch", args.batch, "--workers", 1, "--iter", args.steps, "--log_every", args.steps // 3, "--n_sample", 4,
-               "--save_every", args.steps, "--sample_every", args.steps, "--exp_name", out]  # fmt: skip
+               "--batch", args.batch, "--workers", 1, "--iter", end, "--log_every", end // 3,
+               "--n_sample", 4, "--save_every", end, "--sample_every", end, "--exp_name", out]  # fmt: skip
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     speeds = [entry for entry in read_log(out / "log.jsonl") if entry["group"] == "Speed"][1:]
     return {f"training {size} px, data wait, share": statistics.median(entry["data_wait"] for entry in speeds),
