@@ -14,15 +14,12 @@ similarity, perceptual distance and mean change of the pixels per frame.
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import make_strip, save_image, save_video
@@ -32,6 +29,7 @@ from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthog
 from editing.judging import Judges, judge
 from editing.samples import SampledCodes, labelled_seeds, score_samples, separable_ratio
 from editing.sweep import edit_codes, reach, render_codes
+from editing.tables import write_table
 from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from model import load_generator
@@ -242,7 +240,10 @@ def frame_distances(args, generator, code, noise, boundaries, scorer, layers) ->
     """[K, number of boundaries], in latent units."""
     if args.target:
         return np.array([reach_targets(args, generator, code, noise, boundaries, scorer, layers)])
-    line = np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
+    if args.at:
+        line = np.array([args.at])  # [1, 1 or number of boundaries]
+    else:
+        line = np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
     units = [boundary.std if args.unit == "std" else 1.0 for boundary in boundaries]
     means = [boundary.mean if args.unit == "std" and args.distance == "absolute" else 0.0 for boundary in boundaries]
     return line * units + means
@@ -257,17 +258,6 @@ def show_sweep(args, name, frames, captions):
     save_image(make_strip(cells, below), args.output_dir / "strips" / f"{name}.png")
     if args.video != "none":
         save_video(frames[1:], args.output_dir / "videos" / f"{name}.{args.video}", args.fps)
-
-
-def write_table(path, rows):
-    if not rows:
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode("utf-8-sig"))
 
 
 if __name__ == "__main__":
