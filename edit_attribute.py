@@ -33,7 +33,7 @@ from editing.tables import write_table
 from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from model import load_generator
-from rendering import latents_source, select_noise
+from rendering import NOISE_MODES, latents_source, select_noise
 
 ROUNDS = 3  # of the search for several targets at once
 
@@ -57,6 +57,8 @@ def build_parser() -> ArgumentParser:
                      "ridge: regression on all samples")  # fmt: skip
     fit.add_argument("--balance", default="", help="attributes, comma-separated, that shall not differ at the two ends")
     fit.add_argument("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")
+    fit.add_argument("--noise", choices=NOISE_MODES, default="random", help="of the samples: random (published); none "
+                     "where noise hides from the scorer what the code says")  # fmt: skip
     fit.add_argument("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
     fit.add_argument("--seed", type=int, default=0, help="first seed of the samples, and of the 70/30 split")
     edit = parser.add_argument_group("edit")
@@ -145,7 +147,7 @@ def make_boundary(args, generator, scorer, place) -> Boundary:
     else:
         seeds, name, ratio = range(args.seed, args.seed + args.num_sample), args.attribute, args.ratio
         table = score_samples(generator, scorer, args.num_sample, folder=args.samples or args.output_dir / "samples",
-                              batch=args.batch_size, first=args.seed, place=place)  # fmt: skip
+                              batch=args.batch_size, first=args.seed, noise=args.noise, place=place)  # fmt: skip
         others = [scorer.column(other) for other in args.balance.split(",") if other]
         scores, others = table[:, scorer.column(name)], table[:, others] if others else None
     boundary = None

@@ -23,7 +23,7 @@ from common.checkpoint import atomic_write, require_file
 
 FITS = ("svc", "svm", "ridge")
 SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)
-RIDGE = 0.1  # strength of the penalty, in units of the mean variance of a latent's coordinates times the samples
+RIDGE = 1.0  # strength of the penalty, in units of the mean variance of a latent's coordinates times the samples
 
 
 class BoundaryError(ValueError):
@@ -149,8 +149,9 @@ def fit_boundary(latents, scores, *, ratio=0.02, fit="svm", seed=0, others=None,
     """The boundary of an attribute from latents [N, D] (float array, may be memory-mapped) and their scores [N].
 
     fit: svc | svm: the extreme `ratio` at either end, split 70/30 by `seed` into training and validation (published);
-    only these rows are read into memory. ridge: all samples, streamed. The normal points to higher scores. Accuracies
-    are reported on the training and validation extremes and on all remaining samples against their median score.
+    only these rows are read into memory. ridge: all samples but the validation extremes and a tenth of the others,
+    streamed. The normal points to higher scores. Accuracies are reported on the training and validation extremes and on
+    the remaining samples (of ridge: those it did not see) against their median score.
     Raises BoundaryError for too few samples, scores that are not finite, or an unknown `fit`.
     """
     scores = np.asarray(scores, np.float64)
@@ -169,19 +170,23 @@ def fit_boundary(latents, scores, *, ratio=0.02, fit="svm", seed=0, others=None,
     held = np.concatenate((low[n_low:], high[n_high:]))
     held_side = np.repeat([0, 1], (len(low) - n_low, len(high) - n_high))
 
+    rest = np.setdiff1d(np.arange(len(scores)), np.concatenate((low, high)))
     if fit == "ridge":
         sums = RidgeSums(latents.shape[1])
         keep = np.ones(len(scores), bool)
         keep[held] = False  # they validate
+        rest = draw.permutation(rest)[: len(rest) // 10]  # so do these
+        keep[rest] = False
         for rows in _batches(np.flatnonzero(keep)):
             sums.add(np.asarray(latents[rows]), scores[rows])
-        normal, intercept = sums.solve(ridge)
+        normal = sums.solve(ridge)
     else:
         order = np.argsort(train)  # ascending rows: a memory-mapped file is read once through
         normal, intercept = separate(np.asarray(latents[train[order]]), train_side[order], fit, C)
 
     along = np.concatenate([np.asarray(latents[rows]) @ normal for rows in _batches(np.arange(len(scores)))])
-    rest = np.setdiff1d(np.arange(len(scores)), np.concatenate((low, high)))
+    if fit == "ridge":
+        intercept = -np.median(along)  # as many samples on either side
     rest_side = scores[rest] > np.median(scores)
     accuracies = {name: _accuracy(along[rows] + intercept, side)
                   for name, rows, side in (("train", train, train_side), ("validation", held, held_side),
@@ -233,8 +238,8 @@ class RidgeSums:
         self.sum_y += float(np.sum(scores))
         self.n += len(scores)
 
-    def solve(self, ridge=RIDGE) -> tuple[np.ndarray, float]:
-        """Unit normal [D] and the intercept at which the regression gives the mean score."""
+    def solve(self, ridge=RIDGE) -> np.ndarray:
+        """Unit normal [D]."""
         from scipy import linalg
 
         if self.n < 2:
@@ -251,8 +256,7 @@ class RidgeSums:
         length = np.linalg.norm(weights)
         if length == 0:
             raise BoundaryError("the scores of the samples do not differ")
-        normal = weights / length
-        return normal, -float(normal @ (mean + self.shift))
+        return weights / length
 
 
 def _batches(rows, size=4096):
