@@ -78,13 +78,6 @@ def test_the_normal_points_to_higher_scores_and_the_seed_decides():
         assert np.corrcoef(boundary.project(latents), scores)[0, 1] > 0.9
         assert np.array_equal(fit_boundary(latents, scores, ratio=0.2, fit=fit).normal, boundary.normal)
         assert 0.35 < np.mean(boundary.project(latents) + boundary.intercept > 0) < 0.65
-
-
-def test_ridge_is_judged_by_samples_that_it_did_not_see():
-    draw = np.random.RandomState(0)
-    latents, scores = draw.randn(300, 400).astype(np.float32), draw.randn(300)  # nothing to learn, all to memorise
-    boundary = fit_boundary(latents, scores, ratio=0.1, fit="ridge", ridge=1e-6)
-    assert boundary.accuracies["train"] > 0.95 and boundary.accuracies["remaining"] < 0.8
         flipped = fit_boundary(latents, -scores, ratio=0.2, fit=fit)
         assert flipped.normal[0] @ boundary.normal[0] < -0.8
 
@@ -189,3 +182,10 @@ def test_files(tmp_path):
             load_boundary(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         load_boundary(tmp_path / "absent.npz")
+
+
+def test_ridge_is_judged_by_samples_that_it_did_not_see():
+    draw = np.random.RandomState(0)
+    latents, scores = draw.randn(300, 400).astype(np.float32), draw.randn(300)  # nothing to learn, all to memorise
+    boundary = fit_boundary(latents, scores, ratio=0.1, fit="ridge", ridge=1e-6)
+    assert boundary.accuracies["train"] > 0.95 and boundary.accuracies["remaining"] < 0.8
