@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 DATA   ?= ../shared/data
 TINY   ?= runs/tiny
 
-.PHONY: demo test lint tiny bench clean
+.PHONY: demo test lint tiny bench bench-gpu clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,10 +13,17 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PY) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# The main job on CPU, in minutes, with the bundled model: pictures by seed, mixing, a video; then its faces become a data
-# set, on which a training starts, is stopped, goes on, and draws samples. Pictures land in demo/.
-MODEL      ?= checkpoints/face-wpp-32.safetensors
+# The main job on CPU, in minutes, with the bundled models: faces by seed; a photo (scikit-image's astronaut) and drawn faces
+# are aligned, inverted, edited, given another face's expression, pasted back; then the drawn faces become a data set, on
+# which a training starts, is stopped and goes on. Pictures land in demo/, and report.html with them.
+NAME       ?= face-wpp-32
+MODEL      ?= checkpoints/$(NAME).safetensors
+ENCODER    ?= checkpoints/face-psp-32.safetensors
+CGAN       ?= checkpoints/face-cgan-32.safetensors
 DEMO       ?= demo
+DEMO_INVERT = --perceptual scorer:face-scorer --identity none --mse 1 --noise 0 --lr 0.2 --mean_samples 1000 --device cpu
+DEMO_EDIT   = --ckpt $(MODEL) --latent $(DEMO)/inverted --perceptual scorer:face-scorer --identity none --device cpu \
+              --distance relative --unit std
 DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size 32 --exp_name $(DEMO)/training --channel_max 64 --batch 8 --n_sample 16 \
               --r1 0.1 --augment --device cpu --workers 1 --log_every 10
 
@@ -28,17 +35,35 @@ demo: $(VENV)/.installed
 	mv $(DEMO)/mix.png $(DEMO)/2-style-mixing.png
 	$(PY) generate.py --ckpt $(MODEL) --seeds 0-5 --truncation 0.8 --noise none --interpolate --frames 20 --video $(DEMO)/3-interpolation.gif \
 	  --output_dir $(DEMO) --device cpu
+	mkdir -p $(DEMO)/photos $(DEMO)/to_paste
+	$(PY) -c "import skimage.data, skimage.io; skimage.io.imsave('$(DEMO)/photos/astronaut.png', skimage.data.astronaut())"
+	cp docs/astronaut.json $(DEMO)/photos/
+	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
+	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
+	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 100 $(DEMO_INVERT) \
+	  --output_dir $(DEMO)/inverted
+	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -3 \
+	  --end_distance 3 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
+	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --target age=60 --output_dir $(DEMO)/edits/age-60
+	cp $(DEMO)/edits/age-60/frames/origin_0_edit_0_age_*.png $(DEMO)/to_paste/astronaut.png
+	$(PY) align_faces.py --paste_back $(DEMO)/to_paste --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
+	  --output_dir $(DEMO)/pasted
+	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 100 $(DEMO_INVERT) \
+	  --output_dir $(DEMO)/expression
 	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size 32 --n_worker 2 $(DEMO)/faces
-	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 20 --sample_every 20 --save_every 20
-	$(PY) train.py $(DEMO_TRAIN) --resume auto --iter 40 --sample_every 20 --save_every 20
-	cp $(DEMO)/training/sample/000040.png $(DEMO)/4-training-sample.png
-	cp $(DEMO)/training/similarity/000040.png $(DEMO)/5-attention-maps.png
+	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 10 --sample_every 10 --save_every 10
+	$(PY) train.py $(DEMO_TRAIN) --resume auto --iter 20 --sample_every 20 --save_every 20
+	cp $(DEMO)/training/sample/000020.png $(DEMO)/4-training-sample.png
+	cp $(DEMO)/training/similarity/000020.png $(DEMO)/5-attention-maps.png
+	$(PY) make_report.py --folder $(DEMO)
 	@echo
+	@echo "$(DEMO)/report.html            all of it on one page"
 	@echo "$(DEMO)/1-faces-by-seed.png    100 faces drawn by the bundled W++ model, truncation 0.8"
-	@echo "$(DEMO)/2-style-mixing.png     rows keep their fine layers, coarse layers come from the columns"
-	@echo "$(DEMO)/3-interpolation.gif    a closed walk through six faces in w"
-	@echo "$(DEMO)/4-training-sample.png  after 40 steps of training on those faces, stopped and resumed at step 20"
-	@echo "$(DEMO)/5-attention-maps.png   attention between the style tokens, eight blocks by four heads"
+	@echo "$(DEMO)/inverted               the astronaut and three drawn faces in W++: encoder start, then optimised"
+	@echo "$(DEMO)/edits/*/strips         them along age, gender and smile, with what the scorer sees"
+	@echo "$(DEMO)/pasted                 the astronaut's edited face in the photo"
+	@echo "$(DEMO)/expression             the same faces asked to smile by the conditional generator"
+	@echo "$(DEMO)/4-training-sample.png  after 20 steps of training on drawn faces, stopped and resumed at step 10"
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
@@ -61,6 +86,11 @@ tiny: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(PY) benchmarks/bench_model.py
+
+# On a GPU machine, with a python that has torch and Triton; each line ends in one line of JSON
+GPU_PYTHON ?= $(PYTHON)
+bench-gpu:
+	$(GPU_PYTHON) benchmarks/bench_op.py --device cuda
 
 clean:
 	rm -rf demo runs .pytest_cache .ruff_cache

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,10 @@ from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import save_grid, save_image, save_video
 from common.latents import parse_layers, parse_seeds, save_latents
+from editing.conditional import read_condition
 from model import Generator, load_generator
 from rendering import (
+    CONDITION,
     NOISE_MODES,
     RECORD,
     Source,
@@ -43,6 +45,7 @@ from rendering import (
     render,
     seed_source,
     seeded_z,
+    select_condition,
     select_noise,
     slerp,
 )
@@ -66,6 +69,9 @@ def build_parser() -> ArgumentParser:
     what.add_argument("--noise", choices=NOISE_MODES,
                       help="const: the maps stored in the generator; random: drawn for each picture from its seed; "
                            "none: zeros; default const, for --latents what they were saved with")  # fmt: skip
+    what.add_argument("--set", metavar="NAME=NUMBER,...",
+                      help="attributes of a conditional generator, such as smile=1; the others as they were saved, or "
+                           "the means of the training images (without --set: 0.5)")  # fmt: skip
     what.add_argument("--noise_seed", type=int, help="another value, other maps of --noise random; default 0")
 
     modes = parser.add_argument_group("mixing and interpolation")
@@ -181,7 +187,8 @@ def write_pictures(generator, source: Source, place: Distributed, *, folder, gri
                 kept_codes.append(code.numpy())
             yield code
 
-    pictures = render(generator, codes(), noise=noise_at(source.noise, mine), **settings)
+    condition = select_condition(source.condition, mine)
+    pictures = render(generator, codes(), noise=noise_at(source.noise, mine), condition=condition, **settings)
     for position, picture in zip(mine, progress(pictures, len(mine), place), strict=True):
         save_image(picture, folder / f"{source.names[position]}.png")
         if grid is not None:
@@ -197,8 +204,15 @@ def write_pictures(generator, source: Source, place: Distributed, *, folder, gri
     if latents_folder is not None:
         latents, config = np.stack(sum(kept_codes, [])), generator.config
         save_latents(latents_folder, latents, names=source.names, space=config.space, size=config.size,
-                     fingerprint=generator.fingerprint, extra={RECORD: source.about})  # fmt: skip
+                     fingerprint=generator.fingerprint, extra=record(source))  # fmt: skip
         print(f"{latents_folder}: their w codes, for --latents")
+
+
+def record(source: Source) -> dict:
+    """What latents.json keeps of how the codes were drawn and are to be rendered."""
+    if source.condition is None:
+        return {RECORD: source.about}
+    return {RECORD: source.about, CONDITION: {"values": source.condition.expand(len(source.names), -1).tolist()}}
 
 
 def write_mixture(generator, source: Source, place, *, rows, columns, layers, path, **settings) -> None:
@@ -218,8 +232,9 @@ def write_mixture(generator, source: Source, place, *, rows, columns, layers, pa
         return mix(points[r], points[c], layers)
 
     mine = shard(len(positions), place.rank, place.world_size)
-    noise = noise_at(source.noise, [positions[i] for i in mine])
-    pictures = list(progress(render(generator, map(code, mine), noise=noise, **settings), len(mine), place))
+    own = [positions[i] for i in mine]
+    settings |= {"noise": noise_at(source.noise, own), "condition": select_condition(source.condition, own)}
+    pictures = list(progress(render(generator, map(code, mine), **settings), len(mine), place))
     pictures = sum(gather_list(pictures), [])
     if place.is_main:
         margin, cells = pictures[: len(points)], pictures[len(points) :]
@@ -253,13 +268,21 @@ def write_loop(generator, source: Source, place, *, z, truncation, mean, frames,
         layers = [blend_noise(maps(a), maps(b), t) for a, b, t in ways]
         return [torch.cat(layer) for layer in zip(*layers, strict=True)]
 
+    def condition(block):
+        if source.condition is None or not block:
+            return None
+        ways = [loop_position(frame, n, frames) for frame in block]
+        own = functools.partial(select_condition, source.condition)
+        return torch.cat([torch.lerp(own([a]), own([b]), t) for a, b, t in ways])
+
     def pictures():
         total, step = n * frames, settings["batch"]
         for start in range(0, total, step * place.world_size):
             first = start + step * place.rank
             block = range(min(first, total), min(first + step, total))
             maps_of = functools.partial(noise, block) if changing else source.noise
-            for part in gather_list(list(render(generator, codes(block), noise=maps_of, **settings))):
+            frames_of = render(generator, codes(block), noise=maps_of, condition=condition(block), **settings)
+            for part in gather_list(list(frames_of)):
                 yield from part
 
     video = progress(pictures(), n * frames, place)
@@ -271,10 +294,11 @@ def write_loop(generator, source: Source, place, *, z, truncation, mean, frames,
             pass
 
 
-def read_step(path) -> int | None:
-    """Training step of a checkpoint or export, None where it does not tell."""
+def read_known(path) -> dict:
+    """Training step and condition (editing/conditional.py) of a checkpoint or export, None where it does not tell."""
     path = Path(path)
-    return (load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)).get("step")
+    known = load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)
+    return {name: known.get(name) for name in ("step", "condition")}
 
 
 def progress(items, total: int, place: Distributed):
@@ -293,6 +317,16 @@ def truncation_mean(generator: Generator, args, place: Distributed) -> torch.Ten
     return broadcast_object(generator.mean_latent(args.truncation_mean).cpu() if place.is_main else None)
 
 
+def ask_for(source: Source, args) -> Source:
+    """The source with the attributes of --set. Raises ValueError for those that the generator does not know."""
+    if not args.set:
+        return source
+    known = read_condition(args.ckpt)
+    requests = known.parse(args.set)
+    base = torch.tensor([known.means]) if source.condition is None else source.condition  # [1 or N, d]
+    return replace(source, condition=torch.stack([known.vector(requests, row) for row in base]))
+
+
 def main(args) -> int:
     task = read_options(args)
     place = setup(args.device)
@@ -301,7 +335,7 @@ def main(args) -> int:
         config = generator.config
         layers = parse_layers(args.mix_layers, config.n_tokens, "--mix_layers") if task.kind == "mix" else []
         if args.export and place.is_main:
-            state = {"g_ema": generator.state_dict(), "config": config.to_dict(), "step": read_step(args.ckpt)}
+            state = {"g_ema": generator.state_dict(), "config": config.to_dict(), **read_known(args.ckpt)}
             identity = export_ema(state, args.export, half=args.half)
             print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
         if task.kind == "export":
@@ -315,6 +349,7 @@ def main(args) -> int:
         else:
             source = seed_source(generator, task.seeds, **trunc, noise=args.noise or "const",
                                  noise_seed=args.noise_seed or 0, batch=args.batch)  # fmt: skip
+        source = ask_for(source, args)
         if task.kind == "mix":
             write_mixture(generator, source, place, rows=task.rows, columns=task.columns, layers=layers,
                           path=folder / "mix.png", **settings)  # fmt: skip

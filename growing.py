@@ -6,6 +6,8 @@ the smaller image. The idea is progressive growing (Karras et al. 2018, arXiv 17
 connections to RGB (arXiv 1912.04958, section 4.1) make the fade unnecessary.
 
     train.py --size 64 --init_from runs/faces-32/checkpoint/010000.pt ...
+
+`add_condition_columns` likewise makes a conditional generator of an unconditional one, with the same pictures.
 """
 
 from __future__ import annotations
@@ -71,6 +73,27 @@ def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discr
         shared = min(skip.shape[:2])
         skip.mul_(0.1)[:shared, :shared, 0, 0] += torch.eye(shared) * math.sqrt(2 * skip.shape[1])
     return grown
+
+
+def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
+    """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation.
+
+    The equalised scale 1/sqrt(inputs) is made up for, so that whatever the condition the pictures stay the same up to
+    rounding. Raises ValueError when the generator has a condition already.
+    """
+    if config.condition_dim:
+        raise ValueError(f"the generator has {config.condition_dim} condition inputs already")
+    gain = math.sqrt((config.style_dim + n) / config.style_dim)
+
+    def widen(weight):
+        return torch.cat((weight.float() * gain, torch.zeros(len(weight), n, device=weight.device)), 1)
+
+    return {name: widen(tensor) if is_modulation(name) else tensor for name, tensor in state.items()}
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a tensor of the generator turns style codes into factors of channels: [channels, style_dim + n]."""
+    return name.endswith(".modulation.weight")
 
 
 def require_growth(small: GeneratorConfig, large: GeneratorConfig) -> None:

@@ -15,7 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import FusedLeakyReLU, conv3x3, fused_leaky_relu, mix_channels, modulate, noise_bias_act, up_conv3x3, upfirdn2d
+from op import (
+    FusedLeakyReLU,
+    act_blur,
+    blur_noise_bias_act,
+    conv3x3,
+    fused_leaky_relu,
+    mix_channels,
+    modulate,
+    noise_bias_act,
+    transposed_conv3x3,
+    upfirdn2d,
+)
 
 BLUR = (1, 3, 3, 1)  # the FIR kernel of all resampling in StyleGAN2
 
@@ -161,6 +172,11 @@ class ModulatedConv2d(nn.Module):
 
     def forward(self, x, style):
         """x [N, Cin, H, W], style [N, style_dim] -> convolved [N, Cout, H*, W*], demodulation factor [N, Cout]."""
+        out, demod = self.convolve(x, style)
+        return self.blur(out) if self.up else out, demod
+
+    def convolve(self, x, style):
+        """The same, but of an up-convolution before its blur: [N, Cout, 2H+1, 2W+1]."""
         style = self.modulation(style)  # [N, Cin]
         weight = self.weight[0] * self.scale  # [Cout, Cin, k, k]
         if x.dtype == torch.float16:  # keep the products inside the range of fp16; d takes the factors back
@@ -171,7 +187,7 @@ class ModulatedConv2d(nn.Module):
         x = modulate(x, style.to(x.dtype))
         weight = weight.to(x.dtype)
         if self.up:
-            return up_conv3x3(x, weight, self.blur.kernel), demod  # [N, Cout, 2H, 2W]
+            return transposed_conv3x3(x, weight), demod  # [N, Cout, 2H+1, 2W+1]
         if weight.shape[2] == 3:
             return conv3x3(x, weight), demod  # [N, Cout, H, W]
         return F.conv2d(x, weight, padding=self.padding), demod
@@ -193,10 +209,14 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_channel)
 
     def forward(self, x, style, noise):
-        out, demod = self.conv(x, style)
+        conv, bias, factor = self.conv, self.activate.bias, 2 if self.conv.up else 1
+        out, demod = conv.convolve(x, style)
         if noise is None:
-            noise = out.new_empty(out.shape[0], 1, *out.shape[2:]).normal_()
-        return noise_bias_act(out, self.activate.bias, demod=demod, noise=noise, noise_strength=self.noise.weight)
+            noise = out.new_empty(x.shape[0], 1, factor * x.shape[2], factor * x.shape[3]).normal_()
+        factors = {"demod": demod, "noise": noise, "noise_strength": self.noise.weight}
+        if conv.up:
+            return blur_noise_bias_act(out, conv.blur.kernel, bias, pad=conv.blur.pad, **factors)  # [N, C', 2H, 2W]
+        return noise_bias_act(out, bias, **factors)  # [N, C', H, W]
 
 
 class ToRGB(nn.Module):
@@ -255,4 +275,7 @@ class ResBlock(nn.Module):
         self.skip = ConvLayer(in_channel, out_channel, 1, downsample=True, activate=False, gain=0.5**0.5)
 
     def forward(self, x):  # [N, C, H, W] -> [N, C', H/2, W/2]
-        return self.conv2(self.conv1(x)) + self.skip(x)
+        (conv, activate), (blur, down, activate_down) = self.conv1, self.conv2
+        out = act_blur(conv(x), activate.bias, blur.kernel, pad=blur.pad,
+                       negative_slope=activate.negative_slope, scale=activate.scale)  # [N, C, H+1, W+1] # fmt: skip
+        return activate_down(down(out)) + self.skip(x)

@@ -18,42 +18,27 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, run
-from common.distributed import (
-    Distributed,
-    add_device_flags,
-    barrier,
-    broadcast_object,
-    gather_list,
-    setup,
-    shard,
-    shutdown,
-)
-from common.images import FITS, save_video, to_uint8
+from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shutdown
+from common.images import FITS
 from common.latents import load_latents
 from common.perceptual import build_perceptual
 from faces.identity import identity_or_none
-from inversion.measures import measure
-from inversion.pictures import open_pictures, pixel_seed
-from inversion.projection import Projection, ProjectionSettings, Task, choose_space, project_each
+from inversion.pictures import open_pictures
+from inversion.projection import ProjectionSettings, choose_space
 from inversion.results import conclude
-from inversion.store import Part, Store
+from inversion.store import Store
+from inversion.work import Shard
 from model import Generator, load_generator
-from rendering import file_names, render
 from training import DTYPES
 
 EARLY_STOP = 0.02  # when --early_stop is given without a number
-FRAMES = 100  # of a video, at most
-VIDEO_SIZE = 256  # pixels, at most
 PATIENCE = timedelta(days=30)  # of a rank that waits for one with more work
 
 
@@ -196,92 +181,6 @@ def load_start(path: str, generator: Generator, space: str, names: list[str]):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pictures of one process
-
-
-class Shard:
-    """Projects this process's share of the pictures into the store."""
-
-    def __init__(self, generator, pictures, store: Store, place: Distributed, *, start, settings, space, perceptual,
-                 identity, seed: int, video: str | None):  # fmt: skip
-        self.generator, self.pictures, self.store, self.place = generator, pictures, store, place
-        self.start, self.settings, self.space, self.seed, self.video = start, settings, space, seed, video
-        self.perceptual, self.identity = perceptual, identity
-        self.mine = shard(len(pictures), place.rank, place.world_size)
-        self.keys: dict[int, str] = {}  # position -> key of its part
-        self.skipped: dict[int, str] = {}  # position -> reason
-        self.work: dict[int, tuple[int, torch.Tensor]] = {}  # number of a task -> position, uint8 picture
-        self.n_tasks = 0
-        self.frames: dict[int, list[np.ndarray]] = {}
-        self.files = file_names(pictures.names)
-        self.bar = tqdm(total=len(self.mine) * settings.steps, disable=not place.is_main, unit="step", unit_scale=True,
-                        dynamic_ncols=True)  # fmt: skip
-        self.calls = 0
-
-    def tasks(self) -> Iterator[Task]:
-        """The pictures that are still to be done; unreadable ones are noted."""
-        for position in self.mine:
-            try:
-                picture = self.pictures.read(position)
-            except ValueError as error:
-                self.skipped[position] = str(error)
-                self.bar.update(self.settings.steps)
-                continue
-            key = self.keys[position] = self.store.key(self.pictures.names[position], picture)
-            if self.store.has(key):
-                self.bar.update(self.settings.steps)
-                continue
-            self.work[self.n_tasks] = (position, picture)
-            self.n_tasks += 1
-            image = picture.float() / 127.5 - 1
-            yield Task(image, pixel_seed(picture, self.seed), **self.start(position, image))
-
-    def run(self, batch: int, statistics, dtype) -> None:
-        done = project_each(self.generator, self.tasks(), perceptual=self.perceptual, space=self.space, batch=batch,
-                            statistics=statistics, dtype=dtype, watch=self.watch, **asdict(self.settings))  # fmt: skip
-        with self.bar:
-            for number, projection in done:
-                position, picture = self.work.pop(number)
-                self.bar.update(self.settings.steps - int(projection.steps))
-                self.finish(position, picture, projection)
-
-    def finish(self, position: int, picture: torch.Tensor, projection: Projection) -> None:
-        if not torch.isfinite(projection.latents).all():
-            self.skipped[position] = "the optimisation diverged: a smaller --lr, or --precision fp32"
-            return
-        noise = [layer[None] for layer in projection.noise]
-        (rendered,) = render(self.generator, projection.latents[None], noise=noise)  # uint8 [S, S, 3]
-        original = picture.permute(1, 2, 0).numpy()
-        pair = [torch.from_numpy(np.array(p)).permute(2, 0, 1)[None] for p in (original, rendered)]
-        pair = [p.to(self.generator.token) / 127.5 - 1 for p in pair]
-        values = measure(*pair, perceptual=self.perceptual, identity=self.identity)
-        part = Part(
-            projection.latents.numpy(), [layer.numpy() for layer in projection.noise],
-            {name: curve.numpy() for name, curve in projection.curves.items()},
-            {name: float(value[0]) for name, value in values.items()}, int(projection.steps), original, rendered,
-        )  # fmt: skip
-        if self.video:
-            frames = self.frames.pop(position) + [shrink(rendered)] * (FRAMES // 4)
-            save_video(frames, self.store.folder / "video" / f"{self.files[position]}.{self.video}", fps=25)
-        self.store.write(self.keys[position], part)
-
-    def watch(self, numbers, steps, images, losses) -> None:
-        self.bar.update(len(numbers))
-        self.calls += 1
-        if self.calls % 20 == 1 and self.place.is_main:
-            self.bar.set_postfix_str(f"loss {float(losses.mean()):.4f}, images {numbers[0] + 1}-{numbers[-1] + 1}")
-        if self.video:
-            every = max(1, self.settings.steps // FRAMES)
-            for number, step, image in zip(numbers, steps, images, strict=True):
-                if step % every == 0:
-                    self.frames.setdefault(self.work[number][0], []).append(shrink(to_uint8(image)))
-
-
-def shrink(picture: np.ndarray) -> np.ndarray:
-    """uint8 [S, S, 3] by averaging, at most VIDEO_SIZE pixels wide."""
-    factor = max(1, len(picture) // VIDEO_SIZE)
-    side = len(picture) // factor
-    return picture.reshape(side, factor, side, factor, 3).mean((1, 3)).round().astype(np.uint8)
 
 
 def main(args) -> int:
@@ -310,7 +209,7 @@ def main(args) -> int:
         work = Shard(generator, pictures, store, place, start=start, settings=settings, space=space,
                      perceptual=perceptual, identity=identity, seed=args.seed, video=args.save_video)  # fmt: skip
         work.run(args.batch, statistics, dtype)
-        reports = gather_list((work.keys, work.skipped, pictures.enlarged))
+        reports = gather_list(work.report())
         if place.is_main:
             conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by)
     finally:

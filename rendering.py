@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from common.images import IMAGE_SUFFIXES, make_grid, to_uint8
-from common.latents import draw_z, load_latents
+from common.latents import Latents, draw_z, load_latents
 from model import Generator
 
 NOISE_MODES = ("const", "random", "none")
 RECORD = "rendering"  # the entry of a latents.json's `extra` that tells how the codes were drawn
+CONDITION = "condition"  # the entry that tells the attributes of each picture of a conditional generator
 
 # Noise of N pictures: one map per layer, each [N, 1, r, r] or, shared by all, [1, 1, r, r]; or a function that gives
 # such a list for the positions asked for, which keeps the memory bounded.
@@ -146,6 +147,11 @@ def select_noise(noise: Noise, positions: Sequence[int]) -> list[torch.Tensor]:
     return [layer if len(layer) == 1 else layer[list(positions)] for layer in noise]
 
 
+def select_condition(condition: torch.Tensor | None, positions: Sequence[int]) -> torch.Tensor | None:
+    """Attributes [n, d] or [1, d] of the pictures at these positions, of those of all, [N, d] or [1, d]."""
+    return condition if condition is None or len(condition) == 1 else condition[list(positions)]
+
+
 def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float) -> list[torch.Tensor]:
     """Noise on the way between two pictures: each map [1, 1, r, r] keeps its strength (slerp over the whole map)."""
     return [slerp(a.flatten(), b.flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
@@ -156,12 +162,13 @@ def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float)
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures that can be rendered, by position: file names without suffix, codes [L, D], and noise."""
+    """Pictures that can be rendered, by position: file names without suffix, codes [L, D], noise, and attributes."""
 
     names: list[str]
     codes: Callable[[Sequence[int]], Iterator[torch.Tensor]]  # positions -> their codes
     noise: Noise
     about: dict  # how they came about, for latents.json
+    condition: torch.Tensor | None = None  # attributes [N, d] or [1, d] of a conditional generator
 
 
 def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch) -> Source:
@@ -196,7 +203,21 @@ def latents_source(generator, path, *, truncation, mean, noise, noise_seed) -> S
     def codes(positions):
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
 
-    return Source(file_names(saved.names), codes, maps, {})
+    return Source(file_names(saved.names), codes, maps, {}, saved_condition(saved, generator))
+
+
+def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:
+    """The attributes [N, d] under which saved latents belong to their pictures; None where none are recorded.
+
+    Raises ValueError when they do not fit the generator.
+    """
+    if CONDITION not in saved.extra:
+        return None
+    values, n = torch.tensor(saved.extra[CONDITION]["values"]), generator.config.condition_dim
+    if list(values.shape) != [len(saved), n]:
+        raise ValueError(f"{saved.path}: attributes {list(values.shape)} of {len(saved)} pictures; the generator takes "
+                         f"[{len(saved)}, {n}]")  # fmt: skip
+    return values
 
 
 def file_names(names: Sequence[str]) -> list[str]:
@@ -230,12 +251,13 @@ def file_names(names: Sequence[str]) -> list[str]:
 @torch.no_grad()
 def render(
     generator: Generator, latents: Iterable[torch.Tensor], *, noise: Noise | None = None, batch: int = 8,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, condition: torch.Tensor | None = None,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """Pictures, uint8 [size, size, 3] in 0..255, of w codes, computed while they are asked for.
 
     latents: tensor [N, L, D], or any iterable of codes [L, D] on any device. noise: see `Noise`; default the stored
-    maps. dtype: of the convolutions (default float32). Neither `batch` nor the company of other codes changes a picture
+    maps. dtype: of the convolutions (default float32). condition: attributes [N, d], or [1, d] for all, of a
+    conditional generator (default the neutral 0.5). Neither `batch` nor the company of other codes changes a picture
     on a CPU. Raises ValueError on codes that do not fit the generator, or when a picture is not finite.
     """
     device = generator.token.device
@@ -243,8 +265,10 @@ def render(
     start = 0
     for block in blocks(latents, forward_size(device, batch)):
         codes = torch.stack(block).to(device)  # [B, L, D]
-        maps = [layer.to(device) for layer in select_noise(noise, range(start, start + len(block)))]
-        images, _ = generator(codes, input_is_latent=True, noise=maps, dtype=dtype)  # [B, 3, S, S]
+        places = range(start, start + len(block))
+        maps = [layer.to(device) for layer in select_noise(noise, places)]
+        asked = None if condition is None else select_condition(condition, places).to(device).expand(len(block), -1)
+        images, _ = generator(codes, input_is_latent=True, noise=maps, dtype=dtype, condition=asked)  # [B, 3, S, S]
         if not torch.isfinite(images).all():
             advice = "; --precision fp32 has the largest range" if dtype == torch.float16 else ": diverged weights?"
             raise ValueError(f"the generator's output is not finite at picture {start + 1}{advice}")

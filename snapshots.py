@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
 import warnings
 from pathlib import Path
@@ -33,8 +33,11 @@ class Outputs:
         """Grid of the EMA generator on fixed latents and noise maps; attention maps, one figure, for W++."""
         trainer, name = self.trainer, f"{self.trainer.step:06d}.png"
         z = self.z.to(trainer.place.device)
-        images = [trainer.g_ema(chunk, randomize_noise=False)[0].cpu() for chunk in z.split(self.micro)]
-        save_grid(torch.cat(images), self.run.path("sample", name), nrow=math.ceil(len(z) ** 0.5))
+        shown, conditions, nrow = trainer.sheet(z)
+        conditions = itertools.repeat(None) if conditions is None else conditions.split(self.micro)
+        images = [trainer.g_ema(chunk, randomize_noise=False, condition=condition)[0].cpu()
+                  for chunk, condition in zip(shown.split(self.micro), conditions, strict=False)]  # fmt: skip
+        save_grid(torch.cat(images), self.run.path("sample", name), nrow=nrow)
         if not trainer.config.w_space:
             maps = trainer.g_ema.get_similarity(z[: self.micro]).cpu()  # [layers, heads, T, T]
             titles = [f"block {b + 1} head {h + 1}" for b in range(maps.shape[0]) for h in range(maps.shape[1])]
@@ -60,8 +63,8 @@ class Outputs:
 
 
 def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:
-    """The EMA generator of a training state (`g_ema`, `config`, `step` when known) as .safetensors, with its config,
-    step and fingerprint in the header; returns the fingerprint.
+    """The EMA generator of a training state (`g_ema`, `config`; `step`, `condition` when known) as .safetensors, with
+    these and its fingerprint in the header; returns the fingerprint.
 
     half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
     Raises ValueError when a weight is beyond fp16's range.
@@ -73,8 +76,8 @@ def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:
         if large:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
     identity = fingerprint({name: tensor.float() for name, tensor in weights.items()})
-    metadata = {"config": state["config"], "fingerprint": identity, "half": half}
-    save_safetensors(path, weights, metadata | ({} if state.get("step") is None else {"step": state["step"]}))
+    known = {name: state[name] for name in ("step", "condition") if state.get(name) is not None}
+    save_safetensors(path, weights, {"config": state["config"], "fingerprint": identity, "half": half, **known})
     return identity
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from common.cli import UsageError, UserError
-from growing import can_grow, grow_discriminator, grow_generator
+from growing import add_condition_columns, can_grow, grow_discriminator, grow_generator
 from model import GeneratorConfig, generator_state, infer_config
 from training import Trainer
 
@@ -78,10 +78,15 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
 def init_from(trainer: Trainer, path: str) -> None:
     """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew.
 
-    A smaller generator of else the same architecture is grown (growing.py). Raises CheckpointError if it cannot be.
+    A smaller generator of else the same architecture is grown, an unconditional one gets the condition that is trained
+    (growing.py). Raises CheckpointError if it cannot be.
     """
     state, config = generator_state(path)
     weights = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    n = trainer.config.condition_dim
+    if n and not config.condition_dim:
+        weights |= {name: add_condition_columns(weights[name], config, n) for name in ("g", "g_ema") if name in weights}
+        config = replace(config, condition_dim=n)
     if can_grow(config, trainer.config):
         grown = {name: grow_generator(weights[name], config, trainer.g) for name in ("g", "g_ema") if name in weights}
         if "d" in weights:
@@ -89,4 +94,4 @@ def init_from(trainer: Trainer, path: str) -> None:
         weights = grown
     else:
         require_same_architecture(trainer.config, config, path)
-    trainer.load_networks(weights, path)
+    trainer.adopt(weights, path)

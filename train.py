@@ -22,6 +22,7 @@ from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, 
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.interrupt import StopSignal
 from common.runs import Run, StepBar, format_duration
+from conditional_training import add_condition_flags, build_trainer, find_reader, read_condition_settings
 from dataset import InfiniteSampler, data_loader, open_dataset
 from model import stddev_group
 from snapshots import Outputs, Progress
@@ -77,6 +78,8 @@ def build_parser() -> ArgumentParser:
     loss.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
     loss.add_argument("--on_nan", choices=("stop", "rollback"), default="stop",
                       help="a loss is not finite: stop, or go on from the last checkpoint")
+
+    add_condition_flags(parser)
 
     out = parser.add_argument_group("output")
     out.add_argument("--n_sample", type=int, default=64, help="images in a sample grid")
@@ -144,7 +147,7 @@ def start_monitor(trainer: Trainer, run: Run, args):
     return Monitor(
         run, args.path, trainer.config.size, metrics=parse_metrics(args.metric), n=args.eval_samples,
         extractor=args.extractor, batch=trainer.settings.micro_batch or args.batch, place=trainer.place,
-        start_step=trainer.step,
+        start_step=trainer.step, header=trainer.header(),
     )  # fmt: skip
 
 
@@ -218,16 +221,21 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
 
 def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> None:
     step = trainer.step
-    loss = {name: metrics[name] for name in ("d", "g", "r1") if name in metrics}
+    loss = {name: metrics[name] for name in ("d", "g", "r1", "attr") if name in metrics}
     run.log(step, "Loss", **loss)
     if "path" in metrics:
         mean = float(trainer.mean_path_length)
         run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
-    run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
+    if "real" in metrics:
+        run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
+    attributes = {name.removeprefix("attr_"): value for name, value in metrics.items() if name.startswith("attr_")}
+    if attributes:
+        run.log(step, "Attributes", **attributes)
     if trainer.settings.augment:
         run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
     run.log(step, "Speed", **speed)
-    bar.note(step, f"d {metrics['d']:.3f} g {metrics['g']:.3f}, {speed['images_per_s']} img/s, "
+    shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
+    bar.note(step, f"{shown}, {speed['images_per_s']} img/s, "
                    f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}")  # fmt: skip
 
 
@@ -284,6 +292,7 @@ def start_wandb(args) -> None:
 
 def main(args) -> int:
     settings = read_options(args)
+    asked = read_condition_settings(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     place: Distributed = setup(args.device)
@@ -294,7 +303,9 @@ def main(args) -> int:
         if state is not None:
             require_same_architecture(config, stored, source)
         dataset = open_dataset(args.path, config.size)
-        trainer = Trainer(config, settings, place)
+        reader = find_reader(args, state, source, stored, place.device)
+        trainer = build_trainer(config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args,
+                                state=state)  # fmt: skip
         sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed)
         if state is not None:
             trainer.load_state_dict(state, source)

@@ -147,8 +147,7 @@ class Trainer:
         self.step += 1
 
     def _optimise(self, optimiser, network, phase, images, name):
-        self.g.requires_grad_(network is self.g)
-        self.d.requires_grad_(network is self.d)
+        self.select(network)
         self.accumulate_gradients(phase, images, name)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         all_reduce_mean(gradients)
@@ -157,6 +156,11 @@ class Trainer:
                 gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+
+    def select(self, network):
+        """Gradients for the weights of one network alone."""
+        self.g.requires_grad_(network is self.g)
+        self.d.requires_grad_(network is self.d)
 
     def accumulate_gradients(self, phase, images, name):
         """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
@@ -175,16 +179,19 @@ class Trainer:
         mirror = torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
         return torch.where(mirror, images.flip(3), images)
 
-    def synthesise(self, n, dtype):
-        """Images and codes of n fresh latents; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, 3.1)."""
+    def draw_codes(self, n):
+        """w codes [n, L, C] of fresh latents; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, 3.1)."""
         g, config = self.g, self.config
         z = torch.randn(n, *g.draw_z(0).shape[1:], device=self.place.device)
         if config.w_space and torch.rand(()) < self.settings.mixing:  # a CPU number: no wait for the device
             crossover = int(torch.randint(1, config.n_tokens, ()))
             first, second = g.get_latent(z), g.get_latent(torch.randn_like(z))
-            codes = torch.cat((first[:, :crossover], second[:, crossover:]), 1)
-            return g(codes, input_is_latent=True, dtype=dtype)
-        return g(z, dtype=dtype)
+            return torch.cat((first[:, :crossover], second[:, crossover:]), 1)
+        return g.get_latent(z)
+
+    def synthesise(self, n, dtype):
+        """Images and codes of n fresh latents."""
+        return self.g(self.draw_codes(n), input_is_latent=True, dtype=dtype)
 
     def judge(self, images, dtype):
         return self.d(self.ada(images) if self.settings.augment else images, dtype=dtype)
@@ -221,6 +228,10 @@ class Trainer:
         self._path_means.append(mean.detach())
         self.note(path=penalty, path_length=lengths.mean())
 
+    def sheet(self, z):
+        """What a sample sheet of latents z [n, ...] shows: latents, conditions or None, pictures per row."""
+        return z, None, math.ceil(len(z) ** 0.5)
+
     @torch.no_grad()
     def average(self):
         """Moving average of the parameters; buffers (noise maps, token) are carried over as they are."""
@@ -241,8 +252,7 @@ class Trainer:
                   (self.d, self.d_phase, "d"), (self.d, self.r1_phase, "r1")]  # fmt: skip
         try:
             for network, phase, name in phases:
-                self.g.requires_grad_(network is self.g)
-                self.d.requires_grad_(network is self.d)
+                self.select(network)
                 self.accumulate_gradients(phase, images, name)
         finally:
             for network in (self.g, self.d):
@@ -271,6 +281,10 @@ class Trainer:
         return dict(zip(names, means.tolist(), strict=True))
 
     # -- state --------------------------------------------------------------------------------------------------------
+
+    def header(self) -> dict:
+        """What an exported generator of this run says besides its config, JSON values."""
+        return {}
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
@@ -309,6 +323,10 @@ class Trainer:
             self.ada.load_state_dict(state["ada"], is_main=self.place.is_main)
             if self.settings.augment_p:
                 self.ada.p.fill_(keep)
+
+    def adopt(self, weights: dict, source) -> None:
+        """Begin a new run with these weights (--init_from)."""
+        self.load_networks(weights, source)
 
     def load_networks(self, state: dict, source) -> None:
         """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""

@@ -4,6 +4,7 @@ Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as both launcher
 here works as rank 0 of 1 and no process group exists.
 """
 
+import argparse
 import ctypes
 import os
 import platform
@@ -16,6 +17,8 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from op import dispatch
 
 _control = None  # gloo group for barriers and Python objects: it names the missing rank, which nccl cannot
 
@@ -40,15 +43,29 @@ class Distributed:
 
 
 def add_device_flags(parser):
-    """Add `--device` and the `--local_rank` that `torch.distributed.launch` passes."""
+    """Add `--device`, `--ops` and the `--local_rank` that `torch.distributed.launch` passes."""
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
+    add_ops_flag(parser)
     parser.add_argument("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
+
+
+def add_ops_flag(parser):
+    """Add `--ops`. It takes effect when it is parsed, for the whole process: op/dispatch.py is asked call by call."""
+    parser.add_argument("--ops", choices=dispatch.OPS, action=_ChooseOps,
+                        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
+                             "| ref | triton; default: $WPP_OPS, else auto")  # fmt: skip
+
+
+class _ChooseOps(argparse.Action):
+    def __call__(self, parser, namespace, value, option_string=None):
+        dispatch.choose(value)
+        setattr(namespace, self.dest, value)
 
 
 def resolve_device(name):
     """torch.device for 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
-    Raises ValueError for another name or a device this machine lacks.
+    Raises ValueError for another name, a device this machine lacks, or one that cannot run the `--ops` asked for.
     """
     name = str(name)
     if name == "auto":
@@ -62,6 +79,7 @@ def resolve_device(name):
             raise ValueError(f"--device {name}: torch {torch.__version__} sees {found} CUDA devices; try --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: this machine or PyTorch has no Metal support; try --device cpu")
+    dispatch.require(torch.device(name))
     return torch.device(name)
 
 

@@ -19,11 +19,12 @@ from inversion.state import CURVE_EVERY, CURVES
 from inversion.store import Store, merge, remove_numbered
 
 
-def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | None, by: dict) -> None:
+def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | None, by: dict, about=None) -> None:
     """Rank 0, when all are done: the files of the whole run, and one line of results on stdout.
 
     reports: per rank {position: key}, {position: reason why it was left out}, names that were enlarged. by: names of
-    the networks that compared. ValueError when there is no result at all.
+    the networks that compared. about(positions): what else latents.json shall say of these pictures, a dict of JSON
+    values. ValueError when there is no result at all.
     """
     names = pictures.names
     keys, skipped, enlarged = {}, {}, []
@@ -40,10 +41,11 @@ def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | 
         print(f"note: {len(enlarged)} pictures are smaller than {pictures.size} px and were enlarged; the first: "
               f"{enlarged[0]}", file=sys.stderr)  # fmt: skip
     alignment = [pictures.alignment()[position] for position in done]
+    extra = {"method": "projector", "settings": store.settings, **(about(done) if about else {})}
     line = write_results(
         store, [names[position] for position in done], [keys[position] for position in done], **by, space=space,
         size=pictures.size, fingerprint=fingerprint,
-        alignment=alignment if any(alignment) else None, extra={"method": "projector", "settings": store.settings},
+        alignment=alignment if any(alignment) else None, extra=extra,
     )  # fmt: skip
     print(f"{store.folder}: {len(done)} images in {space.upper()}: {line}")
 

@@ -38,13 +38,15 @@ class Monitor:
     Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
     so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
     computed at once: what is missing shows before the training begins. start_step: later results of an earlier start
-    are dropped. Raises UsageError for too few images, FileNotFoundError when the extractor's weights are not at hand.
+    are dropped. header: what the exported weights say besides. Raises UsageError for too few images,
+    FileNotFoundError when the extractor's weights are not at hand.
     """
 
     def __init__(
         self, run: Run, path, size: int, *, metrics: tuple[str, ...], n: int, extractor: str = "auto",
-        batch: int = 16, place: Distributed, start_step: int = 0, weights_dir=None,
+        batch: int = 16, place: Distributed, start_step: int = 0, weights_dir=None, header: dict | None = None,
     ):  # fmt: skip
+        self.header = header or {}
         self.run, self.metrics, self.n, self.batch, self.place = run, metrics, n, batch, place
         self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir,
                                          device=place.device)  # fmt: skip
@@ -87,5 +89,6 @@ class Monitor:
             self.best = values[self.fid]
             facts = {"metric": self.fid, "value": self.best, "n_fake": self.n}
             config = generator.config.to_dict()
-            save_safetensors(self.run.path("checkpoint", BEST), weights, {**about, **facts, "config": config})
+            save_safetensors(self.run.path("checkpoint", BEST), weights,
+                             {**self.header, **about, **facts, "config": config})  # fmt: skip
         return values

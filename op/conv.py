@@ -9,7 +9,7 @@ Two autograd functions, the convolution and its weight gradient, are each other'
 In float32 the result differs from a direct convolution by about 1e-5 of the largest value.
 
     y = conv3x3(x, weight)
-    y = up_conv3x3(x, weight, kernel)
+    y = transposed_conv3x3(x, weight)
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-
-from op.upfirdn2d import upfirdn2d
 
 TILE = 4  # low-resolution pixels per side of a tile
 POINTS = {1: (0, 1, -1), 2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # by taps; infinity is one more
@@ -46,17 +44,15 @@ def conv3x3(x: torch.Tensor, weight: torch.Tensor, stride: int = 1) -> torch.Ten
     return _Conv.apply(x, weight, stride, False)
 
 
-def up_conv3x3(x: torch.Tensor, weight: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Transposed convolution of stride 2, then the FIR filter: [N, Cin, H, W] -> [N, Cout, 2H, 2W].
+def transposed_conv3x3(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Transposed convolution of stride 2: [N, Cin, H, W], weight [Cout, Cin, 3, 3] -> [N, Cout, 2H+1, 2W+1].
 
-    weight: [Cout, Cin, 3, 3]; kernel: [4, 4], gain included. Source: StyleGAN2's `upsample_conv_2d`.
+    With a FIR filter after it, it is StyleGAN2's `upsample_conv_2d`.
     """
     weight = weight.transpose(0, 1)
     if on_fast_device(x):
-        out = _Conv.apply(x, weight, 2, True)
-    else:
-        out = F.conv_transpose2d(x, channels_last(weight), stride=2)
-    return upfirdn2d(out, kernel, pad=(1, 1))  # [N, Cout, 2H+1, 2W+1] -> [N, Cout, 2H, 2W]
+        return _Conv.apply(x, weight, 2, True)
+    return F.conv_transpose2d(x, channels_last(weight), stride=2)
 
 
 def on_fast_device(x) -> bool:

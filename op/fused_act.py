@@ -1,4 +1,4 @@
-"""Bias + leaky ReLU + gain, and the same with demodulation and noise in front.
+"""Bias + leaky ReLU + gain, the same with demodulation and noise in front, and both joined to a blur.
 
 The gain is positive and the activation is positively homogeneous, so `scale * lrelu(x + b) = lrelu(scale * (x + b))`:
 the small factors (bias, noise, demodulation) are scaled instead of the large tensor, which saves a pass over memory.
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from op.dispatch import kernels
 from op.modulation import modulate, pieces, pixel_dot
+from op.upfirdn2d import upfirdn2d
 
 SQRT2 = 2**0.5
 
@@ -33,10 +35,13 @@ def fused_leaky_relu(
     """
     if scale <= 0:
         raise ValueError(f"fused_leaky_relu: scale must be positive, got {scale}")
+    if bias is not None and (bias.ndim != 1 or input.ndim < 2 or bias.shape[0] != input.shape[1]):
+        raise ValueError(f"fused_leaky_relu: bias {tuple(bias.shape)} does not fit dimension 1 of {tuple(input.shape)}")
+    fast = kernels(input)
+    if fast is not None and fits(input, negative_slope):
+        return fast.noise_bias_act(input, bias, None, None, None, negative_slope, scale)
     if bias is None:
         return F.leaky_relu(input * scale if scale != 1 else input, negative_slope)
-    if bias.ndim != 1 or input.ndim < 2 or bias.shape[0] != input.shape[1]:
-        raise ValueError(f"fused_leaky_relu: bias {tuple(bias.shape)} does not fit dimension 1 of {tuple(input.shape)}")
     bias = channel_view(bias, input.ndim).to(input.dtype)
     if scale == 1:
         return F.leaky_relu_(input + bias, negative_slope)  # in place on the fresh sum
@@ -58,6 +63,9 @@ def noise_bias_act(
     input: [N, C, H, W]; bias: [C]; demod: [N, C] or None for ones; noise: [N or 1, 1, H, W] with noise_strength [1], or
     None. Returns [N, C, H, W] in the input's dtype. Differentiable twice. Source: arXiv 1912.04958, figure 2c, eq. 3.
     """
+    fast = kernels(input)
+    if fast is not None and fits(input, negative_slope):
+        return fast.noise_bias_act(input, bias, demod, noise, noise_strength, negative_slope, scale)
     bias = channel_view(bias * scale, input.ndim).to(input.dtype)
     if noise is not None:
         noise = (noise * (noise_strength * scale)).to(input.dtype)
@@ -71,6 +79,53 @@ def noise_bias_act(
     if noise is not None:
         out += bias
     return F.leaky_relu_(out, negative_slope)
+
+
+def blur_noise_bias_act(
+    input: torch.Tensor,
+    kernel: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    pad: tuple[int, int],
+    demod: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    noise_strength: torch.Tensor | None = None,
+    negative_slope: float = 0.2,
+    scale: float = SQRT2,
+) -> torch.Tensor:
+    """`noise_bias_act(upfirdn2d(input, kernel, pad=pad), bias, ...)`: all that follows an up-convolution, in one kernel
+    where there is one."""
+    fast = kernels(input)
+    if fast is not None and fits(input, negative_slope):
+        return fast.blur_noise_bias_act(
+            input, kernel.detach(), bias, (*pad, *pad), demod, noise, noise_strength, negative_slope, scale
+        )
+    return noise_bias_act(
+        upfirdn2d(input, kernel, pad=pad), bias, demod=demod, noise=noise, noise_strength=noise_strength,
+        negative_slope=negative_slope, scale=scale,
+    )  # fmt: skip
+
+
+def act_blur(
+    input: torch.Tensor,
+    bias: torch.Tensor,
+    kernel: torch.Tensor,
+    *,
+    pad: tuple[int, int],
+    negative_slope: float = 0.2,
+    scale: float = SQRT2,
+) -> torch.Tensor:
+    """`upfirdn2d(fused_leaky_relu(input, bias), kernel, pad=pad)`: between two convolutions of the discriminator, in
+    one kernel where there is one."""
+    fast = kernels(input)
+    if fast is not None and fits(input, negative_slope):
+        return fast.act_blur(input, bias, kernel.detach(), (*pad, *pad), negative_slope, scale)
+    return upfirdn2d(fused_leaky_relu(input, bias, negative_slope, scale), kernel, pad=pad)
+
+
+def fits(input, negative_slope) -> bool:
+    """The kernels read the sign of the sum off the result, and take no empty tensor."""
+    return negative_slope >= 0 and input.numel() > 0
 
 
 class _ScaleAddAct(torch.autograd.Function):

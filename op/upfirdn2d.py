@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from op.dispatch import kernels
+
 
 def upfirdn2d(
     input: torch.Tensor,
@@ -37,6 +39,9 @@ def upfirdn2d(
     if min(output_size(input.shape, kernel.shape, up, down, pad)) < 1:
         shapes = f"{tuple(input.shape)} with kernel {tuple(kernel.shape)}"
         raise ValueError(f"upfirdn2d: {shapes}, pad {pad} leaves no pixel")
+    fast = kernels(input)
+    if fast is not None and input.numel() > 0:
+        return fast.upfirdn2d(input, kernel.detach(), up, down, pad)
     return _UpFirDn2d.apply(input, kernel.detach(), up, down, pad)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 from layers import make_kernel
-from op import conv, conv3x3, modulate, up_conv3x3, upfirdn2d
+from op import conv, conv3x3, modulate, transposed_conv3x3, upfirdn2d
 from op.modulation import mix_channels, pixel_dot
 
 SHAPES = [(2, 5, 3, 8, 12), (1, 4, 4, 4, 4), (3, 1, 2, 4, 8), (2, 32, 48, 16, 16)]  # N, low and high channels, H, W
@@ -110,7 +110,7 @@ def test_up_conv_equals_transposed_convolution_and_blur(always_winograd, size):
     torch.manual_seed(0)
     x, weight, kernel = torch.randn(2, 3, *size).double(), torch.randn(4, 3, 3, 3).double(), make_kernel(gain=4)
     expected = upfirdn2d(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), kernel, pad=(1, 1))
-    found = up_conv3x3(x, weight, kernel)
+    found = upfirdn2d(transposed_conv3x3(x, weight), kernel, pad=(1, 1))
     assert found.shape == (2, 4, 2 * size[0], 2 * size[1]) and torch.allclose(found, expected, atol=1e-12)
 
 

@@ -4,6 +4,7 @@ command written in the README, the docs, the Makefile and the docstrings is one 
 import ast
 import contextlib
 import importlib
+import importlib.util
 import io
 import json
 import os
@@ -184,6 +185,8 @@ def imported(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_importing_needs_and_does_nothing(name, imported):
+    if name.startswith("op.triton") and importlib.util.find_spec("triton") is None:
+        pytest.skip("the kernels are imported where Triton is installed only")
     found = imported["import"][name]
     assert "error" not in found, found["error"]
     assert found["seconds"] < 3, f"{found['seconds']:.1f} s of processor time beyond torch"

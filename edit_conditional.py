@@ -1,0 +1,311 @@
+"""Stage 5b: cast the expression of one face onto another with a conditional generator (the paper's cGAN figure).
+
+Sources that are pictures are inverted with their own attributes, as the scorer reads them, held fixed; sources that are
+latents (an earlier run's OUTPUT_DIR/inverted, or a folder of projector.py) are read. Then attributes are replaced by a
+reference face's, or by numbers, and the picture is synthesised again with the same codes and noise.
+
+    python edit_conditional.py --ckpt cgan.pt --source faces/ --reference smiling/ --output_dir cast
+    python edit_conditional.py --ckpt cgan.pt --source cast/inverted --set smile=1,eyes_open=1 --output_dir smiling
+    python edit_conditional.py --ckpt cgan.pt --source cast/inverted --set smile=1 --steps 7 --strength 1.5
+
+OUTPUT_DIR receives inverted/ (as the projector writes it, noise kept); frames/origin_I_TARGET_J.png, where TARGET is
+set or ref_R; sheets/TARGET_K.png (rows: original, reference, inverted, edited; below each what the scorer reads, in the
+order in which the generator knows the attributes); strips/ with --steps above 2; edits.csv: per frame what was asked
+for, what the scorers read, identity.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.cli import ArgumentParser, UsageError, UserError, run
+from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
+from common.images import FITS, read_image, save_image
+from common.perceptual import build_perceptual
+from editing.conditional import AttributeReader, Condition, read_condition
+from editing.judging import Judges, judge, score_frames
+from editing.samples import scorer_identity
+from editing.tables import write_table
+from editing.transfer import Face, Target, asked, caption, condition_path, pair_up, render_path, transfer_sheet
+from faces.identity import WEIGHTS, identity_or_none
+from faces.scorer import load_scorer
+from inversion.pictures import open_pictures
+from inversion.projection import ProjectionSettings, choose_space
+from inversion.results import conclude
+from inversion.store import Store
+from inversion.work import Shard
+from model import load_generator
+from rendering import CONDITION, latents_source, select_noise
+
+PER_SHEET = 8  # columns
+
+
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", required=True, help="checkpoint of train.py --condition, or its export")
+    parser.add_argument("--source", required=True, nargs="+", metavar="PATH",
+                        help="faces to edit: folder, files or LMDB; or latents: a folder or a .npy")  # fmt: skip
+    parser.add_argument("--reference", nargs="+", metavar="PATH", help="faces that lend their attributes")
+    parser.add_argument("--set", metavar="NAME=NUMBER,...", help="numbers instead, such as smile=1,age=60")
+    parser.add_argument("--attributes", help="which ones a reference lends, with commas between (default: all)")
+    parser.add_argument("--paired", action="store_true", help="first source with first reference ... (default: each "
+                                                              "with each)")  # fmt: skip
+    parser.add_argument("--start", choices=("source", "inversion"), default="source",
+                        help="whose attributes an edit starts from: the source's, or, where the inversion has lost "
+                             "them, those that are read in it (codes without recorded attributes: always)")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=2, help="frames, from the inversion to --strength")
+    parser.add_argument("--strength", type=float, default=1.0, help="1: the attributes asked for; above: beyond them")
+    parser.add_argument("--output_dir", type=Path, default=Path("cast"), help="folder of the results; made when absent")
+    judges = parser.add_argument_group("networks that read and compare")
+    judges.add_argument("--scorer", help="the one that the generator was trained with, if it is elsewhere now")
+    judges.add_argument("--eval_scorer", help="a second one for the table, such as face-scorer-eval")
+    judges.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto",
+                        help="how alike each frame is to the inversion")  # fmt: skip
+    judges.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
+    project = parser.add_argument_group("inversion of pictures", "see projector.py")
+    project.add_argument("--fit", choices=FITS, default="crop", help="for pictures that are not square")
+    project.add_argument("--step", type=int, default=1000, help="optimisation steps")
+    project.add_argument("--lr", type=float, default=0.1, help="step size of Adam")
+    project.add_argument("--noise", type=float, default=0.05, help="perturbation of the code at the first step")
+    project.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
+    project.add_argument("--perceptual", default="auto", help="distance that is minimised: auto, vgg, squeeze-up64 ...")
+    project.add_argument("--mean_samples", type=int, default=10_000, help="samples for mean and deviation of w")
+    project.add_argument("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
+    project.add_argument("--batch", type=int, default=8, help="images in work at once on a GPU")
+    project.add_argument("--overwrite", action="store_true", help="invert anew where other inversions are")
+    add_device_flags(parser)
+    return parser
+
+
+def check_flags(args) -> None:
+    """Raises UsageError for flags that exclude each other or cannot work."""
+    if bool(args.reference) == bool(args.set):
+        raise UsageError("which attributes? pass either --reference FACES or --set NAME=NUMBER,...")
+    if args.set and (args.attributes or args.paired):
+        raise UsageError("--attributes and --paired are for --reference; --set names its attributes itself")
+    if args.steps < 2 or not 0 < args.strength < float("inf"):
+        raise UsageError(f"--steps takes 2 or more, --strength above 0, got {args.steps} and {args.strength}")
+    if args.batch < 1 or args.mean_samples < 2:
+        raise UsageError(f"--batch and --mean_samples must be positive, got {args.batch} and {args.mean_samples}")
+
+
+def load_reader(args, known: Condition, device) -> AttributeReader:
+    """The scorer that the generator was trained with. Raises UserError when it is another, or is not to be found."""
+    try:
+        scorer = load_scorer(args.scorer or known.scorer, device, weights_dir=args.weights_dir)
+    except FileNotFoundError as error:
+        if args.scorer:
+            raise
+        raise UserError(f"{args.ckpt} was trained with the scorer {known.scorer}, which is not here: name it with "
+                        "--scorer") from error  # fmt: skip
+    if scorer_identity(scorer) != known.scorer_fingerprint:
+        raise UserError(f"{args.ckpt} was trained with the scorer {known.scorer_fingerprint}, "
+                        f"{args.scorer or known.scorer} is {scorer_identity(scorer)}")  # fmt: skip
+    return AttributeReader(scorer, known.attributes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources and targets
+
+
+def is_latents(paths) -> bool:
+    path = Path(paths[0])
+    return len(paths) == 1 and (path.suffix == ".npy" or (path / "latents.npy").is_file())
+
+
+def read_picture(pictures, position: int) -> torch.Tensor:
+    """[1, 3, S, S] in [-1, 1]."""
+    return pictures.read(position)[None].float() / 127.5 - 1
+
+
+def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
+    """Codes and noise of the pictures, each under its own attributes, into OUTPUT_DIR/inverted. Goes on where an
+    earlier run ended."""
+    config, space = generator.config, choose_space(generator, None)
+    pictures = open_pictures(args.source, config.size, fit=args.fit)
+    try:
+        settings = ProjectionSettings(steps=args.step, lr=args.lr, noise=args.noise, mse=args.mse)
+    except ValueError as error:
+        raise UsageError(f"--{error}".replace("--steps", "--step")) from None
+    perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
+    by = {"perceptual": perceptual.name, "identity": identity and identity.name}
+    depends = asdict(settings) | by | {
+        "space": space, "generator": generator.fingerprint, "size": config.size, "fit": args.fit, "seed": args.seed,
+        "mean_samples": args.mean_samples, "attributes": reader.names,
+    }  # fmt: skip
+    store = Store(args.output_dir / "inverted", depends, overwrite=args.overwrite, main=place.is_main)
+    barrier()
+    statistics = broadcast_object(store.statistics(generator, args.mean_samples) if place.is_main else None)
+
+    def own(image):  # alone, so that its company does not matter
+        return reader.read(image.to(place.device))[0]
+
+    work = Shard(generator, pictures, store, place, settings=settings, space=space, perceptual=perceptual,
+                 identity=identity, seed=args.seed, start=lambda _, image: {"condition": own(image[None])})  # fmt: skip
+    work.run(args.batch, statistics, torch.float32)
+    reports = gather_list(work.report())
+    if place.is_main:
+        conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by,
+                 about=lambda done: {CONDITION: {"attributes": reader.names, "values":
+                                     [own(read_picture(pictures, i)).tolist() for i in done]}})  # fmt: skip
+    barrier()
+    return store.folder
+
+
+def read_faces(folder: Path, generator, reader: AttributeReader, positions, source, start: str) -> list[Face]:
+    """The faces of saved latents. Those without recorded attributes were found under the neutral 0.5."""
+    faces = []
+    for i, code in zip(positions, source.codes(positions), strict=True):
+        noise = select_noise(source.noise, [i])
+        own = torch.full((len(reader.names),), 0.5) if source.condition is None else source.condition[i]
+        face = Face(source.names[i], code, noise, own, own)
+        if source.condition is None or start == "inversion":
+            (picture,) = render_path(generator, face, own[None])
+            scores = torch.from_numpy(score_frames(reader.scorer, [picture]))
+            face = Face(face.name, code, noise, own, reader.to_unit(scores)[0])
+        path = folder / f"origin_{i}.png"
+        original = np.asarray(read_image(path)) if path.is_file() else None
+        faces.append(Face(face.name, code, noise, own, face.scored, original))
+    return faces
+
+
+def read_targets(args, known: Condition, reader: AttributeReader, size: int, device) -> list[Target]:
+    """What is asked for: of every reference, or of --set. Raises ValueError for attributes that are not known."""
+    if args.set:
+        return [Target("set", args.set, known.parse(args.set))]
+    names = [name.strip() for name in args.attributes.split(",")] if args.attributes else known.attributes
+    chosen = [known.index(name) for name in names]
+    pictures = open_pictures(args.reference, size, fit=args.fit)
+    targets = []
+    for i, name in enumerate(pictures.names):
+        image = read_picture(pictures, i)
+        values = reader.read(image.to(device))[0]
+        shown = pictures.read(i).permute(1, 2, 0).numpy()
+        targets.append(Target(f"ref_{i}", name, {k: float(values[k]) for k in chosen}, shown))
+    return targets
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits
+
+
+def columns_of(scorer, scores: np.ndarray, names) -> np.ndarray:
+    """Scores [K, A] of a scorer -> the columns of these attributes."""
+    return scores[:, [scorer.column(name) for name in names]]
+
+
+class Editor:
+    """Renders and judges the path of a face to a target; writes frames and strips."""
+
+    def __init__(self, args, generator, known: Condition, judges: Judges, evaluator):
+        self.args, self.generator, self.known = args, generator, known
+        self.judges, self.evaluator = judges, evaluator
+        self.ts = np.linspace(0, args.strength, args.steps)
+
+    def caption(self, scores: np.ndarray, target: Target) -> str:
+        """What the scorer reads, [A], of the attributes that are asked for."""
+        chosen = sorted(target.values)
+        names = [self.known.attributes[k] for k in chosen]
+        values = columns_of(self.judges.scorer, scores[None], names)[0]
+        return caption(values, names, [self.known.kinds[k] for k in chosen])
+
+    def edit(self, i: int, face: Face, target: Target) -> tuple[list[dict], dict]:
+        """Rows of edits.csv, and the cells of the sheet."""
+        names = self.known.attributes
+        frames = render_path(self.generator, face, condition_path(face, target, self.ts))
+        found = judge(self.judges, frames)
+        columns = {"asked": asked(face, target, self.ts).numpy() * np.array(self.known.units),
+                   "read": columns_of(self.judges.scorer, found.scores, names)}  # fmt: skip
+        if self.evaluator is not None:
+            columns["eval"] = columns_of(self.evaluator, score_frames(self.evaluator, frames), names)
+        rows = []
+        for j, (t, frame) in enumerate(zip(self.ts, frames, strict=True)):
+            name = f"origin_{i}_{target.label}_{j}.png"
+            save_image(frame, self.args.output_dir / "frames" / name)
+            values = {f"{kind}_{n}": round(float(value), 4) for kind, table in columns.items()
+                      for n, value in zip(names, table[j], strict=True)}  # fmt: skip
+            alike = "" if found.identity is None else round(float(found.identity[j]), 4)
+            rows.append({"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4), "frame": name,
+                         **values, "identity": alike, "change": round(float(found.change[j]), 4)})  # fmt: skip
+        captions = [self.caption(scores, target) for scores in found.scores]
+        if len(frames) > 2:
+            strip = transfer_sheet([list(zip(frames, captions, strict=True))])
+            save_image(strip, self.args.output_dir / "strips" / f"origin_{i}_{target.label}.png")
+        cells = {"inverted": (frames[0], captions[0]), "edited": (frames[-1], captions[-1])}
+        for kind, picture in (("original", face.original), ("reference", target.picture)):
+            if picture is not None:
+                cells[kind] = (picture, self.caption(score_frames(self.judges.scorer, [picture])[0], target))
+        return rows, cells
+
+
+def write_sheets(folder: Path, columns: list[tuple[Target, dict]], paired: bool) -> None:
+    """Sheets of at most PER_SHEET faces: one after the other for each target, or for all when paired."""
+    groups: dict[str, list[dict]] = {}
+    for target, cells in columns:
+        groups.setdefault("paired" if paired else target.label, []).append(cells)
+    for label, group in groups.items():
+        kinds = [kind for kind in ("original", "reference", "inverted", "edited") if all(kind in c for c in group)]
+        for start in range(0, len(group), PER_SHEET):
+            block = group[start : start + PER_SHEET]
+            sheet = transfer_sheet([[cells[kind] for cells in block] for kind in kinds])
+            save_image(sheet, folder / "sheets" / f"{label}_{start // PER_SHEET:03d}.png")
+
+
+def summary(rows: list[dict], targets: list[Target], names) -> str:
+    """Mean error of what was asked for at the end of the way, by attribute and scorer; mean identity."""
+    moved = sorted({position for target in targets for position in target.values})
+    parts = []
+    for kind in ("read", "eval"):
+        for name in (names[k] for k in moved):
+            if f"{kind}_{name}" in rows[0]:
+                error = np.mean([abs(row[f"{kind}_{name}"] - row[f"asked_{name}"]) for row in rows])
+                parts.append(f"{name} {'off by' if kind == 'read' else 'by --eval_scorer off by'} {error:.3f}")
+    if rows[0]["identity"] != "":
+        parts.append(f"identity {np.mean([row['identity'] for row in rows]):.3f}")
+    return ", ".join(parts)
+
+
+def main(args) -> int:
+    check_flags(args)
+    place = setup(args.device)
+    try:
+        known = read_condition(args.ckpt)
+        generator = load_generator(args.ckpt, place.device)
+        reader = load_reader(args, known, place.device)
+        evaluator = load_scorer(args.eval_scorer, place.device) if args.eval_scorer else None
+        if evaluator is not None:
+            AttributeReader(evaluator, known.attributes)  # knows them all
+        targets = read_targets(args, known, reader, generator.config.size, place.device)
+        identity = identity_or_none(args.identity, place.device, args.weights_dir)
+        folder = Path(args.source[0]) if is_latents(args.source) else invert(args, generator, reader, identity, place)
+        source = latents_source(generator, folder, truncation=1, mean=None, noise=None, noise_seed=None)
+        folder = folder.parent if folder.suffix == ".npy" else folder
+        mine = shard(len(source.names), place.rank, place.world_size)
+        faces = dict(zip(mine, read_faces(folder, generator, reader, mine, source, args.start), strict=True))
+        editor = Editor(args, generator, known, Judges(reader.scorer, identity), evaluator)
+        done = []
+        pairs = pair_up(len(source.names), targets, args.paired)
+        for number, (i, target) in enumerate(tqdm(pairs, desc="editing", unit="face", disable=not place.is_main)):
+            if i in faces:
+                done.append((number, target, *editor.edit(i, faces[i], target)))
+        done = sorted((item for share in gather_list(done) for item in share), key=lambda item: item[0])
+        if place.is_main:
+            rows = [row for _, _, rows, _ in done for row in rows]
+            write_table(args.output_dir / "edits.csv", rows)
+            write_sheets(args.output_dir, [(target, cells) for _, target, _, cells in done], args.paired)
+            last = [rows[-1] for _, _, rows, _ in done]
+            print(f"{args.output_dir}: {len(source.names)} faces, {len(pairs)} edits at strength {args.strength:g}: "
+                  f"{summary(last, targets, known.attributes)}")  # fmt: skip
+    finally:
+        shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,600 @@
+"""The conditional GAN: warm start, light mode, the attribute loss, exact resume, and edits from faces to sheets. The
+scorer of these tests sees colours: redness is its smile, greenness its open eyes, brightness its age."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import conditional_training
+import edit_conditional
+import generate
+import projector
+import train
+from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
+from common.cli import run
+from common.distributed import Distributed
+from common.images import read_image, to_tensor, to_uint8
+from common.latents import load_latents, save_latents
+from common.runs import read_log
+from conditional_training import ConditionalTrainer, ConditionSettings
+from editing.conditional import (
+    AttributeReader,
+    Condition,
+    ConditionError,
+    attribute_error,
+    draw_requests,
+    jitter,
+    read_condition,
+    sample_requests,
+    score_dataset,
+)
+from faces.labels import Attribute
+from faces.scorer import AttributeScorer, require_images
+from growing import add_condition_columns, is_modulation
+from model import Generator, GeneratorConfig, load_generator
+from training import Trainer, TrainSettings
+
+SMALL = {"size": 32, "style_dim": 64, "n_mlp": 2, "channel_max": 16}
+FLAGS = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
+ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+NAMES = ("smile", "eyes_open")
+
+
+class ColourScorer(AttributeScorer):
+    attributes = (Attribute("age", "years"), Attribute("smile"), Attribute("eyes_open"), Attribute("beard", "value"))
+
+    def __init__(self, gain=6.0):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+        self.fingerprint = f"colour {gain}"
+        self.freeze()
+
+    def margins(self, images):
+        red, green, blue = require_images(images).mean((2, 3)).unbind(1)
+        light = (red + green + blue) / 3
+        return torch.stack([50 + 40 * light, self.gain * (red - blue), self.gain * (green - blue), light], 1)
+
+
+@pytest.fixture(autouse=True)
+def colours(monkeypatch):
+    """Every scorer by name is the colour scorer; `other` is another one."""
+
+    def load(name, *args, **kwargs):
+        return ColourScorer(3.0 if name == "other" else 6.0)
+
+    monkeypatch.setattr(conditional_training, "load_scorer", load)
+
+
+@pytest.fixture
+def reader():
+    return AttributeReader(ColourScorer(), NAMES)
+
+
+@pytest.fixture(scope="module")
+def unconditional(tmp_path_factory):
+    """A training checkpoint of a generator that makes pictures of about the right contrast."""
+    torch.manual_seed(3)
+    trainer = Trainer(GeneratorConfig(**SMALL), TrainSettings(batch=4), ALONE)
+    with torch.no_grad():
+        for network in (trainer.g, trainer.g_ema):
+            for name, parameter in network.named_parameters():
+                if "to_rgb" in name and name.endswith("conv.weight"):
+                    parameter.mul_(0.3)
+        for parameter in trainer.g.parameters():  # of a run under way: not what is averaged
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    path = tmp_path_factory.mktemp("unconditional ü") / "000007.pt"
+    save_checkpoint(path, trainer.state_dict())
+    return path
+
+
+def make_trainer(reader, *, table=None, batch=4, micro_batch=0, lr=0.01, place=ALONE, config=None, **asked):
+    config = config or GeneratorConfig(**SMALL, condition_dim=len(reader.names))
+    table = torch.rand(50, len(reader.names), generator=torch.Generator().manual_seed(5)) if table is None else table
+    settings = TrainSettings(batch=batch, micro_batch=micro_batch, lr=lr)
+    return ConditionalTrainer(config, settings, place, reader=reader, table=table, scorer="colour",
+                              asked=ConditionSettings(**asked))  # fmt: skip
+
+
+def pictures(n, seed=0):
+    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+# -- numbers of faces, requests, the loss --------------------------------------------------------------------------
+
+
+def test_attributes_are_numbers_from_0_to_1(reader):
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    scores = ColourScorer()(images)
+    read = AttributeReader(ColourScorer(), ["age", "smile"])(images)
+    assert torch.allclose(read, torch.stack([scores[:, 0] / 100, scores[:, 1]], 1))
+    assert torch.allclose(reader.read(images, batch=2), scores[:, 1:3])
+    with pytest.raises(ValueError, match="no attribute 'hat'; it has age, smile"):
+        AttributeReader(ColourScorer(), ["hat"])
+    with pytest.raises(ConditionError, match="beard: the scorer gives it as a value"):
+        AttributeReader(ColourScorer(), ["beard"])
+    with pytest.raises(ConditionError, match="different names"):
+        AttributeReader(ColourScorer(), ["smile", "smile"])
+    assert torch.allclose(score_dataset(reader, list(pictures(9)), "cpu", n=4),
+                          reader.read(pictures(9)[[0, 3, 5, 8]] / 127.5 - 1), atol=1e-6)  # fmt: skip
+
+
+def test_requests_are_those_of_real_faces():
+    table = torch.arange(20.0)[:, None] + torch.tensor([[0.0, 100.0, 200.0]])
+    torch.manual_seed(0)
+    whole = draw_requests(table, 400, permute=0)
+    assert (whole[:, 1] - whole[:, 0] == 100).all() and len(whole[:, 0].unique()) == 20
+    mixed = draw_requests(table, 400, permute=0.5)
+    together = ((mixed[:, 1] - mixed[:, 0]) == 100).float().mean()
+    assert 0.2 < together < 0.4, "both of one face: (1/2)^2, and by chance"
+    assert all(set(column.tolist()) <= set(values.tolist()) for column, values in zip(mixed.T, table.T, strict=True))
+
+
+def test_jitter_is_small_and_differentiable():
+    torch.manual_seed(0)
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, :, 10:22, 10:22] = 1.0
+    image = image.expand(64, -1, -1, -1).clone().requires_grad_()
+    moved = jitter(image)
+    assert moved.shape == image.shape and not torch.allclose(moved[0], moved[1], atol=0.2)
+    assert (moved.mean((1, 2, 3)) - image.mean((1, 2, 3))).abs().max() < 0.06
+    rows = moved.detach()[:, 0].clamp(min=0).sum(2)  # [64, 32]
+    centre = (rows * torch.arange(32)).sum(1) / rows.sum(1)
+    assert 0.5 < (centre - 15.5).abs().max() < 3
+    moved.sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
+    trainer = make_trainer(reader)
+    trainer.select(trainer.g)
+    before = reader.scorer.gain.item()
+    trainer.accumulate_gradients(trainer.g_phase, pictures(4), "g")
+    weight = trainer.g.conv1.conv.modulation.weight
+    assert weight.grad[:, 64:].abs().sum() > 0 and weight.grad[:, :64].abs().sum() > 0
+    assert reader.scorer.gain.grad is None and reader.scorer.gain.item() == before
+    assert all(p.grad is None for p in trainer.d.parameters()), "nor the discriminator"
+    images, wanted = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.5]])
+    error = attribute_error(reader, images, wanted)
+    assert torch.allclose(error, torch.tensor([[0.0, 0.5], [0.5, 0.0]]), atol=0.05)
+
+
+def test_weight_of_the_loss(reader):
+    trainer = make_trainer(reader, attr_weight=4, attr_ramp=8)
+    assert trainer.attr_weight == 4, "no ramp without a warm start"
+    trainer.warm = True
+    assert trainer.attr_weight == 0.5
+    trainer.step = 100
+    assert trainer.attr_weight == 4
+    for wrong in ({"attr_weight": -1}, {"attr_permute": 1.5}, {"attr_ramp": -1}, {"light_lr": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ConditionSettings(**wrong)
+
+
+# -- warm start and light mode -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+def test_warm_start_gives_the_same_pictures(w_space):
+    torch.manual_seed(1)
+    plain = Generator(GeneratorConfig(**SMALL, w_space=w_space)).eval().requires_grad_(False)
+    conditional = Generator(GeneratorConfig(**SMALL, w_space=w_space, condition_dim=3)).eval().requires_grad_(False)
+    conditional.load_state_dict(add_condition_columns(plain.state_dict(), plain.config, 3))
+    z = plain.draw_z(4)
+    expected, codes = plain(z, randomize_noise=False)
+    found, own = conditional(z, randomize_noise=False, condition=torch.rand(4, 3))
+    assert (expected - found).abs().max() < 1e-4 and torch.equal(codes, own)
+    naive = {name: tensor if not is_modulation(name) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
+             for name, tensor in plain.state_dict().items()}  # fmt: skip
+    conditional.load_state_dict(naive)
+    assert (conditional(z, randomize_noise=False)[0] - expected).abs().max() > 1e-3, "the scale matters"
+    with pytest.raises(ValueError, match="3 condition inputs already"):
+        add_condition_columns(naive, conditional.config, 3)
+
+
+def start(tmp_path, lmdb, *flags):
+    argv = ["--path", lmdb, "--exp_name", tmp_path, "--condition", "colour", "--attributes", ",".join(NAMES),
+            "--device", "cpu", "--workers", "0", "--n_sample", "12", "--batch", "4", "--log_every", "2",
+            *flags]  # fmt: skip
+    return run(train.main, train.build_parser(), [str(arg) for arg in argv])
+
+
+def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional):
+    flags = ["--light", "--init_from", unconditional, "--light_lr", "0.05", "--iter", "4"]
+    assert start(tmp_path / "run", face_lmdb, *flags) == 0
+    first, last = (load_checkpoint(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt") for step in (0, 4))
+    known = load_checkpoint(unconditional)
+    assert any(not torch.equal(known["d"][name], tensor) for name, tensor in last["d"].items()), "D plays on"
+    for average in ("g", "g_ema"):
+        for name, tensor in last[average].items():
+            old = first["g_ema"][name]
+            if is_modulation(name):
+                assert torch.equal(tensor[:, :64], old[:, :64]) and not torch.equal(tensor[:, 64:], old[:, 64:])
+            else:
+                assert torch.equal(tensor, old) and torch.equal(tensor, known["g_ema"][name]), name
+    plain = load_generator(unconditional)
+    light = load_generator(tmp_path / "run" / "checkpoint" / "000004.pt")
+    start_model = Generator(light.config).eval().requires_grad_(False)
+    start_model.load_state_dict(first["g_ema"])
+    z = plain.draw_z(3)
+    neutral = light(z, randomize_noise=False)[0]
+    assert torch.equal(neutral, start_model(z, randomize_noise=False)[0]), "exact at 0.5"
+    assert (neutral - plain(z, randomize_noise=False)[0]).abs().max() < 1e-4
+    asked = light(z, randomize_noise=False, condition=torch.ones(3, 2))[0]
+    assert (asked - neutral).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_training_follows_the_request(reader, unconditional, light):
+    """The redness asked for moves the redness there is; before the training nothing does."""
+    torch.manual_seed(0)
+    known = load_checkpoint(unconditional)
+    config = GeneratorConfig(**SMALL)
+    weights = {name: add_condition_columns(known[name], config, 2) for name in ("g", "g_ema")} | {"d": known["d"]}
+    trainer = make_trainer(reader, batch=8, lr=0.01, light=light, light_lr=0.05, attr_ramp=5, attr_weight=20)
+    trainer.adopt(weights, "test")
+
+    def changes():
+        """Requests [64, 2], and what they change in the attributes read, from those at the neutral 0.5."""
+        torch.manual_seed(9)
+        wanted, z = torch.rand(64, 2), trainer.g.draw_z(64)
+        with torch.no_grad():
+            read = [reader(trainer.g(z, randomize_noise=False, condition=request)[0]) for request in (wanted, None)]
+        return wanted, read[0] - read[1]
+
+    assert changes()[1].abs().max() < 1e-4
+    for k in range(25):
+        trainer.train_step(pictures(8, seed=k))
+    wanted, change = changes()
+    assert min(np.corrcoef(wanted[:, k], change[:, k])[0, 1] for k in range(2)) > 0.7
+    assert change.abs().max() > 0.05
+    metrics = trainer.read_metrics()
+    assert {"d", "g", "attr", "attr_smile", "attr_eyes_open"} <= set(metrics)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_state(a, b):
+    def compare(x, y, name):
+        if isinstance(x, dict):
+            assert list(x) == list(y), name
+            for key in x:
+                compare(x[key], y[key], f"{name}.{key}")
+        elif isinstance(x, (list, tuple)):
+            for i, (u, v) in enumerate(zip(x, y, strict=True)):
+                compare(u, v, f"{name}.{i}")
+        else:
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
+
+    for key in a.keys() - {"options"}:
+        compare(a[key], b[key], key)
+
+
+@pytest.mark.parametrize("mode", [[], ["--light"]])
+def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
+    flags = [*mode, "--d_reg_every", "3", "--save_every", "4", "--attr_ramp", "6", "--augment", "--micro_batch", "2"]
+    assert start(tmp_path / "whole", face_lmdb, *flags, "--init_from", unconditional, "--iter", "8") == 0
+    assert start(tmp_path / "half", face_lmdb, *flags, "--init_from", unconditional, "--iter", "4") == 0
+    argv = ["--path", face_lmdb, "--exp_name", tmp_path / "half", "--resume", "auto", "--iter", "8", "--workers", "0",
+            "--device", "cpu", "--batch", "4", "--n_sample", "12", "--log_every", "2", *flags]  # fmt: skip
+    assert run(train.main, train.build_parser(), [str(arg) for arg in argv]) == 0, "scorer and attributes from the file"
+    whole, half = (load_checkpoint(tmp_path / name / "checkpoint" / "000008.pt") for name in ("whole", "half"))
+    assert_same_state(whole, half)
+    assert whole["warm"] and whole["attributes"].shape == (24, 2) and whole["condition"]["light"] == bool(mode)
+    losses = [line for line in read_log(tmp_path / "half" / "log.jsonl") if line["group"] == "Loss"]
+    assert [line["step"] for line in losses] == [2, 4, 6, 8] and all(0 < line["attr"] < 1 for line in losses)
+    groups = {line["group"] for line in read_log(tmp_path / "half" / "log.jsonl")}
+    assert "Attributes" in groups
+
+
+def test_processes_draw_what_micro_batches_draw(reader):
+    """Gradients of two ranks, averaged, are those of one process over two micro-batches."""
+    one = make_trainer(reader, batch=4, micro_batch=2)
+    ranks = [make_trainer(reader, batch=2, place=Distributed(rank, rank, 2, torch.device("cpu"), None))
+             for rank in range(2)]  # fmt: skip
+    images = pictures(4)
+    one.select(one.g)
+    one.accumulate_gradients(one.g_phase, images, "g")
+    for trainer, share in zip(ranks, images.chunk(2), strict=True):
+        trainer.select(trainer.g)
+        trainer.accumulate_gradients(trainer.g_phase, share, "g")
+    for whole, *parts in zip(*(t.g.parameters() for t in (one, *ranks)), strict=True):
+        if whole.grad is not None:
+            assert torch.allclose(whole.grad, sum(p.grad for p in parts) / 2, atol=1e-6)
+
+
+def test_two_processes(tmp_path, face_lmdb, root):
+    """Under torchrun, gloo: the whole command, with a scorer in a file."""
+    from faces.scorer import Scorer, ScorerConfig, ScorerNetwork, save_scorer
+
+    torch.manual_seed(0)
+    network = ScorerNetwork(ScorerConfig((Attribute("smile"), Attribute("eyes_open")), width=0.5, input_size=32))
+    save_scorer(tmp_path / "scorer.safetensors", Scorer(network))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+               "--path", face_lmdb, "--exp_name", tmp_path / "run", "--condition", tmp_path / "scorer.safetensors",
+               "--attributes", "smile,eyes_open", *FLAGS, "--iter", "2", "--batch", "4", "--n_sample", "4",
+               "--workers", "0", "--device", "cpu"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000002.pt")
+    assert state["condition"]["attributes"] == ["smile", "eyes_open"] and state["sampler"]["position"] == 16
+    assert state["condition"]["scorer"] == str(tmp_path / "scorer.safetensors")
+
+
+def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, unconditional):
+    assert start(tmp_path / "run", face_lmdb, "--init_from", unconditional, "--iter", "4", "--save_every", "2",
+                 "--keep", "1") == 0  # fmt: skip
+    folder = tmp_path / "run" / "checkpoint"
+    state = load_checkpoint(folder / "000004.pt")
+    condition = read_condition(folder / "000004.pt")
+    assert condition.attributes == NAMES and condition.kinds == ("probability",) * 2 and not condition.light
+    assert condition.means == pytest.approx(state["attributes"].mean(0).tolist())
+    assert (condition.scorer, condition.scorer_fingerprint) == ("colour", "colour 6.0")
+    assert read_condition(folder / "000002.safetensors") == condition
+    assert load_safetensors(folder / "000002.safetensors")[1]["config"]["condition_dim"] == 2
+    with Image.open(tmp_path / "run" / "sample" / "000004.png") as sheet:
+        assert sheet.size == (5 * 34 - 2, 2 * 34 - 2), "12 pictures: two faces, five requests"
+    with pytest.raises(ConditionError, match="unconditional generator"):
+        read_condition(unconditional)
+
+
+def test_what_a_condition_can_be_asked_for():
+    condition = Condition(("smile", "age"), ("probability", "years"), (0.25, 0.4), "colour", "x")
+    assert condition.parse("age=60, smile=1") == {1: 0.6, 0: 1.0}
+    assert condition.vector(condition.parse("age=60")).tolist() == pytest.approx([0.25, 0.6])
+    assert condition.vector({0: 1.0}, torch.tensor([0.1, 0.2])).tolist() == pytest.approx([1.0, 0.2])
+    assert Condition.from_dict(condition.to_dict(), "x") == condition
+    for text, message in (("hat=1", "no attribute 'hat'"), ("smile", "NAME=NUMBER"), ("smile=2", "from 0 to 1"),
+                          ("age=101", "from 0 to 100")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            condition.parse(text)
+    with pytest.raises(ConditionError, match="gain 4.0"):
+        Condition.from_dict(condition.to_dict() | {"gain": 4.0}, "x")
+    with pytest.raises(ConditionError, match="unknown here"):
+        Condition.from_dict({"attributes": ["smile"]}, "x")
+    rows = sample_requests(torch.tensor([0.3, 0.6]))
+    assert torch.allclose(rows, torch.tensor([[0.3, 0.6], [0, 0.6], [1, 0.6], [0.3, 0], [0.3, 1]]))
+
+
+def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
+    def error(*flags, lead=None):
+        status = start(tmp_path / "run", face_lmdb, *flags) if lead is None else lead(*flags)
+        line = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(line) == 1
+        return status, line[0]
+
+    def plain(*flags):
+        argv = ["--path", face_lmdb, "--exp_name", tmp_path / "plain", "--device", "cpu", "--workers", "0", "--batch",
+                "4", "--n_sample", "4", *flags]  # fmt: skip
+        return run(train.main, train.build_parser(), [str(arg) for arg in argv])
+
+    assert error("--light", *FLAGS) == (2, "error: --light trains what the condition adds to a trained generator: pass "
+                                           "one as --init_from")  # fmt: skip
+    status, line = error("--init_from", unconditional, "--attributes", "hat")
+    assert status == 1 and "no attribute 'hat'" in line
+    assert error("--attr_permute", 2, *FLAGS)[0] == 2
+    status, line = error("--attributes", "smile", *FLAGS, lead=plain)
+    assert status == 2 and "--condition SCORER" in line
+
+    good = ["--init_from", unconditional, "--iter", "1"]
+    assert start(tmp_path / "run", face_lmdb, *good) == 0
+    export = tmp_path / "export.safetensors"
+    argv = ["--ckpt", tmp_path / "run" / "checkpoint" / "000001.pt", "--export", export, "--device", "cpu"]
+    assert run(generate.main, generate.build_parser(), list(map(str, argv))) == 0
+    assert read_condition(export).attributes == NAMES
+    capfd.readouterr()
+    status, line = error("--init_from", export, lead=plain)
+    assert status == 1 and "is a conditional generator: pass --condition" in line
+    status, line = error("--resume", "auto", "--attributes", "eyes_open")
+    assert status == 1 and "trained for smile,eyes_open" in line
+    status, line = error("--resume", "auto", "--condition", "other")
+    assert status == 1 and "colour 6.0" in line and "colour 3.0" in line
+    status, line = error("--resume", unconditional, "--exp_name", tmp_path / "new", "--iter", "9")
+    assert status == 1 and "unconditional run: --init_from" in line
+    status, line = error("--exp_name", tmp_path / "newer", "--light", "--init_from", export)
+    assert status == 1 and "no discriminator" in line
+
+
+# -- edits ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cgan(unconditional, tmp_path_factory):
+    """A conditional generator whose first attribute makes faces redder, and the second one greener."""
+    state = load_checkpoint(unconditional)
+    config = GeneratorConfig(**SMALL, condition_dim=2)
+    weights = add_condition_columns(state["g_ema"], GeneratorConfig(**SMALL), 2)
+    torch.manual_seed(4)
+    reader = AttributeReader(ColourScorer(), NAMES)
+    trainer = make_trainer(reader, batch=4, lr=0.002, light=True, light_lr=0.03, attr_weight=50, attr_ramp=0)
+    trainer.adopt({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
+    for k in range(20):
+        trainer.train_step(pictures(4, seed=k))
+    about = Condition.of(reader, trainer.table, "colour").to_dict()
+    path = tmp_path_factory.mktemp("cgan ü") / "000040.pt"
+    save_checkpoint(path, {"g_ema": trainer.g.state_dict(), "config": config.to_dict(), "step": 40, "condition": about})
+    return path
+
+
+@pytest.fixture
+def faces(face_folder, tmp_path):
+    """Three faces, one with a Unicode name."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for name in ("face 01.png", "face 02.png", "ü 中文.png"):
+        (folder / name).write_bytes((face_folder / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def edit(cgan, unconditional, monkeypatch, capfd):
+    """edit_conditional.py's command line: (status, stdout, error line)."""
+    monkeypatch.setattr(edit_conditional, "load_scorer", conditional_training.load_scorer)
+
+    def edit(*flags, ckpt=cgan):
+        argv = ["--ckpt", ckpt, "--device", "cpu", "--identity", "none", "--step", "12", "--mean_samples", "50",
+                "--perceptual", f"discriminator:{unconditional}", *flags]  # fmt: skip
+        capfd.readouterr()
+        status = run(edit_conditional.main, edit_conditional.build_parser(), [str(arg) for arg in argv])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return status, out, next((line for line in err.splitlines() if line.startswith("error: ")), err)
+
+    return edit
+
+
+def table(folder):
+    with open(folder / "edits.csv", encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
+    out = tmp_path / "cast"
+    references = [faces / "face 02.png", faces / "ü 中文.png"]
+    status, said, error = edit("--source", faces, "--reference", *references, "--output_dir", out, "--attributes",
+                               "smile", "--steps", "3", "--eval_scorer", "other")  # fmt: skip
+    assert status == 0, error
+    assert "3 faces, 6 edits" in said and "smile off by" in said and "by --eval_scorer" in said
+    saved = load_latents(out / "inverted", expect_fingerprint=load_generator(cgan).fingerprint)
+    assert saved.names == ["face 01.png", "face 02.png", "ü 中文.png"] and saved.noise is not None
+    own = torch.tensor(saved.extra["condition"]["values"])
+    reader = AttributeReader(ColourScorer(), NAMES)
+    originals = [to_tensor(read_image(out / "inverted" / f"origin_{i}.png")) for i in range(3)]
+    assert torch.allclose(own, reader.read(torch.stack(originals)), atol=1e-6), "each under its own attributes"
+
+    rows = table(out)
+    assert len(rows) == 3 * 2 * 3 and {row["image"] for row in rows} == {"face 01", "face 02", "ü 中文"}
+    assert {row["target"] for row in rows} == {"face 02.png", "ü 中文.png"}
+    generator = load_generator(cgan)
+    for row in rows:
+        frame = read_image(out / "frames" / row["frame"])
+        read = ColourScorer()(to_tensor(frame)[None])[0]
+        assert float(row["read_smile"]) == pytest.approx(float(read[1]), abs=1e-3)
+        i, t = int(row["origin"]), float(row["t"])
+        goal = own[1 if row["target"] == "face 02.png" else 2]
+        assert float(row["asked_smile"]) == pytest.approx(float(own[i, 0] + t * (goal[0] - own[i, 0])), abs=1e-3)
+        assert float(row["asked_eyes_open"]) == pytest.approx(float(own[i, 1]), abs=1e-3), "is not asked for"
+        condition = torch.tensor([[float(row["asked_smile"]), float(row["asked_eyes_open"])]])
+        image, _ = generator(saved.latents[i : i + 1], input_is_latent=True, noise=[n[i : i + 1] for n in saved.noise],
+                             condition=condition)  # fmt: skip
+        assert np.abs(to_uint8(image)[0].astype(int) - np.asarray(frame)).max() <= 1, "code, noise, condition"
+        if t == 0:
+            inversion = read_image(out / "inverted" / f"project_{i}.png")
+            assert (np.asarray(inversion) == np.asarray(frame)).all() and row["change"] == "0.0"
+    for i in range(3):
+        moved = [row for row in rows if row["origin"] == str(i) and row["target"] == "face 02.png"]
+        asked = [float(row["asked_smile"]) for row in moved]
+        if abs(asked[-1] - asked[0]) > 0.1:
+            found = [float(row["read_smile"]) for row in moved]
+            assert (found[-1] - found[0]) * (asked[-1] - asked[0]) > 0
+    names = sorted(path.name for path in (out / "sheets").iterdir())
+    assert names == ["ref_0_000.png", "ref_1_000.png"] and len(list((out / "strips").iterdir())) == 6
+    with Image.open(out / "sheets" / "ref_0_000.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 4 * 128, "original, reference, inverted, edited"
+
+
+def test_latents_are_read_again_and_set(edit, faces, tmp_path):
+    out = tmp_path / "cast"
+    assert edit("--source", faces, "--set", "smile=1", "--output_dir", out)[0] == 0
+    first = table(out)
+    again = tmp_path / "again"
+    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again)[0] == 0
+    assert table(again) == first, "a folder of inversions knows its attributes"
+    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again, "--strength", "2")[0] == 0
+    near, far = ({row["image"]: row for row in rows if float(row["t"]) > 0} for rows in (first, table(again)))
+    own = {row["image"]: float(row["asked_smile"]) for row in first if row["t"] == "0.0"}
+    for name, row in far.items():
+        assert float(row["change"]) > float(near[name]["change"]) > 0
+        assert float(row["asked_smile"]) == pytest.approx(2 - own[name], abs=1e-3) and row["t"] == "2.0"
+    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again, "--start", "inversion")[0] == 0
+    read = [row for row in table(again) if row["t"] == "0.0"]
+    assert [row["asked_smile"] for row in read] == [row["read_smile"] for row in read], "from what is read in it"
+    assert [row["asked_smile"] for row in read] != [str(value) for value in own.values()]
+    both = [out / "inverted", "--reference", faces, "--paired"]
+    assert edit("--source", *both, "--output_dir", tmp_path / "paired")[0] == 0
+    rows = table(tmp_path / "paired")
+    assert [(row["image"] + ".png", row["t"]) for row in rows] == [(row["target"], row["t"]) for row in rows]
+    assert all(row["asked_smile"] == other["asked_smile"] for row, other in zip(rows[::2], rows[1::2], strict=True))
+    assert [path.name for path in (tmp_path / "paired" / "sheets").iterdir()] == ["paired_000.png"]
+
+
+def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, tmp_path):
+    """projector.py knows no attributes: its codes belong to 0.5, and are moved by the difference asked for."""
+    argv = ["--ckpt", cgan, "--dataset", faces, "--output_dir", tmp_path / "projected", "--step", "5", "--identity",
+            "none", "--perceptual", f"discriminator:{unconditional}", "--device", "cpu", "--mean_samples",
+            "50"]  # fmt: skip
+    assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
+    assert edit("--source", tmp_path / "projected", "--set", "smile=0", "--output_dir", tmp_path / "out")[0] == 0
+    rows = [row for row in table(tmp_path / "out") if row["t"] == "0.0"]
+    for i, row in enumerate(rows):
+        assert row["asked_smile"] == row["read_smile"]
+        frame = np.asarray(read_image(tmp_path / "out" / "frames" / row["frame"]))
+        assert (frame == np.asarray(read_image(tmp_path / "projected" / f"project_{i}.png"))).all()
+
+
+def test_generate_asks_for_attributes(cgan, tmp_path, capfd):
+    def generate_it(*flags):
+        argv = ["--ckpt", cgan, "--device", "cpu", "--output_dir", tmp_path / "out", *flags]
+        return run(generate.main, generate.build_parser(), [str(arg) for arg in argv])
+
+    def redness():
+        return [float(ColourScorer()(to_tensor(read_image(path))[None])[0, 1]) for path in
+                sorted((tmp_path / "out").glob("*.png"))]  # fmt: skip
+
+    assert generate_it("--seeds", "0-3", "--set", "smile=0") == 0
+    low = redness()
+    assert generate_it("--seeds", "0-3", "--set", "smile=1", "--save_latents") == 0
+    high = redness()
+    assert np.mean(high) > np.mean(low) + 0.03
+    assert generate_it("--latents", tmp_path / "out" / "latents") == 0
+    assert redness() == high, "the saved codes know their attributes"
+    assert generate_it("--mix", "0,1", "2", "--set", "smile=1") == 0
+    with Image.open(tmp_path / "out" / "mix.png") as sheet:
+        own = to_tensor(sheet.crop((0, sheet.height - 34, 32, sheet.height - 2)).convert("RGB"))
+    assert float(ColourScorer()(own[None])[0, 1]) == pytest.approx(high[1], abs=0.05)
+    loop = ["--seeds", "0,1", "--interpolate", "--frames", "2", "--video", tmp_path / "loop.gif", "--set", "smile=1"]
+    assert generate_it(*loop) == 0
+    assert generate_it("--set", "hat=1") == 1
+    assert "no attribute 'hat': it was trained for smile, eyes_open" in capfd.readouterr().err
+
+
+def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
+    def error(*flags, **options):
+        status, _, line = edit("--output_dir", tmp_path / "out", *flags, **options)
+        return status, line
+
+    assert error("--source", faces) == (2, "error: which attributes? pass either --reference FACES or --set "
+                                           "NAME=NUMBER,...")  # fmt: skip
+    assert error("--source", faces, "--set", "smile=1", "--paired")[0] == 2
+    assert error("--source", faces, "--set", "smile=1", "--steps", "1")[0] == 2
+    status, line = error("--source", faces, "--set", "smile=1", ckpt=unconditional)
+    assert status == 1 and "is an unconditional generator" in line
+    status, line = error("--source", faces, "--set", "hat=1")
+    assert status == 1 and "no attribute 'hat': it was trained for smile, eyes_open" in line
+    status, line = error("--source", faces, "--reference", faces, "--attributes", "age")
+    assert status == 1 and "no attribute 'age'" in line
+    status, line = error("--source", faces, "--set", "smile=1", "--scorer", "other")
+    assert status == 1 and "scorer colour 6.0" in line and "other is colour 3.0" in line
+    (tmp_path / "empty").mkdir()
+    for flags in (["--source", tmp_path / "empty", "--set", "smile=1"],
+                  ["--source", faces, "--reference", tmp_path / "empty"]):  # fmt: skip
+        status, line = error(*flags)
+        assert status == 1 and "empty holds no images" in line
+    described = {"names": ["a", "b"], "space": "w++", "size": 32}
+    save_latents(tmp_path / "others", torch.zeros(2, 8, 64), **described, fingerprint="f" * 16)
+    status, line = error("--source", tmp_path / "others", "--set", "smile=1")
+    assert status == 1 and "latents of the generator ffffffffffffffff" in line
+    described["fingerprint"] = load_generator(cgan).fingerprint
+    save_latents(tmp_path / "own", torch.zeros(2, 8, 64), **described, extra={"condition": {"values": [[0.5], [0.5]]}})
+    status, line = error("--source", tmp_path / "own", "--set", "smile=1")
+    assert status == 1 and "attributes [2, 1] of 2 pictures" in line
+    save_latents(tmp_path / "good", torch.zeros(2, 8, 64), **described)
+    status, line = error("--source", tmp_path / "good", "--reference", faces, "--paired")
+    assert status == 1 and "as many references as sources, found 3 and 2" in line
