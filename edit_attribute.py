@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
     fit.add_argument("--num_sample", type=int, default=100_000, help="random samples to score")
     fit.add_argument("--batch_size", type=int, default=25, help="pictures at a time; changes no result on a CPU")
     fit.add_argument("--ratio", type=float, default=0.02, help="share of the samples at either end that are fitted on")
-    fit.add_argument("--fit", choices=FITS, default="svm", help="svc: the published machine; svm: the same, faster; "
+    fit.add_argument("--fit", choices=FITS, default="ridge", help="svc: the published machine; svm: the same, faster; "
                      "ridge: regression on all samples")  # fmt: skip
     fit.add_argument("--balance", default="", help="attributes, comma-separated, that shall not differ at the two ends")
     fit.add_argument("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")

@@ -1,16 +1,18 @@
 """Data preparation and loading: images/s, ours beside rosinality's way.
 
 Parts: `prepare`: a folder of --photos drawn JPEG pictures of --photo_size pixels becomes an LMDB of --sizes, by
-prepare_data.py --compat and by the formulation of rosinality's prepare_data.py, which makes the same bytes (JPEG of
-quality 100) with the same number of processes, but commits every picture of every size in a transaction of its own;
-`store`: the same without the resizing and encoding; `loader`: batches of --batch from that LMDB at the smallest size,
-by number of worker processes. `wait`: the share of a training step spent waiting for a batch, from a short training at
-that size (train.py's data_wait). Medians of --repeats runs. The last line is everything as JSON.
+prepare_data.py --compat (a process of its own, its start counts) and by the formulation of rosinality's
+prepare_data.py, which makes the same bytes (JPEG of quality 100) with the same number of processes, but commits every
+picture of every size in a transaction of its own; `store`: the same without the resizing and encoding; `loader`:
+batches of --batch from that LMDB at the smallest size, by number of worker processes; `wait`: the share of a training
+step spent waiting for a batch, from a short training at that size (train.py's data_wait). Medians of --repeats runs. The
+last line is everything as JSON.
 
     python benchmarks/bench_data.py
     python benchmarks/bench_data.py --parts loader --sizes 64 --photos 2000
 """
 
+import io
 import itertools
 import json
 import multiprocessing
@@ -35,7 +37,6 @@ from common.images import list_images  # noqa: E402
 from common.runs import read_log  # noqa: E402
 from common.store import image_key  # noqa: E402
 from dataset import InfiniteSampler, data_loader, open_dataset  # noqa: E402
-from prepare_data import SETTINGS_VERSION, encode_file, prepare  # noqa: E402
 
 PARTS = ("prepare", "store", "loader", "wait")
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ MAP_SIZE = 4 << 30  # bytes
 def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--photos", type=int, default=1000, help="pictures")
+    parser.add_argument("--photos", type=int, default=3000, help="pictures")
     parser.add_argument("--photo_size", type=int, default=256, help="their side in pixels")
     parser.add_argument("--sizes", default="64,128", help="sizes in the LMDB, separated by commas")
     parser.add_argument("--n_worker", type=int, default=os.cpu_count(), help="processes that read and encode")
@@ -62,13 +63,11 @@ def main(args):
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         draw_photos(folder / "photos", args.photos, args.photo_size)
-        settings = {"version": SETTINGS_VERSION, "sizes": sizes, "resample": "lanczos", "fit": "crop", "format": "jpeg",
-                    "quality": 100, "subsampling": "4:2:0", "background": [255] * 3, "compat": True}  # fmt: skip
-        prepare(folder / "photos", folder / "faces.lmdb", settings=settings, n_worker=args.n_worker, progress=False)
+        prepare(args, folder, "faces.lmdb")
         seconds = {}
         measures = {"prepare": measure_prepare, "store": measure_store, "loader": measure_loader, "wait": measure_wait}
         for part in args.parts:
-            seconds |= measures[part](args, folder, settings)
+            seconds |= measures[part](args, folder, sizes)
     for row, value in seconds.items():
         print(f"{row:44}{value:12.4g}")
     print(json.dumps({"benchmark": "data", "torch": torch.__version__, "cores": os.cpu_count(), "photos": args.photos,
@@ -110,24 +109,41 @@ def commit_each(out, encoded, sizes):
             transaction.put(b"length", str(n).encode())
 
 
-def encode_numbered(item, settings):
-    return item[0], encode_file(item[1], settings)[0]
+def encode(path, sizes):
+    """rosinality's way to make the pictures of one file, a JPEG of quality 100 per size."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    encoded = []
+    for size in sizes:
+        buffer = io.BytesIO()
+        image.resize((size, size), Image.LANCZOS).save(buffer, format="jpeg", quality=100)
+        encoded.append(buffer.getvalue())
+    return encoded
 
 
-def measure_prepare(args, folder, settings):
+def encode_numbered(item, sizes):
+    return item[0], encode(item[1], sizes)
+
+
+def prepare(args, folder, name):
+    """prepare_data.py from the photos to `name`."""
+    shutil.rmtree(folder / name, ignore_errors=True)
+    command = [sys.executable, ROOT / "prepare_data.py", folder / "photos", "--out", folder / name, "--compat",
+               "--size", args.sizes, "--n_worker", args.n_worker]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def measure_prepare(args, folder, sizes):
     files = list_images(folder / "photos")
 
     def original():
         with multiprocessing.get_context("fork").Pool(args.n_worker) as pool:
-            encoded = pool.imap_unordered(partial(encode_numbered, settings=settings), enumerate(files))
-            commit_each(folder / "original.lmdb", encoded, settings["sizes"])
+            encoded = pool.imap_unordered(partial(encode_numbered, sizes=sizes), enumerate(files))
+            commit_each(folder / "original.lmdb", encoded, sizes)
 
-    def ours():
-        shutil.rmtree(folder / "ours.lmdb", ignore_errors=True)
-        prepare(folder / "photos", folder / "ours.lmdb", settings=settings, n_worker=args.n_worker, progress=False)
-
-    before, after = timed(original, args.repeats), timed(ours, args.repeats)
-    require_equal(folder / "original.lmdb", folder / "ours.lmdb", len(files), settings["sizes"])
+    before = timed(original, args.repeats)
+    after = timed(lambda: prepare(args, folder, "ours.lmdb"), args.repeats)
+    require_equal(folder / "original.lmdb", folder / "ours.lmdb", len(files), sizes)
     return {"prepare, commit per picture, images/s": len(files) / before, "prepare, ours, images/s": len(files) / after,
             "prepare, ratio": before / after}  # fmt: skip
 
@@ -141,32 +157,32 @@ def require_equal(first, second, n, sizes):
                     raise RuntimeError(f"picture {i} at {size} px differs between the two ways")
 
 
-def measure_store(args, folder, settings):
+def measure_store(args, folder, sizes):
     """Writing alone: pictures that are encoded already."""
     from common.store import StoreWriter
 
-    pictures = [encode_file(file, settings)[0] for file in list_images(folder / "photos")]
+    pictures = [encode(file, sizes) for file in list_images(folder / "photos")]
     records = [[f"{i:05d}.jpg", len(p[0]), 0] for i, p in enumerate(pictures)]
 
     def ours():
         out = folder / "store.lmdb"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        with StoreWriter(out, settings, records) as writer:
+        with StoreWriter(out, {"sizes": sizes}, records) as writer:
             for k in range(0, len(records), 256):
                 batch = zip(records[k : k + 256], pictures[k : k + 256], strict=True)
                 writer.write([([*record, args.photo_size, args.photo_size], encoded) for record, encoded in batch])
             writer.finish()
 
-    before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(pictures), settings["sizes"]), args.repeats)
+    before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(pictures), sizes), args.repeats)
     after = timed(ours, args.repeats)
-    puts = len(pictures) * len(settings["sizes"])
+    puts = len(pictures) * len(sizes)
     return {"store, commit per picture, puts/s": puts / before, "store, ours, puts/s": puts / after,
             "store, ratio": before / after}  # fmt: skip
 
 
-def measure_loader(args, folder, settings):
-    size = settings["sizes"][0]
+def measure_loader(args, folder, sizes):
+    size = sizes[0]
     found, n_batches = {}, max(20, 3200 // args.batch)
     for workers in args.workers:
         dataset = open_dataset(folder / "faces.lmdb", size)
@@ -182,8 +198,8 @@ def measure_loader(args, folder, settings):
     return found
 
 
-def measure_wait(args, folder, settings):
-    size, out, end = settings["sizes"][0], folder / "training", args.steps
+def measure_wait(args, folder, sizes):
+    size, out, end = sizes[0], folder / "training", args.steps
     command = [sys.executable, ROOT / "train.py", "--path", folder / "faces.lmdb", "--size", size, "--channel_max", 64,
                "--batch", args.batch, "--workers", 1, "--iter", end, "--log_every", end // 3,
                "--n_sample", 4, "--save_every", end, "--sample_every", end, "--exp_name", out]  # fmt: skip
