@@ -5,8 +5,8 @@ prepare_data.py --compat (a process of its own, its start counts) and by the for
 prepare_data.py, which makes the same bytes (JPEG of quality 100) with the same number of processes, but commits every
 picture of every size in a transaction of its own; `store`: the same without the resizing and encoding; `loader`:
 batches of --batch from that LMDB at the smallest size, by number of worker processes; `wait`: the share of a training
-step spent waiting for a batch, from a short training at that size (train.py's data_wait). Medians of --repeats runs. The
-last line is everything as JSON.
+step spent waiting for a batch, from a short training at that size (train.py's data_wait). Medians of --repeats runs.
+The last line is everything as JSON.
 
     python benchmarks/bench_data.py
     python benchmarks/bench_data.py --parts loader --sizes 64 --photos 2000
