@@ -3,8 +3,9 @@
 Parts: `memory`: peak memory of sampling codes and fitting (svm and ridge) at --num_sample samples of --width numbers
 with a planted direction, codes drawn as rows are asked for, each fit in a process of its own; the original holds all
 codes twice. `svm`: svc (published) against svm on the extremes: seconds, held-out accuracy, cosine between the two.
-`sweep`: --frames frames of one face at --size pixels, one by one in the original formulation (baseline.py), one by one
-and in blocks in ours. Medians of 3. The last line is everything as JSON.
+`sweep`: --frames frames of one face at --size pixels, one by one in the original formulation (baseline.py, with and
+without our allocator setting), one by one and in blocks in ours. Medians of --repeats. The last line is everything as
+JSON.
 
     python benchmarks/bench_edit.py
     python benchmarks/bench_edit.py --parts memory --num_sample 20000
@@ -14,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,6 +32,9 @@ from editing.sweep import render_codes  # noqa: E402
 from model import Generator, GeneratorConfig  # noqa: E402
 
 PARTS = ("memory", "svm", "sweep")
+# Ways: (original formulation, our allocator setting, frames in blocks)
+SWEEPS = {"original, one by one": (True, False, False), "original, one by one, tuned": (True, True, False),
+          "ours, one by one": (False, True, False), "ours, in blocks": (False, True, True)}
 
 
 def build_parser():
@@ -44,7 +49,8 @@ def build_parser():
     parser.add_argument("--frames", type=int, default=61, help="frames of the sweep")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--only", choices=("svm", "ridge"), help="fit once and report memory (used internally)")
+    parser.add_argument("--only", choices=("svm", "ridge", *SWEEPS), help="measure one thing (used internally)")
+    parser.add_argument("--frames_file", help="where its frames go (used internally)")
     return parser
 
 
@@ -72,7 +78,7 @@ def main(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.only:
-        print(json.dumps(measure_fit(args)))
+        print(json.dumps((measure_sweep if args.only in SWEEPS else measure_fit)(args)))
         return
     results = {"benchmark": "edit", "torch": torch.__version__, "threads": torch.get_num_threads(),
                "num_sample": args.num_sample, "width": args.width, "ratio": args.ratio}  # fmt: skip
@@ -143,35 +149,44 @@ def compare_svm(args):
 
 
 def compare_sweeps(args):
-    tune_allocator()
+    """Each way in a process of its own: the original without and with our allocator setting, ours with it."""
+    found, frames = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for way in SWEEPS:
+            command = [sys.executable, __file__, "--only", way, "--frames_file", str(Path(folder) / "frames.npy")]
+            for name in ("size", "channel_max", "frames", "repeats", "threads"):
+                command += [f"--{name}", str(getattr(args, name))]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+            frames[way] = np.load(Path(folder) / "frames.npy").astype(int)
+    first = next(iter(SWEEPS))
+    for way, seconds in found.items():
+        print(f"{way:32} {seconds:7.2f} s for {args.frames} frames  {found[first] / seconds:5.2f}x")
+    worst = int(np.abs(frames[first] - frames["ours, in blocks"]).max())
+    print(f"largest difference of a pixel: {worst} of 255")
+    return found | {"ratio": found[first] / found["ours, in blocks"], "largest_difference": worst}
+
+
+def measure_sweep(args):
+    """Median seconds of one way; its frames go to --frames_file."""
+    original, tuned, together = SWEEPS[args.only]
+    if tuned:
+        tune_allocator()
     torch.manual_seed(0)
-    config = GeneratorConfig(args.size, channel_max=args.channel_max)
-    generator = Generator(config).eval().requires_grad_(False)
-    baseline = BaselineGenerator(config).eval().requires_grad_(False)
-    baseline.load_state_dict(generator.state_dict())
-    code = generator.get_latent(generator.draw_z(1))[0].numpy()
+    network = Generator(GeneratorConfig(args.size, channel_max=args.channel_max)).eval().requires_grad_(False)
+    code = network.get_latent(network.draw_z(1))[0].numpy()
+    if original:  # same weights, other arithmetic
+        network.__class__ = BaselineGenerator
     step = np.random.default_rng(0).standard_normal(code.shape).astype(np.float32) * 0.1
     codes = np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])
-    noise = generator.fixed_noise()
-
-    def one_by_one(network):
-        return [frame for i in range(len(codes)) for frame in render_codes(network, codes[i : i + 1], noise)]
-
-    ways = {"original, one by one": lambda: one_by_one(baseline), "ours, one by one": lambda: one_by_one(generator),
-            "ours, in blocks": lambda: list(render_codes(generator, codes, noise))}  # fmt: skip
-    found, frames = {}, {}
-    for name, way in ways.items():
-        seconds = []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            frames[name] = np.stack(way()).astype(int)
-            seconds.append(time.perf_counter() - start)
-        found[name] = statistics.median(seconds)
-    worst = int(np.abs(frames["original, one by one"] - frames["ours, in blocks"]).max())
-    for name, seconds in found.items():
-        print(f"{name:22} {seconds:7.2f} s for {args.frames} frames  {found['original, one by one'] / seconds:5.2f}x")
-    print(f"largest difference of a pixel: {worst} of 255")
-    return found | {"ratio": found["original, one by one"] / found["ours, in blocks"], "largest_difference": worst}
+    groups = [codes] if together else [codes[i : i + 1] for i in range(len(codes))]
+    seconds = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        frames = [frame for group in groups for frame in render_codes(network, group, network.fixed_noise())]
+        seconds.append(time.perf_counter() - start)
+    np.save(args.frames_file, np.stack(frames))
+    return statistics.median(seconds)
 
 
 if __name__ == "__main__":
