@@ -42,10 +42,10 @@ demo: $(VENV)/.installed
 	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
 	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 100 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/inverted
-	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -3 \
-	  --end_distance 3 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
-	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --target age=60 --output_dir $(DEMO)/edits/age-60
-	cp $(DEMO)/edits/age-60/frames/origin_0_edit_0_age_*.png $(DEMO)/to_paste/astronaut.png
+	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -6 \
+	  --end_distance 6 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
+	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --output_dir $(DEMO)/edits/older
+	cp $(DEMO)/edits/older/frames/origin_0_edit_0_age_*.png $(DEMO)/to_paste/astronaut.png
 	$(PY) align_faces.py --paste_back $(DEMO)/to_paste --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 100 $(DEMO_INVERT) \
