@@ -385,6 +385,13 @@ def test_real_photos_against_their_twins(detector, real_faces):
 # -- a folder ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_detector_is_kept():
+    """Other tests shall not meet the stand-in below."""
+    yield
+    faces.folder._detector.cache_clear()
+
+
 class NoDetector:
     """In place of YuNet where every face is given by hand: sees nothing, needs no weights."""
 
