@@ -18,22 +18,22 @@ from urllib.parse import quote
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UserError, run
 
-SECTIONS = (
-    ("Faces by seed", "Drawn by the bundled W++ generator, truncation 0.8.", ["1-*.png", "2-*.png", "3-*.gif"]),
+SECTIONS = (  # title, a sentence, patterns of pictures, table
+    ("Faces by seed", "Drawn by the bundled W++ generator, truncation 0.8.", ["1-*.png", "2-*.png", "3-*.gif"], None),
     ("Photo and faces, aligned", "Photographs as they come become crops in FFHQ's framing.",
-     ["photos/*.png", "aligned/aligned/*.png"]),
-    ("Inversion", "Original, difference and reconstruction: encoder start, then optimised.", ["inverted/sheet_*.png"]),
+     ["photos/*.png", "aligned/aligned/*.png"], None),
+    ("Inversion", "Original, difference and reconstruction: encoder start, then optimised.", ["inverted/sheet_*.png"],
+     "inverted/reconstruction.csv"),
     ("Age", "Each row one face: the inversion, then from young to old; below, the age that the scorer sees.",
-     ["edits/age/strips/*.png", "edits/age/videos/*"]),
-    ("Gender", "From female to male; below, the scorer's probability of male.", ["edits/gender/strips/*.png"]),
-    ("Smile", "Below, the scorer's probability of a smile.", ["edits/smile/strips/*.png"]),
-    ("Expression of another face", "Original, inversion, and with the reference's expression.",
-     ["expression/*sheet*.png", "expression/sheets/*.png"]),
-    ("Pasted back", "The edited face in its photo.", ["pasted/*.png"]),
-    ("Training", "A short training on drawn faces, stopped and resumed.", ["4-*.png", "5-*.png"]),
+     ["edits/age/strips/*.png", "edits/age/videos/*"], "edits/age/edits.csv"),
+    ("Gender", "From female to male; below, the scorer's probability of male.", ["edits/gender/strips/*.png"],
+     "edits/gender/edits.csv"),
+    ("Smile", "Below, the scorer's probability of a smile.", ["edits/smile/strips/*.png"], "edits/smile/edits.csv"),
+    ("Another expression", "Original, inversion, and with the attributes asked for.", ["expression/sheets/*.png"],
+     "expression/edits.csv"),
+    ("Pasted back", "The edited face in its photo.", ["pasted/*.png"], None),
+    ("Training", "A short training on drawn faces, stopped and resumed.", ["4-*.png", "5-*.png"], None),
 )  # fmt: skip
-TABLES = {"Inversion": "inverted/reconstruction.csv", "Age": "edits/age/edits.csv", "Gender": "edits/gender/edits.csv",
-          "Smile": "edits/smile/edits.csv", "Expression of another face": "expression/edits.csv"}  # fmt: skip
 STYLE = ("body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{image-rendering:pixelated;"
          "max-width:100%;margin:.2em}table{border-collapse:collapse}td,th{padding:.1em .8em;text-align:right}"
          "th{border-bottom:1px solid #999}")  # fmt: skip
@@ -72,7 +72,7 @@ def table_of(path: Path) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def section(folder: Path, title: str, sentence: str, patterns: list[str]) -> str:
+def section(folder: Path, title: str, sentence: str, patterns: list[str], table: str | None) -> str:
     """HTML of a section; empty when none of its files is there."""
     files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
     if not files:
@@ -82,8 +82,7 @@ def section(folder: Path, title: str, sentence: str, patterns: list[str]) -> str
         name = quote(file.relative_to(folder).as_posix())
         shown.append(f'<video controls loop src="{name}"></video>' if file.suffix == ".mp4"
                      else f'<img src="{name}" alt="{html.escape(file.stem)}">')  # fmt: skip
-    table = folder / TABLES.get(title, "none")
-    numbers = table_of(table) if table.is_file() else ""
+    numbers = table_of(folder / table) if table and (folder / table).is_file() else ""
     return f"<h2>{html.escape(title)}</h2><p>{html.escape(sentence)}</p>{''.join(shown)}{numbers}"
 
 

@@ -226,8 +226,7 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> No
     if "path" in metrics:
         mean = float(trainer.mean_path_length)
         run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
-    if "real" in metrics:
-        run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
+    run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
     attributes = {name.removeprefix("attr_"): value for name, value in metrics.items() if name.startswith("attr_")}
     if attributes:
         run.log(step, "Attributes", **attributes)

@@ -45,21 +45,21 @@ def score_frames(scorer, frames) -> np.ndarray:
 @torch.no_grad()
 def judge(judges: Judges, frames) -> Judgement:
     """frames: uint8 [K, size, size, 3], the first of them the one that the others are compared with."""
-    identity = perceptual = None
-    if judges.identity is not None:
-        embeddings = torch.cat([judges.identity.embed(block) for block in _blocks(frames, judges.identity)])
-        identity = (embeddings @ embeddings[0]).cpu().numpy()
-    if judges.perceptual is not None:
-        first = None
-        distances = []
-        for block in _blocks(frames, judges.perceptual):
+    scores, embeddings, distances, first = [], [], [], None
+    for block in _blocks(frames, judges.scorer):
+        scores.append(judges.scorer(block).cpu())
+        if judges.identity is not None:
+            embeddings.append(judges.identity.embed(block).cpu())
+        if judges.perceptual is not None:
             features = judges.perceptual.features(block)
-            first = [layer[:1] for layer in features] if first is None else first
+            first = first or [layer[:1] for layer in features]
             distances.append(judges.perceptual.distance(features, first).cpu())
-        perceptual = torch.cat(distances).numpy()
-    frames = np.asarray(frames, np.float32)
-    change = np.abs(frames - frames[:1]).mean((1, 2, 3)) / 127.5
-    return Judgement(score_frames(judges.scorer, frames.astype(np.uint8)), identity, perceptual, change)
+    alike = torch.cat(embeddings) if embeddings else None
+    pixels = np.asarray(frames, np.float32)
+    return Judgement(
+        torch.cat(scores).numpy().astype(np.float32), None if alike is None else (alike @ alike[0]).numpy(),
+        torch.cat(distances).numpy() if distances else None, np.abs(pixels - pixels[:1]).mean((1, 2, 3)) / 127.5,
+    )  # fmt: skip
 
 
 def _blocks(frames, network):

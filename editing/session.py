@@ -36,9 +36,8 @@ CROP = AlignSettings().size  # pixels of an aligned face, as align_faces.py writ
 SMALLEST = 48  # pixels of a photo's shorter side
 MEGAPIXELS = 64  # a photo's largest area: decoded it takes three bytes per pixel, whatever the size of the file
 TRUNCATION, MEAN_SAMPLES = 0.7, 1000  # of drawn faces
-# Standard deviations: how far sliders and expression transfer go. A boundary's own deviation is small in thousands of
-# dimensions: with the bundled 32 px model the smile of two drawn faces needed 20 to go from 0.1 to 0.5 and 0.95.
-REACH = 20.0
+# Standard deviations: how far sliders and smile transfer go; with the bundled boundaries faces break beyond 6 to 9.
+REACH = 8.0
 NOSE = (0.506, 0.623)  # where it lies in an FFHQ frame (faces/identity.py), of the side
 PASTES = ("change", "face")
 

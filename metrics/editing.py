@@ -20,8 +20,6 @@ Writes editing.json (everything measured), table.csv, faces.csv (a line per face
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -42,8 +40,10 @@ from common.runs import write_json
 from editing.boundary import Boundary, load_boundary
 from editing.judging import Judges, judge
 from editing.sweep import edit_codes, render_codes
+from editing.tables import write_table
 from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
+from metrics.tables import text_table
 from model import load_generator
 from rendering import latents_source, select_noise
 
@@ -97,7 +97,6 @@ def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, dis
     """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion."""
     count = min(n, len(source.names)) if n else len(source.names)
     scores, kept = [], {"identity": [], "perceptual": []}
-    origin = int(np.argmin(np.abs(distances)))
     for i in tqdm(range(count), desc=name, unit="face", disable=None):
         (code,) = source.codes([i])
         codes = edit_codes(code.numpy(), [boundary], distances * boundary.std, layers=layers)
@@ -108,7 +107,6 @@ def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, dis
             measured = getattr(found, what)
             if measured is not None:
                 values.append(measured[1:])
-    assert distances[origin] == 0
     arrays = {what: np.stack(values) if values else None for what, values in kept.items()}
     return Sweep(name, source.names[:count], distances, np.stack(scores), **arrays)
 
@@ -193,30 +191,10 @@ def curves(sweep: Sweep, column: int, kinds) -> dict:
 # Writing
 
 
-def text_table(rows: list[dict]) -> str:
+def format_rows(rows: list[dict]) -> str:
+    """The rows as a text table, without the measures that this attribute does not have."""
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    cells = [names, *([_cell(row[name]) for name in names] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    lines = []
-    for row in cells:
-        padded = (c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        lines.append("  ".join(padded))
-    return "\n".join(lines)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def write_csv(path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    return text_table(names, [[row[name] for name in names] for row in rows])
 
 
 def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
@@ -248,6 +226,7 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
 def main(args) -> int:
     ckpts, boundaries, names = read_rows(args)
     distances = np.linspace(-args.reach, args.reach, args.steps)
+    distances[args.steps // 2] = 0  # the inversion itself, whatever was rounded
     device = resolve_device(args.device)
     judges = Judges(load_scorer(args.scorer, device, weights_dir=args.weights_dir),
                     identity_or_none(args.identity, device, args.weights_dir),
@@ -295,7 +274,7 @@ def write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, 
              "identity": getattr(judges.identity, "name", None), "perceptual": getattr(judges.perceptual, "name", None)}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "editing.json", {**about, "rows": rows, "inputs": facts, "curves": all_curves})
-    write_csv(args.output_dir / "table.csv", rows)
+    write_table(args.output_dir / "table.csv", rows)
     per_face = []
     for sweep in sweeps:
         for face, scores, spearman, cross in zip(sweep.faces, sweep.scores[:, :, column], rise(sweep, column),
@@ -303,9 +282,9 @@ def write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, 
             per_face.append({"name": sweep.name, "face": face, "origin": round(float(scores[sweep.origin]), 4),
                              "first": round(float(scores[0]), 4), "last": round(float(scores[-1]), 4),
                              "rise": round(float(spearman), 4), "crossed": int(cross)})  # fmt: skip
-    write_csv(args.output_dir / "faces.csv", per_face)
+    write_table(args.output_dir / "faces.csv", per_face)
     draw(args.output_dir / "curves.png", attribute, unit, all_curves)
-    print(text_table(rows))
+    print(format_rows(rows))
     print(f"{attribute} ({unit}), compared where it has changed by {amount:g}; judged by {args.scorer}, identity: "
           f"{about['identity']}, perceptual: {about['perceptual']}; {args.output_dir}")  # fmt: skip
     print(json.dumps({**about, "rows": rows}))

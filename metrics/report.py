@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run
 from metrics.protocol import flat, read_records, require_alike
+from metrics.tables import cell, text_table
 
 LOWER_IS_BETTER = ("fid", "kid", "ppl")
 ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")
@@ -138,22 +139,6 @@ def check(runs: dict[str, list[dict]], against: str, allow: bool) -> list[str]:
 # Writing
 
 
-def _cell(value) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return str(value)
-
-
-def text_table(header: list[str], rows: list[list]) -> str:
-    cells = [header, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def latex_table(header: list[str], rows: list[list]) -> str:
     """A tabular with the best value of each metric in bold."""
     body = []
@@ -163,7 +148,7 @@ def latex_table(header: list[str], rows: list[list]) -> str:
             column = [other[i] for other in rows if other[i] is not None]
             best = min if family(header[i]) in LOWER_IS_BETTER else max
             bold = i > 2 and len(rows) > 1 and value is not None and value == best(column)
-            cells.append(rf"\textbf{{{_cell(value)}}}" if bold else _cell(value))
+            cells.append(rf"\textbf{{{cell(value)}}}" if bold else cell(value))
         body.append(" & ".join(cells) + r" \\")
     columns = "l" + "r" * (len(header) - 1)
     head = " & ".join(_latex(name) for name in header) + r" \\"
@@ -195,7 +180,7 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
         (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=name)
         best = (min if family(metric) in LOWER_IS_BETTER else max)(points, key=lambda point: point[1])
         axes.plot(*best, marker="o", markersize=9, fillstyle="none", color=line.get_color())
-        axes.annotate(_cell(float(best[1])), best, textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
+        axes.annotate(cell(float(best[1])), best, textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
     values = [value for points in curves.values() for _, value in points]
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")

@@ -76,7 +76,7 @@ def test_rows_are_compared_on_the_faces_that_all_of_them_reach():
     assert first["identity"] == pytest.approx(0.7) and second["identity"] == pytest.approx(0.6)
     assert first["distance"] == pytest.approx(1.5) and second["distance"] == pytest.approx(1.0)
     assert second["others"] == pytest.approx(0.1) and first["crossed"] is None
-    text = editing.text_table([first, second])
+    text = editing.format_rows([first, second])
     assert "crossed" not in text and "0.700" in text and "strong" in text
 
 
@@ -131,7 +131,7 @@ def test_command_writes_table_curves_and_faces(inputs, tmp_path, capsys):
     assert all(row["faces"] == 3 and row["reached"] == 1 for row in last["rows"])
     report = json.loads((out / "editing.json").read_text(encoding="utf-8"))
     assert report["curves"]["W++"]["distance"] == [-2, -1, 0, 1, 2] and report["curves"]["W+"]["change"][2] == 0
-    with open(out / "faces.csv", encoding="utf-8", newline="") as file:
+    with open(out / "faces.csv", encoding="utf-8-sig", newline="") as file:
         faces = list(csv.DictReader(file))
     assert len(faces) == 6 and faces[0]["face"] == "ü" and float(faces[0]["first"]) != float(faces[0]["last"])
     assert (out / "curves.png").stat().st_size > 5000 and (out / "table.csv").is_file()

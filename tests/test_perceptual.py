@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common.weights
+import faces.scorer
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.perceptual import LPIPS_WEIGHTS, SMALLEST, FeatureDistance, Lpips, build_perceptual
 
@@ -138,7 +139,7 @@ def test_real_squeezenet_equals_the_package(squeeze, squeeze_file):
 
 
 def test_worse_is_farther(squeeze):
-    skimage_data = pytest.importorskip("skimage.data")
+    skimage_data = pytest.importorskip("skimage.data", reason="scikit-image (requirements.txt) brings the test photo")
     photo = torch.from_numpy(skimage_data.astronaut()[:256, 64:320].copy()).permute(2, 0, 1)[None] / 127.5 - 1
     photo = F.interpolate(photo, (64, 64), mode="area")
     noise = torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))
@@ -261,9 +262,8 @@ class Scorer(nn.Module):
 
 
 def test_scorer_features(monkeypatch):
-    scorer_module = pytest.importorskip("faces.scorer")
     asked = []
-    monkeypatch.setattr(scorer_module, "load_scorer", lambda name, device, weights_dir: asked.append(name) or Scorer())
+    monkeypatch.setattr(faces.scorer, "load_scorer", lambda name, device, weights_dir: asked.append(name) or Scorer())
     perceptual = build_perceptual("scorer:runs/ü/smile.safetensors", weights_dir="w")
     assert asked == ["runs/ü/smile.safetensors"] and perceptual.name == "scorer-features(smile.safetensors)"
     assert_frozen_and_per_image(perceptual, 16)

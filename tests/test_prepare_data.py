@@ -184,7 +184,7 @@ def test_webp_is_lossless_unless_a_quality_is_given(photos, tmp_path):
 
 @pytest.mark.parametrize("filter_name", ["lanczos", "bilinear"])
 def test_compat_gives_rosinalitys_bytes(tmp_path, filter_name):
-    functional = pytest.importorskip("torchvision.transforms.functional")
+    functional = pytest.importorskip("torchvision.transforms.functional", reason="compared with torchvision")
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, size in enumerate([(51, 40), (40, 53), (33, 33), (16, 16), (15, 20)]):
