@@ -24,7 +24,6 @@ from layers import ConstantInput, ConvLayer, EqualLinear, PixelNorm, ResBlock, S
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
 CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2 (reference 8.2)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
 
@@ -262,8 +261,7 @@ class Generator(nn.Module):
             if condition is not None:
                 raise ValueError("this generator is unconditional: it takes no condition")
             return latent
-        if condition is None:
-            condition = latent.new_full((latent.shape[0], dim), 0.5)
+        condition = latent.new_full((latent.shape[0], dim), 0.5) if condition is None else condition
         if condition.shape != (latent.shape[0], dim):
             raise ValueError(f"condition must be [{latent.shape[0]}, {dim}], got {list(condition.shape)}")
         signal = CONDITION_GAIN * (2 * condition - 1)

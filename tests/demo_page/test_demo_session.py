@@ -1,26 +1,17 @@
-"""The demo page: its work without a browser (photo to code to edit to photo, the commands that do the same, refusals),
-what its server gives away, one visit in headless Chromium. The scorer of these tests sees brightness and redness."""
+"""The demo page's work without a browser: photo to code to edit to photo, refusals, refining, the same by commands."""
 
-import ast
 import importlib
 import json
-import os
 import shlex
 import shutil
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import zipfile
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from browser import NoBrowserError, Visitor
+from photos import POINTS, ColourScorer
 from PIL import Image
 
 import demo
@@ -29,94 +20,24 @@ import edit_attribute
 from common.cli import run
 from common.images import read_image, save_image
 from common.latents import load_latents
-from common.perceptual import build_perceptual, perceptual_or_none
 from common.weights import find
-from editing.boundary import fit_boundary
 from editing.commands import command_lines, save_results
 from editing.refinement import MOST_STEPS, Refinement
-from editing.samples import SampledCodes
 from editing.session import (
     REACH,
     Edit,
     SessionError,
     draw_face,
     find_boundaries,
-    invert,
-    load_tools,
     paste,
     read_out,
     render_edit,
     take_photo,
     transfer_smile,
 )
-from faces.labels import Attribute
-from faces.scorer import AttributeScorer, require_images
-from pSp.psp import load_psp
-from rendering import noise_maps, render
+from rendering import render
 
-ROOT = Path(__file__).resolve().parents[1]
-CKPT = ROOT / "checkpoints" / "face-wpp-32.safetensors"
-ENCODER = ROOT / "checkpoints" / "face-psp-32.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # of pandas, in gradio's queue
-POINTS = [[203.8, 103.3], [246.5, 104.9], [224.1, 129.4], [204.0, 143.4], [242.5, 144.9]]  # of the astronaut
-
-
-class ColourScorer(AttributeScorer):
-    attributes = (Attribute("age", "years"), Attribute("smile", "value"))
-
-    def margins(self, images):
-        images = require_images(images)
-        redness = images[:, 0] - images[:, 1:].mean(1)
-        return torch.stack([50 + 40 * images.mean((1, 2, 3)), redness.mean((1, 2))], 1)
-
-
-@pytest.fixture(scope="module")
-def boundary_folder(tmp_path_factory):
-    """Boundaries of brightness and redness for the bundled generator, one of another generator, and another file."""
-    folder = tmp_path_factory.mktemp("boundaries ü")
-    generator = demo_generator()
-    codes = SampledCodes(generator, range(60))
-    pictures = np.stack(list(render(generator, torch.from_numpy(codes[np.arange(60)]).view(60, 8, 512),
-                                    noise=noise_maps(generator, "none"))))  # fmt: skip
-    scores = ColourScorer()(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
-    for column, name in ((1, "smile"), (0, "age")):
-        boundary = fit_boundary(codes, scores[:, column], ratio=0.3, fit="svm", attribute=name, size=32,
-                                fingerprint=generator.fingerprint)  # fmt: skip
-        boundary.save(folder / f"{name}.npz")
-    replace(boundary, fingerprint="0" * 16, attribute="hat").save(folder / "other.npz")
-    np.savez(folder / "noise.npz", noise=np.zeros(3))
-    return folder
-
-
-def demo_generator():
-    from model import load_generator
-
-    return load_generator(CKPT, "cpu")
-
-
-@pytest.fixture(scope="module")
-def tools(boundary_folder):
-    tools = load_tools(CKPT, "cpu", boundary_folder)
-    tools.encoder, tools.encoder_path = load_psp(ENCODER, "cpu", tools.generator), ENCODER
-    tools.scorer, tools.perceptual = ColourScorer(), perceptual_or_none("auto")
-    if tools.perceptual is None:  # without third-party weights
-        tools.perceptual_name = "scorer:face-scorer"
-        tools.perceptual = build_perceptual(tools.perceptual_name)
-    return tools
-
-
-@pytest.fixture(scope="module")
-def astronaut(tmp_path_factory):
-    """Path of the photo that scikit-image ships, and the five points of its face."""
-    from skimage import data
-
-    return save_image(data.astronaut(), tmp_path_factory.mktemp("photos") / "astro naut ü.png")
-
-
-@pytest.fixture(scope="module")
-def face(tools, astronaut):
-    return invert(tools, take_photo(tools, astronaut, landmarks=POINTS))
-
 
 # -- faces and edits -----------------------------------------------------------------------------------------------
 
@@ -340,158 +261,3 @@ def test_the_downloaded_latents_render_the_picture(tools, face, tmp_path):
         (rendered,) = render(tools.generator, saved.latents, noise=saved.noise)
         assert np.abs(rendered.astype(np.int16) - picture).max() <= 1  # another batch: rounding
     assert saved.extra["edit"]["distances"] == {"smile": 2}
-
-
-# -- the server ----------------------------------------------------------------------------------------------------
-
-
-def test_nothing_but_the_page_imports_gradio():
-    folders = [ROOT, *(folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith("."))]
-    files = [file for folder in folders for file in folder.glob("*.py" if folder == ROOT else "**/*.py")]
-    assert ROOT / "demo_page.py" in files and ROOT / "pSp" / "scripts" / "train.py" in files
-    for file in files:
-        body = ast.parse(file.read_text(encoding="utf-8")).body  # the module's own level
-        imports = [ast.unparse(part) for part in body if isinstance(part, (ast.Import, ast.ImportFrom))]
-        assert "gradio" not in " ".join(imports), file
-
-
-@pytest.fixture(scope="module")
-def server(tools, tmp_path_factory):
-    """URL of the page, uploads limited to 1 MB; and its temporary folder."""
-    folder = tmp_path_factory.mktemp("served")
-    before = dict(os.environ)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    blocks = demo_page.serve(tools, folder, host="127.0.0.1", port=port, max_upload_mb=1)
-    yield f"http://127.0.0.1:{port}", folder
-    blocks.close()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def ask(url, data=None, headers=None):
-    """(status, body, headers) of a request."""
-    request = urllib.request.Request(url, data, headers or {})
-    try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            return answer.status, answer.read(), answer.headers
-    except urllib.error.HTTPError as error:
-        return error.code, error.read(), error.headers
-
-
-def send_file(url, name, content):
-    body = (f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n").encode() + content + b"\r\n--b--\r\n"  # fmt: skip
-    return ask(f"{url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
-
-
-def test_the_server_gives_away_nothing_else(server, tmp_path):
-    url, folder = server
-    status, body, headers = ask(url)
-    assert status == 200 and b"W++ faces" in body
-    assert headers["content-security-policy"].startswith("default-src 'self'")
-    secret = tmp_path / "secret.txt"
-    secret.write_text("secret")
-    for path in (secret, ROOT / "README.md", Path("README.md"), Path("/etc/passwd"), folder / ".." / "secret.txt",
-                 f"{folder}/../../../../etc/passwd", "..%2f..%2fetc/passwd", "//etc/passwd"):  # fmt: skip
-        assert ask(f"{url}/gradio_api/file={path}")[0] in (403, 404), path
-    for path in ("http://127.0.0.1:9/x", "/https://example.org/", "HTTP:%2F%2Fexample.org"):
-        status, body, _ = ask(f"{url}/gradio_api/file={path}")
-        assert status == 403 and b"not fetched" in body
-    assert ask(f"{url}/docs")[0] == 404
-
-
-def test_uploads_are_limited_and_stay_in_the_folder(server):
-    url, folder = server
-    status, body, _ = send_file(url, "../../../evil ü.png", b"x" * 1000)
-    assert status == 200 and all(Path(path).resolve().is_relative_to(folder.resolve()) for path in json.loads(body))
-    assert send_file(url, "big.png", b"x" * 1_100_000)[0] == 413
-    assert not list(folder.parent.glob("**/evil*.png")) or all(
-        p.is_relative_to(folder) for p in folder.parent.glob("**/evil*.png")
-    )
-
-
-def test_a_request_cannot_name_a_file_of_this_machine(server, tmp_path):
-    """The page's own call for an upload, with the path of a file that was not uploaded."""
-    url, _ = server
-    status, body, _ = ask(f"{url}/config")
-    config = json.loads(body)
-    (number,) = {d["id"] for d in config["dependencies"] if d["api_name"] == "upload"} or {None}
-    secret = save_image(Image.new("RGB", (300, 300)), tmp_path / "secret.png")
-    data = [None, {"path": str(secret), "meta": {"_type": "gradio.FileData"}}, False, "", 0, 7, "change", 0, 0]
-    call = {"data": data, "fn_index": number, "session_hash": "abc", "event_data": None, "trigger_id": None}
-    status, body, _ = ask(
-        f"{url}/gradio_api/queue/join", json.dumps(call).encode(), {"Content-Type": "application/json"}
-    )
-    answer = body.decode()
-    if status == 200:
-        _, stream, _ = ask(f"{url}/gradio_api/queue/data?session_hash=abc")
-        answer = stream.decode()
-    assert "secret.png: aligned" not in answer and '"success": true' not in answer.replace(
-        '"success":true', '"success": true'
-    )
-
-
-def test_only_this_machine_is_answered(server):
-    port = urllib.parse.urlsplit(server[0]).port
-    assert demo.build_parser().parse_args([]).host == "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing; asks for the outer address
-        try:
-            probe.connect(("192.0.2.1", 9))
-            outer = probe.getsockname()[0]
-        except OSError:
-            outer = "127.0.0.1"
-    if outer.startswith("127."):
-        pytest.skip("this machine has no address but its own")
-    with pytest.raises(OSError):
-        socket.create_connection((outer, port), timeout=3)
-
-
-# -- the browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def visitor(server, tmp_path):
-    (tmp_path / "down").mkdir()
-    try:
-        visitor = Visitor(server[0], tmp_path / "down")
-    except NoBrowserError as error:
-        pytest.skip(str(error))
-    yield visitor
-    visitor.close()
-
-
-def test_a_visit(visitor, astronaut, tmp_path):
-    """A bad upload, a photo, an edit, a refinement that is stopped, the downloads, a drawn face; no other server."""
-    broken = tmp_path / "notes.png"
-    broken.write_text("these are notes")
-    visitor.upload("#upload", broken)
-    assert "notes.png cannot be read as an image" in visitor.wait_for_text("#message", "cannot be read")
-
-    if not find("yunet_640") and not find("yunet_320"):  # no detector: the points by hand
-        visitor.click("#byhand button")
-        visitor.type("#points textarea, #points input", json.dumps(POINTS))
-    visitor.upload("#upload", astronaut)
-    assert "inverted by the encoder" in visitor.wait_for_text("#message", "aligned")
-    edited = visitor.wait("the edited face", lambda: visitor.one("#edited img").get_attribute("src"))
-    visitor.type("#age input[type=number]", "3")
-    visitor.wait_for_text("#commands", "--at 3")
-    visitor.wait("the edit", lambda: visitor.one("#edited img").get_attribute("src") != edited)
-    photo, inversion, after = (float(v) for v in visitor.text("#readout").split("years)")[1].split()[:3])
-    assert after > inversion + 2 and photo > 0
-
-    visitor.click("#refine")
-    visitor.wait_for_text("#message", "Refining: step")
-    visitor.click("#stop")
-    visitor.wait_for_text("#message", "stopped")
-
-    visitor.click("#prepare")
-    visitor.wait_for_text("#files", "zip")
-    archive = visitor.download("#files a[download$='.zip'], #files a[href$='.zip']")
-    names = zipfile.ZipFile(archive).namelist()
-    assert {"commands.txt", "inverted/latents.npy", "edited/latents.npy", "alignment.json"} <= set(names)
-
-    visitor.click("#drawn img", 1)
-    assert "Seed 1" in visitor.wait_for_text("#message", "Seed")
-    assert visitor.hosts() == {"127.0.0.1"}
