@@ -42,10 +42,8 @@ def write_lmdb(folder, items, length=None):
 
 
 def rosinality_items(n=7, sizes=(8, 16)):
-    return {
-        f"{size}-{str(i).zfill(5)}": encode(picture(i, size), "JPEG", quality=100)
-        for i, size in itertools.product(range(n), sizes)
-    }
+    pairs = itertools.product(range(n), sizes)
+    return {f"{size}-{i:05d}": encode(picture(i, size), "JPEG", quality=100) for i, size in pairs}
 
 
 @pytest.fixture
@@ -394,8 +392,7 @@ def test_cuda_batches_are_copied_from_pinned_memory(store):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     data = open_dataset(store, 8)
-    batches = data_loader(data, 4, InfiniteSampler(7, seed=2), workers=1, device="cuda")
-    images = next(batches)
+    images = next(batches := data_loader(data, 4, InfiniteSampler(7, seed=2), workers=1, device="cuda"))
     assert images.is_cuda
     assert torch.equal(images.cpu(), next(data_loader(data, 4, InfiniteSampler(7, seed=2), workers=0)))
     batches.close()

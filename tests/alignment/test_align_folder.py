@@ -1,0 +1,303 @@
+"""Alignment, the command: a folder of awkward photos of which every one is accounted for, and pasting back."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image, ImageCms
+from points import ASTRONAUT, FRONTAL, difference
+
+import align_faces
+import faces.folder
+from common.cli import run
+from common.images import read_image
+from faces.align import (
+    Alignment,
+    crop_aligned,
+    read_alignment,
+)
+from faces.folder import choose_names
+
+
+@pytest.fixture(autouse=True)
+def no_detector_is_kept():
+    """Other tests shall not meet the stand-in below."""
+    yield
+    faces.folder._detector.cache_clear()
+
+
+class NoDetector:
+    """In place of YuNet where every face is given by hand: sees nothing, needs no weights."""
+
+    def __init__(self, weights_dir=None, *, score_threshold=0.6):
+        pass
+
+    def detect(self, photo, *, many=False):
+        return []
+
+
+@pytest.fixture
+def photos(tmp_path, astronaut, monkeypatch):
+    """Photos as they come. Faces are given by hand, so that no weights are needed."""
+    monkeypatch.setattr(faces.folder, "FaceDetector", NoDetector)
+    faces.folder._detector.cache_clear()
+    folder = tmp_path / "pho tos"
+    for name in ("ü 中文.jpg", "a b/two  spaces.PNG", "same.png", "same.jpg", "a b/same.png"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        astronaut.save(path)
+        path.with_suffix(".json").write_text(json.dumps({"landmarks": ASTRONAUT.tolist()}), encoding="utf-8")
+    Image.new("RGB", (60, 50)).save(folder / "nobody.png")
+    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "folder.png").mkdir()
+    astronaut.save(folder / "wrong order.png")
+    wrong = {"landmarks": ASTRONAUT[[1, 0, 2, 4, 3]].tolist()}
+    (folder / "wrong order.json").write_text(json.dumps(wrong), encoding="utf-8")
+    astronaut.save(folder / "other program.png")
+    (folder / "other program.json").write_text('{"title": "holiday"}', encoding="utf-8")
+    return folder
+
+
+def align_cli(photos, out, *flags):
+    argv = ["--photos", str(photos), "--output_dir", str(out), "--size", "64", "--n_worker", "1", *map(str, flags)]
+    return run(align_faces.main, align_faces.build_parser(), argv)
+
+
+def read_report(out):
+    with open(out / "report.csv", encoding="utf-8-sig", newline="") as file:
+        return {row["photo"]: row for row in csv.DictReader(file)}
+
+
+def test_every_photo_is_accounted_for(photos, tmp_path, capsys):
+    out = tmp_path / "öut"
+    assert align_cli(photos, out) == 0
+    rows = read_report(out)
+    assert {photo: row["outcome"] for photo, row in rows.items()} == {
+        "a b/same.png": "aligned", "a b/two  spaces.PNG": "aligned", "damaged.jpg": "unreadable",
+        "empty.png": "unreadable", "nobody.png": "no face", "other program.png": "no face", "same.jpg": "aligned",
+        "same.png": "aligned", "wrong order.png": "bad landmarks", "ü 中文.jpg": "aligned",
+    }  # fmt: skip
+    assert sorted(path.name for path in (out / "aligned").iterdir()) == [
+        "a b_same_png.png", "same_jpg.png", "same_png.png", "two  spaces.png", "ü 中文.png"
+    ]  # fmt: skip
+    assert all(Image.open(path).size == (64, 64) for path in (out / "aligned").iterdir())
+    assert "5 faces of 10 photos" in capsys.readouterr().out
+    assert not list(out.glob(".*")), "the journal is gone"
+    alignments = read_alignment(out / "alignment.json")
+    assert alignments["ü 中文"].source == "ü 中文.jpg" and alignments["ü 中文"].photo_size == [512, 512]
+
+
+def test_crops_are_those_of_the_library(photos, tmp_path, astronaut):
+    align_cli(photos, tmp_path / "out")
+    alignment = read_alignment(tmp_path / "out" / "alignment.json")["two  spaces"]
+    saved = Image.open(tmp_path / "out" / "aligned" / "two  spaces.png")
+    assert saved.tobytes() == crop_aligned(astronaut, alignment).tobytes()
+    assert Alignment(**alignment.to_dict()) == alignment
+
+
+def test_a_finished_run_only_does_what_is_new(photos, tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+    original = faces.folder.align_photo
+    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task["source"]) or original(task))
+    align_cli(photos, out)
+    assert len(done) == 10
+    before = (out / "alignment.json").read_bytes()
+    done.clear()
+    assert align_cli(photos, out) == 0 and done == []
+    assert (out / "alignment.json").read_bytes() == before
+    (out / "aligned" / "same_png.png").unlink()  # lost
+    (photos / "two  spaces.png").write_bytes((photos / "same.png").read_bytes())  # new, its name taken
+    (photos / "nobody.json").write_text(json.dumps((FRONTAL / 4).tolist()))  # now given by hand
+    assert align_cli(photos, out) == 0
+    assert done == ["nobody.png", "same.png", "two  spaces.png"]
+    assert read_report(out)["a b/two  spaces.PNG"]["names"] == "two  spaces", "names stay"
+    done.clear()
+    assert align_cli(photos, out, "--framing", "template") == 0
+    assert len(done) == 11, "other settings: all again"
+    done.clear()
+    assert align_cli(photos, out, "--framing", "template", "--overwrite") == 0 and len(done) == 11
+
+
+def test_a_killed_run_goes_on(photos, tmp_path, monkeypatch):
+    align_cli(photos, tmp_path / "whole")
+    out, done = tmp_path / "out", []
+    original = faces.folder.align_photo
+
+    def dies_at_the_sixth(task):
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(task["source"])
+        return original(task)
+
+    monkeypatch.setattr(faces.folder, "align_photo", dies_at_the_sixth)
+    assert align_cli(photos, out) == 130
+    (journal,) = out.glob(".alignment-*.jsonl")
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write('{"photo": "torn')
+    first = list(done)
+    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task["source"]) or original(task))
+    assert align_cli(photos, out) == 0
+    assert len(done) == 10 and len(set(done)) == 10 and done[:5] == first
+    for name in ("alignment.json", "report.csv"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_workers_change_nothing(tmp_path, astronaut):
+    """Faces by hand in one file; two processes; the same bytes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(9):
+        astronaut.resize((64 + i, 64 + i)).save(folder / f"{i}.png")
+    by_hand = {f"{i}": ((ASTRONAUT + 0.5) * (64 + i) / 512 - 0.5).tolist() for i in range(9)}
+    (tmp_path / "faces.json").write_text(json.dumps(by_hand), encoding="utf-8")
+    for n in (1, 2):
+        assert align_cli(folder, tmp_path / f"out{n}", "--landmarks", tmp_path / "faces.json", "--n_worker", n) == 0
+    files = sorted(path.relative_to(tmp_path / "out1") for path in (tmp_path / "out1").rglob("*") if path.is_file())
+    assert len(files) == 11
+    for file in files:
+        assert (tmp_path / "out1" / file).read_bytes() == (tmp_path / "out2" / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_shards_under_torchrun_change_nothing(tmp_path, astronaut, root):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(5):
+        astronaut.resize((64 + i, 64 + i)).save(folder / f"{i}.png")
+    by_hand = {f"{i}.png": ((ASTRONAUT + 0.5) * (64 + i) / 512 - 0.5).tolist() for i in range(5)}
+    (tmp_path / "faces.json").write_text(json.dumps(by_hand), encoding="utf-8")
+    flags = ["--photos", str(folder), "--size", "64", "--n_worker", "1", "--landmarks", str(tmp_path / "faces.json")]
+    assert run(align_faces.main, align_faces.build_parser(), [*flags, "--output_dir", str(tmp_path / "alone")]) == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([*launch, str(root / "align_faces.py"), *flags, "--output_dir", str(tmp_path / "two")],
+                   env=environment, check=True, timeout=600, capture_output=True)  # fmt: skip
+    for name in ("alignment.json", "report.csv", "aligned/4.png"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_which_faces(tmp_path, astronaut, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    astronaut.save(folder / "pair.png")
+    turned_away = ASTRONAUT.copy()
+    turned_away[2] += (30, 0)  # the nose leaves the face: a profile
+    (tmp_path / "faces.json").write_text(json.dumps({"pair.png": [ASTRONAUT.tolist(), turned_away.tolist()]}))
+    hand = ("--landmarks", tmp_path / "faces.json")
+    assert align_cli(folder, tmp_path / "largest", *hand) == 0
+    assert read_report(tmp_path / "largest")["pair.png"]["note"] == "2 faces, the largest taken"
+    assert align_cli(folder, tmp_path / "all", *hand, "--faces", "all") == 0
+    assert sorted(path.name for path in (tmp_path / "all/aligned").iterdir()) == ["pair_face0.png", "pair_face1.png"]
+    row = read_report(tmp_path / "all")["pair.png"]
+    assert row["faces_aligned"] == "2" and "profile" in row["note"]
+    assert align_cli(folder, tmp_path / "front", *hand, "--faces", "all", "--max_yaw", "40") == 0
+    row = read_report(tmp_path / "front")["pair.png"]
+    assert row["names"] == "pair" and "1 turned by more than 40 degrees" in row["note"]
+    assert align_cli(folder, tmp_path / "none", *hand, "--faces", "2") == 1
+    assert "none of 1 photos gave a face (1 skipped)" in capsys.readouterr().err
+    assert "there is no face 2, only 2" in read_report(tmp_path / "none")["pair.png"]["note"]
+
+
+def test_faces_that_are_cut_off_are_reported(tmp_path, astronaut):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, left in (("whole", 150), ("half", 224)):  # the right eye lies at column 203
+        astronaut.crop((left, 0, 512, 512)).save(folder / f"{name}.png")
+        (folder / f"{name}.json").write_text(json.dumps((ASTRONAUT - (left, 0)).tolist()))
+    assert align_cli(folder, tmp_path / "out") == 0
+    rows = read_report(tmp_path / "out")
+    assert rows["whole.png"]["note"] == "" and rows["half.png"]["note"] == "partly outside the photo"
+
+
+def test_pictures_of_another_run_are_pointed_out(photos, tmp_path, capsys):
+    align_cli(photos, tmp_path / "out")
+    assert "note:" not in capsys.readouterr().err
+    (photos / "same.jpg").unlink()
+    assert align_cli(photos, tmp_path / "out") == 0
+    assert "1 pictures in" in (said := capsys.readouterr().err) and "same_jpg.png; they are not in" in said
+    assert (tmp_path / "out/aligned/same_jpg.png").is_file()
+
+
+def test_names_never_collide():
+    sources = ["a.jpg", "a.png", "A.webp", "b/a.png", "x.png", "x_face0.png", "é.png", "a_png.png"]
+    names = choose_names(sources, {})
+    assert len({name.casefold() for name in names.values()}) == len(sources)
+    assert names["x.png"] == "x" and names["x_face0.png"] != "x_face0" and names["é.png"] == "é"
+    assert not any(name.endswith("_face0") for name in names.values())
+    later = choose_names([*sources, "é.jpg"], names)
+    assert {source: later[source] for source in sources} == names and later["é.jpg"] not in names.values()
+
+
+@pytest.mark.parametrize("flags, status, message", [
+    (["--faces", "some"], 2, "--faces some"), (["--size", "4"], 2, "--size takes 8 or more"),
+    (["--paste_back", "x"], 2, "go together"), (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
+    (["--photos", "absent"], 1, "absent does not exist"), (["--photos", "."], 1, "holds no pictures"),
+    (["--landmarks", "absent.json"], 1, "absent.json"),
+])  # fmt: skip
+def test_misuse(flags, status, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    (tmp_path / "here").mkdir()
+    argv = ["--photos", "one.png", "--output_dir", "out", *flags]
+    if flags == ["--photos", "."]:
+        monkeypatch.chdir(tmp_path / "here")
+    assert run(align_faces.main, align_faces.build_parser(), argv) == status
+    assert message in capsys.readouterr().err
+
+
+# -- pasting, the command ------------------------------------------------------------------------------------------
+
+
+def test_paste_back_command(tmp_path, astronaut, monkeypatch, capsys):
+    """A turned JPEG with EXIF and a profile: upright, of the same size, with its EXIF, in its format."""
+    monkeypatch.setattr(faces.folder, "FaceDetector", NoDetector)
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    (folder / "ü").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = 6, "Ada"  # the camera was turned; artist
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo = astronaut.crop((0, 0, 512, 400))
+    photo.transpose(Image.Transpose.ROTATE_90).save(
+        folder / "ü" / "me.jpg", exif=exif, icc_profile=profile, quality=95, subsampling=0, dpi=(72, 72)
+    )
+    (folder / "ü" / "me.json").write_text(json.dumps(ASTRONAUT.tolist()))
+    photo.save(folder / "other.png")
+    (folder / "other.json").write_text(json.dumps(ASTRONAUT.tolist()))
+    assert align_cli(folder, out) == 0
+
+    edited = tmp_path / "edited"
+    shutil.copytree(out / "aligned", edited)
+    Image.new("RGB", (8, 8)).save(edited / "stranger.png")
+    flags = ["--photos", str(folder), "--paste_back", str(edited), "--alignment", str(out / "alignment.json")]
+
+    def paste():
+        argv = [*flags, "--output_dir", str(tmp_path / "pasted")]
+        return run(align_faces.main, align_faces.build_parser(), argv)
+
+    assert paste() == 0
+    printed = capsys.readouterr()
+    assert "2 faces pasted into 2 photos, 1 left out" in printed.out and "no face called stranger" in printed.err
+    with Image.open(tmp_path / "pasted" / "ü" / "me.jpg") as result:
+        assert result.format == "JPEG" and result.size == (512, 400)
+        assert result.getexif()[0x0112] == 1 and result.getexif()[0x013B] == "Ada"
+        assert result.info["icc_profile"] and result.info["dpi"] == (72, 72)
+    assert difference(read_image(tmp_path / "pasted" / "ü" / "me.jpg"), photo).mean() < 2
+    assert read_image(tmp_path / "pasted" / "other.png").tobytes() == photo.tobytes()
+
+    (folder / "other.png").unlink()
+    assert paste() == 0 and "other.png" in capsys.readouterr().err
+    photo.crop((0, 0, 300, 300)).save(folder / "ü" / "me.jpg")
+    assert paste() == 1
+    assert "no face of" in capsys.readouterr().err
+
+
+def test_formats_that_cannot_hold_a_photo_become_png(tmp_path, astronaut):
+    astronaut.resize((40, 40)).quantize(16).save(tmp_path / "old.gif")
+    path = align_faces.save_like(astronaut, tmp_path / "old.gif", tmp_path / "out" / "old.gif")
+    assert path.name == "old.gif.png" and Image.open(io.BytesIO(path.read_bytes())).format == "PNG"
