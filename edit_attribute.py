@@ -9,7 +9,8 @@ Random samples are scored, the extreme --ratio picked, a boundary fitted and sav
 every code of --latent is moved along it. The scores are kept (--samples, default OUT/samples) and serve other
 attributes; a killed run goes on. --boundary FILE edits at once. Frames: OUT/frames/origin_I_edit_J_ATTRIBUTE_N.png,
 N the predicted value; a strip per face with the values below (OUT/strips); OUT/edits.csv with every score, the identity
-similarity, perceptual distance and mean change of the pixels per frame.
+similarity, perceptual distance and mean change of the pixels per frame. Where one frame per face is asked for (--at,
+--target, --steps 1), OUT/edited/NAME.png has it under the face's own name, as align_faces.py --paste_back takes it.
 """
 
 from __future__ import annotations
@@ -187,6 +188,8 @@ def edit_face(args, generator, source, i, boundaries, judges, attribute, layers)
                      **{what: "" if values is None else round(float(values[j + 1]), 4) for what, values in
                         (("identity", found.identity), ("perceptual", found.perceptual), ("change", found.change))},
                      })  # fmt: skip
+    if len(codes) == 1:  # one picture per face keeps the face's name: align_faces.py --paste_back finds it by that
+        save_image(frames[1], args.output_dir / "edited" / f"{source.names[i]}.png")
     show_sweep(args, f"origin_{i}_{attribute}", frames, captions)
     return rows
 

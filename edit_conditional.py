@@ -10,8 +10,9 @@ reference face's, or by numbers, and the picture is synthesised again with the s
 
 OUTPUT_DIR receives inverted/ (as the projector writes it, noise kept); frames/origin_I_TARGET_J.png, where TARGET is
 set or ref_R; sheets/TARGET_K.png (rows: original, reference, inverted, edited; below each what the scorer reads, in the
-order in which the generator knows the attributes); strips/ with --steps above 2; edits.csv: per frame what was asked
-for, what the scorers read, identity.
+order in which the generator knows the attributes); strips/ with --steps above 2; edited/NAME.png, as align_faces.py
+--paste_back takes it, where each face has one target; edits.csv: per frame what was asked for, what the
+scorers read, identity.
 """
 
 from __future__ import annotations
@@ -203,9 +204,10 @@ def columns_of(scorer, scores: np.ndarray, names) -> np.ndarray:
 class Editor:
     """Renders and judges the path of a face to a target; writes frames and strips."""
 
-    def __init__(self, args, generator, known: Condition, judges: Judges, evaluator):
+    def __init__(self, args, generator, known: Condition, judges: Judges, evaluator, *, single: bool):
+        """single: one target per face, whose picture is also written under the face's own name."""
         self.args, self.generator, self.known = args, generator, known
-        self.judges, self.evaluator = judges, evaluator
+        self.judges, self.evaluator, self.single = judges, evaluator, single
         self.ts = np.linspace(0, args.strength, args.steps)
 
     def caption(self, scores: np.ndarray, target: Target) -> str:
@@ -233,6 +235,8 @@ class Editor:
             alike = "" if found.identity is None else round(float(found.identity[j]), 4)
             rows.append({"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4), "frame": name,
                          **values, "identity": alike, "change": round(float(found.change[j]), 4)})  # fmt: skip
+        if self.single:
+            save_image(frames[-1], self.args.output_dir / "edited" / f"{face.name}.png")
         captions = [self.caption(scores, target) for scores in found.scores]
         if len(frames) > 2:
             strip = transfer_sheet([list(zip(frames, captions, strict=True))])
@@ -288,9 +292,9 @@ def main(args) -> int:
         folder = folder.parent if folder.suffix == ".npy" else folder
         mine = shard(len(source.names), place.rank, place.world_size)
         faces = dict(zip(mine, read_faces(folder, generator, reader, mine, source, args.start), strict=True))
-        editor = Editor(args, generator, known, Judges(reader.scorer, identity), evaluator)
-        done = []
-        pairs = pair_up(len(source.names), targets, args.paired)
+        done, pairs = [], pair_up(len(source.names), targets, args.paired)
+        editor = Editor(args, generator, known, Judges(reader.scorer, identity), evaluator,
+                        single=len({i for i, _ in pairs}) == len(pairs))  # fmt: skip
         for number, (i, target) in enumerate(tqdm(pairs, desc="editing", unit="face", disable=not place.is_main)):
             if i in faces:
                 done.append((number, target, *editor.edit(i, faces[i], target)))

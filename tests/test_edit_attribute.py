@@ -21,7 +21,7 @@ from editing.sweep import edit_codes, reach, render_codes
 from faces.labels import Attribute
 from faces.scorer import AttributeScorer, require_images
 from model import Generator, GeneratorConfig, load_generator
-from rendering import map_latents, seeded_z
+from rendering import file_names, map_latents, seeded_z
 
 
 class ColourScorer(AttributeScorer):
@@ -266,6 +266,8 @@ def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_
     _, picture = render_codes(generator, pair, [layer[1:2] for layer in source.noise])
     (frame,) = (tmp_path / "out" / "frames").glob("origin_1_*.png")
     assert np.array_equal(np.asarray(Image.open(frame)), picture)
+    by_name = Image.open(tmp_path / "out" / "edited" / f"{file_names(source.names)[1]}.png")
+    assert np.array_equal(np.asarray(by_name), picture)
     for wrong in (("1", "2", "3"), ("1", "--target", "age=50")):
         assert command(ckpt, latents, tmp_path / "wrong", *flags, *wrong) == 2
     assert "--at" in capsys.readouterr().err
