@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 DATA   ?= ../shared/data
 TINY   ?= runs/tiny
 
-.PHONY: demo test lint tiny bench bench-gpu clean
+.PHONY: demo figures test lint tiny bench bench-gpu clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 	mv $(DEMO)/mix.png $(DEMO)/2-style-mixing.png
 	$(PY) generate.py --ckpt $(MODEL) --seeds 0-5 --truncation 0.8 --noise none --interpolate --frames 20 --video $(DEMO)/3-interpolation.gif \
 	  --output_dir $(DEMO) --device cpu
-	mkdir -p $(DEMO)/photos $(DEMO)/to_paste
+	mkdir -p $(DEMO)/photos
 	$(PY) -c "import skimage.data, skimage.io; skimage.io.imsave('$(DEMO)/photos/astronaut.png', skimage.data.astronaut())"
 	cp docs/astronaut.json $(DEMO)/photos/
 	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
@@ -45,8 +45,7 @@ demo: $(VENV)/.installed
 	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -6 \
 	  --end_distance 6 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --output_dir $(DEMO)/edits/older
-	cp $(DEMO)/edits/older/frames/origin_0_edit_0_age_*.png $(DEMO)/to_paste/astronaut.png
-	$(PY) align_faces.py --paste_back $(DEMO)/to_paste --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
+	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 100 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/expression
@@ -64,6 +63,14 @@ demo: $(VENV)/.installed
 	@echo "$(DEMO)/pasted                 the astronaut's edited face in the photo"
 	@echo "$(DEMO)/expression             the same faces asked to smile by the conditional generator"
 	@echo "$(DEMO)/4-training-sample.png  after 20 steps of training on drawn faces, stopped and resumed at step 10"
+
+# The figures of docs/figures from the bundled models, and the curve of FID from committed results. Another model:
+# make figures NAME=face-wpp-64; a W generator that is not in checkpoints/: FIGURE_FLAGS="--w_ckpt FILE"
+CURVE        ?= W++=docs/metrics-32/metrics.jsonl
+FIGURE_FLAGS ?=
+figures: $(VENV)/.installed
+	$(PY) make_figures.py --ckpt $(MODEL) --cgan $(CGAN) --device cpu $(FIGURE_FLAGS)
+	$(PY) metrics/report.py $(CURVE) --png docs/figures/fid-curve.png
 
 test: $(VENV)/.installed
 	$(PY) -m pytest
@@ -87,10 +94,20 @@ tiny: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(PY) benchmarks/bench_model.py
 
-# On a GPU machine, with a python that has torch and Triton; each line ends in one line of JSON
+# The whole table of a GPU in under 8 minutes, on a machine with torch, Triton, NumPy, Pillow, tqdm and safetensors alone;
+# each line ends in one line of JSON. Peers beside: make bench-gpu GPU_PEERS="--peer_nvidia stylegan3"
 GPU_PYTHON ?= $(PYTHON)
+GPU        ?= cuda
+GPU_PEERS  ?=
 bench-gpu:
-	$(GPU_PYTHON) benchmarks/bench_op.py --device cuda
+	$(GPU_PYTHON) benchmarks/bench_op.py --device $(GPU) --budget 100
+	$(GPU_PYTHON) benchmarks/bench_train.py --device $(GPU) --sizes 256 --batches 8 16 --precision bf16 fp32 --graphs off on --original --budget 110 \
+	  $(GPU_PEERS)
+	$(GPU_PYTHON) benchmarks/bench_train.py --device $(GPU) --sizes 64 128 1024 --batches 4 32 --precision bf16 --graphs off on --repeats 3 --budget 60
+	$(GPU_PYTHON) benchmarks/bench_generate.py --device $(GPU) --sizes 256 1024 --batches 1 16 --precision bf16 fp32 --graphs off on --original --drawn 32 --budget 45 \
+	  $(GPU_PEERS)
+	$(GPU_PYTHON) benchmarks/bench_invert.py --device $(GPU) --size 256 --channel_max 512 --steps 40 --shorter 30 --perceptual random
+	$(GPU_PYTHON) benchmarks/bench_edit.py --device $(GPU) --parts sweep --frames 32 --repeats 2
 
 clean:
 	rm -rf demo runs .pytest_cache .ruff_cache

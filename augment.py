@@ -70,10 +70,10 @@ def parse_transforms(transforms: str | Iterable[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def draw_noise(n: int, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_noise(n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
     """All the randomness of augmenting n images: uniforms in [0, 1), float32 [n, N_NOISE], on the generator's device
-    (without one: the CPU, torch's default generator)."""
-    device = generator.device if generator is not None else "cpu"
+    (without one: `device`, from torch's default generator there)."""
+    device = generator.device if generator is not None else device
     return torch.rand(n, N_NOISE, generator=generator, device=device)
 
 
@@ -179,15 +179,17 @@ def augment(
 
     p: a number from 0 to 1, or a 0-dim tensor; one on a GPU is never read by the host. At 0, known to the host, the
         very tensor comes back and nothing is drawn.
-    generator: where the parameters are drawn from; torch's default CPU generator without one.
+    generator: where the parameters are drawn from; without one torch's default generator of the device where p lives
+        (a number: the CPU).
     transforms: what to draw from, see parse_transforms.
     noise: draw_noise(N) drawn beforehand; for a CUDA graph, a buffer that is refilled before each replay.
-    static: True: the same work and shapes whatever was drawn. False: images are not put through what they did not draw.
-        Both give the same pictures. None: static where the parameters live on a GPU, since reading them would wait.
+    static: True: the same work and shapes whatever was drawn, p unread by the host: a CUDA graph can hold it. False:
+        images are not put through what they did not draw. Both give the same pictures. None: static where the
+        parameters live on a GPU, since reading them would wait.
 
     Raises ValueError for images that are not square, smaller than 4 pixels, or not RGB when colour is selected.
     """
-    if isinstance(p, torch.Tensor) and p.device.type == "cpu":
+    if isinstance(p, torch.Tensor) and p.device.type == "cpu" and not static:
         p = float(p)
     if not isinstance(p, torch.Tensor) and not 0 <= p <= 1:
         raise ValueError(f"augmentation probability: expected a number from 0 to 1, found {p}")
@@ -201,7 +203,8 @@ def augment(
     if not isinstance(p, torch.Tensor) and p == 0:
         return images
 
-    noise = draw_noise(n, generator) if noise is None else noise
+    if noise is None:
+        noise = draw_noise(n, generator, p.device if isinstance(p, torch.Tensor) else "cpu")
     if noise.shape != (n, N_NOISE):
         raise ValueError(f"noise for {n} images: expected shape {(n, N_NOISE)}, found {tuple(noise.shape)}")
     noise = _to(noise, p.device) if isinstance(p, torch.Tensor) else noise

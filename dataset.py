@@ -259,12 +259,14 @@ class BatchStream:
     """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader.
 
     Each batch handed out advances `sampler.position` by batch x world_size: the sampler's state is what was consumed,
-    however much the workers have fetched ahead.
+    however much the workers have fetched ahead. To CUDA batches go on a stream of their own, beside the computation
+    that the device has not finished yet.
     """
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
         self.loader, self.sampler, self.device = loader, sampler, device
         self._batches = iter(loader)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> BatchStream:
         return self
@@ -274,7 +276,14 @@ class BatchStream:
         if isinstance(batch, Exception):
             raise batch
         self.sampler.advance(self.loader.batch_size * self.sampler.world_size)
-        return batch.to(self.device, non_blocking=True)
+        if self._copies is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self._copies):
+            images = batch.to(self.device, non_blocking=True)
+        consumer = torch.cuda.current_stream(self.device)
+        consumer.wait_stream(self._copies)
+        images.record_stream(consumer)  # its memory is not given to a later batch before the consumer is done
+        return images
 
     def restart(self) -> None:
         """Goes on from `sampler.position` after it was changed: drops what was fetched ahead."""

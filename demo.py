@@ -23,6 +23,7 @@ from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, resolve_device
 from common.perceptual import build_perceptual, perceptual_or_none
 from demo_page import serve
+from editing.casting import load_conditional
 from editing.session import Tools, load_tools
 from faces.identity import identity_or_none
 from faces.scorer import BUNDLED, load_scorer
@@ -35,6 +36,8 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
     parser.add_argument("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
+    parser.add_argument("--conditional", help="conditional generator for the expression of a reference face, or none "
+                        "(default: the largest checkpoints/face-cgan-SIZE)")  # fmt: skip
     parser.add_argument("--boundaries", type=Path, default=ROOT / "checkpoints", help="folder of boundary files (.npz)")
     parser.add_argument("--scorer", default="face-scorer", help="of attributes: face-scorer, FILE.safetensors or none")
     parser.add_argument("--identity", default="auto", help="ir_se50, mobilefacenet or none; auto: what is here")
@@ -53,13 +56,19 @@ def build_parser() -> ArgumentParser:
 # From flags to networks
 
 
+def largest(kind: str) -> Path | None:
+    """The largest checkpoints/face-KIND-SIZE.safetensors, if any."""
+    found = {int(match[1]): path for path in (ROOT / "checkpoints").glob(f"face-{kind}-*.safetensors")
+             if (match := re.fullmatch(rf"face-{kind}-(\d+)", path.stem))}  # fmt: skip
+    return found[max(found)] if found else None
+
+
 def default_generator() -> Path:
-    """The largest checkpoints/face-wpp-SIZE.safetensors. Raises FileNotFoundError."""
-    found = {int(match[1]): path for path in (ROOT / "checkpoints").glob("face-wpp-*.safetensors")
-             if (match := re.fullmatch(r"face-wpp-(\d+)", path.stem))}  # fmt: skip
-    if not found:
+    """Raises FileNotFoundError."""
+    path = largest("wpp")
+    if path is None:
         raise FileNotFoundError(f"{ROOT / 'checkpoints'} holds no face-wpp-SIZE.safetensors: pass --ckpt GENERATOR")
-    return found[max(found)]
+    return path
 
 
 def default_encoder(generator, device):
@@ -92,6 +101,8 @@ def read_tools(args) -> Tools:
             if args.scorer not in BUNDLED:
                 raise
             print(f"note: attributes are not read: {error}", file=sys.stderr)
+    if args.conditional != "none" and (path := args.conditional or largest("cgan")):
+        tools.conditional = load_conditional(path, device, args.weights_dir)
     tools.identity = identity_or_none(args.identity, device, args.weights_dir)
     tools.perceptual = perceptual_or_none(args.perceptual, device, args.weights_dir)
     if tools.perceptual is None and args.perceptual == "auto" and tools.scorer is not None:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+import torch
 from PIL import Image
 
-from editing.commands import command_lines, save_results
-from editing.refinement import MOST_STEPS, Refinement
+from editing.casting import Cast, ConditionalInversion, cast_expression
+from editing.commands import cast_lines, command_lines, save_cast, save_results
+from editing.judging import score_frames
+from editing.refinement import MOST_STEPS, Background, Refinement
 from editing.session import (
     PASTES,
     REACH,
@@ -36,6 +39,7 @@ from faces.align import AlignError, parse_landmarks
 DRAWN = 9  # faces to pick from
 SHOWN = 288  # pixels at which faces are shown
 PREVIEW = 900  # longest side of the photo as it is shown
+FIRST = "first take a face: upload a photo or pick one"
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser asks no other server
 
 CSS = """
@@ -54,15 +58,17 @@ class Sitting:
     """What one visitor works on."""
 
     face: Face | None = None
-    refinement: Refinement | None = None
+    work: Background | None = None  # a projector in the background
+    inverted: ConditionalInversion | None = None  # of the face, in the conditional generator; done
+    cast: Cast | None = None  # what is shown instead of the sliders' edit
 
     def take(self, face: Face) -> None:
         self.stop()
-        self.face = face
+        self.face, self.cast, self.inverted = face, None, None
 
     def stop(self) -> None:
-        if self.refinement is not None:
-            self.refinement.cancel()
+        if self.work is not None:
+            self.work.cancel()
 
 
 def enlarged(picture) -> Image.Image:
@@ -79,6 +85,14 @@ def table(rows) -> str:
     lines += [f"| **{what}** ({unit}) | {photo} | {inversion} | {edited} |"
               for what, unit, photo, inversion, edited in rows]  # fmt: skip
     return "\n".join(lines)
+
+
+def compare(conditional, cast: Cast) -> str:
+    """'smile 0.98 asked, 0.91 read; ...' of the attributes that were cast."""
+    reader = conditional.reader
+    read = reader.to_unit(torch.from_numpy(score_frames(reader.scorer, [cast.view.edited])))[0]
+    return "; ".join(f"{name.replace('_', ' ')} {wanted:.2f} asked, {found:.2f} read"
+                     for name, wanted, found in zip(reader.names, cast.asked, read, strict=True))  # fmt: skip
 
 
 class Page:
@@ -99,22 +113,27 @@ class Page:
     def mistake(self, error) -> list:
         return [f"**{error}**", *[self.skip()] * 7]
 
-    def show(self, sitting: Sitting, settings, message: str | None = None) -> list:
+    def show(self, sitting: Sitting, *settings, message: str | None = None) -> list:
         """Message, aligned face, inversion, edit, photo, read-outs, commands, files (which are out of date)."""
-        face, tools = sitting.face, self.tools
+        face, tools, cast = sitting.face, self.tools, sitting.cast
         if face is None:
-            return self.mistake("first take a face: upload a photo or pick one")
+            return self.mistake(FIRST)
         try:
             edit, paste_mode = self.edit_of(settings)
-            view = render_edit(tools, face, edit)
+            view = cast.view if cast else render_edit(tools, face, edit)
             photo = paste(face, view, paste_mode, longest=PREVIEW)
         except SessionError as error:
             return self.mistake(error)
-        commands = command_lines(tools, face, edit, paste_mode)
+        commands = cast_lines(tools, cast, paste_mode) if cast else command_lines(tools, face, edit, paste_mode)
         photo = self.update(value=photo, visible=bool(face.source))
         return [self.skip() if message is None else message, enlarged(face.crop), enlarged(view.inversion),
                 enlarged(view.edited), photo, table(read_out(tools, face, view)), commands,
                 self.update(value=None, visible=False)]  # fmt: skip
+
+    def move(self, sitting: Sitting, *settings) -> list:
+        """As `show`, of the sliders: the expression of a reference is let go."""
+        sitting.cast = None
+        return self.show(sitting, *settings)
 
     def upload(self, sitting: Sitting, path, aligned, points, *settings) -> list:
         if path is None:
@@ -127,11 +146,11 @@ class Page:
         sitting.take(face)
         how = "inverted by the encoder" if face.method == "encoder" else "there is no encoder: refine the mean face"
         note = f" ({face.note})" if face.note else ""
-        return self.show(sitting, settings, f"{face.source}: aligned{note}, {how}.")
+        return self.show(sitting, *settings, message=f"{face.source}: aligned{note}, {how}.")
 
     def pick(self, sitting: Sitting, seed: int, *settings) -> list:
         sitting.take(draw_face(self.tools, seed))
-        return self.show(sitting, settings, f"Seed {seed}: drawn by the generator, so its code is exact.")
+        return self.show(sitting, *settings, message=f"Seed {seed}: drawn by the generator, so its code is exact.")
 
     def drawn(self, first: int) -> list:
         """Faces to pick from."""
@@ -140,56 +159,90 @@ class Page:
     def refine(self, sitting: Sitting, steps):
         """Yields (message, picture of the inversion) until the projector is done."""
         if sitting.face is None:
-            yield "**first take a face: upload a photo or pick one**", self.skip()
+            yield f"**{FIRST}**", self.skip()
             return
         sitting.stop()
         try:
-            work = sitting.refinement = Refinement(self.tools, sitting.face, int(steps))
+            work = sitting.work = Refinement(self.tools, sitting.face, int(steps))
         except SessionError as error:
             yield f"**{error}**", self.skip()
             return
+        yield from self.follow(work, "Refining")
+        if work.result is not None and sitting.face is work.face:
+            sitting.face, sitting.cast = work.result, None
+            yield f"Refined in {work.result.steps} steps, loss {work.loss:.3f}.", self.skip()
+
+    def follow(self, work: Background, doing: str):
+        """Yields (message, picture) while a projector works; it is called off when the visitor leaves."""
         try:
             while work.running:
                 work.join(0.4)
-                text = f"Refining: step {work.step} of {work.steps}, loss {work.loss:.3f}" if work.step else "Refining"
+                text = f"{doing}: step {work.step} of {work.steps}, loss {work.loss:.3f}" if work.step else doing
                 yield text, self.skip() if work.picture is None or work.cancelled else enlarged(work.picture)
         finally:
             work.cancel()  # the visitor has left; too late for one that is done
         if work.error:
             yield f"**{work.error}**", self.skip()
         elif work.result is None:
-            yield "Refining was stopped; the inversion is as it was before.", self.skip()
-        elif sitting.face is work.face:
-            sitting.face = work.result
-            yield f"Refined in {work.result.steps} steps, loss {work.loss:.3f}.", self.skip()
+            yield f"{doing} was stopped; the inversion is as it was before.", self.skip()
 
-    def transfer(self, sitting: Sitting, path, *settings) -> list:
-        """The smile slider, then as `show`."""
-        if path is None:
-            return [self.skip()] * 9
+    def lender(self, sitting: Sitting, path, aligned) -> Face:
+        """The reference face. SessionError when there is none, or none to lend to."""
         if sitting.face is None:
-            return [self.skip(), *self.mistake("first take a face, then a reference for its expression")]
+            raise SessionError("first take a face, then a reference for its expression")
+        if path is None:
+            raise SessionError("first upload a reference: a photo of the face that lends its expression")
+        return take_photo(self.tools, path, landmarks="aligned" if aligned else None)
+
+    def transfer(self, sitting: Sitting, path, aligned, *settings) -> list:
+        """The smile slider, then as `show`."""
         try:
+            reference = self.lender(sitting, path, aligned)
             edit, _ = self.edit_of(settings)
-            found, wanted, reached = transfer_smile(self.tools, sitting.face, take_photo(self.tools, path), edit)
+            found, wanted, reached = transfer_smile(self.tools, sitting.face, reference, edit)
         except SessionError as error:
             return [self.skip(), *self.mistake(error)]
         settings = list(settings)
         settings[3 + list(self.tools.boundaries).index("smile")] = found
         message = f"The reference smiles at {wanted:.2f}; at {found:+.2f} the face smiles at {reached:.2f}."
-        return [found, *self.show(sitting, settings, message)]
+        sitting.cast = None
+        return [found, *self.show(sitting, *settings, message=message)]
+
+    def cast(self, sitting: Sitting, path, aligned, steps):
+        """Yields (message, picture of the inversion) until the reference's expression is on the face; a face is
+        inverted in the conditional generator once, for all references."""
+        sitting.stop()
+        try:
+            reference, face = self.lender(sitting, path, aligned), sitting.face
+            work = sitting.inverted
+            if work is None or work.face.crop is not face.crop or work.steps != int(steps):
+                work = sitting.work = ConditionalInversion(
+                    self.tools.conditional, self.tools.perceptual, face, int(steps)
+                )
+                yield from self.follow(work, "Inverting in the conditional generator")
+        except SessionError as error:
+            yield f"**{error}**", self.skip()
+            return
+        if work.result is None or sitting.face is not face:
+            return
+        sitting.inverted = work
+        cast = sitting.cast = cast_expression(self.tools.conditional, face, work.result, reference, work.steps)
+        yield f"The expression of {reference.source} was cast: {compare(self.tools.conditional, cast)}.", self.skip()
 
     def files(self, sitting: Sitting, *settings) -> list:
         """Message and files to download."""
         if sitting.face is None:
-            return ["**first take a face: upload a photo or pick one**", self.skip()]
+            return [f"**{FIRST}**", self.skip()]
+        folder = tempfile.mkdtemp(dir=self.folder)
         try:
             edit, paste_mode = self.edit_of(settings)
-            view = render_edit(self.tools, sitting.face, edit)
+            if sitting.cast:
+                paths = save_cast(self.tools, sitting.cast, folder, paste_mode)
+            else:
+                view = render_edit(self.tools, sitting.face, edit)
+                paths = save_results(self.tools, sitting.face, edit, view, folder, paste_mode)
         except SessionError as error:
             return [f"**{error}**", self.skip()]
-        folder = tempfile.mkdtemp(dir=self.folder)
-        paths = save_results(self.tools, sitting.face, edit, view, folder, paste_mode)
         return [self.skip(), self.update(value=[str(path) for path in paths], visible=True)]
 
 
@@ -211,6 +264,7 @@ def build_page(tools: Tools, folder: Path):
 
     page, config = Page(tools, folder), tools.generator.config
     n_layers = tools.n_layers
+    lends = tools.conditional is not None, "smile" in tools.boundaries and tools.scorer is not None
     with gr.Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(
             f"# W++ faces\nTake a face, move its age, gender and smile, put it back. The generator ({tools.ckpt.stem}) "
@@ -232,9 +286,12 @@ def build_page(tools: Tools, folder: Path):
                 drawn = gr.Gallery(page.drawn(0), label="Or a drawn face (nobody's)", columns=3, height=370,
                                    allow_preview=False, buttons=[], elem_id="drawn")  # fmt: skip
                 others = gr.Button("Other faces", size="sm", elem_id="others")
-                reference = gr.File(label="Take the smile of another face", type="filepath", height=140,
-                                    visible="smile" in names and tools.scorer is not None,
-                                    elem_id="reference")  # fmt: skip
+                reference = gr.File(label="Reference: a face that lends its expression", type="filepath", height=140,
+                                    visible=any(lends), elem_id="reference")  # fmt: skip
+                framed = gr.Checkbox(label="the reference is an aligned face already", visible=any(lends),
+                                     elem_id="framed")  # fmt: skip
+                cast = gr.Button("Cast its expression", size="sm", visible=lends[0], elem_id="cast")
+                smile_only = gr.Button("Only its smile, by the slider", size="sm", visible=lends[1], elem_id="lend")
                 mode = gr.Radio([("only what the edit changed", PASTES[0]), ("the face as drawn", PASTES[1])],
                                 value=PASTES[0], label="Put back into the photo", elem_id="mode")  # fmt: skip
                 prepare = gr.Button("Prepare downloads", variant="primary", elem_id="prepare")
@@ -246,7 +303,8 @@ def build_page(tools: Tools, folder: Path):
                                          elem_id=label.lower())
                                 for label in ("Aligned", "Inversion", "Edited")]  # fmt: skip
                 with gr.Row(equal_height=True):
-                    steps = gr.Slider(50, min(500, MOST_STEPS), 150, step=10, label="steps of the projector", scale=2)
+                    steps = gr.Slider(50, min(500, MOST_STEPS), 150, step=10, label="steps of the projector", scale=2,
+                                      elem_id="steps")  # fmt: skip
                     refine = gr.Button("Refine the inversion", elem_id="refine")
                     stop = gr.Button("Stop", elem_id="stop")
                 gr.Markdown("How far to go, in standard deviations of the generator's faces, and in which layers (0 is "
@@ -271,18 +329,22 @@ def build_page(tools: Tools, folder: Path):
         gr.on([photo.upload, again.click], page.upload, [sitting, photo, aligned, points, *settings], outputs)
         drawn.select(_picked(page), [sitting, first_seed, *settings], outputs)
         others.click(lambda seed: (seed + DRAWN, page.drawn(seed + DRAWN)), first_seed, [first_seed, drawn])
-        gr.on([part.input for part in settings], lambda sitting, *values: page.show(sitting, values),
-              [sitting, *settings], outputs, trigger_mode="always_last", show_progress="hidden")  # fmt: skip
+        anew = [page.show, [sitting, *settings], outputs]
+        gr.on([part.input for part in (first, last, *sliders)], page.move, *anew[1:], trigger_mode="always_last",
+              show_progress="hidden")  # fmt: skip
+        mode.input(*anew, show_progress="hidden")
         reset.click(lambda: [0, n_layers - 1, *[0] * len(sliders)], None, [first, last, *sliders]).then(
-            lambda sitting, *values: page.show(sitting, values), [sitting, *settings], outputs
+            page.move, *anew[1:]
         )
-        refine.click(page.refine, [sitting, steps], [message, pictures[1]], show_progress="hidden").then(
-            lambda sitting, *values: page.show(sitting, values), [sitting, *settings], outputs, show_progress="hidden"
-        )
+        for button, work, inputs in ((refine, page.refine, [sitting, steps]),
+                                     (cast, page.cast, [sitting, reference, framed, steps])):  # fmt: skip
+            button.click(work, inputs, [message, pictures[1]], show_progress="hidden").then(
+                *anew, show_progress="hidden"
+            )
         stop.click(lambda sitting: sitting.stop(), sitting)
         if "smile" in names:
             smile = sliders[names.index("smile")]
-            reference.upload(page.transfer, [sitting, reference, *settings], [smile, *outputs])
+            smile_only.click(page.transfer, [sitting, reference, framed, *settings], [smile, *outputs])
         prepare.click(page.files, [sitting, *settings], [message, files])
     return blocks
 

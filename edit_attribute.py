@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.images import make_strip, save_image, save_video
 from common.latents import parse_layers
 from common.perceptual import perceptual_or_none
@@ -35,6 +36,7 @@ from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from model import load_generator
 from rendering import NOISE_MODES, latents_source, select_noise
+from training import DTYPES
 
 ROUNDS = 3  # of the search for several targets at once
 
@@ -84,7 +86,10 @@ def build_parser() -> ArgumentParser:
     edit.add_argument("--perceptual", default="auto-up64",
                       help="distance of each frame to the inversion: auto-up64, vgg, squeeze, scorer:NAME ... or none")
     edit.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32",
+                        help="of the generator's convolutions, in samples and frames")  # fmt: skip
     add_device_flags(parser)
+    add_graphs_flag(parser, "the generator's forward passes of whole batches")
     return parser
 
 
@@ -92,7 +97,10 @@ def main(args) -> None:
     check_flags(args)
     place = setup(args.device)
     try:
+        recorder = recorder_for(args.graphs, place.device)
         generator = load_generator(args.ckpt, place.device)
+        generator.compute_dtype = DTYPES[args.precision]
+        graph_forward(generator, recorder)
         if args.size and args.size != generator.config.size:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None

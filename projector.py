@@ -26,6 +26,7 @@ import torch
 
 from common.cli import ArgumentParser, UsageError, UserError, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shutdown
+from common.graphs import add_graphs_flag, recorder_for
 from common.images import FITS
 from common.latents import load_latents
 from common.perceptual import build_perceptual
@@ -94,6 +95,7 @@ def build_parser() -> ArgumentParser:
     out.add_argument("--precision", choices=list(DTYPES), default="fp32",
                      help="of the convolutions while optimising; the saved pictures are fp32")  # fmt: skip
     add_device_flags(parser)
+    add_graphs_flag(parser, "loss and gradient of a step")
     return parser
 
 
@@ -187,6 +189,7 @@ def main(args) -> int:
     settings = read_settings(args)
     place = setup(args.device, timeout=PATIENCE.total_seconds())
     try:
+        recorder = recorder_for(args.graphs, place.device)
         generator = load_generator(args.ckpt, place.device)
         config = generator.config
         if args.size not in (None, config.size):
@@ -208,7 +211,7 @@ def main(args) -> int:
         statistics = broadcast_object(statistics)
         work = Shard(generator, pictures, store, place, start=start, settings=settings, space=space,
                      perceptual=perceptual, identity=identity, seed=args.seed, video=args.save_video)  # fmt: skip
-        work.run(args.batch, statistics, dtype)
+        work.run(args.batch, statistics, dtype, recorder)
         reports = gather_list(work.report())
         if place.is_main:
             conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by)

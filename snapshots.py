@@ -40,9 +40,7 @@ class Outputs:
         save_grid(torch.cat(images), self.run.path("sample", name), nrow=nrow)
         if not trainer.config.w_space:
             maps = trainer.g_ema.get_similarity(z[: self.micro]).cpu()  # [layers, heads, T, T]
-            titles = [f"block {b + 1} head {h + 1}" for b in range(maps.shape[0]) for h in range(maps.shape[1])]
-            figure = make_heatmap(maps.flatten(0, 1), titles, nrow=maps.shape[1])
-            save_image(figure, self.run.path("similarity", name))
+            save_image(similarity_figure(maps), self.run.path("similarity", name))
 
     def save(self, state: dict):
         """Write checkpoint/{step}.pt, then reduce checkpoints beyond --keep to their EMA generator."""
@@ -60,6 +58,12 @@ class Outputs:
                 if "config" in older_state:  # else another program's file, put here to go on from: the user's to remove
                     export_ema(older_state, path.with_suffix(".safetensors"))
                     path.unlink()
+
+
+def similarity_figure(maps: torch.Tensor):
+    """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as one picture, a row per block."""
+    titles = [f"block {b + 1} head {h + 1}" for b in range(maps.shape[0]) for h in range(maps.shape[1])]
+    return make_heatmap(maps.flatten(0, 1), titles, nrow=maps.shape[1])
 
 
 def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:

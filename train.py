@@ -20,6 +20,7 @@ import torch
 from common.checkpoint import latest_checkpoint, load_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, run
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
+from common.graphs import add_graphs_flag
 from common.interrupt import StopSignal
 from common.runs import Run, StepBar, format_duration
 from conditional_training import add_condition_flags, build_trainer, find_reader, read_condition_settings
@@ -28,6 +29,7 @@ from model import stddev_group
 from snapshots import Outputs, Progress
 from starting import find_start, init_from, read_architecture, require_same_architecture, stored_architecture
 from training import DTYPES, Trainer, TrainSettings
+from training_graphs import PhaseGraphs, find_recorder
 
 ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
 
@@ -55,6 +57,9 @@ def build_parser() -> ArgumentParser:
     net.add_argument("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
     net.add_argument("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")
     net.add_argument("--channel_max", type=int, help="largest number of feature maps (a new run: 512)")
+
+    net.add_argument("--noise", choices=("random", "none"), default="random",
+                     help="none: train without noise inputs, so that the codes alone say what is drawn")  # fmt: skip
 
     loss = parser.add_argument_group("optimisation")
     loss.add_argument("--iter", type=int, default=800_000, help="training steps in all")
@@ -98,6 +103,7 @@ def build_parser() -> ArgumentParser:
                      help="features for --eval_every: inception, or a named stand-in (fid-squeeze)")  # fmt: skip
     out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     add_device_flags(parser)
+    add_graphs_flag(parser, "the phases of a step")
     add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
     return parser
 
@@ -303,6 +309,7 @@ def main(args) -> int:
             require_same_architecture(config, stored, source)
         dataset = open_dataset(args.path, config.size)
         reader = find_reader(args, state, source, stored, place.device)
+        recorder = find_recorder(args.graphs, place.device, conditional=reader is not None)
         trainer = build_trainer(config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args,
                                 state=state)  # fmt: skip
         sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed)
@@ -322,6 +329,8 @@ def main(args) -> int:
                 settings = fit_micro_batch(trainer, next(batches)).settings
                 sampler.advance(-args.batch * place.world_size)
                 batches.restart()
+            if recorder is not None:
+                trainer.graphs = PhaseGraphs(trainer, recorder)
             if place.is_main:
                 start, group = f"continuing {source}" if state else "a new run", settings.micro_batch or settings.batch
                 print(f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "

@@ -10,17 +10,19 @@ a resumed run repeats the uninterrupted one, and R processes draw what one proce
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import AdaptiveAugment
 from common.checkpoint import CheckpointError
-from common.distributed import Distributed, all_reduce_mean
+from common.distributed import Distributed, GradientBucket, all_reduce_mean
 from model import Discriminator, Generator, GeneratorConfig, load_strictly
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant
@@ -46,6 +48,7 @@ class TrainSettings:
     augment_p: float = 0.0  # 0: adaptive; else fixed
     ada_target: float = 0.6
     ada_length: int = 500_000
+    noise: str = "random"  # none: no noise enters the generator, whose codes must then say everything
     precision: str = "fp32"
     seed: int = 0
 
@@ -115,9 +118,25 @@ class Trainer:
         self.mean_path_length = torch.zeros((), device=place.device)
         self.step = 0
         self.salt = 0  # raised by a rollback, so that the same numbers are not drawn again
+        self.graphs = None  # of training_graphs.py, which play the phases where they are set
+        self.buckets: dict[nn.Module, GradientBucket] = {}
+        if place.world_size > 1:
+            self.buckets = {network: GradientBucket(network.parameters()) for network in (self.g, self.d)}
         self._average = get_ema_multi_avg_fn(EMA_DECAY)
-        self._path_means: list[torch.Tensor] = []  # of this step's micro-batches
-        self._sums: dict[str, list] = {}  # metrics since the last log tick, on the device
+        # Written in place and never replaced, since graphs know them by address
+        self._path_mean = torch.zeros((), device=place.device)  # over this step's micro-batches
+        self._sums: dict[str, torch.Tensor] = {}  # [sum, count] of each metric since the last log tick
+        if settings.noise == "none":
+            for strength in self._silence():
+                strength.register_hook(torch.zeros_like)
+
+    @torch.no_grad()
+    def _silence(self) -> list[torch.Tensor]:
+        """Sets the noise strengths to zero, and returns those that are trained."""
+        for network in (self.g_ema, self.g):
+            strengths = [p for name, p in network.named_parameters() if name.endswith("noise.weight")]
+            torch._foreach_zero_(strengths)
+        return strengths
 
     def _adam(self, network, reg_every):
         """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
@@ -137,9 +156,9 @@ class Trainer:
             self._optimise(self.d_optim, self.d, self.r1_phase, images, "r1")
         self._optimise(self.g_optim, self.g, self.g_phase, images, "g")
         if settings.path_regularize and self.step % settings.g_reg_every == 0:
-            self._path_means = []
             self._optimise(self.g_optim, self.g, self.path_phase, images, "path")
-            self.mean_path_length = torch.stack(self._path_means).mean()
+            self.mean_path_length.copy_(self._path_mean)
+            self._path_mean.zero_()
             all_reduce_mean([self.mean_path_length])
         if settings.augment:
             self.ada.update(all_reduce=torch.distributed.all_reduce if self.place.world_size > 1 else None)
@@ -148,8 +167,14 @@ class Trainer:
 
     def _optimise(self, optimiser, network, phase, images, name):
         self.select(network)
+        bucket = self.buckets.get(network)
+        if bucket is not None:
+            bucket.open(name)
         self.accumulate_gradients(phase, images, name)
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if bucket is not None:
+            gradients = [bucket.close(name)]
+        else:
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
         all_reduce_mean(gradients)
         if self.dtype == torch.float16:  # overflow in one image must not end the run (stylegan2-ada-pytorch does this)
             for gradient in gradients:
@@ -166,8 +191,16 @@ class Trainer:
         """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
-            self._seed(name, self.place.rank * n_micro + k)
-            phase(self.prepare(micro), 1 / n_micro)
+            seed = functools.partial(self._seed, name, self.place.rank * n_micro + k)
+            if self.graphs is not None:
+                self.graphs.play(name, phase, micro, seed)
+            else:
+                seed()
+                self.play(phase, micro)
+
+    def play(self, phase, images):
+        """A phase on one uint8 micro-batch. Fixed shapes, no host sync, all draws on the device: graphs record this."""
+        phase(self.prepare(images), 1 / self.settings.n_micro)
 
     def _seed(self, phase: str, micro_index: int):
         entropy = [self.settings.seed, self.salt, self.step, PHASES.index(phase), micro_index]
@@ -180,14 +213,20 @@ class Trainer:
         return torch.where(mirror, images.flip(3), images)
 
     def draw_codes(self, n):
-        """w codes [n, L, C] of fresh latents; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, 3.1)."""
-        g, config = self.g, self.config
-        z = torch.randn(n, *g.draw_z(0).shape[1:], device=self.place.device)
-        if config.w_space and torch.rand(()) < self.settings.mixing:  # a CPU number: no wait for the device
-            crossover = int(torch.randint(1, config.n_tokens, ()))
-            first, second = g.get_latent(z), g.get_latent(torch.randn_like(z))
-            return torch.cat((first[:, :crossover], second[:, crossover:]), 1)
-        return g.get_latent(z)
+        """w codes [n, L, C] of fresh latents; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, 3.1).
+
+        Both latents are mapped whether or not they are mixed, so that the shapes are the same in every step.
+        """
+        g, config, device = self.g, self.config, self.place.device
+        z = torch.randn(n, *g.draw_z(0).shape[1:], device=device)
+        codes = g.get_latent(z)
+        if not config.w_space or not self.settings.mixing:
+            return codes
+        second = g.get_latent(torch.randn_like(z))
+        mixed = torch.rand((), device=device) < self.settings.mixing
+        crossover = torch.randint(1, config.n_tokens, (), device=device)
+        first_layers = torch.where(mixed, crossover, config.n_tokens)  # those of the first latent
+        return torch.where(torch.arange(config.n_tokens, device=device)[:, None] < first_layers, codes, second)
 
     def synthesise(self, n, dtype):
         """Images and codes of n fresh latents."""
@@ -225,7 +264,7 @@ class Trainer:
         mean = torch.lerp(self.mean_path_length, lengths.mean(), PATH_DECAY)
         penalty = (lengths - mean).square().mean()
         (penalty * (self.settings.path_regularize * self.settings.g_reg_every * weight)).backward()
-        self._path_means.append(mean.detach())
+        self._path_mean += mean.detach() * weight
         self.note(path=penalty, path_length=lengths.mean())
 
     def sheet(self, z):
@@ -236,8 +275,7 @@ class Trainer:
     def average(self):
         """Moving average of the parameters; buffers (noise maps, token) are carried over as they are."""
         self._average(list(self.g_ema.parameters()), list(self.g.parameters()), None)
-        for average, buffer in zip(self.g_ema.buffers(), self.g.buffers(), strict=True):
-            average.copy_(buffer)
+        torch._foreach_copy_(list(self.g_ema.buffers()), list(self.g.buffers()))
 
     def broken_networks(self) -> list[str]:
         """Names of the networks that hold a NaN or an infinity; waits for the device."""
@@ -247,7 +285,7 @@ class Trainer:
 
     def rehearse(self, images: torch.Tensor) -> None:
         """The backward passes of all four phases, without a trace: to see whether a micro-batch fits in memory."""
-        ada, mean = self.ada.state_dict(), self.mean_path_length
+        ada = self.ada.state_dict()
         phases = [(self.g, self.g_phase, "g"), (self.g, self.path_phase, "path"),
                   (self.d, self.d_phase, "d"), (self.d, self.r1_phase, "r1")]  # fmt: skip
         try:
@@ -258,27 +296,29 @@ class Trainer:
             for network in (self.g, self.d):
                 network.zero_grad(set_to_none=True)
             self.ada.load_state_dict(ada)
-            self.mean_path_length = mean
-            self._sums.clear()
+            for tensor in (self._path_mean, *self._sums.values()):
+                tensor.zero_()
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     def note(self, **values):
         """Add up a scalar per name on the device, to be read at the next log tick."""
         for name, value in values.items():
-            entry = self._sums.setdefault(name, [torch.zeros((), device=self.place.device), 0])
-            entry[0] += value.detach()
-            entry[1] += 1
+            if name not in self._sums:
+                self._sums[name] = torch.zeros(2, device=self.place.device)
+            self._sums[name][0] += value.detach()
+            self._sums[name][1] += 1
 
     def read_metrics(self) -> dict[str, float]:
         """Means over the steps since the last call and over ranks; the one place that waits for the device."""
         names = sorted(self._sums)
         if not names:
             return {}
-        means = torch.stack([self._sums[name][0] / self._sums[name][1] for name in names])
-        all_reduce_mean([means])
-        self._sums.clear()
-        return dict(zip(names, means.tolist(), strict=True))
+        sums = torch.stack([self._sums[name] for name in names])  # [names, 2]
+        for tensor in self._sums.values():
+            tensor.zero_()
+        all_reduce_mean([sums])
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -336,3 +376,5 @@ class Trainer:
                 if isinstance(network, Generator):
                     weights = {"token": network.token, **weights}
                 load_strictly(network, weights, source)
+        if self.settings.noise == "none":
+            self._silence()

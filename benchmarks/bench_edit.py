@@ -4,8 +4,8 @@ Parts: `memory`: peak memory of sampling codes and fitting (svm and ridge) at --
 with a planted direction, codes drawn as rows are asked for, each fit in a process of its own; the original holds all
 codes twice. `svm`: svc (published) against svm on the extremes: seconds, held-out accuracy, cosine between the two.
 `sweep`: --frames frames of one face at --size pixels, one by one in the original formulation (baseline.py, with and
-without our allocator setting), one by one and in blocks in ours. Medians of --repeats. The last line is everything as
-JSON.
+without our allocator setting), one by one and in blocks in ours, on --device. Medians of --repeats. The last line is
+everything as JSON.
 
     python benchmarks/bench_edit.py
     python benchmarks/bench_edit.py --parts memory --num_sample 20000
@@ -13,7 +13,6 @@ JSON.
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +23,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
+from benchmarks.measuring import child, circumstances  # noqa: E402
 from common.cli import ArgumentParser, run  # noqa: E402
-from common.distributed import tune_allocator  # noqa: E402
+from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
 from editing.boundary import fit_boundary, pick_extremes, separate  # noqa: E402
 from editing.sweep import render_codes  # noqa: E402
@@ -49,6 +49,7 @@ def build_parser():
     parser.add_argument("--frames", type=int, default=61, help="frames of the sweep")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--device", default="auto", help="of the sweep: auto | cpu | cuda[:i] | mps")
     parser.add_argument("--only", choices=("svm", "ridge", *SWEEPS), help="measure one thing (used internally)")
     parser.add_argument("--frames_file", help="where its frames go (used internally)")
     return parser
@@ -80,8 +81,8 @@ def main(args):
     if args.only:
         print(json.dumps((measure_sweep if args.only in SWEEPS else measure_fit)(args)))
         return
-    results = {"benchmark": "edit", "torch": torch.__version__, "threads": torch.get_num_threads(),
-               "num_sample": args.num_sample, "width": args.width, "ratio": args.ratio}  # fmt: skip
+    results = {"benchmark": "edit", **circumstances(resolve_device(args.device)), "num_sample": args.num_sample,
+               "width": args.width, "ratio": args.ratio}  # fmt: skip
     for part in args.parts:
         results[part] = {"memory": memory, "svm": compare_svm, "sweep": compare_sweeps}[part](args)
     print(json.dumps(results))
@@ -93,11 +94,8 @@ def main(args):
 def memory(args):
     found = {}
     for fit in ("svm", "ridge"):
-        command = [sys.executable, __file__, "--only", fit]
-        for name in ("num_sample", "width", "ratio", "noise", "threads"):
-            command += [f"--{name}", str(getattr(args, name))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[fit] = json.loads(done.stdout.splitlines()[-1])
+        names = ("num_sample", "width", "ratio", "noise", "threads")
+        found[fit] = child(__file__, {"only": fit} | {name: getattr(args, name) for name in names})
     original = 2 * args.num_sample * args.width * 4 / 2**20
     print(f"{args.num_sample} samples of {args.width}: the original holds {original:.0f} MiB of codes (two copies)")
     for fit, row in found.items():
@@ -153,11 +151,9 @@ def compare_sweeps(args):
     found, frames = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way in SWEEPS:
-            command = [sys.executable, __file__, "--only", way, "--frames_file", str(Path(folder) / "frames.npy")]
-            for name in ("size", "channel_max", "frames", "repeats", "threads"):
-                command += [f"--{name}", str(getattr(args, name))]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[way] = json.loads(done.stdout.splitlines()[-1])
+            names = ("size", "channel_max", "frames", "repeats", "threads", "device")
+            flags = {"only": way, "frames_file": Path(folder) / "frames.npy"}
+            found[way] = child(__file__, flags | {name: getattr(args, name) for name in names})
             frames[way] = np.load(Path(folder) / "frames.npy").astype(int)
     first = next(iter(SWEEPS))
     for way, seconds in found.items():
@@ -173,17 +169,25 @@ def measure_sweep(args):
     if tuned:
         tune_allocator()
     torch.manual_seed(0)
-    network = Generator(GeneratorConfig(args.size, channel_max=args.channel_max)).eval().requires_grad_(False)
-    code = network.get_latent(network.draw_z(1))[0].numpy()
+    device = resolve_device(args.device)
+    config = GeneratorConfig(args.size, channel_max=args.channel_max)
+    network = Generator(config).eval().requires_grad_(False).to(device)
+    code = network.get_latent(network.draw_z(1).to(device))[0].cpu().numpy()
     if original:  # same weights, other arithmetic
         network.__class__ = BaselineGenerator
     step = np.random.default_rng(0).standard_normal(code.shape).astype(np.float32) * 0.1
     codes = np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])
     groups = [codes] if together else [codes[i : i + 1] for i in range(len(codes))]
+
+    def render():
+        return [frame for group in groups for frame in render_codes(network, group, network.fixed_noise())]
+
+    if device.type == "cuda":
+        render()  # compiles kernels, chooses algorithms
     seconds = []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        frames = [frame for group in groups for frame in render_codes(network, group, network.fixed_noise())]
+        frames = render()  # on the CPU at last: nothing is left to wait for
         seconds.append(time.perf_counter() - start)
     np.save(args.frames_file, np.stack(frames))
     return statistics.median(seconds)

@@ -13,7 +13,6 @@ given. Targets are the generator's own samples unless --dataset names pictures. 
 """
 
 import json
-import platform
 import sys
 import time
 from pathlib import Path
@@ -22,14 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
+from benchmarks.measuring import circumstances, headline, synchronise  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
-from common.perceptual import build_perceptual  # noqa: E402
+from common.perceptual import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
 from inversion.measures import average_down  # noqa: E402
-from inversion.pictures import open_pictures  # noqa: E402
 from inversion.projection import mean_squared_error, project  # noqa: E402
 from inversion.state import Clock, ProjectionSettings  # noqa: E402
-from model import Generator, GeneratorConfig, load_generator  # noqa: E402
+from model import Discriminator, Generator, GeneratorConfig, load_generator  # noqa: E402
 
 BATCH = 8  # of the original
 
@@ -43,7 +42,9 @@ def build_parser():
     parser.add_argument("--shorter", type=int, nargs="*", default=[100, 70], help="fewer steps to try with ours")
     parser.add_argument("--faster_lr", type=float, default=0.2, help="step size of these")
     parser.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss of both")
-    parser.add_argument("--perceptual", default="auto", help="as in projector.py")
+    parser.add_argument("--perceptual", default="auto",
+                        help="as in projector.py; random: a discriminator with random weights, which needs no file and "
+                             "says nothing but how fast it is")  # fmt: skip
     parser.add_argument("--size", type=int, default=32, help="of the generator with random weights")
     parser.add_argument("--channel_max", type=int, default=64, help="of the generator with random weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -117,13 +118,21 @@ def timed(function, device):
     """(result, seconds by the clock, seconds of processor time)"""
     start, cpu = time.perf_counter(), time.process_time()
     result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronise(device)
     return result, time.perf_counter() - start, time.process_time() - cpu
+
+
+def distance(args, size, device):
+    if args.perceptual != "random":
+        return build_perceptual(args.perceptual, device)
+    network = Discriminator(GeneratorConfig(min(size, 256), channel_max=64)).to(device)
+    return FeatureDistance(DiscriminatorFeatures(network), "random-discriminator", size=network.config.size)
 
 
 def targets(args, generator, device):
     if args.dataset:
+        from inversion.pictures import open_pictures  # needs lmdb, which a bare GPU machine lacks
+
         pictures = open_pictures(args.dataset, generator.config.size)
         if len(pictures) < args.images:
             raise UsageError(f"--images {args.images}, but there are {len(pictures)} pictures")
@@ -145,11 +154,10 @@ def main(args):
     generator = load_generator(args.ckpt, device) if args.ckpt else Generator(config).to(device).eval()
     baseline = BaselineGenerator(generator.config).to(device).eval()
     baseline.load_state_dict(generator.state_dict())
-    perceptual = build_perceptual(args.perceptual, device)
+    perceptual = distance(args, generator.config.size, device)
     images, statistics = targets(args, generator, device), generator.latent_statistics(2000)
     common = {"perceptual": perceptual, "statistics": statistics}
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, torch "
-          f"{torch.__version__}; {generator.config.space} generator, {generator.config.size} px, {args.images} images, "
+    print(f"{headline(device)}; {generator.config.space} generator, {generator.config.size} px, {args.images} images, "
           f"{perceptual.name}")  # fmt: skip
 
     original(baseline, images[:BATCH], settings=ProjectionSettings(steps=2), **common)  # warm up
@@ -185,9 +193,8 @@ def main(args):
     print("same settings: {:.2f} times as fast by the clock, {:.2f} by processor time".format(*same))
     print("equal final loss: " + ("{:.2f} and {:.2f} times ({} steps)".format(*reached, best["steps"]) if best
                                   else "not reached"))  # fmt: skip
-    print(json.dumps({"benchmark": "invert", "threads": torch.get_num_threads(), "torch": torch.__version__,
-                      "perceptual": perceptual.name, "mse": args.mse, "rows": rows, "ratio_same_steps": same,
-                      "ratio_equal_loss": reached}))  # fmt: skip
+    print(json.dumps({"benchmark": "invert", **circumstances(device), "perceptual": perceptual.name, "mse": args.mse,
+                      "rows": rows, "ratio_same_steps": same, "ratio_equal_loss": reached}))  # fmt: skip
 
 
 def ratios(row, reference) -> list[float]:

@@ -11,18 +11,15 @@ its own: ours with the allocator setting of `common.distributed.tune_allocator`,
 """
 
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
+from benchmarks.measuring import child, circumstances, headline, median_seconds  # noqa: E402
+from benchmarks.rounds import seconds_per_step  # noqa: E402
 from common.cli import ArgumentParser, run  # noqa: E402
 from common.distributed import Distributed, resolve_device, tune_allocator  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig  # noqa: E402
@@ -57,29 +54,26 @@ def main(args):
     if args.only:
         print(json.dumps(measure(args, device, *KINDS[args.only])))
         return
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, "
-          f"torch {torch.__version__}; {args.size} px batch {args.batch}, "
-          f"training {args.train_size} px batch {args.train_batch}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    print(f"{headline(device)}; {args.size} px batch {args.batch}, "
+          f"training {args.train_size} px batch {args.train_batch}")  # fmt: skip
     differences = compare(args, device)
     print("largest difference from the original, relative to its largest value: "
           + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))  # fmt: skip
     kinds = [kind for kind in KINDS if not (args.untuned and kind == "original, tuned")]
-    results = {kind: child(args, kind) for kind in kinds}
+    results = {kind: measure_apart(args, kind) for kind in kinds}
     rows = table(results)
     print(json.dumps({
-        "benchmark": "model", "torch": torch.__version__, "threads": torch.get_num_threads(), "device": str(device),
+        "benchmark": "model", **circumstances(device),
         "size": args.size, "batch": args.batch, "train_size": args.train_size, "train_batch": args.train_batch,
         "channel_max": args.channel_max, "repeats": args.repeats, "differences": differences, "seconds": rows,
     }))  # fmt: skip
 
 
-def child(args, kind):
+def measure_apart(args, kind):
     """The measurements of one formulation, {"part precision": seconds}, from a fresh process."""
-    command = [sys.executable, __file__, "--only", kind, "--parts", *args.parts, "--precision", *args.precision]
-    for name in ("size", "batch", "train_size", "train_batch", "channel_max", "repeats", "threads", "device"):
-        command += [f"--{name}", str(getattr(args, name))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    names = ["parts", "precision", "size", "batch", "train_size", "train_batch", "channel_max", "repeats", "threads",
+             "device"]  # fmt: skip
+    return child(__file__, {"only": kind} | {name: getattr(args, name) for name in names})
 
 
 def table(results):
@@ -153,7 +147,7 @@ def measure_networks(args, device, original, precision):
     calls = {"generator": lambda: forward(g, codes, dtype), "discriminator": lambda: judge(d, image, dtype),
              "latent": lambda: latent_gradient(g, codes, dtype)}  # fmt: skip
     chosen = {name: call for name, call in calls.items() if name in args.parts}
-    return {f"{name} {precision}": median(call, args.repeats, device) for name, call in chosen.items()}
+    return {f"{name} {precision}": median_seconds(call, args.repeats, device) for name, call in chosen.items()}
 
 
 @torch.no_grad()
@@ -170,28 +164,16 @@ def measure_training(args, device, original, precision):
         trainer.g.__class__, trainer.d.__class__ = BaselineGenerator, BaselineDiscriminator
     images = torch.randint(0, 256, (args.train_batch, 3, args.train_size, args.train_size), dtype=torch.uint8)
     seconds = {}
-    for name, optimiser, network, phase, every in (
-        ("d", trainer.d_optim, trainer.d, trainer.d_phase, 1),
-        ("r1", trainer.d_optim, trainer.d, trainer.r1_phase, settings.d_reg_every),
-        ("g", trainer.g_optim, trainer.g, trainer.g_phase, 1),
-        ("path", trainer.g_optim, trainer.g, trainer.path_phase, settings.g_reg_every),
+    for name, optimiser, network, phase in (
+        ("d", trainer.d_optim, trainer.d, trainer.d_phase),
+        ("r1", trainer.d_optim, trainer.d, trainer.r1_phase),
+        ("g", trainer.g_optim, trainer.g, trainer.g_phase),
+        ("path", trainer.g_optim, trainer.g, trainer.path_phase),
     ):
         call = lambda o=optimiser, n=network, p=phase, name=name: trainer._optimise(o, n, p, images, name)  # noqa: E731
-        seconds[f"{name} {precision}"] = median(call, args.repeats, device)
-        total = seconds.get(f"step {precision}", 0.0) + seconds[f"{name} {precision}"] / every
-        seconds[f"step {precision}"] = total
-    return seconds
-
-
-def median(call, repeats, device):
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+        seconds[name] = median_seconds(call, args.repeats, device)
+    seconds["step"] = seconds_per_step(seconds, {"r1": settings.d_reg_every, "path": settings.g_reg_every})
+    return {f"{name} {precision}": value for name, value in seconds.items()}
 
 
 if __name__ == "__main__":

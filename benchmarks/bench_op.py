@@ -11,10 +11,7 @@ measured, at small sizes. --profile writes a Chrome trace of one run each. The l
 """
 
 import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +19,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.measuring import (  # noqa: E402
+    Budget,
+    circumstances,
+    headline,
+    median_seconds,
+    write_trace,
+)
 from common.cli import ArgumentParser, UserError, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from layers import make_kernel  # noqa: E402
@@ -43,6 +47,7 @@ def build_parser():
     parser.add_argument("--repeats", type=int, default=20, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i]")
+    parser.add_argument("--budget", type=float, help="seconds after which no further operation is begun")
     parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace (JSON) of one run of every row")
     return parser
 
@@ -99,26 +104,6 @@ def make_factors(n, channels, side, device):
 # Measuring
 
 
-def median_seconds(call, repeats, device):
-    """Of `repeats` runs after three to warm up, each between two events of its own (CPU: one to warm up, the clock)."""
-    if device.type != "cuda":
-        times = []
-        for _ in range(repeats + 1):
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times[1:])
-    for _ in range(3):
-        call()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in pairs:
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.synchronize(device)
-    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
-
-
 def copy_bandwidth(elements, dtype, device, repeats):
     """Bytes read and written per second by a copy of this many elements."""
     source = torch.randn(elements, device=device).to(dtype)
@@ -154,7 +139,7 @@ def calls_of(name, n, channels, side, dtype, layout, device):
 
 def measure(args, device, modes):
     """Rows {operation, pass, size, precision, layout, bytes, copy, seconds of each implementation}."""
-    rows = []
+    rows, budget = [], Budget(args.budget)
     for text in args.sizes:
         n, channels, side = parse_size(text)
         for precision in args.precision:
@@ -164,6 +149,9 @@ def measure(args, device, modes):
             print(f"{'':38}{'MB':>8}" + "".join(f"{mode + ' ms':>12}{'GB/s':>9}{'of copy':>9}" for mode in modes))
             for layout in args.layout:
                 for name in args.operations:
+                    if budget.spent():
+                        print(f"{name:38}left out: the time budget is spent")
+                        continue
                     rows += measure_operation(args, device, modes, (n, channels, side), precision, layout, name, copy)
     return rows
 
@@ -195,18 +183,24 @@ def parse_size(text):
     return n, channels, side
 
 
-def write_trace(args, device, modes):
-    """One run of every row at the first size and precision, as `chrome://tracing` and Perfetto read it."""
+def trace(args, device, modes):
+    """One run of every row at the first size and precision."""
     size, dtype = parse_size(args.sizes[0]), DTYPES[args.precision[0]]
-    with torch.profiler.profile() as profile:  # all the activities this machine has
-        for mode in modes:
+
+    def by(mode, call):
+        def chosen():
             dispatch.choose(mode)
-            for name in args.operations:
-                for part, call, _ in calls_of(name, *size, dtype, args.layout[0], device):
-                    with torch.profiler.record_function(f"{mode}: {name}, {part}"):
-                        call()
-    profile.export_chrome_trace(args.profile)
-    print(f"trace: {args.profile}")
+            call()
+
+        return chosen
+
+    calls = {}
+    for mode in modes:
+        dispatch.choose(mode)
+        for name in args.operations:
+            for part, call, _ in calls_of(name, *size, dtype, args.layout[0], device):
+                calls[f"{mode}: {name}, {part}"] = by(mode, call)
+    write_trace(args.profile, calls)
 
 
 def main(args):
@@ -220,15 +214,13 @@ def main(args):
     reason = f"Triton's kernels need a CUDA device, not {device.type}"
     reason = dispatch.obstacle(device) if device.type == "cuda" else reason
     modes = ["ref"] if reason else ["triton", "ref"]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{name}, {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(headline(device))
     if reason:
         print(f"{reason}: the reference alone is measured")
     rows = measure(args, device, modes)
     if args.profile:
-        write_trace(args, device, modes)
-    print(json.dumps({"benchmark": "op", "machine": name, "device": str(device), "torch": torch.__version__,
-                      "threads": torch.get_num_threads(), "repeats": args.repeats, "kernels": not reason,
+        trace(args, device, modes)
+    print(json.dumps({"benchmark": "op", **circumstances(device), "repeats": args.repeats, "kernels": not reason,
                       "rows": rows}))  # fmt: skip
 
 

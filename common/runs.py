@@ -139,12 +139,12 @@ def _circumstances(options):
         "world_size": int(os.environ.get("WORLD_SIZE") or 1),
         "versions": versions,
         "platform": platform.platform(),
-        "git": _git_commit(),
+        "git": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
-def _git_commit():
+def git_commit():
     """Commit of this checkout, with '+changes' where the work tree differs; None without git or repository."""
     root = Path(__file__).resolve().parents[1]
     answers = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from common.images import save_image
 from common.latents import save_latents
 from common.runs import write_json
+from editing.casting import Cast
 from editing.refinement import refine_settings
 from editing.session import (
     MEAN_SAMPLES,
@@ -28,6 +29,7 @@ from editing.session import (
     paste,
 )
 from faces.folder import VERSION, AlignSettings
+from rendering import CONDITION
 
 
 def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "change") -> str:
@@ -36,14 +38,10 @@ def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "chang
     paste_mode change: what is pasted is to_paste/ of the zip, since only the page computes it. Results land in out/.
     """
     generator = ["--ckpt", shown(tools.ckpt)]
-    lines, edited = [], edit.moving()
+    lines, edited = [_faces(face, generator)], edit.moving()
     if face.method == "drawn":
-        lines.append(["python", "generate.py", *generator, "--seeds", face.seed, "--truncation", TRUNCATION,
-                      "--truncation_mean", MEAN_SAMPLES, "--noise", "none", "--output_dir", "out/faces",
-                      "--save_latents", "out/inverted"])  # fmt: skip
+        lines[0] += ["--save_latents", "out/inverted"]
     else:
-        by_hand = ["--landmarks", "landmarks.json"] if face.landmarks else []
-        lines.append(["python", "align_faces.py", "--photos", face.source, "--output_dir", "out/faces", *by_hand])
         lines.append(_inversion(tools, face, generator))
     if edited:
         layers = moving_layers(tools, edit)
@@ -55,15 +53,52 @@ def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "chang
                       "--attribute", next(iter(edited)),
                       *(["--scorer", tools.scorer_name] if tools.scorer_name != "face-scorer" else [])])  # fmt: skip
     text = [shlex.join(str(word) for word in line) for line in lines]
-    if edited and face.source:
-        folder = "to_paste"  # of the zip
-        if paste_mode == "face":
-            folder, picture = "out/to_paste", shlex.quote(f"out/to_paste/{face.alignment.name}.png")
-            text.append(f"mkdir -p out/to_paste && cp out/edited/frames/*.png {picture}")
-        text.append(shlex.join(["python", "align_faces.py", "--paste_back", folder, "--alignment",
-                                "out/faces/alignment.json", "--photos", face.source, "--output_dir", "out/pasted",
-                                *(["--detail", "keep"] if paste_mode == "change" else [])]))  # fmt: skip
+    if edited:
+        text += _pasting(face, paste_mode, "out/edited/edited")
     return "\n".join(text)
+
+
+def cast_lines(tools: Tools, cast: Cast, paste_mode: str = "change") -> str:
+    """The same for the expression of a reference: its photo lies in the folder as well."""
+    face, conditional = cast.face, tools.conditional.tools
+    settings = refine_settings(conditional, cast.steps)
+    lines = [
+        _faces(face, ["--ckpt", shown(tools.ckpt)]),
+        ["python", "align_faces.py", "--photos", cast.reference.source, "--output_dir", "out/reference",
+         *_by_hand(cast.reference)],
+        ["python", "edit_conditional.py", "--ckpt", shown(conditional.ckpt), "--source",
+         "out/faces/aligned" if face.source else "out/faces", "--reference", "out/reference/aligned", "--output_dir",
+         "out/cast", *_projection(tools, settings)],
+    ]  # fmt: skip
+    text = [shlex.join(str(word) for word in line) for line in lines]
+    return "\n".join(text + _pasting(face, paste_mode, "out/cast/edited"))
+
+
+def _faces(face: Face, generator: list) -> list:
+    """The command that makes the aligned or drawn face."""
+    if face.method == "drawn":
+        return ["python", "generate.py", *generator, "--seeds", face.seed, "--truncation", TRUNCATION,
+                "--truncation_mean", MEAN_SAMPLES, "--noise", "none", "--output_dir", "out/faces"]  # fmt: skip
+    return ["python", "align_faces.py", "--photos", face.source, "--output_dir", "out/faces", *_by_hand(face)]
+
+
+def _by_hand(face: Face) -> list:
+    return ["--landmarks", "landmarks.json"] if face.landmarks else []
+
+
+def _pasting(face: Face, paste_mode: str, edited: str) -> list[str]:
+    """The command that puts the face back, of `edited` or of the zip's to_paste; none for a drawn face."""
+    if not face.source:
+        return []
+    return [shlex.join(["python", "align_faces.py", "--paste_back", edited if paste_mode == "face" else "to_paste",
+                        "--alignment", "out/faces/alignment.json", "--photos", face.source, "--output_dir",
+                        "out/pasted", *(["--detail", "keep"] if paste_mode == "change" else [])])]  # fmt: skip
+
+
+def _projection(tools: Tools, settings) -> list:
+    return ["--step", settings.steps, "--lr", f"{settings.lr:g}", "--mse", f"{settings.mse:g}", "--noise",
+            f"{settings.noise:g}", "--mean_samples", MEAN_SAMPLES,
+            *(["--perceptual", tools.perceptual_name] if tools.perceptual_name != "auto" else [])]  # fmt: skip
 
 
 def _inversion(tools: Tools, face: Face, generator: list) -> list:
@@ -72,12 +107,10 @@ def _inversion(tools: Tools, face: Face, generator: list) -> list:
         return ["python", "pSp/scripts/inference.py", "--checkpoint_path", encoder, "--stylegan_weights", generator[1],
                 "--data_path", "out/faces/aligned", "--exp_dir", "out/inverted",
                 *(["--lpips_net", tools.perceptual_name] if tools.perceptual_name != "auto" else [])]  # fmt: skip
-    settings = refine_settings(tools, max(1, face.steps))
     return ["python", "projector.py", *generator, "--dataset", "out/faces/aligned", "--output_dir", "out/inverted",
-            *(["--init", f"encoder:{encoder}"] if encoder else []), "--step", settings.steps, "--lr",
-            f"{settings.lr:g}", "--mse", f"{settings.mse:g}", "--noise", f"{settings.noise:g}", "--mean_samples",
-            MEAN_SAMPLES, *(["--space", tools.space] if tools.space != "w++" else []),
-            *(["--perceptual", tools.perceptual_name] if tools.perceptual_name != "auto" else [])]  # fmt: skip
+            *(["--init", f"encoder:{encoder}"] if encoder else []),
+            *(["--space", tools.space] if tools.space != "w++" else []),
+            *_projection(tools, refine_settings(tools, max(1, face.steps)))]  # fmt: skip
 
 
 def shown(path: Path) -> str:
@@ -92,10 +125,32 @@ def save_results(tools: Tools, face: Face, edit: Edit, view: View, folder, paste
     The zip holds inverted/ and edited/ (latents with their noise, for generate.py --latents), commands.txt, and of a
     photo to_paste/NAME.png, alignment.json and, where they were given, landmarks.json.
     """
-    folder = Path(folder)
+    text = command_lines(tools, face, edit, paste_mode)
+    parts = Path(folder) / "parts"
+    paths = _save_pictures(face, view, Path(folder), parts, paste_mode, [face])
+    about = {"method": face.method, "steps": face.steps, "seed": face.seed}
+    _save_code(parts / "inverted", tools, face, face.code, face.noise, about)
+    _save_code(parts / "edited", tools, face, view.code, face.noise, about | {"edit": asdict(edit)})
+    return [*paths, _pack(parts, text, Path(folder) / f"{face.name}-latents.zip")]
+
+
+def save_cast(tools: Tools, cast: Cast, folder, paste_mode: str = "change") -> list[Path]:
+    """The same of the expression of a reference: inverted/ and edited/ are one code under two conditions."""
+    text, face, inverted = cast_lines(tools, cast, paste_mode), cast.face, cast.inverted
+    parts = Path(folder) / "parts"
+    paths = _save_pictures(face, cast.view, Path(folder), parts, paste_mode, [face, cast.reference])
+    names = list(tools.conditional.known.attributes)
+    for name, condition in (("inverted", inverted.own), ("edited", cast.condition)):
+        about = {"method": "projector", "steps": cast.steps, "reference": cast.reference.source,
+                 CONDITION: {"attributes": names, "values": [condition.tolist()]}}  # fmt: skip
+        _save_code(parts / name, tools.conditional.tools, face, cast.view.code, inverted.noise, about)
+    return [*paths, _pack(parts, text, Path(folder) / f"{face.name}-latents.zip")]
+
+
+def _save_pictures(face: Face, view: View, folder: Path, parts: Path, paste_mode: str, uploads) -> list[Path]:
+    """Picture and photo into `folder`, what pastes the face and finds the faces again into `parts`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [save_image(view.edited, folder / f"{face.name}-edited.png")]
-    parts = folder / "parts"
     if face.source:
         suffix = ".jpg" if Path(face.source).suffix.lower() in (".jpg", ".jpeg", ".jfif") else ".png"
         paths.append(save_image(paste(face, view, paste_mode), folder / f"{face.name}-photo{suffix}"))
@@ -105,23 +160,25 @@ def save_results(tools: Tools, face: Face, edit: Edit, view: View, folder, paste
         )
         write_json(parts / "alignment.json", {"version": VERSION, "settings": asdict(AlignSettings()),
                                               "faces": [face.alignment.to_dict()], "photos": []})  # fmt: skip
-    if face.landmarks:
-        write_json(parts / "landmarks.json", {face.source: face.landmarks})
-    described = {
-        "names": [f"{face.alignment.name}.png"], "size": tools.size,
-        "fingerprint": tools.generator.fingerprint, "alignment": [face.alignment.to_dict()], "noise": face.noise,
-    }  # fmt: skip
-    about = {"method": face.method, "steps": face.steps, "seed": face.seed}
-    save_latents(parts / "inverted", face.code[None], space=space_of(tools, face.code), **described, extra=about)
-    save_latents(parts / "edited", view.code[None], space=space_of(tools, view.code), **described,
-                 extra=about | {"edit": asdict(edit)})  # fmt: skip
-    (parts / "commands.txt").write_text(command_lines(tools, face, edit, paste_mode) + "\n", encoding="utf-8")
-    archive = folder / f"{face.name}-latents.zip"
+    by_hand = {upload.source: upload.landmarks for upload in uploads if upload.landmarks}
+    if by_hand:
+        write_json(parts / "landmarks.json", by_hand)
+    return paths
+
+
+def _save_code(folder: Path, tools: Tools, face: Face, code, noise, about: dict) -> None:
+    save_latents(folder, code[None], names=[f"{face.alignment.name}.png"], space=space_of(tools, code), size=tools.size,
+                 fingerprint=tools.generator.fingerprint, alignment=[face.alignment.to_dict()], noise=noise,
+                 extra=about)  # fmt: skip
+
+
+def _pack(parts: Path, text: str, archive: Path) -> Path:
+    (parts / "commands.txt").write_text(text + "\n", encoding="utf-8")
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         for path in sorted(parts.rglob("*")):
             if path.is_file():
                 file.write(path, path.relative_to(parts).as_posix())
-    return [*paths, archive]
+    return archive
 
 
 def space_of(tools: Tools, code) -> str:

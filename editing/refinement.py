@@ -36,26 +36,22 @@ class Cancelled(Exception):
     """Raised inside the optimisation."""
 
 
-class Refinement:
-    """A thread that projects one face, beginning at the encoder's code (or the mean code): what projector.py gives.
+class Background:
+    """A thread that projects one face. step of steps, loss and picture (uint8 [size, size, 3]) tell how far it is;
+    result is None while it works and when it was cancelled, error says what went wrong. What it does is _project."""
 
-    step of steps, loss and picture (uint8 [size, size, 3]) tell how far it is. Raises SessionError when it cannot be.
-    """
-
-    def __init__(self, tools: Tools, face: Face, steps: int):
-        if face.method == "drawn":
-            raise SessionError("this face was drawn by the generator: its code is exact already")
-        if tools.perceptual is None:
-            raise SessionError("refining needs a perceptual network, and no weights for one were found")
-        self.tools, self.face = tools, face
-        self.settings = refine_settings(tools, steps)
+    def __init__(self, settings: ProjectionSettings):
+        self.settings = settings
         self.step, self.loss = 0, float("nan")
         self.picture: np.ndarray | None = None
-        self.result: Face | None = None
+        self.result = None
         self.error: str | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _project(self):
+        raise NotImplementedError
 
     @property
     def steps(self) -> int:
@@ -83,9 +79,36 @@ class Refinement:
         except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
             self.error = f"refining failed: {str(error).splitlines()[0]}"
 
+    def _watch(self, positions, steps, images, losses) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+        self.step, self.loss = steps[0] + 1, float(losses[0])
+        if steps[0] % SHOW_EVERY == 0:
+            self.picture = to_uint8(images[0])
+
+
+def target_picture(face: Face, size: int) -> torch.Tensor:
+    """The aligned face as the projector takes it, uint8 [3, size, size]."""
+    return torch.from_numpy(np.array(fit_image(face.crop, size))).permute(2, 0, 1).contiguous()
+
+
+class Refinement(Background):
+    """Begins at the encoder's code (or the mean code): what projector.py gives. result: a Face.
+
+    Raises SessionError when it cannot be.
+    """
+
+    def __init__(self, tools: Tools, face: Face, steps: int):
+        if face.method == "drawn":
+            raise SessionError("this face was drawn by the generator: its code is exact already")
+        if tools.perceptual is None:
+            raise SessionError("refining needs a perceptual network, and no weights for one were found")
+        self.tools, self.face = tools, face
+        super().__init__(refine_settings(tools, steps))
+
     def _project(self) -> Face:
         tools, face = self.tools, self.face
-        picture = torch.from_numpy(np.array(fit_image(face.crop, tools.size))).permute(2, 0, 1).contiguous()
+        picture = target_picture(face, tools.size)
         image, start = picture.float() / 127.5 - 1, None
         if tools.encoder is not None:
             with torch.no_grad():
@@ -99,10 +122,3 @@ class Refinement:
             raise ValueError("the optimisation diverged")
         return replace(face, code=found.latents.numpy(), noise=[layer[None] for layer in found.noise],
                        method="projector", steps=int(found.steps))  # fmt: skip
-
-    def _watch(self, positions, steps, images, losses) -> None:
-        if self._stop.is_set():
-            raise Cancelled
-        self.step, self.loss = steps[0] + 1, float(losses[0])
-        if steps[0] % SHOW_EVERY == 0:
-            self.picture = to_uint8(images[0])

@@ -92,12 +92,13 @@ def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise
 
     folder: where chunks are kept; those that are there are not computed again. batch: pictures at a time on a GPU; it
     changes nothing on a CPU. place: a Distributed; the ranks share the work and all return the whole. Raises
-    SamplesError when the folder holds samples of another generator, scorer, seed or noise.
+    SamplesError when the folder holds samples of another generator, scorer, seed, noise or precision.
     """
     place = place or Distributed(0, 0, 1, generator.token.device, None)
     folder = Path(folder)
     about = {"generator": generator.fingerprint, "scorer": scorer_identity(scorer), "names": list(scorer.names),
-             "first": first, "noise": noise, "chunk": CHUNK}  # fmt: skip
+             "first": first, "noise": noise, "chunk": CHUNK,
+             "precision": str(generator.compute_dtype).removeprefix("torch.")}  # fmt: skip
     if place.is_main:
         _claim(folder, about)
     barrier()
@@ -147,7 +148,7 @@ def _claim(folder, about):
     path = folder / "samples.json"
     if path.is_file():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = {"precision": "float32"} | json.loads(path.read_text(encoding="utf-8"))  # older files do not say
         except ValueError:
             found = {}
         for key, expected in about.items():

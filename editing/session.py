@@ -62,6 +62,7 @@ class Tools:
     identity: object | None = None
     perceptual: object | None = None
     perceptual_name: str = "auto"
+    conditional: object | None = None  # editing/casting.py: another generator, for the expression of a reference
     weights_dir: Path | None = None
     detecting: threading.Lock = field(default_factory=threading.Lock)  # the detector serves one thread at a time
 
@@ -294,9 +295,9 @@ def transfer_smile(tools: Tools, face: Face, reference: Face, edit: Edit) -> tup
 def read_out(tools: Tools, face: Face, view: View) -> list[list]:
     """Rows [what, unit, photo, inversion, edited]: every attribute of the scorer, identity to the photo and inversion.
 
-    All three are judged at the generator's size.
+    All three are judged at the size of the edit.
     """
-    frames = [np.asarray(fit_image(face.crop, tools.size)), view.inversion, view.edited]
+    frames = [np.asarray(fit_image(face.crop, len(view.edited))), view.inversion, view.edited]
     rows = []
     if tools.scorer is not None:
         scores = score_frames(tools.scorer, frames)

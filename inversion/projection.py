@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from common.graphs import Graphed, Recorder
 from inversion.measures import average_down
 from inversion.state import CURVES, Projection, ProjectionSettings, Rows, Task
 from model import Generator
@@ -89,12 +90,14 @@ def project_each(
     batch: int = 8,
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    recorder: Recorder | None = None,
     watch: Watch | None = None,
     **settings,
 ) -> Iterator[tuple[int, Projection]]:
     """(position, result) of each task, as they are done; tasks are asked for when there is room for them.
 
     Arguments as for `project`. batch: images in work at once on a GPU; on a CPU their number is `rows_on_cpu`.
+    recorder: loss and gradient of a step are recorded with it (common/graphs.py).
     """
     settings = ProjectionSettings(**settings)
     space = choose_space(generator, space)
@@ -104,12 +107,19 @@ def project_each(
     rows = Rows(n_rows, generator, perceptual, settings, space, mean)
     std = std[: rows.n_codes, None]  # [C, 1]
     waiting = enumerate(tasks)
+
+    def recorded():
+        objective = make_objective(rows, dtype)
+        return objective if recorder is None else Graphed(objective, recorder)
+
     with _frozen(generator), _frozen(perceptual):
         _refill(rows, waiting)
+        objective = recorded()
         while rows.live:
             if not on_cpu and len(rows.live) < len(rows):
                 rows.drop_idle()
-            _step(rows, std, dtype, watch)
+                objective = recorded()  # its tensors are others now
+            _step(rows, std, objective, watch)
             for row in rows.live:
                 if rows.clocks[row].done:
                     yield rows.index[row], rows.take(row)
@@ -125,30 +135,41 @@ def _refill(rows: Rows, waiting: Iterator[tuple[int, Task]]) -> None:
         rows.fill_idle()
 
 
-def _step(rows: Rows, std: torch.Tensor, dtype, watch) -> None:
+def make_objective(rows: Rows, dtype) -> Callable:
+    """A function of values [K, P] and perturbations of the codes [K, C, D] -> gradient of the values, pictures
+    [K, 3, S, S], what decides about an early stop [K], and the losses CURVES, each [K]. Images, their features and
+    conditions are read where they lie in `rows`."""
+    generator, settings = rows.generator, rows.settings
+
+    def objective(values, perturbation):
+        tensors, values = rows.tensors, values.detach().requires_grad_()
+        codes, *maps = rows.split(values)
+        picture, _ = generator(
+            (codes + perturbation).expand(-1, generator.config.n_tokens, -1), input_is_latent=True, noise=maps,
+            dtype=dtype, condition=tensors["condition"] if generator.config.condition_dim else None,
+        )  # fmt: skip
+        losses = {
+            "perceptual": rows.perceptual.distance(rows.perceptual.features(average_down(picture)), rows.features),
+            "noise": noise_regularisation(maps),
+            "mse": mean_squared_error(picture, tensors["image"]),
+        }
+        visible = losses["perceptual"] + settings.mse * losses["mse"]  # [K]
+        loss = visible + settings.noise_regularize * losses["noise"]
+        (gradient,) = torch.autograd.grad(loss.sum(), values)
+        return gradient, picture.detach(), visible.detach(), {name: loss.detach() for name, loss in losses.items()}
+
+    return objective
+
+
+def _step(rows: Rows, std: torch.Tensor, objective, watch) -> None:
     """One step of all rows."""
-    generator, settings, tensors = rows.generator, rows.settings, rows.tensors
-    values = tensors["values"].requires_grad_()
-    codes, *maps = rows.split(values)
-    picture, _ = generator(
-        rows.perturbed(codes, std).expand(-1, generator.config.n_tokens, -1), input_is_latent=True, noise=maps,
-        dtype=dtype, condition=tensors["condition"] if generator.config.condition_dim else None,
-    )  # fmt: skip
-    losses = {
-        "perceptual": rows.perceptual.distance(rows.perceptual.features(average_down(picture)), rows.features),
-        "noise": noise_regularisation(maps),
-        "mse": mean_squared_error(picture, tensors["image"]),
-    }
-    visible = losses["perceptual"] + settings.mse * losses["mse"]  # [K]
-    loss = visible + settings.noise_regularize * losses["noise"]
-    (gradient,) = torch.autograd.grad(loss.sum(), values)
-    tensors["values"] = values.detach()
+    gradient, picture, visible, losses = objective(rows.tensors["values"], rows.perturbation(std))
     rows.update(gradient)
     live = rows.live
     if watch is not None:
         steps = [rows.clocks[row].step for row in live]
-        watch([rows.index[row] for row in live], steps, picture.detach()[live], visible.detach()[live])
-    rows.record({name: loss.detach() for name, loss in losses.items()}, visible.detach())
+        watch([rows.index[row] for row in live], steps, picture[live], visible[live])
+    rows.record(losses, visible)
 
 
 def project(

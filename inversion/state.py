@@ -200,13 +200,14 @@ class Rows:
         """[K, P] -> codes [K, C, D], then the noise maps [K, 1, r, r]: views."""
         return [part.unflatten(1, shape) for part, shape in zip(values.split(self.sizes, 1), self.shapes, strict=True)]
 
-    def perturbed(self, codes, std) -> torch.Tensor:
-        """Codes [K, C, D] plus noise from each image's own stream, which rests when there is no perturbation."""
-        noise = torch.zeros(codes.shape, dtype=codes.dtype)
+    def perturbation(self, std) -> torch.Tensor:
+        """Noise for the codes [K, C, D] from each image's own stream, which rests when there is no perturbation."""
+        shape = self.shapes[0]
+        noise = torch.zeros(len(self), *shape, dtype=std.dtype)
         for row, clock in enumerate(self.clocks):
             if clock.perturbation:
-                noise[row] = torch.randn(codes.shape[1:], generator=self.draws[row]) * clock.perturbation
-        return codes + noise.to(codes.device, non_blocking=True) * std
+                noise[row] = torch.randn(shape, generator=self.draws[row]) * clock.perturbation
+        return noise.to(std.device, non_blocking=True) * std
 
     @torch.no_grad()
     def update(self, gradient: torch.Tensor) -> None:
@@ -215,7 +216,8 @@ class Rows:
         counts = [clock.step + 1 for clock in self.clocks]
         lr = [clock.lr / (1 - BETAS[0] ** n) for clock, n in zip(self.clocks, counts, strict=True)]
         correction = [(1 - BETAS[1] ** n) ** -0.5 for n in counts]
-        lr, correction = values.new_tensor([lr, correction])[:, :, None]  # [K, 1] each
+        factors = torch.tensor([lr, correction], dtype=values.dtype).to(values.device, non_blocking=True)
+        lr, correction = factors[:, :, None]  # [K, 1] each
         first.lerp_(gradient, 1 - BETAS[0])
         second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         scale = second.sqrt().mul_(correction).add_(EPSILON)

@@ -69,9 +69,10 @@ class Shard:
             self.n_tasks += 1
             yield task
 
-    def run(self, batch: int, statistics, dtype) -> None:
+    def run(self, batch: int, statistics, dtype, recorder=None) -> None:
         done = project_each(self.generator, self.tasks(), perceptual=self.perceptual, space=self.space, batch=batch,
-                            statistics=statistics, dtype=dtype, watch=self.watch, **asdict(self.settings))  # fmt: skip
+                            statistics=statistics, dtype=dtype, recorder=recorder, watch=self.watch,
+                            **asdict(self.settings))  # fmt: skip
         with self.bar:
             for number, projection in done:
                 position, picture, task = self.work.pop(number)

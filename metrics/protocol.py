@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from common.cli import UserError
-from common.runs import _git_commit, to_plain
+from common.runs import git_commit, to_plain
 
 # What may differ between numbers set side by side: where things lie, what is being compared, and when
 FREE = {
@@ -93,7 +93,7 @@ def make_record(metric: str, value: float, *, real: dict | None, fake: dict, pro
 
 @functools.cache
 def _code_version() -> dict:
-    versions = {"git": _git_commit()}
+    versions = {"git": git_commit()}
     for name in ("torch", "torchvision", "torch-fidelity", "lpips", "pillow"):
         try:
             versions[name] = metadata.version(name)

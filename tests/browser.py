@@ -130,19 +130,20 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:7860", help="where the page is served")
     parser.add_argument("--photo", type=Path, required=True, help="photo with a smiling face to upload")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of demo-1.png to demo-3.png")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of demo-1.png to demo-4.png")
     return parser
 
 
 def main(args) -> None:
-    """A drawn face, made older; a photo, refined and edited; an upload that is no picture."""
+    """A drawn face, made older; a photo, refined and edited; an upload that is no picture; the photo's expression on
+    a drawn face."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     visitor = Visitor(args.url, args.output_dir, patience=300)
     try:
         visitor.click("#drawn img", 1)
         visitor.wait_for_text("#message", "Seed")
-        visitor.type("#age input[type=number]", "15")
-        visitor.wait_for_text("#commands", "--at 15")
+        visitor.type("#age input[type=number]", "5")
+        visitor.wait_for_text("#commands", "--at 5")
         visitor.screenshot(args.output_dir / "demo-1.png")
         visitor.click("#reset")
         visitor.wait("the reset", lambda: "--at" not in visitor.text("#commands"))
@@ -151,14 +152,21 @@ def main(args) -> None:
         visitor.click("#refine")
         visitor.wait_for_text("#message", "Refined in")
         visitor.wait_for_text("#commands", "projector.py")
-        visitor.type("#smile input[type=number]", "-15")
-        visitor.wait_for_text("#commands", "--at -15")
+        visitor.type("#smile input[type=number]", "-5")
+        visitor.wait_for_text("#commands", "--at -5")
         visitor.click("#prepare")
         visitor.wait_for_text("#files", "zip")
         visitor.screenshot(args.output_dir / "demo-2.png")
         visitor.upload("#upload", Path(__file__))
         visitor.wait_for_text("#message", "cannot be read")
         visitor.screenshot(args.output_dir / "demo-3.png")
+        visitor.click("#drawn img", 1)
+        visitor.wait_for_text("#message", "Seed")
+        visitor.upload("#reference", args.photo.resolve())
+        visitor.click("#cast")
+        visitor.wait_for_text("#message", "was cast")
+        visitor.wait_for_text("#commands", "edit_conditional.py")
+        visitor.screenshot(args.output_dir / "demo-4.png")
     finally:
         visitor.close()
 

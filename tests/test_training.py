@@ -275,6 +275,27 @@ def test_path_phase_batch_and_moving_mean(tiny_config, monkeypatch):
 # -- moving average ------------------------------------------------------------------------------------------------
 
 
+def test_without_noise_the_codes_say_everything(tiny_config):
+    """--noise none: strengths are zero, stay so, and are set to zero in weights that had learned some."""
+    loud = make_trainer(tiny_config)
+    with torch.no_grad():
+        for name, parameter in loud.g.named_parameters():
+            if name.endswith("noise.weight"):
+                parameter.fill_(0.5)
+    loud.g_ema.load_state_dict(loud.g.state_dict())
+    trainer = make_trainer(tiny_config, noise="none", g_reg_every=1)
+    trainer.adopt({"g": loud.g.state_dict(), "g_ema": loud.g_ema.state_dict()}, "loud")
+    before = trainer.g.conv1.conv.weight.clone()
+    for step in range(2):
+        trainer.train_step(pictures(4, seed=step))
+    assert not torch.equal(trainer.g.conv1.conv.weight, before)
+    for network in (trainer.g, trainer.g_ema):
+        assert [p.item() for name, p in network.named_parameters() if name.endswith("noise.weight")] == [0] * 5
+    z = trainer.g_ema.draw_z(2)
+    first, second = (trainer.g_ema(z, randomize_noise=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_average_decays_and_carries_buffers(tiny_config):
     assert EMA_DECAY == 0.5 ** (32 / 10_000)
     trainer = make_trainer(tiny_config)

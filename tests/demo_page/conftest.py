@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from photos import CKPT, ENCODER, POINTS, ColourScorer, demo_generator
+from photos import CGAN, CKPT, ENCODER, POINTS, ColourScorer, demo_generator
 
 from common.images import save_image
 from common.perceptual import build_perceptual, perceptual_or_none
 from editing.boundary import fit_boundary
+from editing.casting import load_conditional
 from editing.samples import SampledCodes
 from editing.session import (
     invert,
@@ -43,6 +44,7 @@ def tools(boundary_folder):
     tools = load_tools(CKPT, "cpu", boundary_folder)
     tools.encoder, tools.encoder_path = load_psp(ENCODER, "cpu", tools.generator), ENCODER
     tools.scorer, tools.perceptual = ColourScorer(), perceptual_or_none("auto")
+    tools.conditional = load_conditional(CGAN)
     if tools.perceptual is None:  # without third-party weights
         tools.perceptual_name = "scorer:face-scorer"
         tools.perceptual = build_perceptual(tools.perceptual_name)

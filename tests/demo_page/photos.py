@@ -1,15 +1,22 @@
-"""What the demo page's tests share: the bundled models, the points of the astronaut's face, a scorer of colours."""
+"""Shared by the tests of the demo page: the bundled models, the points of the astronaut's face, a scorer of colours,
+and how the commands that the page shows are run."""
 
+import importlib
+import shlex
+import subprocess
 from pathlib import Path
 
 import torch
 
+import edit_attribute
+from common.cli import run
 from faces.labels import Attribute
 from faces.scorer import AttributeScorer, require_images
 
 ROOT = Path(__file__).resolve().parents[2]
 CKPT = ROOT / "checkpoints" / "face-wpp-32.safetensors"
 ENCODER = ROOT / "checkpoints" / "face-psp-32.safetensors"
+CGAN = ROOT / "checkpoints" / "face-cgan-32.safetensors"
 POINTS = [[203.8, 103.3], [246.5, 104.9], [224.1, 129.4], [204.0, 143.4], [242.5, 144.9]]  # of the astronaut
 
 
@@ -26,3 +33,17 @@ def demo_generator():
     from model import load_generator
 
     return load_generator(CKPT, "cpu")
+
+
+def run_commands(text, monkeypatch):
+    """Every line in this process; `cp` and `mkdir` by the shell."""
+    monkeypatch.setattr(edit_attribute, "load_scorer", lambda *args, **kwargs: ColourScorer())
+    for line in text.splitlines():
+        words = shlex.split(line)
+        if words[0] != "python":
+            subprocess.run(line, shell=True, check=True)
+            continue
+        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        parser = script.build_parser()
+        extra = [flag for flag in ("--device", "cpu") if "--device" in parser._option_string_actions]
+        assert run(script.main, parser, [*words[2:], *extra]) == 0, line

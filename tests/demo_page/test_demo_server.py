@@ -142,8 +142,9 @@ def visitor(server, tmp_path):
     visitor.close()
 
 
-def test_a_visit(visitor, astronaut, tmp_path):
-    """A bad upload, a photo, an edit, a refinement that is stopped, the downloads, a drawn face; no other server."""
+def test_a_visit(visitor, astronaut, face, tmp_path):
+    """A bad upload, a photo, an edit, a refinement that is stopped, the downloads, a drawn face, a cast expression; no
+    other server."""
     broken = tmp_path / "notes.png"
     broken.write_text("these are notes")
     visitor.upload("#upload", broken)
@@ -174,4 +175,18 @@ def test_a_visit(visitor, astronaut, tmp_path):
 
     visitor.click("#drawn img", 1)
     assert "Seed 1" in visitor.wait_for_text("#message", "Seed")
+
+    visitor.upload("#reference", broken)
+    visitor.click("#cast")
+    visitor.wait_for_text("#message", "notes.png cannot be read as an image")
+    visitor.click("#framed input")
+    visitor.upload("#reference", save_image(face.crop, tmp_path / "lender.png"))
+    visitor.type("#steps input[type=number]", "50")
+    visitor.click("#cast")
+    visitor.wait_for_text("#message", "The expression of lender.png was cast: smile")
+    visitor.wait_for_text("#commands", "edit_conditional.py")
+    visitor.click("#prepare")
+    visitor.wait_for_text("#files", "zip")
+    archive = visitor.download("#files a[download$='.zip'], #files a[href$='.zip']")
+    assert b"--reference" in zipfile.ZipFile(archive).read("commands.txt")
     assert visitor.hosts() == {"127.0.0.1"}

@@ -1,23 +1,18 @@
 """The demo page's work without a browser: photo to code to edit to photo, refusals, refining, the same by commands."""
 
-import importlib
 import json
-import shlex
 import shutil
-import subprocess
 import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from photos import POINTS, ColourScorer
+from photos import POINTS, run_commands
 from PIL import Image
 
 import demo
 import demo_page
-import edit_attribute
-from common.cli import run
 from common.images import read_image, save_image
 from common.latents import load_latents
 from common.weights import find
@@ -202,20 +197,6 @@ def test_refining_is_limited(tools, face):
 
 
 # -- files and commands --------------------------------------------------------------------------------------------
-
-
-def run_commands(text, monkeypatch):
-    """Every line in this process; `cp` and `mkdir` by the shell."""
-    monkeypatch.setattr(edit_attribute, "load_scorer", lambda *args, **kwargs: ColourScorer())
-    for line in text.splitlines():
-        words = shlex.split(line)
-        if words[0] != "python":
-            subprocess.run(line, shell=True, check=True)
-            continue
-        script = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-        parser = script.build_parser()
-        extra = [flag for flag in ("--device", "cpu") if "--device" in parser._option_string_actions]
-        assert run(script.main, parser, [*words[2:], *extra]) == 0, line
 
 
 @pytest.mark.parametrize("how", ["encoder", "projector", "drawn"])

@@ -1,0 +1,240 @@
+"""Sampling: mapping, synthesis and both, images/s by size, batch and precision, and pictures/s as generate.py draws.
+
+Every row is one formulation (ours, and with --original that of baseline.py: fp32, without our allocator setting) of one
+mapping network (--spaces) at one size, batch and precision, with random weights or those of --ckpt, in eval mode and
+without gradients. "forward" is mapping and synthesis together, "images/s" its rate. "drawn/s": pictures by seed through
+rendering.py, as generate.py asks for them: z drawn on the CPU, mapped, synthesised, read back as bytes; on a CPU one by
+one (the PNG files are not part of it). On a CPU each row has a process of its own, whose peak memory (resident) is
+given; on CUDA the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
+
+--peer_nvidia and --peer_rosinality time these repositories' generators, from a folder that holds them (peers.py). The
+last line is everything as JSON.
+
+    python benchmarks/bench_generate.py --sizes 64 256 --batches 1 4 --original
+    python benchmarks/bench_generate.py --sizes 256 1024 --batches 1 16 --precision bf16 fp32 --spaces w++ w
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.baseline import BaselineGenerator  # noqa: E402
+from benchmarks.measuring import (  # noqa: E402
+    Budget,
+    Table,
+    add_peer_flags,
+    child,
+    circumstances,
+    forget_peak,
+    headline,
+    measure_or_say,
+    measure_peer,
+    median_seconds,
+    peak_memory,
+    total_seconds,
+    write_trace,
+)
+from common.cli import ArgumentParser, run  # noqa: E402
+from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
+from common.graphs import GRAPHS, graph_forward, recorder_for  # noqa: E402
+from model import Generator, GeneratorConfig, load_generator  # noqa: E402
+from rendering import render, seed_source  # noqa: E402
+from training import DTYPES  # noqa: E402
+
+OURS, ORIGINAL = "ours", "original"
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="image sizes: 64 256 1024 ...")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images per forward pass")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
+    parser.add_argument("--spaces", nargs="+", choices=("w++", "w"), default=["w++"], help="mapping networks")
+    parser.add_argument("--ckpt", help="a generator whose weights, size and space are taken instead of random ones")
+    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
+    parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
+    parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
+    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=["off"], help="ours with CUDA graphs or without")
+    parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
+    add_peer_flags(parser)
+    parser.add_argument("--drawn", type=int, default=0, help="pictures to draw as generate.py does; 0: two batches")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
+    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of our forward pass, of the first row")
+    parser.add_argument("--row", help="measure this row in this process (used internally)")
+    add_device_flags(parser)
+    return parser
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row measures."""
+
+    formulation: str
+    space: str
+    size: int
+    batch: int
+    precision: str
+    graphs: str = "off"
+
+    def cells(self):
+        name = self.formulation + (", graphs" if self.graphs == "on" else "")
+        return [name, self.space, self.size, self.batch, self.precision]
+
+
+def rows_of(args):
+    """All rows, those that are compared with each other side by side."""
+    half = any(precision != "fp32" for precision in args.precision)
+    for size in args.sizes:
+        for batch in args.batches:
+            if args.peer_rosinality:
+                yield Row("rosinality", "w", size, batch, "fp32")
+            if args.peer_nvidia:
+                yield Row("nvidia", "w", size, batch, "fp16" if half else "fp32")
+            for space in args.spaces:
+                if args.original:
+                    yield Row(ORIGINAL, space, size, batch, "fp32")
+                for precision in args.precision:
+                    for graphs in args.graphs:
+                        yield Row(OURS, space, size, batch, precision, graphs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def make_generator(row: Row, args, device) -> Generator:
+    """As generate.py has it: averaged weights, eval mode, no gradients."""
+    if args.ckpt:
+        generator = load_generator(args.ckpt, device)
+    else:
+        torch.manual_seed(0)
+        config = GeneratorConfig(row.size, n_mlp=args.n_mlp, w_space=row.space == "w", channel_max=args.channel_max,
+                                 channel_multiplier=args.channel_multiplier)  # fmt: skip
+        generator = Generator(config).eval().requires_grad_(False).to(device)
+    if row.formulation == ORIGINAL:  # same parameters and buffers, other arithmetic
+        generator.__class__ = BaselineGenerator
+    graph_forward(generator, recorder_for(row.graphs, device))
+    return generator
+
+
+def calls_of(row: Row, args, device):
+    """The generator, and what is timed of it by name."""
+    generator, dtype = make_generator(row, args, device), DTYPES[row.precision]
+    z = generator.draw_z(row.batch).to(device)
+    codes = generator.get_latent(z)
+
+    def synthesise(codes):
+        return generator(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)
+
+    return generator, {"mapping": lambda: generator.get_latent(z), "synthesis": lambda: synthesise(codes),
+                       "forward": lambda: synthesise(generator.get_latent(z))}  # fmt: skip
+
+
+@torch.no_grad()
+def measure_here(row: Row, args) -> dict:
+    device = resolve_device(args.device)
+    if device.type == "cpu" and row.formulation == OURS:
+        tune_allocator()  # as generate.py does
+    forget_peak(device)
+    generator, calls = calls_of(row, args, device)
+    seconds = {name: median_seconds(call, args.repeats, device) for name, call in calls.items()}
+    found = {"seconds": seconds, "images_per_s": row.batch / seconds["forward"], "peak_bytes": peak_memory(device)}
+    if row.formulation == OURS:
+        n = args.drawn or 2 * row.batch
+        found["drawn_per_s"] = n / total_seconds(lambda: draw(generator, n, row), device)
+    return found
+
+
+def draw(generator, n: int, row: Row) -> None:
+    source = seed_source(generator, range(n), truncation=1.0, mean=None, noise="const", noise_seed=0, batch=row.batch)
+    pictures = render(generator, source.codes(range(n)), noise=source.noise, batch=row.batch,
+                      dtype=DTYPES[row.precision])  # fmt: skip
+    for _ in pictures:
+        pass
+
+
+def measure_apart(row: Row, args) -> dict:
+    """The row in a process of its own."""
+    if row.formulation not in (OURS, ORIGINAL):
+        return measure_peer(row.formulation, "generator", args, size=row.size, batch=row.batch,
+                            precision=row.precision)  # fmt: skip
+    names = ["channel_max", "channel_multiplier", "n_mlp", "repeats", "threads", "device", "ckpt", "drawn", "ops"]
+    return child(__file__, {name: getattr(args, name) for name in names} | {"row": json.dumps(asdict(row))})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def measure_rows(args, device):
+    """Every row measured and printed; those that could not be have an "error"."""
+    table = Table(formulation=14, space=6, size=6, batch=7, precision=11, mapping_ms=12, synthesis_ms=14,
+                  forward_ms=12, **{"images/s": 11, "drawn/s": 10, "peak_MiB": 10})  # fmt: skip
+    budget, found = Budget(args.budget), []
+    for row in rows_of(args):
+        measure = measure_here if device.type == "cuda" and row.formulation in (OURS, ORIGINAL) else measure_apart
+        result = measure_or_say(lambda measure=measure, row=row: measure(row, args), budget)
+        found.append(asdict(row) | result)
+        if "error" in result:
+            where = f"{row.space}, {row.size} px, batch {row.batch}, {row.precision}"
+            table.remark(row.formulation, f"{where}: {result['error']}")
+            continue
+        seconds = [1e3 * result["seconds"][name] for name in ("mapping", "synthesis", "forward")]
+        table.row(*row.cells(), *seconds, result["images_per_s"], result.get("drawn_per_s"),
+                  result["peak_bytes"] / 2**20)  # fmt: skip
+    return found
+
+
+def ratios(rows) -> list[dict]:
+    """Ours over everything else at the same size and batch: images/s. Peers are W; ours of either space is compared."""
+    done = [row for row in rows if "error" not in row]
+    found = []
+    for ours in (row for row in done if row["formulation"] == OURS):
+        for other in (row for row in done if row["formulation"] != OURS):
+            same = ("size", "batch", "space") if other["formulation"] == ORIGINAL else ("size", "batch")
+            if all(ours[name] == other[name] for name in same):
+                values = {name: ours[name] for name in ("space", "size", "batch", "precision", "graphs")}
+                values["to"] = f"{other['formulation']} {other['precision']}"
+                values["images_per_s"] = ours["images_per_s"] / other["images_per_s"]
+                values["synthesis"] = other["seconds"]["synthesis"] / ours["seconds"]["synthesis"]
+                found.append(values)
+    return found
+
+
+def main(args):
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.row:
+        print(json.dumps(measure_here(Row(**json.loads(args.row)), args)))
+        return
+    device = resolve_device(args.device)
+    if args.ckpt:
+        config = load_generator(args.ckpt).config
+        args.sizes, args.spaces = [config.size], [config.space]
+    print(f"{headline(device)}; channel_max {args.channel_max}")
+    rows = measure_rows(args, device)
+    found = ratios(rows)
+    for ratio in found:
+        print(f"{ratio['size']} px, batch {ratio['batch']}, {ratio['space']}: ours {ratio['precision']}"
+              f"{' with graphs' if ratio['graphs'] == 'on' else ''} is "
+              f"{ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
+              f"{ratio['synthesis']:.2f} times")  # fmt: skip
+    if args.profile:
+        first = next(row for row in rows_of(args) if row.formulation == OURS)
+        _, calls = calls_of(first, args, device)
+        with torch.no_grad():
+            calls["forward"]()  # warm
+            write_trace(args.profile, calls)
+    print(json.dumps({"benchmark": "generate", **circumstances(device), "channel_max": args.channel_max,
+                      "channel_multiplier": args.channel_multiplier, "n_mlp": args.n_mlp, "ckpt": args.ckpt,
+                      "ops": args.ops, "repeats": args.repeats, "rows": rows, "ratios": found}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,258 @@
+"""Training, phase by phase: D, R1, G, path length, each with its optimiser step, and the images/s of the schedule.
+
+Every row is one formulation at one size, batch per process and precision. D and G are played at every step, R1 at every
+16th, path length at every 4th, then the weights are averaged (and ADA controlled, with --augment): "images/s" is the
+batch over the sum of the medians weighted like that, "played" the rate of --steps steps as train.py plays them. Medians
+of --repeats after a warm-up. On a CPU each row has a process of its own, whose peak memory (resident) is given; on CUDA
+the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
+
+--original adds the formulation of baseline.py (fp32, without our allocator setting); --processes N our images/s with N
+processes of one thread each (CUDA: one GPU each) against one; --peer_nvidia and --peer_rosinality the training of these
+repositories, from a folder that holds them (peers.py). The last line is everything as JSON.
+
+    python benchmarks/bench_train.py --sizes 64 --batches 4 --original
+    python benchmarks/bench_train.py --sizes 64 --batches 4 --processes 2 --steps 4
+    python benchmarks/bench_train.py --sizes 256 --batches 8 16 --precision bf16 fp32 --device cuda --original
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
+from benchmarks.measuring import (  # noqa: E402
+    Budget,
+    Table,
+    add_peer_flags,
+    child,
+    circumstances,
+    forget_peak,
+    headline,
+    measure_or_say,
+    measure_peer,
+    write_trace,
+)
+from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
+from common.cli import ArgumentParser, UsageError, run  # noqa: E402
+from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
+from common.graphs import GRAPHS, recorder_for  # noqa: E402
+from model import GeneratorConfig  # noqa: E402
+from training import DTYPES, Trainer, TrainSettings  # noqa: E402
+from training_graphs import PhaseGraphs  # noqa: E402
+
+OURS, ORIGINAL = "ours", "original"
+
+
+def build_parser():
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="image sizes: 64 128 256 1024 ...")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images per step and process: 4 to 64")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
+    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
+    parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
+    parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
+    parser.add_argument("--w_space", action="store_true", help="W (MLP mapping) instead of W++")
+    parser.add_argument("--augment", type=float, metavar="P", help="ADA with this probability; default: none")
+    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=["off"], help="ours with CUDA graphs or without")
+    parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
+    parser.add_argument("--processes", type=int, default=1, help="also ours in this many processes, and in one")
+    add_peer_flags(parser)
+    parser.add_argument("--steps", type=int, default=16, help="steps of the schedule to play; 0: only the phases")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per phase")
+    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of our phases, of the first row")
+    parser.add_argument("--row", help="measure this row in this process (used internally)")
+    add_device_flags(parser)
+    return parser
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row measures."""
+
+    formulation: str
+    size: int
+    batch: int
+    precision: str
+    processes: int = 1
+    graphs: str = "off"
+
+    def cells(self):
+        several = f", {self.processes} processes" if self.processes > 1 else ""
+        graphs = ", graphs" if self.graphs == "on" else ""
+        return [self.formulation + several + graphs, self.size, self.batch, self.precision]
+
+
+def rows_of(args):
+    """All rows, those that are compared with each other side by side."""
+    for size in args.sizes:
+        for batch in args.batches:
+            if args.original:
+                yield Row(ORIGINAL, size, batch, "fp32")
+            half = next((p for p in args.precision if p != "fp32"), None)
+            if args.peer_rosinality:
+                yield Row("rosinality", size, batch, "fp32")
+            if args.peer_nvidia:
+                yield Row("nvidia", size, batch, "fp16" if half else "fp32")
+            for precision in args.precision:
+                for graphs in args.graphs:
+                    row = Row(OURS, size, batch, precision, graphs=graphs)
+                    yield row
+                    if args.processes > 1:
+                        yield replace(row, processes=args.processes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours and the original formulation
+
+
+def make_trainer(row: Row, args, place: Distributed) -> Trainer:
+    config = GeneratorConfig(row.size, n_mlp=args.n_mlp, w_space=args.w_space, channel_max=args.channel_max,
+                             channel_multiplier=args.channel_multiplier)  # fmt: skip
+    settings = TrainSettings(batch=row.batch, precision=row.precision, augment=args.augment is not None,
+                             augment_p=args.augment or 0.0)  # fmt: skip
+    trainer = Trainer(config, settings, place)
+    if row.formulation == ORIGINAL:  # same parameters, buffers, losses and optimisers, other arithmetic
+        trainer.g.__class__ = trainer.g_ema.__class__ = BaselineGenerator
+        trainer.d.__class__ = BaselineDiscriminator
+    recorder = recorder_for(row.graphs, place.device)
+    if recorder is not None:
+        trainer.graphs = PhaseGraphs(trainer, recorder)
+    return trainer
+
+
+def our_round(row: Row, args, place: Distributed) -> Round:
+    trainer = make_trainer(row, args, place)
+    settings, device = trainer.settings, place.device
+    images = torch.randint(0, 256, (row.batch, 3, row.size, row.size), dtype=torch.uint8).to(device)
+
+    def optimised(optimiser, network, phase, name):
+        return lambda: trainer._optimise(optimiser, network, phase, images, name)
+
+    def average():
+        if settings.augment:
+            trainer.ada.update(all_reduce=torch.distributed.all_reduce if place.world_size > 1 else None)
+        trainer.average()
+
+    phases = {
+        "d": optimised(trainer.d_optim, trainer.d, trainer.d_phase, "d"),
+        "r1": optimised(trainer.d_optim, trainer.d, trainer.r1_phase, "r1"),
+        "g": optimised(trainer.g_optim, trainer.g, trainer.g_phase, "g"),
+        "path": optimised(trainer.g_optim, trainer.g, trainer.path_phase, "path"),
+        "average": average,
+    }
+
+    def step(i):
+        trainer.step = i
+        trainer.train_step(images)
+
+    return Round(phases, {"r1": settings.d_reg_every, "path": settings.g_reg_every}, step)
+
+
+def measure_here(row: Row, args) -> dict:
+    """The row in this process: one of a group, or alone."""
+    if row.formulation == ORIGINAL:
+        place = Distributed(0, 0, 1, resolve_device(args.device), None)  # on a CPU without our allocator setting
+    else:
+        place = setup(args.device)
+    forget_peak(place.device)
+    try:
+        game = our_round(row, args, place)
+        return measure_round(game, row.batch * row.processes, repeats=args.repeats, steps=args.steps,
+                             device=place.device)  # fmt: skip
+    finally:
+        shutdown()
+
+
+def measure_apart(row: Row, args) -> dict:
+    """The row in processes of its own."""
+    if row.formulation not in (OURS, ORIGINAL):
+        return measure_peer(row.formulation, "training", args, size=row.size, batch=row.batch,
+                            precision=row.precision)  # fmt: skip
+    names = ["channel_max", "channel_multiplier", "n_mlp", "w_space", "augment", "repeats", "steps", "threads",
+             "device", "ops"]  # fmt: skip
+    flags = {name: getattr(args, name) for name in names} | {"row": json.dumps(asdict(row))}
+    flags |= {"threads": 1} if args.processes > 1 else {}  # one process or several: a core each
+    return child(__file__, flags, processes=row.processes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def measure_rows(args, device):
+    """Every row measured and printed; those that could not be have an "error"."""
+    table = Table(formulation=24, size=6, batch=7, precision=11, D_ms=10, R1_ms=10, G_ms=10, path_ms=10,
+                  average_ms=12, **{"images/s": 11, "played": 10, "peak_MiB": 10})  # fmt: skip
+    budget, found = Budget(args.budget), []
+    for row in rows_of(args):
+        here = device.type == "cuda" and row.processes == 1 and row.formulation in (OURS, ORIGINAL)
+        measure = measure_here if here else measure_apart
+        result = measure_or_say(lambda measure=measure, row=row: measure(row, args), budget)
+        found.append(asdict(row) | result)
+        if "error" in result:
+            table.remark(row.cells()[0], f"{row.size} px, batch {row.batch}, {row.precision}: {result['error']}")
+            continue
+        table.row(*row.cells(), *(1e3 * result["seconds"][name] for name in PHASES), result["images_per_s"],
+                  result.get("played_images_per_s"), result["peak_bytes"] / 2**20)  # fmt: skip
+    return found
+
+
+def ratios(rows) -> list[dict]:
+    """Ours over everything else at the same size and batch, and over one process: images/s of the weighted phases."""
+    done = [row for row in rows if "error" not in row]
+    found = []
+    for ours in (row for row in done if row["formulation"] == OURS):
+        for other in done:
+            alike = all(ours[name] == other[name] for name in ("size", "batch"))
+            scaling = other["formulation"] == OURS and ours["processes"] > other["processes"] == 1 \
+                and all(ours[name] == other[name] for name in ("precision", "graphs"))  # fmt: skip
+            if alike and (scaling or (other["formulation"] != OURS and ours["processes"] == 1)):
+                name = "one process" if scaling else f"{other['formulation']} {other['precision']}"
+                values = {"size": ours["size"], "batch": ours["batch"], "precision": ours["precision"],
+                          "processes": ours["processes"], "graphs": ours["graphs"], "to": name}  # fmt: skip
+                for rate in ("images_per_s", "played_images_per_s"):
+                    if rate in ours and rate in other:
+                        values[rate] = ours[rate] / other[rate]
+                found.append(values)
+    return found
+
+
+def main(args):
+    if args.processes < 1:
+        raise UsageError(f"--processes {args.processes}: expected 1 or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.row:
+        print(json.dumps(measure_here(Row(**json.loads(args.row)), args)))
+        return
+    device = resolve_device(args.device)
+    kind = "W" if args.w_space else "W++"
+    print(f"{headline(device)}; {kind}, channel_max {args.channel_max}, "
+          f"{'no augmentation' if args.augment is None else f'ADA with p = {args.augment}'}")  # fmt: skip
+    rows = measure_rows(args, device)
+    found = ratios(rows)
+    for ratio in found:
+        several = f" in {ratio['processes']} processes" if ratio["processes"] > 1 else ""
+        several += " with graphs" if ratio["graphs"] == "on" else ""
+        print(f"{ratio['size']} px, batch {ratio['batch']}: ours {ratio['precision']}{several} is "
+              f"{ratio['images_per_s']:.2f} times {ratio['to']}")  # fmt: skip
+    if args.profile:
+        first = next(row for row in rows_of(args) if row.formulation == OURS and row.processes == 1)
+        game = our_round(first, args, setup(args.device))
+        for phase in game.phases.values():
+            phase()  # warm
+        write_trace(args.profile, game.phases)
+    print(json.dumps({"benchmark": "train", **circumstances(device), "space": kind, "channel_max": args.channel_max,
+                      "channel_multiplier": args.channel_multiplier, "n_mlp": args.n_mlp, "augment": args.augment,
+                      "ops": args.ops, "repeats": args.repeats, "steps": args.steps, "rows": rows,
+                      "ratios": found}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, build_parser()))

@@ -1,0 +1,266 @@
+"""What the benchmarks share: medians, memory, processes of their own, tables, the closing line of JSON, traces.
+
+Imports nothing but `common.cli` and `common.runs`, so that peers.py can use it beside another repository's modules.
+"""
+
+import gc
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from common.cli import is_out_of_memory
+from common.runs import git_commit, peak_bytes
+
+PEERS = Path(__file__).resolve().with_name("peers.py")
+OUT_OF_MEMORY = "out of memory"
+WARM_UPS = 5  # on CUDA, where the first calls choose algorithms, compile kernels, record graphs; elsewhere one
+
+
+class ChildError(RuntimeError):
+    """A process of its own ended without a result; the message says why in one line."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and memory
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was asked."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def median_seconds(call, repeats: int, device: torch.device) -> float:
+    """Median of `repeats` calls after the warm-up. On CUDA between two events of its own each, and nobody waits in
+    between, as in a training loop; elsewhere by the clock."""
+    for _ in range(WARM_UPS if device.type == "cuda" else 1):
+        call()
+    if device.type == "cuda":
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        for begin, end in pairs:
+            begin.record()
+            call()
+            end.record()
+        torch.cuda.synchronize(device)
+        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        begin = time.perf_counter()
+        call()
+        synchronise(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def total_seconds(call, device: torch.device) -> float:
+    """One call by the clock, from an idle device to an idle device."""
+    synchronise(device)
+    begin = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start of a row: what was held for the one before is given back, and the peak counts from here (CUDA only)."""
+    gc.collect()  # recorded graphs and their trainer know each other
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the most that tensors took since `forget_peak`, elsewhere the most that this process ever had
+    resident."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+
+
+class Budget:
+    """Seconds that a benchmark may take; None or 0: as long as it needs."""
+
+    def __init__(self, seconds: float | None):
+        self.end = time.monotonic() + seconds if seconds else None
+
+    def spent(self) -> bool:
+        return self.end is not None and time.monotonic() > self.end
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes of their own
+
+
+def flag_list(flags: dict) -> list[str]:
+    """{"size": 64, "parts": ["a", "b"], "w_space": True} as a command line; None and False are left out."""
+    words = []
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+        words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def child(script, flags: dict, *, processes: int = 1) -> dict:
+    """The last line (JSON) that `script` prints in a process of its own; of `processes`, that of rank 0.
+
+    Several find each other through the environment, as under torchrun, with one thread each. Raises ChildError with
+    the last line of stderr, or OUT_OF_MEMORY when that is the reason.
+    """
+    command = [sys.executable, str(script), *flag_list(flags)]
+    environments = [os.environ] if processes == 1 else group_environments(processes)
+    running = []
+    for environment in environments:
+        files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below
+        running.append((subprocess.Popen(command, env=environment, stdout=files[0], stderr=files[1]), files))
+    try:
+        status = wait_for(process for process, _ in running)
+        out, errors = [(output.seek(0), output.read())[1] for output in running[0][1]]
+        if status:
+            failed = next(files[1] for process, files in running if process.returncode == status)
+            failed.seek(0)
+            raise ChildError(reason(status, failed.read()))
+        sys.stderr.write(errors)
+        return json.loads(out.splitlines()[-1])
+    finally:
+        for process, files in running:
+            process.kill()
+            process.wait()
+            for file in files:
+                file.close()
+
+
+def wait_for(processes) -> int:
+    """0 when all have ended well, else the exit status of the first that has not: the others would wait for it."""
+    processes = list(processes)
+    while True:
+        states = [process.poll() for process in processes]
+        failed = next((state for state in states if state), 0)
+        if failed or None not in states:
+            return failed
+        time.sleep(0.02)
+
+
+def group_environments(n: int) -> list[dict]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
+    shared |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+
+
+def reason(status: int, errors: str) -> str:
+    if status == -9:
+        return f"{OUT_OF_MEMORY}: the system ended the process"
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return (lines[-1] if lines else f"exit status {status}").removeprefix("error: ")
+
+
+def measure_or_say(measure, budget: Budget) -> dict:
+    """measure(), or {"error": why there is no number, in words}. Bugs of ours are raised."""
+    if budget.spent():
+        return {"error": "left out: the time budget is spent"}
+    try:
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        return {"error": failure(error)}
+
+
+def failure(error: Exception) -> str:
+    """Why there is no number, as a row says it. Raises the error again when it is a bug of ours."""
+    if is_out_of_memory(error) or OUT_OF_MEMORY in str(error):
+        return OUT_OF_MEMORY
+    if isinstance(error, ChildError):
+        return str(error)
+    raise error
+
+
+# -- peers: a program of its own, since their modules have the names of ours ------------------------------------------
+
+
+def add_peer_flags(parser) -> None:
+    parser.add_argument("--peer_nvidia", metavar="DIR", help="a checkout of NVlabs/stylegan3, config stylegan2")
+    parser.add_argument("--peer_rosinality", metavar="DIR", help="a checkout of rosinality/stylegan2-pytorch")
+
+
+def measure_peer(peer: str, part: str, args, *, size: int, batch: int, precision: str) -> dict:
+    """Training or generator of a peer (peers.py). args: with --peer_PEER and what the caller's flags share with it."""
+    names = ["channel_max", "channel_multiplier", "n_mlp", "repeats", "steps", "threads", "device"]
+    flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    flags |= {"peer": peer, "folder": getattr(args, f"peer_{peer}"), "part": part}
+    return child(PEERS, flags | {"size": size, "batch": batch, "precision": precision})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name, else the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def circumstances(device: torch.device) -> dict:
+    """Where and when, for the closing line of JSON."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "machine": machine_name(device), "device": str(device), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load, "commit": git_commit(),
+    }  # fmt: skip
+
+
+def headline(device: torch.device) -> str:
+    found = circumstances(device)
+    load = "" if found["load"] is None else f", load {found['load']:.1f}"
+    return f"{found['machine']}, {device}, torch {found['torch']}, {found['threads']} threads{load}"
+
+
+class Table:
+    """Rows printed one by one: the first column to the left, the others to the right."""
+
+    def __init__(self, **columns: int):
+        """Title and width of each column; _ in a title is a space."""
+        self.widths = list(columns.values())
+        self.row(*(title.replace("_", " ") for title in columns))
+
+    def row(self, *cells):
+        texts = [self.text(cell) for cell in cells]
+        first, *others = [text.rjust(width) for text, width in zip(texts, self.widths, strict=False)]
+        print(texts[0].ljust(len(first)) + "".join(others), flush=True)
+
+    def remark(self, name, text):
+        """A row without numbers."""
+        print(f"{name.ljust(self.widths[0])}  {text}", flush=True)
+
+    @staticmethod
+    def text(cell) -> str:
+        if cell is None:
+            return "-"
+        if isinstance(cell, float):
+            return f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
+        return str(cell)
+
+
+def write_trace(path, calls: dict) -> None:
+    """One run of each call, {label: call}, as `chrome://tracing` and Perfetto read it."""
+    with torch.profiler.profile() as profile:  # all the activities this machine has
+        for label, call in calls.items():
+            with torch.profiler.record_function(label):
+                call()
+    profile.export_chrome_trace(str(path))
+    print(f"trace: {path}")

@@ -1,0 +1,237 @@
+"""Reads the network pickles of NVlabs/stylegan2-ada-pytorch and NVlabs/stylegan3 without running anything in them.
+
+Such a `.pkl` is a plain pickle of {"G", "D", "G_ema", ...}. Each module in it is a call of
+`torch_utils.persistence._reconstruct_persistent_obj` on a dictionary of its class name, its attributes and its Python
+source, which NVIDIA's own reader executes. Here that call only keeps class name and attributes, the source is dropped,
+and the few other names that such a pickle may ask for are stand-ins as well; every name beyond them is refused.
+
+    networks = read_networks("ffhq.pkl")
+    networks["G_ema"].tensors["synthesis.b4.const"].shape        # [512, 4, 4]
+    networks["G_ema"].layers["synthesis.b4"].values["architecture"]
+"""
+
+import io
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import CheckpointError, require_file
+
+NETWORKS = ("G", "D", "G_ema")
+DEEPEST = 16  # modules within modules; a StyleGAN2 network has five levels
+PLAIN = (str, int, float, bool, type(None))
+
+
+@dataclass
+class Layer:
+    """A module: the name of its class, and its plain attributes with `_init_args` and `_init_kwargs` among them."""
+
+    kind: str
+    values: dict
+
+
+@dataclass
+class Network:
+    """A module with all that is in it, by dotted name; the network itself is the layer ""."""
+
+    layers: dict[str, Layer] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # parameters and buffers
+
+
+def read_networks(path) -> dict[str, Network]:
+    """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them; tensors on the CPU.
+
+    Raises FileNotFoundError, or CheckpointError, in one sentence, when the file is a folder, empty, a web page, a
+    git-lfs pointer, truncated, damaged, no such pickle, or asks for anything but the parts of a network.
+    """
+    path = require_file(path, "network pickle")
+    _require_pickle(path)
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's on TypedStorage, the form that pickled tensors have
+            content = _Unpickler(file, path).load()
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds a {type(content).__name__}; expected NVIDIA's dictionary of networks")
+        modules = {name: content[name] for name in NETWORKS if isinstance(content.get(name), _Module)}
+        networks = {name: Network() for name in modules}
+        for name, module in modules.items():
+            _collect(module, "", networks[name])
+    except (OSError, MemoryError, CheckpointError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything at all
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # torch's reader of the numbers of a tensor
+            raise _refusal(path, refused[1]) from error
+        raise CheckpointError(
+            f"{path} is truncated, damaged or not one of NVIDIA's network pickles ({type(error).__name__}: "
+            f"{str(error)[:200]})"
+        ) from error
+    if not networks:
+        raise CheckpointError(f"{path} holds none of the networks {', '.join(NETWORKS)}")
+    return networks
+
+
+def _require_pickle(path: Path) -> None:
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        raise CheckpointError(f"{path} is a PyTorch checkpoint, no network pickle: give it a name that ends with .pt")
+    if head[:1] != b"\x80":  # the opcode that every pickle since protocol 2 begins with
+        raise CheckpointError(f"{path} is not a pickle; expected a network pickle of NVIDIA's (.pkl)")
+
+
+# -- what the pickle's names stand for -----------------------------------------------------------------------------
+
+
+class _Module:
+    """A persistent object as it lies in the file: nothing of its class exists here."""
+
+    __slots__ = ("kind", "state")
+
+    def __init__(self, meta):
+        if meta["type"] != "class" or not isinstance(meta["class_name"], str) or not isinstance(meta["state"], dict):
+            raise ValueError("a persistent object that is no module")
+        self.kind, self.state = meta["class_name"], meta["state"]
+
+
+class _DType:
+    """numpy.dtype of a number."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code, align=False, copy=True):
+        if not re.fullmatch(r"[biuf][1248]", code):
+            raise ValueError(f"numpy numbers of type {code!r}")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        if state[1] not in ("<", ">", "|", "="):
+            raise ValueError(f"numpy's byte order {state[1]!r}")
+        self.order = state[1]
+
+
+class _Array:
+    """A numpy array, passed over: they occur in the attributes of StyleGAN3 alone."""
+
+    __slots__ = ()
+
+    def __init__(self, *content):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _number(dtype, data):
+    """numpy.float64(1.41) and the like, as Python's number."""
+    import numpy as np
+
+    return np.frombuffer(data, dtype=dtype.order + dtype.code)[0].item()
+
+
+class _Tensor:
+    """A tensor, or the numbers [n] of one, out of the pickle's reach: BUILD would call torch.Tensor.__setstate__."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def _storage(data):
+    """The numbers of a tensor, which lie in the pickle as a file of torch.save within the file."""
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    return _Tensor(torch.empty(0, dtype=storage.dtype).set_(storage))
+
+
+def _tensor(storage, offset, size, stride, *rest):
+    return _Tensor(storage.value.as_strided(size, stride, offset))  # checks the bounds; set_ would enlarge a storage
+
+
+def _parameter(data, *rest):
+    return data
+
+
+class _Call:
+    """What the pickle gets for a name: a function that it can call but not change."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+    def __setstate__(self, state):
+        raise ValueError("the pickle sets attributes of a function")
+
+
+ALLOWED = {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Call(_Module),
+    ("dnnlib.util", "EasyDict"): dict,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
+    ("torch.storage", "_load_from_bytes"): _Call(_storage),
+    ("numpy", "dtype"): _Call(_DType),
+    ("numpy", "ndarray"): _Call(_Array),
+}
+for _numpy in ("numpy.core", "numpy._core"):  # before and since numpy 2
+    ALLOWED[f"{_numpy}.multiarray", "scalar"] = _Call(_number)
+    ALLOWED[f"{_numpy}.multiarray", "_reconstruct"] = _Call(_Array)
+    ALLOWED[f"{_numpy}.numeric", "_frombuffer"] = _Call(_Array)
+
+
+def _refusal(path, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} asks for {name!r}, which is no part of a StyleGAN2 network of NVIDIA's; reading it could run code, so "
+        "it is refused"
+    )
+
+
+class _Unpickler(pickle.Unpickler):
+    """pickle calls only what `find_class` returned: nothing is imported, nothing outside ALLOWED is reached."""
+
+    def __init__(self, file, path):
+        super().__init__(file)
+        self.path = path
+
+    def find_class(self, module, name):
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module == "dnnlib.tflib.network":
+            raise CheckpointError(
+                f"{self.path} is a pickle of the TensorFlow version of StyleGAN: legacy.py of NVlabs/stylegan3 turns "
+                "it into one that can be converted"
+            )
+        raise _refusal(self.path, f"{module}.{name}")
+
+
+# -- modules within modules ----------------------------------------------------------------------------------------
+
+
+def _collect(module: _Module, prefix: str, network: Network, depth: int = 0) -> None:
+    """Enter `module` and all below it in `network`, under dotted names that begin with `prefix`."""
+    if depth > DEEPEST:
+        raise ValueError(f"more than {DEEPEST} modules within each other")
+    state = module.state
+    plain = {name: value for name, value in state.items() if type(value) in PLAIN}
+    given = {name: state[name] for name in ("_init_args", "_init_kwargs") if name in state}
+    network.layers[prefix.removesuffix(".")] = Layer(module.kind, plain | given)
+    for group in ("_parameters", "_buffers"):  # frozen layers (--freezed) keep their weights as buffers
+        for name, value in state[group].items():
+            if isinstance(value, _Tensor) and isinstance(value.value, torch.Tensor):
+                network.tensors[prefix + name] = value.value
+            elif value is not None:
+                raise ValueError(f"{prefix}{name} is a {type(value).__name__}, not a tensor")
+    for name, child in state["_modules"].items():
+        if isinstance(child, _Module):
+            _collect(child, f"{prefix}{name}.", network, depth + 1)
+        elif child is not None:
+            raise ValueError(f"{prefix}{name} is a {type(child).__name__}, not a module")
