@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-import torch
 from PIL import Image
 
-from editing.casting import Cast, ConditionalInversion, cast_expression
+from editing.casting import Cast, ConditionalInversion, cast_expression, compare
 from editing.commands import cast_lines, command_lines, save_cast, save_results
-from editing.judging import score_frames
 from editing.refinement import MOST_STEPS, Background, Refinement
 from editing.session import (
     PASTES,
@@ -85,14 +83,6 @@ def table(rows) -> str:
     lines += [f"| **{what}** ({unit}) | {photo} | {inversion} | {edited} |"
               for what, unit, photo, inversion, edited in rows]  # fmt: skip
     return "\n".join(lines)
-
-
-def compare(conditional, cast: Cast) -> str:
-    """'smile 0.98 asked, 0.91 read; ...' of the attributes that were cast."""
-    reader = conditional.reader
-    read = reader.to_unit(torch.from_numpy(score_frames(reader.scorer, [cast.view.edited])))[0]
-    return "; ".join(f"{name.replace('_', ' ')} {wanted:.2f} asked, {found:.2f} read"
-                     for name, wanted, found in zip(reader.names, cast.asked, read, strict=True))  # fmt: skip
 
 
 class Page:
@@ -229,6 +219,10 @@ class Page:
         cast = sitting.cast = cast_expression(self.tools.conditional, face, work.result, reference, work.steps)
         yield f"The expression of {reference.source} was cast: {compare(self.tools.conditional, cast)}.", self.skip()
 
+    def settle(self, sitting: Sitting, *values) -> list:
+        """The sliders: at rest when a cast is shown, which they have no part in."""
+        return [0] * len(values) if sitting.cast else list(values)
+
     def files(self, sitting: Sitting, *settings) -> list:
         """Message and files to download."""
         if sitting.face is None:
@@ -340,7 +334,7 @@ def build_page(tools: Tools, folder: Path):
                                      (cast, page.cast, [sitting, reference, framed, steps])):  # fmt: skip
             button.click(work, inputs, [message, pictures[1]], show_progress="hidden").then(
                 *anew, show_progress="hidden"
-            )
+            ).then(page.settle, [sitting, *sliders], sliders, show_progress="hidden")
         stop.click(lambda sitting: sitting.stop(), sitting)
         if "smile" in names:
             smile = sliders[names.index("smile")]

@@ -64,6 +64,7 @@ def build_parser():
     parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
     parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
     parser.add_argument("--w_space", action="store_true", help="W (MLP mapping) instead of W++")
+    parser.add_argument("--top", type=int, default=0, help="also name the operations that take longest in each phase")
     return parser
 
 
@@ -79,22 +80,29 @@ def n_bytes(tensor: torch.Tensor) -> int:
 
 @dataclass
 class Work:
-    """Multiply-adds by kind, bytes, and every operation as (kind, operations, bytes)."""
+    """Multiply-adds by kind, bytes, and every operation as (name, kind, operations, bytes)."""
 
     macs: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("half", "tf32", "fp32"), 0.0))
     moved: float = 0.0
-    steps: list[tuple[str, float, float]] = field(default_factory=list)
+    steps: list[tuple[str, str, float, float]] = field(default_factory=list)
 
-    def add(self, kind: str, operations: float, moved: float):
+    def add(self, name: str, kind: str, operations: float, moved: float):
         self.macs[kind] += operations / 2
         self.moved += moved
-        self.steps.append((kind, operations, moved))
+        self.steps.append((name, kind, operations, moved))
 
     def seconds(self, machine: dict) -> dict[str, float]:
         """By operations alone, by bytes alone, by the larger of each operation."""
         operations = sum(2 * macs / machine[kind] for kind, macs in self.macs.items())
-        both = sum(max(count / machine[kind], moved / machine["memory"]) for kind, count, moved in self.steps)
+        both = sum(self.by_name(machine).values())
         return {"operations": operations, "bytes": self.moved / machine["memory"], "both": both}
+
+    def by_name(self, machine: dict) -> dict[str, float]:
+        """Seconds of each operation by what limits it, the longest first."""
+        found = dict.fromkeys((name for name, *_ in self.steps), 0.0)
+        for name, kind, count, moved in self.steps:
+            found[name] += max(count / machine[kind], moved / machine["memory"])
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 class Counter(TorchDispatchMode):
@@ -112,7 +120,7 @@ class Counter(TorchDispatchMode):
             return out
         read = list(args[1:] if name in WRITES_ONLY else args) + list(kwargs.values())
         tensors = [t for t in tree_leaves(read) + tree_leaves(out) if isinstance(t, torch.Tensor)]
-        self.work.add(*self.operations(func, name, args, kwargs, out), sum(map(n_bytes, tensors)))
+        self.work.add(name, *self.operations(func, name, args, kwargs, out), sum(map(n_bytes, tensors)))
         return out
 
     @staticmethod
@@ -164,11 +172,11 @@ def count(size: int, batch: int, args) -> tuple[dict[str, Work], dict[str, int],
     for name, (network, phase) in phases.items():
         trainer.select(network)
         found[name] = counted(lambda phase=phase, name=name: trainer.accumulate_gradients(phase, images, name))
-        found[name].add("fp32", 0, ADAM_BYTES * parameters["d" if network is trainer.d else "g"])
+        found[name].add("Adam", "fp32", 0, ADAM_BYTES * parameters["d" if network is trainer.d else "g"])
         trainer.g.zero_grad()
         trainer.d.zero_grad()
     found["average"] = Work()
-    found["average"].add("fp32", 0, AVERAGE_BYTES * parameters["g"])
+    found["average"].add("average", "fp32", 0, AVERAGE_BYTES * parameters["g"])
     with torch.no_grad():
         z = torch.zeros(batch, *trainer.g.draw_z(0).shape[1:], device="meta")
         found["sampling"] = counted(lambda: trainer.g_ema(z, dtype=DTYPES[settings.precision], randomize_noise=False))
@@ -208,6 +216,10 @@ def report(size, batch, args) -> dict:
         gmac, moved = sum(work.macs.values()) / batch / 1e9, work.moved / batch / 1e6
         seconds = {machine: work.seconds(sheet) for machine, sheet in MACHINES.items()}
         table.row(name, gmac, moved, *(1e3 * value / batch for limits in seconds.values() for value in limits.values()))
+        if args.top:
+            longest = list(works[name].by_name(MACHINES["H100"]).items())[: args.top]
+            share = 100 / seconds["H100"]["both"]
+            print("    " + ", ".join(f"{operation} {share * value:.0f}%" for operation, value in longest))
         kinds = {kind: macs / batch / 1e9 for kind, macs in work.macs.items()}
         result["phases"][name] = {"gmac": gmac, "gmac_by_kind": kinds, "megabytes": moved, "seconds": seconds}
     per_step = {name: 4 * parameters["d" if name in ("d", "r1") else "g"] for name in training if name != "average"}

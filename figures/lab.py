@@ -17,14 +17,14 @@ from PIL import Image
 
 from common.images import fit_image, to_tensor
 from editing.casting import Conditional
-from editing.refinement import LR_RATIO
+from editing.refinement import LR_RATIO, START_RATIO
 from editing.session import Tools, draw_face
 from faces.align import align, crop_aligned, parse_landmarks
 from inversion.projection import project
 from rendering import render
 
 LANDMARKS = Path(__file__).resolve().parents[1] / "docs" / "astronaut.json"
-W_RATIO, START_RATIO = 0.016, 0.004  # step sizes in deviations of the codes: in W and W+, and from the encoder's code
+W_RATIO = 0.016  # step size in W and W+, in deviations of the codes
 
 
 @dataclass(frozen=True)

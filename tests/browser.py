@@ -135,18 +135,23 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    """A drawn face, made older; a photo, refined and edited; an upload that is no picture; the photo's expression on
-    a drawn face."""
+    """A drawn face, made older, then with the photo's expression; the photo, refined and edited; an upload that is
+    no picture."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     visitor = Visitor(args.url, args.output_dir, patience=300)
     try:
         visitor.click("#drawn img", 1)
         visitor.wait_for_text("#message", "Seed")
-        visitor.type("#age input[type=number]", "5")
-        visitor.wait_for_text("#commands", "--at 5")
+        visitor.type("#age input[type=number]", "3")
+        visitor.wait_for_text("#commands", "--at 3")
         visitor.screenshot(args.output_dir / "demo-1.png")
         visitor.click("#reset")
         visitor.wait("the reset", lambda: "--at" not in visitor.text("#commands"))
+        visitor.upload("#reference", args.photo.resolve())
+        visitor.click("#cast")
+        visitor.wait_for_text("#message", "was cast")
+        visitor.wait_for_text("#commands", "edit_conditional.py")
+        visitor.screenshot(args.output_dir / "demo-4.png")
         visitor.upload("#upload", args.photo.resolve())
         visitor.wait_for_text("#message", "inverted by the encoder")
         visitor.click("#refine")
@@ -160,13 +165,6 @@ def main(args) -> None:
         visitor.upload("#upload", Path(__file__))
         visitor.wait_for_text("#message", "cannot be read")
         visitor.screenshot(args.output_dir / "demo-3.png")
-        visitor.click("#drawn img", 1)
-        visitor.wait_for_text("#message", "Seed")
-        visitor.upload("#reference", args.photo.resolve())
-        visitor.click("#cast")
-        visitor.wait_for_text("#message", "was cast")
-        visitor.wait_for_text("#commands", "edit_conditional.py")
-        visitor.screenshot(args.output_dir / "demo-4.png")
     finally:
         visitor.close()
 

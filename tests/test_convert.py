@@ -356,6 +356,7 @@ def test_misuse_and_absent_files(flags, status, word, tmp_path, monkeypatch, cap
 
 # -- NVIDIA's own code ---------------------------------------------------------------------------------------------
 
+
 def test_nvidias_own_code_computes_the_same(tmp_path):
     peer = os.environ.get("WPP_PEER_NVIDIA")
     if not peer:

@@ -29,7 +29,7 @@ class Pixels(PixelDistance):
         return self.distance(self.features(a), self.features(b))
 
 
-CONFIG = GeneratorConfig(size=8, style_dim=32, n_mlp=2, channel_max=8)
+CONFIG = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8)
 
 
 @pytest.fixture(scope="module")

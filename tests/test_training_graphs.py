@@ -17,6 +17,7 @@ from common.checkpoint import load_checkpoint
 from common.cli import UserError, run
 from common.distributed import Distributed, GradientBucket
 from common.graphs import WARM_UPS, CaptureError, Recorder
+from dataset import InfiniteSampler, data_loader, open_dataset
 from model import GeneratorConfig
 from training import PHASES, Trainer, TrainSettings
 from training_graphs import PhaseGraphs, find_recorder
@@ -225,6 +226,18 @@ def test_refusals(face_lmdb, tmp_path, capsys):
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+@pytest.mark.gpu
+def test_batches_arrive_whole_while_the_device_computes(face_lmdb):
+    dataset, busy = open_dataset(face_lmdb, 8), torch.randn(2000, 2000, device="cuda")
+    streams = [data_loader(dataset, 5, InfiniteSampler(len(dataset)), workers=1, device=d) for d in ("cpu", "cuda:0")]
+    copies = []
+    for _ in range(30):
+        busy = busy @ busy / 2000
+        copies.append((next(streams[0]), next(streams[1]) + 0))
+    assert all(torch.equal(a, b.cpu()) for a, b in copies)
 
 
 @needs_cuda
