@@ -246,7 +246,7 @@ def fenced_blocks(text):
 def expand_makefile(text):
     """The recipe lines of a Makefile with its own variables put in."""
     text = text.replace("\\\n", " ")
-    variables = dict(re.findall(r"^(\w+)\s*[:?]?=\s*(.*)$", text, re.MULTILINE))
+    variables = dict(re.findall(r"^(\w+)[ \t]*[:?]?=[ \t]*(.*)$", text, re.MULTILINE))
     lines = "\n".join(line.lstrip("\t@-") for line in text.splitlines() if line.startswith("\t"))
     for _ in range(5):
         lines = re.sub(r"\$\((\w+)\)", lambda match: variables.get(match[1], "1").strip(), lines)
