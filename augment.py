@@ -179,13 +179,11 @@ def augment(
 
     p: a number from 0 to 1, or a 0-dim tensor; one on a GPU is never read by the host. At 0, known to the host, the
         very tensor comes back and nothing is drawn.
-    generator: where the parameters are drawn from; without one torch's default generator of the device where p lives
-        (a number: the CPU).
+    generator: where the parameters are drawn from; without one the default generator of p's device (a number: CPU).
     transforms: what to draw from, see parse_transforms.
     noise: draw_noise(N) drawn beforehand; for a CUDA graph, a buffer that is refilled before each replay.
-    static: True: the same work and shapes whatever was drawn, p unread by the host: a CUDA graph can hold it. False:
-        images are not put through what they did not draw. Both give the same pictures. None: static where the
-        parameters live on a GPU, since reading them would wait.
+    static: True: the same work and shapes whatever was drawn, p unread, as CUDA graphs need it. False: images are not
+        put through what they did not draw. Both give the same pictures. None: static where the parameters are on a GPU.
 
     Raises ValueError for images that are not square, smaller than 4 pixels, or not RGB when colour is selected.
     """

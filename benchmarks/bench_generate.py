@@ -26,7 +26,9 @@ from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import (  # noqa: E402
     Budget,
     Table,
+    add_network_flags,
     add_peer_flags,
+    add_run_flags,
     child,
     circumstances,
     forget_peak,
@@ -40,7 +42,7 @@ from benchmarks.measuring import (  # noqa: E402
 )
 from common.cli import ArgumentParser, run  # noqa: E402
 from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
-from common.graphs import GRAPHS, graph_forward, recorder_for  # noqa: E402
+from common.graphs import graph_forward, recorder_for  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
 from rendering import render, seed_source  # noqa: E402
 from training import DTYPES  # noqa: E402
@@ -55,18 +57,10 @@ def build_parser():
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
     parser.add_argument("--spaces", nargs="+", choices=("w++", "w"), default=["w++"], help="mapping networks")
     parser.add_argument("--ckpt", help="a generator whose weights, size and space are taken instead of random ones")
-    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
-    parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
-    parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
-    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=["off"], help="ours with CUDA graphs or without")
-    parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
+    add_network_flags(parser)
     add_peer_flags(parser)
     parser.add_argument("--drawn", type=int, default=0, help="pictures to draw as generate.py does; 0: two batches")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
-    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of our forward pass, of the first row")
-    parser.add_argument("--row", help="measure this row in this process (used internally)")
+    add_run_flags(parser, "our forward pass")
     add_device_flags(parser)
     return parser
 

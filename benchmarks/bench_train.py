@@ -27,7 +27,9 @@ from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa
 from benchmarks.measuring import (  # noqa: E402
     Budget,
     Table,
+    add_network_flags,
     add_peer_flags,
+    add_run_flags,
     child,
     circumstances,
     forget_peak,
@@ -39,7 +41,7 @@ from benchmarks.measuring import (  # noqa: E402
 from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run  # noqa: E402
 from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
-from common.graphs import GRAPHS, recorder_for  # noqa: E402
+from common.graphs import recorder_for  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
 from training import DTYPES, Trainer, TrainSettings  # noqa: E402
 from training_graphs import PhaseGraphs  # noqa: E402
@@ -52,21 +54,13 @@ def build_parser():
     parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="image sizes: 64 128 256 1024 ...")
     parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images per step and process: 4 to 64")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
-    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
-    parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
-    parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
+    add_network_flags(parser)
     parser.add_argument("--w_space", action="store_true", help="W (MLP mapping) instead of W++")
     parser.add_argument("--augment", type=float, metavar="P", help="ADA with this probability; default: none")
-    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=["off"], help="ours with CUDA graphs or without")
-    parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
     parser.add_argument("--processes", type=int, default=1, help="also ours in this many processes, and in one")
     add_peer_flags(parser)
     parser.add_argument("--steps", type=int, default=16, help="steps of the schedule to play; 0: only the phases")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs per phase")
-    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of our phases, of the first row")
-    parser.add_argument("--row", help="measure this row in this process (used internally)")
+    add_run_flags(parser, "our phases")
     add_device_flags(parser)
     return parser
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common.cli import is_out_of_memory
+from common.graphs import GRAPHS
 from common.runs import git_commit, peak_bytes
 
 PEERS = Path(__file__).resolve().with_name("peers.py")
@@ -186,6 +187,24 @@ def failure(error: Exception) -> str:
 
 
 # -- peers: a program of its own, since their modules have the names of ours ------------------------------------------
+
+
+def add_network_flags(parser) -> None:
+    """The networks of a benchmark, ours and the original's."""
+    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
+    parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
+    parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
+    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=["off"], help="ours with CUDA graphs or without")
+    parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
+
+
+def add_run_flags(parser, traced: str) -> None:
+    """How a benchmark of rows runs; traced: what --profile writes a trace of."""
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
+    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--profile", metavar="FILE", help=f"write a Chrome trace of {traced}, of the first row")
+    parser.add_argument("--row", help="measure this row in this process (used internally)")
 
 
 def add_peer_flags(parser) -> None:
