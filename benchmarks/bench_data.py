@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.measuring import write_trace  # noqa: E402
 from common.cli import ArgumentParser, run  # noqa: E402
 from common.images import list_images  # noqa: E402
 from common.runs import read_log  # noqa: E402
@@ -54,6 +55,7 @@ def build_parser():
     parser.add_argument("--batch", type=int, default=16, help="images per batch")
     parser.add_argument("--steps", type=int, default=60, help="training steps of the part `wait`")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of twenty batches, 0 workers")
     parser.add_argument("--folder", type=Path, help="where the LMDBs are written (default: a temporary folder)")
     return parser
 
@@ -194,6 +196,8 @@ def measure_loader(args, folder, sizes):
                 next(batches)
 
         found[f"loader {size} px, {workers} workers, images/s"] = n_batches * args.batch / timed(call, args.repeats)
+        if args.profile and not workers:
+            write_trace(args.profile, {"loader": lambda batches=batches: [next(batches) for _ in range(20)]})
         batches.close()
     return found
 

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
-from benchmarks.measuring import child, circumstances  # noqa: E402
+from benchmarks.measuring import child, circumstances, write_trace  # noqa: E402
 from common.cli import ArgumentParser, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
@@ -35,6 +35,7 @@ PARTS = ("memory", "svm", "sweep")
 # Ways: (original formulation, our allocator setting, frames in blocks)
 SWEEPS = {"original, one by one": (True, False, False), "original, one by one, tuned": (True, True, False),
           "ours, one by one": (False, True, False), "ours, in blocks": (False, True, True)}
+OURS = "ours, in blocks"
 
 
 def build_parser():
@@ -50,6 +51,7 @@ def build_parser():
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto", help="of the sweep: auto | cpu | cuda[:i] | mps")
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of our sweep, in blocks")
     parser.add_argument("--only", choices=("svm", "ridge", *SWEEPS), help="measure one thing (used internally)")
     parser.add_argument("--frames_file", help="where its frames go (used internally)")
     return parser
@@ -153,14 +155,16 @@ def compare_sweeps(args):
         for way in SWEEPS:
             names = ("size", "channel_max", "frames", "repeats", "threads", "device")
             flags = {"only": way, "frames_file": Path(folder) / "frames.npy"}
+            if args.profile and way == OURS:
+                flags["profile"] = args.profile
             found[way] = child(__file__, flags | {name: getattr(args, name) for name in names})
             frames[way] = np.load(Path(folder) / "frames.npy").astype(int)
     first = next(iter(SWEEPS))
     for way, seconds in found.items():
         print(f"{way:32} {seconds:7.2f} s for {args.frames} frames  {found[first] / seconds:5.2f}x")
-    worst = int(np.abs(frames[first] - frames["ours, in blocks"]).max())
+    worst = int(np.abs(frames[first] - frames[OURS]).max())
     print(f"largest difference of a pixel: {worst} of 255")
-    return found | {"ratio": found[first] / found["ours, in blocks"], "largest_difference": worst}
+    return found | {"ratio": found[first] / found[OURS], "largest_difference": worst}
 
 
 def measure_sweep(args):
@@ -190,6 +194,8 @@ def measure_sweep(args):
         frames = render()  # on the CPU at last: nothing is left to wait for
         seconds.append(time.perf_counter() - start)
     np.save(args.frames_file, np.stack(frames))
+    if args.profile:
+        write_trace(args.profile, {args.only: render})
     return statistics.median(seconds)
 
 

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
-from benchmarks.measuring import circumstances, headline, synchronise  # noqa: E402
+from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.perceptual import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
@@ -48,6 +48,7 @@ def build_parser():
     parser.add_argument("--size", type=int, default=32, help="of the generator with random weights")
     parser.add_argument("--channel_max", type=int, default=64, help="of the generator with random weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of three of our steps")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps")
     return parser
 
@@ -186,6 +187,8 @@ def main(args):
         found, *seconds = timed(lambda ours=ours: project(generator, images, **ours, **common), device)
         add(name, steps, found.latents, found.noise, *seconds)
 
+    if args.profile:
+        write_trace(args.profile, {"ours": lambda: project(generator, images, steps=3, **common)})
     same = ratios(rows[1], rows[0])
     equal = [row for row in rows[1:] if row["loss"] <= rows[0]["loss"]]
     best = min(equal, key=lambda row: row["steps"], default=None)
