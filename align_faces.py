@@ -1,7 +1,8 @@
 """Stage 0: photos become aligned square faces, framed as FFHQ frames them, and edited faces go back into their photos.
 
     python3 align_faces.py --photos photos/ --output_dir faces/
-    python3 align_faces.py --paste_back edited/ --alignment faces/alignment.json --photos photos/ --output_dir pasted/
+    python3 align_faces.py --paste_back older/edited --unedited older/unedited --alignment faces/alignment.json \\
+        --photos photos/ --output_dir pasted/
 
 Writes OUT/aligned/NAME.png, OUT/alignment.json (per face where it lies in its photo: all that pasting back needs) and
 OUT/report.csv (what became of every photo). A photo without a face, a profile beyond --max_yaw or a damaged file is
@@ -10,8 +11,9 @@ taken as they are. A run that was killed goes on where it stopped; a finished on
 Faces that the detector misses can be given by hand: PHOTO.json beside the photo, or all in one file (--landmarks), as
 {"landmarks": [[x, y] x 5]}: right eye, left eye, nose, right and left mouth corner, in pixels of the upright photo.
 
-Edited faces are found by the NAME of the crop; they may have any size. Pasting keeps the photo's size, file format
-where it can hold a photo, and EXIF; colours are sRGB.
+Edited faces are found by the NAME of the crop; they may have any size. With the same faces before the edit (--unedited)
+only what the edit changed goes into the photo, which so keeps its sharpness and all that the inversion had missed.
+Pasting keeps the photo's size, file format where it can hold a photo, and EXIF; colours are sRGB.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
     paste = parser.add_argument_group("pasting back")
     paste.add_argument("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
+    paste.add_argument("--unedited", type=Path, metavar="DIR",
+                       help="folder of the same faces before the edit: only what it changed is added")  # fmt: skip
     paste.add_argument("--alignment", type=Path, help="alignment.json that was written with the crops")
     paste.add_argument("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
     paste.add_argument("--colour_match", action="store_true", help="bring the border's colours to those of the photo")
@@ -74,8 +78,10 @@ def main(args) -> None:
         raise UsageError(f"--faces {args.faces}: expected largest, all or a number from 0")
     if bool(args.paste_back) != bool(args.alignment):
         raise UsageError("--paste_back and --alignment go together")
+    if args.unedited and not args.paste_back:
+        raise UsageError("--unedited goes with --paste_back")
     if args.paste_back:
-        paste_folder(args.photos, args.paste_back, args.alignment, args.output_dir,
+        paste_folder(args.photos, args.paste_back, args.alignment, args.output_dir, unedited=args.unedited,
                      feather=args.feather, colour_match=args.colour_match, detail=args.detail)  # fmt: skip
         return
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
@@ -94,8 +100,9 @@ def _n_cores() -> int:
 # -- pasting back --------------------------------------------------------------------------------------------------
 
 
-def paste_folder(photos, edited, alignment_file, output_dir, **options):
-    """Pastes every edited face NAME.* into its photo; the results keep the photos' relative paths.
+def paste_folder(photos, edited, alignment_file, output_dir, *, unedited=None, **options):
+    """Pastes every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: a folder
+    with the same faces before the edit, under the same names.
 
     Prints what was pasted and, one line each, what could not be. Raises ValueError when nothing could.
     """
@@ -113,7 +120,8 @@ def paste_folder(photos, edited, alignment_file, output_dir, **options):
         try:
             result = read_image(root / source)
             for path, alignment in faces:
-                result = paste_back(result, read_image(path), alignment, **options)
+                before = read_image(unedited / path.relative_to(edited)) if unedited else None
+                result = paste_back(result, read_image(path), alignment, unedited=before, **options)
             save_like(result, root / source, output_dir / source)
             pasted, n_faces = pasted + 1, n_faces + len(faces)
         except (ImageError, AlignError, FileNotFoundError) as error:

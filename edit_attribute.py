@@ -10,7 +10,8 @@ every code of --latent is moved along it. The scores are kept (--samples, defaul
 attributes; a killed run goes on. --boundary FILE edits at once. Frames: OUT/frames/origin_I_edit_J_ATTRIBUTE_N.png,
 N the predicted value; a strip per face with the values below (OUT/strips); OUT/edits.csv with every score, the identity
 similarity, perceptual distance and mean change of the pixels per frame. Where one frame per face is asked for (--at,
---target, --steps 1), OUT/edited/NAME.png has it under the face's own name, as align_faces.py --paste_back takes it.
+--target, --steps 1), OUT/edited/NAME.png has it under the face's own name and OUT/unedited/NAME.png the inversion,
+as align_faces.py --paste_back --unedited takes them.
 """
 
 from __future__ import annotations
@@ -197,7 +198,8 @@ def edit_face(args, generator, source, i, boundaries, judges, attribute, layers)
                         (("identity", found.identity), ("perceptual", found.perceptual), ("change", found.change))},
                      })  # fmt: skip
     if len(codes) == 1:  # one picture per face keeps the face's name: align_faces.py --paste_back finds it by that
-        save_image(frames[1], args.output_dir / "edited" / f"{source.names[i]}.png")
+        for folder, frame in zip(("unedited", "edited"), frames, strict=True):
+            save_image(frame, args.output_dir / folder / f"{source.names[i]}.png")
     show_sweep(args, f"origin_{i}_{attribute}", frames, captions)
     return rows
 

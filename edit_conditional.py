@@ -10,9 +10,9 @@ reference face's, or by numbers, and the picture is synthesised again with the s
 
 OUTPUT_DIR receives inverted/ (as the projector writes it, noise kept); frames/origin_I_TARGET_J.png, where TARGET is
 set or ref_R; sheets/TARGET_K.png (rows: original, reference, inverted, edited; below each what the scorer reads, in the
-order in which the generator knows the attributes); strips/ with --steps above 2; edited/NAME.png, as align_faces.py
---paste_back takes it, where each face has one target; edits.csv: per frame what was asked for, what the
-scorers read, identity.
+order in which the generator knows the attributes); strips/ with --steps above 2; edits.csv: per frame what was asked
+for, what the scorers read, identity; where each face has one target also edited/NAME.png and unedited/NAME.png, as
+align_faces.py --paste_back --unedited takes them.
 """
 
 from __future__ import annotations
@@ -236,7 +236,8 @@ class Editor:
             rows.append({"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4), "frame": name,
                          **values, "identity": alike, "change": round(float(found.change[j]), 4)})  # fmt: skip
         if self.single:
-            save_image(frames[-1], self.args.output_dir / "edited" / f"{face.name}.png")
+            for folder, frame in (("unedited", frames[0]), ("edited", frames[-1])):
+                save_image(frame, self.args.output_dir / folder / f"{face.name}.png")
         captions = [self.caption(scores, target) for scores in found.scores]
         if len(frames) > 2:
             strip = transfer_sheet([list(zip(frames, captions, strict=True))])

@@ -26,7 +26,7 @@ from common.images import check_header, fit_image, read_image, to_tensor
 from editing.boundary import Boundary, BoundaryError, load_boundary
 from editing.judging import score_frames
 from editing.sweep import edit_codes, reach, render_codes
-from faces.align import TEMPLATE, Alignment, crop_aligned, paste_back
+from faces.align import TEMPLATE, Alignment, add_change, crop_aligned, paste_back
 from faces.folder import AlignSettings, align_photo
 from model import Generator, load_generator
 from rendering import map_latents, noise_maps, render, seeded_z
@@ -323,8 +323,7 @@ def face_to_paste(photo: Image.Image, alignment: Alignment, view: View, paste_mo
         raise SessionError(f"pasting is one of {', '.join(PASTES)}, not {paste_mode!r}")
     if paste_mode == "face":
         return view.edited
-    crop = np.asarray(crop_aligned(photo, alignment, len(view.edited)), np.int16)
-    return np.clip(crop + view.edited - view.inversion.astype(np.int16), 0, 255).astype(np.uint8)
+    return add_change(crop_aligned(photo, alignment, len(view.edited)), view.edited, view.inversion)
 
 
 def paste(face: Face, view: View, paste_mode: str = "change", *, longest: int | None = None) -> Image.Image:

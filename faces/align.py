@@ -262,15 +262,27 @@ DETAILS = ("auto", "keep", "drop")
 STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
 
 
-def paste_back(photo, face, alignment, *, feather=0.1, colour_match=False, detail="auto") -> Image.Image:
+def add_change(crop, edited, unedited) -> np.ndarray:
+    """A crop of the photo plus what an edit changed in the generator's picture of it, so that what the inversion missed
+    stays the photo's. Three uint8 pictures [H, H, 3] of one size, arrays or PIL images; returns uint8 [H, H, 3]."""
+    crop, edited, unedited = (np.asarray(picture, np.int16) for picture in (crop, edited, unedited))
+    return np.clip(crop + edited - unedited, 0, 255).astype(np.uint8)
+
+
+def paste_back(
+    photo, face, alignment, *, unedited=None, feather=0.1, colour_match=False, detail="auto"
+) -> Image.Image:
     """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
 
     photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
-    any size. feather: width of the soft border, of the face's side. colour_match: bring mean and spread of the colours
-    in that border to the photo's. detail: a crop is often coarser than the photo, and pasting it would blur; `keep`
-    changes the photo only by what was edited, so that its fine detail stays, `drop` pastes the face as it is, `auto`
-    keeps the detail where the edit left the structure alone. Pixels outside the frame are not touched.
-    Raises AlignError when the photo has another size than the one that was aligned, or the face is not square.
+    any size. unedited: the same face before the edit, as the generator draws it: then only what the edit changed is
+    added, and all detail of the photo is kept. feather: width of the soft border, of the face's side. colour_match:
+    bring mean and spread of the colours in that border to the photo's. detail: a crop is often coarser than the photo,
+    and pasting it would blur; `keep` changes the photo only by what was edited, so that its fine detail stays, `drop`
+    pastes the face as it is, `auto` keeps the detail where the edit left the structure alone. Pixels outside the frame
+    are not touched.
+    Raises AlignError when the photo has another size than the one that was aligned, the face is not square, or not as
+    large as the unedited one.
     """
     photo, face = to_pil(photo), to_pil(face)
     if detail not in DETAILS:
@@ -281,6 +293,11 @@ def paste_back(photo, face, alignment, *, feather=0.1, colour_match=False, detai
     if face.width != face.height:
         raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
     crop = crop_aligned(photo, alignment, face.width)
+    if unedited is not None:
+        unedited = to_pil(unedited)
+        if unedited.size != face.size:
+            raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
+        face, detail = Image.fromarray(add_change(crop, face, unedited)), "keep"
     mask = _feather_mask(face.width, 0.0 if alignment.whole else feather)
     if colour_match:
         face = _match_colours(face, crop, _feather_mask(face.width, feather))

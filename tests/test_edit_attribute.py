@@ -263,11 +263,12 @@ def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_
     source = load_latents(latents)
     expected = edit_codes(source.latents[1], boundaries, [[2 * boundaries[0].std, -1.5 * boundaries[1].std]])
     pair = np.concatenate((source.latents[1:2], expected))
-    _, picture = render_codes(generator, pair, [layer[1:2] for layer in source.noise])
+    inversion, picture = render_codes(generator, pair, [layer[1:2] for layer in source.noise])
     (frame,) = (tmp_path / "out" / "frames").glob("origin_1_*.png")
     assert np.array_equal(np.asarray(Image.open(frame)), picture)
-    by_name = Image.open(tmp_path / "out" / "edited" / f"{file_names(source.names)[1]}.png")
-    assert np.array_equal(np.asarray(by_name), picture)
+    for folder, expected in (("edited", picture), ("unedited", inversion)):
+        by_name = Image.open(tmp_path / "out" / folder / f"{file_names(source.names)[1]}.png")
+        assert np.array_equal(np.asarray(by_name), expected)
     for wrong in (("1", "2", "3"), ("1", "--target", "age=50")):
         assert command(ckpt, latents, tmp_path / "wrong", *flags, *wrong) == 2
     assert "--at" in capsys.readouterr().err

@@ -236,7 +236,8 @@ def test_names_never_collide():
 
 @pytest.mark.parametrize("flags, status, message", [
     (["--faces", "some"], 2, "--faces some"), (["--size", "4"], 2, "--size takes 8 or more"),
-    (["--paste_back", "x"], 2, "go together"), (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
+    (["--paste_back", "x"], 2, "go together"), (["--unedited", "x"], 2, "goes with --paste_back"),
+    (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
     (["--photos", "absent"], 1, "absent does not exist"), (["--photos", "."], 1, "holds no pictures"),
     (["--landmarks", "absent.json"], 1, "absent.json"),
 ])  # fmt: skip
@@ -276,8 +277,8 @@ def test_paste_back_command(tmp_path, astronaut, monkeypatch, capsys):
     Image.new("RGB", (8, 8)).save(edited / "stranger.png")
     flags = ["--photos", str(folder), "--paste_back", str(edited), "--alignment", str(out / "alignment.json")]
 
-    def paste():
-        argv = [*flags, "--output_dir", str(tmp_path / "pasted")]
+    def paste(*more):
+        argv = [*flags, "--output_dir", str(tmp_path / "pasted"), *more]
         return run(align_faces.main, align_faces.build_parser(), argv)
 
     assert paste() == 0
@@ -289,6 +290,17 @@ def test_paste_back_command(tmp_path, astronaut, monkeypatch, capsys):
         assert result.info["icc_profile"] and result.info["dpi"] == (72, 72)
     assert difference(read_image(tmp_path / "pasted" / "ü" / "me.jpg"), photo).mean() < 2
     assert read_image(tmp_path / "pasted" / "other.png").tobytes() == photo.tobytes()
+
+    unedited = tmp_path / "unedited"
+    unedited.mkdir()
+    for path in edited.glob("other*.png"):  # of the two faces one has a picture of before the edit
+        drawn = Image.new("RGB", (64, 64), (90, 90, 90))
+        drawn.save(unedited / path.name)
+        drawn.save(path)
+    assert paste("--unedited", str(unedited)) == 0
+    printed = capsys.readouterr()
+    assert "1 faces pasted into 1 photos, 2 left out" in printed.out and "unedited" in printed.err
+    assert read_image(tmp_path / "pasted" / "other.png").tobytes() == photo.tobytes(), "nothing was changed"
 
     (folder / "other.png").unlink()
     assert paste() == 0 and "other.png" in capsys.readouterr().err

@@ -177,6 +177,22 @@ def test_unedited_faces_leave_no_trace(astronaut, aligned, size, detail):
     assert pasted.tobytes() == astronaut.tobytes()
 
 
+@pytest.mark.parametrize("size", [64, 173])
+def test_only_the_change_is_added(astronaut, aligned, size):
+    """Whatever the generator makes of a face: what it draws alike before and after the edit leaves no trace."""
+    drawn = np.random.default_rng(0).integers(60, 190, (size, size, 3), np.uint8)  # nothing like the photo
+    assert paste_back(astronaut, drawn, aligned, unedited=drawn).tobytes() == astronaut.tobytes()
+    brighter = (drawn + np.uint8(30)).astype(np.uint8)
+    pasted = np.asarray(paste_back(astronaut, brighter, aligned, unedited=drawn), np.int16)
+    change = pasted - np.asarray(astronaut, np.int16)
+    x, y = np.mean(aligned.quad, axis=0).round().astype(int)  # the middle of the face, far from the soft border
+    middle = change[y - 20 : y + 20, x - 20 : x + 20]
+    assert np.median(middle) == 30 and middle.min() >= 0 and middle.max() <= 33  # less where the photo is bright
+    assert not change[:5, :5].any()
+    with pytest.raises(AlignError, match=f"is {size} pixels wide, unedited 8"):
+        paste_back(astronaut, brighter, aligned, unedited=drawn[:8, :8])
+
+
 def test_without_detail_the_crop_itself_is_pasted(astronaut, aligned):
     """Then the error is that of resampling: small at the photo's own resolution, larger below it."""
     errors = []
