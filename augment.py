@@ -201,8 +201,7 @@ def augment(
     if not isinstance(p, torch.Tensor) and p == 0:
         return images
 
-    if noise is None:
-        noise = draw_noise(n, generator, p.device if isinstance(p, torch.Tensor) else "cpu")
+    noise = draw_noise(n, generator, getattr(p, "device", "cpu")) if noise is None else noise
     if noise.shape != (n, N_NOISE):
         raise ValueError(f"noise for {n} images: expected shape {(n, N_NOISE)}, found {tuple(noise.shape)}")
     noise = _to(noise, p.device) if isinstance(p, torch.Tensor) else noise

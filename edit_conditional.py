@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import FITS, read_image, save_image
 from common.perceptual import build_perceptual
-from editing.conditional import AttributeReader, Condition, read_condition
+from editing.conditional import AttributeReader, Condition, load_reader, read_condition
 from editing.judging import Judges, judge, score_frames
-from editing.samples import scorer_identity
 from editing.tables import write_table
 from editing.transfer import Face, Target, asked, caption, condition_path, pair_up, render_path, transfer_sheet
 from faces.identity import WEIGHTS, identity_or_none
@@ -94,21 +93,6 @@ def check_flags(args) -> None:
         raise UsageError(f"--steps takes 2 or more, --strength above 0, got {args.steps} and {args.strength}")
     if args.batch < 1 or args.mean_samples < 2:
         raise UsageError(f"--batch and --mean_samples must be positive, got {args.batch} and {args.mean_samples}")
-
-
-def load_reader(args, known: Condition, device) -> AttributeReader:
-    """The scorer that the generator was trained with. Raises UserError when it is another, or is not to be found."""
-    try:
-        scorer = load_scorer(args.scorer or known.scorer, device, weights_dir=args.weights_dir)
-    except FileNotFoundError as error:
-        if args.scorer:
-            raise
-        raise UserError(f"{args.ckpt} was trained with the scorer {known.scorer}, which is not here: name it with "
-                        "--scorer") from error  # fmt: skip
-    if scorer_identity(scorer) != known.scorer_fingerprint:
-        raise UserError(f"{args.ckpt} was trained with the scorer {known.scorer_fingerprint}, "
-                        f"{args.scorer or known.scorer} is {scorer_identity(scorer)}")  # fmt: skip
-    return AttributeReader(scorer, known.attributes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +266,7 @@ def main(args) -> int:
     try:
         known = read_condition(args.ckpt)
         generator = load_generator(args.ckpt, place.device)
-        reader = load_reader(args, known, place.device)
+        reader = load_reader(args.ckpt, known, place.device, scorer=args.scorer, weights_dir=args.weights_dir)
         evaluator = load_scorer(args.eval_scorer, place.device) if args.eval_scorer else None
         if evaluator is not None:
             AttributeReader(evaluator, known.attributes)  # knows them all

@@ -12,16 +12,13 @@ from pathlib import Path
 
 import torch
 
-from common.cli import UserError
 from common.images import fit_image, to_tensor
-from editing.conditional import AttributeReader, Condition, read_condition
+from editing.conditional import AttributeReader, Condition, load_reader, read_condition
 from editing.judging import score_frames
 from editing.refinement import Background, refine_settings, target_picture
-from editing.samples import scorer_identity
 from editing.session import MEAN_SAMPLES, Face, SessionError, Tools, View
 from editing.transfer import Face as Inverted
 from editing.transfer import Target, condition_path, render_path
-from faces.scorer import load_scorer
 from inversion.pictures import pixel_seed
 from inversion.projection import Task, choose_space, project_each
 from model import load_generator
@@ -54,12 +51,9 @@ def load_conditional(path, device="cpu", weights_dir=None) -> Conditional:
     """Raises FileNotFoundError, or a ValueError for an unconditional generator or another scorer than its own."""
     known = read_condition(path)
     generator = load_generator(path, device).requires_grad_(False)
-    scorer = load_scorer(known.scorer, device, weights_dir=weights_dir)
-    if scorer_identity(scorer) != known.scorer_fingerprint:
-        raise UserError(f"{path} was trained with the scorer {known.scorer_fingerprint}, {known.scorer} here is "
-                        f"{scorer_identity(scorer)}")  # fmt: skip
+    reader = load_reader(path, known, device, weights_dir=weights_dir)
     tools = Tools(generator, Path(path), *generator.latent_statistics(MEAN_SAMPLES))
-    return Conditional(tools, known, AttributeReader(scorer, known.attributes))
+    return Conditional(tools, known, reader)
 
 
 class ConditionalInversion(Background):

@@ -24,7 +24,6 @@ from editing.session import (
     Face,
     Tools,
     View,
-    face_to_paste,
     moving_layers,
     paste,
 )
@@ -35,7 +34,7 @@ from rendering import CONDITION
 def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "change") -> str:
     """A few lines of shell for the folder that the page was started from, with the photo and the unpacked zip in it.
 
-    paste_mode change: what is pasted is to_paste/ of the zip, since only the page computes it. Results land in out/.
+    paste_mode: see session.paste. Results land in out/.
     """
     generator = ["--ckpt", shown(tools.ckpt)]
     lines, edited = [_faces(face, generator)], edit.moving()
@@ -54,7 +53,7 @@ def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "chang
                       *(["--scorer", tools.scorer_name] if tools.scorer_name != "face-scorer" else [])])  # fmt: skip
     text = [shlex.join(str(word) for word in line) for line in lines]
     if edited:
-        text += _pasting(face, paste_mode, "out/edited/edited")
+        text += _pasting(face, paste_mode, "out/edited")
     return "\n".join(text)
 
 
@@ -71,7 +70,7 @@ def cast_lines(tools: Tools, cast: Cast, paste_mode: str = "change") -> str:
          "out/cast", *_projection(tools, settings)],
     ]  # fmt: skip
     text = [shlex.join(str(word) for word in line) for line in lines]
-    return "\n".join(text + _pasting(face, paste_mode, "out/cast/edited"))
+    return "\n".join(text + _pasting(face, paste_mode, "out/cast"))
 
 
 def _faces(face: Face, generator: list) -> list:
@@ -86,13 +85,14 @@ def _by_hand(face: Face) -> list:
     return ["--landmarks", "landmarks.json"] if face.landmarks else []
 
 
-def _pasting(face: Face, paste_mode: str, edited: str) -> list[str]:
-    """The command that puts the face back, of `edited` or of the zip's to_paste; none for a drawn face."""
+def _pasting(face: Face, paste_mode: str, folder: str) -> list[str]:
+    """The command that puts the face back, of the folder where an edit has its results; none for a drawn face."""
     if not face.source:
         return []
-    return [shlex.join(["python", "align_faces.py", "--paste_back", edited if paste_mode == "face" else "to_paste",
-                        "--alignment", "out/faces/alignment.json", "--photos", face.source, "--output_dir",
-                        "out/pasted", *(["--detail", "keep"] if paste_mode == "change" else [])])]  # fmt: skip
+    before = ["--unedited", f"{folder}/unedited"] if paste_mode == "change" else []
+    line = ["python", "align_faces.py", "--paste_back", f"{folder}/edited", *before, "--alignment",
+            "out/faces/alignment.json", "--photos", face.source, "--output_dir", "out/pasted"]  # fmt: skip
+    return [shlex.join(line)]
 
 
 def _projection(tools: Tools, settings) -> list:
@@ -123,7 +123,7 @@ def save_results(tools: Tools, face: Face, edit: Edit, view: View, folder, paste
     """Picture (.png), photo (a JPEG stays one; none for a drawn face) and a zip, in `folder`; returns their paths.
 
     The zip holds inverted/ and edited/ (latents with their noise, for generate.py --latents), commands.txt, and of a
-    photo to_paste/NAME.png, alignment.json and, where they were given, landmarks.json.
+    photo alignment.json and, where they were given, landmarks.json.
     """
     text = command_lines(tools, face, edit, paste_mode)
     parts = Path(folder) / "parts"
@@ -148,16 +148,12 @@ def save_cast(tools: Tools, cast: Cast, folder, paste_mode: str = "change") -> l
 
 
 def _save_pictures(face: Face, view: View, folder: Path, parts: Path, paste_mode: str, uploads) -> list[Path]:
-    """Picture and photo into `folder`, what pastes the face and finds the faces again into `parts`."""
+    """Picture and photo into `folder`, what finds the faces again into `parts`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [save_image(view.edited, folder / f"{face.name}-edited.png")]
     if face.source:
         suffix = ".jpg" if Path(face.source).suffix.lower() in (".jpg", ".jpeg", ".jfif") else ".png"
         paths.append(save_image(paste(face, view, paste_mode), folder / f"{face.name}-photo{suffix}"))
-        save_image(
-            face_to_paste(face.photo, face.alignment, view, paste_mode),
-            parts / "to_paste" / f"{face.alignment.name}.png",
-        )
         write_json(parts / "alignment.json", {"version": VERSION, "settings": asdict(AlignSettings()),
                                               "faces": [face.alignment.to_dict()], "photos": []})  # fmt: skip
     by_hand = {upload.source: upload.landmarks for upload in uploads if upload.landmarks}

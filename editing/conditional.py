@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UserError
 from editing.samples import scorer_identity
+from faces.scorer import load_scorer
 from model import CONDITION_GAIN
 
 DEFAULT_ATTRIBUTES = ("smile", "eyes_open", "mouth_open")
@@ -190,6 +191,24 @@ class Condition:
         for position, value in requests.items():
             vector[position] = value
         return vector
+
+
+def load_reader(path, known: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
+    """AttributeReader of the scorer that the generator in the file `path` was trained with; scorer: where to find it.
+
+    Raises FileNotFoundError when the scorer that was named is absent, UserError when it is another, or not to be found.
+    """
+    try:
+        found = load_scorer(scorer or known.scorer, device, weights_dir=weights_dir)
+    except FileNotFoundError as error:
+        if scorer:
+            raise
+        raise UserError(f"{path} was trained with the scorer {known.scorer}, which is not here: name it with "
+                        "--scorer") from error  # fmt: skip
+    if scorer_identity(found) != known.scorer_fingerprint:
+        raise UserError(f"{path} was trained with the scorer {known.scorer_fingerprint}, {scorer or known.scorer} is "
+                        f"{scorer_identity(found)}")  # fmt: skip
+    return AttributeReader(found, known.attributes)
 
 
 def read_condition(path) -> Condition:

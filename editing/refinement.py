@@ -8,6 +8,7 @@ face = refinement.result                            # None when it was cancelled
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -38,7 +39,7 @@ class Cancelled(Exception):
     """Raised inside the optimisation."""
 
 
-class Background:
+class Background(ABC):
     """A thread that projects one face. step of steps, loss and picture (uint8 [size, size, 3]) tell how far it is;
     result is None while it works and when it was cancelled, error says what went wrong. What it does is _project."""
 
@@ -52,8 +53,9 @@ class Background:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def _project(self):
-        raise NotImplementedError
+        """The result. Calls self._watch after each step, which raises Cancelled."""
 
     @property
     def steps(self) -> int:

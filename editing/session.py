@@ -26,7 +26,7 @@ from common.images import check_header, fit_image, read_image, to_tensor
 from editing.boundary import Boundary, BoundaryError, load_boundary
 from editing.judging import score_frames
 from editing.sweep import edit_codes, reach, render_codes
-from faces.align import TEMPLATE, Alignment, add_change, crop_aligned, paste_back
+from faces.align import TEMPLATE, Alignment, paste_back
 from faces.folder import AlignSettings, align_photo
 from model import Generator, load_generator
 from rendering import map_latents, noise_maps, render, seeded_z
@@ -317,25 +317,17 @@ def read_out(tools: Tools, face: Face, view: View) -> list[list]:
 # -- back into the photo -------------------------------------------------------------------------------------------
 
 
-def face_to_paste(photo: Image.Image, alignment: Alignment, view: View, paste_mode: str = "change") -> np.ndarray:
-    """uint8 [size, size, 3]: the edited face, or (change) the photo's own face plus what the edit changed."""
-    if paste_mode not in PASTES:
-        raise SessionError(f"pasting is one of {', '.join(PASTES)}, not {paste_mode!r}")
-    if paste_mode == "face":
-        return view.edited
-    return add_change(crop_aligned(photo, alignment, len(view.edited)), view.edited, view.inversion)
-
-
 def paste(face: Face, view: View, paste_mode: str = "change", *, longest: int | None = None) -> Image.Image:
     """The photo with the edit in it; longest: at most that many pixels on the longer side, for a quick look.
 
     change: only what the edit changed is added, so that the photo keeps its sharpness; face: the generator's picture.
     """
+    if paste_mode not in PASTES:
+        raise SessionError(f"pasting is one of {', '.join(PASTES)}, not {paste_mode!r}")
     photo, alignment = face.photo, face.alignment
     if longest and max(photo.size) > longest:
         photo, alignment = shrink(photo, alignment, longest)
-    detail = "keep" if paste_mode == "change" else "auto"
-    return paste_back(photo, face_to_paste(photo, alignment, view, paste_mode), alignment, detail=detail)
+    return paste_back(photo, view.edited, alignment, unedited=view.inversion if paste_mode == "change" else None)
 
 
 def shrink(photo: Image.Image, alignment: Alignment, longest: int) -> tuple[Image.Image, Alignment]:

@@ -24,8 +24,7 @@ def picture(index, size):
 
 
 def encode(image, image_format="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, **options)
+    image.save(buffer := io.BytesIO(), image_format, **options)
     return buffer.getvalue()
 
 
@@ -42,8 +41,7 @@ def write_lmdb(folder, items, length=None):
 
 
 def rosinality_items(n=7, sizes=(8, 16)):
-    pairs = itertools.product(range(n), sizes)
-    return {f"{size}-{i:05d}": encode(picture(i, size), "JPEG", quality=100) for i, size in pairs}
+    return {f"{size}-{i:05d}": encode(picture(i, size), "JPEG", quality=100) for i in range(n) for size in sizes}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from PIL import Image
 
 import conditional_training
 import edit_conditional
+import editing.conditional
 import generate
 import projector
 from common.checkpoint import load_checkpoint, save_checkpoint
@@ -55,7 +56,8 @@ def faces(face_folder, tmp_path):
 @pytest.fixture
 def edit(cgan, unconditional, monkeypatch, capfd):
     """edit_conditional.py's command line: (status, stdout, error line)."""
-    monkeypatch.setattr(edit_conditional, "load_scorer", conditional_training.load_scorer)
+    for module in (edit_conditional, editing.conditional):
+        monkeypatch.setattr(module, "load_scorer", conditional_training.load_scorer)
 
     def edit(*flags, ckpt=cgan):
         argv = ["--ckpt", ckpt, "--device", "cpu", "--identity", "none", "--step", "12", "--mean_samples", "50",
