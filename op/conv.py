@@ -22,11 +22,14 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
+NEVER = (1 << 30, 1 << 30)
 TILE = 4  # low-resolution pixels per side of a tile
 POINTS = {1: (0, 1, -1), 2: (0, 1, -1, 2), 3: (0, 1, -1, 2, -2)}  # by taps; infinity is one more
-WORTHWHILE = {  # (stride, weight gradient?): fewest channels, fewest tiles
-    (1, False): (128, 32), (2, False): (128, 128), (1, True): (64, 128), (2, True): (128, 256),
-}  # fmt: skip
+FASTER_FROM = {  # (stride, weight gradient?): fewest channels, fewest tiles, by the processor's vector instructions
+    "AVX2": {(1, False): (128, 32), (2, False): (128, 128), (1, True): (64, 128), (2, True): (128, 256)},
+    "AVX512": {(1, False): (256, 256), (2, False): NEVER, (1, True): (256, 256), (2, True): (64, 1024)},
+}
+WORTHWHILE = FASTER_FROM["AVX512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "AVX2"]
 BLOCK = 256  # tiles at a time: fewer pay for more calls and thinner matrix products, more would leave the cache
 
 
@@ -63,8 +66,8 @@ def on_fast_device(x) -> bool:
 def worthwhile(low_shape, n_high: int, dtype: torch.dtype, stride: int, *, gradient: bool = False) -> bool:
     """Is Winograd faster than oneDNN for the low-resolution map [N, C, H, W] facing `n_high` channels?
 
-    Measured in float32 on AVX2: below these numbers the transforms of pixels (few channels) or of the kernel (few
-    tiles) cost more than the multiplications saved.
+    Measured in float32: below these numbers the transforms of pixels (few channels) or of the kernel (few tiles) cost
+    more than the multiplications saved. oneDNN's own kernels are twice as fast on AVX-512, so there seldom.
     """
     n, channels, height, width = low_shape
     least_channels, least_tiles = WORTHWHILE[stride, gradient]

@@ -117,6 +117,7 @@ def test_up_conv_equals_transposed_convolution_and_blur(always_winograd, size):
 def test_choice(monkeypatch):
     """Winograd in float32 with many channels and pixels only; everything else as the libraries do it."""
     calls = []
+    monkeypatch.setattr(conv, "WORTHWHILE", conv.FASTER_FROM["AVX2"])
     monkeypatch.setattr(conv, "winograd", lambda x, weight, stride, transposed: calls.append(x.shape) or x)
     weight = torch.randn(128, 128, 3, 3)
     x = torch.randn(2, 128, 32, 32)
@@ -126,6 +127,8 @@ def test_choice(monkeypatch):
         assert conv3x3(other, weight.to(other.dtype)).shape == other.shape
     assert conv3x3(x[:, :4], weight[:, :4]).shape == x.shape
     assert len(calls) == 1
+    monkeypatch.setattr(conv, "WORTHWHILE", conv.FASTER_FROM["AVX512"])
+    assert conv3x3(x, weight).shape == x.shape and len(calls) == 1
 
 
 def test_modulate():
