@@ -16,16 +16,16 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 # The main job on CPU, in minutes, with the bundled models: faces by seed; a photo (scikit-image's astronaut) and drawn faces
 # are aligned, inverted, edited, given another face's expression, pasted back; then the drawn faces become a data set, on
 # which a training starts, is stopped and goes on. Pictures land in demo/, and report.html with them.
-NAME       ?= face-wpp-32
+NAME       ?= face-wpp-64
 MODEL      ?= checkpoints/$(NAME).safetensors
-ENCODER    ?= checkpoints/face-psp-32.safetensors
-CGAN       ?= checkpoints/face-cgan-32.safetensors
+ENCODER    ?= checkpoints/face-psp-64.safetensors
+CGAN       ?= checkpoints/face-cgan-64.safetensors
 DEMO       ?= demo
 DEMO_INVERT = --perceptual scorer:face-scorer --identity none --mse 1 --noise 0 --lr 0.2 --mean_samples 1000 --device cpu
 DEMO_EDIT   = --ckpt $(MODEL) --latent $(DEMO)/inverted --perceptual scorer:face-scorer --identity none --device cpu \
               --distance relative --unit std
-DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size 32 --exp_name $(DEMO)/training --channel_max 64 --batch 8 --n_sample 16 \
-              --r1 0.1 --augment --device cpu --workers 1 --log_every 10
+DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size 64 --exp_name $(DEMO)/training --batch 8 --n_sample 16 --noise none --r1 0.1 \
+              --augment --device cpu --workers 1 --log_every 10
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
@@ -49,7 +49,9 @@ demo: $(VENV)/.installed
 	  --output_dir $(DEMO)/pasted
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 100 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/expression
-	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size 32 --n_worker 2 $(DEMO)/faces
+	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
+	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
+	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size 64 --n_worker 2 $(DEMO)/faces
 	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 10 --sample_every 10 --save_every 10
 	$(PY) train.py $(DEMO_TRAIN) --resume auto --iter 20 --sample_every 20 --save_every 20
 	cp $(DEMO)/training/sample/000020.png $(DEMO)/4-training-sample.png
@@ -62,10 +64,11 @@ demo: $(VENV)/.installed
 	@echo "$(DEMO)/edits/*/strips         them along age, gender and smile, with what the scorer sees"
 	@echo "$(DEMO)/pasted                 the astronaut's edited face in the photo"
 	@echo "$(DEMO)/expression             the same faces asked to smile by the conditional generator"
+	@echo "$(DEMO)/transfer               the astronaut's expression on the other faces"
 	@echo "$(DEMO)/4-training-sample.png  after 20 steps of training on drawn faces, stopped and resumed at step 10"
 
 # The figures of docs/figures from the bundled models, and the curve of FID from committed results. Another model:
-# make figures NAME=face-wpp-64; a W generator that is not in checkpoints/: FIGURE_FLAGS="--w_ckpt FILE"
+# make figures NAME=mine; a W generator that is not in checkpoints/: FIGURE_FLAGS="--w_ckpt FILE"
 CURVE        ?= W++=docs/metrics-32/metrics.jsonl
 FIGURE_FLAGS ?=
 figures: $(VENV)/.installed

@@ -33,7 +33,7 @@ from editing.conditional import (
 from faces.scorer import load_scorer
 from growing import is_modulation
 from model import GeneratorConfig
-from training import Trainer, TrainSettings, g_nonsaturating_loss
+from training import Trainer, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class ConditionalTrainer(Trainer):
         n, g = real.shape[0], self.g
         wanted = self.request(n)
         fake, _ = g(self.draw_codes(n), input_is_latent=True, dtype=self.dtype, condition=wanted)
-        loss = g_nonsaturating_loss(self.judge(fake, self.dtype))
+        loss = self.realism_loss(fake)
         errors = attribute_error(self.reader, fake, wanted).mean(0)  # [d]
         ((loss + self.attr_weight * errors.mean()) * weight).backward()
         by_name = zip(self.reader.names, errors, strict=True)
-        self.note(g=loss, attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
+        self.note(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
 
     def sheet(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""

@@ -1,7 +1,7 @@
 """Figures like the paper's (Li et al. 2024, arXiv 2105.14230), from the bundled models: docs/figures.
 
     python make_figures.py
-    python make_figures.py --ckpt checkpoints/face-wpp-64.safetensors --only inversion age --output_dir figs
+    python make_figures.py --ckpt mine-wpp-128.safetensors --only inversion age --output_dir figs
     python make_figures.py --w_ckpt runs/w/checkpoint/006244.pt --only inversion spaces
 
 inversion: originals, reconstructions in W, W+, W++ and by the encoder, |difference| below each. age, gender, smile:
@@ -41,7 +41,7 @@ FIGURES = {
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-32.safetensors",
+    parser.add_argument("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-64.safetensors",
                         help="W++ generator")  # fmt: skip
     parser.add_argument("--encoder", type=Path, help="pSp encoder for it (default: face-psp-SIZE beside it, if any)")
     parser.add_argument("--w_ckpt", type=Path, help="W generator (default: face-w-SIZE beside it, if any)")
@@ -62,7 +62,7 @@ def build_parser() -> ArgumentParser:
 
 
 def beside(path: Path, kind: str) -> Path | None:
-    """face-wpp-32 -> face-KIND-32 in the same folder, if it is there."""
+    """face-wpp-64 -> face-KIND-64 in the same folder, if it is there."""
     other = path.with_name(path.name.replace("-wpp-", f"-{kind}-"))
     return other if other != path and other.is_file() else None
 

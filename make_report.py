@@ -31,6 +31,8 @@ SECTIONS = (  # title, a sentence, patterns of pictures, table
     ("Smile", "Below, the scorer's probability of a smile.", ["edits/smile/strips/*.png"], "edits/smile/edits.csv"),
     ("Another expression", "Original, inversion, and with the attributes asked for.", ["expression/sheets/*.png"],
      "expression/edits.csv"),
+    ("Expression transfer", "The astronaut's smile, eyes and mouth on the other faces.", ["transfer/sheets/*.png"],
+     "transfer/edits.csv"),
     ("Pasted back", "The edited face in its photo.", ["pasted/*.png"], None),
     ("Training", "A short training on drawn faces, stopped and resumed.", ["4-*.png", "5-*.png"], None),
 )  # fmt: skip

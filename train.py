@@ -68,6 +68,7 @@ def build_parser() -> ArgumentParser:
                       help="images per forward pass, gradients are accumulated; 0: the whole batch; "
                            "auto: halve until a step fits in memory")  # fmt: skip
     loss.add_argument("--lr", type=float, default=0.002, help="Adam learning rate before the lazy-regularisation ratio")
+    loss.add_argument("--d_lr", type=float, default=0, help="the same of the discriminator; 0: --lr")
     loss.add_argument("--r1", type=float, default=10, help="weight of the R1 penalty; 0: none")
     loss.add_argument("--path_regularize", type=float, default=2, help="weight of path length regularisation; 0: none")
     loss.add_argument("--path_batch_shrink", type=int, default=2, help="batch divisor for path length regularisation")
@@ -75,6 +76,10 @@ def build_parser() -> ArgumentParser:
     loss.add_argument("--g_reg_every", type=int, default=4, help="steps between path length penalties")
     loss.add_argument("--mixing", type=float, default=0.9, help="probability of style mixing (W only)")
     loss.add_argument("--augment", action="store_true", help="adaptive discriminator augmentation (for small sets)")
+    loss.add_argument("--aid", default="", metavar="NAME",
+                      help="a second critic on a trained network's features, for short runs: squeeze, vgg, alex, auto, "
+                           "scorer:face-scorer (common/perceptual.py)")  # fmt: skip
+    loss.add_argument("--aid_weight", type=float, default=1, help="of its loss beside the discriminator's")
     loss.add_argument("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")
     loss.add_argument("--ada_target", type=float, default=0.6, help="target of E[sign(D(real))] for adaptive p")
     loss.add_argument("--ada_length", type=int, default=500_000, help="images in which p may go from 0 to 1")
@@ -227,7 +232,7 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
 
 def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> None:
     step = trainer.step
-    loss = {name: metrics[name] for name in ("d", "g", "r1", "attr") if name in metrics}
+    loss = {name: metrics[name] for name in ("d", "g", "r1", "critic", "g_critic", "attr") if name in metrics}
     run.log(step, "Loss", **loss)
     if "path" in metrics:
         mean = float(trainer.mean_path_length)

@@ -24,6 +24,7 @@ from augment import AdaptiveAugment
 from common.checkpoint import CheckpointError
 from common.distributed import Distributed, GradientBucket, all_reduce_mean
 from model import Discriminator, Generator, GeneratorConfig, load_strictly
+from vision_aid import FeatureCritic, critic_d_loss, critic_g_loss
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant
 PATH_DECAY = 0.01
@@ -38,6 +39,7 @@ class TrainSettings:
     batch: int = 16  # per process
     micro_batch: int = 0  # images per forward pass; 0: the whole batch
     lr: float = 0.002
+    d_lr: float = 0.0  # of the discriminator; 0: lr
     r1: float = 10.0
     path_regularize: float = 2.0
     path_batch_shrink: int = 2
@@ -48,6 +50,8 @@ class TrainSettings:
     augment_p: float = 0.0  # 0: adaptive; else fixed
     ada_target: float = 0.6
     ada_length: int = 500_000
+    aid: str = ""  # a perceptual distance whose network lends its eyes to a second critic (vision_aid.py)
+    aid_weight: float = 1.0
     noise: str = "random"  # none: no noise enters the generator, whose codes must then say everything
     precision: str = "fp32"
     seed: int = 0
@@ -56,7 +60,7 @@ class TrainSettings:
         for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("r1", "path_regularize"):
+        for name in ("r1", "path_regularize", "d_lr", "aid_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("mixing", "augment_p"):
@@ -112,16 +116,17 @@ class Trainer:
             settings.augment_p, None if settings.augment_p else settings.ada_target, settings.ada_length,
             device=place.device,
         )  # fmt: skip
-        self.g_optim = self._adam(self.g, settings.g_reg_every)
-        self.d_optim = self._adam(self.d, settings.d_reg_every)
         self.dtype = DTYPES[settings.precision]
+        self.critic = self._build_critic() if settings.aid else None
+        self.g_optim = self._adam(self.g, settings.lr, settings.g_reg_every)
+        self.d_optim = self._adam(self.d, settings.d_lr or settings.lr, settings.d_reg_every)
         self.mean_path_length = torch.zeros((), device=place.device)
         self.step = 0
         self.salt = 0  # raised by a rollback, so that the same numbers are not drawn again
         self.graphs = None  # of training_graphs.py, which play the phases where they are set
         self.buckets: dict[nn.Module, GradientBucket] = {}
         if place.world_size > 1:
-            self.buckets = {network: GradientBucket(network.parameters()) for network in (self.g, self.d)}
+            self.buckets = {network: GradientBucket(self.weights_of(network)) for network in (self.g, self.d)}
         self._average = get_ema_multi_avg_fn(EMA_DECAY)
         # Written in place and never replaced, since graphs know them by address
         self._path_mean = torch.zeros((), device=place.device)  # over this step's micro-batches
@@ -138,12 +143,23 @@ class Trainer:
             torch._foreach_zero_(strengths)
         return strengths
 
-    def _adam(self, network, reg_every):
+    def _build_critic(self):
+        from common.perceptual import build_perceptual  # with lpips and torchvision: only where it is used
+
+        half = self.dtype if self.dtype == torch.bfloat16 else torch.float32
+        return FeatureCritic(build_perceptual(self.settings.aid, "cpu", dtype=half)).to(self.place.device)
+
+    def weights_of(self, network) -> list[nn.Parameter]:
+        """What is trained together: the critic's heads go with the discriminator."""
+        heads = self.critic.parameters() if self.critic is not None and network is self.d else ()
+        return [*network.parameters(), *heads]
+
+    def _adam(self, network, lr, reg_every):
         """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
         ratio = reg_every / (reg_every + 1)
         fused = self.place.device.type in ("cuda", "cpu")
         return torch.optim.Adam(
-            network.parameters(), lr=self.settings.lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused
+            self.weights_of(network), lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused
         )
 
     # -- one round ----------------------------------------------------------------------------------------------------
@@ -174,7 +190,7 @@ class Trainer:
         if bucket is not None:
             gradients = [bucket.close(name)]
         else:
-            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            gradients = [p.grad for p in self.weights_of(network) if p.grad is not None]
         all_reduce_mean(gradients)
         if self.dtype == torch.float16:  # overflow in one image must not end the run (stylegan2-ada-pytorch does this)
             for gradient in gradients:
@@ -186,6 +202,8 @@ class Trainer:
         """Gradients for the weights of one network alone."""
         self.g.requires_grad_(network is self.g)
         self.d.requires_grad_(network is self.d)
+        if self.critic is not None:
+            self.critic.requires_grad_(network is self.d)
 
     def accumulate_gradients(self, phase, images, name):
         """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
@@ -242,7 +260,12 @@ class Trainer:
         if self.settings.augment:
             self.ada.accumulate(real_logits)
         loss = d_logistic_loss(real_logits, fake_logits)
-        (loss * weight).backward()
+        total = loss
+        if self.critic is not None:
+            aided = critic_d_loss(self.critic(real, self.dtype), self.critic(fake, self.dtype))
+            total = loss + self.settings.aid_weight * aided
+            self.note(critic=aided)
+        (total * weight).backward()
         self.note(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
 
     def r1_phase(self, real, weight):
@@ -253,9 +276,17 @@ class Trainer:
 
     def g_phase(self, real, weight):
         fake, _ = self.synthesise(real.shape[0], self.dtype)
+        (self.realism_loss(fake) * weight).backward()
+
+    def realism_loss(self, fake):
+        """What G minimises: the discriminator's verdict, and the critic's where there is one."""
         loss = g_nonsaturating_loss(self.judge(fake, self.dtype))
-        (loss * weight).backward()
         self.note(g=loss)
+        if self.critic is None:
+            return loss
+        aided = critic_g_loss(self.critic(fake, self.dtype))
+        self.note(g_critic=aided)
+        return loss + self.settings.aid_weight * aided
 
     def path_phase(self, real, weight):
         n = max(1, real.shape[0] // self.settings.path_batch_shrink)
@@ -334,6 +365,7 @@ class Trainer:
             "g_optim": self.g_optim.state_dict(), "d_optim": self.d_optim.state_dict(),
             "config": self.config.to_dict(), "step": self.step, "salt": self.salt,
             "mean_path_length": float(self.mean_path_length), "ada": self.ada.state_dict(reduce),
+            **({} if self.critic is None else {"critic": self.critic.state_dict(), "aid": self.settings.aid}),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
@@ -342,6 +374,9 @@ class Trainer:
         if missing:
             raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; "
                                   "--init_from starts a new run from its weights")  # fmt: skip
+        if state.get("aid", "") != self.settings.aid:
+            raise CheckpointError(f"{source} was trained with --aid {state.get('aid') or '(none)'}, not "
+                                  f"{self.settings.aid or '(none)'}: --init_from starts a new run from its weights")
         self.load_networks(state, source)
         for optimiser, name in ((self.g_optim, "g_optim"), (self.d_optim, "d_optim")):
             settings = [(group["lr"], group["betas"], group["fused"]) for group in optimiser.param_groups]
@@ -376,5 +411,7 @@ class Trainer:
                 if isinstance(network, Generator):
                     weights = {"token": network.token, **weights}
                 load_strictly(network, weights, source)
+        if self.critic is not None and state.get("aid") == self.settings.aid:
+            self.critic.load_state_dict(state["critic"])
         if self.settings.noise == "none":
             self._silence()

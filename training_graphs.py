@@ -34,7 +34,7 @@ class PhaseGraphs:
     def __init__(self, trainer: Trainer, recorder: Recorder):
         self.trainer, self.recorder = trainer, recorder
         for network in (trainer.g, trainer.d):
-            trainer.buckets.setdefault(network, GradientBucket(network.parameters()))
+            trainer.buckets.setdefault(network, GradientBucket(trainer.weights_of(network)))
         self.images: torch.Tensor | None = None  # uint8, the micro-batch at hand
         self.plays: dict[str, int] = {}
         self.replays: dict[str, Callable] = {}

@@ -21,7 +21,7 @@ def test_own_samples_of_the_bundled_generator(root):
     """Drawn by seed with the stored noise maps, as generate.py does, and rounded to 8 bits as it saves them."""
     if not (find("squeezenet1_1") or find("squeezenet1_1_features")):
         pytest.skip("no SqueezeNet weights for LPIPS are here: set WPP_WEIGHTS to a folder that holds them")
-    generator = load_generator(root / "checkpoints" / "face-wpp-32.safetensors")
+    generator = load_generator(root / "checkpoints" / "face-wpp-64.safetensors")
     images, _ = generator(generator.draw_z(SAMPLES, torch.Generator().manual_seed(0)), randomize_noise=False)
     images = torch.from_numpy(np.stack(to_uint8(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
     found = project(generator, images, perceptual=build_perceptual("squeeze"), steps=STEPS,
