@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from photos import CGAN, CKPT, ENCODER, POINTS, ColourScorer, demo_generator
+from photos import CGAN, CKPT, ENCODER, POINTS, SIZE, ColourScorer, demo_generator
 
 from common.images import save_image
 from common.perceptual import build_perceptual, perceptual_or_none
@@ -27,11 +27,11 @@ def boundary_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boundaries ü")
     generator = demo_generator()
     codes = SampledCodes(generator, range(60))
-    pictures = np.stack(list(render(generator, torch.from_numpy(codes[np.arange(60)]).view(60, 8, 512),
+    pictures = np.stack(list(render(generator, torch.from_numpy(codes[np.arange(60)]).view(60, -1, 512),
                                     noise=noise_maps(generator, "none"))))  # fmt: skip
     scores = ColourScorer()(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
     for column, name in ((1, "smile"), (0, "age")):
-        boundary = fit_boundary(codes, scores[:, column], ratio=0.3, fit="svm", attribute=name, size=32,
+        boundary = fit_boundary(codes, scores[:, column], ratio=0.3, fit="svm", attribute=name, size=SIZE,
                                 fingerprint=generator.fingerprint)  # fmt: skip
         boundary.save(folder / f"{name}.npz")
     replace(boundary, fingerprint="0" * 16, attribute="hat").save(folder / "other.npz")

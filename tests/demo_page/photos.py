@@ -14,9 +14,8 @@ from faces.labels import Attribute
 from faces.scorer import AttributeScorer, require_images
 
 ROOT = Path(__file__).resolve().parents[2]
-CKPT = ROOT / "checkpoints" / "face-wpp-64.safetensors"
-ENCODER = ROOT / "checkpoints" / "face-psp-64.safetensors"
-CGAN = ROOT / "checkpoints" / "face-cgan-64.safetensors"
+SIZE = 64  # pixels of the bundled models
+CKPT, ENCODER, CGAN = (ROOT / "checkpoints" / f"face-{kind}-{SIZE}.safetensors" for kind in ("wpp", "psp", "cgan"))
 POINTS = [[203.8, 103.3], [246.5, 104.9], [224.1, 129.4], [204.0, 143.4], [242.5, 144.9]]  # of the astronaut
 
 

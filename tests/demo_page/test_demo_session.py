@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from photos import POINTS, run_commands
+from photos import POINTS, SIZE, run_commands
 from PIL import Image
 
 import demo
@@ -61,7 +61,7 @@ def test_a_photo_is_aligned_and_inverted(tools, face):
     assert face.method == "encoder" and face.code.shape == (8, 512) and face.crop.size == (256, 256)
     assert face.name == "astro_naut_ü" and face.source == "astro naut ü.png"
     inversion = render_edit(tools, face, Edit()).inversion
-    target = np.asarray(face.crop.resize((32, 32), Image.Resampling.LANCZOS), np.float32)
+    target = np.asarray(face.crop.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
     mean, _ = tools.generator(tools.mean, input_is_latent=True, noise=face.noise)
     mean = (mean[0].permute(1, 2, 0).numpy() + 1) * 127.5
     assert np.abs(inversion - target).mean() < 0.8 * np.abs(mean - target).mean()
@@ -174,9 +174,9 @@ def test_points_are_read_however_they_are_typed():
 def test_refining_comes_closer_and_can_be_stopped(tools, face):
     work = Refinement(tools, face, 30)
     work.join(120)
-    assert work.error is None and work.step == 30 and work.picture.shape == (32, 32, 3)
+    assert work.error is None and work.step == 30 and work.picture.shape == (SIZE, SIZE, 3)
     assert work.result.method == "projector" and work.result.steps == 30
-    target = np.asarray(face.crop.resize((32, 32), Image.Resampling.LANCZOS), np.float32)
+    target = np.asarray(face.crop.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
     before, after = (
         np.square(render_edit(tools, each, Edit()).inversion - target).mean() for each in (face, work.result)
     )

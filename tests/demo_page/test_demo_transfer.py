@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from photos import CKPT, POINTS, run_commands
+from photos import CKPT, POINTS, SIZE, run_commands
 from PIL import Image
 
 import demo
@@ -27,7 +27,7 @@ SERIOUS, SMILING = 7, 45  # seeds
 def invert(tools, face, steps=4):
     work = ConditionalInversion(tools.conditional, tools.perceptual, face, steps)
     work.join(120)
-    assert work.error is None and work.step == steps and work.picture.shape == (32, 32, 3)
+    assert work.error is None and work.step == steps and work.picture.shape == (SIZE, SIZE, 3)
     return work
 
 
