@@ -21,6 +21,7 @@ from torch import nn
 from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_safetensors
 from layers import ConstantInput, ConvLayer, EqualLinear, PixelNorm, ResBlock, StyledConv, ToRGB, TransformerBlock
 
+STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
 CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2 (reference 8.2)
 
@@ -173,7 +174,7 @@ class Generator(nn.Module):
     def latent_statistics(self, n: int = 10_000, seed: int = 0, batch: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [1, L, 512] and per-token standard deviation [L] (the norm over channels, as the projector uses it:
         sqrt(sum_c var_c)) of w over n seeded samples; accumulated in float64, so independent of the batch."""
-        draw = torch.Generator().manual_seed(seed)
+        draw = torch.Generator().manual_seed(seed ^ STATISTICS_STREAM)
         total = square = 0
         for start in range(0, n, batch):
             z = self.draw_z(min(batch, n - start), draw)

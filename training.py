@@ -30,6 +30,12 @@ EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published 
 PATH_DECAY = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("d", "r1", "g", "path")
+WEIGHT_STREAM = 0x77656967
+
+
+def mix_seeds(*numbers: int) -> int:
+    """One seed, 63 bits, of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ class Trainer:
 
     def __init__(self, config: GeneratorConfig, settings: TrainSettings, place: Distributed):
         self.config, self.settings, self.place = config, settings, place
-        torch.manual_seed(settings.seed)  # all ranks start from the same weights
+        # All ranks start from the same weights; not from the numbers that latents of the same seed are made of, else a
+        # latent would be a row of the first mapping layer and its code far outside of all others.
+        torch.manual_seed(mix_seeds(WEIGHT_STREAM, settings.seed))
         self.g = Generator(config).to(place.device)
         self.d = Discriminator(config).to(place.device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
@@ -221,8 +229,7 @@ class Trainer:
         phase(self.prepare(images), 1 / self.settings.n_micro)
 
     def _seed(self, phase: str, micro_index: int):
-        entropy = [self.settings.seed, self.salt, self.step, PHASES.index(phase), micro_index]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(mix_seeds(self.settings.seed, self.salt, self.step, PHASES.index(phase), micro_index))
 
     def prepare(self, images):
         """uint8 [N, 3, S, S] -> float32 in [-1, 1], each image mirrored with probability one half."""

@@ -64,6 +64,17 @@ def double(network):
 # -- losses --------------------------------------------------------------------------------------------------------
 
 
+def test_latents_of_the_runs_seed_are_no_rows_of_its_weights():
+    """Else the sample sheet of a run would show codes found nowhere else."""
+    for w_space in (True, False):
+        config = GeneratorConfig(size=8, style_dim=256, n_mlp=1, channel_max=4, w_space=w_space)
+        g = make_trainer(config, seed=0).g
+        z = g.draw_z(64, torch.Generator().manual_seed(0)).flatten(0, -2)
+        first = g.style[1].weight if w_space else g.style[1].atten.q_transform.weight[:, :256]
+        cosine = F.normalize(z, dim=1) @ F.normalize(first, dim=1).t()
+        assert cosine.abs().max() < 0.5
+
+
 def test_logistic_losses_by_closed_form():
     real, fake = torch.tensor([[0.0], [2.0]]), torch.tensor([[-1.0], [3.0]])
     log = math.log

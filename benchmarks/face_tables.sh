@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The paper's tables on real faces: synthesis, inversion, editing, conditional edits, for a W++ generator and its W twin.
+# What docs/results.md lists was made by this file; every part is skipped where its results are there already.
+#
+#   DATA=../shared/data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries editing conditional
+#
+# DATA holds faces-heldout/ and labels; FACES is the LMDB that the generators were trained on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PY=${PY:-.venv/bin/python}
+DATA=${DATA:-../shared/data}
+OUT=${OUT:-runs/tables}
+FACES=${FACES:-runs/faces.lmdb}
+WPP=${WPP:-checkpoints/face-wpp-64.safetensors}
+W=${W:-checkpoints/face-w-64.safetensors}
+ENCODER=${ENCODER:-checkpoints/face-psp-64.safetensors}
+CGAN=${CGAN:-checkpoints/face-cgan-64.safetensors}
+NET=${NET:-squeeze}     # LPIPS backbone and features
+STEPS=${STEPS:-200}     # of the projector
+LR_W=${LR_W:-0.28}      # about 1/60 and 1/100 of the codes' deviation: docs/results.md, "Real faces: W, W+, W++"
+LR_WPP=${LR_WPP:-0.5}
+export WPP_WEIGHTS=${WPP_WEIGHTS:-$DATA/weights}
+mkdir -p "$OUT"
+
+faces() {  # faces N K: every K-th held-out face in sorted order, N of them
+  local folder=$OUT/faces$1
+  if [ ! -d "$folder" ]; then
+    mkdir "$folder"
+    ls "$DATA/faces-heldout" | grep 'jpg$' | awk -v k="$2" 'NR % k == 1' | head -n "$1" |
+      while read -r name; do cp "$DATA/faces-heldout/$name" "$folder/"; done
+  fi
+}
+
+synthesis() {  # 10,000 real and 10,000 drawn faces
+  for ckpt in "$WPP" "$W"; do
+    $PY metrics/fid.py --real "$FACES" --size 64 --fake "$ckpt" --extractor $NET --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis.jsonl"
+    $PY metrics/fid.py --real "$FACES" --size 64 --fake "$ckpt" --extractor scorer --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis-scorer.jsonl"
+    $PY metrics/prdc.py --real "$FACES" --size 64 --fake "$ckpt" --extractor $NET --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis.jsonl"
+    $PY metrics/prdc.py --real "$FACES" --size 64 --fake "$ckpt" --extractor scorer --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis-scorer.jsonl"
+  done
+}
+
+inversion() {  # 200 held-out faces in W, W+, W++, W++ from the encoder, and by the encoder alone
+  faces 200 11
+  local common="--dataset $OUT/faces200 --step $STEPS --mse 1 --noise 0 --perceptual $NET --device cpu"
+  $PY projector.py --ckpt "$W" --space w --lr "$LR_W" $common --output_dir "$OUT/inverted-w"
+  $PY projector.py --ckpt "$W" --space w+ --lr "$LR_W" $common --output_dir "$OUT/inverted-wplus"
+  $PY projector.py --ckpt "$WPP" --lr "$LR_WPP" $common --output_dir "$OUT/inverted-wpp"
+  $PY projector.py --ckpt "$WPP" --init "encoder:$ENCODER" --lr 0.1 $common --output_dir "$OUT/inverted-encoder"
+  $PY pSp/scripts/inference.py --exp_dir "$OUT/psp" --checkpoint_path "$ENCODER" --data_path "$OUT/faces200" --lpips_net $NET --retrieval 200 --device cpu
+  $PY metrics/reconstruction.py "$OUT"/inverted-{w,wplus,wpp} "$OUT/psp" --measures perceptual,mse,identity --output "$OUT/reconstruction.txt"
+}
+
+boundaries() {  # of both generators, 20,000 samples each
+  for kind in wpp w; do
+    local ckpt=$WPP; [ $kind = w ] && ckpt=$W
+    for attribute in age gender smile; do
+      [ -f "$OUT/$kind-$attribute/boundary-$attribute.npz" ] || $PY edit_attribute.py --ckpt "$ckpt" --attribute $attribute --num_sample 20000 \
+        --noise none --fit ridge --samples "$OUT/$kind-samples" --latent "$OUT/inverted-$kind" --at 2 --distance relative --unit std \
+        --no_frames --identity none --perceptual none --output_dir "$OUT/$kind-$attribute" --device cpu
+    done
+  done
+}
+
+editing() {  # the first 60 of these faces, -6 to 6 standard deviations
+  for attribute in age gender smile; do
+    $PY metrics/editing.py --ckpt "$W" "$W" "$WPP" "$WPP" --latent "$OUT"/inverted-{w,wplus,wpp,encoder} \
+      --boundary "$OUT"/{w,w,wpp,wpp}-$attribute/boundary-$attribute.npz --names W W+ W++ W++enc --reach 6 --steps 9 --faces 60 \
+      --perceptual $NET --device cpu --output_dir "$OUT/editing-$attribute"
+  done
+}
+
+conditional() {  # 40 of them asked to smile, and not to, by the conditional generator
+  faces 40 57
+  local common="--ckpt $CGAN --perceptual $NET --eval_scorer face-scorer-eval --device cpu --start inversion"
+  $PY edit_conditional.py $common --source "$OUT/faces40" --set smile=1 --step 100 --lr 0.2 --mse 1 --noise 0 --output_dir "$OUT/cast"
+  $PY edit_conditional.py $common --source "$OUT/cast/inverted" --set smile=0 --output_dir "$OUT/cast-sober"
+}
+
+for part in "$@"; do "$part"; done
