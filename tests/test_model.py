@@ -444,7 +444,8 @@ def test_mean_latent(tiny_config, tiny_w_config):
     for config in (tiny_config, tiny_w_config):
         generator = loud(Generator(config))
         mean, std = generator.latent_statistics(200, seed=3, batch=64)
-        codes = generator.get_latent(generator.draw_z(200, torch.Generator().manual_seed(3 ^ STATISTICS_STREAM))).detach()
+        draw = torch.Generator().manual_seed(3 ^ STATISTICS_STREAM)
+        codes = generator.get_latent(generator.draw_z(200, draw)).detach()
         assert mean.shape == (1, 6, 32) and std.shape == (6,)
         assert torch.allclose(mean[0], codes.mean(0), atol=1e-4)
         assert torch.allclose(std, codes.var(0, unbiased=False).sum(1).sqrt(), rtol=1e-4)
