@@ -41,6 +41,7 @@ class GeneratorConfig:
     channel_max: int = 512
     lr_mlp: float = 0.01
     condition_dim: int = 0  # attributes concatenated to every style code (the conditional GAN)
+    channel_base: int = 0  # widths of channel_base / resolution at every resolution; 0: the published rule above
 
     def __post_init__(self):
         if self.size < 8 or self.size > 1024 or self.size & (self.size - 1):
@@ -50,6 +51,8 @@ class GeneratorConfig:
         for name in ("style_dim", "n_mlp", "channel_max", "channel_multiplier", "lr_mlp"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.channel_base < 0:
+            raise ValueError(f"channel_base must not be negative, got {self.channel_base}")
 
     @property
     def n_tokens(self) -> int:
@@ -65,7 +68,10 @@ class GeneratorConfig:
         return "w" if self.w_space else "w++"
 
     def channels(self, resolution: int) -> int:
-        """Feature maps at a resolution: 512 up to 32 px, then 256m at 64, 128m at 128 ..., capped by channel_max."""
+        """Feature maps at a resolution: 512 up to 32 px, then 256m at 64, 128m at 128 ..., capped by channel_max. With
+        channel_base: channel_base / resolution, capped likewise, so that every resolution costs about the same."""
+        if self.channel_base:
+            return max(1, min(self.channel_max, self.channel_base // resolution))
         width = 512 if resolution <= 32 else int(16384 // resolution * self.channel_multiplier)
         return max(1, min(self.channel_max, width))
 
@@ -343,13 +349,16 @@ def infer_config(state: dict) -> GeneratorConfig:
         raise CheckpointError(f"these tensors are not a StyleGAN2 generator's: {error} is missing") from None
     if foreign:
         raise CheckpointError(f"a StyleGAN2 generator holds tensors only, here {foreign[0]} is none")
-    for multiplier in [2] + [width * side / 16384 for side, width in sorted(widths.items(), reverse=True)]:
+    falling = [width * side for side, width in sorted(widths.items(), reverse=True)]
+    rules = [(2, 0), *((product / 16384, 0) for product in falling), *((2, product) for product in falling)]
+    for multiplier, base in rules:
         config = GeneratorConfig(
-            size, style_dim, n_mlp, "style.1.weight" in state, multiplier, widths[4], condition_dim=condition_dim
-        )
+            size, style_dim, n_mlp, "style.1.weight" in state, multiplier, widths[4], condition_dim=condition_dim,
+            channel_base=base,
+        )  # fmt: skip
         if all(config.channels(side) == width for side, width in widths.items()):
             return config
-    raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier")
+    raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
 
 
 def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:

@@ -16,7 +16,8 @@ from growing import add_condition_columns, can_grow, grow_discriminator, grow_ge
 from model import GeneratorConfig, generator_state, infer_config
 from training import Trainer
 
-ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "channel_multiplier", "channel_max")
+WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
+ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", *WIDTHS)
 
 
 def read_architecture(args, stored: GeneratorConfig | None = None) -> GeneratorConfig:
@@ -67,8 +68,8 @@ def find_start(args) -> tuple[dict | None, Path | None]:
 
 
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
-    if config.widths == other.widths:  # several pairs of channel_max and channel_multiplier give the same networks
-        other = replace(other, channel_max=config.channel_max, channel_multiplier=config.channel_multiplier)
+    if config.widths == other.widths:  # several rules give the same networks
+        other = replace(other, **{name: getattr(config, name) for name in WIDTHS})
     differing = [f"--{name} {value} here, {getattr(other, name)} in the file"
                  for name, value in config.to_dict().items() if getattr(other, name) != value]  # fmt: skip
     if differing:

@@ -57,6 +57,9 @@ def build_parser() -> ArgumentParser:
     net.add_argument("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
     net.add_argument("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")
     net.add_argument("--channel_max", type=int, help="largest number of feature maps (a new run: 512)")
+    net.add_argument("--channel_base", type=int,
+                     help="instead: channel_base / resolution maps, at most channel_max; 0 (a new run): the published "
+                          "widths. For narrow networks: wide where it is cheap")  # fmt: skip
 
     net.add_argument("--noise", choices=("random", "none"), default="random",
                      help="none: train without noise inputs, so that the codes alone say what is drawn")  # fmt: skip
