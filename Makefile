@@ -16,15 +16,16 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 # The main job on CPU, in minutes, with the bundled models: faces by seed; a photo (scikit-image's astronaut) and drawn faces
 # are aligned, inverted, edited, given another face's expression, pasted back; then the drawn faces become a data set, on
 # which a training starts, is stopped and goes on. Pictures land in demo/, and report.html with them.
-NAME       ?= face-wpp-64
+SIZE       ?= 32
+NAME       ?= face-wpp-$(SIZE)
 MODEL      ?= checkpoints/$(NAME).safetensors
-ENCODER    ?= checkpoints/face-psp-64.safetensors
-CGAN       ?= checkpoints/face-cgan-64.safetensors
+ENCODER    ?= checkpoints/face-psp-$(SIZE).safetensors
+CGAN       ?= checkpoints/face-cgan-$(SIZE).safetensors
 DEMO       ?= demo
 DEMO_INVERT = --perceptual scorer:face-scorer --identity none --mse 1 --noise 0 --lr 0.2 --mean_samples 1000 --device cpu
 DEMO_EDIT   = --ckpt $(MODEL) --latent $(DEMO)/inverted --perceptual scorer:face-scorer --identity none --device cpu \
               --distance relative --unit std
-DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size 64 --exp_name $(DEMO)/training --batch 8 --n_sample 16 --noise none --r1 0.1 \
+DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size $(SIZE) --exp_name $(DEMO)/training --batch 8 --n_sample 16 --noise none --r1 0.1 \
               --augment --device cpu --workers 1 --log_every 10
 
 demo: $(VENV)/.installed
@@ -51,7 +52,7 @@ demo: $(VENV)/.installed
 	  --output_dir $(DEMO)/expression
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
-	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size 64 --n_worker 2 $(DEMO)/faces
+	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size $(SIZE) --n_worker 2 $(DEMO)/faces
 	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 10 --sample_every 10 --save_every 10
 	$(PY) train.py $(DEMO_TRAIN) --resume auto --iter 20 --sample_every 20 --save_every 20
 	cp $(DEMO)/training/sample/000020.png $(DEMO)/4-training-sample.png

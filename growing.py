@@ -1,4 +1,5 @@
-"""Start a larger generator and discriminator from the weights of a smaller pair: cheap coarse training first.
+"""Start a larger generator and discriminator from the weights of a smaller pair: cheap coarse training first. Larger in
+pixels, or in feature maps (`widen`).
 
 The picture of the grown generator starts as the smaller one's, enlarged: the layers of the new resolutions are fresh,
 and their contribution to the image (ToRGB) starts at zero. The discriminator's new blocks start as a plain reduction to
@@ -73,6 +74,47 @@ def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discr
         shared = min(skip.shape[:2])
         skip.mul_(0.1)[:shared, :shared, 0, 0] += torch.eye(shared) * math.sqrt(2 * skip.shape[1])
     return grown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In width
+
+
+def can_widen(narrow: GeneratorConfig, wide: GeneratorConfig) -> bool:
+    """Whether the configs differ in feature maps alone, of which `wide` has as many or more at every resolution."""
+    rule = {"channel_max": wide.channel_max, "channel_multiplier": wide.channel_multiplier}
+    same = replace(narrow, **rule, channel_base=wide.channel_base) == wide
+    return same and narrow.widths != wide.widths and all(map(int.__le__, narrow.widths, wide.widths))
+
+
+@torch.no_grad()
+def widen(state: dict, network: Generator | Discriminator) -> dict:
+    """A state dict for the wider `network` that computes what the narrower one of `state` does.
+
+    New feature maps begin at random and nothing listens to them yet: the weights by which old maps read new ones are
+    zero, and have a gradient. The equalised scale 1/sqrt(inputs) is made up for. (After Net2WiderNet, arXiv 1511.05641,
+    which splits maps instead: copies of one map would stay alike without noise.) Only D's minibatch statistic, a mean
+    over all maps, changes a little.
+    """
+    widened = {}
+    for name, fresh in network.state_dict().items():
+        old, new = state[name], fresh.clone()
+        if old.shape == new.shape:
+            widened[name] = new.copy_(old)
+            continue
+        reads_maps = not is_modulation(name) and name != "input.input" and name.endswith("weight")
+        if not reads_maps:  # one number, kernel or style per map
+            new[tuple(slice(n) for n in old.shape)] = old
+        else:
+            old, target = (old[0], new[0]) if old.ndim == 5 else (old, new)  # [out, in, ...]
+            target[: old.shape[0]] = 0
+            scaled = old * math.sqrt(target.shape[1] / old.shape[1])
+            if name == "final_conv.0.weight":  # the last input is the minibatch statistic
+                target[: old.shape[0], -1] = scaled[:, -1]
+                scaled = scaled[:, :-1]
+            target[: scaled.shape[0], : scaled.shape[1]] = scaled
+        widened[name] = new
+    return widened
 
 
 def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:

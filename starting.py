@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from common.cli import UsageError, UserError
-from growing import add_condition_columns, can_grow, grow_discriminator, grow_generator
+from growing import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 from model import GeneratorConfig, generator_state, infer_config
 from training import Trainer
 
@@ -79,8 +79,8 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
 def init_from(trainer: Trainer, path: str) -> None:
     """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew.
 
-    A smaller generator of else the same architecture is grown, an unconditional one gets the condition that is trained
-    (growing.py). Raises CheckpointError if it cannot be.
+    A smaller or narrower generator of else the same architecture is grown, an unconditional one gets the condition that
+    is trained (growing.py). Raises CheckpointError if it cannot be.
     """
     state, config = generator_state(path)
     weights = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
@@ -93,6 +93,9 @@ def init_from(trainer: Trainer, path: str) -> None:
         if "d" in weights:
             grown["d"] = grow_discriminator(weights["d"], config, trainer.d)
         weights = grown
+    elif can_widen(config, trainer.config):
+        networks = {"g": trainer.g, "g_ema": trainer.g, "d": trainer.d}
+        weights |= {name: widen(weights[name], network) for name, network in networks.items() if name in weights}
     else:
         require_same_architecture(trainer.config, config, path)
     trainer.adopt(weights, path)

@@ -187,7 +187,7 @@ REFUSED = {
     "has synthesis.b8.skip.weight":
         lambda data: data["G_ema"].put("synthesis.b8.skip", convolution(8, 8, 1, drawing(), activation="linear")),
     "follow no channel_max":
-        lambda data: data.update(G_ema=new_nvidia_generator(drawing(), widths={4: 8, 8: 8, 16: 4})),
+        lambda data: data.update(G_ema=new_nvidia_generator(drawing(), widths={4: 8, 8: 4, 16: 8})),
     "convs.0.conv.weight is [1, 8, 8, 5, 5]":
         lambda data: data["G_ema"].at("synthesis.b8.conv0").parameters.update(weight=torch.ones(8, 8, 5, 5)),
     "no G_ema": lambda data: data.pop("G_ema"),

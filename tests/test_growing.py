@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from growing import can_grow, grow_discriminator, grow_generator
+from growing import can_grow, can_widen, grow_discriminator, grow_generator, widen
 from model import Discriminator, Generator, GeneratorConfig
 
 SMALL = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 16}
@@ -52,3 +52,45 @@ def test_what_does_not_grow():
     assert not can_grow(small, other)
     with pytest.raises(ValueError, match="cannot grow"):
         grow_generator(Generator(small).state_dict(), small, Generator(other))
+
+
+NARROW = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 4}
+
+
+@pytest.mark.parametrize("w_space", [True, False])
+def test_a_wider_generator_draws_the_same_picture(w_space):
+    torch.manual_seed(0)
+    narrow = GeneratorConfig(**NARROW, w_space=w_space)
+    wide = GeneratorConfig(**NARROW | {"channel_max": 12}, w_space=w_space, channel_base=128)
+    assert can_widen(narrow, wide) and wide.widths == [12, 12, 8]
+    a, b = Generator(narrow), Generator(wide)
+    b.load_state_dict(widen(a.state_dict(), b))
+    z = a.draw_z(3)
+    x, y = (g(z, randomize_noise=False)[0] for g in (a, b))
+    assert torch.allclose(x, y, atol=1e-4)
+    y.square().mean().backward()
+    weight = b.convs[1].conv.weight  # [1, 12, 12, 3, 3]
+    assert weight[0, :4, 4:].abs().max() == 0 and weight.grad[0, :4, 4:].abs().min() > 0, "silent, but learning"
+
+
+def test_a_wider_discriminator_judges_alike():
+    torch.manual_seed(0)
+    narrow, wide = GeneratorConfig(**NARROW), GeneratorConfig(**NARROW | {"channel_max": 12})
+    a, b = Discriminator(narrow), Discriminator(wide)
+    state = widen(a.state_dict(), b)
+    b.load_state_dict(state)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    assert torch.allclose(a.features(images), b.features(images)[:, :4], atol=1e-4)
+    silent = state | {"final_conv.0.weight": state["final_conv.0.weight"].clone()}
+    silent["final_conv.0.weight"][:, -1] = 0  # the minibatch statistic is a mean over more maps now
+    b.load_state_dict(silent)
+    plain = a.state_dict() | {"final_conv.0.weight": a.state_dict()["final_conv.0.weight"].clone()}
+    plain["final_conv.0.weight"][:, -1] = 0
+    a.load_state_dict(plain)
+    assert torch.allclose(a(images), b(images), atol=1e-4)
+
+
+def test_what_cannot_be_widened():
+    narrow = GeneratorConfig(**NARROW)
+    for change in ({"channel_max": 3}, {}, {"channel_max": 12, "n_mlp": 3}, {"channel_max": 12, "size": 32}):
+        assert not can_widen(narrow, GeneratorConfig(**NARROW | change))

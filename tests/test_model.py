@@ -714,6 +714,18 @@ def test_architecture_is_inferred_from_the_tensors(size, multiplier, channel_max
     assert (found.size, found.style_dim, found.n_mlp, found.w_space) == (size, 16, 3, False)
 
 
+@pytest.mark.parametrize("base, channel_max, widths", [(256, 24, [24, 24, 16, 8, 4]), (64, 512, [16, 8, 4, 2, 1])])
+def test_widths_by_resolution(base, channel_max, widths):
+    """channel_base / resolution, as in NVIDIA's implementation, at most channel_max; read back from the tensors."""
+    config = GeneratorConfig(64, 16, 1, channel_max=channel_max, channel_base=base)
+    assert config.widths == widths
+    assert infer_config(meta(lambda: Generator(config)).state_dict()).widths == widths
+    state = meta(lambda: Discriminator(config)).state_dict()
+    assert state["convs.0.0.weight"].shape[0] == widths[-1] and state["final_conv.0.weight"].shape[1] == widths[0] + 1
+    with pytest.raises(ValueError, match="channel_base must not be negative"):
+        GeneratorConfig(channel_base=-1)
+
+
 @pytest.mark.parametrize("size", [256, 1024])
 def test_published_architectures_are_inferred(size):
     for w_space in (False, True):
