@@ -50,7 +50,7 @@ from rendering import (
     select_noise,
     slerp,
 )
-from snapshots import export_ema
+from snapshots import export_ema, export_judges
 from training import DTYPES
 
 DEFAULT_SEEDS = "0-35"
@@ -96,6 +96,8 @@ def build_parser() -> ArgumentParser:
     out.add_argument("--export", metavar="FILE", help="write the EMA generator with its config as .safetensors; "
                                                       "renders nothing unless --seeds or the like asks")  # fmt: skip
     out.add_argument("--half", action="store_true", help="export in 16 bits: half the file, a fingerprint of its own")
+    out.add_argument("--with_d", action="store_true",
+                     help="export the discriminator too (FILE-d.safetensors), with which train.py --init_from goes on")
     out.add_argument("--batch", type=int, default=8,
                      help="pictures per forward pass on a GPU; a CPU computes each alone, so that the batch cannot "
                           "change it")  # fmt: skip
@@ -144,7 +146,8 @@ def read_options(args) -> Task:
         if wrong:
             raise UsageError(f"{flag} cannot be used with {other}")
     for flag, needed, wrong in (("--video", "--interpolate", args.video and not args.interpolate),
-                                ("--half", "--export", args.half and not args.export)):  # fmt: skip
+                                ("--half", "--export", args.half and not args.export),
+                                ("--with_d", "--export", args.with_d and not args.export)):  # fmt: skip
         if wrong:
             raise UsageError(f"{flag} is for {needed}")
     return _read_task(args)
@@ -303,6 +306,14 @@ def read_known(path) -> dict:
     return {name: known.get(name) for name in ("step", "condition")}
 
 
+def read_training_state(path) -> dict:
+    """Raises UserError for a file without a discriminator."""
+    state = {} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    if "d" not in state or "config" not in state:
+        raise UserError(f"--with_d: {path} holds no discriminator with its config: expected a checkpoint of train.py")
+    return state
+
+
 def progress(items, total: int, place: Distributed):
     return tqdm(items, total=total, disable=not place.is_main, unit="picture", dynamic_ncols=True)
 
@@ -342,6 +353,9 @@ def main(args) -> int:
             state = {"g_ema": generator.state_dict(), "config": config.to_dict(), **read_known(args.ckpt)}
             identity = export_ema(state, args.export, half=args.half)
             print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
+            if args.with_d:
+                judges = export_judges(read_training_state(args.ckpt), args.export, half=args.half)
+                print(f"{judges}: its discriminator")
         if task.kind == "export":
             return 0
 

@@ -85,6 +85,21 @@ def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:
     return identity
 
 
+def judges_file(path: str | Path) -> Path:
+    """Where the discriminator of an exported generator is kept: face.safetensors -> face-d.safetensors."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}-d{path.suffix}")
+
+
+def export_judges(state: dict, path: str | Path, *, half: bool = False) -> Path:
+    """The discriminator of a training state, and its critic if there is one, beside the exported generator `path`:
+    tensors `d.NAME` and `critic.NAME`, in the header `config` and `aid`. train.py --init_from takes it along."""
+    tensors = {f"{kind}.{name}": tensor.half() if half else tensor
+               for kind in ("d", "critic") for name, tensor in state.get(kind, {}).items()}  # fmt: skip
+    save_safetensors(judges_file(path), tensors, {"config": state["config"], "aid": state.get("aid", "")})
+    return judges_file(path)
+
+
 class Progress:
     """Speed, data wait, memory and time left, for the log."""
 

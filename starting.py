@@ -10,10 +10,11 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
 from growing import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 from model import GeneratorConfig, generator_state, infer_config
+from snapshots import judges_file
 from training import Trainer
 
 WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
@@ -76,14 +77,26 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
         raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
 
 
+def read_judges(path: str) -> dict:
+    """`d`, `critic`, `aid` from the file that generate.py --with_d wrote beside an exported generator; {} without."""
+    file = judges_file(path)
+    if not file.is_file():
+        return {}
+    tensors, known = load_safetensors(file)
+    judges = {kind: {name.removeprefix(f"{kind}."): tensor.float() for name, tensor in tensors.items()
+                     if name.startswith(f"{kind}.")} for kind in ("d", "critic")}  # fmt: skip
+    return {kind: state for kind, state in judges.items() if state} | {"aid": known.get("aid", "")}
+
+
 def init_from(trainer: Trainer, path: str) -> None:
-    """Transfer: weights of g, d and g_ema where the file has them; step, optimisers and averages start anew.
+    """Transfer: weights of g, d and g_ema where the file, or the one beside an export, has them; step, optimisers and
+    averages start anew.
 
     A smaller or narrower generator of else the same architecture is grown, an unconditional one gets the condition that
     is trained (growing.py). Raises CheckpointError if it cannot be.
     """
     state, config = generator_state(path)
-    weights = {"g_ema": state} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    weights = {"g_ema": state, **read_judges(path)} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
     n = trainer.config.condition_dim
     if n and not config.condition_dim:
         weights |= {name: add_condition_columns(weights[name], config, n) for name in ("g", "g_ema") if name in weights}
