@@ -16,7 +16,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 # The main job on CPU, in minutes, with the bundled models: faces by seed; a photo (scikit-image's astronaut) and drawn faces
 # are aligned, inverted, edited, given another face's expression, pasted back; then the drawn faces become a data set, on
 # which a training starts, is stopped and goes on. Pictures land in demo/, and report.html with them.
-SIZE       ?= 32
+SIZE       ?= 64
 NAME       ?= face-wpp-$(SIZE)
 MODEL      ?= checkpoints/$(NAME).safetensors
 ENCODER    ?= checkpoints/face-psp-$(SIZE).safetensors
@@ -41,14 +41,14 @@ demo: $(VENV)/.installed
 	cp docs/astronaut.json $(DEMO)/photos/
 	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
 	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
-	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 100 $(DEMO_INVERT) \
+	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 250 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/inverted
 	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -6 \
 	  --end_distance 6 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
-	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 100 $(DEMO_INVERT) \
+	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 250 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/expression
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
