@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The paper's tables on real faces: synthesis, inversion, editing, conditional edits, for a W++ generator and its W twin.
-# What docs/results.md lists was made by this file; every part is skipped where its results are there already.
+# Not run yet as a whole: the W twin at 64 px is missing. Projector, encoder and boundaries go on where they were stopped.
 #
 #   DATA=../shared/data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries editing conditional
 #
-# DATA holds faces-heldout/ and labels; FACES is the LMDB that the generators were trained on.
+# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
