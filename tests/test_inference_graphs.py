@@ -132,14 +132,14 @@ def test_encoder_in_bf16():
 
 
 def test_projection_in_bf16(generator):
-    """The loss after a few steps is that of float32 within 5 % (3.6 % where the processor computes in bf16 itself)."""
+    """The loss after a few steps is that of float32 within 2 %."""
     images, _ = generator(generator.draw_z(2, torch.Generator().manual_seed(1)), randomize_noise=False)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
         result = project(generator, images.clamp(-1, 1), perceptual=PixelDistance(), steps=30, dtype=dtype,
-                         statistics=generator.latent_statistics(100))  # fmt: skip
+                         statistics=generator.latent_statistics(100, seed=1))  # fmt: skip
         losses.append(result.curves["perceptual"][:, -1])
-    assert relative(losses[1], losses[0]) < 0.05
+    assert relative(losses[1], losses[0]) < 0.02
 
 
 @pytest.mark.parametrize("script", [generate, edit_attribute, projector, inference])

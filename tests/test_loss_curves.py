@@ -33,14 +33,14 @@ def measure(flags, capsys):
 
 def test_ways_agree_and_seeds_do_not(capsys):
     """Joined operations (ours on a CPU) against separate ones, and bf16: the same losses, step by step; and finite."""
-    flags = ["--runs", "ref", "original", "bf16", "--seeds", "0", "1", "--steps", "20", "--window", "5", *SMALL]
+    flags = ["--runs", "ref", "original", "bf16", "--seeds", "2", "1", "--steps", "20", "--window", "5", *SMALL]
     lines, found = measure(flags, capsys)
     assert [(r["way"], r["seed"], r["broken"]) for r in found["runs"]] == [
-        ("ref", 0, None), ("ref", 1, None), ("original", 0, None), ("bf16", 0, None)]  # fmt: skip
+        ("ref", 2, None), ("ref", 1, None), ("original", 2, None), ("bf16", 2, None)]  # fmt: skip
     assert all(len(r["curves"][name]) == 20 for r in found["runs"] for name in ("d", "g"))
     assert found["distance"]["original"] < 0.02 < found["noise"] and found["distance"]["bf16"] < found["noise"]
     first, original = found["runs"][0]["curves"], found["runs"][2]["curves"]
-    assert first["d"][:4] == pytest.approx(original["d"][:4], rel=1e-3) and first["d"][0] != first["d"][3]
+    assert first["d"][:5] == pytest.approx(original["d"][:5], rel=1e-3) and first["d"][0] != first["d"][4]
     assert sum("within the noise of seeds" in line for line in lines) == 2
 
 
