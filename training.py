@@ -14,7 +14,6 @@ import functools
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,22 +21,15 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import AdaptiveAugment
 from common.checkpoint import CheckpointError
-from common.distributed import Distributed, GradientBucket, all_reduce_mean
+from common.distributed import Distributed, GradientBucket, all_reduce_mean, mix_seeds
 from model import Discriminator, Generator, GeneratorConfig, load_strictly
-from vision_aid import FeatureCritic, critic_d_loss, critic_g_loss
+from vision_aid import FeatureCritic
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant
 PATH_DECAY = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("d", "r1", "g", "path")
 WEIGHT_STREAM = 0x77656967
-
-
-def mix_seeds(*numbers: int) -> int:
-    """One seed, 63 bits, of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 @dataclass(frozen=True)
 class TrainSettings:
     """What the game depends on; the names are train.py's flags. Raises ValueError for what cannot work."""
@@ -90,6 +82,11 @@ def d_logistic_loss(real_logits, fake_logits):
 
 def g_nonsaturating_loss(fake_logits):
     return F.softplus(-fake_logits).mean()
+
+
+def over_heads(loss, *logits):
+    """A loss of a discriminator's logits, for those of a critic with several heads: the mean over the heads."""
+    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])
 
 
 def r1_penalty(real_logits, real):
@@ -269,7 +266,7 @@ class Trainer:
         loss = d_logistic_loss(real_logits, fake_logits)
         total = loss
         if self.critic is not None:
-            aided = critic_d_loss(self.critic(real, self.dtype), self.critic(fake, self.dtype))
+            aided = over_heads(d_logistic_loss, self.critic(real, self.dtype), self.critic(fake, self.dtype))
             total = loss + self.settings.aid_weight * aided
             self.note(critic=aided)
         (total * weight).backward()
@@ -291,7 +288,7 @@ class Trainer:
         self.note(g=loss)
         if self.critic is None:
             return loss
-        aided = critic_g_loss(self.critic(fake, self.dtype))
+        aided = over_heads(g_nonsaturating_loss, self.critic(fake, self.dtype))
         self.note(g_critic=aided)
         return loss + self.settings.aid_weight * aided
 

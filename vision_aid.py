@@ -6,9 +6,8 @@ Small heads on its activations play the same game beside the discriminator (trai
 et al. 2021, "Projected GANs Converge Faster" (arXiv 2111.01007), but without their random mixing. The generator is an
 ordinary one afterwards. What the network has seen enters the training: name it beside results, judge them by another.
 
-
     critic = FeatureCritic(build_perceptual("squeeze", "cpu"))
-    loss = critic_d_loss(critic(real), critic(fake))                 # images [N, 3, S, S] in [-1, 1]
+    logits = critic(images)                                          # images [N, 3, S, S] in [-1, 1]
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ TRANSFORMS, AUGMENT_P = "xflip,xint,brightness,contrast,saturation", 0.5  # head
 
 
 class FeatureCritic(nn.Module):
-    """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, one tensor [N, P] per head.
+    """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, float32, one tensor [N, P] per head.
 
-    perceptual: a frozen distance of common/perceptual.py, whose activations (unit length over channels) are looked at:
-    the last layer of each resolution of at most 32 pixels. It is no part of state_dict(); the heads are.
+    perceptual: a frozen distance of common/perceptual.py, whose activations are looked at, brought to one length per
+    pixel: the last layer of each resolution of at most 32 pixels. It is no part of state_dict(); the heads are.
     """
 
     def __init__(self, perceptual):
@@ -50,10 +49,6 @@ class FeatureCritic(nn.Module):
         )
         self.augment = AdaptiveAugment(AUGMENT_P, None, transforms=TRANSFORMS)
 
-    @property
-    def name(self) -> str:
-        return self._see[0].name
-
     def to(self, device):
         self._see[0].to(device)
         self.augment.p = self.augment.p.to(device)
@@ -70,12 +65,3 @@ class FeatureCritic(nn.Module):
             x = x.to(dtype).contiguous(memory_format=torch.channels_last)  # [N, C, h, w]
             logits.append(head(x).float().flatten(1))  # [N, h * w]
         return logits
-
-
-def critic_d_loss(real, fake):
-    """The discriminator's logistic loss, mean over patches and heads."""
-    return sum(F.softplus(-r).mean() + F.softplus(f).mean() for r, f in zip(real, fake, strict=True)) / len(real)
-
-
-def critic_g_loss(fake):
-    return sum(F.softplus(-f).mean() for f in fake) / len(fake)

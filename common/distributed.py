@@ -260,6 +260,11 @@ def shard(n_items, rank, world_size):
     return range(n_items * rank // world_size, n_items * (rank + 1) // world_size)
 
 
+def mix_seeds(*numbers: int) -> int:
+    """One seed, 63 bits, of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 def seed_everything(seed, rank=0):
     """Seed `random`, numpy and torch (all devices); another stream per rank, the same for the same (seed, rank)."""
     seed = (seed + 1_000_003 * rank) % 2**32  # numpy takes 32 bits

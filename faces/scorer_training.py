@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common.checkpoint import CheckpointError
+from common.distributed import mix_seeds
 from common.images import read_image, to_tensor, to_uint8
 from faces.labels import AGE_BINS
 from faces.scorer import ScorerConfig, ScorerNetwork, expected_age, resize, split_outputs
@@ -213,8 +214,7 @@ class ScorerTrainer:
 
     def train_step(self, images: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One step on uint8 [B, 3, S, S], labels [B, A] and their weights [B, A]. Returns the losses [A]."""
-        entropy = np.random.SeedSequence([self.settings.seed, self.step]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy >> 1))
+        generator = torch.Generator().manual_seed(mix_seeds(self.settings.seed, self.step))
         images = images.to(self.device).float().div_(127.5).sub_(1)
         images = (augment_faces(images, generator) - self.mean) / self.std
         self.network.train()

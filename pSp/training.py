@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError
-from common.distributed import Distributed, all_reduce_mean, gather_list, shard
+from common.distributed import Distributed, all_reduce_mean, gather_list, mix_seeds, shard
 from pSp.data_configs import DATASETS, RESIZE_FACTORS, make_pair, normalise
 from pSp.losses import EncoderLoss
 from pSp.psp import pSp, psp_state
@@ -93,8 +92,7 @@ class EncoderTrainer:
         self._count += 1
 
     def _seed(self):
-        entropy = [self.settings.seed, self.step, self.place.rank]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+        torch.manual_seed(mix_seeds(self.settings.seed, self.step, self.place.rank))
 
     def forward(self, source, target, *, randomize_noise: bool):
         """Loss and its named parts of a batch in [-1, 1]; keeps (source, target, output) for the sample sheet."""

@@ -8,8 +8,8 @@ import torch
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.distributed import Distributed
 from common.perceptual import build_perceptual
-from training import Trainer, TrainSettings, d_logistic_loss, g_nonsaturating_loss
-from vision_aid import LARGEST_MAP, FeatureCritic, critic_d_loss, critic_g_loss
+from training import Trainer, TrainSettings, d_logistic_loss, g_nonsaturating_loss, over_heads
+from vision_aid import LARGEST_MAP, FeatureCritic
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
 AID = "scorer:face-scorer"  # bundled, so that nothing is missing offline
@@ -41,7 +41,7 @@ def test_heads_look_at_one_layer_per_resolution(critic):
 
 def test_gradients_reach_the_picture_and_the_heads_alone(critic):
     images = (torch.rand(2, 3, 16, 16) * 2 - 1).requires_grad_()
-    critic_g_loss(critic(images)).backward()
+    over_heads(g_nonsaturating_loss, critic(images)).backward()
     assert images.grad.abs().max() > 0
     assert all(p.grad is not None for p in critic.heads.parameters())
     assert all(p.grad is None and not p.requires_grad for p in critic._see[0].parameters())
@@ -50,10 +50,11 @@ def test_gradients_reach_the_picture_and_the_heads_alone(critic):
 
 def test_losses_are_the_discriminators_averaged_over_heads():
     real, fake = torch.randn(3, 4), torch.randn(3, 4)
-    assert torch.allclose(critic_d_loss([real], [fake]), d_logistic_loss(real, fake))
-    assert torch.allclose(critic_d_loss([real, fake], [fake, real]),
+    assert torch.allclose(over_heads(d_logistic_loss, [real], [fake]), d_logistic_loss(real, fake))
+    assert torch.allclose(over_heads(d_logistic_loss, [real, fake], [fake, real]),
                           (d_logistic_loss(real, fake) + d_logistic_loss(fake, real)) / 2)  # fmt: skip
-    assert torch.allclose(critic_g_loss([real, fake]), (g_nonsaturating_loss(real) + g_nonsaturating_loss(fake)) / 2)
+    assert torch.allclose(over_heads(g_nonsaturating_loss, [real, fake]),
+                          (g_nonsaturating_loss(real) + g_nonsaturating_loss(fake)) / 2)  # fmt: skip
 
 
 def test_heads_learn_to_tell_red_from_green():
@@ -63,7 +64,7 @@ def test_heads_learn_to_tell_red_from_green():
     red, green = (torch.full((4, 3, 16, 16), -1.0) for _ in range(2))
     red[:, 0], green[:, 1] = 1, 1
     for _ in range(20):
-        loss = critic_d_loss(critic(red), critic(green))
+        loss = over_heads(d_logistic_loss, critic(red), critic(green))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
