@@ -299,19 +299,21 @@ def write_loop(generator, source: Source, place, *, z, truncation, mean, frames,
             pass
 
 
-def read_known(path) -> dict:
-    """Training step and condition (editing/conditional.py) of a checkpoint or export, None where it does not tell."""
-    path = Path(path)
-    known = load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)
-    return {name: known.get(name) for name in ("step", "condition")}
+def export(generator, args) -> None:
+    """--export, with what the file knows of step and condition (editing/conditional.py); --with_d: and what judged it.
 
-
-def read_training_state(path) -> dict:
-    """Raises UserError for a file without a discriminator."""
-    state = {} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
-    if "d" not in state or "config" not in state:
+    Raises UserError, before anything is written, for a file without the discriminator that is asked for.
+    """
+    path, config = Path(args.ckpt), generator.config
+    stored = load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)
+    if args.with_d and not {"d", "config"} <= stored.keys():
         raise UserError(f"--with_d: {path} holds no discriminator with its config: expected a checkpoint of train.py")
-    return state
+    known = {name: stored.get(name) for name in ("step", "condition")}
+    state = {"g_ema": generator.state_dict(), "config": config.to_dict(), **known}
+    identity = export_ema(state, args.export, half=args.half)
+    print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
+    if args.with_d:
+        print(f"{export_judges(stored, args.export, half=args.half)}: its discriminator")
 
 
 def progress(items, total: int, place: Distributed):
@@ -350,12 +352,7 @@ def main(args) -> int:
         config = generator.config
         layers = parse_layers(args.mix_layers, config.n_tokens, "--mix_layers") if task.kind == "mix" else []
         if args.export and place.is_main:
-            state = {"g_ema": generator.state_dict(), "config": config.to_dict(), **read_known(args.ckpt)}
-            identity = export_ema(state, args.export, half=args.half)
-            print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
-            if args.with_d:
-                judges = export_judges(read_training_state(args.ckpt), args.export, half=args.half)
-                print(f"{judges}: its discriminator")
+            export(generator, args)
         if task.kind == "export":
             return 0
 
