@@ -79,9 +79,9 @@ def build_parser() -> ArgumentParser:
     loss.add_argument("--g_reg_every", type=int, default=4, help="steps between path length penalties")
     loss.add_argument("--mixing", type=float, default=0.9, help="probability of style mixing (W only)")
     loss.add_argument("--augment", action="store_true", help="adaptive discriminator augmentation (for small sets)")
-    loss.add_argument("--aid", default="", metavar="NAME",
+    loss.add_argument("--aid", metavar="NAME",
                       help="a second critic on a trained network's features, for short runs: squeeze, vgg, alex, auto, "
-                           "scorer:face-scorer (common/perceptual.py)")  # fmt: skip
+                           "scorer:face-scorer (common/perceptual.py); a continued run has the file's")  # fmt: skip
     loss.add_argument("--aid_weight", type=float, default=1, help="of its loss beside the discriminator's")
     loss.add_argument("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")
     loss.add_argument("--ada_target", type=float, default=0.6, help="target of E[sign(D(real))] for adaptive p")
@@ -142,7 +142,7 @@ def read_options(args) -> TrainSettings:
     if args.micro_batch != "auto" and not args.micro_batch.isdecimal():
         raise UsageError(f"--micro_batch is a number of images or auto, got {args.micro_batch}")
     names = TrainSettings.__dataclass_fields__
-    values = {name: getattr(args, name) for name in names if name != "micro_batch"}
+    values = {name: getattr(args, name) for name in names if name != "micro_batch"} | {"aid": args.aid or ""}
     micro = 0 if args.micro_batch == "auto" else int(args.micro_batch)
     try:
         return TrainSettings(**values, micro_batch=micro)
@@ -315,6 +315,9 @@ def main(args) -> int:
         config = read_architecture(args, stored)
         if state is not None:
             require_same_architecture(config, stored, source)
+            if args.aid is None:
+                args.aid = state.get("aid", "")
+                settings = replace(settings, aid=args.aid)
         dataset = open_dataset(args.path, config.size)
         reader = find_reader(args, state, source, stored, place.device)
         recorder = find_recorder(args.graphs, place.device, conditional=reader is not None)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import train
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common.cli import run
 from common.distributed import Distributed
 from common.perceptual import build_perceptual
 from training import Trainer, TrainSettings, d_logistic_loss, g_nonsaturating_loss, over_heads
@@ -124,3 +126,18 @@ def test_learning_rate_of_the_discriminator(tiny_config):
 def test_an_unknown_network_is_refused(tiny_config):
     with pytest.raises(ValueError, match="eyes"):
         make_trainer(tiny_config, aid="eyes")
+
+
+def test_a_continued_run_has_the_critic_of_its_file(face_lmdb, tiny_flags, tmp_path, capsys):
+    def play(*flags):
+        base = [*tiny_flags, "--path", face_lmdb, "--exp_name", tmp_path / "run", "--device", "cpu", "--workers", "0",
+                "--batch", "4", "--n_sample", "4"]  # fmt: skip
+        return run(train.main, train.build_parser(), [*map(str, base), *flags])
+
+    assert play("--aid", AID, "--iter", "1") == 0
+    assert play("--resume", "auto", "--iter", "2") == 0
+    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000002.pt")
+    assert state["aid"] == AID and "critic" in state and '"critic":' in (tmp_path / "run" / "log.jsonl").read_text()
+    capsys.readouterr()
+    assert play("--resume", "auto", "--aid", "squeeze", "--iter", "3") == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
