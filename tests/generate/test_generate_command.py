@@ -1,0 +1,127 @@
+"""generate.py: its command line, mistakes, bad files, precision, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from generating import command, pictures, seed_pictures
+
+import generate
+from common.checkpoint import save_checkpoint
+from common.cli import flags_without_help
+from model import load_generator
+
+
+def test_every_flag_has_help():
+    assert not flags_without_help(generate.build_parser())
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "word"),
+    [
+        (["--seeds", "5-2"], 2, "--seeds 5-2"),
+        (["--seeds", "0", "--interpolate"], 2, "two seeds"),
+        (["--mix", "0", "x"], 2, "--mix x"),
+        (["--mix", "0", "1", "--mix_layers", "a"], 2, "--mix_layers a"),
+        (["--mix", "0", "1", "--mix_layers", "4-9"], 1, "layers 0-5"),
+        (["--mix", "0", "1", "--interpolate"], 2, "--interpolate"),
+        (["--mix", "0", "1", "--grid"], 2, "--grid"),
+        (["--latents", "x", "--seeds", "1"], 2, "--seeds"),
+        (["--latents", "x", "--interpolate", "z"], 2, "z"),
+        (["--latents", "absent ü"], 1, "absent ü"),
+        (["--video", "a.mp4"], 2, "--interpolate"),
+        (["--interpolate", "--video", "a.avi"], 2, ".webp"),
+        (["--export", "a.pt"], 2, ".safetensors"),
+        (["--half"], 2, "--export"),
+        (["--batch", "0"], 2, "--batch"),
+        (["--frames", "0", "--interpolate"], 2, "--frames"),
+        (["--fps", "0", "--interpolate"], 2, "--fps"),
+        (["--truncation", "nan"], 2, "--truncation"),
+        (["--noise_seed", "-1"], 2, "--noise_seed"),
+        (["--noise", "loud"], 2, "loud"),
+        (["--device", "tpu"], 1, "--device tpu"),
+    ],
+)
+def test_mistakes(wpp_ckpt, tmp_path, capsys, flags, status, word):
+    assert command("--ckpt", wpp_ckpt, "--output_dir", tmp_path / "out", *flags) == status
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in error and word in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_checkpoints(tmp_path, capsys):
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html>quota</html>")
+    save_checkpoint(tmp_path / "other.pt", {"weight": torch.zeros(3)})
+    for name, word in (("absent.pt", "no such"), ("page.pt", "web page"), ("other.pt", "not a StyleGAN2 generator")):
+        assert command("--ckpt", tmp_path / name) == 1
+        error = capsys.readouterr().err.strip()
+        assert word in error and len(error.splitlines()) == 1
+    assert command("--seeds", "0") == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precision(wpp_ckpt, tmp_path, precision):
+    folder = tmp_path / precision
+    assert command("--ckpt", wpp_ckpt, "--seeds", "0-1", "--precision", precision, "--output_dir", folder) == 0
+    full = seed_pictures(load_generator(wpp_ckpt), [0, 1])
+    low = np.stack(list(pictures(folder).values()))
+    assert 0 < np.abs(full.astype(int) - low).max() < 24
+
+
+COMMANDS = (
+    "--seeds 0-4 --grid --save_latents --noise random --trunc 0.5 --truncation_mean 20",
+    "--mix 0-2 3",
+    "--seeds 0-2 --interpolate --frames 3 --batch 2 --video {out}/a.gif",
+    "--export {out}/a.safetensors",
+)
+IN_ONE_GROUP = """
+import sys
+import generate
+from common.cli import run
+from common.distributed import setup, shutdown
+
+place = setup("cpu", timeout=240)
+generate.setup, generate.shutdown = lambda device: place, lambda: None  # one process group for all commands
+for command in sys.argv[1:]:
+    assert run(generate.main, generate.build_parser(), command.split("|")) == 0
+shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
+    """torchrun, gloo: the same files as one process writes; frames and mixtures in the same order."""
+    script = tmp_path / "all.py"
+    script.write_text(IN_ONE_GROUP, encoding="utf-8")
+    written, commands = {}, {}
+    for name in ("one", "two"):
+        out = str(tmp_path / name)
+        first = ["--ckpt", str(wpp_ckpt), "--output_dir", out, "--device", "cpu"]
+        commands[name] = [[*first, *text.replace("{out}", out).split(" ")] for text in COMMANDS]
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    process = subprocess.Popen([*launch, *("|".join(flags) for flags in commands["two"])], text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # their number, too, may change the order of a sum
+        assert [command(*flags) for flags in commands["one"]] == [0, 0, 0, 0]
+        _, errors = process.communicate(timeout=400)
+    finally:
+        torch.set_num_threads(threads)
+        process.terminate()  # torchrun takes its workers along; a kill would orphan them
+    assert process.returncode == 0, errors[-3000:]
+
+    for name in commands:
+        folder = tmp_path / name
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        written[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+        assert load_generator(folder / "a.safetensors").fingerprint == load_generator(wpp_ckpt).fingerprint
+        del written[name]["a.safetensors"]  # whose header lists its entries in any order
+    assert len(written["one"]) == 10 and written["one"] == written["two"]
+    assert json.loads(written["one"]["latents/latents.json"])["names"][-1] == "seed0004"

@@ -1,0 +1,158 @@
+"""model.py: generators read from files of ours and of others, and what is refused."""
+
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from straight import meta
+
+from common.checkpoint import CheckpointError, save_checkpoint, save_safetensors
+from model import Discriminator, Generator, GeneratorConfig, infer_config, load_generator
+
+
+def published_checkpoint(config):
+    """What TransStyleGAN's train.py writes: five state dicts and nothing else."""
+    g, g_ema, d = Generator(config), Generator(config), Discriminator(config)
+    return {
+        "g": g.state_dict(), "d": d.state_dict(), "g_ema": g_ema.state_dict(),
+        "g_optim": torch.optim.Adam(g.parameters()).state_dict(),
+        "d_optim": torch.optim.Adam(d.parameters()).state_dict(),
+    }, g_ema  # fmt: skip
+
+
+def assert_same_network(loaded, original):
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.state_dict().keys() == original.state_dict().keys()
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    z = original.draw_z(2)
+    with torch.no_grad():
+        expected, found = original(z, randomize_noise=False)[0], loaded(z, randomize_noise=False)[0]
+    assert torch.allclose(expected, found, atol=1e-6)
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+@pytest.mark.parametrize("kind", ["own", "published", "bare"])
+def test_load_generator_from_checkpoints(kind, w_space, tmp_path, tiny_config):
+    config = GeneratorConfig(**{**tiny_config.to_dict(), "w_space": w_space})
+    state, g_ema = published_checkpoint(config)
+    if kind == "own":
+        state |= {"config": config.to_dict(), "step": 3}
+    if kind == "bare":
+        state = g_ema.state_dict()
+    path = tmp_path / "230000 ü.pt"
+    torch.save(state, path)
+    loaded = load_generator(path)
+    assert loaded.config == config and loaded.config.space == ("w" if w_space else "w++")
+    assert_same_network(loaded, g_ema)
+    assert len(loaded.fingerprint) == 16
+
+
+@pytest.mark.parametrize("size, multiplier, channel_max", [(64, 2, 512), (64, 1, 512), (64, 0.5, 24), (8, 2, 5)])
+def test_architecture_is_inferred_from_the_tensors(size, multiplier, channel_max):
+    config = GeneratorConfig(size, 16, 3, False, multiplier, channel_max)
+    found = infer_config(meta(lambda: Generator(config)).state_dict())
+    assert [found.channels(2**r) for r in range(2, 1 + int(math.log2(size)))] == [
+        config.channels(2**r) for r in range(2, 1 + int(math.log2(size)))
+    ]
+    assert (found.size, found.style_dim, found.n_mlp, found.w_space) == (size, 16, 3, False)
+
+
+@pytest.mark.parametrize("base, channel_max, widths", [(256, 24, [24, 24, 16, 8, 4]), (64, 512, [16, 8, 4, 2, 1])])
+def test_widths_by_resolution(base, channel_max, widths):
+    """channel_base / resolution, as in NVIDIA's implementation, at most channel_max; read back from the tensors."""
+    config = GeneratorConfig(64, 16, 1, channel_max=channel_max, channel_base=base)
+    assert config.widths == widths
+    assert infer_config(meta(lambda: Generator(config)).state_dict()).widths == widths
+    state = meta(lambda: Discriminator(config)).state_dict()
+    assert state["convs.0.0.weight"].shape[0] == widths[-1] and state["final_conv.0.weight"].shape[1] == widths[0] + 1
+    with pytest.raises(ValueError, match="channel_base must not be negative"):
+        GeneratorConfig(channel_base=-1)
+
+
+@pytest.mark.parametrize("size", [256, 1024])
+def test_published_architectures_are_inferred(size):
+    for w_space in (False, True):
+        for multiplier in (1, 2):
+            config = GeneratorConfig(size, w_space=w_space, channel_multiplier=multiplier)
+            assert infer_config(meta(lambda c=config: Generator(c)).state_dict()) == config
+
+
+def test_load_generator_from_rosinality(tmp_path, tiny_w_config):
+    """rosinality's files have no `token`; converted ones have `latent_avg` beside g_ema."""
+    generator = Generator(tiny_w_config)
+    state = {name: tensor for name, tensor in generator.state_dict().items() if name != "token"}
+    torch.save({"g_ema": state, "latent_avg": torch.zeros(32)}, tmp_path / "550000.pt")
+    assert_same_network(load_generator(tmp_path / "550000.pt"), generator)
+
+
+def test_load_generator_from_safetensors(tmp_path, tiny_config):
+    generator = Generator(GeneratorConfig(**{**tiny_config.to_dict(), "lr_mlp": 0.1}))
+    metadata = {"config": generator.config.to_dict(), "step": 7}
+    save_safetensors(tmp_path / "g.safetensors", generator.state_dict(), metadata)
+    loaded = load_generator(tmp_path / "g.safetensors", "cpu")
+    assert loaded.config.lr_mlp == 0.1, "what the tensors cannot tell comes from the header"
+    assert_same_network(loaded, generator)
+    save_checkpoint(tmp_path / "g.pt", {"g_ema": generator.state_dict(), "config": generator.config.to_dict()})
+    assert load_generator(tmp_path / "g.pt").fingerprint == loaded.fingerprint
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def bad_files(folder, config):
+    """Files that are no generator, each with what the refusal must say."""
+    good, _ = published_checkpoint(config)
+    torch.save(good["d"], folder / "discriminator.pt")
+    yield "discriminator.pt", "generator"
+    torch.save({"state_dict": {"encoder.input_layer.0.weight": torch.zeros(2)}, "opts": {}}, folder / "psp.pt")
+    yield "psp.pt", "generator"
+    torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "linear.pt")
+    yield "linear.pt", "generator"
+    torch.save({"g_ema": "not tensors"}, folder / "words.pt")
+    yield "words.pt", "generator"
+    torch.save({"g_ema": {**good["g_ema"], "note": "text"}}, folder / "mixed.pt")
+    yield "mixed.pt", "note"
+    other = {name: tensor for name, tensor in good["g_ema"].items() if name != "to_rgbs.0.bias"}
+    torch.save({"g_ema": other, "config": config.to_dict()}, folder / "lacking.pt")
+    yield "lacking.pt", "to_rgbs.0.bias is absent"
+    torch.save({"g_ema": {**good["g_ema"], "extra": torch.zeros(1)}}, folder / "extra.pt")
+    yield "extra.pt", "extra is unknown"
+    torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), "style_dim": 48}}, folder / "config.pt")
+    yield "config.pt", "expected"
+    torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), "later": 1}}, folder / "newer.pt")
+    yield "newer.pt", "later"
+    widths = {**good["g_ema"], "convs.2.conv.weight": torch.zeros(1, 11, 8, 3, 3)}
+    torch.save({"g_ema": widths}, folder / "widths.pt")
+    yield "widths.pt", "widths|expected"
+    (folder / "page.pt").write_text("<!DOCTYPE html><html><body>Quota exceeded</body></html>")
+    yield "page.pt", "web page"
+    (folder / "evil.pt").write_bytes(pickle.dumps({"g_ema": RunsCode(folder / "was run")}))
+    yield "evil.pt", "refused|not a PyTorch"
+    torch.save({"g_ema": RunsCode(folder / "was run")}, folder / "evil2.pt")
+    yield "evil2.pt", "could run code"
+    (folder / "short.pt").write_bytes((folder / "extra.pt").read_bytes()[:5000])
+    yield "short.pt", "truncated"
+    (folder / "empty.pt").touch()
+    yield "empty.pt", "empty"
+    (folder / "g.safetensors").write_bytes(b"nonsense")
+    yield "g.safetensors", "not a safetensors"
+    (folder / "folder.pt").mkdir()
+    yield "folder.pt", "folder"
+
+
+def test_what_load_generator_refuses(tmp_path, tiny_config):
+    with pytest.raises(FileNotFoundError, match="absent.pt"):
+        load_generator(tmp_path / "absent.pt")
+    for name, words in bad_files(tmp_path, tiny_config):
+        with pytest.raises(CheckpointError, match=words) as refusal:
+            load_generator(tmp_path / name)
+        assert name in str(refusal.value) and "\n" not in str(refusal.value).strip(), str(refusal.value)
+    assert not (tmp_path / "was run").exists()

@@ -1,0 +1,84 @@
+"""model.py and layers.py: modulated convolution and the layers around it, against straight formulations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from straight import grouped_modulated_conv, straight_resample
+
+import op.conv
+from layers import EqualLinear, ModulatedConv2d, StyledConv, ToRGB
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kernel, up", [(3, False), (1, False), (3, True)])
+def test_modulated_convolution_equals_grouped(kernel, up, dtype, tolerance):
+    torch.manual_seed(0)
+    layer = ModulatedConv2d(6, 5, kernel, style_dim=16, up=up).to(dtype)
+    with torch.no_grad():
+        layer.modulation.bias.normal_()
+    x = torch.randn(3, 6, 5, 7, dtype=dtype, requires_grad=True)
+    style = torch.randn(3, 16, dtype=dtype, requires_grad=True)
+    out, demod = layer(x, style)
+    fast, straight = out * demod[:, :, None, None], grouped_modulated_conv(layer, x, style, True)
+    assert torch.allclose(fast, straight, atol=tolerance, rtol=tolerance)
+    probe = torch.randn_like(fast)
+    wanted = (x, style, layer.weight, layer.modulation.weight)
+    for a, b in zip(torch.autograd.grad((fast * probe).sum(), wanted),
+                    torch.autograd.grad((straight * probe).sum(), wanted), strict=True):  # fmt: skip
+        assert torch.allclose(a, b, atol=20 * tolerance, rtol=20 * tolerance)
+
+
+@pytest.mark.parametrize("kernel, up", [(3, False), (3, True)])
+def test_modulated_convolution_of_many_channels_equals_grouped(monkeypatch, kernel, up):
+    """Wide enough for the CPU's fast convolutions (op/conv.py), which the small layers above do not reach."""
+    torch.manual_seed(0)
+    layer = ModulatedConv2d(40, 36, kernel, style_dim=16, up=up)
+    x, style = torch.randn(8, 40, 8, 8, requires_grad=True), torch.randn(8, 16, requires_grad=True)
+    monkeypatch.setattr(op.conv, "worthwhile", lambda *shape, **options: True)
+    out, demod = layer(x, style)
+    fast, straight = out * demod[:, :, None, None], grouped_modulated_conv(layer, x, style, True)
+    assert (fast - straight).abs().max() < 1e-4 * straight.abs().max()
+    probe = torch.randn_like(fast)
+    for wanted in (x, style, layer.weight):
+        (a,) = torch.autograd.grad((fast * probe).sum(), wanted, retain_graph=True)
+        (b,) = torch.autograd.grad((straight * probe).sum(), wanted, retain_graph=True)
+        assert (a - b).norm() < 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_styled_convolution_equals_the_original(up):
+    torch.manual_seed(0)
+    layer = StyledConv(6, 4, 3, 16, up=up).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, style = torch.randn(3, 6, 4, 4).double(), torch.randn(3, 16).double()
+    noise = torch.randn(1, 1, 8, 8).double() if up else torch.randn(3, 1, 4, 4).double()
+    straight = grouped_modulated_conv(layer.conv, x, style, True) + layer.noise.weight * noise
+    straight = F.leaky_relu(straight + layer.activate.bias.view(1, -1, 1, 1), 0.2) * 2**0.5
+    assert torch.allclose(layer(x, style, noise), straight, atol=1e-12)
+
+
+def test_to_rgb_equals_the_original():
+    torch.manual_seed(0)
+    layer = ToRGB(6, 16)
+    torch.nn.init.normal_(layer.bias)
+    x, style, skip = torch.randn(2, 6, 8, 8), torch.randn(2, 16), torch.randn(2, 3, 4, 4)
+    straight = grouped_modulated_conv(layer.conv, x, style, False) + layer.bias
+    straight = straight + straight_resample(skip, up=2, pad=(2, 1), gain=4)
+    assert torch.allclose(layer(x, style, skip), straight, atol=1e-5)
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(layer(channels_last, style, skip), straight, atol=1e-5)
+
+
+def test_equal_linear():
+    layer = EqualLinear(6, 4, bias_init=1, lr_mul=0.01)
+    assert layer.weight.std() > 30 and torch.equal(layer.bias, torch.ones(4))
+    x = torch.randn(2, 3, 6)
+    straight = F.linear(x, layer.weight * 0.01 / math.sqrt(6), layer.bias * 0.01)
+    assert torch.allclose(layer(x), straight, atol=1e-5)
+    active = EqualLinear(6, 4, lr_mul=0.01, activation=True)
+    torch.nn.init.normal_(active.bias, std=100)
+    straight = F.leaky_relu(F.linear(x, active.weight * 0.01 / math.sqrt(6)) + active.bias * 0.01, 0.2) * 2**0.5
+    assert torch.allclose(active(x), straight, atol=1e-5)
