@@ -23,7 +23,7 @@ from augment import AdaptiveAugment
 from common.checkpoint import CheckpointError
 from common.distributed import Distributed, GradientBucket, all_reduce_mean, mix_seeds
 from model import Discriminator, Generator, GeneratorConfig, load_strictly
-from vision_aid import FeatureCritic
+from vision_aid import build_critic, over_heads
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant
 PATH_DECAY = 0.01
@@ -84,11 +84,6 @@ def g_nonsaturating_loss(fake_logits):
     return F.softplus(-fake_logits).mean()
 
 
-def over_heads(loss, *logits):
-    """A loss of a discriminator's logits, for those of a critic with several heads: the mean over the heads."""
-    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])
-
-
 def r1_penalty(real_logits, real):
     """Mean squared gradient norm of the logits at the real images (Mescheder et al. 2018, arXiv 1801.04406)."""
     (grad,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
@@ -122,7 +117,7 @@ class Trainer:
             device=place.device,
         )  # fmt: skip
         self.dtype = DTYPES[settings.precision]
-        self.critic = self._build_critic() if settings.aid else None
+        self.critic = build_critic(settings.aid, self.dtype).to(place.device) if settings.aid else None
         self.g_optim = self._adam(self.g, settings.lr, settings.g_reg_every)
         self.d_optim = self._adam(self.d, settings.d_lr or settings.lr, settings.d_reg_every)
         self.mean_path_length = torch.zeros((), device=place.device)
@@ -147,12 +142,6 @@ class Trainer:
             strengths = [p for name, p in network.named_parameters() if name.endswith("noise.weight")]
             torch._foreach_zero_(strengths)
         return strengths
-
-    def _build_critic(self):
-        from common.perceptual import build_perceptual  # with lpips and torchvision: only where it is used
-
-        half = self.dtype if self.dtype == torch.bfloat16 else torch.float32
-        return FeatureCritic(build_perceptual(self.settings.aid, "cpu", dtype=half)).to(self.place.device)
 
     def weights_of(self, network) -> list[nn.Parameter]:
         """What is trained together: the critic's heads go with the discriminator."""

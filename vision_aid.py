@@ -65,3 +65,16 @@ class FeatureCritic(nn.Module):
             x = x.to(dtype).contiguous(memory_format=torch.channels_last)  # [N, C, h, w]
             logits.append(head(x).float().flatten(1))  # [N, h * w]
         return logits
+
+
+def build_critic(name: str, dtype: torch.dtype = torch.float32) -> FeatureCritic:
+    """The critic on the network of the perceptual distance `name` (common/perceptual.py, and what it raises); the frozen
+    network computes in bfloat16 where the training does, else in float32."""
+    from common.perceptual import build_perceptual  # with lpips and torchvision: only where it is used
+
+    return FeatureCritic(build_perceptual(name, dtype=dtype if dtype == torch.bfloat16 else torch.float32))
+
+
+def over_heads(loss, *logits):
+    """A loss of a discriminator's logits, for those of a critic: the mean over its heads."""
+    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])

@@ -10,8 +10,8 @@ from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.cli import run
 from common.distributed import Distributed
 from common.perceptual import build_perceptual
-from training import Trainer, TrainSettings, d_logistic_loss, g_nonsaturating_loss, over_heads
-from vision_aid import LARGEST_MAP, FeatureCritic
+from training import Trainer, TrainSettings, d_logistic_loss, g_nonsaturating_loss
+from vision_aid import LARGEST_MAP, FeatureCritic, over_heads
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
 AID = "scorer:face-scorer"  # bundled, so that nothing is missing offline
