@@ -98,7 +98,7 @@ def widen(state: dict, network: Generator | Discriminator) -> dict:
     """
     widened = {}
     for name, fresh in network.state_dict().items():
-        old, new = state[name], fresh.clone()
+        old, new = fresh if name == "token" else state[name], fresh.clone()  # rosinality's files have no token
         if old.shape == new.shape:
             widened[name] = new.copy_(old)
             continue

@@ -68,7 +68,7 @@ class FeatureCritic(nn.Module):
 
 
 def build_critic(name: str, dtype: torch.dtype = torch.float32) -> FeatureCritic:
-    """The critic on the network of the perceptual distance `name` (common/perceptual.py, and what it raises); the frozen
+    """The critic on the network of the perceptual distance `name`, which raises what build_perceptual does; the frozen
     network computes in bfloat16 where the training does, else in float32."""
     from common.perceptual import build_perceptual  # with lpips and torchvision: only where it is used
 
