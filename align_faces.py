@@ -28,7 +28,7 @@ from PIL import Image, ImageCms
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
 from faces.folder import AlignSettings, align_folder, count_outcomes
@@ -155,4 +155,4 @@ def save_like(image, photo, path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

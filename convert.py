@@ -13,14 +13,13 @@ OUT.safetensors the EMA generator alone. At the end the file is read again, and 
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.images import save_image, to_uint8
 from common.nvidia_pickle import read_networks
 from model import Discriminator, Generator, GeneratorConfig, load_generator, load_strictly
@@ -164,4 +163,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import CheckpointError
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
 from common.perceptual import build_perceptual, perceptual_or_none
 from demo_page import serve
@@ -128,4 +128,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -16,13 +16,12 @@ as align_faces.py --paste_back --unedited takes them.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.images import make_strip, save_image, save_video
@@ -276,4 +275,4 @@ def show_sweep(args, name, frames, captions):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -17,7 +17,6 @@ align_faces.py --paste_back --unedited takes them.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, run
+from common.cli import ArgumentParser, UsageError, leave, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import FITS, read_image, save_image
 from common.perceptual import build_perceptual
@@ -297,4 +296,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

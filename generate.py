@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.images import save_grid, save_image, save_video
@@ -96,6 +96,9 @@ def build_parser() -> ArgumentParser:
     out.add_argument("--export", metavar="FILE", help="write the EMA generator with its config as .safetensors; "
                                                       "renders nothing unless --seeds or the like asks")  # fmt: skip
     out.add_argument("--half", action="store_true", help="export in 16 bits: half the file, a fingerprint of its own")
+    out.add_argument("--base", metavar="FILE",
+                     help="an export in the same folder, whose equal tensors are left out: for a --light conditional "
+                          "generator that was made from it")  # fmt: skip
     out.add_argument("--with_d", action="store_true",
                      help="export the discriminator too (FILE-d.safetensors), with which train.py --init_from goes on")
     out.add_argument("--batch", type=int, default=8,
@@ -147,6 +150,7 @@ def read_options(args) -> Task:
             raise UsageError(f"{flag} cannot be used with {other}")
     for flag, needed, wrong in (("--video", "--interpolate", args.video and not args.interpolate),
                                 ("--half", "--export", args.half and not args.export),
+                                ("--base", "--export", args.base and not args.export),
                                 ("--with_d", "--export", args.with_d and not args.export)):  # fmt: skip
         if wrong:
             raise UsageError(f"{flag} is for {needed}")
@@ -310,7 +314,7 @@ def export(generator, args) -> None:
         raise UserError(f"--with_d: {path} holds no discriminator with its config: expected a checkpoint of train.py")
     known = {name: stored.get(name) for name in ("step", "condition")}
     state = {"g_ema": generator.state_dict(), "config": config.to_dict(), **known}
-    identity = export_ema(state, args.export, half=args.half)
+    identity = export_ema(state, args.export, half=args.half, base=args.base)
     print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
     if args.with_d:
         print(f"{export_judges(stored, args.export, half=args.half)}: its discriminator")
@@ -382,4 +386,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -15,10 +15,9 @@ command gives the same files. A figure for which a model is not here is left out
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
 from common.images import save_image
 from common.latents import parse_seeds
@@ -106,4 +105,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import csv
 import html
-import sys
 from pathlib import Path
 from statistics import mean
 from urllib.parse import quote
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UserError, run
+from common.cli import ArgumentParser, UserError, leave, run
 
 SECTIONS = (  # title, a sentence, patterns of pictures, table
     ("Faces by seed", "Drawn by the bundled W++ generator, truncation 0.8.", ["1-*.png", "2-*.png", "3-*.gif"], None),
@@ -103,4 +102,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

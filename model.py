@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_safetensors
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export
 from layers import ConstantInput, ConvLayer, EqualLinear, PixelNorm, ResBlock, StyledConv, ToRGB, TransformerBlock
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
@@ -368,7 +368,7 @@ def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        state, metadata = load_safetensors(path)
+        state, metadata = load_export(path)
         config = metadata.get("config")
     else:
         checkpoint = load_checkpoint(path)

@@ -17,14 +17,13 @@ perceptual.npy, noise.npy and mse.npy (the published sums and means over images,
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shutdown
 from common.graphs import add_graphs_flag, recorder_for
 from common.images import FITS
@@ -221,4 +220,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

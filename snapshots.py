@@ -13,7 +13,14 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint, save_safetensors
+from common.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    load_checkpoint,
+    load_safetensors,
+    save_checkpoint,
+    save_safetensors,
+)
 from common.images import make_heatmap, save_grid, save_image
 from common.runs import Run, peak_bytes
 from training import Trainer
@@ -66,12 +73,13 @@ def similarity_figure(maps: torch.Tensor):
     return make_heatmap(maps.flatten(0, 1), titles, nrow=maps.shape[1])
 
 
-def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:
+def export_ema(state: dict, path: str | Path, *, half: bool = False, base: str | Path | None = None) -> str:
     """The EMA generator of a training state (`g_ema`, `config`; `step`, `condition` when known) as .safetensors, with
     these and its fingerprint in the header; returns the fingerprint.
 
     half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
-    Raises ValueError when a weight is beyond fp16's range.
+    base: an export in the same folder, whose equal tensors are left out (common/checkpoint.py, `load_export`).
+    Raises ValueError when a weight is beyond fp16's range, or for a base that is none.
     """
     weights = state["g_ema"]
     if half:
@@ -81,8 +89,19 @@ def export_ema(state: dict, path: str | Path, *, half: bool = False) -> str:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
     identity = fingerprint({name: tensor.float() for name, tensor in weights.items()})
     known = {name: state[name] for name in ("step", "condition") if state.get(name) is not None}
+    if base is not None:
+        shared, of_base = load_safetensors(base)
+        own, other = Path(path).resolve(), Path(base).resolve()
+        if own == other or own.parent != other.parent or "base" in of_base or "fingerprint" not in of_base:
+            raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {own.name}")
+        weights = {name: tensor for name, tensor in weights.items() if not _same(tensor, shared.get(name))}
+        known["base"] = {"file": Path(base).name, "fingerprint": of_base["fingerprint"]}
     save_safetensors(path, weights, {"config": state["config"], "fingerprint": identity, "half": half, **known})
     return identity
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor.cpu(), other)
 
 
 def judges_file(path: str | Path) -> Path:

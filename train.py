@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from common.checkpoint import latest_checkpoint, load_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, run
+from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, leave, run
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.graphs import add_graphs_flag
 from common.interrupt import StopSignal
@@ -356,4 +356,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
 import time
 import warnings
 from itertools import islice
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import atomic_write, latest_checkpoint, load_checkpoint, save_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
 from common.images import check_header, fit_image, list_images, make_strip, read_image, save_grid, save_image
 from common.interrupt import StopSignal
@@ -394,4 +393,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -33,7 +33,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import write_trace  # noqa: E402
-from common.cli import ArgumentParser, run  # noqa: E402
+from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.images import list_images  # noqa: E402
 from common.runs import read_log  # noqa: E402
 from common.store import image_key  # noqa: E402
@@ -214,4 +214,4 @@ def measure_wait(args, folder, sizes):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

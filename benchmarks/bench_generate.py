@@ -40,7 +40,7 @@ from benchmarks.measuring import (  # noqa: E402
     total_seconds,
     write_trace,
 )
-from common.cli import ArgumentParser, run  # noqa: E402
+from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
 from common.graphs import graph_forward, recorder_for  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
@@ -231,4 +231,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

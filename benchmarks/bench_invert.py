@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
-from common.cli import ArgumentParser, UsageError, run  # noqa: E402
+from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.perceptual import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
 from inversion.measures import average_down  # noqa: E402
@@ -206,4 +206,4 @@ def ratios(row, reference) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
 from benchmarks.measuring import child, circumstances, headline, median_seconds  # noqa: E402
 from benchmarks.rounds import seconds_per_step  # noqa: E402
-from common.cli import ArgumentParser, run  # noqa: E402
+from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import Distributed, resolve_device, tune_allocator  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig  # noqa: E402
 from training import DTYPES, Trainer, TrainSettings  # noqa: E402
@@ -177,4 +177,4 @@ def measure_training(args, device, original, precision):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -26,7 +26,7 @@ from benchmarks.measuring import (  # noqa: E402
     median_seconds,
     write_trace,
 )
-from common.cli import ArgumentParser, UserError, run  # noqa: E402
+from common.cli import ArgumentParser, UserError, leave, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from layers import make_kernel  # noqa: E402
 from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d  # noqa: E402
@@ -225,4 +225,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

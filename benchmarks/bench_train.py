@@ -39,7 +39,7 @@ from benchmarks.measuring import (  # noqa: E402
     write_trace,
 )
 from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
-from common.cli import ArgumentParser, UsageError, run  # noqa: E402
+from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
 from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
 from common.graphs import recorder_for  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
@@ -249,4 +249,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

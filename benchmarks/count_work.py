@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
 from benchmarks.measuring import Table  # noqa: E402
 from benchmarks.rounds import seconds_per_step  # noqa: E402
-from common.cli import ArgumentParser, run  # noqa: E402
+from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import Distributed  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
 from op import dispatch  # noqa: E402
@@ -255,4 +255,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

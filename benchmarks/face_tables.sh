@@ -1,26 +1,31 @@
 #!/usr/bin/env bash
 # The paper's tables on real faces: synthesis, inversion, editing, conditional edits, for a W++ generator and its W twin.
-# Not run yet as a whole: the W twin at 64 px is missing. Projector, encoder and boundaries go on where they were stopped.
 #
 #   DATA=../shared/data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries editing conditional
 #
-# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on.
+# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on. KINDS="wpp" leaves the W twin
+# out. Projector, encoder and boundaries go on where they were stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
 DATA=${DATA:-../shared/data}
 OUT=${OUT:-runs/tables}
 FACES=${FACES:-runs/faces.lmdb}
+KINDS=${KINDS:-w wpp}
 WPP=${WPP:-checkpoints/face-wpp-64.safetensors}
 W=${W:-checkpoints/face-w-64.safetensors}
 ENCODER=${ENCODER:-checkpoints/face-psp-64.safetensors}
 CGAN=${CGAN:-checkpoints/face-cgan-64.safetensors}
 NET=${NET:-squeeze}     # LPIPS backbone and features
 STEPS=${STEPS:-200}     # of the projector
-LR_W=${LR_W:-0.28}      # about 1/60 and 1/100 of the codes' deviation: docs/results.md, "Real faces: W, W+, W++"
+LR_W=${LR_W:-0.28}      # step sizes per space: docs/results.md
 LR_WPP=${LR_WPP:-0.5}
+LR_ENCODER=${LR_ENCODER:-0.2}
 export WPP_WEIGHTS=${WPP_WEIGHTS:-$DATA/weights}
 mkdir -p "$OUT"
+
+has() { [[ " $KINDS " == *" $1 "* ]]; }
+ckpt() { if [ "$1" = w ]; then echo "$W"; else echo "$WPP"; fi; }
 
 faces() {  # faces N K: every K-th held-out face in sorted order, N of them
   local folder=$OUT/faces$1
@@ -32,30 +37,38 @@ faces() {  # faces N K: every K-th held-out face in sorted order, N of them
 }
 
 synthesis() {  # 10,000 real and 10,000 drawn faces
-  for ckpt in "$WPP" "$W"; do
-    $PY metrics/fid.py --real "$FACES" --size 64 --fake "$ckpt" --extractor $NET --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis.jsonl"
-    $PY metrics/fid.py --real "$FACES" --size 64 --fake "$ckpt" --extractor scorer --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis-scorer.jsonl"
-    $PY metrics/prdc.py --real "$FACES" --size 64 --fake "$ckpt" --extractor $NET --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis.jsonl"
-    $PY metrics/prdc.py --real "$FACES" --size 64 --fake "$ckpt" --extractor scorer --n_sample 10000 --noise none --device cpu --output "$OUT/synthesis-scorer.jsonl"
+  local kind extractor script common
+  for kind in $KINDS; do
+    for extractor in $NET scorer; do
+      common="--real $FACES --size 64 --fake $(ckpt "$kind") --extractor $extractor --n_sample 10000 --noise none --device cpu"
+      for script in fid prdc; do $PY metrics/$script.py $common --output "$OUT/synthesis-$extractor.jsonl"; done
+    done
   done
 }
 
 inversion() {  # 200 held-out faces in W, W+, W++, W++ from the encoder, and by the encoder alone
   faces 200 11
   local common="--dataset $OUT/faces200 --step $STEPS --mse 1 --noise 0 --perceptual $NET --device cpu"
-  $PY projector.py --ckpt "$W" --space w --lr "$LR_W" $common --output_dir "$OUT/inverted-w"
-  $PY projector.py --ckpt "$W" --space w+ --lr "$LR_W" $common --output_dir "$OUT/inverted-wplus"
-  $PY projector.py --ckpt "$WPP" --lr "$LR_WPP" $common --output_dir "$OUT/inverted-wpp"
-  $PY projector.py --ckpt "$WPP" --init "encoder:$ENCODER" --lr 0.1 $common --output_dir "$OUT/inverted-encoder"
-  $PY pSp/scripts/inference.py --exp_dir "$OUT/psp" --checkpoint_path "$ENCODER" --data_path "$OUT/faces200" --lpips_net $NET --retrieval 200 --device cpu
-  $PY metrics/reconstruction.py "$OUT"/inverted-{w,wplus,wpp} "$OUT/psp" --measures perceptual,mse,identity --output "$OUT/reconstruction.txt"
+  local folders=()
+  if has w; then
+    $PY projector.py --ckpt "$W" --space w --lr "$LR_W" $common --output_dir "$OUT/inverted-w"
+    $PY projector.py --ckpt "$W" --space w+ --lr "$LR_W" $common --output_dir "$OUT/inverted-wplus"
+    folders+=("$OUT"/inverted-{w,wplus})
+  fi
+  if has wpp; then
+    $PY projector.py --ckpt "$WPP" --init "encoder:$ENCODER" --lr "$LR_ENCODER" $common --output_dir "$OUT/inverted-encoder"
+    $PY projector.py --ckpt "$WPP" --lr "$LR_WPP" $common --output_dir "$OUT/inverted-wpp"
+    $PY pSp/scripts/inference.py --exp_dir "$OUT/psp" --checkpoint_path "$ENCODER" --data_path "$OUT/faces200" --lpips_net $NET --retrieval 200 --device cpu
+    folders+=("$OUT"/inverted-{wpp,encoder} "$OUT/psp")
+  fi
+  $PY metrics/reconstruction.py "${folders[@]}" --measures perceptual,mse,identity --output "$OUT/reconstruction.txt"
 }
 
-boundaries() {  # of both generators, 20,000 samples each
-  for kind in wpp w; do
-    local ckpt=$WPP; [ $kind = w ] && ckpt=$W
+boundaries() {  # 20,000 samples of each generator
+  local kind attribute
+  for kind in $KINDS; do
     for attribute in age gender smile; do
-      [ -f "$OUT/$kind-$attribute/boundary-$attribute.npz" ] || $PY edit_attribute.py --ckpt "$ckpt" --attribute $attribute --num_sample 20000 \
+      [ -f "$OUT/$kind-$attribute/boundary-$attribute.npz" ] || $PY edit_attribute.py --ckpt "$(ckpt "$kind")" --attribute $attribute --num_sample 20000 \
         --noise none --fit ridge --samples "$OUT/$kind-samples" --latent "$OUT/inverted-$kind" --at 2 --distance relative --unit std \
         --no_frames --identity none --perceptual none --output_dir "$OUT/$kind-$attribute" --device cpu
     done
@@ -63,10 +76,12 @@ boundaries() {  # of both generators, 20,000 samples each
 }
 
 editing() {  # the first 60 of these faces, -6 to 6 standard deviations
+  local attribute ckpts=() latents=() names=() kinds=()
+  if has w; then ckpts+=("$W" "$W") latents+=("$OUT"/inverted-{w,wplus}) names+=(W W+) kinds+=(w w); fi
+  if has wpp; then ckpts+=("$WPP" "$WPP") latents+=("$OUT"/inverted-{wpp,encoder}) names+=(W++ W++enc) kinds+=(wpp wpp); fi
   for attribute in age gender smile; do
-    $PY metrics/editing.py --ckpt "$W" "$W" "$WPP" "$WPP" --latent "$OUT"/inverted-{w,wplus,wpp,encoder} \
-      --boundary "$OUT"/{w,w,wpp,wpp}-$attribute/boundary-$attribute.npz --names W W+ W++ W++enc --reach 6 --steps 9 --faces 60 \
-      --perceptual $NET --device cpu --output_dir "$OUT/editing-$attribute"
+    $PY metrics/editing.py --ckpt "${ckpts[@]}" --latent "${latents[@]}" --boundary $(printf "$OUT/%s-$attribute/boundary-$attribute.npz " "${kinds[@]}") \
+      --names "${names[@]}" --reach 6 --steps 9 --faces 60 --perceptual $NET --device cpu --output_dir "$OUT/editing-$attribute"
   done
 }
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
 from benchmarks.measuring import Table, circumstances, headline  # noqa: E402
-from common.cli import ArgumentParser, run  # noqa: E402
+from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import resolve_device, setup  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
 from op import dispatch  # noqa: E402
@@ -140,4 +140,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import forget_peak, median_seconds, peak_memory  # noqa: E402
 from benchmarks.rounds import Round, measure_round  # noqa: E402
-from common.cli import ArgumentParser, UsageError, run  # noqa: E402
+from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
 
 R1, PATH, PATH_DECAY, MIXING = 10.0, 2.0, 0.01, 0.9
 D_REG_EVERY, G_REG_EVERY, PATH_SHRINK = 16, 4, 2
@@ -250,4 +250,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -219,6 +219,27 @@ def load_safetensors(path):
     return tensors, {name: _json_value(text) for name, text in metadata.items()}
 
 
+def load_export(path):
+    """(tensors, metadata) of an exported model: as `load_safetensors`, with the tensors that it shares with its base.
+
+    An export may name as `base` another one in its folder and leave out what is equal in both. Raises CheckpointError
+    when that file is absent or holds other weights.
+    """
+    path = Path(path)
+    tensors, metadata = load_safetensors(path)
+    base = metadata.get("base")
+    if base is None:
+        return tensors, metadata
+    file = path.with_name(Path(base["file"]).name)
+    if not file.exists():
+        raise CheckpointError(f"{path} holds only what differs from {file.name}, which must lie in the same folder")
+    shared, of_base = load_safetensors(file)
+    if of_base.get("fingerprint") != base["fingerprint"]:
+        raise CheckpointError(f"{path} belongs to a {file.name} with the fingerprint {base['fingerprint']}; the one "
+                              f"beside it has {of_base.get('fingerprint')}")  # fmt: skip
+    return {**shared, **tensors}, metadata
+
+
 def _json_value(text):
     try:
         return json.loads(text)

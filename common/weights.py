@@ -10,7 +10,6 @@ checkout ($WPP_DATA/weights, `../shared/data/weights`), in this order.
 
 import hashlib
 import os
-import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from common.checkpoint import atomic_write, require_file
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -232,4 +231,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

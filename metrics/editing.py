@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
 from common.latents import load_latents, parse_layers
 from common.perceptual import perceptual_or_none
@@ -291,4 +291,4 @@ def write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, 
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

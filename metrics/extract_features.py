@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, run
+from common.cli import ArgumentParser, leave, run
 from common.distributed import setup, shutdown
 from metrics.evaluation import parse_truncations
 from metrics.extractors import build_extractor
@@ -51,4 +51,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

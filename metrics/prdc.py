@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import run
+from common.cli import leave, run
 from metrics.evaluation import evaluation_parser, run_command
 from metrics.manifold import compute_prdc
 
@@ -34,4 +34,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from inversion.measures import MEASURES, Measured, mean_and_std, read_measures
 
 SPACES = ("w", "w+", "w++")
@@ -209,4 +209,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -1,6 +1,10 @@
 """common/cli.py: spelling of flags, help texts, and the exit status and message of every kind of ending."""
 
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +128,17 @@ def test_out_of_memory_of_torch(capsys):
 
     assert run(raiser(torch.OutOfMemoryError("CUDA out of memory. Tried ...\nmore")), build_parser(), []) == 1
     assert capsys.readouterr().err == "error: out of memory: CUDA out of memory. Tried ...\n"
+
+
+@pytest.mark.parametrize("world_size", ["1", "2"])
+def test_leave(world_size):
+    """The status arrives, what was printed too, and what was to be done at exit is done; also for one of several."""
+    program = (
+        "import atexit, sys; from common.cli import leave\n"
+        "atexit.register(lambda: print('at exit'))\nprint('out'); print('err', file=sys.stderr)\nleave(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        env={**os.environ, "WORLD_SIZE": world_size},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\nat exit\n", "err\n")

@@ -49,7 +49,7 @@ print("done", here.rank)
 
 
 def launch(program, world_size, **environment):
-    """Output of `world_size` processes that run `program`, as the launchers start them."""
+    """Output of `world_size` processes that run `program`, as the launchers start them and as our scripts end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -57,7 +57,7 @@ def launch(program, world_size, **environment):
                    "WORLD_SIZE": str(world_size), **environment}  # fmt: skip
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", f"{program}\nfrom common.cli import leave\nleave(0)"],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(distributed.__file__).parents[1],
             stdout=subprocess.PIPE,

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Subset
 
 from common.checkpoint import latest_checkpoint, load_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, barrier, setup, shutdown
 from common.interrupt import StopSignal
 from common.runs import Run, write_json
@@ -281,4 +281,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, build_parser()))
+    leave(run(main, build_parser()))

@@ -1,6 +1,7 @@
 """generate.py: names, grids, saved latents, and exports."""
 
 import argparse
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from generating import command, new_generator, pictures, seed_pictures, write_ck
 from PIL import Image
 
 import generate
-from common.checkpoint import load_safetensors, save_checkpoint
+from common.checkpoint import CheckpointError, load_safetensors, save_checkpoint
 from common.distributed import Distributed
 from common.latents import load_latents, save_latents
 from common.runs import Run
@@ -139,6 +140,34 @@ def test_half_export(ckpt, generator, tmp_path):
     assert metadata["fingerprint"] == loaded.fingerprint != generator.fingerprint
     full, half = seed_pictures(generator, [0, 1, 2]), seed_pictures(loaded, [0, 1, 2])
     assert np.abs(full.astype(int) - half).max() <= 4  # weights 5e-4 apart, values 0..255
+
+
+def test_export_beside_its_base(tmp_path, capsys):
+    """What is equal is left out, of a file that reads back as a whole one; without its base it says what is missing."""
+    base, whole, part = (tmp_path / f"{name}.safetensors" for name in ("base", "whole", "part"))
+    network = new_generator()
+    assert command("--ckpt", write_ckpt(tmp_path / "1.pt", network), "--export", base, "--half") == 0
+    network.conv1.conv.modulation.weight.add_(1)
+    ckpt = write_ckpt(tmp_path / "2.pt", network)
+    assert command("--ckpt", ckpt, "--export", whole, "--half") == 0
+    assert command("--ckpt", ckpt, "--export", part, "--half", "--base", base) == 0
+    tensors, metadata = load_safetensors(part)
+    assert list(tensors) == ["conv1.conv.modulation.weight"] and metadata["base"]["file"] == "base.safetensors"
+    loaded = load_generator(part)
+    assert loaded.fingerprint == load_generator(whole).fingerprint == metadata["fingerprint"]
+    assert np.array_equal(seed_pictures(loaded, [0]), seed_pictures(load_generator(whole), [0]))
+    for target, words in ((base, "another export"), (tmp_path / "b" / "x.safetensors", "in the folder of x")):
+        before = base.read_bytes()
+        assert command("--ckpt", ckpt, "--export", target, "--half", "--base", base) == 1
+        assert words in capsys.readouterr().err and base.read_bytes() == before
+    assert command("--ckpt", whole, "--export", tmp_path / "y.safetensors", "--base", part) == 1
+    assert command("--ckpt", ckpt, "--base", base) == 2 and "--base is for --export" in capsys.readouterr().err
+    shutil.copy(whole, base)
+    with pytest.raises(CheckpointError, match="belongs to a base.safetensors with the fingerprint"):
+        load_generator(part)
+    base.unlink()
+    with pytest.raises(CheckpointError, match="must lie in the same folder"):
+        load_generator(part)
 
 
 def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_config):
