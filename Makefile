@@ -22,7 +22,7 @@ MODEL      ?= checkpoints/$(NAME).safetensors
 ENCODER    ?= checkpoints/face-psp-$(SIZE).safetensors
 CGAN       ?= checkpoints/face-cgan-$(SIZE).safetensors
 DEMO       ?= demo
-DEMO_INVERT = --perceptual scorer:face-scorer --identity none --mse 1 --noise 0 --lr 0.2 --mean_samples 1000 --device cpu
+DEMO_INVERT = --perceptual scorer:face-scorer --identity none --mse 1 --noise 0 --lr 0.5 --mean_samples 1000 --device cpu
 DEMO_EDIT   = --ckpt $(MODEL) --latent $(DEMO)/inverted --perceptual scorer:face-scorer --identity none --device cpu \
               --distance relative --unit std
 DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size $(SIZE) --exp_name $(DEMO)/training --batch 8 --n_sample 16 --noise none --r1 0.1 \
@@ -41,14 +41,14 @@ demo: $(VENV)/.installed
 	cp docs/astronaut.json $(DEMO)/photos/
 	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
 	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
-	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 250 $(DEMO_INVERT) \
+	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 300 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/inverted
 	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -6 \
 	  --end_distance 6 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
-	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 250 $(DEMO_INVERT) \
+	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 300 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/expression
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer

@@ -297,7 +297,7 @@ def build_page(tools: Tools, folder: Path):
                                          elem_id=label.lower())
                                 for label in ("Aligned", "Inversion", "Edited")]  # fmt: skip
                 with gr.Row(equal_height=True):
-                    steps = gr.Slider(50, min(500, MOST_STEPS), 150, step=10, label="steps of the projector", scale=2,
+                    steps = gr.Slider(50, min(500, MOST_STEPS), 250, step=10, label="steps of the projector", scale=2,
                                       elem_id="steps")  # fmt: skip
                     refine = gr.Button("Refine the inversion", elem_id="refine")
                     stop = gr.Button("Stop", elem_id="stop")

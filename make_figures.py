@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
                         "scorer:NAME ...; auto: LPIPS if its weights are here, else of face-scorer")  # fmt: skip
     parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     parser.add_argument("--seeds", default="4,41", help="of the drawn faces")
-    parser.add_argument("--step", type=int, default=150, help="optimisation steps of every inversion")
+    parser.add_argument("--step", type=int, default=300, help="optimisation steps of every inversion")
     parser.add_argument("--only", nargs="+", choices=list(FIGURES), help="these figures alone")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "figures", help="folder of the figures")
     add_device_flags(parser)

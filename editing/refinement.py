@@ -22,16 +22,14 @@ from inversion.state import ProjectionSettings
 
 MOST_STEPS = 1000
 LR_RATIO = 0.01  # step size of Adam in deviations of the codes: what served W++ best of those tried (docs/results.md)
-START_RATIO = 0.004  # from an encoder's code: nearly as close in 150 steps, and the code stays where edits work
 SHOW_EVERY = 5  # steps between two pictures of the progress
 
 
 def refine_settings(tools: Tools, steps: int) -> ProjectionSettings:
-    """Of projector.py --mse 1 --lr ... : from an encoder without perturbation. SessionError for too many steps."""
+    """Of projector.py --mse 1 --noise 0 --lr ... . SessionError for too many steps."""
     if not 1 <= steps <= MOST_STEPS:
         raise SessionError(f"{steps} steps: expected 1 to {MOST_STEPS}")
-    ratio = LR_RATIO if tools.encoder is None else START_RATIO
-    lr = float(f"{ratio * float(tools.std.mean()):.2g}")
+    lr = float(f"{LR_RATIO * float(tools.std.mean()):.2g}")
     return ProjectionSettings(steps=int(steps), lr=lr, mse=1.0, noise=0.0)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from common.images import fit_image, to_tensor
 from editing.casting import Conditional
-from editing.refinement import LR_RATIO, START_RATIO
+from editing.refinement import LR_RATIO
 from editing.session import Tools, draw_face
 from faces.align import align, crop_aligned, parse_landmarks
 from inversion.projection import project
@@ -89,7 +89,7 @@ class Lab:
             return self._optimise(self.tools, LR_RATIO)
         codes = encode(self.tools.encoder, self.images())
         if method == "refined":
-            return self._optimise(self.tools, START_RATIO, start=codes)
+            return self._optimise(self.tools, LR_RATIO, start=codes)
         return Inversion(codes.cpu(), self.tools.generator.fixed_noise(), list(render(self.tools.generator, codes)))
 
     def _optimise(self, tools: Tools, ratio: float, *, condition=None, **start) -> Inversion:
