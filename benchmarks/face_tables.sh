@@ -59,7 +59,7 @@ inversion() {  # 200 held-out faces in W, W+, W++, W++ from the encoder, and by 
     $PY projector.py --ckpt "$WPP" --init "encoder:$ENCODER" --lr "$LR_ENCODER" $common --output_dir "$OUT/inverted-encoder"
     $PY projector.py --ckpt "$WPP" --lr "$LR_WPP" $common --output_dir "$OUT/inverted-wpp"
     $PY pSp/scripts/inference.py --exp_dir "$OUT/psp" --checkpoint_path "$ENCODER" --data_path "$OUT/faces200" --lpips_net $NET --retrieval 200 --device cpu
-    folders+=("$OUT"/inverted-{wpp,encoder} "$OUT/psp")
+    folders+=("$OUT/inverted-wpp" "refined=$OUT/inverted-encoder" "$OUT/psp")
   fi
   $PY metrics/reconstruction.py "${folders[@]}" --measures perceptual,mse,identity --output "$OUT/reconstruction.txt"
 }

@@ -6,6 +6,7 @@ the same way are never put side by side: another perceptual distance or identity
 where the tables tell, by content), or pictures of another size are refused.
 
     python metrics/reconstruction.py runs/w runs/wplus runs/wpp
+    python metrics/reconstruction.py runs/wpp refined=runs/wpp-from-encoder
     python metrics/reconstruction.py runs/w runs/wpp --format latex --measures perceptual,mse,psnr --output table.tex
 """
 
@@ -44,7 +45,8 @@ class Inversion:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="folders written by projector.py or pSp's inference")
+    parser.add_argument("folders", nargs="+", metavar="[ROW=]FOLDER",
+                        help="folders written by projector.py or pSp's inference; ROW: its name there")  # fmt: skip
     parser.add_argument("--method", help="of all folders, where latents.json does not tell (projector, pSp)")
     parser.add_argument("--measures", default="perceptual,mse", help=f"comma-separated, of {', '.join(MEASURES)}")
     parser.add_argument("--format", choices=("text", "csv", "latex"), default="text", help="of the table")
@@ -52,6 +54,12 @@ def build_parser() -> ArgumentParser:
                         help="of folders with different pictures, compare those that all of them have")  # fmt: skip
     parser.add_argument("--output", type=Path, help="file for the table (default: stdout)")
     return parser
+
+
+def split_row(text: str) -> tuple[Path, str | None]:
+    """Folder and row of FOLDER or ROW=FOLDER."""
+    row, equals, folder = text.partition("=")
+    return (Path(text), None) if Path(text).is_dir() or not (row and equals) else (Path(folder), row)
 
 
 def read_inversion(folder: Path, method: str | None = None) -> Inversion:
@@ -80,8 +88,10 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
     for inversion in inversions:
         other = places.setdefault((inversion.method, inversion.space), inversion)
         if other is not inversion:
-            raise UserError(f"{other.folder} and {inversion.folder} are both {inversion.method} in "
-                            f"{inversion.space.upper()}: give one of them")  # fmt: skip
+            raise UserError(
+                f"{other.folder} and {inversion.folder} are both {inversion.method} in {inversion.space.upper()}: give "
+                "one of them, or one of them a row (ROW=FOLDER)"
+            )
         for measure in measures:
             if measure not in inversion.measured.values:
                 raise UserError(f"{inversion.folder} has no {measure}: its column of reconstruction.csv is blank")
@@ -196,7 +206,8 @@ def main(args) -> int:
     unknown = [name for name in measures if name not in MEASURES]
     if unknown:
         raise UsageError(f"--measures {args.measures}: {unknown[0]!r} is none of {', '.join(MEASURES)}")
-    inversions = [read_inversion(folder, args.method) for folder in args.folders]
+    places = [split_row(text) for text in args.folders]
+    inversions = [read_inversion(folder, row or args.method) for folder, row in places]
     inversions = comparable(inversions, measures, common=args.common)
     make = {"text": text_table, "csv": csv_table, "latex": latex_table}[args.format]
     text = make(table_rows(inversions, measures), note(inversions, measures))

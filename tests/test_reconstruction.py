@@ -208,8 +208,12 @@ def test_unlike_numbers_are_refused(inversion, tmp_path, capsys):
     assert "2 images" in capsys.readouterr().out
     table(w, inversion("c", "w+", names=("c.png",)), "--common", expect=1)
     assert "no picture in common" in capsys.readouterr().err
-    table(w, inversion("again", "w"), expect=1)
+    again = inversion("again", "w", level=0.3)
+    table(w, again, expect=1)
     assert "are both projector in W" in capsys.readouterr().err
+    table(w, f"longer={again}")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["longer", "Perceptual", "0.3000+-0.0100", "-", "-"] in lines and lines[1][:2] == ["projector", "Perceptual"]
     table(w, "--measures", "identity", expect=1)
     assert "has no identity" in capsys.readouterr().err
     table(w, "--measures", "beauty", expect=2)
