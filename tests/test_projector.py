@@ -548,7 +548,8 @@ sys.exit(status)
 def test_memory_does_not_grow_with_the_folder(config, tmp_path):
     """A 256 px generator, whose pictures and noise maps are 1.8 MB an image: 40 more would weigh 70 MiB if kept.
 
-    Measured is anonymous memory: the merged arrays are files mapped for a while, whose pages the system takes back.
+    Measured is anonymous memory: the merged arrays are files mapped for a while, whose pages the system takes back. Two
+    runs of one size differ by up to 30 MiB on a busy machine.
     """
     checkpoint = make_checkpoint(replace(config, size=256, style_dim=16, channel_max=2), tmp_path / "256.pt")
     peaks = []
@@ -562,7 +563,7 @@ def test_memory_does_not_grow_with_the_folder(config, tmp_path):
         done = subprocess.run([sys.executable, "-c", MEMORY, str(ROOT), *argv], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split("peak")[1]))
-    assert peaks[1] < peaks[0] + 25, f"peak memory {peaks} MiB with 8 and 48 pictures"
+    assert peaks[1] < peaks[0] + 45, f"peak memory {peaks} MiB with 8 and 48 pictures"
 
 
 def test_seed_is_of_the_pixels():
