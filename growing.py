@@ -39,6 +39,8 @@ def grow_generator(state: dict, small: GeneratorConfig, generator: Generator) ->
             continue
         if tensor.shape == grown[name].shape:
             grown[name].copy_(tensor)
+        elif small.independent:  # an MLP per token: those of the new tokens start as the last one's
+            grown[name].copy_(torch.cat((tensor, tensor[-1:].expand_as(grown[name][n_old:]))))
         else:
             # First transformer block: in_dim = style_dim + tokens. New one-hot columns start at zero, and the
             # equalised scale 1/sqrt(in_dim) is made up for.

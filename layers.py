@@ -149,6 +149,33 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
+class TokenLinear(nn.Module):
+    """EqualLinear + leaky ReLU with weights of its own for every token: MLPs side by side, which share nothing."""
+
+    def __init__(self, n_tokens: int, dim: int, lr_mul: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_tokens, dim, dim) / lr_mul)
+        self.bias = nn.Parameter(torch.zeros(n_tokens, dim))
+        self.scale, self.lr_mul = lr_mul / math.sqrt(dim), lr_mul
+
+    def forward(self, x):  # [N, T, dim] -> [N, T, dim]
+        out = torch.bmm(x.transpose(0, 1), self.weight.mT) * self.scale + (self.bias * self.lr_mul)[:, None]
+        return (F.leaky_relu(out, 0.2) * math.sqrt(2)).transpose(0, 1)
+
+
+def build_mapping(config) -> nn.Sequential:
+    """`style` of the checkpoints: PixelNorm, then n_mlp transformer blocks (W++) or MLP layers (W; one per token)."""
+    dim, lr = config.style_dim, config.lr_mlp
+    if config.w_space:
+        return nn.Sequential(PixelNorm(), *(EqualLinear(dim, dim, 0, lr, True) for _ in range(config.n_mlp)))
+    if config.independent:
+        return nn.Sequential(PixelNorm(), *(TokenLinear(config.n_tokens, dim, lr) for _ in range(config.n_mlp)))
+    first = dim + config.n_tokens
+    return nn.Sequential(
+        PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp))
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Synthesis: w -> image
 

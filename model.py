@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export
-from layers import ConstantInput, ConvLayer, EqualLinear, PixelNorm, ResBlock, StyledConv, ToRGB, TransformerBlock
+from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, ToRGB, build_mapping
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
@@ -42,11 +42,14 @@ class GeneratorConfig:
     lr_mlp: float = 0.01
     condition_dim: int = 0  # attributes concatenated to every style code (the conditional GAN)
     channel_base: int = 0  # widths of channel_base / resolution at every resolution; 0: the published rule above
+    independent: bool = False  # W++ without attention: one MLP per token, the paper's ablation "14 mapping"
 
     def __post_init__(self):
         if self.size < 8 or self.size > 1024 or self.size & (self.size - 1):
             raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
-        if not self.w_space and self.style_dim % 16:
+        if self.w_space and self.independent:
+            raise ValueError("independent mappings belong to W++: W has one mapping for all layers")
+        if self.has_attention and self.style_dim % 16:
             raise ValueError(f"W++ needs a style_dim divisible by 16 (4 heads of style_dim/16), got {self.style_dim}")
         for name in ("style_dim", "n_mlp", "channel_max", "channel_multiplier", "lr_mlp"):
             if getattr(self, name) <= 0:
@@ -66,6 +69,11 @@ class GeneratorConfig:
     @property
     def space(self) -> str:
         return "w" if self.w_space else "w++"
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the mapping is the transformer of W++, whose tokens see each other."""
+        return not (self.w_space or self.independent)
 
     def channels(self, resolution: int) -> int:
         """Feature maps at a resolution: 512 up to 32 px, then 256m at 64, 128m at 128 ..., capped by channel_max. With
@@ -97,17 +105,6 @@ class GeneratorConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generator
-
-
-def build_mapping(config: GeneratorConfig) -> nn.Sequential:
-    """`style` of the checkpoints: PixelNorm, then n_mlp layers (W) or transformer blocks (W++)."""
-    dim, lr = config.style_dim, config.lr_mlp
-    if config.w_space:
-        return nn.Sequential(PixelNorm(), *(EqualLinear(dim, dim, 0, lr, True) for _ in range(config.n_mlp)))
-    first = dim + config.n_tokens
-    return nn.Sequential(
-        PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp))
-    )
 
 
 class Generator(nn.Module):
@@ -152,7 +149,7 @@ class Generator(nn.Module):
             vector = f"[N, {config.style_dim}] or " if config.w_space else ""
             raise ValueError(f"{config.space.upper()} at size {config.size} maps z {vector}"
                              f"[N, {config.n_tokens}, {config.style_dim}], got {list(z.shape)}")  # fmt: skip
-        if config.w_space:
+        if not config.has_attention:
             return self.style(z)
         x = self.tokens(z)
         for block in self.style[1:]:
@@ -161,9 +158,10 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def get_similarity(self, z) -> torch.Tensor:
-        """Attention between tokens, batch mean: [n_mlp, heads, T, T], rows = query. W++ only (ValueError for W)."""
-        if self.config.w_space:
-            raise ValueError("attention maps exist in a W++ generator only; this one is W")
+        """Attention between tokens, batch mean: [n_mlp, heads, T, T], rows = query. ValueError without attention."""
+        if not self.config.has_attention:
+            kind = "W" if self.config.w_space else "W++ with independent mappings"
+            raise ValueError(f"attention maps exist in a transformer mapping network only; this one is {kind}")
         x, maps = self.tokens(z), []
         for block in self.style[1:]:
             maps.append(block.atten.similarity(block.norm(x)).mean(0))
@@ -338,7 +336,7 @@ def infer_config(state: dict) -> GeneratorConfig:
             style_dim = state["style.1.atten.proj.weight"].shape[0]
             n_mlp = len([k for k in state if k.startswith("style.") and k.endswith("atten.proj.weight")])
         else:
-            style_dim = state["style.1.weight"].shape[1]
+            style_dim = state["style.1.weight"].shape[-1]
             n_mlp = len([k for k in state if k.startswith("style.") and k.endswith(".weight")])
         n_convs = len([k for k in state if k.startswith("convs.") and k.endswith("conv.weight")])
         size = 2 ** (n_convs // 2 + 2)
@@ -349,12 +347,13 @@ def infer_config(state: dict) -> GeneratorConfig:
         raise CheckpointError(f"these tensors are not a StyleGAN2 generator's: {error} is missing") from None
     if foreign:
         raise CheckpointError(f"a StyleGAN2 generator holds tensors only, here {foreign[0]} is none")
+    mlp_axes = state["style.1.weight"].ndim if "style.1.weight" in state else 0  # 2: W, 3: one MLP per token
     falling = [width * side for side, width in sorted(widths.items(), reverse=True)]
     rules = [(2, 0), *((product / 16384, 0) for product in falling), *((2, product) for product in falling)]
     for multiplier, base in rules:
         config = GeneratorConfig(
-            size, style_dim, n_mlp, "style.1.weight" in state, multiplier, widths[4], condition_dim=condition_dim,
-            channel_base=base,
+            size, style_dim, n_mlp, mlp_axes == 2, multiplier, widths[4], condition_dim=condition_dim,
+            channel_base=base, independent=mlp_axes == 3,
         )  # fmt: skip
         if all(config.channels(side) == width for side, width in widths.items()):
             return config

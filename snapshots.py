@@ -45,7 +45,7 @@ class Outputs:
         images = [trainer.g_ema(chunk, randomize_noise=False, condition=condition)[0].cpu()
                   for chunk, condition in zip(shown.split(self.micro), conditions, strict=False)]  # fmt: skip
         save_grid(torch.cat(images), self.run.path("sample", name), nrow=nrow)
-        if not trainer.config.w_space:
+        if trainer.config.has_attention:
             maps = trainer.g_ema.get_similarity(z[: self.micro]).cpu()  # [layers, heads, T, T]
             save_image(similarity_figure(maps), self.run.path("similarity", name))
 

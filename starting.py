@@ -18,7 +18,7 @@ from snapshots import judges_file
 from training import Trainer
 
 WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
-ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", *WIDTHS)
+ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)
 
 
 def read_architecture(args, stored: GeneratorConfig | None = None) -> GeneratorConfig:

@@ -53,6 +53,8 @@ def build_parser() -> ArgumentParser:
     net.add_argument("--size", type=int, help="image size in pixels, a power of two (a new run: 256)")
     net.add_argument("--w_space", action="store_true", default=None,
                      help="train the W baseline (MLP mapping) instead of W++")  # fmt: skip
+    net.add_argument("--independent", action="store_true", default=None,
+                     help="W++ without attention, for comparison: one MLP per token, which share nothing")  # fmt: skip
     net.add_argument("--style_dim", type=int, help="width of z and w (a new run: 512)")
     net.add_argument("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
     net.add_argument("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")

@@ -101,8 +101,10 @@ def age_boundary(lab: Lab, tools: Tools) -> Boundary:
 
 
 @torch.no_grad()
-def attention_plate(lab: Lab) -> Image.Image:
+def attention_plate(lab: Lab) -> Image.Image | str:
     """Attention between tokens, as train.py writes it into similarity/."""
+    if not lab.tools.generator.config.has_attention:
+        return "the generator's mapping network has no attention"
     z = torch.stack(list(seeded_z(lab.tools.generator, range(64)))).to(lab.tools.mean)
     return similarity_figure(lab.tools.generator.get_similarity(z).cpu())
 

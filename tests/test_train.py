@@ -394,6 +394,17 @@ def test_w_space_with_mixing(face_lmdb, play, tmp_path):
     assert len(list((tmp_path / "run" / "sample").iterdir())) == 2
 
 
+def test_independent_mappings_go_on(face_lmdb, play, tmp_path):
+    """The ablation of W++ without attention: no attention maps, and its kind is read from the checkpoint."""
+    good(play(face_lmdb, "--independent", "--iter", 2))
+    good(play(face_lmdb, "--resume", "auto", "--iter", 3))
+    config = load_generator(tmp_path / "run" / "checkpoint" / "000003.pt").config
+    assert config.independent and config.space == "w++"
+    assert not list((tmp_path / "run" / "similarity").iterdir())
+    ending = play(face_lmdb, "--independent", "--w_space", "--exp_name", tmp_path / "x")
+    assert ending.status == 2 and "independent mappings belong to W++" in ending.err
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(face_lmdb, play, tmp_path, precision):
     good(play(face_lmdb, "--precision", precision, "--iter", 5, "--augment"))
