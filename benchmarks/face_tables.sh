@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The paper's tables on real faces: synthesis, inversion, editing, conditional edits, for a W++ generator and its W twin.
 #
-#   DATA=../shared/data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries editing conditional
+#   DATA=../shared/data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries encoders editing conditional
 #
 # DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on. KINDS="wpp" leaves the W twin
-# out. Projector, encoder and boundaries go on where they were stopped.
+# out. Projector, encoders and boundaries go on where they were stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
@@ -21,6 +21,8 @@ STEPS=${STEPS:-200}     # of the projector
 LR_W=${LR_W:-0.28}      # step sizes per space: docs/results.md
 LR_WPP=${LR_WPP:-0.5}
 LR_ENCODER=${LR_ENCODER:-0.2}
+COUNT=${COUNT:-200}     # held-out faces of the inversions
+PROCESSES=${PROCESSES:-2}  # of the training of encoders
 export WPP_WEIGHTS=${WPP_WEIGHTS:-$DATA/weights}
 mkdir -p "$OUT"
 
@@ -46,9 +48,9 @@ synthesis() {  # 10,000 real and 10,000 drawn faces
   done
 }
 
-inversion() {  # 200 held-out faces in W, W+, W++, W++ from the encoder, and by the encoder alone
-  faces 200 11
-  local common="--dataset $OUT/faces200 --step $STEPS --mse 1 --noise 0 --perceptual $NET --device cpu"
+inversion() {  # held-out faces in W, W+, W++, W++ from the encoder, and by the encoder alone
+  faces "$COUNT" 11
+  local common="--dataset $OUT/faces$COUNT --step $STEPS --mse 1 --noise 0 --perceptual $NET --device cpu"
   local folders=()
   if has w; then
     $PY projector.py --ckpt "$W" --space w --lr "$LR_W" $common --output_dir "$OUT/inverted-w"
@@ -58,10 +60,26 @@ inversion() {  # 200 held-out faces in W, W+, W++, W++ from the encoder, and by 
   if has wpp; then
     $PY projector.py --ckpt "$WPP" --init "encoder:$ENCODER" --lr "$LR_ENCODER" $common --output_dir "$OUT/inverted-encoder"
     $PY projector.py --ckpt "$WPP" --lr "$LR_WPP" $common --output_dir "$OUT/inverted-wpp"
-    $PY pSp/scripts/inference.py --exp_dir "$OUT/psp" --checkpoint_path "$ENCODER" --data_path "$OUT/faces200" --lpips_net $NET --retrieval 200 --device cpu
+    $PY pSp/scripts/inference.py --exp_dir "$OUT/psp" --checkpoint_path "$ENCODER" --data_path "$OUT/faces$COUNT" --lpips_net $NET --retrieval "$COUNT" --device cpu
     folders+=("$OUT/inverted-wpp" "refined=$OUT/inverted-encoder" "$OUT/psp")
   fi
   $PY metrics/reconstruction.py "${folders[@]}" --measures perceptual,mse,identity --output "$OUT/reconstruction.txt"
+}
+
+encoders() {  # pSp into W+ and W of the twin, trained as face-psp-64 was, and the same faces by each
+  faces "$COUNT" 11
+  local space flags common="--stylegan_weights $W --train_path $FACES --holdout 0.05 --val_images 256 --encoder_width 16 --batch_size 16 --test_batch_size 32"
+  common+=" --workers 0 --test_workers 0 --start_from_latent_avg --lpips_lambda 0.8 --lpips_net $NET --l2_lambda 1 --id_lambda 0 --precision bf16"
+  common+=" --val_interval 250 --save_interval 250 --threads 1 --device cpu --resume auto"
+  for space in wplus w; do
+    flags="--exp_dir $OUT/encoder-$space $common"
+    if [ $space = w ]; then flags+=" --learn_in_w"; fi
+    $PY -m torch.distributed.run --nproc_per_node "$PROCESSES" pSp/scripts/train.py $flags --learning_rate 0.001 --max_steps 1500
+    $PY -m torch.distributed.run --nproc_per_node "$PROCESSES" pSp/scripts/train.py $flags --learning_rate 0.0002 --max_steps 1850
+    $PY pSp/scripts/inference.py --exp_dir "$OUT/psp-$space" --checkpoint_path "$OUT/encoder-$space/checkpoints/best_model.pt" \
+      --data_path "$OUT/faces$COUNT" --lpips_net $NET --retrieval "$COUNT" --device cpu
+  done
+  $PY metrics/reconstruction.py "$OUT"/psp-{w,wplus} --measures perceptual,mse,identity --output "$OUT/encoders.txt"
 }
 
 boundaries() {  # 20,000 samples of each generator
