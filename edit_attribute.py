@@ -125,6 +125,8 @@ def main(args) -> None:
         if place.is_main:
             write_table(args.output_dir / "edits.csv", rows)
             print(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {args.output_dir}")
+            for name, value in pair_targets(parse_targets(args.target or ()), boundaries).values():
+                print(describe_target(scorer, name, value, [row[name] for row in rows]))
     finally:
         shutdown()
 
@@ -214,6 +216,14 @@ def reach_targets(args, generator, code, noise, boundaries, scorer, layers) -> l
             found[k], _ = reach(generator, start, noise, boundaries[k], scorer, scorer.column(name), value,
                                 limit=6 * boundaries[k].std, layers=layers)  # fmt: skip
     return found
+
+
+def describe_target(scorer, name, value, seen) -> str:
+    """How many faces came to the target, within 2 years or 0.05, and what the scorer reads of the others."""
+    near = 2 if scorer.attributes[scorer.column(name)].kind == "years" else 0.05
+    missed = [score for score in seen if abs(score - value) > near]
+    rest = f"; the others come to {min(missed):.3g} to {max(missed):.3g} at best, within 6 sd" if missed else ""
+    return f"{name}={value:g}: {len(seen) - len(missed)} of {len(seen)} faces within {near}{rest}"
 
 
 def parse_targets(texts) -> dict[str, float]:

@@ -15,6 +15,7 @@ from common.images import to_uint8
 from editing.boundary import Boundary, BoundaryError, walk
 from editing.judging import score_frames
 
+SCAN = 6  # steps from 0 to the limit, each way, in which a target is looked for before it is bisected
 BLOCK = 8  # frames per forward pass: the fastest at 256 px on a CPU; fixed, since it moves the last bits of a picture
 
 
@@ -45,11 +46,12 @@ def render_codes(generator, codes, noise, *, dtype=None) -> Iterator[np.ndarray]
         yield from to_uint8(images)
 
 
-def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=12, layers=None):
+def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=8, layers=None):
     """Relative distance at which the scorer's `column` is nearest to `target`: (distance, score there).
 
-    Bisection between -limit and +limit (in units of the boundary), with the sign of the slope taken from the two ends.
-    A target beyond what the ends reach gives the nearer end.
+    Bisection of the crossing that lies nearest to the face as it is, among 2 * SCAN steps from -limit to +limit (in
+    units of the boundary): far out a face may break, and the score turn back. A target that is crossed nowhere gives
+    the nearest of the steps.
     """
 
     def score(distances):
@@ -57,16 +59,19 @@ def reach(generator, code, noise, boundary, scorer, column: int, target: float, 
         frames = list(render_codes(generator, codes, noise))
         return score_frames(scorer, frames)[:, column]
 
-    low, high = -float(limit), float(limit)
-    at_low, at_high = score([low, high])
-    best = min(((abs(at_low - target), low, at_low), (abs(at_high - target), high, at_high)))
-    if (at_low - target) * (at_high - target) <= 0:
+    stops = np.linspace(-limit, limit, 2 * SCAN + 1)
+    seen = score(stops)
+    best = min((abs(value - target), abs(at), at, value) for at, value in zip(stops, seen, strict=True))
+    crossings = [k for k in range(2 * SCAN) if (seen[k] - target) * (seen[k + 1] - target) <= 0]
+    if crossings:
+        k = min(crossings, key=lambda k: abs(stops[k] + stops[k + 1]))
+        (low, high), at_low = stops[k : k + 2], seen[k]
         for _ in range(steps):
             middle = (low + high) / 2
             (at_middle,) = score([middle])
-            best = min(best, (abs(at_middle - target), middle, at_middle))
+            best = min(best, (abs(at_middle - target), abs(middle), middle, at_middle))
             if (at_low - target) * (at_middle - target) <= 0:
-                high, at_high = middle, at_middle
+                high = middle
             else:
                 low, at_low = middle, at_middle
-    return best[1], float(best[2])
+    return float(best[2]), float(best[3])

@@ -14,7 +14,7 @@ from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.distributed import Distributed
 from common.latents import load_latents, save_latents
-from editing.boundary import fit_boundary, load_boundary
+from editing.boundary import Boundary, fit_boundary, load_boundary
 from editing.judging import score_frames
 from editing.samples import SampledCodes, SamplesError, score_samples
 from editing.sweep import edit_codes, reach, render_codes
@@ -182,6 +182,29 @@ def test_a_target_is_reached(generator):
     assert score_frames(scorer, frame)[0, 0] == pytest.approx(found, abs=1e-3)
     edge, found = reach(generator, code, noise, boundary, scorer, 0, 1000.0, limit=boundary.std)
     assert edge == pytest.approx(boundary.std), "out of reach: the nearer end"
+
+
+@pytest.mark.parametrize("target, wanted, why", [
+    (0.9, 0, "the face meets it as it is"), (0.6, 0.5, "the nearer of two crossings"),
+    (2, 0, "crossed nowhere: of the stops with the highest score the one nearest to the face"),
+])  # fmt: skip
+def test_a_target_is_looked_for_near_the_face(monkeypatch, target, wanted, why):
+    """A score that falls on both sides, as a smile's does once faces break: 0.9 at -1 and 0, 0.6 at -1.5 and 0.5."""
+    boundary = Boundary(np.ones((1, 1), np.float32), 0, "smile", "w", mean=0, std=1)
+    monkeypatch.setattr("editing.sweep.render_codes", lambda generator, codes, noise: codes[:, 0, 0])
+    monkeypatch.setattr("editing.sweep.score_frames", lambda scorer, at: scorer(np.array(at))[:, None])
+    code = np.zeros((1, 1), np.float32)
+    found = reach(None, code, [], boundary, lambda at: 1 - 0.4 * (at + 0.5) ** 2, 0, target, limit=6)
+    assert found[0] == pytest.approx(wanted, abs=0.01), why
+    if target < 1:
+        assert found[1] == pytest.approx(target, abs=0.01)
+
+
+def test_faces_that_miss_the_target_are_counted():
+    scorer = ColourScorer()
+    assert edit_attribute.describe_target(scorer, "smile", 0.5, [0.5, 0.52]) == "smile=0.5: 2 of 2 faces within 0.05"
+    said = edit_attribute.describe_target(scorer, "age", 60, [61.9, 20, 40])
+    assert "age=60: 1 of 3 faces within 2;" in said and "20 to 40" in said
 
 
 def expand(generator, codes):
