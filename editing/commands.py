@@ -50,8 +50,8 @@ def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "chang
                       "--distance", "relative", "--unit", "std",
                       *(["--layers", f"{layers[0]}-{layers[-1]}"] if layers else []),
                       "--attribute", next(iter(edited)),
-                      *(["--scorer", tools.scorer_name] if tools.scorer_name != "face-scorer" else [])])  # fmt: skip
-    text = [shlex.join(str(word) for word in line) for line in lines]
+                      *_named("--scorer", tools.scorer_name, "face-scorer")])  # fmt: skip
+    text = [_shell(tools, line) for line in lines]
     if edited:
         text += _pasting(face, paste_mode, "out/edited")
     return "\n".join(text)
@@ -69,8 +69,19 @@ def cast_lines(tools: Tools, cast: Cast, paste_mode: str = "change") -> str:
          "out/faces/aligned" if face.source else "out/faces", "--reference", "out/reference/aligned", "--output_dir",
          "out/cast", *_projection(tools, settings)],
     ]  # fmt: skip
-    text = [shlex.join(str(word) for word in line) for line in lines]
+    text = [_shell(tools, line) for line in lines]
     return "\n".join(text + _pasting(face, paste_mode, "out/cast"))
+
+
+def _shell(tools: Tools, line: list) -> str:
+    """The words as a line; of scripts that load third-party weights with the page's own folder of them."""
+    weights = ["--weights_dir", tools.weights_dir] if tools.weights_dir and line[1] != "generate.py" else []
+    return shlex.join(str(word) for word in [*line, *weights])
+
+
+def _named(flag: str, name: str, usual: str) -> list[str]:
+    """[flag, name]; nothing for the script's own default, and where the page went without."""
+    return [] if name in (usual, "none") else [flag, name]
 
 
 def _faces(face: Face, generator: list) -> list:
@@ -98,7 +109,7 @@ def _pasting(face: Face, paste_mode: str, folder: str) -> list[str]:
 def _projection(tools: Tools, settings) -> list:
     return ["--step", settings.steps, "--lr", f"{settings.lr:g}", "--mse", f"{settings.mse:g}", "--noise",
             f"{settings.noise:g}", "--mean_samples", MEAN_SAMPLES,
-            *(["--perceptual", tools.perceptual_name] if tools.perceptual_name != "auto" else [])]  # fmt: skip
+            *_named("--perceptual", tools.perceptual_name, "auto")]  # fmt: skip
 
 
 def _inversion(tools: Tools, face: Face, generator: list) -> list:
@@ -106,7 +117,7 @@ def _inversion(tools: Tools, face: Face, generator: list) -> list:
     if face.method == "encoder":
         return ["python", "pSp/scripts/inference.py", "--checkpoint_path", encoder, "--stylegan_weights", generator[1],
                 "--data_path", "out/faces/aligned", "--exp_dir", "out/inverted",
-                *(["--lpips_net", tools.perceptual_name] if tools.perceptual_name != "auto" else [])]  # fmt: skip
+                *_named("--lpips_net", tools.perceptual_name, "auto")]  # fmt: skip
     return ["python", "projector.py", *generator, "--dataset", "out/faces/aligned", "--output_dir", "out/inverted",
             *(["--init", f"encoder:{encoder}"] if encoder else []),
             *(["--space", tools.space] if tools.space != "w++" else []),

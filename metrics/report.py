@@ -50,7 +50,7 @@ def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dic
         if name in runs:
             raise UserError(f"two runs are called {name}: name them as in A={path}")
         records = [record for record in read_records(file) if _fulfils(record, where)]
-        latest = {(record["metric"], _subject(record), record["n_fake"]): record for record in records}
+        latest = {(record["metric"], _subject(record), *_yardstick(record)): record for record in records}
         runs[name] = list(latest.values())
         if not runs[name]:
             raise UserError(f"{file} holds no results" + (f" where {' '.join(where)}" if where else ""))
@@ -80,6 +80,11 @@ def _subject(record: dict) -> tuple:
     """What was judged: the same for all metrics of one checkpoint and truncation, however many samples each took."""
     fake = record["fake"]
     return fake.get("fingerprint") or fake.get("digest"), fake.get("truncation")
+
+
+def _yardstick(record: dict) -> tuple:
+    """What it was judged by: results that differ here are not one computed twice, and `check` has to see both."""
+    return record["n_fake"], str(record.get("protocol")), (record.get("real") or {}).get("digest")
 
 
 def metric_names(runs: dict[str, list[dict]]) -> list[str]:

@@ -171,6 +171,15 @@ def test_unlike_runs_only_when_told(play, runs, tmp_path):
     assert status == 0 and "note: not computed alike: fid-squeeze: n_fake 500 against 600" in err and "\nC " in out
 
 
+def test_one_checkpoint_judged_by_two_real_sets_is_refused(play, tmp_path):
+    """The later result must not push the earlier one out of sight."""
+    other = record(value=20.0)
+    other["real"] = {**REAL, "digest": "d2"}
+    append_records(tmp_path / "metrics.jsonl", [record(), other])
+    status, _, err = play(tmp_path / "metrics.jsonl")
+    assert status == 1 and "were not computed alike" in err
+
+
 def test_the_last_of_repeated_results_counts(play, tmp_path):
     folder = write_run(tmp_path / "run", [(1000, 90.0)])
     append_records(folder / "metrics.jsonl", [record("fid", 70.0, step=1000, fingerprint="run")])

@@ -1,9 +1,12 @@
 """The demo page's work without a browser: photo to code to edit to photo, refusals, refining, the same by commands."""
 
 import json
+import shlex
 import shutil
 import time
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,6 +226,17 @@ def test_the_commands_give_the_same_pictures(how, tools, face, astronaut, tmp_pa
     if how != "drawn":
         pasted = read_image(tmp_path / "out" / "pasted" / astronaut.name)
         assert np.array_equal(np.asarray(pasted), np.asarray(Image.open(paths[1])))
+
+
+def test_commands_name_the_weights_and_leave_out_what_the_page_went_without(tools, face):
+    """`none` is a word of demo.py alone: the scripts know no such scorer or perceptual network."""
+    bare = replace(tools, scorer_name="none", perceptual_name="none", weights_dir=Path("my weights"))
+    align, invert, edit, paste_back = command_lines(bare, face, Edit({"age": 1.5})).splitlines()
+    for line in (align, invert, edit):
+        assert "none" not in shlex.split(line)
+        assert line.endswith("--weights_dir 'my weights'")
+    assert "--weights_dir" not in paste_back
+    assert "--weights_dir" not in command_lines(tools, face, Edit({"age": 1.5}))
 
 
 def test_the_downloaded_latents_render_the_picture(tools, face, tmp_path):
