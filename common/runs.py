@@ -5,6 +5,7 @@ RUN/log.jsonl         one JSON object per line: {"step", "time" (seconds since 1
 RUN/{sample,similarity,checkpoint,tensorboard_log}/
 """
 
+import contextlib
 import json
 import math
 import os
@@ -125,19 +126,23 @@ def _open_tensorboard(folder, purge_step):
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
+def package_versions(names=PACKAGES):
+    """{package: version, None where it is absent}; by default of those that results depend on."""
+    versions = dict.fromkeys(names)
+    for package in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
 def _circumstances(options):
     """What options.json holds: enough to repeat the run."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    present = {package: version for package, version in package_versions().items() if version}
     return {
         "options": options if isinstance(options, dict) else vars(options),
         "command": [sys.executable, *sys.argv],
         "world_size": int(os.environ.get("WORLD_SIZE") or 1),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **present},
         "platform": platform.platform(),
         "git": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
