@@ -35,7 +35,7 @@ from editing.tables import write_table
 from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from model import load_generator
-from rendering import NOISE_MODES, latents_source, select_noise
+from rendering import NOISE_MODES, latents_source, select_condition, select_noise
 from training import DTYPES
 
 ROUNDS = 3  # of the search for several targets at once
@@ -181,11 +181,12 @@ def make_boundary(args, generator, scorer, place) -> Boundary:
 def edit_face(args, generator, source, i, boundaries, judges, attribute, layers) -> list[dict]:
     """Frames, strip and video of one face; returns its rows of edits.csv. attribute: what names and captions show."""
     (code,) = source.codes([i])
-    code, noise = code.numpy(), select_noise(source.noise, [i])
-    distances = frame_distances(args, generator, code, noise, boundaries, judges.scorer, layers)
+    code, noise, condition = code.numpy(), select_noise(source.noise, [i]), select_condition(source.condition, [i])
+    distances = frame_distances(args, generator, code, noise, condition, boundaries, judges.scorer, layers)
     how = "relative" if args.target else args.distance
     codes = edit_codes(code, boundaries, distances, distance=how, layers=layers)
-    frames = list(render_codes(generator, np.concatenate((code[None], codes)), noise))  # the inversion comes first
+    codes = np.concatenate((code[None], codes))  # the inversion comes first
+    frames = list(render_codes(generator, codes, noise, condition=condition))
     found, names = judge(judges, frames), judges.scorer.names
     captions = caption_frames(judges.scorer, attribute, found.scores, distances)
     rows = []
@@ -198,14 +199,14 @@ def edit_face(args, generator, source, i, boundaries, judges, attribute, layers)
                      **{what: "" if values is None else round(float(values[j + 1]), 4) for what, values in
                         (("identity", found.identity), ("perceptual", found.perceptual), ("change", found.change))},
                      })  # fmt: skip
-    if len(codes) == 1:  # one picture per face keeps the face's name: align_faces.py --paste_back finds it by that
+    if len(frames) == 2:  # one picture per face keeps the face's name: align_faces.py --paste_back finds it by that
         for folder, frame in zip(("unedited", "edited"), frames, strict=True):
             save_image(frame, args.output_dir / folder / f"{source.names[i]}.png")
     show_sweep(args, f"origin_{i}_{attribute}", frames, captions)
     return rows
 
 
-def reach_targets(args, generator, code, noise, boundaries, scorer, layers) -> list[float]:
+def reach_targets(args, generator, code, noise, condition, boundaries, scorer, layers) -> list[float]:
     """Relative distances, one per boundary, at which the scorer sees the values of --target (or comes nearest)."""
     targets = pair_targets(parse_targets(args.target), boundaries)
     found = [0.0] * len(boundaries)
@@ -214,7 +215,7 @@ def reach_targets(args, generator, code, noise, boundaries, scorer, layers) -> l
             rest = [0.0 if i == k else distance for i, distance in enumerate(found)]
             (start,) = edit_codes(code, boundaries, [rest], layers=layers)
             found[k], _ = reach(generator, start, noise, boundaries[k], scorer, scorer.column(name), value,
-                                limit=6 * boundaries[k].std, layers=layers)  # fmt: skip
+                                limit=6 * boundaries[k].std, layers=layers, condition=condition)  # fmt: skip
     return found
 
 
@@ -260,10 +261,10 @@ def caption_frames(scorer, attribute, scores, distances) -> list[str]:
     return [f"{value:.{digits}f}" for value in scores[:, column]]
 
 
-def frame_distances(args, generator, code, noise, boundaries, scorer, layers) -> np.ndarray:
+def frame_distances(args, generator, code, noise, condition, boundaries, scorer, layers) -> np.ndarray:
     """[K, number of boundaries], in latent units."""
     if args.target:
-        return np.array([reach_targets(args, generator, code, noise, boundaries, scorer, layers)])
+        return np.array([reach_targets(args, generator, code, noise, condition, boundaries, scorer, layers)])
     if args.at:
         line = np.array([args.at])  # [1, 1 or number of boundaries]
     else:

@@ -36,27 +36,33 @@ def edit_codes(code, boundaries: Sequence[Boundary], distances, *, distance="rel
 
 
 @torch.no_grad()
-def render_codes(generator, codes, noise, *, dtype=None) -> Iterator[np.ndarray]:
-    """Frames uint8 [size, size, 3] of codes [K, L, 512] with the noise maps of one picture, [1, 1, r, r] each."""
+def render_codes(generator, codes, noise, *, dtype=None, condition=None) -> Iterator[np.ndarray]:
+    """Frames uint8 [size, size, 3] of codes [K, L, 512] with the noise maps of one picture, [1, 1, r, r] each.
+
+    condition: attributes [1, d] of that picture, of a conditional generator (default: the neutral 0.5).
+    """
     device = generator.token.device
     maps = [layer.to(device) for layer in noise]
+    condition = None if condition is None else condition.to(device)
     for start in range(0, len(codes), BLOCK):
         block = torch.from_numpy(np.array(codes[start : start + BLOCK], np.float32)).to(device)  # [B, L, 512]
-        images, _ = generator(block, input_is_latent=True, noise=maps, dtype=dtype)  # [B, 3, S, S]
+        asked = None if condition is None else condition.expand(len(block), -1)  # [B, d]
+        images, _ = generator(block, input_is_latent=True, noise=maps, dtype=dtype, condition=asked)  # [B, 3, S, S]
         yield from to_uint8(images)
 
 
-def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=8, layers=None):
+def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=8, layers=None,
+          condition=None):  # fmt: skip
     """Relative distance at which the scorer's `column` is nearest to `target`: (distance, score there).
 
     Bisection of the crossing that lies nearest to the face as it is, among 2 * SCAN steps from -limit to +limit (in
     units of the boundary): far out a face may break, and the score turn back. A target that is crossed nowhere gives
-    the nearest of the steps.
+    the nearest of the steps. condition: see render_codes.
     """
 
     def score(distances):
         codes = edit_codes(code, [boundary], np.asarray(distances, np.float64), layers=layers)
-        frames = list(render_codes(generator, codes, noise))
+        frames = list(render_codes(generator, codes, noise, condition=condition))
         return score_frames(scorer, frames)[:, column]
 
     stops = np.linspace(-limit, limit, 2 * SCAN + 1)

@@ -45,7 +45,7 @@ from faces.identity import WEIGHTS, identity_or_none
 from faces.scorer import load_scorer
 from metrics.tables import text_table
 from model import load_generator
-from rendering import latents_source, select_noise
+from rendering import latents_source, select_condition, select_noise
 
 DEFAULT_AT = {"years": 15.0, "probability": 0.5}
 KEPT = ("identity", "perceptual", "others")
@@ -101,7 +101,9 @@ def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, dis
         (code,) = source.codes([i])
         codes = edit_codes(code.numpy(), [boundary], distances * boundary.std, layers=layers)
         codes = np.concatenate((code.numpy()[None], codes))  # the inversion first: what all are compared with
-        found = judge(judges, list(render_codes(generator, codes, select_noise(source.noise, [i]))))
+        frames = render_codes(generator, codes, select_noise(source.noise, [i]),
+                              condition=select_condition(source.condition, [i]))  # fmt: skip
+        found = judge(judges, list(frames))
         scores.append(found.scores[1:])
         for what, values in kept.items():
             measured = getattr(found, what)

@@ -24,7 +24,7 @@ from common.latents import draw_z, load_latents
 from common.store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
 from dataset import FolderDataset, MultiResolutionDataset, open_dataset
 from model import Generator, load_generator
-from rendering import NOISE_MODES, Noise, noise_maps, select_noise
+from rendering import NOISE_MODES, Noise, noise_maps, saved_condition, select_condition, select_noise
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next
@@ -107,10 +107,11 @@ class NativeFolder(FolderDataset):
 
 
 class GeneratorSource:
-    """Images of a generator, from seeds or from saved latents."""
+    """Images of a generator, from seeds or from saved latents with their attributes [N, d], where it takes any."""
 
-    def __init__(self, generator: Generator, sampling: Sampling, about: dict, *, latents=None, saved_noise=None):
-        self.generator, self.sampling, self.latents = generator, sampling, latents
+    def __init__(self, generator: Generator, sampling: Sampling, about: dict, *, latents=None, saved_noise=None,
+                 condition=None):  # fmt: skip
+        self.generator, self.sampling, self.latents, self.condition = generator, sampling, latents, condition
         self.saved_noise: Noise | None = saved_noise
         self.n = SEED_STRIDE if latents is None else len(latents)
         config, truncation = generator.config, sampling.truncation
@@ -120,7 +121,7 @@ class GeneratorSource:
             "noise": sampling.noise if saved_noise is None else "saved", "seed": sampling.seed,
         }  # fmt: skip
         if config.condition_dim:
-            self.about["condition"] = "neutral"  # the generator's default, 0.5 for every attribute
+            self.about["condition"] = "neutral" if condition is None else "saved"  # neutral: 0.5 for every attribute
         self._mean = None
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:
@@ -135,6 +136,8 @@ class GeneratorSource:
             digest.update(self.latents.numpy().tobytes())
             for layer in self.saved_noise or []:
                 digest.update(layer.numpy().tobytes())
+        if self.condition is not None:
+            digest.update(self.condition.numpy().tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()
@@ -155,8 +158,10 @@ class GeneratorSource:
             else:
                 styles = self.latents[list(chosen)]
             maps = [layer.to(device) for layer in select_noise(noise, chosen)]
+            asked = select_condition(self.condition, chosen)
             images, _ = generator(styles.to(device), input_is_latent=self.latents is not None, noise=maps,
-                                  truncation=truncation, truncation_latent=self._mean)  # fmt: skip
+                                  truncation=truncation, truncation_latent=self._mean,
+                                  condition=None if asked is None else asked.to(device))  # fmt: skip
             if not torch.isfinite(images).all():
                 raise UserError(f"{self.about['path']}: generated images {chosen[0]} to {chosen[-1]} are not finite: "
                                 "diverged weights?")  # fmt: skip
@@ -239,7 +244,8 @@ def latents_source(path: Path, ckpt, sampling: Sampling, device) -> GeneratorSou
     shape, spaces = (config.n_tokens, config.style_dim), ("w", "w+") if config.w_space else "w++"
     saved = load_latents(path, expect_space=spaces, expect_shape=shape, expect_fingerprint=generator.fingerprint)
     about = {"kind": "latents", "path": str(path), **checkpoint_facts(Path(ckpt))}
-    return GeneratorSource(generator, sampling, about, latents=saved.latents, saved_noise=saved.noise)
+    return GeneratorSource(generator, sampling, about, latents=saved.latents, saved_noise=saved.noise,
+                           condition=saved_condition(saved, generator))  # fmt: skip
 
 
 def checkpoint_facts(path: Path) -> dict:

@@ -21,7 +21,7 @@ from editing.sweep import edit_codes, reach, render_codes
 from faces.labels import Attribute
 from faces.scorer import AttributeScorer, require_images
 from model import Generator, GeneratorConfig, load_generator
-from rendering import file_names, map_latents, seeded_z
+from rendering import CONDITION, file_names, map_latents, render, seeded_z
 
 
 class ColourScorer(AttributeScorer):
@@ -191,7 +191,7 @@ def test_a_target_is_reached(generator):
 def test_a_target_is_looked_for_near_the_face(monkeypatch, target, wanted, why):
     """A score that falls on both sides, as a smile's does once faces break: 0.9 at -1 and 0, 0.6 at -1.5 and 0.5."""
     boundary = Boundary(np.ones((1, 1), np.float32), 0, "smile", "w", mean=0, std=1)
-    monkeypatch.setattr("editing.sweep.render_codes", lambda generator, codes, noise: codes[:, 0, 0])
+    monkeypatch.setattr("editing.sweep.render_codes", lambda generator, codes, noise, condition: codes[:, 0, 0])
     monkeypatch.setattr("editing.sweep.score_frames", lambda scorer, at: scorer(np.array(at))[:, None])
     code = np.zeros((1, 1), np.float32)
     found = reach(None, code, [], boundary, lambda at: 1 - 0.4 * (at + 0.5) ** 2, 0, target, limit=6)
@@ -295,3 +295,25 @@ def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_
     for wrong in (("1", "2", "3"), ("1", "--target", "age=50")):
         assert command(ckpt, latents, tmp_path / "wrong", *flags, *wrong) == 2
     assert "--at" in capsys.readouterr().err
+
+
+def test_faces_of_a_conditional_generator_keep_their_attributes(scorer, tmp_path):
+    torch.manual_seed(4)
+    config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2)
+    ckpt = tmp_path / "cgan.pt"
+    save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
+    generator = load_generator(ckpt, "cpu")
+    codes = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2]))))
+    own = torch.tensor([[0.0, 1.0], [0.9, 0.2]])
+    save_latents(tmp_path / "l", codes, names=["a.png", "b.png"], space="w++", size=16,
+                 fingerprint=generator.fingerprint, extra={CONDITION: {"values": own.tolist()}})  # fmt: skip
+    out, flags = tmp_path / "out", ("--num_sample", "60", "--ratio", "0.2", "--distance", "relative")
+    inversions = list(render(generator, codes, condition=own))
+    assert not np.array_equal(inversions[1], next(render(generator, codes[1:]))), "the neutral picture is another"
+    value = score_frames(ColourScorer(), inversions[:1])[0, 0]
+    for edit in (("--at", "0"), ("--target", f"age={value}")):  # the target is looked for under the attributes as well
+        assert command(ckpt, tmp_path / "l", out, *flags, *edit) == 0
+        for name, inversion in zip("ab", inversions, strict=True):
+            unedited = np.asarray(Image.open(out / "unedited" / f"{name}.png")).astype(int)
+            assert np.abs(unedited - inversion).max() <= 1
+    assert float(table(out)[0]["age"]) == pytest.approx(value, abs=0.1) and abs(float(table(out)[0]["distance"])) < 0.5

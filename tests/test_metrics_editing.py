@@ -17,6 +17,7 @@ from faces.labels import Attribute
 from faces.scorer import AttributeScorer, require_images
 from metrics.editing import Sweep, at_position, crossed, others_change, position_of_change, rise, summarise
 from model import Generator, GeneratorConfig, load_generator
+from rendering import CONDITION, render
 
 KINDS = ["years", "probability"]
 
@@ -150,3 +151,21 @@ def test_misuse(inputs, tmp_path, capsys):
                  fingerprint=None)  # fmt: skip
     assert command([inputs[0], (inputs[1][0], tmp_path / "other", inputs[1][2])], out) == 1
     assert "different faces" in capsys.readouterr().err
+
+
+def test_faces_of_a_conditional_generator_are_judged_under_their_attributes(inputs, tmp_path):
+    torch.manual_seed(4)
+    config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2)
+    ckpt, folder, path = tmp_path / "cgan.pt", tmp_path / "own", tmp_path / "age.npz"
+    save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
+    generator = load_generator(ckpt, "cpu")
+    codes, own = generator.get_latent(torch.randn(2, 6, 32)).detach(), torch.tensor([[0.0, 1.0], [0.9, 0.2]])
+    save_latents(folder, codes, names=["a.png", "b.png"], space="w++", size=16, fingerprint=generator.fingerprint,
+                 extra={CONDITION: {"values": own.tolist()}})  # fmt: skip
+    normal = np.full((1, 192), 192**-0.5, np.float32)
+    Boundary(normal, 0.0, "age", "w++", 0.0, 1.0, fingerprint=generator.fingerprint).save(path)
+    assert command([(ckpt, folder, path)], tmp_path / "out") == 0
+    with open(tmp_path / "out" / "faces.csv", encoding="utf-8-sig", newline="") as file:
+        found = [float(row["origin"]) for row in csv.DictReader(file)]
+    pictures = list(render(generator, codes, condition=own))
+    assert found == pytest.approx(judge(Judges(ColourScorer()), pictures).scores[:, 0], abs=0.1)

@@ -9,13 +9,14 @@ import torch
 from features_of import DIM, copy_of, values
 from PIL import Image
 
+from common.checkpoint import save_checkpoint
 from common.latents import save_latents
 from common.store import DatasetError
 from metrics.extractors import build_extractor
 from metrics.features import extract, load_features, require_same, save_features
 from metrics.protocol import PROTOCOLS
 from metrics.sources import SEED_STRIDE, Sampling, open_source
-from model import load_generator
+from model import Generator, GeneratorConfig, load_generator
 
 
 def test_folder_as_it_is_and_fitted(face_folder, tiny):
@@ -98,6 +99,23 @@ def test_latents(checkpoint, tiny, tmp_path):
         open_source(tmp_path / "l")
     with pytest.raises(ValueError, match="latents of the generator .*; the checkpoint given is"):
         open_source(tmp_path / "l", ckpt=checkpoint.with_name("000010.safetensors"))
+
+
+def test_latents_of_a_conditional_generator_keep_their_attributes(tmp_path):
+    torch.manual_seed(4)
+    config, ckpt = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2), tmp_path / "cgan.pt"
+    save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
+    generator = load_generator(ckpt)
+    w, own = generator.get_latent(generator.draw_z(3, torch.Generator().manual_seed(0))), torch.rand(3, 2)
+    facts = {"names": ["a", "b", "c"], "space": "w++", "size": 16, "fingerprint": generator.fingerprint}
+    save_latents(tmp_path / "own", w, **facts, extra={"condition": {"values": own.tolist()}})
+    save_latents(tmp_path / "neutral", w, **facts)
+    source, neutral = (open_source(tmp_path / name, ckpt=ckpt, sampling=Sampling(noise="const"))
+                       for name in ("own", "neutral"))  # fmt: skip
+    images = torch.cat(list(source.batches([0, 1, 2], 2, "cpu")))
+    torch.testing.assert_close(images, generator(w, input_is_latent=True, randomize_noise=False, condition=own)[0])
+    assert (source.about["condition"], neutral.about["condition"]) == ("saved", "neutral")
+    assert source.digest([0, 1, 2]) != neutral.digest([0, 1, 2]), "their features are cached apart"
 
 
 def test_mixed_sizes_are_refused_in_words(face_folder, tiny, tmp_path):
