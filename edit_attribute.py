@@ -5,13 +5,13 @@
     python3 edit_attribute.py --ckpt faces.pt --latent inverted/ --output_dir smiling/ --attribute smile \\
         --boundary smile.npz --distance relative --unit std --start_distance -4 --end_distance 4 --steps 9
 
-Random samples are scored, the extreme --ratio picked, a boundary fitted and saved (OUT/boundary-ATTRIBUTE.npz); then
-every code of --latent is moved along it. The scores are kept (--samples, default OUT/samples) and serve other
-attributes; a killed run goes on. --boundary FILE edits at once. Frames: OUT/frames/origin_I_edit_J_ATTRIBUTE_N.png,
-N the predicted value; a strip per face with the values below (OUT/strips); OUT/edits.csv with every score, the identity
-similarity, perceptual distance and mean change of the pixels per frame. Where one frame per face is asked for (--at,
---target, --steps 1), OUT/edited/NAME.png has it under the face's own name and OUT/unedited/NAME.png the inversion,
-as align_faces.py --paste_back --unedited takes them.
+Random samples are scored, the extreme --ratio picked, a boundary fitted, freed of those of --orthogonal_to, and saved
+(OUT/boundary-ATTRIBUTE.npz); then every code of --latent is moved along it. The scores are kept (--samples, default
+OUT/samples) and serve other attributes; a killed run goes on. --boundary FILE edits at once. Frames:
+OUT/frames/origin_I_edit_J_ATTRIBUTE_N.png, N the predicted value; a strip per face with the values below
+(OUT/strips); OUT/edits.csv with every score, the identity similarity, perceptual distance and mean change of the
+pixels per frame. Where one frame per face is asked for (--at, --target, --steps 1), OUT/edited/NAME.png has it under
+the face's own name and OUT/unedited/NAME.png the inversion, as align_faces.py --paste_back --unedited takes them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from rendering import NOISE_MODES, latents_source, select_condition, select_nois
 from training import DTYPES
 
 ROUNDS = 3  # of the search for several targets at once
+N_MEASURED = 10_000  # samples, at most, that a standard deviation along the projection of a --boundary is taken over
 
 
 def build_parser() -> ArgumentParser:
@@ -106,14 +107,15 @@ def main(args) -> None:
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
         scorer = load_scorer(args.scorer, place.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
+        others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",") if path]
         if args.boundary:
             boundaries = [read_boundary(path, generator) for path in args.boundary]
+            if others:
+                codes = SampledCodes(generator, range(args.seed, args.seed + min(args.num_sample, N_MEASURED)))
+                boundaries = [orthogonalise(boundary, others, codes) for boundary in boundaries]
         else:
             args.attribute = args.attribute or "age"
-            boundaries = [make_boundary(args, generator, scorer, place)]
-        if args.orthogonal_to:
-            others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",")]
-            boundaries = [orthogonalise(boundary, others) for boundary in boundaries]
+            boundaries = [make_boundary(args, generator, scorer, others, place)]
         shown = args.attribute if args.boundary and args.attribute else boundaries[0].attribute
         judges = Judges(scorer, identity_or_none(args.identity, place.device, args.weights_dir),
                         perceptual_or_none(args.perceptual, place.device, args.weights_dir))  # fmt: skip
@@ -150,26 +152,29 @@ def read_boundary(path, generator) -> Boundary:
     return load_boundary(path, space=space, width=width, fingerprint=generator.fingerprint)
 
 
-def make_boundary(args, generator, scorer, place) -> Boundary:
-    """Sample, score, fit, save. Every rank gets the same boundary."""
+def make_boundary(args, generator, scorer, others, place) -> Boundary:
+    """Sample, score, fit, project out the boundaries `others`, save. Every rank gets the same boundary."""
     if args.attribute.startswith("csv:"):
         seeds, scores, name = labelled_seeds(args.attribute.removeprefix("csv:"))
-        ratio, others = separable_ratio(scores), None
+        ratio, balance = separable_ratio(scores), None
     else:
         seeds, name, ratio = range(args.seed, args.seed + args.num_sample), args.attribute, args.ratio
         table = score_samples(generator, scorer, args.num_sample, folder=args.samples or args.output_dir / "samples",
                               batch=args.batch_size, first=args.seed, noise=args.noise, place=place)  # fmt: skip
-        others = [scorer.column(other) for other in args.balance.split(",") if other]
-        scores, others = table[:, scorer.column(name)], table[:, others] if others else None
+        balance = [scorer.column(other) for other in args.balance.split(",") if other]
+        scores, balance = table[:, scorer.column(name)], table[:, balance] if balance else None
     boundary = None
     if place.is_main:
+        codes = SampledCodes(generator, seeds)
         boundary = fit_boundary(
-            SampledCodes(generator, seeds), scores, ratio=ratio, fit=args.fit, seed=args.seed, others=others,
+            codes, scores, ratio=ratio, fit=args.fit, seed=args.seed, others=balance,
             space="w" if generator.config.w_space else "w++", attribute=name, fingerprint=generator.fingerprint,
             size=generator.config.size,
         )  # fmt: skip
-        path = boundary.save(args.output_dir / f"boundary-{name}.npz")
         shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
+        if others:
+            boundary, shown = orthogonalise(boundary, others, codes), f"{shown} before the projection"
+        path = boundary.save(args.output_dir / f"boundary-{name}.npz")
         print(f"{path}: {args.fit} on {len(seeds)} samples, accuracy {shown}; "
               f"one standard deviation is {boundary.std:.3g}")  # fmt: skip
     return broadcast_object(boundary)

@@ -13,7 +13,7 @@ that are updated batch by batch, so that no latents are kept).
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,8 @@ class Boundary:
 
     normal: float32 [1, D], D = 512 for w (and w+, layer by layer) or L * 512 for w++; intercept: the hyperplane is
     normal . x + intercept = 0. mean, std: of normal . x over the samples it was fitted on, so that distances can be
-    given in standard deviations. accuracies: train, validation and remaining, each 0..1 or None.
+    given in standard deviations. accuracies: train, validation and remaining, each 0..1 or None. orthogonal_to: the
+    attributes whose directions were projected out.
     """
 
     normal: np.ndarray
@@ -49,6 +50,7 @@ class Boundary:
     ratio: float = 0.02
     n_samples: int = 0
     accuracies: dict = field(default_factory=dict)
+    orthogonal_to: list = field(default_factory=list)
     fingerprint: str | None = None
     size: int | None = None
 
@@ -184,7 +186,7 @@ def fit_boundary(latents, scores, *, ratio=0.02, fit="svm", seed=0, others=None,
         order = np.argsort(train)  # ascending rows: a memory-mapped file is read once through
         normal, intercept = separate(np.asarray(latents[train[order]]), train_side[order], fit, C)
 
-    along = np.concatenate([np.asarray(latents[rows]) @ normal for rows in _batches(np.arange(len(scores)))])
+    along = _project_all(latents, normal)
     if fit == "ridge":
         intercept = -np.median(along)  # as many samples on either side
     rest_side = scores[rest] > np.median(scores)
@@ -264,6 +266,11 @@ def _batches(rows, size=4096):
         yield rows[start : start + size]
 
 
+def _project_all(latents, normal) -> np.ndarray:
+    """normal . x of every one of the latents [N, D], [N]."""
+    return np.concatenate([np.asarray(latents[rows]) @ normal for rows in _batches(np.arange(len(latents)))])
+
+
 def _accuracy(distance, side):
     return float(np.mean((distance > 0) == side)) if len(side) else None
 
@@ -272,10 +279,11 @@ def _accuracy(distance, side):
 # Walking
 
 
-def orthogonalise(boundary: Boundary, others) -> Boundary:
+def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
     """The boundary with the directions of other boundaries projected out, so that walking leaves those attributes.
 
-    Raises BoundaryError when nothing is left, or the spaces differ.
+    latents: samples [N, D]; mean and std along the new normal are theirs, and the hyperplane lies at their median. The
+    accuracies were those of the old normal and go. Raises BoundaryError when nothing is left, or the spaces differ.
     """
     normals = np.concatenate([other.normal for other in others]).astype(np.float64)  # [K, D]
     for other in others:
@@ -290,9 +298,11 @@ def orthogonalise(boundary: Boundary, others) -> Boundary:
     if length < 1e-3:
         names = ", ".join(other.attribute for other in others)
         raise BoundaryError(f"nothing of the boundary {boundary.attribute} is left beside {names}")
-    values = {f.name: getattr(boundary, f.name) for f in fields(boundary)}
-    return Boundary(**values | {"normal": (left / length)[None].astype(np.float32), "intercept": 0.0, "mean": 0.0,
-                                "std": boundary.std, "accuracies": {}})  # fmt: skip
+    normal = (left / length).astype(np.float32)
+    along = _project_all(latents, normal)
+    return replace(boundary, normal=normal[None], intercept=-float(np.median(along)), mean=float(along.mean()),
+                   std=float(along.std()), accuracies={},
+                   orthogonal_to=[other.attribute for other in others])  # fmt: skip
 
 
 def walk(latents, boundary: Boundary, distances, *, distance="relative", layers=None) -> np.ndarray:

@@ -152,14 +152,19 @@ def test_one_normal_for_every_layer():
 def test_orthogonal_walks_leave_the_other_attribute():
     draw = np.random.default_rng(3)
     age, glasses = simple(draw.standard_normal(24)), simple(draw.standard_normal(24))
-    free = orthogonalise(age, [glasses])
+    codes = (draw.standard_normal((500, 24)) + 1).astype(np.float32)
+    codes += 3 * draw.standard_normal((500, 1)).astype(np.float32) * glasses.normal  # vary most along the one that goes
+    free = orthogonalise(age, [glasses], codes)
     assert abs(free.normal[0] @ glasses.normal[0]) < 1e-6 and free.normal[0] @ age.normal[0] > 0.5
     frames = walk(np.zeros((4, 6)), free, [5.0])
     assert abs(glasses.project(frames.reshape(1, -1))[0]) < 1e-5
+    along = free.project(codes)
+    assert (free.mean, free.std) == pytest.approx((along.mean(), along.std()), abs=1e-4)
+    assert np.mean(along + free.intercept > 0) == 0.5 and free.orthogonal_to == ["smile"] and not free.accuracies
     with pytest.raises(BoundaryError, match="nothing of the boundary"):
-        orthogonalise(age, [glasses, age])
+        orthogonalise(age, [glasses, age], codes)
     with pytest.raises(BoundaryError, match="of space w "):
-        orthogonalise(age, [simple(draw.standard_normal(6), space="w")])
+        orthogonalise(age, [simple(draw.standard_normal(6), space="w")], codes)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

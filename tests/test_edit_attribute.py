@@ -297,6 +297,25 @@ def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_
     assert "--at" in capsys.readouterr().err
 
 
+def test_the_saved_boundary_is_the_orthogonal_one(ckpt, latents, scorer, tmp_path, generator, capsys):
+    smile, out = tmp_path / "smile" / "boundary-smile.npz", tmp_path / "out"
+    small = ("--num_sample", "60", "--ratio", "0.3", "--samples", tmp_path / "samples", "--unit", "std", "--distance",
+             "relative", "--at", "2")  # fmt: skip
+    assert command(ckpt, latents, tmp_path / "smile", *small, "--attribute", "smile") == 0
+    assert command(ckpt, latents, tmp_path / "plain", *small) == 0
+    assert command(ckpt, latents, out, *small, "--orthogonal_to", smile) == 0
+    assert "before the projection" in capsys.readouterr().out
+    entangled, free = (load_boundary(folder / "boundary-age.npz") for folder in (tmp_path / "plain", out))
+    other = load_boundary(smile).normal[0]
+    assert abs(entangled.normal[0] @ other) > 1e-3 > 1e-5 > abs(free.normal[0] @ other)
+    along = free.project(SampledCodes(generator, range(60))[np.arange(60)])
+    assert (free.mean, free.std) == pytest.approx((along.mean(), along.std()), rel=1e-3)
+    assert float(table(out)[0]["distance"]) == pytest.approx(2 * free.std, abs=1e-3)
+    flags = ("--boundary", tmp_path / "plain" / "boundary-age.npz", "--orthogonal_to", smile)
+    assert command(ckpt, latents, tmp_path / "file", *small, *flags) == 0, "a file, projected: the same edit"
+    assert (tmp_path / "file" / "edits.csv").read_bytes() == (out / "edits.csv").read_bytes()
+
+
 def test_faces_of_a_conditional_generator_keep_their_attributes(scorer, tmp_path):
     torch.manual_seed(4)
     config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2)
