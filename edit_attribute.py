@@ -45,7 +45,8 @@ N_MEASURED = 10_000  # samples, at most, that a standard deviation along the pro
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="generator: checkpoint or exported model")
-    parser.add_argument("--latent", required=True, help="folder of latents, or a .npy [N, L, 512]")
+    parser.add_argument("--latent", required=True, help="folder of latents, .npy [N, L, 512], or a projection by "
+                        "rosinality's (.pt) or NVIDIA's projector.py (.npz)")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
     parser.add_argument("--size", type=int, help="image size, checked against the generator's")
     parser.add_argument("--attribute", help="age (default), gender, smile ... of the scorer; or csv:FILE[:COLUMN], "

@@ -63,7 +63,8 @@ def build_parser() -> ArgumentParser:
 
     what = parser.add_argument_group("what to render")
     what.add_argument("--seeds", help=f"such as 7 or 0-35,40; {DEFAULT_SEEDS} unless something else is asked for")
-    what.add_argument("--latents", metavar="FOLDER|NPY", help="render saved latents, with their saved noise, instead")
+    what.add_argument("--latents", metavar="FOLDER|FILE", help="render saved latents (also .npy, rosinality's .pt, "
+                      "NVIDIA's projected_w.npz), with their saved noise, instead")  # fmt: skip
     what.add_argument("--truncation", "--trunc", type=float, default=1.0, metavar="PSI",
                       help="w = mean + psi (w - mean), per token; 1: none, 0: the mean picture")  # fmt: skip
     what.add_argument("--truncation_mean", type=int, default=10_000, metavar="N", help="samples for the mean of w")

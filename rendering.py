@@ -203,7 +203,7 @@ def latents_source(generator, path, *, truncation, mean, noise, noise_seed) -> S
     def codes(positions):
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
 
-    return Source(file_names(saved.names), codes, maps, {}, saved_condition(saved, generator))
+    return Source(file_names(saved.names), codes, maps, {"space": saved.space}, saved_condition(saved, generator))
 
 
 def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:

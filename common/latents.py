@@ -2,19 +2,21 @@
 
 A folder of latents holds `latents.npy` (float32 [N, L, D], the file of the published projector) and `latents.json`
 (names, space, image size, fingerprint of the generator, losses per image, alignment), and `noise.npz` when the noise
-maps were optimised too. A bare `.npy` of the published tools is read as well, but tells nothing of its origin.
+maps were optimised too. A bare `.npy` of the published tools is read as well, but tells nothing of its origin; so are
+the projections of rosinality (`.pt`) and of NVIDIA (`projected_w.npz`).
 """
 
 import json
 import re
+import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
 
-from common.checkpoint import atomic_write, require_file
+from common.checkpoint import atomic_write, load_checkpoint, require_file
 from common.cli import UsageError, UserError
 from common.runs import to_plain
 
@@ -67,7 +69,8 @@ def draw_z(seeds, n_tokens, dim, *, w_space=False):
 
 @dataclass
 class Latents:
-    """What `load_latents` returns; a bare `.npy` has no fingerprint, losses, alignment, noise or extra."""
+    """What `load_latents` returns; files of other programs have no fingerprint, losses, alignment or extra, and
+    only a `.pt` has noise."""
 
     latents: torch.Tensor  # float32 [N, L, D], CPU
     names: list[str]  # N, in the order of the latents
@@ -161,18 +164,21 @@ def _check_latents(latents, path, size):
 
 
 def load_latents(path, *, expect_space=None, expect_shape=None, expect_fingerprint=None):
-    """Latents from a folder, its `latents.npy`, or a bare upstream `.npy` ([N, L, D]; [N, D] with `expect_shape`).
+    """Latents from a folder, its `latents.npy`, or an upstream file: a bare `.npy` ([N, L, D]; [N, D] with
+    `expect_shape`), `w` of NVIDIA's `projected_w.npz`, or rosinality's projection, a `.pt`.
 
     expect_space: a space or several; expect_shape: (L, D) of one image; expect_fingerprint: the generator's. What a
     bare file does not tell is taken as expected. Raises FileNotFoundError, or ValueError naming both sides.
     """
     path = Path(path)
     file = path / "latents.npy" if path.is_dir() else path
-    array = _read_array(file)
     sidecar = file.with_name("latents.json")
     if file.name == "latents.npy" and sidecar.exists():
-        latents = _described(array, file, sidecar)
+        latents = _described(_read_array(file), file, sidecar)
+    elif file.suffix == ".pt":
+        latents = _projected(file, expect_space, expect_shape)
     else:
+        array = _read_npz(file) if file.suffix == ".npz" else _read_array(file)
         latents = _bare(array, file, expect_space, expect_shape)
     latents.path = path
     _expect(latents, expect_space, expect_shape, expect_fingerprint)
@@ -189,6 +195,39 @@ def _read_array(file):
         kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
         raise ValueError(f"{file} holds {kind}; expected one array of floating-point latents")
     return array.astype(np.float32, copy=False)
+
+
+def _read_npz(file):
+    """`w` [1, L, D] of stylegan2-ada-pytorch's and stylegan3's projector.py."""
+    require_file(file, "latents file (.npz)")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            array = arrays["w"] if "w" in arrays.files else None
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is truncated, damaged or not a .npz file ({error})") from error
+    if array is None or array.dtype.kind != "f":
+        raise ValueError(f"{file} is no projected_w.npz: expected floating-point latents under the name w")
+    return array.astype(np.float32, copy=False)
+
+
+def _projected(file, expect_space, expect_shape):
+    """rosinality's projector.py: {path of a picture: {"latent": [L, D] or, of W, [D], "noise": [1, 1, r, r] each}}."""
+    pictures = load_checkpoint(require_file(file, "latents file (.pt)"))
+    codes = [entry.get("latent") if isinstance(entry, dict) else None for entry in pictures.values()]
+    if not codes or not all(torch.is_tensor(code) and code.is_floating_point() for code in codes):
+        raise ValueError(f"{file} is no projection of rosinality's projector.py: expected the latent of each picture "
+                         "under the picture's path")  # fmt: skip
+    maps = [entry.get("noise") for entry in pictures.values()]
+    try:
+        array = _array(torch.stack(codes))
+        noise = None if None in maps else [torch.cat(layer).detach().float() for layer in zip(*maps, strict=True)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file}: latents or noise maps of different shapes ({error})") from error
+    latents = _bare(array, file, expect_space, expect_shape)
+    latents.names = [PureWindowsPath(str(path)).name for path in pictures]  # takes either kind of slash
+    latents.space = "w" if array.ndim == 2 else latents.space
+    latents.noise = noise
+    return latents
 
 
 def _described(array, file, sidecar):

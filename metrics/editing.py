@@ -34,7 +34,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
-from common.latents import load_latents, parse_layers
+from common.latents import parse_layers
 from common.perceptual import perceptual_or_none
 from common.runs import write_json
 from editing.boundary import Boundary, load_boundary
@@ -243,7 +243,7 @@ def main(args) -> int:
         attribute, column = boundary.attribute, judges.scorer.column(boundary.attribute)
         source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
-        name = names[k] if names else (load_latents(latent).space or generator.config.space).upper()
+        name = names[k] if names else (source.about["space"] or generator.config.space).upper()
         sweep = sweep_faces(name, generator, source, boundary, judges, distances, layers=layers, n=args.faces)
         if sweeps and sweep.faces != sweeps[0].faces:
             raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +186,68 @@ def test_bare_two_dimensional_file(tmp_path):
     assert load_latents(path, expect_shape=(8, 512)).latents.shape == (2, 8, 512)
     with pytest.raises(ValueError, match=r"shape \[2, 512\]; expected \[N, L, D\]"):
         load_latents(path)
+
+
+def rosinality_projection(latents, noise=(4, 8, 8)):
+    """As its projector.py saves it."""
+    draw = torch.Generator().manual_seed(2)
+    return {f"faces/people/ü {i}.jpg": {"img": torch.zeros(3, 32, 32), "latent": latent,
+                                        "noise": [torch.randn(1, 1, r, r, generator=draw) for r in noise]}
+            for i, latent in enumerate(latents)}  # fmt: skip
+
+
+def test_projection_of_rosinality(tmp_path):
+    path, latents = tmp_path / "project.pt", some_latents()
+    saved = rosinality_projection(latents)
+    torch.save(saved, path)
+    read = load_latents(path, expect_space=("w", "w+"), expect_shape=(8, 16), expect_fingerprint="anything")
+    assert torch.equal(read.latents, latents) and (read.size, read.space, read.fingerprint) == (32, None, None)
+    assert read.names == ["ü 0.jpg", "ü 1.jpg", "ü 2.jpg"]
+    assert [tuple(layer.shape) for layer in read.noise] == [(3, 1, 4, 4), (3, 1, 8, 8), (3, 1, 8, 8)]
+    assert torch.equal(read.noise[2][1:2], saved["faces/people/ü 1.jpg"]["noise"][2])
+    torch.save({r"C:\faces\a.png": {"latent": torch.ones(16, requires_grad=True)}}, path)
+    read = load_latents(path, expect_shape=(8, 16))
+    assert torch.equal(read.latents, torch.ones(1, 8, 16)) and read.space == "w" and read.noise is None
+    assert read.names == ["a.png"]
+    with pytest.raises(ValueError, match=r"latents of space w; expected w\+\+"):
+        load_latents(path, expect_space="w++", expect_shape=(8, 16))
+
+
+def test_projection_of_nvidia(tmp_path):
+    path = tmp_path / "projected_w.npz"
+    np.savez(path, w=some_latents(1, 14, 512).numpy())
+    read = load_latents(path, expect_space=("w", "w+"), expect_shape=(14, 512), expect_fingerprint="anything")
+    assert torch.equal(read.latents, some_latents(1, 14, 512)) and (read.names, read.noise) == (["00000"], None)
+    whole = path.read_bytes()
+    for content, complaint in ((whole[:-50], "truncated"), (b"", "is empty"), (b"some text", "not a .npz file")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=complaint):
+            load_latents(path)
+    np.savez(path, normal=np.ones((1, 512)))
+    with pytest.raises(ValueError, match="is no projected_w.npz: expected .* under the name w"):
+        load_latents(path)
+    with pytest.raises(FileNotFoundError, match="no such latents file"):
+        load_latents(tmp_path / "absent.npz")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"g_ema": {"conv1": torch.ones(1)}, "step": 3}, "is no projection of rosinality's projector.py"),
+        ({}, "is no projection"),
+        (torch.ones(2, 8, 16), "holds a Tensor"),
+        ({"a.png": {"latent": Path("code")}}, "holds Python objects"),
+        ({"a.png": {"latent": torch.ones(8, 16, dtype=torch.int64)}}, "is no projection"),
+        ({"a.png": {"latent": torch.ones(8, 16)}, "b.png": {"latent": torch.ones(16)}}, "of different shapes"),
+        (rosinality_projection(some_latents(1)) | {"b.png": {"latent": torch.ones(8, 16), "noise": [torch.ones(1)]}},
+         "noise maps of different shapes"),
+        ({"a.png": {"latent": torch.full((8, 16), torch.nan)}}, "not finite"),
+    ],
+)  # fmt: skip
+def test_other_pt_files_are_refused(tmp_path, content, complaint):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=complaint):
+        load_latents(tmp_path / "a.pt", expect_shape=(8, 16))
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,21 @@ def test_bare_array(wpp_ckpt, tmp_path):
     assert list(pictures(tmp_path)) == ["00000.png", "00001.png"]
 
 
+def test_projections_of_other_programs(wpp_ckpt, tmp_path):
+    generator = load_generator(wpp_ckpt)
+    codes = generator.get_latent(torch.randn(2, 6, 32)).detach()
+    noise = [torch.randn(2, *layer.shape[1:]) for layer in generator.fixed_noise()]
+    torch.save({f"faces/{name}.jpg": {"latent": codes[i], "noise": [layer[i : i + 1] for layer in noise]}
+                for i, name in enumerate(("anna", "ü b"))}, tmp_path / "project.pt")  # fmt: skip
+    np.savez(tmp_path / "projected_w.npz", w=codes[:1].numpy())
+    for file, names, maps in (("project.pt", ["anna", "ü b"], noise), ("projected_w.npz", ["00000"], None)):
+        out = tmp_path / f"of {file}"
+        assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / file, "--output_dir", out) == 0
+        expected = render(generator, codes[: len(names)], noise=maps)
+        for name, picture in zip(names, expected, strict=True):
+            assert np.array_equal(np.asarray(Image.open(out / f"{name}.png")), picture)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
