@@ -8,7 +8,8 @@ what was kept. One row per latents folder, so W, W+ and W++ stand side by side, 
     python metrics/editing.py --ckpt w.pt w.pt wpp.pt --latent inv/w inv/wplus inv/wpp \\
         --boundary w/boundary-age.npz w/boundary-age.npz wpp/boundary-age.npz --output_dir age/
 
-Writes editing.json (everything measured), table.csv, faces.csv (a line per face), curves.png. Measures:
+Writes editing.json (everything measured), table.csv, faces.csv (a line per face), curves.png. Several processes under
+torchrun share the faces among them. Measures:
 
     rise      Spearman correlation of distance and attribute over the sweep of a face, median over faces
     change    attribute at the far end less attribute at the near end, mean over faces
@@ -33,7 +34,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
 
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
-from common.distributed import add_device_flags, resolve_device
+from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
 from common.latents import parse_layers
 from common.perceptual import perceptual_or_none
 from common.runs import write_json
@@ -93,24 +94,27 @@ def build_parser() -> ArgumentParser:
 # Measuring
 
 
-def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, distances, *, layers=None, n=0) -> Sweep:
-    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion."""
+def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, distances, *, place: Distributed,
+                layers=None, n=0) -> Sweep:  # fmt: skip
+    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion, on every rank."""
     count = min(n, len(source.names)) if n else len(source.names)
-    scores, kept = [], {"identity": [], "perceptual": []}
-    for i in tqdm(range(count), desc=name, unit="face", disable=None):
+    kept = {"scores": [], "identity": [], "perceptual": []}
+    mine = shard(count, place.rank, place.world_size)
+    for i in tqdm(mine, desc=name, unit="face", disable=None if place.is_main else True):
         (code,) = source.codes([i])
         codes = edit_codes(code.numpy(), [boundary], distances * boundary.std, layers=layers)
         codes = np.concatenate((code.numpy()[None], codes))  # the inversion first: what all are compared with
         frames = render_codes(generator, codes, select_noise(source.noise, [i]),
                               condition=select_condition(source.condition, [i]))  # fmt: skip
         found = judge(judges, list(frames))
-        scores.append(found.scores[1:])
         for what, values in kept.items():
             measured = getattr(found, what)
             if measured is not None:
                 values.append(measured[1:])
-    arrays = {what: np.stack(values) if values else None for what, values in kept.items()}
-    return Sweep(name, source.names[:count], distances, np.stack(scores), **arrays)
+    shares = gather_list(kept)  # contiguous: the order of the faces
+    arrays = {what: sum((share[what] for share in shares), []) for what in kept}
+    stacked = {what: np.stack(values) if values else None for what, values in arrays.items()}
+    return Sweep(name, source.names[:count], distances, **stacked)
 
 
 def rise(sweep: Sweep, column: int) -> np.ndarray:
@@ -227,16 +231,25 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
 
 def main(args) -> int:
     ckpts, boundaries, names = read_rows(args)
+    place = setup(args.device)
+    try:
+        measure(args, ckpts, boundaries, names, place)
+    finally:
+        shutdown()
+    return 0
+
+
+def measure(args, ckpts, boundaries, names, place: Distributed) -> None:
+    """Every row, its faces shared among the ranks; rank 0 writes."""
     distances = np.linspace(-args.reach, args.reach, args.steps)
     distances[args.steps // 2] = 0  # the inversion itself, whatever was rounded
-    device = resolve_device(args.device)
-    judges = Judges(load_scorer(args.scorer, device, weights_dir=args.weights_dir),
-                    identity_or_none(args.identity, device, args.weights_dir),
-                    perceptual_or_none(args.perceptual, device, args.weights_dir))  # fmt: skip
+    judges = Judges(load_scorer(args.scorer, place.device, weights_dir=args.weights_dir),
+                    identity_or_none(args.identity, place.device, args.weights_dir),
+                    perceptual_or_none(args.perceptual, place.device, args.weights_dir))  # fmt: skip
     attribute, column, kinds = None, None, [a.kind for a in judges.scorer.attributes]
     sweeps, facts = [], []
     for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, boundaries, strict=True)):
-        generator = load_generator(ckpt, device)
+        generator = load_generator(ckpt, place.device)
         boundary = load_boundary(path, fingerprint=generator.fingerprint)
         if attribute not in (None, boundary.attribute):
             raise UserError(f"{path} is a boundary of {boundary.attribute}, {boundaries[0]} of {attribute}")
@@ -244,16 +257,18 @@ def main(args) -> int:
         source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         name = names[k] if names else (source.about["space"] or generator.config.space).upper()
-        sweep = sweep_faces(name, generator, source, boundary, judges, distances, layers=layers, n=args.faces)
+        sweep = sweep_faces(name, generator, source, boundary, judges, distances, layers=layers, n=args.faces,
+                            place=place)  # fmt: skip
         if sweeps and sweep.faces != sweeps[0].faces:
             raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
         sweeps.append(sweep)
         facts.append({"ckpt": str(ckpt), "latent": str(latent), "boundary": str(path), "fit": boundary.fit,
                       "n_samples": boundary.n_samples, "fingerprint": generator.fingerprint})  # fmt: skip
+    if not place.is_main:
+        return
     amount = args.at or DEFAULT_AT.get(kinds[column], float(np.std(sweeps[0].scores[:, sweeps[0].origin, column])))
     rows = summarise(sweeps, column, kinds, amount)
     write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, facts)
-    return 0
 
 
 def read_rows(args):

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -117,6 +120,11 @@ def inputs(tmp_path, monkeypatch):
     return rows
 
 
+def read_inputs(folder):
+    """The rows that `inputs` has written."""
+    return [tuple(f"{folder}/{space}{end}" for end in (".pt", " latents", ".npz")) for space in ("w+", "w++")]
+
+
 def command(rows, out, *flags):
     ckpts, latents, boundaries = zip(*rows, strict=True)
     argv = ["--ckpt", *ckpts, "--latent", *latents, "--boundary", *boundaries, "--output_dir", out, "--device", "cpu",
@@ -169,3 +177,32 @@ def test_faces_of_a_conditional_generator_are_judged_under_their_attributes(inpu
         found = [float(row["origin"]) for row in csv.DictReader(file)]
     pictures = list(render(generator, codes, condition=own))
     assert found == pytest.approx(judge(Judges(ColourScorer()), pictures).scores[:, 0], abs=0.1)
+
+
+def test_two_processes_share_the_faces(inputs, tmp_path, root):
+    """torchrun, gloo: the tables of one process, each face swept by one rank alone; --faces 1 leaves a rank none."""
+    script = tmp_path / "two.py"
+    script.write_text("""if True:
+        import os, sys, test_metrics_editing as t
+        from common.distributed import setup, shutdown
+        place = setup("cpu", timeout=240)
+        t.editing.setup, t.editing.shutdown = lambda device: place, lambda: None  # one process group for both commands
+        t.editing.load_scorer = lambda *args, **kwargs: t.ColourScorer()
+        swept, original = [], t.editing.edit_codes
+        t.editing.edit_codes = lambda *args, **kwargs: swept.append(1) or original(*args, **kwargs)
+        for n in "01":
+            assert t.command(t.read_inputs(sys.argv[1]), f"{sys.argv[1]}/two {n}", "--at", "0.001", "--faces", n) == 0
+        open(f"{sys.argv[1]}/swept {os.environ['RANK']}", "w").write(str(len(swept)))
+        shutdown()""", encoding="utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    path = os.pathsep.join((str(root), str(root / "tests")))
+    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, timeout=400,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(int((tmp_path / f"swept {rank}").read_text()) for rank in (0, 1)) == (3 + 1) * len(inputs)
+    for n in "01":
+        assert command(inputs, tmp_path / f"one {n}", "--at", "0.001", "--faces", n) == 0
+        for name in ("faces.csv", "table.csv"):
+            one, two = ((tmp_path / f"{which} {n}" / name).read_text("utf-8-sig") for which in ("one", "two"))
+            assert one == two
+        assert (tmp_path / f"two {n}" / "curves.png").is_file()
