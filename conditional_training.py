@@ -154,22 +154,24 @@ def add_condition_flags(parser) -> None:
     group.add_argument("--attr_ramp", type=int, default=1000, help="steps in which it rises from 0 with --init_from")
     group.add_argument("--attr_permute", type=float, default=0.5,
                        help="probability that an attribute is asked for as another face has it")  # fmt: skip
-    group.add_argument("--light", action="store_true",
-                       help="of the generator train only what the condition adds to that of --init_from")  # fmt: skip
+    group.add_argument("--light", action="store_true", default=None,
+                       help="of the generator train only what the condition adds to that of --init_from; a continued "
+                            "run does as before")  # fmt: skip
     group.add_argument("--light_lr", type=float, default=0.01, help="its Adam learning rate under --light")
 
 
 def read_condition_settings(args) -> ConditionSettings:
     """Raises UsageError for numbers that cannot work."""
     try:
-        return ConditionSettings(args.attr_weight, args.attr_ramp, args.attr_permute, args.light, args.light_lr)
+        return ConditionSettings(args.attr_weight, args.attr_ramp, args.attr_permute, bool(args.light), args.light_lr)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
 def find_reader(args, state: dict | None, source, stored: GeneratorConfig | None, device) -> AttributeReader | None:
     """Scorer and attributes of a conditional run: from the flags, or the checkpoint that is continued (`state`), or of
-    which the weights are taken (`stored`). None for an unconditional run. Fills in args.condition and args.attributes.
+    which the weights are taken (`stored`). None for an unconditional run. Fills in args.condition, args.attributes and
+    args.light.
 
     Raises UserError where flags and file do not fit together; ValueError for what the scorer does not know.
     """
@@ -183,16 +185,21 @@ def find_reader(args, state: dict | None, source, stored: GeneratorConfig | None
         raise UserError(f"{source} is an unconditional run: --init_from starts a conditional one from its weights")
     if state is not None and known is not None:
         args.condition = args.condition or known.scorer
+        if args.light and not known.light:
+            raise UserError(f"{source} was trained without --light: --init_from starts a light run from its weights")
+        args.light = known.light
     if not args.condition:
         if known is not None:
             raise UserError(f"{source} is a conditional generator: pass --condition SCORER to train it on")
         if args.light or args.attributes:
             raise UsageError("--light and --attributes are for a conditional GAN: pass --condition SCORER")
+        args.light = False
         return None
     names = [name.strip() for name in args.attributes.split(",")] if args.attributes else None
     if known is not None and names is not None and tuple(names) != known.attributes:
         raise UserError(f"--attributes {args.attributes}, but {source} was trained for {','.join(known.attributes)}")
     names = names or (DEFAULT_ATTRIBUTES if known is None else known.attributes)
+    args.light = bool(args.light)
     reader = AttributeReader(load_scorer(args.condition, device), names)
     args.attributes = ",".join(names)
     if state is not None:

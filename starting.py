@@ -15,7 +15,7 @@ from common.cli import UsageError, UserError
 from growing import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 from model import GeneratorConfig, generator_state, infer_config
 from snapshots import judges_file
-from training import Trainer
+from training import Trainer, TrainSettings
 
 WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
 ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)
@@ -43,6 +43,23 @@ def stored_architecture(args, state: dict | None, path: Path | None) -> Generato
         return infer_config(state.get("g_ema", {}))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_noise(args, state: dict | None, path: Path | None) -> str:
+    """--noise: of the run in the checkpoint `state`, else as given, else of the file of --init_from; random where
+    neither tells. Raises CheckpointError for a flag that would change the run under way."""
+    if state is None and args.noise is None and args.init_from and Path(args.init_from).suffix != ".safetensors":
+        return stored_noise(load_checkpoint(args.init_from)) or TrainSettings.noise
+    stored = stored_noise(state or {})
+    if stored and args.noise not in (None, stored):
+        raise CheckpointError(f"{path} was trained with --noise {stored}, not {args.noise}: --init_from starts a new "
+                              "run from its weights")  # fmt: skip
+    return stored or args.noise or TrainSettings.noise
+
+
+def stored_noise(state: dict) -> str | None:
+    """--noise of the run that wrote a checkpoint; None in files of other programs, or older than the flag."""
+    return state.get("options", {}).get("noise")
 
 
 def find_start(args) -> tuple[dict | None, Path | None]:

@@ -27,7 +27,14 @@ from conditional_training import add_condition_flags, build_trainer, find_reader
 from dataset import InfiniteSampler, data_loader, open_dataset
 from model import stddev_group
 from snapshots import Outputs, Progress
-from starting import find_start, init_from, read_architecture, require_same_architecture, stored_architecture
+from starting import (
+    find_start,
+    init_from,
+    read_architecture,
+    read_noise,
+    require_same_architecture,
+    stored_architecture,
+)
 from training import DTYPES, Trainer, TrainSettings
 from training_graphs import PhaseGraphs, find_recorder
 
@@ -63,8 +70,9 @@ def build_parser() -> ArgumentParser:
                      help="instead: channel_base / resolution maps, at most channel_max; 0 (a new run): the published "
                           "widths. For narrow networks: wide where it is cheap")  # fmt: skip
 
-    net.add_argument("--noise", choices=("random", "none"), default="random",
-                     help="none: train without noise inputs, so that the codes alone say what is drawn")  # fmt: skip
+    net.add_argument("--noise", choices=("random", "none"),
+                     help="none: train without noise inputs, so that the codes alone say what is drawn (a new run: "
+                          "random)")  # fmt: skip
 
     loss = parser.add_argument_group("optimisation")
     loss.add_argument("--iter", type=int, default=800_000, help="training steps in all")
@@ -144,7 +152,8 @@ def read_options(args) -> TrainSettings:
     if args.micro_batch != "auto" and not args.micro_batch.isdecimal():
         raise UsageError(f"--micro_batch is a number of images or auto, got {args.micro_batch}")
     names = TrainSettings.__dataclass_fields__
-    values = {name: getattr(args, name) for name in names if name != "micro_batch"} | {"aid": args.aid or ""}
+    values = {name: getattr(args, name) for name in names if name != "micro_batch"}
+    values |= {"aid": args.aid or "", "noise": args.noise or TrainSettings.noise}
     micro = 0 if args.micro_batch == "auto" else int(args.micro_batch)
     try:
         return TrainSettings(**values, micro_batch=micro)
@@ -320,8 +329,11 @@ def main(args) -> int:
             if args.aid is None:
                 args.aid = state.get("aid", "")
                 settings = replace(settings, aid=args.aid)
+        args.noise = read_noise(args, state, source)
+        settings = replace(settings, noise=args.noise)
         dataset = open_dataset(args.path, config.size)
         reader = find_reader(args, state, source, stored, place.device)
+        asked = replace(asked, light=args.light)
         recorder = find_recorder(args.graphs, place.device, conditional=reader is not None)
         trainer = build_trainer(config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args,
                                 state=state)  # fmt: skip

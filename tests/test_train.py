@@ -558,6 +558,25 @@ def test_a_continued_run_reads_its_networks_from_the_file(face_lmdb, straight, t
     assert load_checkpoint(folder / "checkpoint" / "000021.pt")["step"] == 21
 
 
+def test_a_run_without_noise_stays_so(face_lmdb, play, published_file, tmp_path):
+    """--noise is of the run: a resumed one has it from the file, as a new run from its weights, and none other."""
+    good(play(face_lmdb, "--iter", 1, "--noise", "none"))
+    first = tmp_path / "run" / "checkpoint" / "000001.pt"
+    ending = play(face_lmdb, "--iter", 3, "--resume", "auto", "--noise", "random")
+    assert ending.status == 1 and "was trained with --noise none, not random" in error_line(ending)
+    for folder, flags, noise in (
+        ("run", ("--resume", "auto"), "none"),
+        ("warm", ("--init_from", first), "none"),
+        ("other", ("--init_from", first, "--noise", "random"), "random"),
+        ("old", ("--resume", published_file), "random"),  # of a program without the flag
+    ):
+        good(play(face_lmdb, "--iter", 23, "--exp_name", tmp_path / folder, *flags))
+        options = json.loads((tmp_path / folder / "options.json").read_text(encoding="utf-8"))["options"]
+        assert options["noise"] == noise, folder
+        state = load_checkpoint(tmp_path / folder / "checkpoint" / "000023.pt")
+        assert any(state["g"][name].any() for name in state["g"] if name.endswith("noise.weight")) == (noise != "none")
+
+
 def test_wrong_checkpoints(face_lmdb, play, straight, tmp_path):
     """Another architecture, a web page, a pickle that would run code, a generator alone, a torn file."""
     state = load_checkpoint(straight / "checkpoint" / "000020.pt")

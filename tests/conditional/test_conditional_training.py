@@ -1,5 +1,6 @@
 """The conditional GAN's training: warm start, light mode, the attribute loss, exact resume, what a checkpoint says."""
 
+import json
 import os
 import subprocess
 import sys
@@ -209,8 +210,11 @@ def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
     assert start(tmp_path / "whole", face_lmdb, *flags, "--init_from", unconditional, "--iter", "8") == 0
     assert start(tmp_path / "half", face_lmdb, *flags, "--init_from", unconditional, "--iter", "4") == 0
     argv = ["--path", face_lmdb, "--exp_name", tmp_path / "half", "--resume", "auto", "--iter", "8", "--workers", "0",
-            "--device", "cpu", "--batch", "4", "--n_sample", "12", "--log_every", "2", *flags]  # fmt: skip
-    assert run(train.main, train.build_parser(), [str(arg) for arg in argv]) == 0, "scorer and attributes from the file"
+            "--device", "cpu", "--batch", "4", "--n_sample", "12", "--log_every", "2",
+            *flags[len(mode) :]]  # fmt: skip
+    assert run(train.main, train.build_parser(), [str(arg) for arg in argv]) == 0
+    options = json.loads((tmp_path / "half" / "options.json").read_text(encoding="utf-8"))["options"]
+    assert (options["condition"], options["light"]) == ("colour", bool(mode)), "scorer, attributes, mode from the file"
     whole, half = (load_checkpoint(tmp_path / name / "checkpoint" / "000008.pt") for name in ("whole", "half"))
     assert_same_state(whole, half)
     assert whole["warm"] and whole["attributes"].shape == (24, 2) and whole["condition"]["light"] == bool(mode)
@@ -323,6 +327,8 @@ def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
     assert status == 1 and "trained for smile,eyes_open" in line
     status, line = error("--resume", "auto", "--condition", "other")
     assert status == 1 and "colour 6.0" in line and "colour 3.0" in line
+    status, line = error("--resume", "auto", "--light")
+    assert status == 1 and "was trained without --light" in line
     status, line = error("--resume", unconditional, "--exp_name", tmp_path / "new", "--iter", "9")
     assert status == 1 and "unconditional run: --init_from" in line
     status, line = error("--exp_name", tmp_path / "newer", "--light", "--init_from", export)
