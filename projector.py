@@ -16,7 +16,6 @@ perceptual.npy, noise.npy and mse.npy (the published sums and means over images,
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +28,7 @@ from common.graphs import add_graphs_flag, recorder_for
 from common.images import FITS
 from common.latents import load_latents
 from common.perceptual import build_perceptual
+from common.weights import file_sha256
 from faces.identity import identity_or_none
 from inversion.pictures import open_pictures
 from inversion.projection import ProjectionSettings, choose_space
@@ -124,8 +124,7 @@ def digest(path: Path) -> str:
     path = path / "latents.npy" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"--init: {path} does not exist")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return file_sha256(path)[:16]
 
 
 class Start:

@@ -137,8 +137,7 @@ def verify(weight, path):
     """`path`, when it holds `weight`. Raises ValueError (web page, git-lfs pointer, empty, another sha256)."""
     path = require_file(path, "weights file")
     if weight.sha256 is not None:
-        with open(path, "rb") as file:
-            found = _sha256(file)
+        found = file_sha256(path)
         if not found.startswith(weight.sha256):
             raise UserError(
                 f"{path} is not the {weight.name} known here (sha256 begins {found[:16]}, expected "
@@ -147,10 +146,12 @@ def verify(weight, path):
     return path
 
 
-def _sha256(file):
+def file_sha256(path):
+    """64 hex digits of a file, read block by block (hashlib.file_digest came with Python 3.11)."""
     digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import hashlib
 import json
 import math
 import os
@@ -393,7 +394,8 @@ def test_damaged_part(checkpoint, photos, tmp_path, capsys):
     assert f"{part} is damaged" in capsys.readouterr().err and not (tmp_path / "out" / ".merging").exists()
 
 
-def test_start_from_saved_latents(checkpoint, w_checkpoint, photos, tmp_path, capsys):
+def test_start_from_saved_latents(checkpoint, w_checkpoint, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr(hashlib, "file_digest", raising=False)  # Python 3.10 lacks it
     start(checkpoint, photos, tmp_path / "first")
     start(checkpoint, [photos / "1.png"], tmp_path / "more", "--init", f"latents:{tmp_path / 'first'}", "--step", 1)
     first, more = load_latents(tmp_path / "first"), load_latents(tmp_path / "more")
