@@ -40,7 +40,8 @@ def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | 
     if enlarged:
         print(f"note: {len(enlarged)} pictures are smaller than {pictures.size} px and were enlarged; the first: "
               f"{enlarged[0]}", file=sys.stderr)  # fmt: skip
-    alignment = [pictures.alignment()[position] for position in done]
+    alignment = pictures.alignment()
+    alignment = [alignment[position] for position in done]
     extra = {"method": "projector", "settings": store.settings, **(about(done) if about else {})}
     line = write_results(
         store, [names[position] for position in done], [keys[position] for position in done], **by, space=space,

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import generate
+import inversion.pictures
 import projector
 from common.cli import run
 from common.images import read_image, save_image, to_tensor
@@ -576,13 +577,18 @@ def test_seed_is_of_the_pixels():
     assert len({pixel_seed(picture, 0), pixel_seed(other, 0), pixel_seed(picture, 1)}) == 3
 
 
-def test_alignment_is_carried_over(checkpoint, tmp_path):
-    from faces.align import Alignment
+def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
+    from faces.align import Alignment, read_alignment
 
     faces = tmp_path / "faces"
     (faces / "aligned").mkdir(parents=True)
-    save_image(Image.new("RGB", (16, 16), (120, 60, 200)), faces / "aligned" / "anna.png")
+    for name, colour in (("anna", (120, 60, 200)), ("berta", (60, 120, 200))):
+        save_image(Image.new("RGB", (16, 16), colour), faces / "aligned" / f"{name}.png")
     face = Alignment([[0, 0], [0, 9], [9, 9], [9, 0]], [30, 20], 16, [[1, 2]] * 5, name="anna", source="anna.jpg")
     (faces / "alignment.json").write_text(json.dumps({"faces": [face.to_dict()]}), encoding="utf-8")
+    times = []
+    monkeypatch.setattr(inversion.pictures, "read_alignment", lambda path: times.append(path) or read_alignment(path))
     start(checkpoint, faces / "aligned", tmp_path / "out")
-    assert load_latents(tmp_path / "out").alignment[0]["source"] == "anna.jpg"
+    anna, berta = load_latents(tmp_path / "out").alignment
+    assert anna["source"] == "anna.jpg" and berta is None
+    assert len(times) == 1, "alignment.json is read once, however many pictures there are"
