@@ -17,7 +17,7 @@ align_faces.py --paste_back --unedited takes them.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,21 +142,24 @@ def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
     return store.folder
 
 
-def read_faces(folder: Path, generator, reader: AttributeReader, positions, source, start: str) -> list[Face]:
-    """The faces of saved latents. Those without recorded attributes were found under the neutral 0.5."""
-    faces = []
-    for i, code in zip(positions, source.codes(positions), strict=True):
-        noise = select_noise(source.noise, [i])
-        own = torch.full((len(reader.names),), 0.5) if source.condition is None else source.condition[i]
-        face = Face(source.names[i], code, noise, own, own)
-        if source.condition is None or start == "inversion":
-            (picture,) = render_path(generator, face, own[None])
-            scores = torch.from_numpy(score_frames(reader.scorer, [picture]))
-            face = Face(face.name, code, noise, own, reader.to_unit(scores)[0])
-        path = folder / f"origin_{i}.png"
-        original = np.asarray(read_image(path)) if path.is_file() else None
-        faces.append(Face(face.name, code, noise, own, face.scored, original))
-    return faces
+def original_file(folder: Path, i: int) -> Path:
+    """Where the projector puts the picture behind latent i."""
+    return folder / f"origin_{i}.png"
+
+
+def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, start: str) -> Face:
+    """A face of saved latents. One without recorded attributes was found under the neutral 0.5."""
+    (code,) = source.codes([i])
+    noise = select_noise(source.noise, [i])
+    own = torch.full((len(reader.names),), 0.5) if source.condition is None else source.condition[i]
+    path = original_file(folder, i)
+    original = np.asarray(read_image(path)) if path.is_file() else None
+    face = Face(source.names[i], code, noise, own, own, original)
+    if source.condition is None or start == "inversion":
+        (picture,) = render_path(generator, face, own[None])
+        scores = torch.from_numpy(score_frames(reader.scorer, [picture]))
+        face = replace(face, scored=reader.to_unit(scores)[0])
+    return face
 
 
 def read_targets(args, known: Condition, reader: AttributeReader, size: int, device) -> list[Target]:
@@ -200,8 +203,8 @@ class Editor:
         values = columns_of(self.judges.scorer, scores[None], names)[0]
         return caption(values, names, [self.known.kinds[k] for k in chosen])
 
-    def edit(self, i: int, face: Face, target: Target) -> tuple[list[dict], dict]:
-        """Rows of edits.csv, and the cells of the sheet."""
+    def edit(self, i: int, face: Face, target: Target) -> tuple[list[dict], dict[str, str]]:
+        """Rows of edits.csv, and the captions of the pictures in the sheet."""
         names = self.known.attributes
         frames = render_path(self.generator, face, condition_path(face, target, self.ts))
         found = judge(self.judges, frames)
@@ -225,23 +228,38 @@ class Editor:
         if len(frames) > 2:
             strip = transfer_sheet([list(zip(frames, captions, strict=True))])
             save_image(strip, self.args.output_dir / "strips" / f"origin_{i}_{target.label}.png")
-        cells = {"inverted": (frames[0], captions[0]), "edited": (frames[-1], captions[-1])}
+        shown = {"inverted": captions[0], "edited": captions[-1]}
         for kind, picture in (("original", face.original), ("reference", target.picture)):
             if picture is not None:
-                cells[kind] = (picture, self.caption(score_frames(self.judges.scorer, [picture])[0], target))
-        return rows, cells
+                shown[kind] = self.caption(score_frames(self.judges.scorer, [picture])[0], target)
+        return rows, shown
 
 
-def write_sheets(folder: Path, columns: list[tuple[Target, dict]], paired: bool) -> None:
-    """Sheets of at most PER_SHEET faces: one after the other for each target, or for all when paired."""
-    groups: dict[str, list[dict]] = {}
-    for target, cells in columns:
-        groups.setdefault("paired" if paired else target.label, []).append(cells)
+@dataclass(frozen=True)
+class Column:
+    """Of a sheet: a face's pictures, which lie in files (a reference's in its target), and their captions by kind."""
+
+    target: Target
+    files: dict[str, Path]
+    captions: dict[str, str]
+
+    def cell(self, kind: str) -> tuple[np.ndarray, str]:
+        picture = self.target.picture if kind == "reference" else np.asarray(read_image(self.files[kind]))
+        return picture, self.captions[kind]
+
+
+def write_sheets(folder: Path, columns: list[Column], paired: bool) -> None:
+    """Sheets of at most PER_SHEET faces: one after the other for each target, or for all when paired. No more pictures
+    are in memory than one sheet shows."""
+    groups: dict[str, list[Column]] = {}
+    for column in columns:
+        groups.setdefault("paired" if paired else column.target.label, []).append(column)
     for label, group in groups.items():
-        kinds = [kind for kind in ("original", "reference", "inverted", "edited") if all(kind in c for c in group)]
+        kinds = [kind for kind in ("original", "reference", "inverted", "edited")
+                 if all(kind in column.captions for column in group)]  # fmt: skip
         for start in range(0, len(group), PER_SHEET):
             block = group[start : start + PER_SHEET]
-            sheet = transfer_sheet([[cells[kind] for cells in block] for kind in kinds])
+            sheet = transfer_sheet([[column.cell(kind) for column in block] for kind in kinds])
             save_image(sheet, folder / "sheets" / f"{label}_{start // PER_SHEET:03d}.png")
 
 
@@ -266,8 +284,9 @@ def main(args) -> int:
         known = read_condition(args.ckpt)
         generator = load_generator(args.ckpt, place.device)
         reader = load_reader(args.ckpt, known, place.device, scorer=args.scorer, weights_dir=args.weights_dir)
-        evaluator = load_scorer(args.eval_scorer, place.device) if args.eval_scorer else None
-        if evaluator is not None:
+        evaluator = None
+        if args.eval_scorer:
+            evaluator = load_scorer(args.eval_scorer, place.device, weights_dir=args.weights_dir)
             AttributeReader(evaluator, known.attributes)  # knows them all
         targets = read_targets(args, known, reader, generator.config.size, place.device)
         identity = identity_or_none(args.identity, place.device, args.weights_dir)
@@ -275,19 +294,26 @@ def main(args) -> int:
         source = latents_source(generator, folder, truncation=1, mean=None, noise=None, noise_seed=None)
         folder = folder.parent if folder.suffix == ".npy" else folder
         mine = shard(len(source.names), place.rank, place.world_size)
-        faces = dict(zip(mine, read_faces(folder, generator, reader, mine, source, args.start), strict=True))
-        done, pairs = [], pair_up(len(source.names), targets, args.paired)
+        pairs = pair_up(len(source.names), targets, args.paired)
         editor = Editor(args, generator, known, Judges(reader.scorer, identity), evaluator,
                         single=len({i for i, _ in pairs}) == len(pairs))  # fmt: skip
-        for number, (i, target) in enumerate(tqdm(pairs, desc="editing", unit="face", disable=not place.is_main)):
-            if i in faces:
-                done.append((number, target, *editor.edit(i, faces[i], target)))
+        wanted: dict[int, list[tuple[int, Target]]] = {}
+        for number, (i, target) in enumerate(pairs):
+            wanted.setdefault(i, []).append((number, target))
+        done = []
+        for i in tqdm(mine, desc="editing", unit="face", disable=not place.is_main):
+            face = read_face(folder, generator, reader, source, i, args.start)
+            done += [(number, *editor.edit(i, face, target)) for number, target in wanted[i]]
         done = sorted((item for share in gather_list(done) for item in share), key=lambda item: item[0])
         if place.is_main:
-            rows = [row for _, _, rows, _ in done for row in rows]
-            write_table(args.output_dir / "edits.csv", rows)
-            write_sheets(args.output_dir, [(target, cells) for _, target, _, cells in done], args.paired)
-            last = [rows[-1] for _, _, rows, _ in done]
+            write_table(args.output_dir / "edits.csv", [row for _, rows, _ in done for row in rows])
+            frames = args.output_dir / "frames"
+            columns = [Column(pairs[number][1], {"original": original_file(folder, pairs[number][0]),
+                                                 "inverted": frames / rows[0]["frame"],
+                                                 "edited": frames / rows[-1]["frame"]}, captions)
+                       for number, rows, captions in done]  # fmt: skip
+            write_sheets(args.output_dir, columns, args.paired)
+            last = [rows[-1] for _, rows, _ in done]
             print(f"{args.output_dir}: {len(source.names)} faces, {len(pairs)} edits at strength {args.strength:g}: "
                   f"{summary(last, targets, known.attributes)}")  # fmt: skip
     finally:

@@ -1,6 +1,8 @@
 """edit_conditional.py: from faces to sheets, latents read again, generate.py --set, what is refused."""
 
 import csv
+import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from editing.conditional import (
     AttributeReader,
     Condition,
 )
+from editing.transfer import Face
 from growing import add_condition_columns
 from model import GeneratorConfig, load_generator
 
@@ -147,6 +150,37 @@ def test_latents_are_read_again_and_set(edit, faces, tmp_path):
     assert [(row["image"] + ".png", row["t"]) for row in rows] == [(row["target"], row["t"]) for row in rows]
     assert all(row["asked_smile"] == other["asked_smile"] for row, other in zip(rows[::2], rows[1::2], strict=True))
     assert [path.name for path in (tmp_path / "paired" / "sheets").iterdir()] == ["paired_000.png"]
+
+
+def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, monkeypatch):
+    """One face is held at a time, and what is kept of an edit has no pictures; sheets are made from the files."""
+    held, kept = [], []
+    whole = edit_conditional.Editor.edit
+
+    def watched(*args):
+        held.append(sum(isinstance(thing, Face) for thing in gc.get_objects()))
+        kept.append(len(pickle.dumps(result := whole(*args))))
+        return result
+
+    monkeypatch.setattr(edit_conditional.Editor, "edit", watched)
+    monkeypatch.setattr(edit_conditional, "PER_SHEET", 2)
+    out = tmp_path / "cast"
+    assert edit("--source", faces, "--reference", faces, "--output_dir", out)[0] == 0
+    assert len(held) == 9 and max(held) <= 2, "this face, and at most the one before"
+    assert max(kept) < 32 * 32 * 3
+    assert sorted(path.name for path in (out / "sheets").iterdir()) == [
+        f"ref_{r}_{k:03d}.png" for r in range(3) for k in range(2)
+    ]
+
+
+def test_the_second_scorer_is_looked_for_where_told(edit, faces, tmp_path, monkeypatch):
+    folders = []
+    load = edit_conditional.load_scorer
+    monkeypatch.setattr(edit_conditional, "load_scorer",
+                        lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args))  # fmt: skip
+    flags = ["--set", "smile=1", "--eval_scorer", "other", "--weights_dir", tmp_path]
+    assert edit("--source", faces, *flags, "--output_dir", tmp_path / "out")[0] == 0
+    assert folders == [tmp_path]
 
 
 def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, tmp_path):
