@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.distributed import add_rank_flag
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
 from faces.folder import AlignSettings, align_folder, count_outcomes
@@ -56,6 +57,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes")
     parser.add_argument("--overwrite", action="store_true", help="do all photos again")
     parser.add_argument("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
+    add_rank_flag(parser)
     paste = parser.add_argument_group("pasting back")
     paste.add_argument("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
     paste.add_argument("--unedited", type=Path, metavar="DIR",

@@ -46,6 +46,11 @@ def add_device_flags(parser):
     """Add `--device`, `--ops` and the `--local_rank` that `torch.distributed.launch` passes."""
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
     add_ops_flag(parser)
+    add_rank_flag(parser)
+
+
+def add_rank_flag(parser):
+    """Add the `--local_rank` that `torch.distributed.launch` passes."""
     parser.add_argument("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
 
 

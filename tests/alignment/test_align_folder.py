@@ -182,6 +182,13 @@ def test_shards_under_torchrun_change_nothing(tmp_path, astronaut, root):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
+def test_the_older_launcher_is_understood():
+    """torch.distributed.launch passes --local-rank, before PyTorch 2 --local_rank."""
+    for flag in ("--local-rank=1", "--local_rank=1"):
+        args = align_faces.build_parser().parse_args(["--photos", "a", "--output_dir", "b", flag])
+        assert args.local_rank == 1
+
+
 def test_which_faces(tmp_path, astronaut, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()

@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, m
     whole = edit_conditional.Editor.edit
 
     def watched(*args):
-        held.append(sum(isinstance(thing, Face) for thing in gc.get_objects()))
+        held.append(sum(type(thing) is Face for thing in gc.get_objects()))
         kept.append(len(pickle.dumps(result := whole(*args))))
         return result
 
