@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from common.cli import UsageError
 from op import dispatch
 
 _control = None  # gloo group for barriers and Python objects: it names the missing rank, which nccl cannot
@@ -70,13 +71,14 @@ class _ChooseOps(argparse.Action):
 def resolve_device(name):
     """torch.device for 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
-    Raises ValueError for another name, a device this machine lacks, or one that cannot run the `--ops` asked for.
+    Raises UsageError for another name, ValueError for a device this machine lacks, or one that cannot run the `--ops`
+    asked for.
     """
     name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:0 (1, 2 ...) or mps")
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:0 (1, 2 ...) or mps")
     kind, _, index = name.partition(":")
     if kind == "cuda":
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.checkpoint import CheckpointError, load_checkpoint
-from common.cli import UserError
+from common.cli import UsageError
 from common.weights import find, require
 
 # Registered weights that hold each backbone, in the order in which `auto` looks for them. SqueezeNet comes before
@@ -235,17 +235,17 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
     name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found); any of the
     four with `-up64`, to enlarge images below 64 pixels; discriminator:CHECKPOINT (of train.py); scorer:NAME (a name or
     file that faces/scorer.py reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError naming the
-    file and where it is to be had, ValueError for another name, CheckpointError for a file that is something else.
+    file and where it is to be had, UsageError for another name, CheckpointError for a file that is something else.
     """
     kind, _, path = name.partition(":")
     if kind in ("discriminator", "scorer"):
         if not path:
-            raise UserError(f"perceptual distance {kind}: needs a file, as in {kind}:PATH")
+            raise UsageError(f"perceptual distance {kind}: needs a file, as in {kind}:PATH")
         return _build_feature_distance(kind, path, weights_dir, dtype).to(device)
     base = name.removesuffix(UPSAMPLE)
     if base not in ("auto", *LPIPS_WEIGHTS):
         expected = f"auto, {', '.join(LPIPS_WEIGHTS)}, discriminator:CHECKPOINT or scorer:NAME"
-        raise UserError(f"perceptual distance {name!r} is unknown: expected {expected}")
+        raise UsageError(f"perceptual distance {name!r} is unknown: expected {expected}")
     nets = tuple(LPIPS_WEIGHTS) if base == "auto" else (base,)
     found = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS[net] if find(weights, weights_dir))
     net, weights = next(found, (nets[0], LPIPS_WEIGHTS[nets[0]][0]))

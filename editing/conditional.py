@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import UserError
+from common.cli import UsageError, UserError
 from editing.samples import scorer_identity
 from faces.scorer import load_scorer
 from model import CONDITION_GAIN
@@ -179,7 +179,7 @@ class Condition:
             try:
                 value = float(text) / unit
             except ValueError:
-                raise UserError(f"--set {request}: expected NAME=NUMBER, such as smile=1") from None
+                raise UsageError(f"--set {request}: expected NAME=NUMBER, such as smile=1") from None
             if not 0 <= value <= 1:
                 raise UserError(f"--set {request}: {name} goes from 0 to {unit:g}")
             values[position] = value

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.checkpoint import load_checkpoint
-from common.cli import UserError
+from common.cli import UsageError
 from common.weights import find, require
 from faces.arcface import load_arcface
 from model import load_strictly
@@ -215,10 +215,10 @@ WEIGHTS = {"ir_se50": "arcface_ir_se50", "mobilefacenet": "mobilefacenet"}
 def build_identity(name="auto", device="cpu", weights_dir=None, *, flip=False):
     """The Identity called `name`: ir_se50, mobilefacenet, or auto (the first of them whose weights are found).
 
-    Raises ValueError for another name, FileNotFoundError saying where the weights are to be had.
+    Raises UsageError for another name, FileNotFoundError saying where the weights are to be had.
     """
     if name not in ("auto", *WEIGHTS):
-        raise UserError(f"identity network {name!r} is unknown: expected auto, {' or '.join(WEIGHTS)}")
+        raise UsageError(f"identity network {name!r} is unknown: expected auto, {' or '.join(WEIGHTS)}")
     if name == "auto":
         name = next((known for known, weights in WEIGHTS.items() if find(weights, weights_dir)), "mobilefacenet")
     if name == "ir_se50":

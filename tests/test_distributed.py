@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from common import distributed
-from common.cli import ArgumentParser
+from common.cli import ArgumentParser, UsageError
 
 WORKER = """
 import time, torch
@@ -121,7 +121,7 @@ def test_flags(arguments):
 def test_resolve_device(monkeypatch):
     assert distributed.resolve_device("cpu") == torch.device("cpu")
     for name in ("gpu", "cuda:", "cuda:x", "cpu:1", "mps:0", ""):
-        with pytest.raises(ValueError, match="expected auto"):
+        with pytest.raises(UsageError, match="expected auto"):
             distributed.resolve_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -505,6 +505,11 @@ def test_wrong_size_and_checkpoint(checkpoint, photos, tmp_path, capsys):
     assert "--lr_rampup is a fraction from 0 to 1, got 3.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mistake", ["--device tpu", "--perceptual vgg19", "--perceptual scorer", "--identity facenet"])
+def test_an_unknown_name_is_misuse(checkpoint, photos, tmp_path, mistake):
+    start(checkpoint, photos, tmp_path / "out", *mistake.split(), expect=2)
+
+
 def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
     """The disk fills at the third picture: one line, finished parts whole, and the same command goes on."""
     out, synced, fsync = tmp_path / "out", [], os.fsync

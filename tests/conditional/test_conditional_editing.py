@@ -221,6 +221,8 @@ def test_generate_asks_for_attributes(cgan, tmp_path, capfd):
     assert generate_it(*loop) == 0
     assert generate_it("--set", "hat=1") == 1
     assert "no attribute 'hat': it was trained for smile, eyes_open" in capfd.readouterr().err
+    assert generate_it("--set", "smile") == 2
+    assert "--set smile: expected NAME=NUMBER" in capfd.readouterr().err
 
 
 def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):

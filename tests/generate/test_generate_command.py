@@ -43,7 +43,7 @@ def test_every_flag_has_help():
         (["--truncation", "nan"], 2, "--truncation"),
         (["--noise_seed", "-1"], 2, "--noise_seed"),
         (["--noise", "loud"], 2, "loud"),
-        (["--device", "tpu"], 1, "--device tpu"),
+        (["--device", "tpu"], 2, "--device tpu"),
     ],
 )
 def test_mistakes(wpp_ckpt, tmp_path, capsys, flags, status, word):
