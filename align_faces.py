@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
-from common.distributed import add_rank_flag
+from common.distributed import add_rank_flag, setup, shutdown
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
 from faces.folder import AlignSettings, align_folder, count_outcomes
@@ -87,9 +87,14 @@ def main(args) -> None:
                      feather=args.feather, colour_match=args.colour_match, detail=args.detail)  # fmt: skip
         return
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
-    records = align_folder(args.photos, args.output_dir, settings, landmarks=args.landmarks, n_worker=args.n_worker,
-                           overwrite=args.overwrite, weights_dir=args.weights_dir)  # fmt: skip
-    if records is not None:
+    place = setup("cpu")
+    try:
+        records = align_folder([args.photos], args.output_dir, settings, place=place, landmarks=args.landmarks,
+                               n_worker=args.n_worker, overwrite=args.overwrite,
+                               weights_dir=args.weights_dir)  # fmt: skip
+    finally:
+        shutdown()
+    if place.is_main:
         n_faces = sum(len(record["faces"]) for record in records)
         print(f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {args.output_dir / 'aligned'}, "
               f"{args.output_dir / 'report.csv'}")  # fmt: skip

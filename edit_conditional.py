@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import FITS, read_image, save_image
 from common.perceptual import build_perceptual
@@ -33,10 +33,10 @@ from editing.judging import Judges, judge, score_frames
 from editing.tables import write_table
 from editing.transfer import Face, Target, asked, caption, condition_path, pair_up, render_path, transfer_sheet
 from faces.identity import WEIGHTS, identity_or_none
+from faces.photos import add_align_flag, open_faces
 from faces.scorer import load_scorer
-from inversion.pictures import open_pictures
 from inversion.projection import ProjectionSettings, choose_space
-from inversion.results import conclude
+from inversion.results import conclude, write_skipped
 from inversion.store import Store
 from inversion.work import Shard
 from model import load_generator
@@ -68,6 +68,7 @@ def build_parser() -> ArgumentParser:
                         help="how alike each frame is to the inversion")  # fmt: skip
     judges.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     project = parser.add_argument_group("inversion of pictures", "see projector.py")
+    add_align_flag(project)
     project.add_argument("--fit", choices=FITS, default="crop", help="for pictures that are not square")
     project.add_argument("--step", type=int, default=1000, help="optimisation steps")
     project.add_argument("--lr", type=float, default=0.1, help="step size of Adam")
@@ -103,6 +104,16 @@ def is_latents(paths) -> bool:
     return len(paths) == 1 and (path.suffix == ".npy" or (path / "latents.npy").is_file())
 
 
+def open_aligned(args, paths, size: int, folder: Path, place):
+    """Sources or references. Raises UserError where --paired would pair others for a photo that gave no face."""
+    pictures = open_faces(paths, size, folder, align=args.align, place=place, fit=args.fit,
+                          weights_dir=args.weights_dir)  # fmt: skip
+    if args.paired and pictures.left_out:
+        photo, reason = next(iter(pictures.left_out.items()))
+        raise UserError(f"--paired: {photo} cannot take part ({reason}): leave it out with its partner")
+    return pictures
+
+
 def read_picture(pictures, position: int) -> torch.Tensor:
     """[1, 3, S, S] in [-1, 1]."""
     return pictures.read(position)[None].float() / 127.5 - 1
@@ -112,7 +123,7 @@ def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
     """Codes and noise of the pictures, each under its own attributes, into OUTPUT_DIR/inverted. Goes on where an
     earlier run ended."""
     config, space = generator.config, choose_space(generator, None)
-    pictures = open_pictures(args.source, config.size, fit=args.fit)
+    pictures = open_aligned(args, args.source, config.size, args.output_dir, place)
     try:
         settings = ProjectionSettings(steps=args.step, lr=args.lr, noise=args.noise, mse=args.mse)
     except ValueError as error:
@@ -162,17 +173,20 @@ def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, 
     return face
 
 
-def read_targets(args, known: Condition, reader: AttributeReader, size: int, device) -> list[Target]:
+def read_targets(args, known: Condition, reader: AttributeReader, size: int, place) -> list[Target]:
     """What is asked for: of every reference, or of --set. Raises ValueError for attributes that are not known."""
     if args.set:
         return [Target("set", args.set, known.parse(args.set))]
     names = [name.strip() for name in args.attributes.split(",")] if args.attributes else known.attributes
     chosen = [known.index(name) for name in names]
-    pictures = open_pictures(args.reference, size, fit=args.fit)
+    folder = args.output_dir / "references"
+    pictures = open_aligned(args, args.reference, size, folder, place)
+    if place.is_main:
+        write_skipped(folder, pictures.left_out)
     targets = []
     for i, name in enumerate(pictures.names):
         image = read_picture(pictures, i)
-        values = reader.read(image.to(device))[0]
+        values = reader.read(image.to(place.device))[0]
         shown = pictures.read(i).permute(1, 2, 0).numpy()
         targets.append(Target(f"ref_{i}", name, {k: float(values[k]) for k in chosen}, shown))
     return targets
@@ -288,7 +302,7 @@ def main(args) -> int:
         if args.eval_scorer:
             evaluator = load_scorer(args.eval_scorer, place.device, weights_dir=args.weights_dir)
             AttributeReader(evaluator, known.attributes)  # knows them all
-        targets = read_targets(args, known, reader, generator.config.size, place.device)
+        targets = read_targets(args, known, reader, generator.config.size, place)
         identity = identity_or_none(args.identity, place.device, args.weights_dir)
         folder = Path(args.source[0]) if is_latents(args.source) else invert(args, generator, reader, identity, place)
         source = latents_source(generator, folder, truncation=1, mean=None, noise=None, noise_seed=None)

@@ -2,7 +2,8 @@
 
 For all pictures of a folder, an LMDB or single files: every one by itself, in a fixed order, so that neither batch nor
 company changes its result (on a CPU to the bit). W and W+ for a W generator, W++ for a W++ generator. Faces should be
-aligned (align_faces.py). A run that was stopped goes on with the same command; torchrun shares the pictures.
+aligned (align_faces.py, or --align auto). A run that was stopped goes on with the same command; torchrun shares the
+pictures.
 
     python projector.py --ckpt faces.safetensors --dataset faces/ --output_dir projection
     python projector.py --ckpt faces.safetensors --dataset a.jpg b.jpg --step 400 --mse 1 --early_stop --save_video
@@ -30,7 +31,7 @@ from common.latents import load_latents
 from common.perceptual import build_perceptual
 from common.weights import file_sha256
 from faces.identity import identity_or_none
-from inversion.pictures import open_pictures
+from faces.photos import add_align_flag, open_faces
 from inversion.projection import ProjectionSettings, choose_space
 from inversion.results import conclude
 from inversion.store import Store
@@ -49,6 +50,7 @@ def build_parser() -> ArgumentParser:
                         help="folder of faces, single files, or an LMDB")  # fmt: skip
     parser.add_argument("--size", type=int, help="pixels; the generator's own (256 in the published program), "
                                                  "anything else is refused")  # fmt: skip
+    add_align_flag(parser)
     parser.add_argument("--fit", choices=FITS, default="crop", help="for pictures that are not square")
     parser.add_argument("--space", choices=("w", "w+", "w++"),
                         help="of the codes: w (default) or w+ for a W generator, w++ for a W++ generator")  # fmt: skip
@@ -193,7 +195,8 @@ def main(args) -> int:
         if args.size not in (None, config.size):
             raise UserError(f"--size {args.size}, but the generator in {args.ckpt} makes {config.size} pixels")
         space = choose_space(generator, args.space)
-        pictures = open_pictures(args.dataset, config.size, fit=args.fit)
+        pictures = open_faces(args.dataset, config.size, Path(args.output_dir), align=args.align, place=place,
+                              fit=args.fit, weights_dir=args.weights_dir)  # fmt: skip
         dtype = DTYPES[args.precision]
         perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
         identity = identity_or_none(args.identity, place.device, args.weights_dir)

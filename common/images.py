@@ -87,6 +87,15 @@ def check_header(path: str | os.PathLike) -> str | None:
         return _reason(error)
 
 
+def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Width and height as the header has them, before any EXIF orientation; None if it is no picture."""
+    try:
+        with _open(Path(path)) as image:
+            return image.size
+    except _DECODE_ERRORS:
+        return None
+
+
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """The picture files below a folder, at any depth, sorted by their POSIX path relative to it.
 

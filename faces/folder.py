@@ -1,6 +1,6 @@
 """A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
 
-    align_folder(Path("photos"), Path("faces"), AlignSettings(size=256), n_worker=8)
+    align_folder([Path("photos")], Path("faces"), AlignSettings(size=256), place=setup("cpu"), n_worker=8)
 
 OUT/aligned/NAME.png; OUT/alignment.json: {"version", "settings", "faces": [Alignment as a dict], "photos": [{"photo",
 "name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}; OUT/report.csv: the same for people. While a run
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common.checkpoint import atomic_write
 from common.cli import UserError
-from common.distributed import barrier, gather_list, setup, shard, shutdown
+from common.distributed import barrier, gather_list, shard
 from common.images import ImageError, list_images, read_image
 from common.runs import write_json
 from faces.align import PROFILE_YAW, AlignError, align, crop_aligned, estimate_yaw, parse_landmarks
@@ -151,45 +151,50 @@ def _given_landmarks(task):
 # -- a folder ------------------------------------------------------------------------------------------------------
 
 
-def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
-    """Aligns all photos of a folder, at any depth, or one photo; under torchrun each process does its share.
+def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worker=1, overwrite=False,
+                 weights_dir=None):  # fmt: skip
+    """Aligns all photos of folders, at any depth, and single photos; each process of `place` does its share.
 
-    landmarks: JSON file {photo: landmarks} of faces given by hand. Returns the records of all photos, in the order of
-    their names, on the main process (None on others). Raises ValueError when not one face came of it.
+    photos: paths. The sources of the faces are relative to the folder, or the one that all have in common. landmarks:
+    JSON file {photo: landmarks} of faces given by hand. Returns the records of all photos, in the order of their names.
+    Raises FileNotFoundError for a path that is absent, ValueError when not one face came of it.
     """
-    photos, output_dir = Path(photos), Path(output_dir)
-    if not photos.exists():
-        raise FileNotFoundError(f"--photos {photos} does not exist")
-    root = photos if photos.is_dir() else photos.parent
-    paths = list_images(photos) if photos.is_dir() else [photos]
-    paths = [path for path in paths if photos == path or output_dir.resolve() not in path.resolve().parents]
-    if not paths:
-        raise UserError(f"--photos {photos} holds no pictures")
+    output_dir = Path(output_dir)
+    paths = list_photos(photos, output_dir)
     by_hand = _read_by_hand(landmarks)
-
-    place = setup("cpu")
-    try:
-        earlier = {} if overwrite else _read_records(output_dir, settings)
-        sources = [path.relative_to(root).as_posix() for path in paths]
-        names = choose_names(sources, {source: record["name"] for source, record in earlier.items()})
-        tasks = []
-        for path, source in zip(paths, sources, strict=True):
-            given = _lookup(by_hand, source)
-            tasks.append({"path": path, "source": source, "name": names[source], "landmarks": given,
-                          "stamp": _stamp(path, given), "settings": settings, "weights_dir": weights_dir})  # fmt: skip
-        barrier()  # every process has read the earlier records before one writes
-        mine = [tasks[i] for i in shard(len(tasks), place.rank, place.world_size)]
-        parts = gather_list(_align_all(mine, earlier, output_dir, n_worker, place))
-        records = [record for part in parts for record in part]
-        if place.is_main:
-            _write_results(output_dir, settings, records)
-        barrier()
-    finally:
-        shutdown()
+    earlier = {} if overwrite else _read_records(output_dir, settings)
+    names = choose_names(paths, {source: record["name"] for source, record in earlier.items()})
+    tasks = []
+    for source, path in paths.items():
+        given = _lookup(by_hand, source)
+        tasks.append({"path": path, "source": source, "name": names[source], "landmarks": given,
+                      "stamp": _stamp(path, given), "settings": settings, "weights_dir": weights_dir})  # fmt: skip
+    barrier()  # every process has read the earlier records before one writes
+    mine = [tasks[i] for i in shard(len(tasks), place.rank, place.world_size)]
+    parts = gather_list(_align_all(mine, earlier, output_dir, n_worker, place))
+    records = [record for part in parts for record in part]
+    if place.is_main:
+        _write_results(output_dir, settings, records)
+    barrier()
     if not any(record["faces"] for record in records):
         raise UserError(f"none of {len(records)} photos gave a face ({count_outcomes(records)}): "
                         f"see {output_dir / 'report.csv'}")  # fmt: skip
-    return records if place.is_main else None
+    return records
+
+
+def list_photos(photos, output_dir: Path) -> dict[str, Path]:
+    """{path relative to what they have in common: path} of single photos and those in folders; not our own crops."""
+    photos = [Path(path) for path in photos]
+    for path in photos:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: a folder of photos or a photo is expected")
+    root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in photos])
+    found = [path for path in photos if not path.is_dir()]
+    for folder in (path for path in photos if path.is_dir()):
+        found += [path for path in list_images(folder) if output_dir.resolve() not in path.resolve().parents]
+    if not found:
+        raise UserError(f"{', '.join(map(str, photos))} holds no pictures")
+    return dict(sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in found))
 
 
 def count_outcomes(records) -> str:

@@ -29,6 +29,7 @@ class Pictures:
         self.names = _unique([_readable(name) for name, _ in entries])
         self.size, self.fit = size, fit
         self.enlarged: list[str] = []  # names of those read so far that have fewer pixels than asked for
+        self.left_out: dict[str, str] = {}  # photo -> why it is not among the pictures (faces/photos.py)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -60,6 +61,7 @@ class StoredPictures:
         self.names = _unique([_readable(name) for name in self.dataset.names])
         self.size = size
         self.enlarged: list[str] = []
+        self.left_out: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.names)

@@ -33,7 +33,8 @@ def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | 
         skipped |= report[1]
         enlarged += report[2]
     done = [position for position in sorted(keys) if position not in skipped]
-    write_skipped(store.folder, {names[position]: skipped[position] for position in sorted(skipped)})
+    unread = {names[position]: skipped[position] for position in sorted(skipped)}
+    write_skipped(store.folder, pictures.left_out | unread)
     if not done:
         first = next(iter(skipped.values()))
         raise UserError(f"none of the {len(names)} pictures could be projected; the first: {first}")

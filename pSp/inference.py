@@ -169,15 +169,16 @@ def retrieve(result: Inversion, n: int, perceptual, identity, device) -> dict[st
 
 def save_inversion(
     folder: str | Path, net: pSp, result: Inversion, names: list[str], *, perceptual: str, identity: str | None,
-    alignment: list | None = None, extra: dict | None = None, retrieved: dict | None = None,
+    alignment: list | None = None, left_out: dict[str, str] | None = None, extra: dict | None = None,
+    retrieved: dict | None = None,
 ) -> str:  # fmt: skip
     """Write everything but the pictures themselves: see the head of scripts/inference.py.
 
-    names, alignment: of all pictures, by position. retrieved: of `retrieve`. Returns the summary line. ValueError when
-    nothing could be read.
+    names, alignment: of all pictures, by position. left_out: photo -> why it is not among them. retrieved: of
+    `retrieve`. Returns the summary line. ValueError when nothing could be read.
     """
     folder = Path(folder)
-    write_skipped(folder, {names[position]: reason for position, reason in result.skipped})
+    write_skipped(folder, (left_out or {}) | {names[position]: reason for position, reason in result.skipped})
     if not result.positions:
         first = f": {result.skipped[0][1]}" if result.skipped else ""
         raise ValueError(f"none of {len(names)} pictures could be read{first}")

@@ -587,13 +587,13 @@ def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
 
     faces = tmp_path / "faces"
     (faces / "aligned").mkdir(parents=True)
-    for name, colour in (("anna", (120, 60, 200)), ("berta", (60, 120, 200))):
-        save_image(Image.new("RGB", (16, 16), colour), faces / "aligned" / f"{name}.png")
+    for red, name in enumerate(("anna", "berta", "clara", "dora")):
+        save_image(Image.new("RGB", (16, 16), (red, 60, 200)), faces / "aligned" / f"{name}.png")
     face = Alignment([[0, 0], [0, 9], [9, 9], [9, 0]], [30, 20], 16, [[1, 2]] * 5, name="anna", source="anna.jpg")
     (faces / "alignment.json").write_text(json.dumps({"faces": [face.to_dict()]}), encoding="utf-8")
     times = []
     monkeypatch.setattr(inversion.pictures, "read_alignment", lambda path: times.append(path) or read_alignment(path))
     start(checkpoint, faces / "aligned", tmp_path / "out")
-    anna, berta = load_latents(tmp_path / "out").alignment
-    assert anna["source"] == "anna.jpg" and berta is None
-    assert len(times) == 1, "alignment.json is read once, however many pictures there are"
+    anna, *others = load_latents(tmp_path / "out").alignment
+    assert anna["source"] == "anna.jpg" and others == [None] * 3
+    assert len(times) == 2, "before and after the work, not for every picture"

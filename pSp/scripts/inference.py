@@ -25,7 +25,7 @@ from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.images import FITS, save_image
 from common.perceptual import build_perceptual
 from faces.identity import identity_or_none
-from inversion.pictures import open_pictures
+from faces.photos import add_align_flag, open_faces
 from model import load_generator
 from pSp.data_configs import resize_factors
 from pSp.inference import COUPLED_EVERY, SHOWN, Inversion, invert, retrieve, save_inversion, style_mixing
@@ -52,6 +52,7 @@ def build_parser() -> ArgumentParser:
     add("--n_outputs_to_generate", type=int, help="not supported: a flag of the published style_mixing.py; generate.py "
                                                   "--mix mixes saved latents")  # fmt: skip
     add("--resize_factors", help="super-resolution: one factor by which inputs are shrunk")
+    add_align_flag(parser)
     add("--fit", choices=FITS, default="crop", help="for pictures that are not square")
     add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the first that is found")
     add("--id_net", default="auto", help="identity network (faces/identity.py); auto: the first that is found; none")
@@ -126,7 +127,8 @@ def main(args) -> int:
         graph_forward(net.encoder, recorder)
         graph_forward(net.decoder, recorder)
         size = max(net.config.input_size, net.image_size)
-        pictures = open_pictures([args.data_path], size, fit=args.fit)
+        pictures = open_faces([args.data_path], size, exp_dir, align=args.align, place=place, fit=args.fit,
+                              weights_dir=args.weights_dir)  # fmt: skip
         n = min(len(pictures), args.n_images or len(pictures))
         mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
         perceptual = build_perceptual(args.lpips_net, place.device, args.weights_dir)
@@ -152,7 +154,7 @@ def main(args) -> int:
                 retrieved = retrieve(result, args.retrieval, perceptual, identity, place.device)
             line = save_inversion(exp_dir, net, result, pictures.names, perceptual=perceptual.name,
                                   identity=identity.name if identity else None, alignment=pictures.alignment(),
-                                  extra=extra, retrieved=retrieved)  # fmt: skip
+                                  left_out=pictures.left_out, extra=extra, retrieved=retrieved)  # fmt: skip
             print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}; {line}")
             for by, share in retrieved.items():
                 print(f"nearest original by {by}: its own for {share:.0%} of "

@@ -24,28 +24,9 @@ from faces.align import (
 from faces.folder import choose_names
 
 
-@pytest.fixture(autouse=True)
-def no_detector_is_kept():
-    """Other tests shall not meet the stand-in below."""
-    yield
-    faces.folder._detector.cache_clear()
-
-
-class NoDetector:
-    """In place of YuNet where every face is given by hand: sees nothing, needs no weights."""
-
-    def __init__(self, weights_dir=None, *, score_threshold=0.6):
-        pass
-
-    def detect(self, photo, *, many=False):
-        return []
-
-
 @pytest.fixture
-def photos(tmp_path, astronaut, monkeypatch):
+def photos(tmp_path, astronaut, no_detector):
     """Photos as they come. Faces are given by hand, so that no weights are needed."""
-    monkeypatch.setattr(faces.folder, "FaceDetector", NoDetector)
-    faces.folder._detector.cache_clear()
     folder = tmp_path / "pho tos"
     for name in ("ü 中文.jpg", "a b/two  spaces.PNG", "same.png", "same.jpg", "a b/same.png"):
         path = folder / name
@@ -262,9 +243,8 @@ def test_misuse(flags, status, message, tmp_path, monkeypatch, capsys):
 # -- pasting, the command ------------------------------------------------------------------------------------------
 
 
-def test_paste_back_command(tmp_path, astronaut, monkeypatch, capsys):
+def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
     """A turned JPEG with EXIF and a profile: upright, of the same size, with its EXIF, in its format."""
-    monkeypatch.setattr(faces.folder, "FaceDetector", NoDetector)
     folder, out = tmp_path / "photos", tmp_path / "out"
     (folder / "ü").mkdir(parents=True)
     exif = Image.Exif()
