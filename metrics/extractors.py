@@ -21,7 +21,7 @@ from torch import nn
 
 from common import weights
 from common.checkpoint import load_checkpoint
-from common.cli import UserError
+from common.cli import UsageError
 from metrics.protocol import Protocol
 
 IMAGENET_MEAN = tuple(255 * value for value in (0.485, 0.456, 0.406))
@@ -85,7 +85,7 @@ def build_extractor(
     if name == "auto":
         return _first_at_hand(preferred, protocol, weights_dir, device)
     if name not in _builders:
-        raise UserError(f"--extractor {name}: expected auto, {', '.join(extractor_names())}")
+        raise UsageError(f"--extractor {name}: expected auto, {', '.join(extractor_names())}")
     build, standin = _builders[name]
     extractor = build(protocol, weights_dir)
     extractor.name, extractor.standin, extractor.protocol = name, standin, protocol

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import UserError
+from common.cli import UsageError, UserError
 from common.images import read_image
 from common.latents import draw_z, load_latents
 from common.store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
@@ -41,9 +41,9 @@ class Sampling:
 
     def __post_init__(self):
         if self.noise not in NOISE_MODES:
-            raise UserError(f"--noise {self.noise}: expected one of {', '.join(NOISE_MODES)}")
+            raise UsageError(f"--noise {self.noise}: expected one of {', '.join(NOISE_MODES)}")
         if not 0 <= self.seed < 4294:
-            raise UserError(f"--seed {self.seed}: expected 0 to 4293")
+            raise UsageError(f"--seed {self.seed}: expected 0 to 4293")
 
 
 class ImageSource:

@@ -103,7 +103,7 @@ def test_mistakes_show_before_the_first_step(play, tmp_path):
     ending = play("run", "--iter", 2, "--eval_every", 1, "--metric", "fid,is")
     assert ending.status == 2 and "--metric fid,is: 'is' is none of fid, kid, prdc" in ending.err
     ending = play("other", "--iter", 2, "--eval_every", 1, "--extractor", "resnet")
-    assert ending.status == 1 and "--extractor resnet: expected auto" in ending.err
+    assert ending.status == 2 and "--extractor resnet: expected auto" in ending.err
     assert "Traceback" not in ending.err and not list((tmp_path / "other").glob("sample/000001*"))
     assert play("third", "--iter", 2, "--eval_every", -1).status == 2
     ending = play("fourth", "--iter", 2, "--eval_every", 2, "--eval_samples", 5)
