@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoint import require_file
 from common.cli import ArgumentParser, leave, run
 from common.distributed import add_device_flags, resolve_device
 from common.runs import git_commit, package_versions
@@ -40,7 +41,7 @@ def main(args) -> None:
 def report(device, weights_dir=None) -> list[tuple[str, str]]:
     """(what, found) in words. Raises ValueError for a device that is not here."""
     device = resolve_device(device)
-    present = [name for name in WEIGHTS if find(name, weights_dir)]
+    here = {name: path for name in WEIGHTS if (path := find(name, weights_dir))}
     required = [re.match(r"[\w.-]+", line) for line in (ROOT / "requirements.txt").read_text().splitlines()]
     versions = package_versions([*(name[0] for name in required if name), "triton"])
     bundled = sorted(path.name for path in (ROOT / "checkpoints").glob("face-*"))
@@ -56,10 +57,20 @@ def report(device, weights_dir=None) -> list[tuple[str, str]]:
         ("compilers", ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc")) +
          "; only Triton wants gcc, nothing wants nvcc"),
         ("bundled", ", ".join(bundled) or "no models in checkpoints/: was the checkout complete?"),
-        ("weights here", ", ".join(present) or "none: each stage names the stand-in that it uses"),
-        ("not here", f"{', '.join(name for name in WEIGHTS if name not in present)}; looked into "
+        ("weights here", ", ".join(name + unusable(path) for name, path in here.items()) or
+         "none: each stage names the stand-in that it uses"),
+        ("not here", f"{', '.join(name for name in WEIGHTS if name not in here)}; looked into "
          f"{', '.join(map(str, search_folders(weights_dir)))}"),
     ]  # fmt: skip
+
+
+def unusable(path: Path) -> str:
+    """' (UNUSABLE: why)' of a file that is empty, a web page or a pointer; '' of one that may be what its name says."""
+    try:
+        require_file(path, "weights")
+    except (OSError, ValueError) as error:
+        return f" (UNUSABLE: {error})"
+    return ""
 
 
 def processor() -> str:

@@ -221,13 +221,19 @@ def reach_targets(args, generator, code, noise, condition, boundaries, scorer, l
             rest = [0.0 if i == k else distance for i, distance in enumerate(found)]
             (start,) = edit_codes(code, boundaries, [rest], layers=layers)
             found[k], _ = reach(generator, start, noise, boundaries[k], scorer, scorer.column(name), value,
-                                limit=6 * boundaries[k].std, layers=layers, condition=condition)  # fmt: skip
+                                limit=6 * boundaries[k].std, near=tolerance(scorer, name), layers=layers,
+                                condition=condition)  # fmt: skip
     return found
 
 
+def tolerance(scorer, name) -> float:
+    """How near to its target a score counts as there: 2 years, or 0.05."""
+    return 2 if scorer.attributes[scorer.column(name)].kind == "years" else 0.05
+
+
 def describe_target(scorer, name, value, seen) -> str:
-    """How many faces came to the target, within 2 years or 0.05, and what the scorer reads of the others."""
-    near = 2 if scorer.attributes[scorer.column(name)].kind == "years" else 0.05
+    """How many faces came to the target, and what the scorer reads of the others."""
+    near = tolerance(scorer, name)
     missed = [score for score in seen if abs(score - value) > near]
     rest = f"; the others come to {min(missed):.3g} to {max(missed):.3g} at best, within 6 sd" if missed else ""
     return f"{name}={value:g}: {len(seen) - len(missed)} of {len(seen)} faces within {near}{rest}"

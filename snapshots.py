@@ -89,6 +89,7 @@ def export_ema(state: dict, path: str | Path, *, half: bool = False, base: str |
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
     identity = fingerprint({name: tensor.float() for name, tensor in weights.items()})
     known = {name: state[name] for name in ("step", "condition") if state.get(name) is not None}
+    known |= {"noise": noise} if (noise := state.get("options", {}).get("noise")) else {}
     if base is not None:
         shared, of_base = load_safetensors(base)
         own, other = Path(path).resolve(), Path(base).resolve()

@@ -48,7 +48,9 @@ def stored_architecture(args, state: dict | None, path: Path | None) -> Generato
 def read_noise(args, state: dict | None, path: Path | None) -> str:
     """--noise: of the run in the checkpoint `state`, else as given, else of the file of --init_from; random where
     neither tells. Raises CheckpointError for a flag that would change the run under way."""
-    if state is None and args.noise is None and args.init_from and Path(args.init_from).suffix != ".safetensors":
+    if state is None and args.noise is None and args.init_from:
+        if Path(args.init_from).suffix == ".safetensors":
+            return load_safetensors(args.init_from)[1].get("noise") or TrainSettings.noise
         return stored_noise(load_checkpoint(args.init_from)) or TrainSettings.noise
     stored = stored_noise(state or {})
     if stored and args.noise not in (None, stored):

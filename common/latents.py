@@ -201,8 +201,8 @@ def _read_npz(file):
     """`w` [1, L, D] of stylegan2-ada-pytorch's and stylegan3's projector.py."""
     require_file(file, "latents file (.npz)")
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            array = arrays["w"] if "w" in arrays.files else None
+        arrays = np.load(file, allow_pickle=False)
+        array = arrays["w"] if isinstance(arrays, np.lib.npyio.NpzFile) and "w" in arrays.files else None
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is truncated, damaged or not a .npz file ({error})") from error
     if array is None or array.dtype.kind != "f":

@@ -38,6 +38,7 @@ MEGAPIXELS = 64  # a photo's largest area: decoded it takes three bytes per pixe
 TRUNCATION, MEAN_SAMPLES = 0.7, 1000  # of drawn faces
 # Standard deviations: how far sliders and smile transfer go; with the bundled boundaries faces break beyond 6 to 9.
 REACH = 8.0
+NEAR = 0.02  # a score as near as this to the one wanted is as good
 NOSE = (0.506, 0.623)  # where it lies in an FFHQ frame (faces/identity.py), of the side
 PASTES = ("change", "face")
 
@@ -287,7 +288,7 @@ def transfer_smile(tools: Tools, face: Face, reference: Face, edit: Edit) -> tup
     picture = np.asarray(fit_image(reference.crop, tools.size))
     wanted = float(score_frames(tools.scorer, [picture])[0, column])
     distance, reached = reach(tools.generator, face.code, face.noise, boundary, tools.scorer, column, wanted,
-                              limit=REACH * boundary.std, layers=moving_layers(tools, edit))  # fmt: skip
+                              limit=REACH * boundary.std, near=NEAR, layers=moving_layers(tools, edit))  # fmt: skip
     return round(distance / boundary.std, 2), wanted, reached
 
 

@@ -51,13 +51,14 @@ def render_codes(generator, codes, noise, *, dtype=None, condition=None) -> Iter
         yield from to_uint8(images)
 
 
-def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, steps=8, layers=None,
-          condition=None):  # fmt: skip
+def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, near=0.0, steps=8,
+          layers=None, condition=None):  # fmt: skip
     """Relative distance at which the scorer's `column` is nearest to `target`: (distance, score there).
 
     Bisection of the crossing that lies nearest to the face as it is, among 2 * SCAN steps from -limit to +limit (in
-    units of the boundary): far out a face may break, and the score turn back. A target that is crossed nowhere gives
-    the nearest of the steps. condition: see render_codes.
+    units of the boundary): far out a face may break, and the score turn back. A target that is crossed nowhere, such
+    as 1 of a probability, gives the least of the steps that come within `near`, else the one that comes nearest.
+    condition: see render_codes.
     """
 
     def score(distances):
@@ -67,17 +68,18 @@ def reach(generator, code, noise, boundary, scorer, column: int, target: float, 
 
     stops = np.linspace(-limit, limit, 2 * SCAN + 1)
     seen = score(stops)
-    best = min((abs(value - target), abs(at), at, value) for at, value in zip(stops, seen, strict=True))
+    tried = [(max(near, abs(value - target)), abs(at), at, value) for at, value in zip(stops, seen, strict=True)]
     crossings = [k for k in range(2 * SCAN) if (seen[k] - target) * (seen[k + 1] - target) <= 0]
     if crossings:
         k = min(crossings, key=lambda k: abs(stops[k] + stops[k + 1]))
-        (low, high), at_low = stops[k : k + 2], seen[k]
+        (low, high), at_low, tried = stops[k : k + 2], seen[k], tried[k : k + 2]
         for _ in range(steps):
             middle = (low + high) / 2
             (at_middle,) = score([middle])
-            best = min(best, (abs(at_middle - target), abs(middle), middle, at_middle))
+            tried.append((abs(at_middle - target), abs(middle), middle, at_middle))
             if (at_low - target) * (at_middle - target) <= 0:
                 high = middle
             else:
                 low, at_low = middle, at_middle
-    return float(best[2]), float(best[3])
+    _, _, distance, reached = min(tried)
+    return float(distance), float(reached)

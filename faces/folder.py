@@ -152,15 +152,16 @@ def _given_landmarks(task):
 
 
 def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worker=1, overwrite=False,
-                 weights_dir=None):  # fmt: skip
+                 weights_dir=None, only=None):  # fmt: skip
     """Aligns all photos of folders, at any depth, and single photos; each process of `place` does its share.
 
     photos: paths. The sources of the faces are relative to the folder, or the one that all have in common. landmarks:
-    JSON file {photo: landmarks} of faces given by hand. Returns the records of all photos, in the order of their names.
-    Raises FileNotFoundError for a path that is absent, ValueError when not one face came of it.
+    JSON file {photo: landmarks} of faces given by hand. only: paths, the others are left out. Returns the records of
+    all photos, in the order of their names. Raises FileNotFoundError for a path that is absent, ValueError when not
+    one face came of all photos.
     """
     output_dir = Path(output_dir)
-    paths = list_photos(photos, output_dir)
+    paths = {source: path for source, path in list_photos(photos, output_dir).items() if only is None or path in only}
     by_hand = _read_by_hand(landmarks)
     earlier = {} if overwrite else _read_records(output_dir, settings)
     names = choose_names(paths, {source: record["name"] for source, record in earlier.items()})
@@ -176,14 +177,21 @@ def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worke
     if place.is_main:
         _write_results(output_dir, settings, records)
     barrier()
-    if not any(record["faces"] for record in records):
-        raise UserError(f"none of {len(records)} photos gave a face ({count_outcomes(records)}): "
-                        f"see {output_dir / 'report.csv'}")  # fmt: skip
+    if only is None:
+        require_faces(records, output_dir)
     return records
 
 
+def require_faces(records, output_dir: Path) -> None:
+    """Raises UserError when not one of the photos gave a face."""
+    if not any(record["faces"] for record in records):
+        raise UserError(f"none of {len(records)} photos gave a face ({count_outcomes(records)}): "
+                        f"see {output_dir / 'report.csv'}")  # fmt: skip
+
+
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
-    """{path relative to what they have in common: path} of single photos and those in folders; not our own crops."""
+    """{path relative to what they have in common: path} of single photos and those in folders; not our own results:
+    what lies below output_dir, or where the photos do so themselves, our crops there."""
     photos = [Path(path) for path in photos]
     for path in photos:
         if not path.exists():
@@ -191,7 +199,9 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
     root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in photos])
     found = [path for path in photos if not path.is_dir()]
     for folder in (path for path in photos if path.is_dir()):
-        found += [path for path in list_images(folder) if output_dir.resolve() not in path.resolve().parents]
+        below = output_dir.resolve() in (folder.resolve(), *folder.resolve().parents)
+        ours = (output_dir / "aligned" if below else output_dir).resolve()
+        found += [path for path in list_images(folder) if ours not in path.resolve().parents]
     if not found:
         raise UserError(f"{', '.join(map(str, photos))} holds no pictures")
     return dict(sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in found))

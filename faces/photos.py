@@ -8,12 +8,13 @@ little of a face that lies elsewhere in the picture, so that raw photos without 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from common.distributed import Distributed
 from common.images import image_size
-from faces.folder import AlignSettings, align_folder
+from faces.folder import AlignSettings, align_folder, list_photos, require_faces
 from inversion.pictures import Pictures, StoredPictures, open_pictures
 
 LOOKED_AT = 64  # pictures, for the warning: enough to know a folder by
@@ -26,9 +27,10 @@ def add_align_flag(parser) -> None:
 
 
 def open_faces(sources, size: int, folder: Path, *, align: str, place: Distributed, fit: str = "crop",
-               weights_dir: Path | None = None) -> Pictures | StoredPictures:  # fmt: skip
+               weights_dir: Path | None = None, limit: int | None = None) -> Pictures | StoredPictures:  # fmt: skip
     """`open_pictures` of the sources; align "auto": of their faces, the largest of each photo, which `align_folder`
-    puts into folder/aligned with folder/alignment.json. Left as they are: an LMDB, and crops of align_faces.py.
+    puts into folder/aligned with folder/alignment.json, in the order of the photos. Left as they are: an LMDB, and
+    crops of align_faces.py. limit: only the first pictures are looked at and aligned.
 
     `left_out` of the result: {photo: why it gave no face}. All ranks must call it. Raises as `open_pictures`;
     FileNotFoundError without the detector's weights, UserError when no photo gives a face.
@@ -36,18 +38,29 @@ def open_faces(sources, size: int, folder: Path, *, align: str, place: Distribut
     pictures = open_pictures(sources, size, fit=fit)
     if isinstance(pictures, StoredPictures):
         return pictures
-    known = zip(pictures.paths, pictures.alignment(), strict=True)
+    known = list(zip(pictures.paths, pictures.alignment(), strict=True))[:limit]
     if align == "off":
         if place.is_main:
-            warn_of_photos(list(known)[:LOOKED_AT], size)
+            warn_of_photos(known[:LOOKED_AT], size)
         return pictures
-    if all(is_crop(path, record) for path, record in known):
+    sources_of = {path: source for source, path in list_photos(sources, folder).items()}
+    raw = {path for path, record in known if path in sources_of and not is_crop(path, record)}
+    if not raw:
         return pictures
-    records = align_folder(sources, folder, AlignSettings(size=size), place=place, weights_dir=weights_dir)
-    crops = [folder / "aligned" / f"{face['name']}.png" for record in records for face in record["faces"]]
-    pictures = open_pictures(crops, size, fit=fit)
-    pictures.left_out = {record["photo"]: ": ".join(filter(None, (record["outcome"], record["note"])))
-                         for record in records if not record["faces"]}  # fmt: skip
+    records = {record["photo"]: record for record in align_folder(
+        sources, folder, AlignSettings(size=size), place=place, weights_dir=weights_dir, only=raw,
+        n_worker=max(1, (os.cpu_count() or 1) // place.world_size))}  # fmt: skip
+    faces: list[Path] = []
+    for path, record in known:
+        if path in raw:
+            faces += [folder / "aligned" / f"{face['name']}.png" for face in records[sources_of[path]]["faces"]]
+        elif is_crop(path, record) and path in sources_of:
+            faces.append(path)
+    if not faces:
+        require_faces(list(records.values()), folder)
+    pictures = open_pictures(faces, size, fit=fit)
+    pictures.left_out = {photo: ": ".join(filter(None, (record["outcome"], record["note"])))
+                         for photo, record in records.items() if not record["faces"]}  # fmt: skip
     return pictures
 
 

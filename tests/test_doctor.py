@@ -10,14 +10,16 @@ from op import dispatch
 
 def test_report(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("WPP_WEIGHTS", str(tmp_path))
-    (tmp_path / "yunet_n_640_640.onnx").touch()
+    (tmp_path / "yunet_n_640_640.onnx").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "mobilefacenet.pt").write_text("<!DOCTYPE html><html>quota exceeded</html>")
     assert run(doctor.main, doctor.build_parser(), ["--device", "cpu"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     packages = lines["packages"].replace("triton ABSENT", "")  # where torch comes without it
     assert f"torch {torch.__version__.partition('+')[0]}" in packages and "ABSENT" not in packages
     assert "plain PyTorch" in lines["operations"] and "nvcc" in lines["compilers"]
     assert "face-wpp-64.safetensors" in lines["bundled"]
-    assert "yunet_640" in lines["weights here"] and "vgg16" in lines["not here"] and str(tmp_path) in lines["not here"]
+    assert "yunet_640, " in f"{lines['weights here']}, " and "mobilefacenet (UNUSABLE: " in lines["weights here"]
+    assert "vgg16" in lines["not here"] and str(tmp_path) in lines["not here"]
 
 
 def test_absent_packages_are_seen(monkeypatch):

@@ -200,6 +200,18 @@ def test_a_target_is_looked_for_near_the_face(monkeypatch, target, wanted, why):
         assert found[1] == pytest.approx(target, abs=0.01)
 
 
+@pytest.mark.parametrize("score, target, wanted, why", [
+    (lambda at: np.where(at > 5, 0.5, 0.9 - 0.7 * (at > 0.3)), 0.5, 0.3, "a broken face far out that reads it"),
+    (lambda at: 1 / (1 + np.exp(-4 * at)), 1, 1, "a probability is never 1: the least step that is near enough"),
+])  # fmt: skip
+def test_no_further_than_needed(monkeypatch, score, target, wanted, why):
+    boundary = Boundary(np.ones((1, 1), np.float32), 0, "smile", "w", mean=0, std=1)
+    monkeypatch.setattr("editing.sweep.render_codes", lambda generator, codes, noise, condition: codes[:, 0, 0])
+    monkeypatch.setattr("editing.sweep.score_frames", lambda scorer, at: scorer(np.array(at))[:, None])
+    found, _ = reach(None, np.zeros((1, 1), np.float32), [], boundary, score, 0, target, limit=6, near=0.05)
+    assert found == pytest.approx(wanted, abs=0.01), why
+
+
 def test_faces_that_miss_the_target_are_counted():
     scorer = ColourScorer()
     assert edit_attribute.describe_target(scorer, "smile", 0.5, [0.5, 0.52]) == "smile=0.5: 2 of 2 faces within 0.05"

@@ -24,6 +24,7 @@ from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
 from common.cli import run
 from common.runs import read_log
 from model import Generator, GeneratorConfig, load_generator
+from snapshots import export_ema
 from training import Trainer
 
 Ending = namedtuple("Ending", "status out err")
@@ -564,8 +565,10 @@ def test_a_run_without_noise_stays_so(face_lmdb, play, published_file, tmp_path)
     first = tmp_path / "run" / "checkpoint" / "000001.pt"
     ending = play(face_lmdb, "--iter", 3, "--resume", "auto", "--noise", "random")
     assert ending.status == 1 and "was trained with --noise none, not random" in error_line(ending)
+    export_ema(load_checkpoint(first), exported := tmp_path / "exported.safetensors")
     for folder, flags, noise in (
         ("run", ("--resume", "auto"), "none"),
+        ("export", ("--init_from", exported), "none"),
         ("warm", ("--init_from", first), "none"),
         ("other", ("--init_from", first, "--noise", "random"), "random"),
         ("old", ("--resume", published_file), "random"),  # of a program without the flag

@@ -128,7 +128,7 @@ def main(args) -> int:
         graph_forward(net.decoder, recorder)
         size = max(net.config.input_size, net.image_size)
         pictures = open_faces([args.data_path], size, exp_dir, align=args.align, place=place, fit=args.fit,
-                              weights_dir=args.weights_dir)  # fmt: skip
+                              weights_dir=args.weights_dir, limit=args.n_images)  # fmt: skip
         n = min(len(pictures), args.n_images or len(pictures))
         mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
         perceptual = build_perceptual(args.lpips_net, place.device, args.weights_dir)

@@ -90,6 +90,31 @@ def test_photos_are_aligned_first(script, invert, photos, tmp_path, astronaut, c
     assert [path.stat().st_mtime_ns for path in sorted((out / "aligned").iterdir())] == done, "a second start goes on"
 
 
+def test_the_order_of_the_photos_stays(invert, photos, tmp_path):
+    """Pairs, and the latents of a bare .npy, go by position: given order, a photo as often as it is given."""
+    out, two, other = tmp_path / "out", photos / "a b" / "two.png", photos / "ü 中文.png"
+    assert invert(projector, [other, two, other], out, "--align", "auto") == 0
+    assert [face["source"] for face in load_latents(out).alignment] == ["ü 中文.png", "a b/two.png", "ü 中文.png"]
+
+
+def test_crops_are_left_alone_beside_new_photos(invert, photos, tmp_path, capfd):
+    home = tmp_path / "faces"
+    argv = ["--photos", photos, "--output_dir", home, "--size", 256]
+    assert run(align_faces.main, align_faces.build_parser(), [str(arg) for arg in argv]) == 0
+    out = tmp_path / "out"
+    assert invert(projector, [home / "aligned", photos / "a b" / "two.png"], out, "--align", "auto") == 0
+    assert load_latents(out).names == ["two.png", "ü 中文.png", "two.png (2)"]
+    assert [path.name for path in (out / "aligned").iterdir()] == ["two.png"], "the crops were not aligned again"
+    assert invert(projector, [home / "aligned", photos / "nobody.png"], tmp_path / "none", "--align", "auto") == 0
+    assert len(load_latents(tmp_path / "none").names) == 2 and len(skipped(tmp_path / "none")) == 1
+
+
+def test_results_above_the_photos(invert, photos):
+    assert invert(projector, [photos], photos.parent, "--align", "auto") == 0
+    assert invert(projector, [photos], photos, "--align", "auto") == 0
+    assert load_latents(photos).names == ["two.png", "ü 中文.png"]
+
+
 def test_references_are_aligned_too(invert, photos, tmp_path, capfd):
     out = tmp_path / "out"
     flags = ["--align", "auto", "--reference", photos]
