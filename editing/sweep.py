@@ -69,7 +69,7 @@ def reach(generator, code, noise, boundary, scorer, column: int, target: float, 
     stops = np.linspace(-limit, limit, 2 * SCAN + 1)
     seen = score(stops)
     tried = [(max(near, abs(value - target)), abs(at), at, value) for at, value in zip(stops, seen, strict=True)]
-    crossings = [k for k in range(2 * SCAN) if (seen[k] - target) * (seen[k + 1] - target) <= 0]
+    crossings = [k for k in range(2 * SCAN) if (seen[k] - target) * (seen[k + 1] - target) < 0]
     if crossings:
         k = min(crossings, key=lambda k: abs(stops[k] + stops[k + 1]))
         (low, high), at_low, tried = stops[k : k + 2], seen[k], tried[k : k + 2]
