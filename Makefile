@@ -70,7 +70,7 @@ demo: $(VENV)/.installed
 
 # The figures of docs/figures from the bundled models, and the curve of FID from committed results. Another model:
 # make figures NAME=mine; a W generator that is not in checkpoints/: FIGURE_FLAGS="--w_ckpt FILE"
-CURVE        ?= W++=docs/metrics-32/metrics.jsonl
+CURVE        ?= W++=docs/ablation-32/wpp.jsonl W=docs/ablation-32/w.jsonl "8 mappings=docs/ablation-32/independent.jsonl"
 FIGURE_FLAGS ?=
 figures: $(VENV)/.installed
 	$(PY) make_figures.py --ckpt $(MODEL) --cgan $(CGAN) --device cpu $(FIGURE_FLAGS)

@@ -174,7 +174,7 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, against: str, path: Path) -> None:
-    """One line per run, marked at each result, the best one ringed."""
+    """One line per run, marked at each result, the best one ringed and named in the legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window system, no global state
     from matplotlib.figure import Figure
 
@@ -182,10 +182,10 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
     axes = figure.add_subplot()
     for name, points in curves.items():
         x, y = zip(*points, strict=True)
-        (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=name)
         best = (min if family(metric) in LOWER_IS_BETTER else max)(points, key=lambda point: point[1])
+        label = f"{name}: {cell(float(best[1]))}"
+        (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.4, label=label)
         axes.plot(*best, marker="o", markersize=9, fillstyle="none", color=line.get_color())
-        axes.annotate(cell(float(best[1])), best, textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
     values = [value for points in curves.values() for _, value in points]
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
