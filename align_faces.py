@@ -32,7 +32,7 @@ from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_rank_flag, setup, shutdown
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
-from faces.folder import AlignSettings, align_folder, count_outcomes
+from faces.folder import AlignSettings, align_folder, count_outcomes, list_photos, require_faces
 
 KEPT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF",
                 ".tiff": "TIFF"}  # fmt: skip
@@ -89,9 +89,11 @@ def main(args) -> None:
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
     place = setup("cpu")
     try:
-        records = align_folder([args.photos], args.output_dir, settings, place=place, landmarks=args.landmarks,
+        photos = list_photos([args.photos], args.output_dir)
+        records = align_folder(photos, args.output_dir, settings, place=place, landmarks=args.landmarks,
                                n_worker=args.n_worker, overwrite=args.overwrite,
                                weights_dir=args.weights_dir)  # fmt: skip
+        require_faces(records, args.output_dir)
     finally:
         shutdown()
     if place.is_main:

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
+from common.checkpoint import load_checkpoint, load_safetensors, load_strictly, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.images import save_image, to_uint8
 from common.nvidia_pickle import read_networks
-from model import Discriminator, Generator, GeneratorConfig, load_generator, load_strictly
+from model import Discriminator, Generator, GeneratorConfig, load_generator
 from nvidia_networks import differences, discriminator_tensors, generator_tensors, mean_latent
 from snapshots import export_ema
 

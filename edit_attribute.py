@@ -24,9 +24,10 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
-from common.images import make_strip, save_image, save_video
+from common.images import make_strip, save_image
 from common.latents import parse_layers
 from common.perceptual import perceptual_or_none
+from common.video import save_video
 from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthogonalise
 from editing.judging import Judges, judge
 from editing.samples import SampledCodes, labelled_seeds, score_samples, separable_ratio

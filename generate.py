@@ -27,8 +27,9 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
-from common.images import save_grid, save_image, save_video
+from common.images import save_grid, save_image
 from common.latents import parse_layers, parse_seeds, save_latents
+from common.video import save_video
 from editing.conditional import read_condition
 from model import Generator, load_generator
 from rendering import (

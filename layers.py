@@ -159,8 +159,8 @@ class TokenLinear(nn.Module):
         self.scale, self.lr_mul = lr_mul / math.sqrt(dim), lr_mul
 
     def forward(self, x):  # [N, T, dim] -> [N, T, dim]
-        out = torch.bmm(x.transpose(0, 1), self.weight.mT) * self.scale + (self.bias * self.lr_mul)[:, None]
-        return (F.leaky_relu(out, 0.2) * math.sqrt(2)).transpose(0, 1)
+        out = torch.bmm(x.transpose(0, 1), self.weight.mT).transpose(0, 1) * self.scale
+        return fused_leaky_relu(out.flatten(1), (self.bias * self.lr_mul).flatten()).view_as(x)  # T * dim channels
 
 
 def build_mapping(config) -> nn.Sequential:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export, load_strictly
 from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, ToRGB, build_mapping
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
@@ -393,17 +393,3 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Gene
     load_strictly(generator, {k: v.float() for k, v in state.items()}, path)
     generator.fingerprint = fingerprint(generator.state_dict())
     return generator.eval().requires_grad_(False).to(device)
-
-
-def load_strictly(network: nn.Module, state: dict, source) -> None:
-    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences."""
-    own = network.state_dict()
-    wrong = [f"{k} is absent" for k in own if k not in state]
-    wrong += [f"{k} is unknown" for k in state if k not in own]
-    shared = [k for k in own if k in state]
-    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-              for k in shared if state[k].shape != own[k].shape]  # fmt: skip
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")
-    network.load_state_dict(state)

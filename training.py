@@ -20,9 +20,9 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from augment import AdaptiveAugment
-from common.checkpoint import CheckpointError
+from common.checkpoint import CheckpointError, load_strictly
 from common.distributed import Distributed, GradientBucket, all_reduce_mean, mix_seeds
-from model import Discriminator, Generator, GeneratorConfig, load_strictly
+from model import Discriminator, Generator, GeneratorConfig
 from vision_aid import build_critic, over_heads
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant

@@ -274,3 +274,17 @@ def latest_checkpoint(folder):
         else:
             return path
     return None
+
+
+def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
+    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences."""
+    own = network.state_dict()
+    wrong = [f"{k} is absent" for k in own if k not in state]
+    wrong += [f"{k} is unknown" for k in state if k not in own]
+    shared = [k for k in own if k in state]
+    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
+              for k in shared if state[k].shape != own[k].shape]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")
+    network.load_state_dict(state)

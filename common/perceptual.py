@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.checkpoint import CheckpointError, load_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
 from common.cli import UsageError
 from common.weights import find, require
 
@@ -222,7 +222,7 @@ def load_discriminator(path):
     # `common` imports nothing above itself (docs/layout.md): the user's flag, not this module, asks for the network
     model = importlib.import_module("model")
     discriminator = model.Discriminator(model.GeneratorConfig.from_dict(state["config"]))
-    model.load_strictly(discriminator, state["d"], path)
+    load_strictly(discriminator, state["d"], path)
     return discriminator.float().eval()
 
 

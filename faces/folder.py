@@ -1,6 +1,7 @@
 """A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
 
-    align_folder([Path("photos")], Path("faces"), AlignSettings(size=256), place=setup("cpu"), n_worker=8)
+    photos = list_photos([Path("photos")], Path("faces"))
+    align_folder(photos, Path("faces"), AlignSettings(size=256), place=setup("cpu"), n_worker=8)
 
 OUT/aligned/NAME.png; OUT/alignment.json: {"version", "settings", "faces": [Alignment as a dict], "photos": [{"photo",
 "name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}; OUT/report.csv: the same for people. While a run
@@ -152,21 +153,18 @@ def _given_landmarks(task):
 
 
 def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worker=1, overwrite=False,
-                 weights_dir=None, only=None):  # fmt: skip
-    """Aligns all photos of folders, at any depth, and single photos; each process of `place` does its share.
+                 weights_dir=None):  # fmt: skip
+    """Aligns photos, as `list_photos` gives them; each process of `place` does its share.
 
-    photos: paths. The sources of the faces are relative to the folder, or the one that all have in common. landmarks:
-    JSON file {photo: landmarks} of faces given by hand. only: paths, the others are left out. Returns the records of
-    all photos, in the order of their names. Raises FileNotFoundError for a path that is absent, ValueError when not
-    one face came of all photos.
+    photos: {source: path}; records of faces and photos bear the source. landmarks: JSON file {photo: landmarks} of
+    faces given by hand. Returns the records, in the order of the photos; `require_faces` tells whether any has a face.
     """
     output_dir = Path(output_dir)
-    paths = {source: path for source, path in list_photos(photos, output_dir).items() if only is None or path in only}
     by_hand = _read_by_hand(landmarks)
     earlier = {} if overwrite else _read_records(output_dir, settings)
-    names = choose_names(paths, {source: record["name"] for source, record in earlier.items()})
+    names = choose_names(photos, {source: record["name"] for source, record in earlier.items()})
     tasks = []
-    for source, path in paths.items():
+    for source, path in photos.items():
         given = _lookup(by_hand, source)
         tasks.append({"path": path, "source": source, "name": names[source], "landmarks": given,
                       "stamp": _stamp(path, given), "settings": settings, "weights_dir": weights_dir})  # fmt: skip
@@ -177,8 +175,6 @@ def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worke
     if place.is_main:
         _write_results(output_dir, settings, records)
     barrier()
-    if only is None:
-        require_faces(records, output_dir)
     return records
 
 
@@ -190,8 +186,9 @@ def require_faces(records, output_dir: Path) -> None:
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
-    """{path relative to what they have in common: path} of single photos and those in folders; not our own results:
-    what lies below output_dir, or where the photos do so themselves, our crops there."""
+    """{path relative to what they have in common: path} of single photos and those in folders, sorted; not our own
+    results: what lies below output_dir, or where the photos do so themselves, our crops there. Raises
+    FileNotFoundError for a path that is absent, UserError when there is no picture."""
     photos = [Path(path) for path in photos]
     for path in photos:
         if not path.exists():

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, load_strictly
 from common.cli import UsageError
 from common.weights import find, require
 from faces.arcface import load_arcface
-from model import load_strictly
 
 INPUT_SIZE = 112  # pixels, of both networks
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -21,11 +21,10 @@ from pathlib import PurePosixPath
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, require_file
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, require_file
 from common.weights import require
 from faces.labels import AGE_BINS, KNOWN, Attribute, read_labels
 from faces.scorer import AttributeScorer, expected_age, require_images, resize
-from model import load_strictly
 
 DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels
 DEX_CLASSES = {"age": AGE_BINS, "gender": 2}

@@ -43,24 +43,22 @@ def open_faces(sources, size: int, folder: Path, *, align: str, place: Distribut
         if place.is_main:
             warn_of_photos(known[:LOOKED_AT], size)
         return pictures
-    sources_of = {path: source for source, path in list_photos(sources, folder).items()}
-    raw = {path for path, record in known if path in sources_of and not is_crop(path, record)}
+    source_of = {path: source for source, path in list_photos(sources, folder).items()}
+    known = [(path, is_crop(path, record)) for path, record in known if path in source_of]
+    raw = {source_of[path]: path for path, aligned in known if not aligned}
     if not raw:
         return pictures
-    records = {record["photo"]: record for record in align_folder(
-        sources, folder, AlignSettings(size=size), place=place, weights_dir=weights_dir, only=raw,
-        n_worker=max(1, (os.cpu_count() or 1) // place.world_size))}  # fmt: skip
-    faces: list[Path] = []
-    for path, record in known:
-        if path in raw:
-            faces += [folder / "aligned" / f"{face['name']}.png" for face in records[sources_of[path]]["faces"]]
-        elif is_crop(path, record) and path in sources_of:
-            faces.append(path)
+    n_worker = max(1, (os.cpu_count() or 1) // place.world_size)
+    records = align_folder(dict(sorted(raw.items())), folder, AlignSettings(size=size), place=place,
+                           n_worker=n_worker, weights_dir=weights_dir)  # fmt: skip
+    crops = {record["photo"]: [folder / "aligned" / f"{face['name']}.png" for face in record["faces"]]
+             for record in records}  # fmt: skip
+    faces = [face for path, aligned in known for face in ([path] if aligned else crops[source_of[path]])]
     if not faces:
-        require_faces(list(records.values()), folder)
+        require_faces(records, folder)
     pictures = open_pictures(faces, size, fit=fit)
-    pictures.left_out = {photo: ": ".join(filter(None, (record["outcome"], record["note"])))
-                         for photo, record in records.items() if not record["faces"]}  # fmt: skip
+    pictures.left_out = {record["photo"]: ": ".join(filter(None, (record["outcome"], record["note"])))
+                         for record in records if not record["faces"]}  # fmt: skip
     return pictures
 
 

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.checkpoint import CheckpointError, fingerprint, load_safetensors, save_safetensors
+from common.checkpoint import CheckpointError, fingerprint, load_safetensors, load_strictly, save_safetensors
 from common.distributed import resolve_device
 from common.images import fit_image, read_image, to_tensor
 from faces.labels import AGE_BINS, Attribute
-from model import load_strictly
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for judging edits only

@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.checkpoint import CheckpointError
+from common.checkpoint import CheckpointError, load_strictly
 from common.distributed import mix_seeds
 from common.images import read_image, to_tensor, to_uint8
 from faces.labels import AGE_BINS
 from faces.scorer import ScorerConfig, ScorerNetwork, expected_age, resize, split_outputs
-from model import load_strictly
 
 AGE_SIGMA = 2.5  # years: width of the label distribution
 AGE_L1 = 0.1  # weight of the absolute error in years beside the divergence

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from common.distributed import Distributed, shard
-from common.images import save_video, to_uint8
+from common.images import to_uint8
+from common.video import save_video
 from inversion.measures import measure
 from inversion.pictures import pixel_seed
 from inversion.projection import project_each

@@ -12,7 +12,6 @@ with no published one. Another extractor is one function:
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -112,7 +111,7 @@ def metric_name(metric: str, extractor: str) -> str:
 def _state(name: str, weights_dir) -> tuple[dict, str]:
     """Checked tensors of third-party weights and the sha256 of their file."""
     path = weights.require(name, weights_dir)
-    return load_checkpoint(path), hashlib.sha256(path.read_bytes()).hexdigest()
+    return load_checkpoint(path), weights.file_sha256(path)
 
 
 @register_extractor("squeeze")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.checkpoint import CheckpointError
+from common.checkpoint import CheckpointError, load_strictly
 from common.cli import UserError
 from common.weights import find
 from faces.arcface import arcface_state
-from model import Generator, load_generator, load_strictly
+from model import Generator, load_generator
 from pSp.psp import part, pSp
 
 

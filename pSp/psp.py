@@ -17,8 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_safetensors, save_safetensors
-from model import Generator, GeneratorConfig, infer_config, load_generator, load_strictly
+from common.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    load_checkpoint,
+    load_safetensors,
+    load_strictly,
+    save_safetensors,
+)
+from model import Generator, GeneratorConfig, infer_config, load_generator
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
 
 

@@ -33,12 +33,12 @@ from nvidia_standins import (
 
 import convert
 import generate
-from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, save_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_checkpoint
 from common.cli import flags_without_help, run
 from common.distributed import Distributed
 from common.images import read_image
 from common.nvidia_pickle import ALLOWED, read_networks
-from model import Discriminator, Generator, GeneratorConfig, load_generator, load_strictly
+from model import Discriminator, Generator, GeneratorConfig, load_generator
 from starting import init_from
 from training import Trainer, TrainSettings
 

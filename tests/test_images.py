@@ -22,11 +22,11 @@ from common.images import (
     read_image,
     save_grid,
     save_image,
-    save_video,
     to_pil,
     to_tensor,
     to_uint8,
 )
+from common.video import save_video
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 

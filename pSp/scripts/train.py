@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from common.checkpoint import latest_checkpoint, load_checkpoint
+from common.checkpoint import latest_checkpoint, load_checkpoint, load_strictly
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, barrier, setup, shutdown
 from common.interrupt import StopSignal
 from common.runs import Run, write_json
 from dataset import InfiniteSampler, data_loader, open_dataset
 from faces.arcface import MODES
-from model import load_generator, load_strictly
+from model import load_generator
 from pSp.building import begin_backbone, require_same, require_size
 from pSp.coach import HeldOut, Schedule, train
 from pSp.data_configs import dataset_type, find_path, generator_path, resize_factors, training_path

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from points import ASTRONAUT
 
@@ -18,6 +19,7 @@ from common.cli import run
 from common.images import image_size, read_image
 from common.latents import load_latents
 from faces.align import crop_aligned, read_alignment
+from model import Generator
 from pSp.scripts import inference
 
 SIZE = 64  # of the bundled models
@@ -157,9 +159,6 @@ def test_raw_photos_are_worth_a_warning(invert, photos, tmp_path, capfd):
 
 
 def test_an_lmdb_holds_no_photos(invert, face_lmdb, tmp_path, tiny_config, capfd):
-    from model import Generator
-
-    torch = pytest.importorskip("torch")
     torch.save({"g_ema": Generator(tiny_config).state_dict(), "config": tiny_config.to_dict()}, tmp_path / "g.pt")
     flags = ["--ckpt", tmp_path / "g.pt", "--align", "auto"]
     assert invert(projector, [face_lmdb], tmp_path / "out", *flags) == 0
