@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_psp import FakeIdentity, FakePerceptual, tiny_generator, tiny_net
+from psp_networks import FakeIdentity, FakePerceptual, tiny_generator, tiny_net
 
 import generate
 from common.checkpoint import load_checkpoint, save_checkpoint

@@ -1,0 +1,134 @@
+"""The network around the encoder: spaces, average code, files."""
+
+
+import pytest
+import torch
+import torch.nn.functional as F
+from psp_networks import LIGHT, tiny_generator, tiny_net
+
+from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
+from pSp.encoders import GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
+from pSp.psp import export_encoder, load_psp, pSp, psp_state
+
+# -- the network around ---------------------------------------------------------------------------------------------
+
+
+def test_spaces_and_codes():
+    images = torch.randn(2, 3, 32, 32)
+    net = tiny_net().eval()
+    assert net.space == "w++" and net.latent_avg.shape == (1, 8, 32)
+    assert torch.equal(net.encode(images), net.encoder(images) + net.latent_avg)
+    assert torch.equal(tiny_net(start_from_latent_avg=False).eval().encode(images), net.encoder(images))
+    plus = tiny_net(generator=tiny_generator(w_space=True)).eval()
+    assert plus.space == "w+"
+    single = tiny_net(INTO_W).eval()
+    codes = single.encode(images)
+    assert single.space == "w" and codes.shape == (2, 8, 32)
+    assert torch.equal(codes, codes[:, :1].expand(-1, 8, -1))
+
+
+def test_wrong_pairs_are_refused():
+    with pytest.raises(ValueError, match="needs a W generator, this one is W\\+\\+"):
+        tiny_net(INTO_W, tiny_generator())
+    generator = tiny_generator()
+    with pytest.raises(ValueError, match="14 codes of width 512.*32 px.*8 of 32"):
+        pSp(EncoderConfig(**LIGHT), generator, generator.mean_latent(10))
+    with pytest.raises(ValueError, match=r"latent_avg \[1, 5, 32\] does not fit"):
+        pSp(EncoderConfig.for_generator(generator.config, **LIGHT), generator, torch.zeros(1, 5, 32))
+
+
+def test_latent_avg_is_a_buffer_outside_the_state_dict():
+    net = tiny_net()
+    assert "latent_avg" in dict(net.named_buffers())
+    assert {name.partition(".")[0] for name in net.state_dict()} == {"encoder", "decoder"}
+    assert net.double().latent_avg.dtype == torch.float64  # moves with the module
+
+
+def test_face_pool_shrinks_and_never_enlarges():
+    net = tiny_net(generator=tiny_generator(size=512, channel_max=2)).eval()
+    with torch.no_grad():
+        images, codes = net(torch.zeros(1, 3, 256, 256))
+        whole, _ = net(torch.zeros(1, 3, 256, 256), resize=False)
+    assert images.shape == (1, 3, 256, 256) and whole.shape == (1, 3, 512, 512) and codes.shape[1] == 16
+    torch.testing.assert_close(net.face_pool(whole), F.avg_pool2d(whole, 2))
+    assert tiny_net().eval()(torch.zeros(1, 3, 32, 32))[0].shape == (1, 3, 32, 32)
+    assert tiny_net().fit(torch.zeros(1, 3, 100, 100)).shape == (1, 3, 32, 32)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    net = tiny_net(INTO_W_PLUS).eval()
+    net.step = 7
+    save_checkpoint(tmp_path / "ü.pt", psp_state(net, {"dataset_type": "ffhq_encode"}))
+    read = load_psp(tmp_path / "ü.pt")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for ours, theirs in zip(net(images, randomize_noise=False), read(images, randomize_noise=False), strict=True):
+            assert torch.equal(ours, theirs)
+    assert read.step == 7 and read.config == net.config
+    assert read.decoder.fingerprint == fingerprint(net.decoder.state_dict())
+
+
+@pytest.mark.parametrize("w_space", [True, False])
+def test_published_checkpoints_are_read(tmp_path, w_space):
+    """eladrich's: a W generator without `token`, latent_avg [L, D]; TransStyleGAN's: W++, [1, L, D]. No configs."""
+    generator = tiny_generator(w_space=w_space)
+    config = EncoderConfig(GRADUAL, 8, 32, 256, **LIGHT)  # the published input size, which the file does not tell
+    net = pSp(config, generator, generator.mean_latent(10)).eval()
+    state = net.state_dict()
+    if w_space:
+        del state["decoder.token"]
+    average = net.latent_avg[0] if w_space else net.latent_avg
+    opts = {"device": "cuda:0", "start_from_latent_avg": True, "label_nc": 0, "encoder_type": GRADUAL}
+    save_checkpoint(tmp_path / "best_model.pt", {"state_dict": state, "opts": opts, "latent_avg": average})
+    read = load_psp(tmp_path / "best_model.pt")
+    assert read.config == config and read.step == 0 and read.space == ("w+" if w_space else "w++")
+    images = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        assert torch.equal(read(images, randomize_noise=False)[0], net(images, randomize_noise=False)[0])
+    save_checkpoint(tmp_path / "no_average.pt", {"state_dict": state, "opts": opts})
+    with pytest.raises(CheckpointError, match="no_average.pt.*lacks latent_avg"):
+        load_psp(tmp_path / "no_average.pt")
+
+
+def test_files_that_are_no_encoders(tmp_path):
+    generator = tiny_generator()
+    save_checkpoint(tmp_path / "g.pt", {"g_ema": generator.state_dict(), "config": generator.config.to_dict()})
+    with pytest.raises(CheckpointError, match="g.pt is no pSp checkpoint.*holds a generator"):
+        load_psp(tmp_path / "g.pt")
+    state = psp_state(tiny_net(), {})
+    del state["state_dict"]["encoder.latlayer1.bias"]
+    save_checkpoint(tmp_path / "torn.pt", state)
+    with pytest.raises(CheckpointError, match=r"torn.pt \(encoder\) holds another.*latlayer1.bias is absent"):
+        load_psp(tmp_path / "torn.pt")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        load_psp(tmp_path / "absent.pt")
+
+
+def test_exported_encoder(tmp_path):
+    """The encoder alone, in half precision; its generator is found beside it, or given, and must be the right one."""
+    net = tiny_net().eval()
+    net.step, net.decoder.fingerprint = 7, fingerprint(net.decoder.state_dict())
+    config = net.decoder.config.to_dict()
+    save_safetensors(tmp_path / "faces.safetensors", net.decoder.state_dict(), {"config": config})
+    export_encoder(net, tmp_path / "encoder.safetensors", "faces.safetensors")
+    read = load_psp(tmp_path / "encoder.safetensors")
+    assert read.step == 7 and read.config == net.config and read.start_from_latent_avg and not read.training
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        codes = read.encode(images)
+        torch.testing.assert_close(codes, net.encode(images), atol=5e-3, rtol=5e-3)
+        given = load_psp(tmp_path / "encoder.safetensors", generator=net.decoder)
+        assert given.decoder is net.decoder and torch.equal(given.encode(images), codes)
+    assert torch.equal(read.encoder.input_layer[1].running_var, net.encoder.input_layer[1].running_var), "not rounded"
+
+    other = tiny_generator()
+    with torch.no_grad():
+        other.input.input.add_(1)
+    save_safetensors(tmp_path / "faces.safetensors", other.state_dict(), {"config": config})
+    with pytest.raises(CheckpointError, match=rf"for the generator {net.decoder.fingerprint} \(faces.*this one is"):
+        load_psp(tmp_path / "encoder.safetensors")
+    (tmp_path / "faces.safetensors").rename(tmp_path / "wrong.safetensors")
+    with pytest.raises(FileNotFoundError, match="encoder for the generator faces.safetensors .* not beside it"):
+        load_psp(tmp_path / "encoder.safetensors")
+    with pytest.raises(CheckpointError, match="wrong.safetensors is no exported pSp encoder: it has no encoder_config"):
+        load_psp(tmp_path / "wrong.safetensors")

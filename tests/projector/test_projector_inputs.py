@@ -1,0 +1,186 @@
+"""projector.py with awkward inputs: pictures, LMDBs, full disks, long folders."""
+
+import csv
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from projecting import ROOT, flags, make_checkpoint, start
+
+import inversion.pictures
+from common.images import save_image
+from common.latents import load_latents
+from inversion.pictures import open_pictures, pixel_seed
+
+# -- awkward inputs ------------------------------------------------------------------------------------------------
+
+
+def test_awkward_pictures(checkpoint, tmp_path, capsys):
+    """Sixteen bits, CMYK, an EXIF-turned photo, 3 x 5000 pixels, a folder named like a picture, two that are none."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    grey = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(grey).save(folder / "16bit.png")
+    Image.new("CMYK", (20, 20), (10, 120, 90, 20)).save(folder / "cmyk.jpg")
+    turned = Image.new("RGB", (20, 20), (250, 0, 0))
+    turned.paste((0, 0, 250), (0, 0, 20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned.save(folder / "exif.png", exif=exif)
+    Image.new("RGB", (3, 5000), (90, 160, 30)).save(folder / "thin.png")
+    (folder / "x.png").mkdir()
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "cut.png").write_bytes((folder / "thin.png").read_bytes()[:60])
+    start(checkpoint, folder, tmp_path / "out")
+    err = capsys.readouterr().err
+    assert load_latents(tmp_path / "out").names == ["16bit.png", "cmyk.jpg", "exif.png", "thin.png"]
+    with open(tmp_path / "out" / "skipped.csv", encoding="utf-8", newline="") as file:
+        skipped = dict(list(csv.reader(file))[1:])
+    assert set(skipped) == {"cut.png", "text.jpg"} and "not in a known image format" in skipped["text.jpg"]
+    assert "2 pictures were left out" in err and "1 pictures are smaller than 16 px" in err
+    origin = np.asarray(Image.open(tmp_path / "out" / "origin_2.png"))
+    assert origin[0, 0].tolist() == [250, 0, 0] and origin[-1, 0].tolist() == [0, 0, 250], "turned upside down"
+    sixteen = np.asarray(Image.open(tmp_path / "out" / "origin_0.png"))
+    assert sixteen.std() > 50, "16 bits are scaled, not cut off"
+
+
+def test_one_picture_and_a_folder_named_like_one(checkpoint, tmp_path):
+    folder = tmp_path / "x.png"
+    folder.mkdir()
+    save_image(Image.new("RGB", (16, 16), (120, 60, 200)), folder / "face.png")
+    start(checkpoint, folder, tmp_path / "out")
+    assert load_latents(tmp_path / "out").names == ["face.png"]
+
+
+def test_nothing_to_do(checkpoint, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for dataset, message in ((empty, "holds no images"), (tmp_path / "absent", "does not exist")):
+        start(checkpoint, dataset, tmp_path / "out", expect=1)
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (empty / "a.png").write_bytes(b"")
+    start(checkpoint, empty, tmp_path / "out", expect=1)
+    assert "none of the 1 pictures could be projected" in capsys.readouterr().err
+
+
+def test_lmdb(checkpoint, face_lmdb, tmp_path, capsys):
+    start(checkpoint, face_lmdb, tmp_path / "out", "--step", 2)
+    saved = load_latents(tmp_path / "out")
+    assert len(saved) == 24 and saved.names == open_pictures([face_lmdb], 16).names
+    with pytest.raises(ValueError, match="has images of size 8, 16, 32, the generator makes 64"):
+        open_pictures([face_lmdb], 64)
+    with pytest.raises(ValueError, match="give it alone"):
+        open_pictures([face_lmdb, face_lmdb], 16)
+
+
+def test_wrong_size_and_checkpoint(checkpoint, photos, tmp_path, capsys):
+    start(checkpoint, photos, tmp_path / "out", "--size", 256, expect=1)
+    assert f"--size 256, but the generator in {checkpoint} makes 16 pixels" in capsys.readouterr().err
+    start(checkpoint, photos, tmp_path / "out", "--size", 16, "--space", "w", expect=1)
+    assert "space w does not exist in a W++ generator" in capsys.readouterr().err
+    start(photos / "0.png", photos, tmp_path / "out", expect=1)
+    assert capsys.readouterr().err.count("\n") == 1
+    start(checkpoint, photos, tmp_path / "out", "--lr_rampup", 3, expect=2)
+    assert "--lr_rampup is a fraction from 0 to 1, got 3.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mistake", ["--device tpu", "--perceptual vgg19", "--perceptual scorer", "--identity facenet"])
+def test_an_unknown_name_is_misuse(checkpoint, photos, tmp_path, mistake):
+    start(checkpoint, photos, tmp_path / "out", *mistake.split(), expect=2)
+
+
+def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
+    """The disk fills at the third picture: one line, finished parts whole, and the same command goes on."""
+    out, synced, fsync = tmp_path / "out", [], os.fsync
+
+    def full(descriptor):
+        if ".npz" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            synced.append(descriptor)
+            if len(synced) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    start(checkpoint, photos, out, expect=1)
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("error:") and "No space left on device" in err and ".npz" in err
+    assert len(list((out / "parts").glob("*.npz"))) == 2 and not list((out / "parts").glob(".*.tmp"))
+    monkeypatch.setattr(os, "fsync", fsync)
+    start(checkpoint, photos, out)
+    assert len(load_latents(out)) == 5
+
+
+MEMORY = """
+import pathlib, sys, threading
+sys.path.insert(0, sys.argv[1])
+import projector
+from common.cli import run
+peak, done = 0, threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.01):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+thread = threading.Thread(target=watch)
+thread.start()
+status = run(projector.main, projector.build_parser(), sys.argv[2:])
+done.set()
+thread.join()
+print("peak", peak // 1024)
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process as Linux tells it")
+def test_memory_does_not_grow_with_the_folder(config, tmp_path):
+    """A 256 px generator, whose pictures and noise maps are 1.8 MB an image: 40 more would weigh 70 MiB if kept.
+
+    Measured is anonymous memory: the merged arrays are files mapped for a while, whose pages the system takes back. Two
+    runs of one size differ by up to 30 MiB on a busy machine.
+    """
+    checkpoint = make_checkpoint(replace(config, size=256, style_dim=16, channel_max=2), tmp_path / "256.pt")
+    peaks = []
+    for n in (8, 48):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        draw = np.random.RandomState(n)
+        for i in range(n):
+            Image.fromarray(draw.randint(0, 255, (8, 8, 3), np.uint8)).resize((256, 256)).save(folder / f"{i:03d}.png")
+        argv = flags(checkpoint, folder, tmp_path / f"out {n}", "--step", 1)
+        done = subprocess.run([sys.executable, "-c", MEMORY, str(ROOT), *argv], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split("peak")[1]))
+    assert peaks[1] < peaks[0] + 45, f"peak memory {peaks} MiB with 8 and 48 pictures"
+
+
+def test_seed_is_of_the_pixels():
+    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    other = picture.clone()
+    other[0, 0, 0] = 1
+    assert pixel_seed(picture, 0) == pixel_seed(picture.clone(), 0)
+    assert len({pixel_seed(picture, 0), pixel_seed(other, 0), pixel_seed(picture, 1)}) == 3
+
+
+def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
+    from faces.align import Alignment, read_alignment
+
+    faces = tmp_path / "faces"
+    (faces / "aligned").mkdir(parents=True)
+    for red, name in enumerate(("anna", "berta", "clara", "dora")):
+        save_image(Image.new("RGB", (16, 16), (red, 60, 200)), faces / "aligned" / f"{name}.png")
+    face = Alignment([[0, 0], [0, 9], [9, 9], [9, 0]], [30, 20], 16, [[1, 2]] * 5, name="anna", source="anna.jpg")
+    (faces / "alignment.json").write_text(json.dumps({"faces": [face.to_dict()]}), encoding="utf-8")
+    times = []
+    monkeypatch.setattr(inversion.pictures, "read_alignment", lambda path: times.append(path) or read_alignment(path))
+    start(checkpoint, faces / "aligned", tmp_path / "out")
+    anna, *others = load_latents(tmp_path / "out").alignment
+    assert anna["source"] == "anna.jpg" and others == [None] * 3
+    assert len(times) == 2, "before and after the work, not for every picture"
