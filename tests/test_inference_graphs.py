@@ -6,10 +6,10 @@ import functools
 import numpy as np
 import pytest
 import torch
+from psp_networks import tiny_net
+from small_generator import PixelDistance, make_checkpoint
 from test_edit_attribute import ColourScorer
 from test_graphs import StandIn
-from test_projector import PixelDistance, make_checkpoint
-from test_psp import tiny_net
 
 import edit_attribute
 import generate

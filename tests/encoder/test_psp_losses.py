@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from psp_networks import FakeIdentity, FakePerceptual
+from psp_networks import FakeIdentity
 
 from common.cli import UserError
 from pSp import data_configs, losses
@@ -12,14 +12,6 @@ from pSp.losses import EncoderLoss, LossWeights
 from pSp.ranger import Ranger
 
 # -- losses --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fake_networks(monkeypatch):
-    import common.perceptual
-
-    monkeypatch.setattr(common.perceptual, "build_perceptual", lambda *_, **__: FakePerceptual())
-    monkeypatch.setattr(losses, "build_identity", lambda *_, **__: FakeIdentity())
 
 
 def test_a_lambda_of_zero_loads_nothing(monkeypatch):

@@ -47,12 +47,6 @@ def no_paths(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def fake_networks(monkeypatch):
-    monkeypatch.setattr("common.perceptual.build_perceptual", lambda *_, **__: FakePerceptual())
-    monkeypatch.setattr("pSp.losses.build_identity", lambda *_, **__: FakeIdentity())
-
-
 class FakeMeasure(FakeIdentity):
     def similarity(self, a, b):
         return F.cosine_similarity(self.embed(a), self.embed(b))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from projecting import make_checkpoint
+from small_generator import make_checkpoint
 
 from model import load_generator
 

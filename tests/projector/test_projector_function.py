@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from projecting import PixelDistance
+from small_generator import PixelDistance
 
 import projector
 from inversion.projection import ProjectionSettings, choose_space, noise_regularisation, project

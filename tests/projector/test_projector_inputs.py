@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from projecting import ROOT, flags, make_checkpoint, start
+from projecting import ROOT, flags, start
+from small_generator import make_checkpoint
 
 import inversion.pictures
 from common.images import save_image
