@@ -4,22 +4,21 @@ import csv
 import errno
 import json
 import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from projecting import ROOT, flags, start
-from small_generator import make_checkpoint
+from projecting import start
 
 import inversion.pictures
+import inversion.store
 from common.images import save_image
 from common.latents import load_latents
 from inversion.pictures import open_pictures, pixel_seed
+from inversion.projection import rows_on_cpu
+from inversion.results import PER_SHEET
 
 # -- awkward inputs ------------------------------------------------------------------------------------------------
 
@@ -119,47 +118,40 @@ def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
     assert len(load_latents(out)) == 5
 
 
-MEMORY = """
-import pathlib, sys, threading
-sys.path.insert(0, sys.argv[1])
-import projector
-from common.cli import run
-peak, done = 0, threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.01):
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        peak = max(peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
-thread = threading.Thread(target=watch)
-thread.start()
-status = run(projector.main, projector.build_parser(), sys.argv[2:])
-done.set()
-thread.join()
-print("peak", peak // 1024)
-sys.exit(status)
-"""
+def test_memory_does_not_grow_with_the_folder(checkpoint, tmp_path, monkeypatch):
+    """Counted are the living pictures, latents and noise maps, at every picture read, written and merged.
 
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process as Linux tells it")
-def test_memory_does_not_grow_with_the_folder(config, tmp_path):
-    """A 256 px generator, whose pictures and noise maps are 1.8 MB an image: 40 more would weigh 70 MiB if kept.
-
-    Measured is anonymous memory: the merged arrays are files mapped for a while, whose pages the system takes back. Two
-    runs of one size differ by up to 30 MiB on a busy machine.
+    Not the memory of the process: its peaks in two equal runs differ by more than 40 pictures of 256 px would weigh.
     """
-    checkpoint = make_checkpoint(replace(config, size=256, style_dim=16, channel_max=2), tmp_path / "256.pt")
-    peaks = []
-    for n in (8, 48):
-        folder = tmp_path / str(n)
-        folder.mkdir()
-        draw = np.random.RandomState(n)
-        for i in range(n):
-            Image.fromarray(draw.randint(0, 255, (8, 8, 3), np.uint8)).resize((256, 256)).save(folder / f"{i:03d}.png")
-        argv = flags(checkpoint, folder, tmp_path / f"out {n}", "--step", 1)
-        done = subprocess.run([sys.executable, "-c", MEMORY, str(ROOT), *argv], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split("peak")[1]))
-    assert peaks[1] < peaks[0] + 45, f"peak memory {peaks} MiB with 8 and 48 pictures"
+    seen, alive = {"read": [], "written": [], "merged": []}, {"read": 0, "written": 0, "merged": 0}
+
+    def watch(kind, owner, name, tensors):
+        original = getattr(owner, name)
+
+        def watched(*args):
+            result = original(*args)
+            seen[kind].append([weakref.ref(x) for x in tensors(args, result)])
+            for other, pictures in seen.items():
+                alive[other] = max(alive[other], sum(any(x() is not None for x in picture) for picture in pictures))
+            return result
+
+        monkeypatch.setattr(owner, name, watched)
+
+    def of(part):
+        return [part, part.latents, part.original, part.picture, *part.noise]
+
+    watch("read", inversion.pictures.Pictures, "read", lambda args, result: [result])
+    watch("written", inversion.store.Store, "write", lambda args, result: of(args[2]))
+    watch("merged", inversion.store.Store, "read", lambda args, result: of(result))
+    folder, batch = tmp_path / "photos", rows_on_cpu(16)
+    n = 3 * batch
+    folder.mkdir()
+    draw = np.random.RandomState(0)
+    for i in range(n):
+        save_image(Image.fromarray(draw.randint(0, 255, (16, 16, 3), np.uint8)), folder / f"{i:03d}.png")
+    start(checkpoint, folder, tmp_path / "out", "--step", 2)
+    assert {kind: len(pictures) for kind, pictures in seen.items()} == dict.fromkeys(seen, n)
+    assert alive["read"] <= 2 * batch and alive["written"] <= 2 and alive["merged"] <= PER_SHEET + 1 < n, alive
 
 
 def test_seed_is_of_the_pixels():
