@@ -35,7 +35,7 @@ from pSp.coach import HeldOut, Schedule, train
 from pSp.data_configs import dataset_type, find_path, generator_path, resize_factors, training_path
 from pSp.encoders import ENCODERS, GRADUAL, INTO_W, EncoderConfig
 from pSp.losses import EncoderLoss, LossWeights
-from pSp.psp import part, pSp, psp_from_state
+from pSp.psp import load_psp, part, pSp, psp_from_state, psp_state
 from pSp.training import DTYPES, OPTIMISERS, EncoderSettings, EncoderTrainer
 
 MEAN_SAMPLES = 10_000  # of the average code, as published
@@ -89,7 +89,7 @@ def build_parser() -> ArgumentParser:
     add("--resume", metavar="auto|PATH", help="continue a run; auto: from the newest iteration_N.pt, if any")
     add("--checkpoint_path", help="the published flag: continue from this checkpoint; one without optimiser state (a "
                                   "published one) gives its weights to a new run")  # fmt: skip
-    add("--init_from", help="start a new run from the encoder of this checkpoint")
+    add("--init_from", help="start a new run from the encoder of this checkpoint, or from this exported encoder")
 
     loss = parser.add_argument_group("losses and optimisation; a lambda of 0 loads no network")
     add = loss.add_argument
@@ -167,7 +167,7 @@ def find_start(args) -> tuple[dict | None, Path | None, bool]:
     if args.resume and args.resume != "auto":
         return load_checkpoint(args.resume), Path(args.resume), True
     if args.checkpoint_path:
-        state = load_checkpoint(args.checkpoint_path)
+        state = load_weights(args.checkpoint_path)
         if "optimiser" in state:
             return state, Path(args.checkpoint_path), True
         args.init_from = args.checkpoint_path
@@ -177,8 +177,13 @@ def find_start(args) -> tuple[dict | None, Path | None, bool]:
         raise UserError(f"{args.exp_dir} already holds a run ({newest.name}): --resume auto continues it, another "
                         "--exp_dir starts a new one")  # fmt: skip
     if args.init_from:
-        return load_checkpoint(args.init_from), Path(args.init_from), False
+        return load_weights(args.init_from), Path(args.init_from), False
     return None, None, False
+
+
+def load_weights(path: str) -> dict:
+    """A checkpoint, or an exported encoder with the generator beside it in the shape of one."""
+    return psp_state(load_psp(path), {}) if Path(path).suffix.lower() == ".safetensors" else load_checkpoint(path)
 
 
 def build_network(args, state, source, continuing, device) -> tuple[pSp, str]:

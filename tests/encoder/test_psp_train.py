@@ -25,7 +25,7 @@ from inversion.measures import read_measures
 from model import Generator, GeneratorConfig, load_generator
 from pSp.inference import retrieval
 from pSp.losses import EncoderLoss, LossWeights
-from pSp.psp import load_psp
+from pSp.psp import export_encoder, load_psp
 from pSp.scripts import export as export_script
 from pSp.scripts import inference as inference_script
 from pSp.scripts import train as train_script
@@ -433,6 +433,22 @@ def test_exported_encoder_gives_the_same_pictures(trained, generators, faces_to_
     assert export(*flags, "--stylegan_weights", generators["w"]) == 1
     assert "was trained for" in capsys.readouterr().err
     assert export("--checkpoint_path", checkpoint, "--output", "x.pt", "--stylegan_weights", generators["w"]) == 2
+
+
+def test_a_new_run_begins_from_an_exported_encoder(trained, generators, face_folder, tmp_path, capsys):
+    """As for a bundled encoder and a generator trained on: a step of 1e-30 shows where the weights begin."""
+    export_encoder(load_psp(trained / "checkpoints" / "best_model.pt"), tmp_path / "e.safetensors", "wpp.pt")
+    flags = ("--exp_dir", tmp_path / "new", "--stylegan_weights", generators["w++"], "--train_path", face_folder,
+             *SMALL, *PLAIN, "--max_steps", 1, "--learning_rate", 1e-30)  # fmt: skip
+    assert train(*flags, "--init_from", tmp_path / "e.safetensors") == 1
+    assert "an encoder for the generator wpp.pt" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    shutil.copy(generators["w++"], tmp_path / "wpp.pt")
+    assert train(*flags, "--init_from", tmp_path / "e.safetensors") == 0
+    assert f"a new run from the encoder of {tmp_path / 'e.safetensors'}" in capsys.readouterr().out
+    begun, net = (load_psp(path) for path in (tmp_path / "e.safetensors", tmp_path / "new/checkpoints/iteration_1.pt"))
+    assert net.step == 1
+    for a, b in zip(net.encoder.parameters(), begun.encoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-20, rtol=0)
 
 
 INFERENCE_ERRORS = [
