@@ -54,7 +54,9 @@ def build_parser() -> ArgumentParser:
     data.add_argument("--resume", metavar="auto|PATH",
                       help="continue a run; auto: from the newest checkpoint of the run folder, if any")  # fmt: skip
     data.add_argument("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
-    data.add_argument("--init_from", help="start a new run from these weights; a smaller size is grown")
+    data.add_argument("--init_from",
+                      help="start a new run from these weights; a smaller size is grown. Beside --resume auto: where "
+                           "there is no run to continue yet, so that one command starts and restarts it")  # fmt: skip
 
     net = parser.add_argument_group("networks", "what is not given is read from the file that the run starts from")
     net.add_argument("--size", type=int, help="image size in pixels, a power of two (a new run: 256)")
@@ -138,7 +140,7 @@ def read_options(args) -> TrainSettings:
     if not args.path:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
     given = [flag for flag in ("resume", "ckpt", "init_from") if getattr(args, flag)]
-    if len(given) > 1:
+    if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
     args.resume = args.resume or args.ckpt
     for name in ("iter", "n_sample", "sample_every", "save_every", "log_every"):

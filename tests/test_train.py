@@ -485,6 +485,19 @@ def test_init_from_starts_anew_with_the_weights(face_lmdb, play, straight, publi
     assert same == (kind in ("own", "published"))
 
 
+def test_one_command_starts_from_weights_and_restarts(face_lmdb, play, straight, tmp_path):
+    """--init_from beside --resume auto, as a queue that starts a job again gives them; the file may be gone by then."""
+    path, checkpoints = tmp_path / "g.safetensors", tmp_path / "run" / "checkpoint"
+    snapshots.export_ema(load_checkpoint(straight / "checkpoint" / "000020.pt"), path)
+    flags = (face_lmdb, "--resume", "auto", "--init_from", path)
+    good(play(*flags, "--iter", 1))
+    begun, given = load_checkpoint(checkpoints / "000000.pt"), load_generator(path).state_dict()
+    assert all(torch.equal(begun["g_ema"][name], tensor) for name, tensor in given.items())
+    path.unlink()
+    assert "step 1 of 2" in good(play(*flags, "--iter", 2)).out
+    assert load_checkpoint(checkpoints / "000002.pt")["step"] == 2
+
+
 def test_the_same_networks_by_other_flags(face_lmdb, play, straight, tmp_path):
     """--channel_multiplier means nothing below 64 px: no reason to refuse."""
     path = straight / "checkpoint" / "000020.pt"

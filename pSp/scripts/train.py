@@ -89,7 +89,8 @@ def build_parser() -> ArgumentParser:
     add("--resume", metavar="auto|PATH", help="continue a run; auto: from the newest iteration_N.pt, if any")
     add("--checkpoint_path", help="the published flag: continue from this checkpoint; one without optimiser state (a "
                                   "published one) gives its weights to a new run")  # fmt: skip
-    add("--init_from", help="start a new run from the encoder of this checkpoint, or from this exported encoder")
+    add("--init_from", help="start a new run from the encoder of this checkpoint, or from this exported encoder; "
+                            "beside --resume auto: where there is no run to continue yet")  # fmt: skip
 
     loss = parser.add_argument_group("losses and optimisation; a lambda of 0 loads no network")
     add = loss.add_argument
@@ -140,7 +141,7 @@ def read_options(args) -> tuple[EncoderSettings, LossWeights, Schedule]:
         if getattr(args, name) != supported:
             raise UserError(f"--{name} {getattr(args, name)} is not supported: {why}")
     given = [flag for flag in ("resume", "checkpoint_path", "init_from") if getattr(args, flag)]
-    if len(given) > 1:
+    if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
     if args.learn_in_w and args.encoder_type not in (None, INTO_W):
         raise UsageError(f"--learn_in_w is one code for all layers: it needs --encoder_type {INTO_W}, "

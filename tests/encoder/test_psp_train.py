@@ -242,7 +242,9 @@ ERRORS = [
     (["--moco_lambda", "0.5"], "--moco_lambda 0.5 is not supported", 1),
     (["--dataset_type", "celebs_sketch_to_face"], "celebs_sketch_to_face is not supported", 1),
     (["--train_decoder", "perhaps"], "expected True or False", 2),
-    (["--resume", "auto", "--init_from", "x.pt"], "exclude each other", 2),
+    (["--resume", "auto", "--checkpoint_path", "x.pt"], "exclude each other", 2),
+    (["--resume", "y.pt", "--init_from", "x.pt"], "exclude each other", 2),
+    (["--resume", "auto", "--init_from", "x.pt"], "x.pt: no such checkpoint", 1),
     (["--val_interval", "0"], "--val_interval must be at least 1", 1),
     (["--l2_lambda", "0"], "there is nothing to learn from", 1),
 ]
@@ -449,6 +451,9 @@ def test_a_new_run_begins_from_an_exported_encoder(trained, generators, face_fol
     assert net.step == 1
     for a, b in zip(net.encoder.parameters(), begun.encoder.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-20, rtol=0)
+    (tmp_path / "e.safetensors").unlink()
+    assert train(*flags[:-4], "--max_steps", 2, "--resume", "auto", "--init_from", tmp_path / "e.safetensors") == 0
+    assert "step 1 of 2" in capsys.readouterr().out
 
 
 INFERENCE_ERRORS = [
