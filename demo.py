@@ -30,6 +30,7 @@ from faces.scorer import BUNDLED, load_scorer
 from pSp.psp import load_psp
 
 ROOT = Path(__file__).resolve().parent
+SMALL = 64  # pixels up to which the scorer's features find a face better than LPIPS does (docs/results.md)
 
 
 def build_parser() -> ArgumentParser:
@@ -42,7 +43,8 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--scorer", default="face-scorer", help="of attributes: face-scorer, FILE.safetensors or none")
     parser.add_argument("--identity", default="auto", help="ir_se50, mobilefacenet or none; auto: what is here")
     parser.add_argument("--perceptual", default="auto", help="distance by which codes are refined: vgg, squeeze, alex, "
-                        "scorer:NAME or none; auto: the first that is here")  # fmt: skip
+                        f"scorer:NAME or none; auto: the scorer's features up to {SMALL} pixels, else the first "
+                        "that is here")  # fmt: skip
     parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
     parser.add_argument("--port", type=int, default=7860, help="port to answer at")
@@ -104,8 +106,10 @@ def read_tools(args) -> Tools:
     if args.conditional != "none" and (path := args.conditional or largest("cgan")):
         tools.conditional = load_conditional(path, device, args.weights_dir)
     tools.identity = identity_or_none(args.identity, device, args.weights_dir)
-    tools.perceptual = perceptual_or_none(args.perceptual, device, args.weights_dir)
-    if tools.perceptual is None and args.perceptual == "auto" and tools.scorer is not None:
+    by_scorer = args.perceptual == "auto" and tools.scorer is not None
+    if not by_scorer or generator.config.size > SMALL:
+        tools.perceptual = perceptual_or_none(args.perceptual, device, args.weights_dir)
+    if by_scorer and tools.perceptual is None:
         tools.perceptual_name = f"scorer:{args.scorer}"
         tools.perceptual = build_perceptual(tools.perceptual_name, device, args.weights_dir)
     return tools
