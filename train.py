@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from common.checkpoint import latest_checkpoint, load_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, leave, require_one_start, run
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.graphs import add_graphs_flag
 from common.interrupt import StopSignal
@@ -139,9 +139,7 @@ def read_options(args) -> TrainSettings:
     args.path = args.path or args.path_positional
     if not args.path:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
-    given = [flag for flag in ("resume", "ckpt", "init_from") if getattr(args, flag)]
-    if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
-        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
+    require_one_start(args, "ckpt")
     args.resume = args.resume or args.ckpt
     for name in ("iter", "n_sample", "sample_every", "save_every", "log_every"):
         if getattr(args, name) < 1:

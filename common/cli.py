@@ -71,6 +71,14 @@ def flags_without_help(parser):
     return missing
 
 
+def require_one_start(args, published):
+    """Of a training's --resume, its `published` flag and --init_from one alone is given, or --resume auto with
+    --init_from: weights for where there is no run to continue yet. Raises UsageError."""
+    given = [flag for flag in ("resume", published, "init_from") if getattr(args, flag)]
+    if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
+        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
+
+
 def run(main, parser, argv=None):
     """Parse `argv` (default: the command line), call `main(args)` and return the exit status, an int.
 

@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Subset
 
 from common.checkpoint import latest_checkpoint, load_checkpoint, load_strictly
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, leave, require_one_start, run
 from common.distributed import add_device_flags, barrier, setup, shutdown
 from common.interrupt import StopSignal
 from common.runs import Run, write_json
@@ -140,9 +140,7 @@ def read_options(args) -> tuple[EncoderSettings, LossWeights, Schedule]:
     ):
         if getattr(args, name) != supported:
             raise UserError(f"--{name} {getattr(args, name)} is not supported: {why}")
-    given = [flag for flag in ("resume", "checkpoint_path", "init_from") if getattr(args, flag)]
-    if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
-        raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
+    require_one_start(args, "checkpoint_path")
     if args.learn_in_w and args.encoder_type not in (None, INTO_W):
         raise UsageError(f"--learn_in_w is one code for all layers: it needs --encoder_type {INTO_W}, "
                          f"{args.encoder_type} gives one per layer")  # fmt: skip
