@@ -211,21 +211,38 @@ class InfiniteSampler:
     Global sample p is entry p % n of the permutation of epoch p // n, which depends on (seed, epoch) alone. Rank r of R
     takes p = position + r, position + r + R, ...: together the ranks see every image once per epoch, whatever R is.
     Iterating starts at `position` and never changes it (a loader prefetches); the consumer calls `advance`.
+
+    source_weights: expected draws of each image per epoch, by source folder (mean 1 over all images after scaling);
+    needs `names`, one path per image, whose first folder is the source. Raises ValueError for a source that no image
+    has. An epoch still has n draws: an image of weight 2.5 occurs two or three times in it, one of 0.4 in two epochs of
+    five.
     """
 
-    def __init__(self, n: int, *, rank: int = 0, world_size: int = 1, seed: int = 0, position: int = 0):
+    def __init__(
+        self,
+        n: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        position: int = 0,
+        source_weights: dict[str, float] | None = None,
+        names: list[str] | None = None,
+    ):
         if n < 1:
             raise ValueError("a sampler needs at least one image")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not within 0..{world_size - 1}")
         self.n, self.rank, self.world_size, self.seed, self.position = n, rank, world_size, seed, position
+        self.source_weights = source_weights or None
+        self._bounds = _draw_bounds(names, source_weights) if source_weights else None
 
     def __iter__(self) -> Iterator[int]:
         p, epoch, order = self.position + self.rank, -1, None
         while True:
             if p // self.n != epoch:
                 epoch = p // self.n
-                order = _permutation(self.n, self.seed, epoch)
+                order = _epoch_order(self.n, self.seed, epoch, self._bounds)
             yield int(order[p % self.n])
             p += self.world_size
 
@@ -234,22 +251,47 @@ class InfiniteSampler:
         self.position += n_samples
 
     def state(self) -> dict:
-        """Plain values for a checkpoint: position in global samples, seed, number of images."""
-        return {"position": self.position, "seed": self.seed, "n": self.n}
+        """Plain values for a checkpoint: position in global samples, seed, number of images, weights of the sources."""
+        state = {"position": self.position, "seed": self.seed, "n": self.n}
+        return state | ({"source_weights": self.source_weights} if self.source_weights else {})
 
     def load(self, state: dict) -> None:
-        """Goes on where `state` was taken. Warns if the data set has another number of images since."""
+        """Goes on where `state` was taken. Warns if the data set or the weights of its sources have changed since."""
         if state["n"] != self.n:
             warnings.warn(
                 f"the data set had {state['n']} images and has {self.n} now: the order of images goes on differently",
                 stacklevel=2,
             )
+        if state.get("source_weights") != self.source_weights:
+            warnings.warn(
+                f"images were drawn with source weights {state.get('source_weights')}, now with {self.source_weights}",
+                stacklevel=2,
+            )
         self.position, self.seed = int(state["position"]), int(state["seed"])
 
 
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarray:
+    """Cumulative expected draws per epoch, float64 [n], the last one n; a name's source is its first folder."""
+    sources = [name.split("/")[0] if "/" in name else "" for name in names]
+    unknown = sorted(set(source_weights) - set(sources))
+    if unknown:
+        present = ", ".join(sorted(set(sources) - {""})) or "none: the images lie in no folders"
+        raise ValueError(f"no image comes from the source {unknown[0]!r} (present: {present})")
+    weights = np.array([source_weights.get(source, 1.0) for source in sources], dtype=np.float64)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise ValueError(f"source weights must be finite, not negative, and not all zero, got {source_weights}")
+    return np.cumsum(weights * (len(weights) / weights.sum()))
+
+
+def _epoch_order(n: int, seed: int, epoch: int, bounds: np.ndarray | None = None) -> np.ndarray:
+    """Image indices [n] of one epoch in order of drawing; bounds: of _draw_bounds, None for every image once."""
     # RandomState, because NumPy promises its stream for ever: a checkpoint resumes alike after an upgrade
-    return np.random.RandomState([seed % 2**32, epoch]).permutation(n)
+    random_state = np.random.RandomState([seed % 2**32, epoch])
+    order = random_state.permutation(n)
+    if bounds is None:
+        return order
+    points = np.arange(n) + random_state.random_sample()  # systematic sampling: counts differ from weights by < 1
+    return np.searchsorted(bounds, points, side="right").clip(max=n - 1)[order]
 
 
 # -- batches -------------------------------------------------------------------------------------------------------

@@ -49,6 +49,12 @@ def build_parser() -> ArgumentParser:
     data.add_argument("path_positional", nargs="?", metavar="PATH", help="LMDB or folder of images (same as --path)")
     data.add_argument("--path", help="LMDB made by prepare_data.py, or a folder of images")
     data.add_argument("--exp_name", default="test", help="run folder; everything is written below it")
+    data.add_argument(
+        "--source_weights",
+        type=parse_source_weights,
+        metavar="SOURCE=W,...",
+        help="draw images of these first-level folders this many times as often as the others (ffhq=4,lfw=0.4)",
+    )
     data.add_argument("--workers", type=int, default=2, help="loader processes (0: decode in the training process)")
 
     data.add_argument("--resume", metavar="auto|PATH",
@@ -126,6 +132,12 @@ def build_parser() -> ArgumentParser:
     add_graphs_flag(parser, "the phases of a step")
     add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
     return parser
+
+
+def parse_source_weights(text: str) -> dict[str, float]:
+    """`ffhq=4,lfw=0.4` -> {"ffhq": 4.0, "lfw": 0.4}. Raises ValueError, which argparse reports."""
+    pairs = (item.rpartition("=") for item in text.split(","))
+    return {source: float(weight) for source, _, weight in pairs}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +349,11 @@ def main(args) -> int:
         recorder = find_recorder(args.graphs, place.device, conditional=reader is not None)
         trainer = build_trainer(config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args,
                                 state=state)  # fmt: skip
-        sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed)
+        try:
+            sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed,
+                                      source_weights=args.source_weights, names=dataset.names)  # fmt: skip
+        except ValueError as error:
+            raise UsageError(f"--source_weights: {error}") from None
         if state is not None:
             trainer.load_state_dict(state, source)
             if "sampler" in state:

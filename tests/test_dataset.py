@@ -296,6 +296,31 @@ def test_order_is_frozen():
     assert take(InfiniteSampler(8, seed=7), 10) == [1, 7, 5, 6, 4, 3, 2, 0, 6, 7]
 
 
+def test_sources_are_drawn_by_their_weights():
+    names = [f"sharp/{i}.png" for i in range(10)] + [f"blurred/{i}.png" for i in range(30)]
+    weights = {"sharp": 2.5, "blurred": 0.5}  # 25 + 15 draws of 40: the scale is 1
+    order = take(InfiniteSampler(40, seed=3, source_weights=weights, names=names), 400)
+    counts = np.bincount(order, minlength=40).reshape(4, 10)
+    assert abs(counts[0].sum() - 250) <= 10 and order != sorted(order)  # one draw per epoch by rounding
+    assert set(np.bincount(order[:40], minlength=40)[:10]) == {2, 3}, "an image's draws differ from 2.5 by less than 1"
+    assert counts[1:].min() >= 2, "rounding falls on other images in each epoch"
+
+    sampler = InfiniteSampler(40, seed=3, source_weights=weights, names=names)
+    state = sampler.state()
+    assert state["source_weights"] == weights
+    with pytest.warns(UserWarning, match="source weights"):
+        InfiniteSampler(40).load(state)
+
+
+@pytest.mark.parametrize("weights, message", [
+    ({"dull": 2.0}, "'dull' .present: sharp"), ({"sharp": -1.0}, "not negative"), ({"sharp": float("nan")}, "finite"),
+    ({"sharp": 0.0}, "not all zero"),
+])  # fmt: skip
+def test_source_weights_that_cannot_be(weights, message):
+    with pytest.raises(ValueError, match=message):
+        InfiniteSampler(2, source_weights=weights, names=["sharp/a.png", "sharp/b.png"])
+
+
 @pytest.mark.parametrize("position", [0, 4, 7, 8, 23])
 def test_resumes_at_the_place(position):
     for rank in range(2):
