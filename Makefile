@@ -81,6 +81,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 # The whole pipeline, tiny, on real faces: faces -> LMDB -> W++ training, continued from its checkpoint -> W training -> samples
 tiny: $(VENV)/.installed

@@ -34,8 +34,15 @@ from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
 from faces.folder import AlignSettings, align_folder, count_outcomes, list_photos, require_faces
 
-KEPT_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF",
-                ".tiff": "TIFF"}  # fmt: skip
+KEPT_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -46,13 +53,25 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--size", type=int, default=256, help="side of the aligned faces in pixels")
     parser.add_argument("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
     parser.add_argument("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
-    parser.add_argument("--framing", default="ffhq", choices=FRAMINGS,
-                        help="the formula of FFHQ, or the best fit of eyes and mouth to the mean face")  # fmt: skip
-    parser.add_argument("--aligned_tolerance", type=float, default=4.0,
-                        help="a square photo whose eyes and mouth lie within this many %% of its side from their "
-                             "places in an FFHQ frame is taken as it is; 0: never")  # fmt: skip
-    parser.add_argument("--max_yaw", type=float, default=90.0,
-                        help="leave out heads that are turned further, in degrees (an estimate); 90: none")  # fmt: skip
+    parser.add_argument(
+        "--framing",
+        default="ffhq",
+        choices=FRAMINGS,
+        help="the formula of FFHQ, or the best fit of eyes and mouth to the mean face",
+    )
+    parser.add_argument(
+        "--aligned_tolerance",
+        type=float,
+        default=4.0,
+        help="a square photo whose eyes and mouth lie within this many %% of its side from their "
+        "places in an FFHQ frame is taken as it is; 0: never",
+    )
+    parser.add_argument(
+        "--max_yaw",
+        type=float,
+        default=90.0,
+        help="leave out heads that are turned further, in degrees (an estimate); 90: none",
+    )
     parser.add_argument("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
     parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes")
     parser.add_argument("--overwrite", action="store_true", help="do all photos again")
@@ -60,14 +79,22 @@ def build_parser() -> ArgumentParser:
     add_rank_flag(parser)
     paste = parser.add_argument_group("pasting back")
     paste.add_argument("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
-    paste.add_argument("--unedited", type=Path, metavar="DIR",
-                       help="folder of the same faces before the edit: only what it changed is added")  # fmt: skip
+    paste.add_argument(
+        "--unedited",
+        type=Path,
+        metavar="DIR",
+        help="folder of the same faces before the edit: only what it changed is added",
+    )
     paste.add_argument("--alignment", type=Path, help="alignment.json that was written with the crops")
     paste.add_argument("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
     paste.add_argument("--colour_match", action="store_true", help="bring the border's colours to those of the photo")
-    paste.add_argument("--detail", default="auto", choices=DETAILS,
-                       help="detail of the photo that is finer than the crop: keep it where the edit left the "
-                            "structure alone (auto), everywhere, nowhere")  # fmt: skip
+    paste.add_argument(
+        "--detail",
+        default="auto",
+        choices=DETAILS,
+        help="detail of the photo that is finer than the crop: keep it where the edit left the "
+        "structure alone (auto), everywhere, nowhere",
+    )
     return parser
 
 
@@ -83,23 +110,40 @@ def main(args) -> None:
     if args.unedited and not args.paste_back:
         raise UsageError("--unedited goes with --paste_back")
     if args.paste_back:
-        paste_folder(args.photos, args.paste_back, args.alignment, args.output_dir, unedited=args.unedited,
-                     feather=args.feather, colour_match=args.colour_match, detail=args.detail)  # fmt: skip
+        paste_folder(
+            args.photos,
+            args.paste_back,
+            args.alignment,
+            args.output_dir,
+            unedited=args.unedited,
+            feather=args.feather,
+            colour_match=args.colour_match,
+            detail=args.detail,
+        )
         return
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
     place = setup("cpu")
     try:
         photos = list_photos([args.photos], args.output_dir)
-        records = align_folder(photos, args.output_dir, settings, place=place, landmarks=args.landmarks,
-                               n_worker=args.n_worker, overwrite=args.overwrite,
-                               weights_dir=args.weights_dir)  # fmt: skip
+        records = align_folder(
+            photos,
+            args.output_dir,
+            settings,
+            place=place,
+            landmarks=args.landmarks,
+            n_worker=args.n_worker,
+            overwrite=args.overwrite,
+            weights_dir=args.weights_dir,
+        )
         require_faces(records, args.output_dir)
     finally:
         shutdown()
     if place.is_main:
         n_faces = sum(len(record["faces"]) for record in records)
-        print(f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {args.output_dir / 'aligned'}, "
-              f"{args.output_dir / 'report.csv'}")  # fmt: skip
+        print(
+            f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {args.output_dir / 'aligned'}, "
+            f"{args.output_dir / 'report.csv'}"
+        )
 
 
 def _n_cores() -> int:

@@ -62,8 +62,17 @@ class ConditionalTrainer(Trainer):
     draws the same requests. scorer: its name, for the checkpoint.
     """
 
-    def __init__(self, config: GeneratorConfig, settings: TrainSettings, place: Distributed, *,
-                 reader: AttributeReader, table: torch.Tensor, scorer: str, asked: ConditionSettings):  # fmt: skip
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        settings: TrainSettings,
+        place: Distributed,
+        *,
+        reader: AttributeReader,
+        table: torch.Tensor,
+        scorer: str,
+        asked: ConditionSettings,
+    ):
         if asked.light:  # path length depends on the codes' columns, which stay
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, place)
@@ -120,8 +129,10 @@ class ConditionalTrainer(Trainer):
 
     def adopt(self, weights, source):
         if self.asked.light and "d" not in weights:
-            raise CheckpointError(f"{source} has no discriminator, which --light needs to keep faces real: pass a "
-                                  "training checkpoint (.pt), or leave out --light")  # fmt: skip
+            raise CheckpointError(
+                f"{source} has no discriminator, which --light needs to keep faces real: pass a "
+                "training checkpoint (.pt), or leave out --light"
+            )
         super().adopt(weights, source)
         if self.asked.light:  # what is kept must be what is averaged
             self.g.load_state_dict(self.g_ema.state_dict())
@@ -145,18 +156,29 @@ class ConditionalTrainer(Trainer):
 
 def add_condition_flags(parser) -> None:
     group = parser.add_argument_group("conditional GAN", "the generator is asked for attributes of real faces")
-    group.add_argument("--condition", metavar="SCORER",
-                       help="face-scorer, or a .safetensors of train_scorer.py; read from the checkpoint of a run that "
-                            "is continued")  # fmt: skip
-    group.add_argument("--attributes", help=f"of the scorer, with commas between (default: "
-                                            f"{','.join(DEFAULT_ATTRIBUTES)})")  # fmt: skip
+    group.add_argument(
+        "--condition",
+        metavar="SCORER",
+        help="face-scorer, or a .safetensors of train_scorer.py; read from the checkpoint of a run that is continued",
+    )
+    group.add_argument(
+        "--attributes", help=f"of the scorer, with commas between (default: {','.join(DEFAULT_ATTRIBUTES)})"
+    )
     group.add_argument("--attr_weight", type=float, default=5, help="weight of the L1 loss of the attributes")
     group.add_argument("--attr_ramp", type=int, default=1000, help="steps in which it rises from 0 with --init_from")
-    group.add_argument("--attr_permute", type=float, default=0.5,
-                       help="probability that an attribute is asked for as another face has it")  # fmt: skip
-    group.add_argument("--light", action="store_true", default=None,
-                       help="of the generator train only what the condition adds to that of --init_from; a continued "
-                            "run does as before")  # fmt: skip
+    group.add_argument(
+        "--attr_permute",
+        type=float,
+        default=0.5,
+        help="probability that an attribute is asked for as another face has it",
+    )
+    group.add_argument(
+        "--light",
+        action="store_true",
+        default=None,
+        help="of the generator train only what the condition adds to that of --init_from; a continued "
+        "run does as before",
+    )
     group.add_argument("--light_lr", type=float, default=0.01, help="its Adam learning rate under --light")
 
 
@@ -205,13 +227,24 @@ def find_reader(args, state: dict | None, source, stored: GeneratorConfig | None
     if state is not None:
         own = Condition.of(reader, state["attributes"], args.condition).scorer_fingerprint
         if own != known.scorer_fingerprint:
-            raise UserError(f"{source} was trained with the scorer {known.scorer_fingerprint}, --condition "
-                            f"{args.condition} is {own}")  # fmt: skip
+            raise UserError(
+                f"{source} was trained with the scorer {known.scorer_fingerprint}, --condition "
+                f"{args.condition} is {own}"
+            )
     return reader
 
 
-def build_trainer(config: GeneratorConfig, settings: TrainSettings, place: Distributed, *, asked: ConditionSettings,
-                  reader: AttributeReader | None, dataset, args, state: dict | None) -> Trainer:  # fmt: skip
+def build_trainer(
+    config: GeneratorConfig,
+    settings: TrainSettings,
+    place: Distributed,
+    *,
+    asked: ConditionSettings,
+    reader: AttributeReader | None,
+    dataset,
+    args,
+    state: dict | None,
+) -> Trainer:
     """The Trainer of the run; with a reader a conditional one, for which faces of the data set are scored first."""
     if reader is None:
         return Trainer(config, settings, place)

@@ -33,10 +33,12 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="IN", help="NVIDIA's .pkl, a checkpoint .pt, or a generator .safetensors")
     parser.add_argument("target", metavar="OUT", help="what to write: .pt (rosinality's layout) or .safetensors (EMA)")
-    parser.add_argument("--half", action="store_true",
-                        help="OUT.safetensors in 16 bits: half the file, a fingerprint of its own")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the picture drawn as a check; z is what NVIDIA's scripts draw for it")  # fmt: skip
+    parser.add_argument(
+        "--half", action="store_true", help="OUT.safetensors in 16 bits: half the file, a fingerprint of its own"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the picture drawn as a check; z is what NVIDIA's scripts draw for it"
+    )
     parser.add_argument("--picture", metavar="FILE", help="keep that picture, to compare with the other program's")
     return parser
 
@@ -127,10 +129,14 @@ def check(path: Path, state: dict, seed: int, picture: str | None) -> None:
     pixels = to_uint8(image)[0]
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:12]
     held = ", ".join(name for name in ("g_ema", "g", "d", "latent_avg") if name in state)
-    print(f"{path}: {config.space} generator, {config.size} px, {config.n_mlp} mapping layers, fingerprint "
-          f"{generator.fingerprint}; holds {held}")  # fmt: skip
-    print(f"check: seed {seed} with the stored noise: mean {image.mean():.4f}, std {image.std():.4f}, largest "
-          f"activation {largest:.1f}, pixels sha256 {digest}")  # fmt: skip
+    print(
+        f"{path}: {config.space} generator, {config.size} px, {config.n_mlp} mapping layers, fingerprint "
+        f"{generator.fingerprint}; holds {held}"
+    )
+    print(
+        f"check: seed {seed} with the stored noise: mean {image.mean():.4f}, std {image.std():.4f}, largest "
+        f"activation {largest:.1f}, pixels sha256 {digest}"
+    )
     if picture:
         print(f"{save_image(pixels, picture)}: that picture")
 

@@ -163,9 +163,14 @@ class FolderDataset(Dataset):
     """
 
     def __init__(
-        self, path: str | os.PathLike, size: int, transform: Callable | None = None, *,
-        fit: str = "crop", resample: str = "lanczos",
-    ):  # fmt: skip
+        self,
+        path: str | os.PathLike,
+        size: int,
+        transform: Callable | None = None,
+        *,
+        fit: str = "crop",
+        resample: str = "lanczos",
+    ):
         self.path, self.size, self.transform = Path(path), int(size), transform
         self.fit, self.resample = fit, resample
         files = list_images(self.path)
@@ -337,9 +342,15 @@ class BatchStream:
 
 
 def data_loader(
-    dataset: Dataset, batch: int, sampler: InfiniteSampler, *, workers: int = 2, device: str | torch.device = "cpu",
-    prefetch: int = 4, start_method: str | None = None,
-) -> BatchStream:  # fmt: skip
+    dataset: Dataset,
+    batch: int,
+    sampler: InfiniteSampler,
+    *,
+    workers: int = 2,
+    device: str | torch.device = "cpu",
+    prefetch: int = 4,
+    start_method: str | None = None,
+) -> BatchStream:
     """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs.
 
     batch: per rank. workers: processes that decode (0: in this one), each `prefetch` batches ahead, alive as long as
@@ -351,11 +362,17 @@ def data_loader(
     device = torch.device(device)
     generator = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
     loader = DataLoader(
-        _Fetch(dataset), batch_size=batch, sampler=sampler, num_workers=workers, collate_fn=_identity,
-        pin_memory=device.type == "cuda", prefetch_factor=prefetch if workers else None,
-        multiprocessing_context=start_method if workers else None, generator=generator,
+        _Fetch(dataset),
+        batch_size=batch,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_identity,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=prefetch if workers else None,
+        multiprocessing_context=start_method if workers else None,
+        generator=generator,
         worker_init_fn=_leave_signals_to_the_trainer,
-    )  # fmt: skip
+    )
     return BatchStream(loader, sampler, device)
 
 

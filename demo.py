@@ -37,14 +37,21 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
     parser.add_argument("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
-    parser.add_argument("--conditional", help="conditional generator for the expression of a reference face, or none "
-                        "(default: the largest checkpoints/face-cgan-SIZE)")  # fmt: skip
+    parser.add_argument(
+        "--conditional",
+        help="conditional generator for the expression of a reference face, or none "
+        "(default: the largest checkpoints/face-cgan-SIZE)",
+    )
     parser.add_argument("--boundaries", type=Path, default=ROOT / "checkpoints", help="folder of boundary files (.npz)")
     parser.add_argument("--scorer", default="face-scorer", help="of attributes: face-scorer, FILE.safetensors or none")
     parser.add_argument("--identity", default="auto", help="ir_se50, mobilefacenet or none; auto: what is here")
-    parser.add_argument("--perceptual", default="auto", help="distance by which codes are refined: vgg, squeeze, alex, "
-                        f"scorer:NAME or none; auto: the scorer's features up to {SMALL} pixels, else the first "
-                        "that is here")  # fmt: skip
+    parser.add_argument(
+        "--perceptual",
+        default="auto",
+        help="distance by which codes are refined: vgg, squeeze, alex, "
+        f"scorer:NAME or none; auto: the scorer's features up to {SMALL} pixels, else the first "
+        "that is here",
+    )
     parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
     parser.add_argument("--port", type=int, default=7860, help="port to answer at")
@@ -60,8 +67,11 @@ def build_parser() -> ArgumentParser:
 
 def largest(kind: str) -> Path | None:
     """The largest checkpoints/face-KIND-SIZE.safetensors, if any."""
-    found = {int(match[1]): path for path in (ROOT / "checkpoints").glob(f"face-{kind}-*.safetensors")
-             if (match := re.fullmatch(rf"face-{kind}-(\d+)", path.stem))}  # fmt: skip
+    found = {
+        int(match[1]): path
+        for path in (ROOT / "checkpoints").glob(f"face-{kind}-*.safetensors")
+        if (match := re.fullmatch(rf"face-{kind}-(\d+)", path.stem))
+    }
     return found[max(found)] if found else None
 
 
@@ -91,8 +101,10 @@ def read_tools(args) -> Tools:
     if args.encoder:
         tools.encoder, tools.encoder_path = load_psp(args.encoder, device, generator), args.encoder
         if tools.encoder.decoder.fingerprint != generator.fingerprint:
-            raise UserError(f"--encoder {args.encoder} was trained for the generator "
-                            f"{tools.encoder.decoder.fingerprint}, this one is {generator.fingerprint}")  # fmt: skip
+            raise UserError(
+                f"--encoder {args.encoder} was trained for the generator "
+                f"{tools.encoder.decoder.fingerprint}, this one is {generator.fingerprint}"
+            )
     else:
         tools.encoder, tools.encoder_path = default_encoder(generator, device)
     tools.weights_dir, tools.scorer_name, tools.perceptual_name = args.weights_dir, args.scorer, args.perceptual

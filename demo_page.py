@@ -80,8 +80,9 @@ def table(rows) -> str:
     if not rows:
         return "*Neither a scorer nor an identity network is here: nothing is read.*"
     lines = ["| | photo | inversion | edited |", "|---|---:|---:|---:|"]
-    lines += [f"| **{what}** ({unit}) | {photo} | {inversion} | {edited} |"
-              for what, unit, photo, inversion, edited in rows]  # fmt: skip
+    lines += [
+        f"| **{what}** ({unit}) | {photo} | {inversion} | {edited} |" for what, unit, photo, inversion, edited in rows
+    ]
     return "\n".join(lines)
 
 
@@ -116,9 +117,16 @@ class Page:
             return self.mistake(error)
         commands = cast_lines(tools, cast, paste_mode) if cast else command_lines(tools, face, edit, paste_mode)
         photo = self.update(value=photo, visible=bool(face.source))
-        return [self.skip() if message is None else message, enlarged(face.crop), enlarged(view.inversion),
-                enlarged(view.edited), photo, table(read_out(tools, face, view)), commands,
-                self.update(value=None, visible=False)]  # fmt: skip
+        return [
+            self.skip() if message is None else message,
+            enlarged(face.crop),
+            enlarged(view.inversion),
+            enlarged(view.edited),
+            photo,
+            table(read_out(tools, face, view)),
+            commands,
+            self.update(value=None, visible=False),
+        ]
 
     def move(self, sitting: Sitting, *settings) -> list:
         """As `show`, of the sliders: the expression of a reference is let go."""
@@ -244,8 +252,9 @@ def parse_points(text: str) -> list:
     """Five points typed in any form: ten numbers."""
     numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
     if len(numbers) != 10:
-        raise SessionError(f"five points are ten numbers (right eye, left eye, nose, right and left mouth corner), got "
-                           f"{len(numbers)}")  # fmt: skip
+        raise SessionError(
+            f"five points are ten numbers (right eye, left eye, nose, right and left mouth corner), got {len(numbers)}"
+        )
     return parse_landmarks(numbers, "the five points")[0].tolist()
 
 
@@ -273,38 +282,72 @@ def build_page(tools: Tools, folder: Path):
                 with gr.Accordion("The face is not found?", open=False, elem_id="byhand"):
                     aligned = gr.Checkbox(label="the picture is an aligned face already")
                     points = gr.Textbox(
-                        label="five points by hand, in pixels", elem_id="points",
+                        label="five points by hand, in pixels",
+                        elem_id="points",
                         placeholder="x y of right eye, left eye, nose, right and left mouth corner",
-                    )  # fmt: skip
+                    )
                     again = gr.Button("Take the photo again", size="sm", elem_id="again")
-                drawn = gr.Gallery(page.drawn(0), label="Or a drawn face (nobody's)", columns=3, height=370,
-                                   allow_preview=False, buttons=[], elem_id="drawn")  # fmt: skip
+                drawn = gr.Gallery(
+                    page.drawn(0),
+                    label="Or a drawn face (nobody's)",
+                    columns=3,
+                    height=370,
+                    allow_preview=False,
+                    buttons=[],
+                    elem_id="drawn",
+                )
                 others = gr.Button("Other faces", size="sm", elem_id="others")
-                reference = gr.File(label="Reference: a face that lends its expression", type="filepath", height=140,
-                                    visible=any(lends), elem_id="reference")  # fmt: skip
-                framed = gr.Checkbox(label="the reference is an aligned face already", visible=any(lends),
-                                     elem_id="framed")  # fmt: skip
+                reference = gr.File(
+                    label="Reference: a face that lends its expression",
+                    type="filepath",
+                    height=140,
+                    visible=any(lends),
+                    elem_id="reference",
+                )
+                framed = gr.Checkbox(
+                    label="the reference is an aligned face already", visible=any(lends), elem_id="framed"
+                )
                 cast = gr.Button("Cast its expression", size="sm", visible=lends[0], elem_id="cast")
                 smile_only = gr.Button("Only its smile, by the slider", size="sm", visible=lends[1], elem_id="lend")
-                mode = gr.Radio([("only what the edit changed", PASTES[0]), ("the face as drawn", PASTES[1])],
-                                value=PASTES[0], label="Put back into the photo", elem_id="mode")  # fmt: skip
+                mode = gr.Radio(
+                    [("only what the edit changed", PASTES[0]), ("the face as drawn", PASTES[1])],
+                    value=PASTES[0],
+                    label="Put back into the photo",
+                    elem_id="mode",
+                )
                 prepare = gr.Button("Prepare downloads", variant="primary", elem_id="prepare")
-                files = gr.File(label="Picture, photo, latents with commands", file_count="multiple", visible=False,
-                                interactive=False, elem_id="files")  # fmt: skip
+                files = gr.File(
+                    label="Picture, photo, latents with commands",
+                    file_count="multiple",
+                    visible=False,
+                    interactive=False,
+                    elem_id="files",
+                )
             with gr.Column(scale=5):
                 with gr.Row():
-                    pictures = [gr.Image(label=label, height=SHOWN, buttons=[], interactive=False, format="png",
-                                         elem_id=label.lower())
-                                for label in ("Aligned", "Inversion", "Edited")]  # fmt: skip
+                    pictures = [
+                        gr.Image(
+                            label=label,
+                            height=SHOWN,
+                            buttons=[],
+                            interactive=False,
+                            format="png",
+                            elem_id=label.lower(),
+                        )
+                        for label in ("Aligned", "Inversion", "Edited")
+                    ]
                 with gr.Row(equal_height=True):
-                    steps = gr.Slider(50, min(500, MOST_STEPS), 250, step=10, label="steps of the projector", scale=2,
-                                      elem_id="steps")  # fmt: skip
+                    steps = gr.Slider(
+                        50, min(500, MOST_STEPS), 250, step=10, label="steps of the projector", scale=2, elem_id="steps"
+                    )
                     refine = gr.Button("Refine the inversion", elem_id="refine")
                     stop = gr.Button("Stop", elem_id="stop")
-                gr.Markdown("How far to go, in standard deviations of the generator's faces, and in which layers (0 is "
-                            "the coarsest):" if names else
-                            f"*No boundaries for {tools.ckpt.name} are here: edit_attribute.py fits them.*"
-                )  # fmt: skip
+                gr.Markdown(
+                    "How far to go, in standard deviations of the generator's faces, and in which layers (0 is "
+                    "the coarsest):"
+                    if names
+                    else f"*No boundaries for {tools.ckpt.name} are here: edit_attribute.py fits them.*"
+                )
                 with gr.Row():
                     sliders = [gr.Slider(-REACH, REACH, 0, step=0.5, elem_id=name, label=name) for name in names]
                 with gr.Row(equal_height=True):
@@ -312,8 +355,13 @@ def build_page(tools: Tools, folder: Path):
                     last = gr.Slider(0, n_layers - 1, n_layers - 1, step=1, label="to layer", elem_id="last")
                     reset = gr.Button("Reset", elem_id="reset")
                 readout = gr.Markdown(elem_id="readout")
-                pasted = gr.Image(label="The photo with the edited face", height=420, buttons=["fullscreen"],
-                                  interactive=False, elem_id="pasted")  # fmt: skip
+                pasted = gr.Image(
+                    label="The photo with the edited face",
+                    height=420,
+                    buttons=["fullscreen"],
+                    interactive=False,
+                    elem_id="pasted",
+                )
         commands = gr.Code(
             label="The same by commands", language="shell", wrap_lines=True, interactive=False, elem_id="commands"
         )
@@ -324,14 +372,21 @@ def build_page(tools: Tools, folder: Path):
         drawn.select(_picked(page), [sitting, first_seed, *settings], outputs)
         others.click(lambda seed: (seed + DRAWN, page.drawn(seed + DRAWN)), first_seed, [first_seed, drawn])
         anew = [page.show, [sitting, *settings], outputs]
-        gr.on([part.input for part in (first, last, *sliders)], page.move, *anew[1:], trigger_mode="always_last",
-              show_progress="hidden")  # fmt: skip
+        gr.on(
+            [part.input for part in (first, last, *sliders)],
+            page.move,
+            *anew[1:],
+            trigger_mode="always_last",
+            show_progress="hidden",
+        )
         mode.input(*anew, show_progress="hidden")
         reset.click(lambda: [0, n_layers - 1, *[0] * len(sliders)], None, [first, last, *sliders]).then(
             page.move, *anew[1:]
         )
-        for button, work, inputs in ((refine, page.refine, [sitting, steps]),
-                                     (cast, page.cast, [sitting, reference, framed, steps])):  # fmt: skip
+        for button, work, inputs in (
+            (refine, page.refine, [sitting, steps]),
+            (cast, page.cast, [sitting, reference, framed, steps]),
+        ):
             button.click(work, inputs, [message, pictures[1]], show_progress="hidden").then(
                 *anew, show_progress="hidden"
             ).then(page.settle, [sitting, *sliders], sliders, show_progress="hidden")
@@ -377,17 +432,34 @@ class OwnFilesOnly:
 
 def serve(tools: Tools, folder: Path, *, host: str, port: int, max_upload_mb: float):
     """Start to answer, in threads of its own; returns the Blocks, whose close() ends it. OSError for a port in use."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1",
-                   "GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}  # fmt: skip
+    os.environ |= {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_TEMP_DIR": str(folder),
+        "GRADIO_EXAMPLES_CACHE": str(folder / "examples"),
+    }
     import gradio as gr
     from starlette.middleware import Middleware
 
     blocks = build_page(tools, folder)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(
-        server_name=host, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True,
-        max_file_size=int(max_upload_mb * 1e6), allowed_paths=[], theme=theme, css=CSS, footer_links=[],
-        run_history=False, enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False,
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=int(max_upload_mb * 1e6),
+        allowed_paths=[],
+        theme=theme,
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
         app_kwargs={"middleware": [Middleware(OwnFilesOnly)], "docs_url": None, "redoc_url": None},
-    )  # fmt: skip
+    )
     return blocks

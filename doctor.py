@@ -54,14 +54,23 @@ def report(device, weights_dir=None) -> list[tuple[str, str]]:
         ("CUDA of torch", torch.version.cuda or "none: a build for CPUs, or for other GPUs"),
         ("device", f"{device} (what --device says; auto: cuda, then mps, then cpu)"),
         ("operations", operations(device)),
-        ("compilers", ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc")) +
-         "; only Triton wants gcc, nothing wants nvcc"),
+        (
+            "compilers",
+            ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc"))
+            + "; only Triton wants gcc, nothing wants nvcc",
+        ),
         ("bundled", ", ".join(bundled) or "no models in checkpoints/: was the checkout complete?"),
-        ("weights here", ", ".join(name + unusable(path) for name, path in here.items()) or
-         "none: each stage names the stand-in that it uses"),
-        ("not here", f"{', '.join(name for name in WEIGHTS if name not in here)}; looked into "
-         f"{', '.join(map(str, search_folders(weights_dir)))}"),
-    ]  # fmt: skip
+        (
+            "weights here",
+            ", ".join(name + unusable(path) for name, path in here.items())
+            or "none: each stage names the stand-in that it uses",
+        ),
+        (
+            "not here",
+            f"{', '.join(name for name in WEIGHTS if name not in here)}; looked into "
+            f"{', '.join(map(str, search_folders(weights_dir)))}",
+        ),
+    ]
 
 
 def unusable(path: Path) -> str:
@@ -82,8 +91,10 @@ def processor() -> str:
         flags, name = set(known.get("flags", "").split()), known.get("model name", name)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bf16 = "pays" if flags & {"avx512_bf16", "amx_bf16"} else "does not pay, as far as can be seen"
-    return (f"{name}, {usable} of {os.cpu_count()} processors, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}")  # fmt: skip
+    return (
+        f"{name}, {usable} of {os.cpu_count()} processors, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}"
+    )
 
 
 def gpu(index: int) -> str:

@@ -46,12 +46,19 @@ N_MEASURED = 10_000  # samples, at most, that a standard deviation along the pro
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="generator: checkpoint or exported model")
-    parser.add_argument("--latent", required=True, help="folder of latents, .npy [N, L, 512], or a projection by "
-                        "rosinality's (.pt) or NVIDIA's projector.py (.npz)")  # fmt: skip
+    parser.add_argument(
+        "--latent",
+        required=True,
+        help="folder of latents, .npy [N, L, 512], or a projection by "
+        "rosinality's (.pt) or NVIDIA's projector.py (.npz)",
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
     parser.add_argument("--size", type=int, help="image size, checked against the generator's")
-    parser.add_argument("--attribute", help="age (default), gender, smile ... of the scorer; or csv:FILE[:COLUMN], "
-                        "your labels of pictures that generate.py drew; with --boundary: what it moves")  # fmt: skip
+    parser.add_argument(
+        "--attribute",
+        help="age (default), gender, smile ... of the scorer; or csv:FILE[:COLUMN], "
+        "your labels of pictures that generate.py drew; with --boundary: what it moves",
+    )
     parser.add_argument("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | FILE.json")
     parser.add_argument("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels (published)")
     fit = parser.add_argument_group("boundary")
@@ -59,38 +66,73 @@ def build_parser() -> ArgumentParser:
     fit.add_argument("--num_sample", type=int, default=100_000, help="random samples to score")
     fit.add_argument("--batch_size", type=int, default=25, help="pictures at a time; changes no result on a CPU")
     fit.add_argument("--ratio", type=float, default=0.02, help="share of the samples at either end that are fitted on")
-    fit.add_argument("--fit", choices=FITS, default="ridge", help="svc: the published machine; svm: the same, faster; "
-                     "ridge: regression on all samples")  # fmt: skip
+    fit.add_argument(
+        "--fit",
+        choices=FITS,
+        default="ridge",
+        help="svc: the published machine; svm: the same, faster; ridge: regression on all samples",
+    )
     fit.add_argument("--balance", default="", help="attributes, comma-separated, that shall not differ at the two ends")
     fit.add_argument("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")
-    fit.add_argument("--noise", choices=NOISE_MODES, default="random", help="of the samples: random (published); none "
-                     "where noise hides from the scorer what the code says")  # fmt: skip
+    fit.add_argument(
+        "--noise",
+        choices=NOISE_MODES,
+        default="random",
+        help="of the samples: random (published); none where noise hides from the scorer what the code says",
+    )
     fit.add_argument("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
     fit.add_argument("--seed", type=int, default=0, help="first seed of the samples, and of the 70/30 split")
     edit = parser.add_argument_group("edit")
     edit.add_argument("--start_distance", type=float, default=-30, help="distance of the first frame")
     edit.add_argument("--end_distance", type=float, default=30, help="distance of the last frame")
     edit.add_argument("--steps", type=int, default=61, help="frames per face")
-    edit.add_argument("--distance", choices=("absolute", "relative"), default="absolute",
-                      help="absolute: from the boundary (published); relative: from the inversion itself")  # fmt: skip
-    edit.add_argument("--unit", choices=("latent", "std"), default="latent",
-                      help="of the distances: latent units, or standard deviations of the samples")  # fmt: skip
-    edit.add_argument("--at", type=float, nargs="+", metavar="DISTANCE",
-                      help="instead of a sweep one frame, this far along each boundary (one distance for all, or one "
-                           "each)")  # fmt: skip
+    edit.add_argument(
+        "--distance",
+        choices=("absolute", "relative"),
+        default="absolute",
+        help="absolute: from the boundary (published); relative: from the inversion itself",
+    )
+    edit.add_argument(
+        "--unit",
+        choices=("latent", "std"),
+        default="latent",
+        help="of the distances: latent units, or standard deviations of the samples",
+    )
+    edit.add_argument(
+        "--at",
+        type=float,
+        nargs="+",
+        metavar="DISTANCE",
+        help="instead of a sweep one frame, this far along each boundary (one distance for all, or one each)",
+    )
     edit.add_argument("--layers", default="", help="layers that move, such as 0-7 or 4,6 (default: all)")
-    edit.add_argument("--target", nargs="+", help="ATTRIBUTE=VALUE ...: one frame per face where the scorer sees that; "
-                      "several values with as many boundaries")  # fmt: skip
+    edit.add_argument(
+        "--target",
+        nargs="+",
+        help="ATTRIBUTE=VALUE ...: one frame per face where the scorer sees that; "
+        "several values with as many boundaries",
+    )
     edit.add_argument("--no_frames", action="store_true", help="strips and tables only")
     edit.add_argument("--video", choices=("none", "mp4", "gif", "webp"), default="none", help="a video per face")
     edit.add_argument("--fps", type=float, default=20, help="frames per second of the video")
-    edit.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto",
-                      help="network that says how alike each frame is to the inversion")  # fmt: skip
-    edit.add_argument("--perceptual", default="auto-up64",
-                      help="distance of each frame to the inversion: auto-up64, vgg, squeeze, scorer:NAME ... or none")
+    edit.add_argument(
+        "--identity",
+        choices=("auto", "none", *WEIGHTS),
+        default="auto",
+        help="network that says how alike each frame is to the inversion",
+    )
+    edit.add_argument(
+        "--perceptual",
+        default="auto-up64",
+        help="distance of each frame to the inversion: auto-up64, vgg, squeeze, scorer:NAME ... or none",
+    )
     edit.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32",
-                        help="of the generator's convolutions, in samples and frames")  # fmt: skip
+    parser.add_argument(
+        "--precision",
+        choices=list(DTYPES),
+        default="fp32",
+        help="of the generator's convolutions, in samples and frames",
+    )
     add_device_flags(parser)
     add_graphs_flag(parser, "the generator's forward passes of whole batches")
     return parser
@@ -119,8 +161,11 @@ def main(args) -> None:
             args.attribute = args.attribute or "age"
             boundaries = [make_boundary(args, generator, scorer, others, place)]
         shown = args.attribute if args.boundary and args.attribute else boundaries[0].attribute
-        judges = Judges(scorer, identity_or_none(args.identity, place.device, args.weights_dir),
-                        perceptual_or_none(args.perceptual, place.device, args.weights_dir))  # fmt: skip
+        judges = Judges(
+            scorer,
+            identity_or_none(args.identity, place.device, args.weights_dir),
+            perceptual_or_none(args.perceptual, place.device, args.weights_dir),
+        )
         rows = []
         mine = shard(len(source.names), place.rank, place.world_size)
         for i in tqdm(mine, desc="editing", unit="face", disable=None):
@@ -161,24 +206,41 @@ def make_boundary(args, generator, scorer, others, place) -> Boundary:
         ratio, balance = separable_ratio(scores), None
     else:
         seeds, name, ratio = range(args.seed, args.seed + args.num_sample), args.attribute, args.ratio
-        table = score_samples(generator, scorer, args.num_sample, folder=args.samples or args.output_dir / "samples",
-                              batch=args.batch_size, first=args.seed, noise=args.noise, place=place)  # fmt: skip
+        table = score_samples(
+            generator,
+            scorer,
+            args.num_sample,
+            folder=args.samples or args.output_dir / "samples",
+            batch=args.batch_size,
+            first=args.seed,
+            noise=args.noise,
+            place=place,
+        )
         balance = [scorer.column(other) for other in args.balance.split(",") if other]
         scores, balance = table[:, scorer.column(name)], table[:, balance] if balance else None
     boundary = None
     if place.is_main:
         codes = SampledCodes(generator, seeds)
         boundary = fit_boundary(
-            codes, scores, ratio=ratio, fit=args.fit, seed=args.seed, others=balance,
-            space="w" if generator.config.w_space else "w++", attribute=name, fingerprint=generator.fingerprint,
+            codes,
+            scores,
+            ratio=ratio,
+            fit=args.fit,
+            seed=args.seed,
+            others=balance,
+            space="w" if generator.config.w_space else "w++",
+            attribute=name,
+            fingerprint=generator.fingerprint,
             size=generator.config.size,
-        )  # fmt: skip
+        )
         shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
         if others:
             boundary, shown = orthogonalise(boundary, others, codes), f"{shown} before the projection"
         path = boundary.save(args.output_dir / f"boundary-{name}.npz")
-        print(f"{path}: {args.fit} on {len(seeds)} samples, accuracy {shown}; "
-              f"one standard deviation is {boundary.std:.3g}")  # fmt: skip
+        print(
+            f"{path}: {args.fit} on {len(seeds)} samples, accuracy {shown}; "
+            f"one standard deviation is {boundary.std:.3g}"
+        )
     return broadcast_object(boundary)
 
 
@@ -201,11 +263,24 @@ def edit_face(args, generator, source, i, boundaries, judges, attribute, layers)
         name = f"origin_{i}_edit_{j}_{attribute}_{captions[j + 1]}.png"
         if not args.no_frames:
             save_image(frame, args.output_dir / "frames" / name)
-        rows.append({"image": source.names[i], "origin": i, "edit": j, "distance": round(float(distances[j, 0]), 4),
-                     "frame": name, **{n: round(float(s), 4) for n, s in zip(names, score, strict=True)},
-                     **{what: "" if values is None else round(float(values[j + 1]), 4) for what, values in
-                        (("identity", found.identity), ("perceptual", found.perceptual), ("change", found.change))},
-                     })  # fmt: skip
+        rows.append(
+            {
+                "image": source.names[i],
+                "origin": i,
+                "edit": j,
+                "distance": round(float(distances[j, 0]), 4),
+                "frame": name,
+                **{n: round(float(s), 4) for n, s in zip(names, score, strict=True)},
+                **{
+                    what: "" if values is None else round(float(values[j + 1]), 4)
+                    for what, values in (
+                        ("identity", found.identity),
+                        ("perceptual", found.perceptual),
+                        ("change", found.change),
+                    )
+                },
+            }
+        )
     if len(frames) == 2:  # one picture per face keeps the face's name: align_faces.py --paste_back finds it by that
         for folder, frame in zip(("unedited", "edited"), frames, strict=True):
             save_image(frame, args.output_dir / folder / f"{source.names[i]}.png")
@@ -221,9 +296,19 @@ def reach_targets(args, generator, code, noise, condition, boundaries, scorer, l
         for k, (name, value) in targets.items():
             rest = [0.0 if i == k else distance for i, distance in enumerate(found)]
             (start,) = edit_codes(code, boundaries, [rest], layers=layers)
-            found[k], _ = reach(generator, start, noise, boundaries[k], scorer, scorer.column(name), value,
-                                limit=6 * boundaries[k].std, near=tolerance(scorer, name), layers=layers,
-                                condition=condition)  # fmt: skip
+            found[k], _ = reach(
+                generator,
+                start,
+                noise,
+                boundaries[k],
+                scorer,
+                scorer.column(name),
+                value,
+                limit=6 * boundaries[k].std,
+                near=tolerance(scorer, name),
+                layers=layers,
+                condition=condition,
+            )
     return found
 
 

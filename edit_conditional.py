@@ -48,24 +48,38 @@ PER_SHEET = 8  # columns
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py --condition, or its export")
-    parser.add_argument("--source", required=True, nargs="+", metavar="PATH",
-                        help="faces to edit: folder, files or LMDB; or latents: a folder or a .npy")  # fmt: skip
+    parser.add_argument(
+        "--source",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="faces to edit: folder, files or LMDB; or latents: a folder or a .npy",
+    )
     parser.add_argument("--reference", nargs="+", metavar="PATH", help="faces that lend their attributes")
     parser.add_argument("--set", metavar="NAME=NUMBER,...", help="numbers instead, such as smile=1,age=60")
     parser.add_argument("--attributes", help="which ones a reference lends, with commas between (default: all)")
-    parser.add_argument("--paired", action="store_true", help="first source with first reference ... (default: each "
-                                                              "with each)")  # fmt: skip
-    parser.add_argument("--start", choices=("source", "inversion"), default="source",
-                        help="whose attributes an edit starts from: the source's, or, where the inversion has lost "
-                             "them, those that are read in it (codes without recorded attributes: always)")  # fmt: skip
+    parser.add_argument(
+        "--paired", action="store_true", help="first source with first reference ... (default: each with each)"
+    )
+    parser.add_argument(
+        "--start",
+        choices=("source", "inversion"),
+        default="source",
+        help="whose attributes an edit starts from: the source's, or, where the inversion has lost "
+        "them, those that are read in it (codes without recorded attributes: always)",
+    )
     parser.add_argument("--steps", type=int, default=2, help="frames, from the inversion to --strength")
     parser.add_argument("--strength", type=float, default=1.0, help="1: the attributes asked for; above: beyond them")
     parser.add_argument("--output_dir", type=Path, default=Path("cast"), help="folder of the results; made when absent")
     judges = parser.add_argument_group("networks that read and compare")
     judges.add_argument("--scorer", help="the one that the generator was trained with, if it is elsewhere now")
     judges.add_argument("--eval_scorer", help="a second one for the table, such as face-scorer-eval")
-    judges.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto",
-                        help="how alike each frame is to the inversion")  # fmt: skip
+    judges.add_argument(
+        "--identity",
+        choices=("auto", "none", *WEIGHTS),
+        default="auto",
+        help="how alike each frame is to the inversion",
+    )
     judges.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     project = parser.add_argument_group("inversion of pictures", "see projector.py")
     add_align_flag(project)
@@ -106,8 +120,9 @@ def is_latents(paths) -> bool:
 
 def open_aligned(args, paths, size: int, folder: Path, place):
     """Sources or references. Raises UserError where --paired would pair others for a photo that gave no face."""
-    pictures = open_faces(paths, size, folder, align=args.align, place=place, fit=args.fit,
-                          weights_dir=args.weights_dir)  # fmt: skip
+    pictures = open_faces(
+        paths, size, folder, align=args.align, place=place, fit=args.fit, weights_dir=args.weights_dir
+    )
     if args.paired and pictures.left_out:
         photo, reason = next(iter(pictures.left_out.items()))
         raise UserError(f"--paired: {photo} cannot take part ({reason}): leave it out with its partner")
@@ -130,10 +145,19 @@ def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
         raise UsageError(f"--{error}".replace("--steps", "--step")) from None
     perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
     by = {"perceptual": perceptual.name, "identity": identity and identity.name}
-    depends = asdict(settings) | by | {
-        "space": space, "generator": generator.fingerprint, "size": config.size, "fit": args.fit, "seed": args.seed,
-        "mean_samples": args.mean_samples, "attributes": reader.names,
-    }  # fmt: skip
+    depends = (
+        asdict(settings)
+        | by
+        | {
+            "space": space,
+            "generator": generator.fingerprint,
+            "size": config.size,
+            "fit": args.fit,
+            "seed": args.seed,
+            "mean_samples": args.mean_samples,
+            "attributes": reader.names,
+        }
+    )
     store = Store(args.output_dir / "inverted", depends, overwrite=args.overwrite, main=place.is_main)
     barrier()
     statistics = broadcast_object(store.statistics(generator, args.mean_samples) if place.is_main else None)
@@ -141,14 +165,35 @@ def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
     def own(image):  # alone, so that its company does not matter
         return reader.read(image.to(place.device))[0]
 
-    work = Shard(generator, pictures, store, place, settings=settings, space=space, perceptual=perceptual,
-                 identity=identity, seed=args.seed, start=lambda _, image: {"condition": own(image[None])})  # fmt: skip
+    work = Shard(
+        generator,
+        pictures,
+        store,
+        place,
+        settings=settings,
+        space=space,
+        perceptual=perceptual,
+        identity=identity,
+        seed=args.seed,
+        start=lambda _, image: {"condition": own(image[None])},
+    )
     work.run(args.batch, statistics, torch.float32)
     reports = gather_list(work.report())
     if place.is_main:
-        conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by,
-                 about=lambda done: {CONDITION: {"attributes": reader.names, "values":
-                                     [own(read_picture(pictures, i)).tolist() for i in done]}})  # fmt: skip
+        conclude(
+            store,
+            pictures,
+            reports,
+            space=space,
+            fingerprint=generator.fingerprint,
+            by=by,
+            about=lambda done: {
+                CONDITION: {
+                    "attributes": reader.names,
+                    "values": [own(read_picture(pictures, i)).tolist() for i in done],
+                }
+            },
+        )
     barrier()
     return store.folder
 
@@ -222,19 +267,34 @@ class Editor:
         names = self.known.attributes
         frames = render_path(self.generator, face, condition_path(face, target, self.ts))
         found = judge(self.judges, frames)
-        columns = {"asked": asked(face, target, self.ts).numpy() * np.array(self.known.units),
-                   "read": columns_of(self.judges.scorer, found.scores, names)}  # fmt: skip
+        columns = {
+            "asked": asked(face, target, self.ts).numpy() * np.array(self.known.units),
+            "read": columns_of(self.judges.scorer, found.scores, names),
+        }
         if self.evaluator is not None:
             columns["eval"] = columns_of(self.evaluator, score_frames(self.evaluator, frames), names)
         rows = []
         for j, (t, frame) in enumerate(zip(self.ts, frames, strict=True)):
             name = f"origin_{i}_{target.label}_{j}.png"
             save_image(frame, self.args.output_dir / "frames" / name)
-            values = {f"{kind}_{n}": round(float(value), 4) for kind, table in columns.items()
-                      for n, value in zip(names, table[j], strict=True)}  # fmt: skip
+            values = {
+                f"{kind}_{n}": round(float(value), 4)
+                for kind, table in columns.items()
+                for n, value in zip(names, table[j], strict=True)
+            }
             alike = "" if found.identity is None else round(float(found.identity[j]), 4)
-            rows.append({"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4), "frame": name,
-                         **values, "identity": alike, "change": round(float(found.change[j]), 4)})  # fmt: skip
+            rows.append(
+                {
+                    "image": face.name,
+                    "origin": i,
+                    "target": target.name,
+                    "t": round(float(t), 4),
+                    "frame": name,
+                    **values,
+                    "identity": alike,
+                    "change": round(float(found.change[j]), 4),
+                }
+            )
         if self.single:
             for folder, frame in (("unedited", frames[0]), ("edited", frames[-1])):
                 save_image(frame, self.args.output_dir / folder / f"{face.name}.png")
@@ -269,8 +329,11 @@ def write_sheets(folder: Path, columns: list[Column], paired: bool) -> None:
     for column in columns:
         groups.setdefault("paired" if paired else column.target.label, []).append(column)
     for label, group in groups.items():
-        kinds = [kind for kind in ("original", "reference", "inverted", "edited")
-                 if all(kind in column.captions for column in group)]  # fmt: skip
+        kinds = [
+            kind
+            for kind in ("original", "reference", "inverted", "edited")
+            if all(kind in column.captions for column in group)
+        ]
         for start in range(0, len(group), PER_SHEET):
             block = group[start : start + PER_SHEET]
             sheet = transfer_sheet([[column.cell(kind) for column in block] for kind in kinds])
@@ -309,8 +372,14 @@ def main(args) -> int:
         folder = folder.parent if folder.suffix == ".npy" else folder
         mine = shard(len(source.names), place.rank, place.world_size)
         pairs = pair_up(len(source.names), targets, args.paired)
-        editor = Editor(args, generator, known, Judges(reader.scorer, identity), evaluator,
-                        single=len({i for i, _ in pairs}) == len(pairs))  # fmt: skip
+        editor = Editor(
+            args,
+            generator,
+            known,
+            Judges(reader.scorer, identity),
+            evaluator,
+            single=len({i for i, _ in pairs}) == len(pairs),
+        )
         wanted: dict[int, list[tuple[int, Target]]] = {}
         for number, (i, target) in enumerate(pairs):
             wanted.setdefault(i, []).append((number, target))
@@ -322,14 +391,24 @@ def main(args) -> int:
         if place.is_main:
             write_table(args.output_dir / "edits.csv", [row for _, rows, _ in done for row in rows])
             frames = args.output_dir / "frames"
-            columns = [Column(pairs[number][1], {"original": original_file(folder, pairs[number][0]),
-                                                 "inverted": frames / rows[0]["frame"],
-                                                 "edited": frames / rows[-1]["frame"]}, captions)
-                       for number, rows, captions in done]  # fmt: skip
+            columns = [
+                Column(
+                    pairs[number][1],
+                    {
+                        "original": original_file(folder, pairs[number][0]),
+                        "inverted": frames / rows[0]["frame"],
+                        "edited": frames / rows[-1]["frame"],
+                    },
+                    captions,
+                )
+                for number, rows, captions in done
+            ]
             write_sheets(args.output_dir, columns, args.paired)
             last = [rows[-1] for _, rows, _ in done]
-            print(f"{args.output_dir}: {len(source.names)} faces, {len(pairs)} edits at strength {args.strength:g}: "
-                  f"{summary(last, targets, known.attributes)}")  # fmt: skip
+            print(
+                f"{args.output_dir}: {len(source.names)} faces, {len(pairs)} edits at strength {args.strength:g}: "
+                f"{summary(last, targets, known.attributes)}"
+            )
     finally:
         shutdown()
     return 0

@@ -64,48 +64,100 @@ def build_parser() -> ArgumentParser:
 
     what = parser.add_argument_group("what to render")
     what.add_argument("--seeds", help=f"such as 7 or 0-35,40; {DEFAULT_SEEDS} unless something else is asked for")
-    what.add_argument("--latents", metavar="FOLDER|FILE", help="render saved latents (also .npy, rosinality's .pt, "
-                      "NVIDIA's projected_w.npz), with their saved noise, instead")  # fmt: skip
-    what.add_argument("--truncation", "--trunc", type=float, default=1.0, metavar="PSI",
-                      help="w = mean + psi (w - mean), per token; 1: none, 0: the mean picture")  # fmt: skip
+    what.add_argument(
+        "--latents",
+        metavar="FOLDER|FILE",
+        help="render saved latents (also .npy, rosinality's .pt, "
+        "NVIDIA's projected_w.npz), with their saved noise, instead",
+    )
+    what.add_argument(
+        "--truncation",
+        "--trunc",
+        type=float,
+        default=1.0,
+        metavar="PSI",
+        help="w = mean + psi (w - mean), per token; 1: none, 0: the mean picture",
+    )
     what.add_argument("--truncation_mean", type=int, default=10_000, metavar="N", help="samples for the mean of w")
-    what.add_argument("--noise", choices=NOISE_MODES,
-                      help="const: the maps stored in the generator; random: drawn for each picture from its seed; "
-                           "none: zeros; default const, for --latents what they were saved with")  # fmt: skip
-    what.add_argument("--set", metavar="NAME=NUMBER,...",
-                      help="attributes of a conditional generator, such as smile=1; the others as they were saved, or "
-                           "the means of the training images (without --set: 0.5)")  # fmt: skip
+    what.add_argument(
+        "--noise",
+        choices=NOISE_MODES,
+        help="const: the maps stored in the generator; random: drawn for each picture from its seed; "
+        "none: zeros; default const, for --latents what they were saved with",
+    )
+    what.add_argument(
+        "--set",
+        metavar="NAME=NUMBER,...",
+        help="attributes of a conditional generator, such as smile=1; the others as they were saved, or "
+        "the means of the training images (without --set: 0.5)",
+    )
     what.add_argument("--noise_seed", type=int, help="another value, other maps of --noise random; default 0")
 
     modes = parser.add_argument_group("mixing and interpolation")
-    modes.add_argument("--mix", nargs=2, metavar=("ROWS", "COLS"),
-                       help="one sheet: every row's code with layers of every column's; two lists of seeds, or, with "
-                            "--latents, of positions from 0")  # fmt: skip
-    modes.add_argument("--mix_layers", default="0-3", metavar="RANGE",
-                       help="layers (tokens of w) taken from the columns: 0-3 is coarse, pose and shape")  # fmt: skip
-    modes.add_argument("--interpolate", nargs="?", const="w", choices=("w", "z"),
-                       help="closed loop through the seeds or latents: straight in w, or spherical in z")  # fmt: skip
+    modes.add_argument(
+        "--mix",
+        nargs=2,
+        metavar=("ROWS", "COLS"),
+        help="one sheet: every row's code with layers of every column's; two lists of seeds, or, with "
+        "--latents, of positions from 0",
+    )
+    modes.add_argument(
+        "--mix_layers",
+        default="0-3",
+        metavar="RANGE",
+        help="layers (tokens of w) taken from the columns: 0-3 is coarse, pose and shape",
+    )
+    modes.add_argument(
+        "--interpolate",
+        nargs="?",
+        const="w",
+        choices=("w", "z"),
+        help="closed loop through the seeds or latents: straight in w, or spherical in z",
+    )
     modes.add_argument("--video", help="where: .mp4, .gif or .webp; default OUTPUT_DIR/interpolation.mp4")
     modes.add_argument("--frames", type=int, default=60, help="frames from one seed to the next")
     modes.add_argument("--fps", type=float, default=30, help="frames per second")
 
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", "--outdir", default="generated", help="folder of the pictures; made when absent")
-    out.add_argument("--grid", nargs="?", type=int, const=0, metavar="NROW",
-                     help="also one sheet of all pictures, grid.png, NROW per row (default: a square)")  # fmt: skip
-    out.add_argument("--save_latents", nargs="?", const="", metavar="FOLDER",
-                     help="also save the w codes drawn, for --latents; default OUTPUT_DIR/latents")  # fmt: skip
-    out.add_argument("--export", metavar="FILE", help="write the EMA generator with its config as .safetensors; "
-                                                      "renders nothing unless --seeds or the like asks")  # fmt: skip
+    out.add_argument(
+        "--grid",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="NROW",
+        help="also one sheet of all pictures, grid.png, NROW per row (default: a square)",
+    )
+    out.add_argument(
+        "--save_latents",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="also save the w codes drawn, for --latents; default OUTPUT_DIR/latents",
+    )
+    out.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write the EMA generator with its config as .safetensors; renders nothing unless --seeds or the like asks",
+    )
     out.add_argument("--half", action="store_true", help="export in 16 bits: half the file, a fingerprint of its own")
-    out.add_argument("--base", metavar="FILE",
-                     help="an export in the same folder, whose equal tensors are left out: for a --light conditional "
-                          "generator that was made from it")  # fmt: skip
-    out.add_argument("--with_d", action="store_true",
-                     help="export the discriminator too (FILE-d.safetensors), with which train.py --init_from goes on")
-    out.add_argument("--batch", type=int, default=8,
-                     help="pictures per forward pass on a GPU; a CPU computes each alone, so that the batch cannot "
-                          "change it")  # fmt: skip
+    out.add_argument(
+        "--base",
+        metavar="FILE",
+        help="an export in the same folder, whose equal tensors are left out: for a --light conditional "
+        "generator that was made from it",
+    )
+    out.add_argument(
+        "--with_d",
+        action="store_true",
+        help="export the discriminator too (FILE-d.safetensors), with which train.py --init_from goes on",
+    )
+    out.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        help="pictures per forward pass on a GPU; a CPU computes each alone, so that the batch cannot change it",
+    )
     out.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
     add_device_flags(parser)
     add_graphs_flag(parser, "the forward passes of whole batches")
@@ -145,15 +197,20 @@ def read_options(args) -> Task:
         ("--latents", "--seeds", args.latents and args.seeds is not None),
         ("--latents", "--save_latents", args.latents and args.save_latents is not None),
         ("--latents", "--interpolate z (their z is not known)", args.latents and args.interpolate == "z"),
-        ("--grid and --save_latents", "--mix and --interpolate",
-         (args.mix or args.interpolate) and (args.grid is not None or args.save_latents is not None)),
-    ):  # fmt: skip
+        (
+            "--grid and --save_latents",
+            "--mix and --interpolate",
+            (args.mix or args.interpolate) and (args.grid is not None or args.save_latents is not None),
+        ),
+    ):
         if wrong:
             raise UsageError(f"{flag} cannot be used with {other}")
-    for flag, needed, wrong in (("--video", "--interpolate", args.video and not args.interpolate),
-                                ("--half", "--export", args.half and not args.export),
-                                ("--base", "--export", args.base and not args.export),
-                                ("--with_d", "--export", args.with_d and not args.export)):  # fmt: skip
+    for flag, needed, wrong in (
+        ("--video", "--interpolate", args.video and not args.interpolate),
+        ("--half", "--export", args.half and not args.export),
+        ("--base", "--export", args.base and not args.export),
+        ("--with_d", "--export", args.with_d and not args.export),
+    ):
         if wrong:
             raise UsageError(f"{flag} is for {needed}")
     return _read_task(args)
@@ -214,8 +271,15 @@ def write_pictures(generator, source: Source, place: Distributed, *, folder, gri
         print(f"{save_grid(pictures, folder / 'grid.png', nrow=grid or math.ceil(len(pictures) ** 0.5))}: the sheet")
     if latents_folder is not None:
         latents, config = np.stack(sum(kept_codes, [])), generator.config
-        save_latents(latents_folder, latents, names=source.names, space=config.space, size=config.size,
-                     fingerprint=generator.fingerprint, extra=record(source))  # fmt: skip
+        save_latents(
+            latents_folder,
+            latents,
+            names=source.names,
+            space=config.space,
+            size=config.size,
+            fingerprint=generator.fingerprint,
+            extra=record(source),
+        )
         print(f"{latents_folder}: their w codes, for --latents")
 
 
@@ -250,8 +314,10 @@ def write_mixture(generator, source: Source, place, *, rows, columns, layers, pa
     if place.is_main:
         margin, cells = pictures[: len(points)], pictures[len(points) :]
         save_image(mixing_sheet(margin[: len(rows)], margin[len(rows) :], cells), path)
-        print(f"{path}: {len(rows)} x {len(columns)} mixtures, layers {layers} of the upper margin, the others and the "
-              "noise of the left one")  # fmt: skip
+        print(
+            f"{path}: {len(rows)} x {len(columns)} mixtures, layers {layers} of the upper margin, the others and the "
+            "noise of the left one"
+        )
 
 
 def write_loop(generator, source: Source, place, *, z, truncation, mean, frames, path, fps, **settings) -> None:
@@ -368,20 +434,44 @@ def main(args) -> int:
         if args.latents:
             source = latents_source(generator, args.latents, **trunc, noise=args.noise, noise_seed=args.noise_seed)
         else:
-            source = seed_source(generator, task.seeds, **trunc, noise=args.noise or "const",
-                                 noise_seed=args.noise_seed or 0, batch=args.batch)  # fmt: skip
+            source = seed_source(
+                generator,
+                task.seeds,
+                **trunc,
+                noise=args.noise or "const",
+                noise_seed=args.noise_seed or 0,
+                batch=args.batch,
+            )
         source = ask_for(source, args)
         if task.kind == "mix":
-            write_mixture(generator, source, place, rows=task.rows, columns=task.columns, layers=layers,
-                          path=folder / "mix.png", **settings)  # fmt: skip
+            write_mixture(
+                generator,
+                source,
+                place,
+                rows=task.rows,
+                columns=task.columns,
+                layers=layers,
+                path=folder / "mix.png",
+                **settings,
+            )
         elif task.kind == "loop":
             z = list(seeded_z(generator, task.seeds)) if args.interpolate == "z" else None
-            write_loop(generator, source, place, z=z, **trunc, frames=args.frames, fps=args.fps,
-                       path=Path(args.video or folder / "interpolation.mp4"), **settings)  # fmt: skip
+            write_loop(
+                generator,
+                source,
+                place,
+                z=z,
+                **trunc,
+                frames=args.frames,
+                fps=args.fps,
+                path=Path(args.video or folder / "interpolation.mp4"),
+                **settings,
+            )
         else:
             latents_folder = None if args.save_latents is None else Path(args.save_latents or folder / "latents")
-            write_pictures(generator, source, place, folder=folder, grid=args.grid, latents_folder=latents_folder,
-                           **settings)  # fmt: skip
+            write_pictures(
+                generator, source, place, folder=folder, grid=args.grid, latents_folder=latents_folder, **settings
+            )
     finally:
         shutdown()
     return 0

@@ -171,9 +171,7 @@ def build_mapping(config) -> nn.Sequential:
     if config.independent:
         return nn.Sequential(PixelNorm(), *(TokenLinear(config.n_tokens, dim, lr) for _ in range(config.n_mlp)))
     first = dim + config.n_tokens
-    return nn.Sequential(
-        PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp))
-    )
+    return nn.Sequential(PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,6 +301,12 @@ class ResBlock(nn.Module):
 
     def forward(self, x):  # [N, C, H, W] -> [N, C', H/2, W/2]
         (conv, activate), (blur, down, activate_down) = self.conv1, self.conv2
-        out = act_blur(conv(x), activate.bias, blur.kernel, pad=blur.pad,
-                       negative_slope=activate.negative_slope, scale=activate.scale)  # [N, C, H+1, W+1] # fmt: skip
+        out = act_blur(
+            conv(x),
+            activate.bias,
+            blur.kernel,
+            pad=blur.pad,
+            negative_slope=activate.negative_slope,
+            scale=activate.scale,
+        )  # [N, C, H+1, W+1]
         return activate_down(down(out)) + self.skip(x)

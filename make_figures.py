@@ -32,25 +32,41 @@ from pSp.psp import load_psp
 
 ROOT = Path(__file__).resolve().parent
 FIGURES = {
-    "inversion": inversion_plate, "age": strip_plate("age"), "gender": strip_plate("gender"),
-    "smile": strip_plate("smile"), "spaces": spaces_plate, "similarity": attention_plate, "mixing": mixing_plate,
-    "expressions": requests_plate, "transfer": transfer_plate,
-}  # fmt: skip
+    "inversion": inversion_plate,
+    "age": strip_plate("age"),
+    "gender": strip_plate("gender"),
+    "smile": strip_plate("smile"),
+    "spaces": spaces_plate,
+    "similarity": attention_plate,
+    "mixing": mixing_plate,
+    "expressions": requests_plate,
+    "transfer": transfer_plate,
+}
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-64.safetensors",
-                        help="W++ generator")  # fmt: skip
+    parser.add_argument(
+        "--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-64.safetensors", help="W++ generator"
+    )
     parser.add_argument("--encoder", type=Path, help="pSp encoder for it (default: face-psp-SIZE beside it, if any)")
     parser.add_argument("--w_ckpt", type=Path, help="W generator (default: face-w-SIZE beside it, if any)")
     parser.add_argument("--cgan", type=Path, help="conditional generator, any size (default: face-cgan-SIZE beside it)")
-    parser.add_argument("--boundaries", type=Path, default=ROOT / "checkpoints", help="folder of boundary files (.npz);"
-                        " for a W generator without one it is fitted anew")  # fmt: skip
-    parser.add_argument("--scorer", default="face-scorer", help="what reads attributes: face-scorer, face-scorer-eval, "
-                        "FILE.safetensors")  # fmt: skip
-    parser.add_argument("--perceptual", default="auto", help="distance that is minimised and shown: vgg, squeeze, "
-                        "scorer:NAME ...; auto: LPIPS if its weights are here, else of face-scorer")  # fmt: skip
+    parser.add_argument(
+        "--boundaries",
+        type=Path,
+        default=ROOT / "checkpoints",
+        help="folder of boundary files (.npz); for a W generator without one it is fitted anew",
+    )
+    parser.add_argument(
+        "--scorer", default="face-scorer", help="what reads attributes: face-scorer, face-scorer-eval, FILE.safetensors"
+    )
+    parser.add_argument(
+        "--perceptual",
+        default="auto",
+        help="distance that is minimised and shown: vgg, squeeze, "
+        "scorer:NAME ...; auto: LPIPS if its weights are here, else of face-scorer",
+    )
     parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     parser.add_argument("--seeds", default="4,41", help="of the drawn faces")
     parser.add_argument("--step", type=int, default=300, help="optimisation steps of every inversion")
@@ -79,15 +95,23 @@ def read_lab(args) -> Lab:
     if twin:
         twin = load_tools(twin, device, args.boundaries)
         if not twin.generator.config.w_space or twin.size != tools.size:
-            raise UserError(f"--w_ckpt {twin.ckpt} draws {twin.size} pixels from {twin.generator.config.space}: "
-                            f"expected {tools.size} pixels from w")  # fmt: skip
+            raise UserError(
+                f"--w_ckpt {twin.ckpt} draws {twin.size} pixels from {twin.generator.config.space}: "
+                f"expected {tools.size} pixels from w"
+            )
     cgan = args.cgan or beside(args.ckpt, "cgan")
     perceptual = perceptual_or_none(args.perceptual, device, args.weights_dir)
     if perceptual is None:
         perceptual = build_perceptual("scorer:face-scorer", device, args.weights_dir)
-    return Lab(tools, load_scorer(args.scorer, device, weights_dir=args.weights_dir), perceptual,
-               seeds=parse_seeds(args.seeds), steps=args.step, twin=twin or None,
-               cgan=load_conditional(cgan, device, args.weights_dir) if cgan else None)  # fmt: skip
+    return Lab(
+        tools,
+        load_scorer(args.scorer, device, weights_dir=args.weights_dir),
+        perceptual,
+        seeds=parse_seeds(args.seeds),
+        steps=args.step,
+        twin=twin or None,
+        cgan=load_conditional(cgan, device, args.weights_dir) if cgan else None,
+    )
 
 
 def main(args) -> int:

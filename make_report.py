@@ -19,25 +19,51 @@ from common.cli import ArgumentParser, UserError, leave, run
 
 SECTIONS = (  # title, a sentence, patterns of pictures, table
     ("Faces by seed", "Drawn by the bundled W++ generator, truncation 0.8.", ["1-*.png", "2-*.png", "3-*.gif"], None),
-    ("Photo and faces, aligned", "Photographs as they come become crops in FFHQ's framing.",
-     ["photos/*.png", "aligned/aligned/*.png"], None),
-    ("Inversion", "Original, difference and reconstruction: encoder start, then optimised.", ["inverted/sheet_*.png"],
-     "inverted/reconstruction.csv"),
-    ("Age", "Each row one face: the inversion, then from young to old; below, the age that the scorer sees.",
-     ["edits/age/strips/*.png", "edits/age/videos/*"], "edits/age/edits.csv"),
-    ("Gender", "From female to male; below, the scorer's probability of male.", ["edits/gender/strips/*.png"],
-     "edits/gender/edits.csv"),
+    (
+        "Photo and faces, aligned",
+        "Photographs as they come become crops in FFHQ's framing.",
+        ["photos/*.png", "aligned/aligned/*.png"],
+        None,
+    ),
+    (
+        "Inversion",
+        "Original, difference and reconstruction: encoder start, then optimised.",
+        ["inverted/sheet_*.png"],
+        "inverted/reconstruction.csv",
+    ),
+    (
+        "Age",
+        "Each row one face: the inversion, then from young to old; below, the age that the scorer sees.",
+        ["edits/age/strips/*.png", "edits/age/videos/*"],
+        "edits/age/edits.csv",
+    ),
+    (
+        "Gender",
+        "From female to male; below, the scorer's probability of male.",
+        ["edits/gender/strips/*.png"],
+        "edits/gender/edits.csv",
+    ),
     ("Smile", "Below, the scorer's probability of a smile.", ["edits/smile/strips/*.png"], "edits/smile/edits.csv"),
-    ("Another expression", "Original, inversion, and with the attributes asked for.", ["expression/sheets/*.png"],
-     "expression/edits.csv"),
-    ("Expression transfer", "The astronaut's smile, eyes and mouth on the other faces.", ["transfer/sheets/*.png"],
-     "transfer/edits.csv"),
+    (
+        "Another expression",
+        "Original, inversion, and with the attributes asked for.",
+        ["expression/sheets/*.png"],
+        "expression/edits.csv",
+    ),
+    (
+        "Expression transfer",
+        "The astronaut's smile, eyes and mouth on the other faces.",
+        ["transfer/sheets/*.png"],
+        "transfer/edits.csv",
+    ),
     ("Pasted back", "The edited face in its photo.", ["pasted/*.png"], None),
     ("Training", "A short training on drawn faces, stopped and resumed.", ["4-*.png", "5-*.png"], None),
-)  # fmt: skip
-STYLE = ("body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{image-rendering:pixelated;"
-         "max-width:100%;margin:.2em}table{border-collapse:collapse}td,th{padding:.1em .8em;text-align:right}"
-         "th{border-bottom:1px solid #999}")  # fmt: skip
+)
+STYLE = (
+    "body{font:16px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em}img{image-rendering:pixelated;"
+    "max-width:100%;margin:.2em}table{border-collapse:collapse}td,th{padding:.1em .8em;text-align:right}"
+    "th{border-bottom:1px solid #999}"
+)
 
 
 def build_parser() -> ArgumentParser:
@@ -68,8 +94,10 @@ def table_of(path: Path) -> str:
     for label, reduce in (("smallest", min), ("mean", mean), ("largest", max)):
         rows.append((label, *(f"{reduce(values):.3g}" for values in columns.values())))
     cells = [[html.escape(str(cell)) for cell in row] for row in rows]
-    lines = ["<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>"
-             for row, tag in zip(cells, ["th", *["td"] * 3], strict=True)]  # fmt: skip
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>"
+        for row, tag in zip(cells, ["th", *["td"] * 3], strict=True)
+    ]
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -81,8 +109,11 @@ def section(folder: Path, title: str, sentence: str, patterns: list[str], table:
     shown = []
     for file in files:
         name = quote(file.relative_to(folder).as_posix())
-        shown.append(f'<video controls loop src="{name}"></video>' if file.suffix == ".mp4"
-                     else f'<img src="{name}" alt="{html.escape(file.stem)}">')  # fmt: skip
+        shown.append(
+            f'<video controls loop src="{name}"></video>'
+            if file.suffix == ".mp4"
+            else f'<img src="{name}" alt="{html.escape(file.stem)}">'
+        )
     numbers = table_of(folder / table) if table and (folder / table).is_file() else ""
     return f"<h2>{html.escape(title)}</h2><p>{html.escape(sentence)}</p>{''.join(shown)}{numbers}"
 
@@ -93,8 +124,10 @@ def main(args) -> int:
     parts = [section(args.folder, *parts) for parts in SECTIONS]
     if not any(parts):
         raise UserError(f"{args.folder} holds no results of the stages: `make demo` writes some")
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>W++ faces</title><style>{STYLE}</style>'
-            f"<h1>W++ faces</h1>{''.join(parts)}</html>")  # fmt: skip
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>W++ faces</title><style>{STYLE}</style>'
+        f"<h1>W++ faces</h1>{''.join(parts)}</html>"
+    )
     with atomic_write(args.folder / "report.html") as file:
         file.write(page.encode())
     print(args.folder / "report.html")

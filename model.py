@@ -147,8 +147,10 @@ class Generator(nn.Module):
             return self.style(z)[:, None].expand(-1, config.n_tokens, -1)
         if z.shape[1:] != (config.n_tokens, config.style_dim):
             vector = f"[N, {config.style_dim}] or " if config.w_space else ""
-            raise ValueError(f"{config.space.upper()} at size {config.size} maps z {vector}"
-                             f"[N, {config.n_tokens}, {config.style_dim}], got {list(z.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{config.space.upper()} at size {config.size} maps z {vector}"
+                f"[N, {config.n_tokens}, {config.style_dim}], got {list(z.shape)}"
+            )
         if not config.has_attention:
             return self.style(z)
         x = self.tokens(z)
@@ -234,8 +236,10 @@ class Generator(nn.Module):
         if latent.ndim == 2:
             latent = latent[:, None].expand(-1, config.n_tokens, -1)
         if latent.shape[1:] != (config.n_tokens, config.style_dim):
-            raise ValueError(f"this generator ({config.space}, {config.size} px) takes codes "
-                             f"[N, {config.n_tokens}, {config.style_dim}], got {list(latent.shape)}")  # fmt: skip
+            raise ValueError(
+                f"this generator ({config.space}, {config.size} px) takes codes "
+                f"[N, {config.n_tokens}, {config.style_dim}], got {list(latent.shape)}"
+            )
         if truncation != 1:
             if truncation_latent is None:
                 raise ValueError("truncation needs truncation_latent = generator.mean_latent(n)")
@@ -245,8 +249,7 @@ class Generator(nn.Module):
         sides = [config.noise_size(i) for i in range(config.n_noise)]
         given = [None if n is None else n.shape[-1] for n in noise]
         if len(given) != len(sides) or any(g not in (None, side) for g, side in zip(given, sides, strict=True)):
-            raise ValueError(f"noise must be {len(sides)} maps [N or 1, 1, r, r] with r = {sides}, "
-                             f"got {given}")  # fmt: skip
+            raise ValueError(f"noise must be {len(sides)} maps [N or 1, 1, r, r] with r = {sides}, got {given}")
         code = self.add_condition(latent, condition)  # [N, L, 512 + condition_dim]
 
         x = self.input.input.to(dtype or self.compute_dtype).expand(latent.shape[0], -1, -1, -1)
@@ -298,9 +301,7 @@ class Discriminator(nn.Module):
             width, resolution = out, resolution // 2
         self.convs = nn.Sequential(*layers)
         self.final_conv = ConvLayer(width + 1, width, 3)
-        self.final_linear = nn.Sequential(
-            EqualLinear(width * 16, width, activation=True), EqualLinear(width, 1)
-        )
+        self.final_linear = nn.Sequential(EqualLinear(width * 16, width, activation=True), EqualLinear(width, 1))
 
     def features(self, images, dtype=None):
         """The activations before the minibatch statistic, [N, C, 4, 4]."""
@@ -352,9 +353,16 @@ def infer_config(state: dict) -> GeneratorConfig:
     rules = [(2, 0), *((product / 16384, 0) for product in falling), *((2, product) for product in falling)]
     for multiplier, base in rules:
         config = GeneratorConfig(
-            size, style_dim, n_mlp, mlp_axes == 2, multiplier, widths[4], condition_dim=condition_dim,
-            channel_base=base, independent=mlp_axes == 3,
-        )  # fmt: skip
+            size,
+            style_dim,
+            n_mlp,
+            mlp_axes == 2,
+            multiplier,
+            widths[4],
+            condition_dim=condition_dim,
+            channel_base=base,
+            independent=mlp_axes == 3,
+        )
         if all(config.channels(side) == width for side, width in widths.items()):
             return config
     raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")

@@ -60,13 +60,19 @@ def _both(theirs: str, ours: str, ours_bias: str | None = None) -> dict[str, str
 
 
 def _modulated(theirs: str, ours: str, bias: str) -> dict[str, str]:
-    return {f"{theirs}.weight": f"{ours}.conv.weight", f"{theirs}.bias": bias,
-            **_both(f"{theirs}.affine", f"{ours}.conv.modulation")}  # fmt: skip
+    return {
+        f"{theirs}.weight": f"{ours}.conv.weight",
+        f"{theirs}.bias": bias,
+        **_both(f"{theirs}.affine", f"{ours}.conv.modulation"),
+    }
 
 
 def _styled(theirs: str, ours: str, noise: int) -> dict[str, str]:
-    return {**_modulated(theirs, ours, f"{ours}.activate.bias"), f"{theirs}.noise_strength": f"{ours}.noise.weight",
-            f"{theirs}.noise_const": f"noises.noise_{noise}"}  # fmt: skip
+    return {
+        **_modulated(theirs, ours, f"{ours}.activate.bias"),
+        f"{theirs}.noise_strength": f"{ours}.noise.weight",
+        f"{theirs}.noise_const": f"noises.noise_{noise}",
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,8 +89,9 @@ def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Te
     fc = sorted((n for n in network.tensors if re.fullmatch(r"mapping\.fc\d+\.weight", n)), key=lambda n: (len(n), n))
     widths = {side for n in fc for side in network.tensors[n].shape} | {network.layers[""].values.get("w_dim")}
     if len(widths) != 1 or not fc:
-        raise CheckpointError(f"{source} maps z to w through layers of {sorted(widths, key=str)} numbers; "
-                              "ours are all of one width")  # fmt: skip
+        raise CheckpointError(
+            f"{source} maps z to w through layers of {sorted(widths, key=str)} numbers; ours are all of one width"
+        )
     state = _rename(network, generator_names(size, len(fc)), source)
     rate = {network.layers[n.removesuffix(".weight")].values.get("bias_gain") for n in fc}
     _require_linear_gains(network, [n.removesuffix(".weight") for n in fc], source)
@@ -102,8 +109,10 @@ def discriminator_tensors(network: Network, config: GeneratorConfig, source: str
     size = _require_stylegan2(network, "Discriminator", "resnet", source)
     statistic = network.layers.get("b4.mbstd")
     if statistic is None or statistic.values.get("num_channels") != 1:
-        raise CheckpointError(f"{source} has not one minibatch statistic (mbstd_num_channels), which ours has; "
-                              "convert to .safetensors, which holds the generator alone")  # fmt: skip
+        raise CheckpointError(
+            f"{source} has not one minibatch statistic (mbstd_num_channels), which ours has; "
+            "convert to .safetensors, which holds the generator alone"
+        )
     _require_linear_gains(network, [], source)
     return _complete(Discriminator(config), _rename(network, discriminator_names(size), source), source)
 
@@ -154,13 +163,17 @@ def _require_stylegan2(network: Network, kind: str, architecture: str, source: s
     """The picture's size, of a network that computes what our `kind` computes; CheckpointError for any other."""
     top, layers = network.layers[""], network.layers
     if any(layer.kind == "SynthesisInput" for layer in layers.values()):
-        raise CheckpointError(f"{source} is a StyleGAN3 network (config stylegan3-t or stylegan3-r), whose layers ours "
-                              "has not: only networks of config stylegan2 can be converted")  # fmt: skip
+        raise CheckpointError(
+            f"{source} is a StyleGAN3 network (config stylegan3-t or stylegan3-r), whose layers ours "
+            "has not: only networks of config stylegan2 can be converted"
+        )
     if top.kind != kind:
         raise CheckpointError(f"{source} is a {top.kind}; expected a {kind}")
     if top.values.get("c_dim"):
-        raise CheckpointError(f"{source} is conditional on {top.values['c_dim']} labels, which ours has no input for: "
-                              "only unconditional networks can be converted")  # fmt: skip
+        raise CheckpointError(
+            f"{source} is conditional on {top.values['c_dim']} labels, which ours has no input for: "
+            "only unconditional networks can be converted"
+        )
     if top.values.get("img_channels") != 3:
         raise CheckpointError(f"{source} has pictures of {top.values.get('img_channels')} channels; ours have 3")
     size = top.values.get("img_resolution")
@@ -169,13 +182,15 @@ def _require_stylegan2(network: Network, kind: str, architecture: str, source: s
     for name, layer in layers.items():
         found = layer.values.get("architecture", architecture)
         if found != architecture:
-            raise CheckpointError(f"{source} has the architecture {found!r} ({name}); ours is {architecture!r} of "
-                                  "StyleGAN2's config F")  # fmt: skip
+            raise CheckpointError(
+                f"{source} has the architecture {found!r} ({name}); ours is {architecture!r} of StyleGAN2's config F"
+            )
         linear = name.endswith((".affine", ".out", ".skip"))
         expected = "linear" if linear else "lrelu"
         if layer.values.get("activation", expected) != expected:
-            raise CheckpointError(f"{source} has the activation {layer.values['activation']!r} in {name}; ours is "
-                                  f"{expected!r}")  # fmt: skip
+            raise CheckpointError(
+                f"{source} has the activation {layer.values['activation']!r} in {name}; ours is {expected!r}"
+            )
     for name, tensor in network.tensors.items():
         if name.endswith("resample_filter") and not same_filter(tensor):
             raise CheckpointError(f"{source} resamples with another filter than [1, 3, 3, 1] ({name})")
@@ -205,6 +220,8 @@ def differences(network: Network) -> list[str]:
     statistic = network.layers.get("b4.mbstd")
     group, largest = statistic and statistic.values.get("group_size"), stddev_group(4)
     if statistic is not None and group != largest:
-        found.append(f"the minibatch statistic is taken over groups of {group or 'all'} images, ours of at most "
-                     f"{largest}: scores differ in larger batches")  # fmt: skip
+        found.append(
+            f"the minibatch statistic is taken over groups of {group or 'all'} images, ours of at most "
+            f"{largest}: scores differ in larger batches"
+        )
     return found

@@ -52,9 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes that read and encode")
     parser.add_argument("--resample", default="lanczos", choices=list(RESAMPLE), help="filter of the resizing")
     parser.add_argument(
-        "--fit", default="crop", choices=FITS,
+        "--fit",
+        default="crop",
+        choices=FITS,
         help="what to do with pictures that are not square: keep the centre, fill up with the background, distort",
-    )  # fmt: skip
+    )
     parser.add_argument("--background", default="255,255,255", help="R,G,B below transparent parts and in padding")
     parser.add_argument("--format", default="png", choices=("png", "jpeg", "webp"), help="how pictures are stored")
     parser.add_argument(
@@ -127,9 +129,16 @@ def _settings(args: argparse.Namespace) -> dict:
 
 def _described(sizes, resample, fit, codec, quality, subsampling, background, compat=False) -> dict:
     return {
-        "version": SETTINGS_VERSION, "sizes": sizes, "resample": resample, "fit": fit, "format": codec,
-        "quality": quality, "subsampling": subsampling, "background": background, "compat": compat,
-    }  # fmt: skip
+        "version": SETTINGS_VERSION,
+        "sizes": sizes,
+        "resample": resample,
+        "fit": fit,
+        "format": codec,
+        "quality": quality,
+        "subsampling": subsampling,
+        "background": background,
+        "compat": compat,
+    }
 
 
 def _parse_max_bad(text: str) -> int | float:
@@ -248,9 +257,15 @@ def _start_worker() -> None:
 
 
 def prepare(
-    path: str | os.PathLike, out: str | os.PathLike, *, settings: dict, n_worker: int = 1,
-    max_bad: int | float = 0.05, overwrite: bool = False, progress: bool = True,
-) -> dict:  # fmt: skip
+    path: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    settings: dict,
+    n_worker: int = 1,
+    max_bad: int | float = 0.05,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict:
     """Makes the LMDB `out` from the images below `path`. Returns its manifest; at once if it is up to date.
 
     Raises FileNotFoundError or ValueError: no folder, no images, more unreadable files than `max_bad` (a count, or a

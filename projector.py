@@ -46,55 +46,99 @@ PATIENCE = timedelta(days=30)  # of a rank that waits for one with more work
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="training checkpoint (.pt) or exported generator (.safetensors)")
-    parser.add_argument("--dataset", required=True, nargs="+", metavar="PATH",
-                        help="folder of faces, single files, or an LMDB")  # fmt: skip
-    parser.add_argument("--size", type=int, help="pixels; the generator's own (256 in the published program), "
-                                                 "anything else is refused")  # fmt: skip
+    parser.add_argument(
+        "--dataset", required=True, nargs="+", metavar="PATH", help="folder of faces, single files, or an LMDB"
+    )
+    parser.add_argument(
+        "--size", type=int, help="pixels; the generator's own (256 in the published program), anything else is refused"
+    )
     add_align_flag(parser)
     parser.add_argument("--fit", choices=FITS, default="crop", help="for pictures that are not square")
-    parser.add_argument("--space", choices=("w", "w+", "w++"),
-                        help="of the codes: w (default) or w+ for a W generator, w++ for a W++ generator")  # fmt: skip
-    parser.add_argument("--init", default="mean", metavar="mean|encoder:PATH|latents:PATH",
-                        help="where the codes start: the mean code, a pSp checkpoint or exported encoder, saved "
-                             "latents (by name; a bare .npy by position; with their noise maps, if any)")  # fmt: skip
+    parser.add_argument(
+        "--space",
+        choices=("w", "w+", "w++"),
+        help="of the codes: w (default) or w+ for a W generator, w++ for a W++ generator",
+    )
+    parser.add_argument(
+        "--init",
+        default="mean",
+        metavar="mean|encoder:PATH|latents:PATH",
+        help="where the codes start: the mean code, a pSp checkpoint or exported encoder, saved "
+        "latents (by name; a bare .npy by position; with their noise maps, if any)",
+    )
 
     schedule = parser.add_argument_group("optimisation (defaults: the published ones)")
     schedule.add_argument("--step", "--steps", type=int, default=1000, help="optimisation steps")
     schedule.add_argument("--lr", type=float, default=0.1, help="step size of Adam")
     schedule.add_argument("--lr_rampup", type=float, default=0.05, help="fraction of the steps in which lr rises")
     schedule.add_argument("--lr_rampdown", type=float, default=0.25, help="fraction of the steps in which lr falls")
-    schedule.add_argument("--noise", type=float, default=0.05,
-                          help="perturbation of the code at the first step, in standard deviations of w; only for "
-                               "codes that start at the mean, unless --perturb_init")  # fmt: skip
+    schedule.add_argument(
+        "--noise",
+        type=float,
+        default=0.05,
+        help="perturbation of the code at the first step, in standard deviations of w; only for "
+        "codes that start at the mean, unless --perturb_init",
+    )
     schedule.add_argument("--noise_ramp", type=float, default=0.75, help="fraction of the steps in which it falls to 0")
-    schedule.add_argument("--perturb_init", action="store_true",
-                          help="perturb codes of an encoder or a file too, which takes them far away")  # fmt: skip
+    schedule.add_argument(
+        "--perturb_init",
+        action="store_true",
+        help="perturb codes of an encoder or a file too, which takes them far away",
+    )
     schedule.add_argument("--noise_regularize", type=float, default=1e5, help="weight of the noise regularisation")
     schedule.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
-    schedule.add_argument("--early_stop", type=float, nargs="?", const=EARLY_STOP, default=0.0, metavar="FRACTION",
-                          help="an image begins its ramp-down when its loss, averaged over a twentieth of the steps, "
-                               f"falls by less than this from window to window; alone: {EARLY_STOP}")  # fmt: skip
+    schedule.add_argument(
+        "--early_stop",
+        type=float,
+        nargs="?",
+        const=EARLY_STOP,
+        default=0.0,
+        metavar="FRACTION",
+        help="an image begins its ramp-down when its loss, averaged over a twentieth of the steps, "
+        f"falls by less than this from window to window; alone: {EARLY_STOP}",
+    )
     schedule.add_argument("--mean_samples", type=int, default=10_000, help="samples for mean and deviation of w")
     schedule.add_argument("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
 
     networks = parser.add_argument_group("networks that compare")
-    networks.add_argument("--perceptual", default="auto", metavar="NAME",
-                          help="vgg (published), squeeze or alex, with -up64 to enlarge small images; auto: the first "
-                               "that is here; discriminator:CHECKPOINT or scorer:NAME without any of them")  # fmt: skip
-    networks.add_argument("--identity", default="auto", metavar="NAME",
-                          help="for that column: ir_se50, mobilefacenet or none; auto: what is here")  # fmt: skip
+    networks.add_argument(
+        "--perceptual",
+        default="auto",
+        metavar="NAME",
+        help="vgg (published), squeeze or alex, with -up64 to enlarge small images; auto: the first "
+        "that is here; discriminator:CHECKPOINT or scorer:NAME without any of them",
+    )
+    networks.add_argument(
+        "--identity",
+        default="auto",
+        metavar="NAME",
+        help="for that column: ir_se50, mobilefacenet or none; auto: what is here",
+    )
     networks.add_argument("--weights_dir", type=Path, help="folder in which weights are looked for first")
 
     out = parser.add_argument_group("output and machine")
     out.add_argument("--output_dir", default="./projection", help="folder of the results; made when absent")
     out.add_argument("--overwrite", action="store_true", help="begin anew in a folder that holds other results")
-    out.add_argument("--save_video", nargs="?", const="mp4", choices=("mp4", "gif", "webp"),
-                     help="also video/NAME: the picture during the optimisation")  # fmt: skip
-    out.add_argument("--batch", type=int, default=8,
-                     help="images in work at once on a GPU; on a CPU the generator's size decides, so that the batch "
-                          "cannot change a result")  # fmt: skip
-    out.add_argument("--precision", choices=list(DTYPES), default="fp32",
-                     help="of the convolutions while optimising; the saved pictures are fp32")  # fmt: skip
+    out.add_argument(
+        "--save_video",
+        nargs="?",
+        const="mp4",
+        choices=("mp4", "gif", "webp"),
+        help="also video/NAME: the picture during the optimisation",
+    )
+    out.add_argument(
+        "--batch",
+        type=int,
+        default=8,
+        help="images in work at once on a GPU; on a CPU the generator's size decides, so that the batch "
+        "cannot change a result",
+    )
+    out.add_argument(
+        "--precision",
+        choices=list(DTYPES),
+        default="fp32",
+        help="of the convolutions while optimising; the saved pictures are fp32",
+    )
     add_device_flags(parser)
     add_graphs_flag(parser, "loss and gradient of a step")
     return parser
@@ -161,8 +205,10 @@ def load_encoder(path: str, generator: Generator):
 
     encoder = load_psp(path, generator.token.device, generator)
     if encoder.decoder.fingerprint != generator.fingerprint:
-        raise UserError(f"--init encoder:{path} was trained for the generator {encoder.decoder.fingerprint}, --ckpt is "
-                        f"{generator.fingerprint}")  # fmt: skip
+        raise UserError(
+            f"--init encoder:{path} was trained for the generator {encoder.decoder.fingerprint}, --ckpt is "
+            f"{generator.fingerprint}"
+        )
     return encoder
 
 
@@ -170,13 +216,19 @@ def load_start(path: str, generator: Generator, space: str, names: list[str]):
     """Saved latents that fit generator, space and pictures."""
     config = generator.config
     allowed = {"w": ("w",), "w+": ("w", "w+"), "w++": ("w++",)}[space]
-    saved = load_latents(path, expect_space=allowed, expect_shape=(config.n_tokens, config.style_dim),
-                         expect_fingerprint=generator.fingerprint)  # fmt: skip
+    saved = load_latents(
+        path,
+        expect_space=allowed,
+        expect_shape=(config.n_tokens, config.style_dim),
+        expect_fingerprint=generator.fingerprint,
+    )
     described = saved.fingerprint is not None
     missing = [name for name in names if name not in set(saved.names)]
     if described and missing:
-        raise UserError(f"--init latents:{path} has no latent called {missing[0]} (and {len(missing) - 1} more of "
-                        f"{len(names)} pictures)")  # fmt: skip
+        raise UserError(
+            f"--init latents:{path} has no latent called {missing[0]} (and {len(missing) - 1} more of "
+            f"{len(names)} pictures)"
+        )
     if not described and len(saved) not in (1, len(names)):
         raise UserError(f"--init latents:{path} holds {len(saved)} latents for {len(names)} pictures")
     return saved
@@ -195,23 +247,51 @@ def main(args) -> int:
         if args.size not in (None, config.size):
             raise UserError(f"--size {args.size}, but the generator in {args.ckpt} makes {config.size} pixels")
         space = choose_space(generator, args.space)
-        pictures = open_faces(args.dataset, config.size, Path(args.output_dir), align=args.align, place=place,
-                              fit=args.fit, weights_dir=args.weights_dir)  # fmt: skip
+        pictures = open_faces(
+            args.dataset,
+            config.size,
+            Path(args.output_dir),
+            align=args.align,
+            place=place,
+            fit=args.fit,
+            weights_dir=args.weights_dir,
+        )
         dtype = DTYPES[args.precision]
         perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
         identity = identity_or_none(args.identity, place.device, args.weights_dir)
         start = Start(args.init, generator, space, pictures.names)
         by = {"perceptual": perceptual.name, "identity": identity and identity.name}
-        depends = asdict(settings) | by | {
-            "space": space, "generator": generator.fingerprint, "size": config.size, "fit": args.fit,
-            "init": start.identity, "seed": args.seed, "precision": args.precision, "mean_samples": args.mean_samples,
-        }  # fmt: skip
+        depends = (
+            asdict(settings)
+            | by
+            | {
+                "space": space,
+                "generator": generator.fingerprint,
+                "size": config.size,
+                "fit": args.fit,
+                "init": start.identity,
+                "seed": args.seed,
+                "precision": args.precision,
+                "mean_samples": args.mean_samples,
+            }
+        )
         store = Store(args.output_dir, depends, overwrite=args.overwrite, main=place.is_main)
         barrier()
         statistics = store.statistics(generator, args.mean_samples) if place.is_main else None
         statistics = broadcast_object(statistics)
-        work = Shard(generator, pictures, store, place, start=start, settings=settings, space=space,
-                     perceptual=perceptual, identity=identity, seed=args.seed, video=args.save_video)  # fmt: skip
+        work = Shard(
+            generator,
+            pictures,
+            store,
+            place,
+            start=start,
+            settings=settings,
+            space=space,
+            perceptual=perceptual,
+            identity=identity,
+            seed=args.seed,
+            video=args.save_video,
+        )
         work.run(args.batch, statistics, dtype, recorder)
         reports = gather_list(work.report())
         if place.is_main:

@@ -57,9 +57,13 @@ def seeded_z(generator: Generator, seeds: Iterable[int]) -> Iterator[torch.Tenso
 
 @torch.no_grad()
 def map_latents(
-    generator: Generator, z: Iterable[torch.Tensor], *, truncation: float = 1.0, mean: torch.Tensor | None = None,
+    generator: Generator,
+    z: Iterable[torch.Tensor],
+    *,
+    truncation: float = 1.0,
+    mean: torch.Tensor | None = None,
     batch: int = 8,
-) -> Iterator[torch.Tensor]:  # fmt: skip
+) -> Iterator[torch.Tensor]:
     """w codes, CPU float32 [L, style_dim] each, of z as `seeded_z` gives it.
 
     truncation: psi in w = mean + psi * (w - mean), per token; mean [1, L, style_dim] (`generator.mean_latent`) is
@@ -188,8 +192,12 @@ def latents_source(generator, path, *, truncation, mean, noise, noise_seed) -> S
     else the stored maps. Raises ValueError for latents of another generator, space, shape or size."""
     config = generator.config
     spaces = ("w", "w+") if config.w_space else ("w++",)
-    saved = load_latents(path, expect_space=spaces, expect_shape=(config.n_tokens, config.style_dim),
-                         expect_fingerprint=generator.fingerprint)  # fmt: skip
+    saved = load_latents(
+        path,
+        expect_space=spaces,
+        expect_shape=(config.n_tokens, config.style_dim),
+        expect_fingerprint=generator.fingerprint,
+    )
     if not len(saved):
         raise ValueError(f"{path} holds no latents")
     if noise is None and saved.noise is not None:
@@ -215,8 +223,10 @@ def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None
         return None
     values, n = torch.tensor(saved.extra[CONDITION]["values"]), generator.config.condition_dim
     if list(values.shape) != [len(saved), n]:
-        raise ValueError(f"{saved.path}: attributes {list(values.shape)} of {len(saved)} pictures; the generator takes "
-                         f"[{len(saved)}, {n}]")  # fmt: skip
+        raise ValueError(
+            f"{saved.path}: attributes {list(values.shape)} of {len(saved)} pictures; the generator takes "
+            f"[{len(saved)}, {n}]"
+        )
     return values
 
 
@@ -250,9 +260,14 @@ def file_names(names: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def render(
-    generator: Generator, latents: Iterable[torch.Tensor], *, noise: Noise | None = None, batch: int = 8,
-    dtype: torch.dtype | None = None, condition: torch.Tensor | None = None,
-) -> Iterator[np.ndarray]:  # fmt: skip
+    generator: Generator,
+    latents: Iterable[torch.Tensor],
+    *,
+    noise: Noise | None = None,
+    batch: int = 8,
+    dtype: torch.dtype | None = None,
+    condition: torch.Tensor | None = None,
+) -> Iterator[np.ndarray]:
     """Pictures, uint8 [size, size, 3] in 0..255, of w codes, computed while they are asked for.
 
     latents: tensor [N, L, D], or any iterable of codes [L, D] on any device. noise: see `Noise`; default the stored

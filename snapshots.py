@@ -1,7 +1,7 @@
 """What a training writes on its way: sample grids, attention maps, checkpoints, exports, and how fast it goes.
 
-    outputs = Outputs(run, trainer, args)
-    outputs.sample(); outputs.save(state)
+outputs = Outputs(run, trainer, args)
+outputs.sample(); outputs.save(state)
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Outputs:
         z = self.z.to(trainer.place.device)
         shown, conditions, nrow = trainer.sheet(z)
         conditions = itertools.repeat(None) if conditions is None else conditions.split(self.micro)
-        images = [trainer.g_ema(chunk, randomize_noise=False, condition=condition)[0].cpu()
-                  for chunk, condition in zip(shown.split(self.micro), conditions, strict=False)]  # fmt: skip
+        images = [
+            trainer.g_ema(chunk, randomize_noise=False, condition=condition)[0].cpu()
+            for chunk, condition in zip(shown.split(self.micro), conditions, strict=False)
+        ]
         save_grid(torch.cat(images), self.run.path("sample", name), nrow=nrow)
         if trainer.config.has_attention:
             maps = trainer.g_ema.get_similarity(z[: self.micro]).cpu()  # [layers, heads, T, T]
@@ -114,8 +116,11 @@ def judges_file(path: str | Path) -> Path:
 def export_judges(state: dict, path: str | Path, *, half: bool = False) -> Path:
     """The discriminator of a training state, and its critic if there is one, beside the exported generator `path`:
     tensors `d.NAME` and `critic.NAME`, in the header `config` and `aid`. train.py --init_from takes it along."""
-    tensors = {f"{kind}.{name}": tensor.half() if half else tensor
-               for kind in ("d", "critic") for name, tensor in state.get(kind, {}).items()}  # fmt: skip
+    tensors = {
+        f"{kind}.{name}": tensor.half() if half else tensor
+        for kind in ("d", "critic")
+        for name, tensor in state.get(kind, {}).items()
+    }
     save_safetensors(judges_file(path), tensors, {"config": state["config"], "aid": state.get("aid", "")})
     return judges_file(path)
 
@@ -134,10 +139,13 @@ class Progress:
         seconds, steps = now - self.tick, max(1, step - self.tick_step)
         speed = steps * self.images_per_step / seconds
         values = {
-            "images_per_s": round(speed, 2), "s_per_kimg": round(1000 / speed, 2),
-            "data_wait": round(self.waited / seconds, 4), "peak_memory_mb": peak_memory(self.trainer.place.device),
-            "kimg": round(step * self.images_per_step / 1000, 3), "eta_s": round((self.total - step) * seconds / steps),
-        }  # fmt: skip
+            "images_per_s": round(speed, 2),
+            "s_per_kimg": round(1000 / speed, 2),
+            "data_wait": round(self.waited / seconds, 4),
+            "peak_memory_mb": peak_memory(self.trainer.place.device),
+            "kimg": round(step * self.images_per_step / 1000, 3),
+            "eta_s": round((self.total - step) * seconds / steps),
+        }
         self.tick, self.tick_step, self.waited = now, step, 0.0
         return values
 

@@ -1,7 +1,7 @@
 """Where a training starts: the checkpoint it continues, or the weights it takes, and what they say of the networks.
 
-    state, path = find_start(args)
-    config = read_architecture(args, stored_architecture(args, state, path))
+state, path = find_start(args)
+config = read_architecture(args, stored_architecture(args, state, path))
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def read_noise(args, state: dict | None, path: Path | None) -> str:
         return stored_noise(load_checkpoint(args.init_from)) or TrainSettings.noise
     stored = stored_noise(state or {})
     if stored and args.noise not in (None, stored):
-        raise CheckpointError(f"{path} was trained with --noise {stored}, not {args.noise}: --init_from starts a new "
-                              "run from its weights")  # fmt: skip
+        raise CheckpointError(
+            f"{path} was trained with --noise {stored}, not {args.noise}: --init_from starts a new run from its weights"
+        )
     return stored or args.noise or TrainSettings.noise
 
 
@@ -73,13 +74,16 @@ def find_start(args) -> tuple[dict | None, Path | None]:
         path = Path(args.resume)
         state = load_checkpoint(path)
         if newest is not None and newest.resolve() != path.resolve():
-            raise UserError(f"{args.exp_name} already holds a run, up to {newest.name}: continue {path} in another "
-                            "--exp_name")  # fmt: skip
+            raise UserError(
+                f"{args.exp_name} already holds a run, up to {newest.name}: continue {path} in another --exp_name"
+            )
     elif newest is not None and args.resume == "auto":
         path, state = newest, load_checkpoint(newest)
     elif newest is not None:
-        raise UserError(f"{args.exp_name} already holds a run ({newest.name}): --resume auto continues it, "
-                        "another --exp_name starts a new one")  # fmt: skip
+        raise UserError(
+            f"{args.exp_name} already holds a run ({newest.name}): --resume auto continues it, "
+            "another --exp_name starts a new one"
+        )
     else:
         return None, None
     if "step" not in state and (digits := re.findall(r"\d+", path.stem)):
@@ -90,8 +94,11 @@ def find_start(args) -> tuple[dict | None, Path | None]:
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
     if config.widths == other.widths:  # several rules give the same networks
         other = replace(other, **{name: getattr(config, name) for name in WIDTHS})
-    differing = [f"--{name} {value} here, {getattr(other, name)} in the file"
-                 for name, value in config.to_dict().items() if getattr(other, name) != value]  # fmt: skip
+    differing = [
+        f"--{name} {value} here, {getattr(other, name)} in the file"
+        for name, value in config.to_dict().items()
+        if getattr(other, name) != value
+    ]
     if differing:
         raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
 
@@ -102,8 +109,14 @@ def read_judges(path: str) -> dict:
     if not file.is_file():
         return {}
     tensors, known = load_safetensors(file)
-    judges = {kind: {name.removeprefix(f"{kind}."): tensor.float() for name, tensor in tensors.items()
-                     if name.startswith(f"{kind}.")} for kind in ("d", "critic")}  # fmt: skip
+    judges = {
+        kind: {
+            name.removeprefix(f"{kind}."): tensor.float()
+            for name, tensor in tensors.items()
+            if name.startswith(f"{kind}.")
+        }
+        for kind in ("d", "critic")
+    }
     return {kind: state for kind, state in judges.items() if state} | {"aid": known.get("aid", "")}
 
 

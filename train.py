@@ -57,37 +57,56 @@ def build_parser() -> ArgumentParser:
     )
     data.add_argument("--workers", type=int, default=2, help="loader processes (0: decode in the training process)")
 
-    data.add_argument("--resume", metavar="auto|PATH",
-                      help="continue a run; auto: from the newest checkpoint of the run folder, if any")  # fmt: skip
+    data.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue a run; auto: from the newest checkpoint of the run folder, if any",
+    )
     data.add_argument("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
-    data.add_argument("--init_from",
-                      help="start a new run from these weights; a smaller size is grown. Beside --resume auto: where "
-                           "there is no run to continue yet, so that one command starts and restarts it")  # fmt: skip
+    data.add_argument(
+        "--init_from",
+        help="start a new run from these weights; a smaller size is grown. Beside --resume auto: where "
+        "there is no run to continue yet, so that one command starts and restarts it",
+    )
 
     net = parser.add_argument_group("networks", "what is not given is read from the file that the run starts from")
     net.add_argument("--size", type=int, help="image size in pixels, a power of two (a new run: 256)")
-    net.add_argument("--w_space", action="store_true", default=None,
-                     help="train the W baseline (MLP mapping) instead of W++")  # fmt: skip
-    net.add_argument("--independent", action="store_true", default=None,
-                     help="W++ without attention, for comparison: one MLP per token, which share nothing")  # fmt: skip
+    net.add_argument(
+        "--w_space", action="store_true", default=None, help="train the W baseline (MLP mapping) instead of W++"
+    )
+    net.add_argument(
+        "--independent",
+        action="store_true",
+        default=None,
+        help="W++ without attention, for comparison: one MLP per token, which share nothing",
+    )
     net.add_argument("--style_dim", type=int, help="width of z and w (a new run: 512)")
     net.add_argument("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
     net.add_argument("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")
     net.add_argument("--channel_max", type=int, help="largest number of feature maps (a new run: 512)")
-    net.add_argument("--channel_base", type=int,
-                     help="instead: channel_base / resolution maps, at most channel_max; 0 (a new run): the published "
-                          "widths. For narrow networks: wide where it is cheap")  # fmt: skip
+    net.add_argument(
+        "--channel_base",
+        type=int,
+        help="instead: channel_base / resolution maps, at most channel_max; 0 (a new run): the published "
+        "widths. For narrow networks: wide where it is cheap",
+    )
 
-    net.add_argument("--noise", choices=("random", "none"),
-                     help="none: train without noise inputs, so that the codes alone say what is drawn (a new run: "
-                          "random)")  # fmt: skip
+    net.add_argument(
+        "--noise",
+        choices=("random", "none"),
+        help="none: train without noise inputs, so that the codes alone say what is drawn (a new run: random)",
+    )
 
     loss = parser.add_argument_group("optimisation")
     loss.add_argument("--iter", type=int, default=800_000, help="training steps in all")
     loss.add_argument("--batch", type=int, default=16, help="images per step and process")
-    loss.add_argument("--micro_batch", default="0", metavar="N|auto",
-                      help="images per forward pass, gradients are accumulated; 0: the whole batch; "
-                           "auto: halve until a step fits in memory")  # fmt: skip
+    loss.add_argument(
+        "--micro_batch",
+        default="0",
+        metavar="N|auto",
+        help="images per forward pass, gradients are accumulated; 0: the whole batch; "
+        "auto: halve until a step fits in memory",
+    )
     loss.add_argument("--lr", type=float, default=0.002, help="Adam learning rate before the lazy-regularisation ratio")
     loss.add_argument("--d_lr", type=float, default=0, help="the same of the discriminator; 0: --lr")
     loss.add_argument("--r1", type=float, default=10, help="weight of the R1 penalty; 0: none")
@@ -97,18 +116,29 @@ def build_parser() -> ArgumentParser:
     loss.add_argument("--g_reg_every", type=int, default=4, help="steps between path length penalties")
     loss.add_argument("--mixing", type=float, default=0.9, help="probability of style mixing (W only)")
     loss.add_argument("--augment", action="store_true", help="adaptive discriminator augmentation (for small sets)")
-    loss.add_argument("--aid", metavar="NAME",
-                      help="a second critic on a trained network's features, for short runs: squeeze, vgg, alex, auto, "
-                           "scorer:face-scorer (common/perceptual.py); a continued run has the file's")  # fmt: skip
+    loss.add_argument(
+        "--aid",
+        metavar="NAME",
+        help="a second critic on a trained network's features, for short runs: squeeze, vgg, alex, auto, "
+        "scorer:face-scorer (common/perceptual.py); a continued run has the file's",
+    )
     loss.add_argument("--aid_weight", type=float, default=1, help="of its loss beside the discriminator's")
     loss.add_argument("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")
     loss.add_argument("--ada_target", type=float, default=0.6, help="target of E[sign(D(real))] for adaptive p")
     loss.add_argument("--ada_length", type=int, default=500_000, help="images in which p may go from 0 to 1")
-    loss.add_argument("--precision", choices=sorted(DTYPES), default="fp32",
-                      help="of the convolutions; mapping, regularisers and losses stay in fp32")  # fmt: skip
+    loss.add_argument(
+        "--precision",
+        choices=sorted(DTYPES),
+        default="fp32",
+        help="of the convolutions; mapping, regularisers and losses stay in fp32",
+    )
     loss.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
-    loss.add_argument("--on_nan", choices=("stop", "rollback"), default="stop",
-                      help="a loss is not finite: stop, or go on from the last checkpoint")
+    loss.add_argument(
+        "--on_nan",
+        choices=("stop", "rollback"),
+        default="stop",
+        help="a loss is not finite: stop, or go on from the last checkpoint",
+    )
 
     add_condition_flags(parser)
 
@@ -116,17 +146,24 @@ def build_parser() -> ArgumentParser:
     out.add_argument("--n_sample", type=int, default=64, help="images in a sample grid")
     out.add_argument("--sample_every", type=int, default=500, help="steps between sample grids and attention maps")
     out.add_argument("--save_every", type=int, default=10_000, help="steps between checkpoints")
-    out.add_argument("--keep", type=int, default=3,
-                     help="full checkpoints kept; older ones shrink to their EMA generator; 0: all")  # fmt: skip
+    out.add_argument(
+        "--keep", type=int, default=3, help="full checkpoints kept; older ones shrink to their EMA generator; 0: all"
+    )
     out.add_argument("--log_every", type=int, default=50, help="steps between log lines")
-    out.add_argument("--eval_every", type=int, default=0,
-                     help="steps between evaluations against the training images; the best weights by FID are kept "
-                          "as checkpoint/best.safetensors; 0: none")  # fmt: skip
-    out.add_argument("--metric", default="fid,prdc", help="what --eval_every computes: fid, kid, prdc, several with "
-                                                          "commas between")  # fmt: skip
+    out.add_argument(
+        "--eval_every",
+        type=int,
+        default=0,
+        help="steps between evaluations against the training images; the best weights by FID are kept "
+        "as checkpoint/best.safetensors; 0: none",
+    )
+    out.add_argument(
+        "--metric", default="fid,prdc", help="what --eval_every computes: fid, kid, prdc, several with commas between"
+    )
     out.add_argument("--eval_samples", type=int, default=5000, help="real and generated images of an evaluation")
-    out.add_argument("--extractor", default="auto",
-                     help="features for --eval_every: inception, or a named stand-in (fid-squeeze)")  # fmt: skip
+    out.add_argument(
+        "--extractor", default="auto", help="features for --eval_every: inception, or a named stand-in (fid-squeeze)"
+    )
     out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     add_device_flags(parser)
     add_graphs_flag(parser, "the phases of a step")
@@ -182,10 +219,17 @@ def start_monitor(trainer: Trainer, run: Run, args):
     from metrics.monitor import Monitor, parse_metrics  # with torch-fidelity and SciPy: seconds, only where wanted
 
     return Monitor(
-        run, args.path, trainer.config.size, metrics=parse_metrics(args.metric), n=args.eval_samples,
-        extractor=args.extractor, batch=trainer.settings.micro_batch or args.batch, place=trainer.place,
-        start_step=trainer.step, header=trainer.header(),
-    )  # fmt: skip
+        run,
+        args.path,
+        trainer.config.size,
+        metrics=parse_metrics(args.metric),
+        n=args.eval_samples,
+        extractor=args.extractor,
+        batch=trainer.settings.micro_batch or args.batch,
+        place=trainer.place,
+        start_step=trainer.step,
+        header=trainer.header(),
+    )
 
 
 def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, *, begins: bool) -> None:
@@ -224,9 +268,15 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
 
             step = trainer.step
             last = step == total
-            due = {what: last or step % every == 0 for what, every in
-                   (("log", args.log_every), ("sample", args.sample_every), ("save", args.save_every),
-                    ("eval", args.eval_every or total))}  # fmt: skip
+            due = {
+                what: last or step % every == 0
+                for what, every in (
+                    ("log", args.log_every),
+                    ("sample", args.sample_every),
+                    ("save", args.save_every),
+                    ("eval", args.eval_every or total),
+                )
+            }
             if place.world_size == 1:
                 ending = stop.raised
             else:
@@ -271,8 +321,11 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> No
         run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
     run.log(step, "Speed", **speed)
     shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
-    bar.note(step, f"{shown}, {speed['images_per_s']} img/s, "
-                   f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}")  # fmt: skip
+    bar.note(
+        step,
+        f"{shown}, {speed['images_per_s']} img/s, "
+        f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}",
+    )
 
 
 def roll_back(trainer, sampler, batches, run, args, bad, count) -> None:
@@ -313,8 +366,11 @@ def warn_of(settings: TrainSettings, world_size: int) -> None:
     """Settings that work but are known to end badly."""
     total = settings.batch * world_size
     if total < 8 and settings.path_regularize:
-        print(f"warning: path length regularisation is unstable at {total} images per step: --path_regularize 0, or "
-              "a larger --batch", file=sys.stderr)  # fmt: skip
+        print(
+            f"warning: path length regularisation is unstable at {total} images per step: --path_regularize 0, or "
+            "a larger --batch",
+            file=sys.stderr,
+        )
 
 
 def start_wandb(args) -> None:
@@ -347,11 +403,18 @@ def main(args) -> int:
         reader = find_reader(args, state, source, stored, place.device)
         asked = replace(asked, light=args.light)
         recorder = find_recorder(args.graphs, place.device, conditional=reader is not None)
-        trainer = build_trainer(config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args,
-                                state=state)  # fmt: skip
+        trainer = build_trainer(
+            config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args, state=state
+        )
         try:
-            sampler = InfiniteSampler(len(dataset), rank=place.rank, world_size=place.world_size, seed=args.seed,
-                                      source_weights=args.source_weights, names=dataset.names)  # fmt: skip
+            sampler = InfiniteSampler(
+                len(dataset),
+                rank=place.rank,
+                world_size=place.world_size,
+                seed=args.seed,
+                source_weights=args.source_weights,
+                names=dataset.names,
+            )
         except ValueError as error:
             raise UsageError(f"--source_weights: {error}") from None
         if state is not None:
@@ -374,9 +437,11 @@ def main(args) -> int:
                 trainer.graphs = PhaseGraphs(trainer, recorder)
             if place.is_main:
                 start, group = f"continuing {source}" if state else "a new run", settings.micro_batch or settings.batch
-                print(f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
-                      f"step {trainer.step} of {args.iter}, batch {args.batch} x {place.world_size} "
-                      f"on {place.device}, minibatch deviation over {stddev_group(group)}")  # fmt: skip
+                print(
+                    f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
+                    f"step {trainer.step} of {args.iter}, batch {args.batch} x {place.world_size} "
+                    f"on {place.device}, minibatch deviation over {stddev_group(group)}"
+                )
                 warn_of(settings, place.world_size)
             begins = source is None or source.resolve().parent != opened.path("checkpoint").resolve()
             train(trainer, batches, sampler, opened, args, StopSignal(), begins=begins)

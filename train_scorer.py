@@ -46,8 +46,22 @@ from faces.scorer import (
 from faces.scorer_training import FaceStore, ScorerSettings, ScorerTrainer, augment_faces, calibrate, network_outputs
 
 SHEET_FACES = 40
-SAVED_OPTIONS = ("labels", "data", "attributes", "trust", "validation", "split_seed", "backbone", "width", "input_size",
-                 "iter", "batch", "lr", "weight_decay", "seed")  # fmt: skip - what an export needs of a run
+SAVED_OPTIONS = (
+    "labels",
+    "data",
+    "attributes",
+    "trust",
+    "validation",
+    "split_seed",
+    "backbone",
+    "width",
+    "input_size",
+    "iter",
+    "batch",
+    "lr",
+    "weight_decay",
+    "seed",
+)  # what an export needs of a run
 TERMS = "research and non-commercial use where the training faces are (see checkpoints/README.md)"
 
 
@@ -57,11 +71,17 @@ def build_parser() -> ArgumentParser:
     data.add_argument("--labels", help="CSV: a column of file names, one column per attribute, blank where unknown")
     data.add_argument("--data", help="folder that the file names are relative to")
     data.add_argument("--out", help="run folder; everything is written below it")
-    data.add_argument("--attributes", default="auto",
-                      help="comma-separated columns; auto: age, gender, smile, eyes_open, mouth_open, eyeglasses, "
-                           "those of them that have labels; all: every column of numbers too")  # fmt: skip
-    data.add_argument("--trust", metavar="SOURCE=WEIGHT,...",
-                      help="weight of labels by their maker, as a column COLUMN_src names it; 0 leaves them out")
+    data.add_argument(
+        "--attributes",
+        default="auto",
+        help="comma-separated columns; auto: age, gender, smile, eyes_open, mouth_open, eyeglasses, "
+        "those of them that have labels; all: every column of numbers too",
+    )
+    data.add_argument(
+        "--trust",
+        metavar="SOURCE=WEIGHT,...",
+        help="weight of labels by their maker, as a column COLUMN_src names it; 0 leaves them out",
+    )
     data.add_argument("--validation", type=float, default=0.08, help="fraction of the people kept out of training")
     data.add_argument("--split_seed", type=int, default=0, help="of the split; another seed keeps out other people")
     data.add_argument("--resume", metavar="auto|PATH", help="continue; auto: from the run folder's newest checkpoint")
@@ -85,8 +105,11 @@ def build_parser() -> ArgumentParser:
     done.add_argument("--export", metavar="FILE", help="write the scorer here too; without --data: do only that")
     done.add_argument("--full", action="store_true", help="export float32 instead of float16 weights")
     done.add_argument("--evaluate", metavar="FOLDER", help="judge --scorer on the labelled faces of a folder")
-    done.add_argument("--scorer", default="face-scorer",
-                      help="face-scorer | face-scorer-eval | dex | dex_age | dex_gender | FILE.safetensors | FILE.json")
+    done.add_argument(
+        "--scorer",
+        default="face-scorer",
+        help="face-scorer | face-scorer-eval | dex | dex_age | dex_gender | FILE.safetensors | FILE.json",
+    )
     done.add_argument("--sizes", default="0", help="comma-separated pixels to show faces at; 0: as they are")
     done.add_argument("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     done.add_argument("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
@@ -104,8 +127,10 @@ def read_options(args) -> ScorerSettings:
     """Settings from the flags. Raises UsageError for flags that are missing or cannot work."""
     missing = [flag for flag in ("labels", "data", "out") if not getattr(args, flag)]
     if missing:
-        raise UsageError(f"training needs --labels CSV --data FOLDER --out RUN (missing: --{', --'.join(missing)}); "
-                         "--evaluate FOLDER judges a scorer")  # fmt: skip
+        raise UsageError(
+            f"training needs --labels CSV --data FOLDER --out RUN (missing: --{', --'.join(missing)}); "
+            "--evaluate FOLDER judges a scorer"
+        )
     for name in ("val_every", "save_every", "log_every"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -147,8 +172,10 @@ def read_data(args) -> tuple[LabelTable, LabelTable]:
     training, validation = present_faces(table, args.data).split(args.validation, args.split_seed)
     for column, attribute in enumerate(table.attributes):
         if training.weights[:, column].sum() == 0:
-            raise ValueError(f"{table.path}: no training face has a label for {attribute.name!r}; leave it out of "
-                             "--attributes or raise its --trust")  # fmt: skip
+            raise ValueError(
+                f"{table.path}: no training face has a label for {attribute.name!r}; leave it out of "
+                "--attributes or raise its --trust"
+            )
     return training, validation
 
 
@@ -162,8 +189,10 @@ def find_start(args) -> tuple[dict | None, Path | None]:
             raise UserError(f"{args.out} already holds a run, up to {newest.name}: continue {path} in another --out")
         return load_checkpoint(path), path
     if newest is not None and args.resume != "auto":
-        raise UserError(f"{args.out} already holds a run ({newest.name}): --resume auto continues it, another --out "
-                        "starts a new one")  # fmt: skip
+        raise UserError(
+            f"{args.out} already holds a run ({newest.name}): --resume auto continues it, another --out "
+            "starts a new one"
+        )
     return (None, None) if newest is None else (load_checkpoint(newest), newest)
 
 
@@ -261,8 +290,11 @@ def prepare(args, state: dict | None, source) -> tuple[ScorerTrainer, InfiniteSa
         trainer.load_state_dict(state, source)
         sampler.load(state["sampler"])
     folder = Path(args.data)
-    return trainer, sampler, [(table, FaceStore([folder / name for name in table.names], args.input_size))
-                              for table in tables]  # fmt: skip
+    return (
+        trainer,
+        sampler,
+        [(table, FaceStore([folder / name for name in table.names], args.input_size)) for table in tables],
+    )
 
 
 def train_and_export(args) -> None:
@@ -273,9 +305,11 @@ def train_and_export(args) -> None:
     table, store = training
     with Run(args.out, args, resume_step=trainer.step + 1 if state else None) as run:
         start = f"continuing {source}" if state else "a new run"
-        print(f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {len(table)} faces, "
-              f"{len(validation[0])} for validation; step {trainer.step} of {args.iter} on {trainer.device}",
-              flush=True)  # fmt: skip
+        print(
+            f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {len(table)} faces, "
+            f"{len(validation[0])} for validation; step {trainer.step} of {args.iter} on {trainer.device}",
+            flush=True,
+        )
         if state is None:
             seen = store.batch(range(min(SHEET_FACES, len(table)))).float() / 127.5 - 1
             save_grid(augment_faces(seen, torch.Generator().manual_seed(0)), run.path("sample", "augmented.png"))
@@ -311,8 +345,10 @@ def read_evaluation(args, scorer) -> tuple[list[str], LabelTable | None]:
     known = read_labels(labels, "all")
     shared = [name for name in scorer.names if name in (a.name for a in known.attributes)]
     if not shared:
-        raise UserError(f"{labels} has labels for {', '.join(a.name for a in known.attributes)}; the scorer predicts "
-                        f"{', '.join(scorer.names)}")  # fmt: skip
+        raise UserError(
+            f"{labels} has labels for {', '.join(a.name for a in known.attributes)}; the scorer predicts "
+            f"{', '.join(scorer.names)}"
+        )
     table = present_faces(read_labels(labels, ",".join(shared)), folder)
     return list(table.names), table
 
@@ -344,8 +380,13 @@ def evaluate(args) -> None:
         write_sheet(args.sheet, paths, scorer.names, scores, table)
     if args.report:
         write_json(args.report, {"scorer": args.scorer, "folder": args.evaluate, "faces": len(names), "sizes": reports})
-    brief = {size: {name: {key: round(value, 4) for key, value in numbers.items() if isinstance(value, float)}
-                    for name, numbers in report.items()} for size, report in reports.items()}  # fmt: skip
+    brief = {
+        size: {
+            name: {key: round(value, 4) for key, value in numbers.items() if isinstance(value, float)}
+            for name, numbers in report.items()
+        }
+        for size, report in reports.items()
+    }
     print(json.dumps({"scorer": args.scorer, "faces": len(names), "sizes": brief}))
 
 

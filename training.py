@@ -30,6 +30,8 @@ PATH_DECAY = 0.01
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PHASES = ("d", "r1", "g", "path")
 WEIGHT_STREAM = 0x77656967
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """What the game depends on; the names are train.py's flags. Raises ValueError for what cannot work."""
@@ -113,9 +115,11 @@ class Trainer:
         self.d = Discriminator(config).to(place.device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
         self.ada = AdaptiveAugment(
-            settings.augment_p, None if settings.augment_p else settings.ada_target, settings.ada_length,
+            settings.augment_p,
+            None if settings.augment_p else settings.ada_target,
+            settings.ada_length,
             device=place.device,
-        )  # fmt: skip
+        )
         self.dtype = DTYPES[settings.precision]
         self.critic = build_critic(settings.aid, self.dtype).to(place.device) if settings.aid else None
         self.g_optim = self._adam(self.g, settings.lr, settings.g_reg_every)
@@ -152,9 +156,7 @@ class Trainer:
         """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
         ratio = reg_every / (reg_every + 1)
         fused = self.place.device.type in ("cuda", "cpu")
-        return torch.optim.Adam(
-            self.weights_of(network), lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused
-        )
+        return torch.optim.Adam(self.weights_of(network), lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused)
 
     # -- one round ----------------------------------------------------------------------------------------------------
 
@@ -304,14 +306,19 @@ class Trainer:
     def broken_networks(self) -> list[str]:
         """Names of the networks that hold a NaN or an infinity; waits for the device."""
         networks = {"g": self.g, "d": self.d, "g_ema": self.g_ema}
-        return [name for name, network in networks.items()
-                if not all(torch.isfinite(p).all() for p in network.parameters())]  # fmt: skip
+        return [
+            name for name, network in networks.items() if not all(torch.isfinite(p).all() for p in network.parameters())
+        ]
 
     def rehearse(self, images: torch.Tensor) -> None:
         """The backward passes of all four phases, without a trace: to see whether a micro-batch fits in memory."""
         ada = self.ada.state_dict()
-        phases = [(self.g, self.g_phase, "g"), (self.g, self.path_phase, "path"),
-                  (self.d, self.d_phase, "d"), (self.d, self.r1_phase, "r1")]  # fmt: skip
+        phases = [
+            (self.g, self.g_phase, "g"),
+            (self.g, self.path_phase, "path"),
+            (self.d, self.d_phase, "d"),
+            (self.d, self.r1_phase, "r1"),
+        ]
         try:
             for network, phase, name in phases:
                 self.select(network)
@@ -354,22 +361,32 @@ class Trainer:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
         reduce = torch.distributed.all_reduce if self.place.world_size > 1 else None
         return {
-            "g": self.g.state_dict(), "d": self.d.state_dict(), "g_ema": self.g_ema.state_dict(),
-            "g_optim": self.g_optim.state_dict(), "d_optim": self.d_optim.state_dict(),
-            "config": self.config.to_dict(), "step": self.step, "salt": self.salt,
-            "mean_path_length": float(self.mean_path_length), "ada": self.ada.state_dict(reduce),
+            "g": self.g.state_dict(),
+            "d": self.d.state_dict(),
+            "g_ema": self.g_ema.state_dict(),
+            "g_optim": self.g_optim.state_dict(),
+            "d_optim": self.d_optim.state_dict(),
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "salt": self.salt,
+            "mean_path_length": float(self.mean_path_length),
+            "ada": self.ada.state_dict(reduce),
             **({} if self.critic is None else {"critic": self.critic.state_dict(), "aid": self.settings.aid}),
-        }  # fmt: skip
+        }
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Continue from state_dict(), or from a rosinality or TransStyleGAN checkpoint, which lacks config and step."""
         missing = [name for name in ("g", "d", "g_ema", "g_optim", "d_optim") if name not in state]
         if missing:
-            raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; "
-                                  "--init_from starts a new run from its weights")  # fmt: skip
+            raise CheckpointError(
+                f"{source} cannot be continued: it lacks {', '.join(missing)}; "
+                "--init_from starts a new run from its weights"
+            )
         if state.get("aid", "") != self.settings.aid:
-            raise CheckpointError(f"{source} was trained with --aid {state.get('aid') or '(none)'}, not "
-                                  f"{self.settings.aid or '(none)'}: --init_from starts a new run from its weights")
+            raise CheckpointError(
+                f"{source} was trained with --aid {state.get('aid') or '(none)'}, not "
+                f"{self.settings.aid or '(none)'}: --init_from starts a new run from its weights"
+            )
         self.load_networks(state, source)
         for optimiser, name in ((self.g_optim, "g_optim"), (self.d_optim, "d_optim")):
             settings = [(group["lr"], group["betas"], group["fused"]) for group in optimiser.param_groups]

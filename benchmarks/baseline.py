@@ -59,9 +59,7 @@ class BaselineGenerator(Generator):
             return out
         return out + upfirdn(skip, layer.upsample.kernel, up=2, pad=layer.upsample.pad)
 
-    def forward(
-        self, styles, *, input_is_latent=False, noise=None, randomize_noise=True, condition=None, dtype=None
-    ):  # fmt: skip
+    def forward(self, styles, *, input_is_latent=False, noise=None, randomize_noise=True, condition=None, dtype=None):
         self.add_condition(styles, condition)  # refuses one: the original is unconditional
         latent = styles if input_is_latent else self.get_latent(styles)
         noise = noise or ([None] * self.config.n_noise if randomize_noise else self.fixed_noise())

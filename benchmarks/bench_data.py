@@ -72,9 +72,21 @@ def main(args):
             seconds |= measures[part](args, folder, sizes)
     for row, value in seconds.items():
         print(f"{row:44}{value:12.4g}")
-    print(json.dumps({"benchmark": "data", "torch": torch.__version__, "cores": os.cpu_count(), "photos": args.photos,
-                      "photo_size": args.photo_size, "sizes": sizes, "n_worker": args.n_worker, "batch": args.batch,
-                      "results": seconds}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "data",
+                "torch": torch.__version__,
+                "cores": os.cpu_count(),
+                "photos": args.photos,
+                "photo_size": args.photo_size,
+                "sizes": sizes,
+                "n_worker": args.n_worker,
+                "batch": args.batch,
+                "results": seconds,
+            }
+        )
+    )
 
 
 def draw_photos(folder, n, size):
@@ -130,8 +142,18 @@ def encode_numbered(item, sizes):
 def prepare(args, folder, name):
     """prepare_data.py from the photos to `name`."""
     shutil.rmtree(folder / name, ignore_errors=True)
-    command = [sys.executable, ROOT / "prepare_data.py", folder / "photos", "--out", folder / name, "--compat",
-               "--size", args.sizes, "--n_worker", args.n_worker]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "prepare_data.py",
+        folder / "photos",
+        "--out",
+        folder / name,
+        "--compat",
+        "--size",
+        args.sizes,
+        "--n_worker",
+        args.n_worker,
+    ]
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -146,8 +168,11 @@ def measure_prepare(args, folder, sizes):
     before = timed(original, args.repeats)
     after = timed(lambda: prepare(args, folder, "ours.lmdb"), args.repeats)
     require_equal(folder / "original.lmdb", folder / "ours.lmdb", len(files), sizes)
-    return {"prepare, commit per picture, images/s": len(files) / before, "prepare, ours, images/s": len(files) / after,
-            "prepare, ratio": before / after}  # fmt: skip
+    return {
+        "prepare, commit per picture, images/s": len(files) / before,
+        "prepare, ours, images/s": len(files) / after,
+        "prepare, ratio": before / after,
+    }
 
 
 def require_equal(first, second, n, sizes):
@@ -179,8 +204,11 @@ def measure_store(args, folder, sizes):
     before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(pictures), sizes), args.repeats)
     after = timed(ours, args.repeats)
     puts = len(pictures) * len(sizes)
-    return {"store, commit per picture, puts/s": puts / before, "store, ours, puts/s": puts / after,
-            "store, ratio": before / after}  # fmt: skip
+    return {
+        "store, commit per picture, puts/s": puts / before,
+        "store, ours, puts/s": puts / after,
+        "store, ratio": before / after,
+    }
 
 
 def measure_loader(args, folder, sizes):
@@ -204,13 +232,38 @@ def measure_loader(args, folder, sizes):
 
 def measure_wait(args, folder, sizes):
     size, out, end = sizes[0], folder / "training", args.steps
-    command = [sys.executable, ROOT / "train.py", "--path", folder / "faces.lmdb", "--size", size, "--channel_max", 64,
-               "--batch", args.batch, "--workers", 1, "--iter", end, "--log_every", end // 3,
-               "--n_sample", 4, "--save_every", end, "--sample_every", end, "--exp_name", out]  # fmt: skip
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--path",
+        folder / "faces.lmdb",
+        "--size",
+        size,
+        "--channel_max",
+        64,
+        "--batch",
+        args.batch,
+        "--workers",
+        1,
+        "--iter",
+        end,
+        "--log_every",
+        end // 3,
+        "--n_sample",
+        4,
+        "--save_every",
+        end,
+        "--sample_every",
+        end,
+        "--exp_name",
+        out,
+    ]
     subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     speeds = [entry for entry in read_log(out / "log.jsonl") if entry["group"] == "Speed"][1:]
-    return {f"training {size} px, data wait, share": statistics.median(entry["data_wait"] for entry in speeds),
-            f"training {size} px, images/s": statistics.median(entry["images_per_s"] for entry in speeds)}  # fmt: skip
+    return {
+        f"training {size} px, data wait, share": statistics.median(entry["data_wait"] for entry in speeds),
+        f"training {size} px, images/s": statistics.median(entry["images_per_s"] for entry in speeds),
+    }
 
 
 if __name__ == "__main__":

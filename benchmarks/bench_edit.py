@@ -33,8 +33,12 @@ from model import Generator, GeneratorConfig  # noqa: E402
 
 PARTS = ("memory", "svm", "sweep")
 # Ways: (original formulation, our allocator setting, frames in blocks)
-SWEEPS = {"original, one by one": (True, False, False), "original, one by one, tuned": (True, True, False),
-          "ours, one by one": (False, True, False), "ours, in blocks": (False, True, True)}
+SWEEPS = {
+    "original, one by one": (True, False, False),
+    "original, one by one, tuned": (True, True, False),
+    "ours, one by one": (False, True, False),
+    "ours, in blocks": (False, True, True),
+}
 OURS = "ours, in blocks"
 
 
@@ -83,8 +87,13 @@ def main(args):
     if args.only:
         print(json.dumps((measure_sweep if args.only in SWEEPS else measure_fit)(args)))
         return
-    results = {"benchmark": "edit", **circumstances(resolve_device(args.device)), "num_sample": args.num_sample,
-               "width": args.width, "ratio": args.ratio}  # fmt: skip
+    results = {
+        "benchmark": "edit",
+        **circumstances(resolve_device(args.device)),
+        "num_sample": args.num_sample,
+        "width": args.width,
+        "ratio": args.ratio,
+    }
     for part in args.parts:
         results[part] = {"memory": memory, "svm": compare_svm, "sweep": compare_sweeps}[part](args)
     print(json.dumps(results))
@@ -101,8 +110,10 @@ def memory(args):
     original = 2 * args.num_sample * args.width * 4 / 2**20
     print(f"{args.num_sample} samples of {args.width}: the original holds {original:.0f} MiB of codes (two copies)")
     for fit, row in found.items():
-        print(f"{fit:6} peak {row['peak_mib']:6.0f} MiB ({row['before_mib']:.0f} before)  {row['seconds']:7.1f} s  "
-              f"cosine {row['cosine']:.3f}  accuracy {row['accuracies']['validation']:.3f}")  # fmt: skip
+        print(
+            f"{fit:6} peak {row['peak_mib']:6.0f} MiB ({row['before_mib']:.0f} before)  {row['seconds']:7.1f} s  "
+            f"cosine {row['cosine']:.3f}  accuracy {row['accuracies']['validation']:.3f}"
+        )
     return found | {"original_mib": round(original)}
 
 
@@ -111,8 +122,13 @@ def measure_fit(args):
     before = peak_bytes() / 2**20
     start = time.perf_counter()
     boundary = fit_boundary(codes, codes.scores, ratio=args.ratio, fit=args.only)
-    return {"seconds": time.perf_counter() - start, "peak_mib": peak_bytes() / 2**20, "before_mib": before,
-            "cosine": float(boundary.normal[0] @ codes.direction), "accuracies": boundary.accuracies}  # fmt: skip
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_mib": peak_bytes() / 2**20,
+        "before_mib": before,
+        "cosine": float(boundary.normal[0] @ codes.direction),
+        "accuracies": boundary.accuracies,
+    }
 
 
 # -- machines ------------------------------------------------------------------------------------------------------
@@ -134,13 +150,18 @@ def compare_svm(args):
             normals[fit], bias = separate(train, side, fit)
             seconds.append(time.perf_counter() - start)
         accuracy = float(np.mean((held @ normals[fit] + bias > 0) == held_side))
-        found[fit] = {"seconds": statistics.median(seconds), "accuracy": accuracy,
-                      "cosine_planted": float(normals[fit] @ codes.direction)}  # fmt: skip
+        found[fit] = {
+            "seconds": statistics.median(seconds),
+            "accuracy": accuracy,
+            "cosine_planted": float(normals[fit] @ codes.direction),
+        }
     found["cosine"] = float(normals["svc"] @ normals["svm"])
     found["ratio"] = found["svc"]["seconds"] / found["svm"]["seconds"]
     for fit in ("svc", "svm"):
-        print(f"{fit}  {found[fit]['seconds']:8.2f} s  held-out accuracy {found[fit]['accuracy']:.3f}  "
-              f"cosine to the planted direction {found[fit]['cosine_planted']:.3f}")  # fmt: skip
+        print(
+            f"{fit}  {found[fit]['seconds']:8.2f} s  held-out accuracy {found[fit]['accuracy']:.3f}  "
+            f"cosine to the planted direction {found[fit]['cosine_planted']:.3f}"
+        )
     print(f"svm is {found['ratio']:.1f} times as fast; cosine between the two {found['cosine']:.3f}")
     return found
 

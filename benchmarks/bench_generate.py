@@ -108,8 +108,13 @@ def make_generator(row: Row, args, device) -> Generator:
         generator = load_generator(args.ckpt, device)
     else:
         torch.manual_seed(0)
-        config = GeneratorConfig(row.size, n_mlp=args.n_mlp, w_space=row.space == "w", channel_max=args.channel_max,
-                                 channel_multiplier=args.channel_multiplier)  # fmt: skip
+        config = GeneratorConfig(
+            row.size,
+            n_mlp=args.n_mlp,
+            w_space=row.space == "w",
+            channel_max=args.channel_max,
+            channel_multiplier=args.channel_multiplier,
+        )
         generator = Generator(config).eval().requires_grad_(False).to(device)
     if row.formulation == ORIGINAL:  # same parameters and buffers, other arithmetic
         generator.__class__ = BaselineGenerator
@@ -126,8 +131,11 @@ def calls_of(row: Row, args, device):
     def synthesise(codes):
         return generator(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)
 
-    return generator, {"mapping": lambda: generator.get_latent(z), "synthesis": lambda: synthesise(codes),
-                       "forward": lambda: synthesise(generator.get_latent(z))}  # fmt: skip
+    return generator, {
+        "mapping": lambda: generator.get_latent(z),
+        "synthesis": lambda: synthesise(codes),
+        "forward": lambda: synthesise(generator.get_latent(z)),
+    }
 
 
 @torch.no_grad()
@@ -147,8 +155,9 @@ def measure_here(row: Row, args) -> dict:
 
 def draw(generator, n: int, row: Row) -> None:
     source = seed_source(generator, range(n), truncation=1.0, mean=None, noise="const", noise_seed=0, batch=row.batch)
-    pictures = render(generator, source.codes(range(n)), noise=source.noise, batch=row.batch,
-                      dtype=DTYPES[row.precision])  # fmt: skip
+    pictures = render(
+        generator, source.codes(range(n)), noise=source.noise, batch=row.batch, dtype=DTYPES[row.precision]
+    )
     for _ in pictures:
         pass
 
@@ -156,8 +165,7 @@ def draw(generator, n: int, row: Row) -> None:
 def measure_apart(row: Row, args) -> dict:
     """The row in a process of its own."""
     if row.formulation not in (OURS, ORIGINAL):
-        return measure_peer(row.formulation, "generator", args, size=row.size, batch=row.batch,
-                            precision=row.precision)  # fmt: skip
+        return measure_peer(row.formulation, "generator", args, size=row.size, batch=row.batch, precision=row.precision)
     names = ["channel_max", "channel_multiplier", "n_mlp", "repeats", "threads", "device", "ckpt", "drawn", "ops"]
     return child(__file__, {name: getattr(args, name) for name in names} | {"row": json.dumps(asdict(row))})
 
@@ -168,8 +176,17 @@ def measure_apart(row: Row, args) -> dict:
 
 def measure_rows(args, device):
     """Every row measured and printed; those that could not be have an "error"."""
-    table = Table(formulation=14, space=6, size=6, batch=7, precision=11, mapping_ms=12, synthesis_ms=14,
-                  forward_ms=12, **{"images/s": 11, "drawn/s": 10, "peak_MiB": 10})  # fmt: skip
+    table = Table(
+        formulation=14,
+        space=6,
+        size=6,
+        batch=7,
+        precision=11,
+        mapping_ms=12,
+        synthesis_ms=14,
+        forward_ms=12,
+        **{"images/s": 11, "drawn/s": 10, "peak_MiB": 10},
+    )
     budget, found = Budget(args.budget), []
     for row in rows_of(args):
         measure = measure_here if device.type == "cuda" and row.formulation in (OURS, ORIGINAL) else measure_apart
@@ -180,8 +197,9 @@ def measure_rows(args, device):
             table.remark(row.formulation, f"{where}: {result['error']}")
             continue
         seconds = [1e3 * result["seconds"][name] for name in ("mapping", "synthesis", "forward")]
-        table.row(*row.cells(), *seconds, result["images_per_s"], result.get("drawn_per_s"),
-                  result["peak_bytes"] / 2**20)  # fmt: skip
+        table.row(
+            *row.cells(), *seconds, result["images_per_s"], result.get("drawn_per_s"), result["peak_bytes"] / 2**20
+        )
     return found
 
 
@@ -215,19 +233,34 @@ def main(args):
     rows = measure_rows(args, device)
     found = ratios(rows)
     for ratio in found:
-        print(f"{ratio['size']} px, batch {ratio['batch']}, {ratio['space']}: ours {ratio['precision']}"
-              f"{' with graphs' if ratio['graphs'] == 'on' else ''} is "
-              f"{ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
-              f"{ratio['synthesis']:.2f} times")  # fmt: skip
+        print(
+            f"{ratio['size']} px, batch {ratio['batch']}, {ratio['space']}: ours {ratio['precision']}"
+            f"{' with graphs' if ratio['graphs'] == 'on' else ''} is "
+            f"{ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
+            f"{ratio['synthesis']:.2f} times"
+        )
     if args.profile:
         first = next(row for row in rows_of(args) if row.formulation == OURS)
         _, calls = calls_of(first, args, device)
         with torch.no_grad():
             calls["forward"]()  # warm
             write_trace(args.profile, calls)
-    print(json.dumps({"benchmark": "generate", **circumstances(device), "channel_max": args.channel_max,
-                      "channel_multiplier": args.channel_multiplier, "n_mlp": args.n_mlp, "ckpt": args.ckpt,
-                      "ops": args.ops, "repeats": args.repeats, "rows": rows, "ratios": found}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "generate",
+                **circumstances(device),
+                "channel_max": args.channel_max,
+                "channel_multiplier": args.channel_multiplier,
+                "n_mlp": args.n_mlp,
+                "ckpt": args.ckpt,
+                "ops": args.ops,
+                "repeats": args.repeats,
+                "rows": rows,
+                "ratios": found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -42,9 +42,12 @@ def build_parser():
     parser.add_argument("--shorter", type=int, nargs="*", default=[100, 70], help="fewer steps to try with ours")
     parser.add_argument("--faster_lr", type=float, default=0.2, help="step size of these")
     parser.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss of both")
-    parser.add_argument("--perceptual", default="auto",
-                        help="as in projector.py; random: a discriminator with random weights, which needs no file and "
-                             "says nothing but how fast it is")  # fmt: skip
+    parser.add_argument(
+        "--perceptual",
+        default="auto",
+        help="as in projector.py; random: a discriminator with random weights, which needs no file and "
+        "says nothing but how fast it is",
+    )
     parser.add_argument("--size", type=int, default=32, help="of the generator with random weights")
     parser.add_argument("--channel_max", type=int, default=64, help="of the generator with random weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -158,8 +161,10 @@ def main(args):
     perceptual = distance(args, generator.config.size, device)
     images, statistics = targets(args, generator, device), generator.latent_statistics(2000)
     common = {"perceptual": perceptual, "statistics": statistics}
-    print(f"{headline(device)}; {generator.config.space} generator, {generator.config.size} px, {args.images} images, "
-          f"{perceptual.name}")  # fmt: skip
+    print(
+        f"{headline(device)}; {generator.config.space} generator, {generator.config.size} px, {args.images} images, "
+        f"{perceptual.name}"
+    )
 
     original(baseline, images[:BATCH], settings=ProjectionSettings(steps=2), **common)  # warm up
     project(generator, images, steps=2, **common)
@@ -167,11 +172,21 @@ def main(args):
 
     def add(name, steps, latents, noise, seconds, cpu):
         found = judge(generator, latents, noise, images, perceptual=perceptual, mse=args.mse)
-        rows.append({"name": name, "steps": steps, "images_per_minute": 60 * args.images / seconds,
-                     "images_per_cpu_minute": 60 * args.images / cpu, **found})  # fmt: skip
-        print(f"{name:15} {steps:5} steps  {rows[-1]['images_per_minute']:8.2f} images/min  "
-              f"{rows[-1]['images_per_cpu_minute']:8.2f} per CPU minute  loss {found['loss']:.4f}  "
-              f"mse {found['mse']:.4f}", flush=True)  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "steps": steps,
+                "images_per_minute": 60 * args.images / seconds,
+                "images_per_cpu_minute": 60 * args.images / cpu,
+                **found,
+            }
+        )
+        print(
+            f"{name:15} {steps:5} steps  {rows[-1]['images_per_minute']:8.2f} images/min  "
+            f"{rows[-1]['images_per_cpu_minute']:8.2f} per CPU minute  loss {found['loss']:.4f}  "
+            f"mse {found['mse']:.4f}",
+            flush=True,
+        )
 
     settings = ProjectionSettings(steps=args.steps, mse=args.mse)
     batches = images.split(BATCH)
@@ -194,10 +209,23 @@ def main(args):
     best = min(equal, key=lambda row: row["steps"], default=None)
     reached = best and ratios(best, rows[0])
     print("same settings: {:.2f} times as fast by the clock, {:.2f} by processor time".format(*same))
-    print("equal final loss: " + ("{:.2f} and {:.2f} times ({} steps)".format(*reached, best["steps"]) if best
-                                  else "not reached"))  # fmt: skip
-    print(json.dumps({"benchmark": "invert", **circumstances(device), "perceptual": perceptual.name, "mse": args.mse,
-                      "rows": rows, "ratio_same_steps": same, "ratio_equal_loss": reached}))  # fmt: skip
+    print(
+        "equal final loss: "
+        + ("{:.2f} and {:.2f} times ({} steps)".format(*reached, best["steps"]) if best else "not reached")
+    )
+    print(
+        json.dumps(
+            {
+                "benchmark": "invert",
+                **circumstances(device),
+                "perceptual": perceptual.name,
+                "mse": args.mse,
+                "rows": rows,
+                "ratio_same_steps": same,
+                "ratio_equal_loss": reached,
+            }
+        )
+    )
 
 
 def ratios(row, reference) -> list[float]:

@@ -37,8 +37,9 @@ def build_parser():
     parser.add_argument("--train_size", type=int, default=64, help="image size of the training step")
     parser.add_argument("--train_batch", type=int, default=8, help="images per training step")
     parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
-    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"],
-                        help="of our convolutions")  # fmt: skip
+    parser.add_argument(
+        "--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of our convolutions"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per number, after one to warm up")
     parser.add_argument("--untuned", action="store_true", help="do not measure the original with our allocator setting")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -54,25 +55,49 @@ def main(args):
     if args.only:
         print(json.dumps(measure(args, device, *KINDS[args.only])))
         return
-    print(f"{headline(device)}; {args.size} px batch {args.batch}, "
-          f"training {args.train_size} px batch {args.train_batch}")  # fmt: skip
+    print(
+        f"{headline(device)}; {args.size} px batch {args.batch}, training {args.train_size} px batch {args.train_batch}"
+    )
     differences = compare(args, device)
-    print("largest difference from the original, relative to its largest value: "
-          + ", ".join(f"{name} {value:.1e}" for name, value in differences.items()))  # fmt: skip
+    print(
+        "largest difference from the original, relative to its largest value: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    )
     kinds = [kind for kind in KINDS if not (args.untuned and kind == "original, tuned")]
     results = {kind: measure_apart(args, kind) for kind in kinds}
     rows = table(results)
-    print(json.dumps({
-        "benchmark": "model", **circumstances(device),
-        "size": args.size, "batch": args.batch, "train_size": args.train_size, "train_batch": args.train_batch,
-        "channel_max": args.channel_max, "repeats": args.repeats, "differences": differences, "seconds": rows,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "model",
+                **circumstances(device),
+                "size": args.size,
+                "batch": args.batch,
+                "train_size": args.train_size,
+                "train_batch": args.train_batch,
+                "channel_max": args.channel_max,
+                "repeats": args.repeats,
+                "differences": differences,
+                "seconds": rows,
+            }
+        )
+    )
 
 
 def measure_apart(args, kind):
     """The measurements of one formulation, {"part precision": seconds}, from a fresh process."""
-    names = ["parts", "precision", "size", "batch", "train_size", "train_batch", "channel_max", "repeats", "threads",
-             "device"]  # fmt: skip
+    names = [
+        "parts",
+        "precision",
+        "size",
+        "batch",
+        "train_size",
+        "train_batch",
+        "channel_max",
+        "repeats",
+        "threads",
+        "device",
+    ]
     return child(__file__, {"only": kind} | {name: getattr(args, name) for name in names})
 
 
@@ -124,8 +149,11 @@ def compare(args, device):
     (g, d), (g0, d0) = networks(config, device, False), networks(config, device, True)
     codes = g.get_latent(g.draw_z(1).to(device))
     image, image0 = forward(g, codes, None), forward(g0, codes, None)
-    pairs = {"image": (image, image0), "logit": (d(image0), d0(image0)),
-             "latent gradient": (latent_gradient(g, codes, None), latent_gradient(g0, codes, None))}  # fmt: skip
+    pairs = {
+        "image": (image, image0),
+        "logit": (d(image0), d0(image0)),
+        "latent gradient": (latent_gradient(g, codes, None), latent_gradient(g0, codes, None)),
+    }
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
@@ -144,8 +172,11 @@ def measure_networks(args, device, original, precision):
     g, d = networks(GeneratorConfig(args.size, channel_max=args.channel_max), device, original)
     codes, dtype = g.get_latent(g.draw_z(args.batch).to(device)), DTYPES[precision]
     image = torch.randn(args.batch, 3, args.size, args.size, device=device)
-    calls = {"generator": lambda: forward(g, codes, dtype), "discriminator": lambda: judge(d, image, dtype),
-             "latent": lambda: latent_gradient(g, codes, dtype)}  # fmt: skip
+    calls = {
+        "generator": lambda: forward(g, codes, dtype),
+        "discriminator": lambda: judge(d, image, dtype),
+        "latent": lambda: latent_gradient(g, codes, dtype),
+    }
     chosen = {name: call for name, call in calls.items() if name in args.parts}
     return {f"{name} {precision}": median_seconds(call, args.repeats, device) for name, call in chosen.items()}
 

@@ -19,13 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measuring import (  # noqa: E402
-    Budget,
-    circumstances,
-    headline,
-    median_seconds,
-    write_trace,
-)
+from benchmarks.measuring import Budget, circumstances, headline, median_seconds, write_trace  # noqa: E402
 from common.cli import ArgumentParser, UserError, leave, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from layers import make_kernel  # noqa: E402
@@ -38,12 +32,18 @@ SIZES = {"cuda": ["16x512x64", "16x256x128", "16x128x256", "8x64x512", "8x32x102
 
 def build_parser():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", metavar="NxCxSIDE", help="images x channels x pixels per side; default: "
-                        "the layers of 256 px and larger ones on CUDA, two small ones elsewhere")  # fmt: skip
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        metavar="NxCxSIDE",
+        help="images x channels x pixels per side; default: "
+        "the layers of 256 px and larger ones on CUDA, two small ones elsewhere",
+    )
     parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), help="default: bf16 fp32; on the CPU fp32")
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["channels_last"], help="memory order")
-    parser.add_argument("--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS),
-                        help="what to measure")  # fmt: skip
+    parser.add_argument(
+        "--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="what to measure"
+    )
     parser.add_argument("--repeats", type=int, default=20, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i]")
@@ -73,23 +73,28 @@ def act(x, f):
 
 
 def after_up_conv(x, f):
-    return blur_noise_bias_act(x, f["kernel"], f["bias"], pad=(1, 1), demod=f["demod"], noise=f["noise"],
-                               noise_strength=f["strength"])  # fmt: skip
+    return blur_noise_bias_act(
+        x, f["kernel"], f["bias"], pad=(1, 1), demod=f["demod"], noise=f["noise"], noise_strength=f["strength"]
+    )
 
 
 STYLED = ("bias", "demod", "strength")
 OPERATIONS = {
     "noise_bias_act": Operation(act, lambda side: (side, side), STYLED, backward="oii"),
-    "bias_act": Operation(lambda x, f: fused_leaky_relu(x, f["bias"]), lambda side: (side, side), ("bias",),
-                          backward="ooi"),
+    "bias_act": Operation(
+        lambda x, f: fused_leaky_relu(x, f["bias"]), lambda side: (side, side), ("bias",), backward="ooi"
+    ),
     "blur": Operation(lambda x, f: upfirdn2d(x, f["kernel"], pad=(1, 1)), lambda side: (side + 1, side)),
     "down_2x": Operation(lambda x, f: upfirdn2d(x, f["kernel"], down=2, pad=(1, 1)), lambda side: (side, side // 2)),
     "up_2x": Operation(lambda x, f: upfirdn2d(x, f["kernel"], up=2, pad=(2, 1)), lambda side: (side // 2, side)),
-    "blur_noise_bias_act": Operation(after_up_conv, lambda side: (side + 1, side), STYLED, kept="o",
-                                     backward="ooooi"),
-    "act_blur": Operation(lambda x, f: act_blur(x, f["bias"], f["kernel"], pad=(2, 2)), lambda side: (side, side + 1),
-                          ("bias",), backward="oiiii"),
-}  # fmt: skip
+    "blur_noise_bias_act": Operation(after_up_conv, lambda side: (side + 1, side), STYLED, kept="o", backward="ooooi"),
+    "act_blur": Operation(
+        lambda x, f: act_blur(x, f["bias"], f["kernel"], pad=(2, 2)),
+        lambda side: (side, side + 1),
+        ("bias",),
+        backward="oiiii",
+    ),
+}
 
 
 def make_factors(n, channels, side, device):
@@ -121,8 +126,14 @@ def calls_of(name, n, channels, side, dtype, layout, device):
     factors = make_factors(n, channels, side_out, device)
     plane = n * channels * x.element_size()
     sizes = {"i": plane * side_in**2, "o": plane * side_out**2}
-    moved = {part: sum(sizes[letter] for letter in letters) for part, letters in
-             (("forward", operation.forward), ("kept", operation.kept), ("backward", operation.backward))}  # fmt: skip
+    moved = {
+        part: sum(sizes[letter] for letter in letters)
+        for part, letters in (
+            ("forward", operation.forward),
+            ("kept", operation.kept),
+            ("backward", operation.backward),
+        )
+    }
 
     def forward():
         with torch.no_grad():
@@ -161,15 +172,30 @@ def measure_operation(args, device, modes, size, precision, layout, name, copy):
     for mode in modes:
         dispatch.choose(mode)
         for part, call, moved in calls_of(name, *size, DTYPES[precision], layout, device):
-            row = found.setdefault(part, {"operation": name, "pass": part, "size": size, "precision": precision,
-                                          "layout": layout, "bytes": moved, "copy": copy, "seconds": {}})  # fmt: skip
+            row = found.setdefault(
+                part,
+                {
+                    "operation": name,
+                    "pass": part,
+                    "size": size,
+                    "precision": precision,
+                    "layout": layout,
+                    "bytes": moved,
+                    "copy": copy,
+                    "seconds": {},
+                },
+            )
             row["seconds"][mode] = median_seconds(call, args.repeats, device)
     for part, row in found.items():
         rates = {mode: row["bytes"] / seconds for mode, seconds in row["seconds"].items()}
         row["share"] = {mode: round(rate / copy, 4) for mode, rate in rates.items()}
-        print(f"{name + ', ' + part:38}{row['bytes'] / 1e6:8.1f}" + "".join(
-            f"{1e3 * row['seconds'][mode]:12.4f}{rates[mode] / 1e9:9.1f}{row['share'][mode]:9.0%}" for mode in modes
-        ), flush=True)  # fmt: skip
+        print(
+            f"{name + ', ' + part:38}{row['bytes'] / 1e6:8.1f}"
+            + "".join(
+                f"{1e3 * row['seconds'][mode]:12.4f}{rates[mode] / 1e9:9.1f}{row['share'][mode]:9.0%}" for mode in modes
+            ),
+            flush=True,
+        )
     return list(found.values())
 
 
@@ -220,8 +246,11 @@ def main(args):
     rows = measure(args, device, modes)
     if args.profile:
         trace(args, device, modes)
-    print(json.dumps({"benchmark": "op", **circumstances(device), "repeats": args.repeats, "kernels": not reason,
-                      "rows": rows}))  # fmt: skip
+    print(
+        json.dumps(
+            {"benchmark": "op", **circumstances(device), "repeats": args.repeats, "kernels": not reason, "rows": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -71,8 +71,10 @@ def compare_speed(n: int, dim: int, nearest_k: int, repeats: int) -> dict:
 
     real, fake = make_features(n, dim, 0), make_features(n, dim, 1)
     compute_prdc(real[:500], fake[:500], nearest_k=nearest_k)  # warm up threads
-    print(f"{n:,} x {n:,} x {dim:,}, k = {nearest_k}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}",
-          flush=True)  # fmt: skip
+    print(
+        f"{n:,} x {n:,} x {dim:,}, k = {nearest_k}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.2f}",
+        flush=True,
+    )
     print(f"{'':16}{'seconds':>10}   precision     recall    density   coverage")
     ours, seconds = [], []
     for _ in range(repeats):
@@ -91,8 +93,15 @@ def compare_speed(n: int, dim: int, nearest_k: int, repeats: int) -> dict:
     equal = all(values == theirs[0] for values in ours + theirs)
     ratio = min(package_seconds) / min(seconds)
     print(f"{ratio:.2f}x, results {'equal' if equal else 'DIFFER'}")
-    return {"n": n, "dim": dim, "seconds": round(min(seconds), 3), "package_seconds": round(min(package_seconds), 3),
-            "speedup": round(ratio, 3), "equal": equal, "load": os.getloadavg()[0]}  # fmt: skip
+    return {
+        "n": n,
+        "dim": dim,
+        "seconds": round(min(seconds), 3),
+        "package_seconds": round(min(package_seconds), 3),
+        "speedup": round(ratio, 3),
+        "equal": equal,
+        "load": os.getloadavg()[0],
+    }
 
 
 def print_row(name: str, seconds: float, values: dict) -> None:
@@ -120,8 +129,10 @@ def memory_child(n: int, mapped: bool) -> int:
     tune_allocator()  # as the command line does
     start = peak_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        sides = [features_in_file(Path(folder) / f"{seed}.npy", n, seed) if mapped else
-                 make_features(n, MEMORY_DIM, seed) for seed in (0, 1)]  # fmt: skip
+        sides = [
+            features_in_file(Path(folder) / f"{seed}.npy", n, seed) if mapped else make_features(n, MEMORY_DIM, seed)
+            for seed in (0, 1)
+        ]
         own = OwnMemory() if mapped else None
         compute_prdc(*sides, nearest_k=MEMORY_K)
         found = {"start": start, "peak": peak_bytes()}
@@ -156,18 +167,24 @@ def measure_memory(n: int, mapped: bool) -> dict:
     work = 2 * side * MEMORY_DIM * 4 + side**2 * (4 + 1)
     rest = found["peak"] - found["start"] - features - n * per_point - work
     full = found["peak"] + (FULL_N - n) * per_point + full_features - features
-    print(f"memory at {n:,} x {n:,} x {MEMORY_DIM:,}: peak {found['peak'] / GIB:.3f} GiB = {found['start'] / GIB:.3f} "
-          f"interpreter and torch + {features / GIB:.3f} features{' in mapped files' if mapped else ''} + "
-          f"{work / GIB:.3f} two blocks, tile and mask + {n * per_point / GIB:.3f} neighbours + {rest / GIB:.3f} rest "
-          f"(lists of at most {PAIRS:,} pairs, libraries)")  # fmt: skip
-    print(f"at {FULL_N:,} x {FULL_N:,} x {MEMORY_DIM:,}: {found['peak'] / GIB:.3f} + "
-          f"{(full_features - features) / GIB:.3f} features + {(FULL_N - n) * per_point / GIB:.3f} neighbours = "
-          f"{full / GIB:.3f} GiB = {full / 1e9:.3f} GB")  # fmt: skip
+    print(
+        f"memory at {n:,} x {n:,} x {MEMORY_DIM:,}: peak {found['peak'] / GIB:.3f} GiB = {found['start'] / GIB:.3f} "
+        f"interpreter and torch + {features / GIB:.3f} features{' in mapped files' if mapped else ''} + "
+        f"{work / GIB:.3f} two blocks, tile and mask + {n * per_point / GIB:.3f} neighbours + {rest / GIB:.3f} rest "
+        f"(lists of at most {PAIRS:,} pairs, libraries)"
+    )
+    print(
+        f"at {FULL_N:,} x {FULL_N:,} x {MEMORY_DIM:,}: {found['peak'] / GIB:.3f} + "
+        f"{(full_features - features) / GIB:.3f} features + {(FULL_N - n) * per_point / GIB:.3f} neighbours = "
+        f"{full / GIB:.3f} GiB = {full / 1e9:.3f} GB"
+    )
     result = {"memory_n": n, "mapped": mapped, "peak_bytes": found["peak"], "full_bytes": full}
     if mapped:
         own = found["own"] + (FULL_N - n) * per_point
-        print(f"of that its own, not pages of mapped files: {found['own'] / GIB:.3f} GiB, at {FULL_N:,} points "
-              f"{own / GIB:.3f} GiB")  # fmt: skip
+        print(
+            f"of that its own, not pages of mapped files: {found['own'] / GIB:.3f} GiB, at {FULL_N:,} points "
+            f"{own / GIB:.3f} GiB"
+        )
         result |= {"own_bytes": found["own"], "full_own_bytes": own}
     return result
 
@@ -177,8 +194,13 @@ def main(args) -> int:
         return memory_child(args.memory_n, args.mapped)
     torch.set_num_threads(args.threads)
     tune_allocator()  # as the command line of metrics/ does
-    result = {"benchmark": "prdc", "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-              "torch": torch.__version__, "threads": args.threads}  # fmt: skip
+    result = {
+        "benchmark": "prdc",
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "threads": args.threads,
+    }
     if args.n:
         result |= compare_speed(args.n, args.dim, args.nearest_k, args.repeats)
     if args.memory_n:

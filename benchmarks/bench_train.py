@@ -106,10 +106,16 @@ def rows_of(args):
 
 
 def make_trainer(row: Row, args, place: Distributed) -> Trainer:
-    config = GeneratorConfig(row.size, n_mlp=args.n_mlp, w_space=args.w_space, channel_max=args.channel_max,
-                             channel_multiplier=args.channel_multiplier)  # fmt: skip
-    settings = TrainSettings(batch=row.batch, precision=row.precision, augment=args.augment is not None,
-                             augment_p=args.augment or 0.0)  # fmt: skip
+    config = GeneratorConfig(
+        row.size,
+        n_mlp=args.n_mlp,
+        w_space=args.w_space,
+        channel_max=args.channel_max,
+        channel_multiplier=args.channel_multiplier,
+    )
+    settings = TrainSettings(
+        batch=row.batch, precision=row.precision, augment=args.augment is not None, augment_p=args.augment or 0.0
+    )
     trainer = Trainer(config, settings, place)
     if row.formulation == ORIGINAL:  # same parameters, buffers, losses and optimisers, other arithmetic
         trainer.g.__class__ = trainer.g_ema.__class__ = BaselineGenerator
@@ -157,8 +163,9 @@ def measure_here(row: Row, args) -> dict:
     forget_peak(place.device)
     try:
         game = our_round(row, args, place)
-        return measure_round(game, row.batch * row.processes, repeats=args.repeats, steps=args.steps,
-                             device=place.device)  # fmt: skip
+        return measure_round(
+            game, row.batch * row.processes, repeats=args.repeats, steps=args.steps, device=place.device
+        )
     finally:
         shutdown()
 
@@ -166,10 +173,19 @@ def measure_here(row: Row, args) -> dict:
 def measure_apart(row: Row, args) -> dict:
     """The row in processes of its own."""
     if row.formulation not in (OURS, ORIGINAL):
-        return measure_peer(row.formulation, "training", args, size=row.size, batch=row.batch,
-                            precision=row.precision)  # fmt: skip
-    names = ["channel_max", "channel_multiplier", "n_mlp", "w_space", "augment", "repeats", "steps", "threads",
-             "device", "ops"]  # fmt: skip
+        return measure_peer(row.formulation, "training", args, size=row.size, batch=row.batch, precision=row.precision)
+    names = [
+        "channel_max",
+        "channel_multiplier",
+        "n_mlp",
+        "w_space",
+        "augment",
+        "repeats",
+        "steps",
+        "threads",
+        "device",
+        "ops",
+    ]
     flags = {name: getattr(args, name) for name in names} | {"row": json.dumps(asdict(row))}
     flags |= {"threads": 1} if args.processes > 1 else {}  # one process or several: a core each
     return child(__file__, flags, processes=row.processes)
@@ -181,8 +197,18 @@ def measure_apart(row: Row, args) -> dict:
 
 def measure_rows(args, device):
     """Every row measured and printed; those that could not be have an "error"."""
-    table = Table(formulation=24, size=6, batch=7, precision=11, D_ms=10, R1_ms=10, G_ms=10, path_ms=10,
-                  average_ms=12, **{"images/s": 11, "played": 10, "peak_MiB": 10})  # fmt: skip
+    table = Table(
+        formulation=24,
+        size=6,
+        batch=7,
+        precision=11,
+        D_ms=10,
+        R1_ms=10,
+        G_ms=10,
+        path_ms=10,
+        average_ms=12,
+        **{"images/s": 11, "played": 10, "peak_MiB": 10},
+    )
     budget, found = Budget(args.budget), []
     for row in rows_of(args):
         here = device.type == "cuda" and row.processes == 1 and row.formulation in (OURS, ORIGINAL)
@@ -192,8 +218,13 @@ def measure_rows(args, device):
         if "error" in result:
             table.remark(row.cells()[0], f"{row.size} px, batch {row.batch}, {row.precision}: {result['error']}")
             continue
-        table.row(*row.cells(), *(1e3 * result["seconds"][name] for name in PHASES), result["images_per_s"],
-                  result.get("played_images_per_s"), result["peak_bytes"] / 2**20)  # fmt: skip
+        table.row(
+            *row.cells(),
+            *(1e3 * result["seconds"][name] for name in PHASES),
+            result["images_per_s"],
+            result.get("played_images_per_s"),
+            result["peak_bytes"] / 2**20,
+        )
     return found
 
 
@@ -204,12 +235,21 @@ def ratios(rows) -> list[dict]:
     for ours in (row for row in done if row["formulation"] == OURS):
         for other in done:
             alike = all(ours[name] == other[name] for name in ("size", "batch"))
-            scaling = other["formulation"] == OURS and ours["processes"] > other["processes"] == 1 \
-                and all(ours[name] == other[name] for name in ("precision", "graphs"))  # fmt: skip
+            scaling = (
+                other["formulation"] == OURS
+                and ours["processes"] > other["processes"] == 1
+                and all(ours[name] == other[name] for name in ("precision", "graphs"))
+            )
             if alike and (scaling or (other["formulation"] != OURS and ours["processes"] == 1)):
                 name = "one process" if scaling else f"{other['formulation']} {other['precision']}"
-                values = {"size": ours["size"], "batch": ours["batch"], "precision": ours["precision"],
-                          "processes": ours["processes"], "graphs": ours["graphs"], "to": name}  # fmt: skip
+                values = {
+                    "size": ours["size"],
+                    "batch": ours["batch"],
+                    "precision": ours["precision"],
+                    "processes": ours["processes"],
+                    "graphs": ours["graphs"],
+                    "to": name,
+                }
                 for rate in ("images_per_s", "played_images_per_s"):
                     if rate in ours and rate in other:
                         values[rate] = ours[rate] / other[rate]
@@ -227,25 +267,43 @@ def main(args):
         return
     device = resolve_device(args.device)
     kind = "W" if args.w_space else "W++"
-    print(f"{headline(device)}; {kind}, channel_max {args.channel_max}, "
-          f"{'no augmentation' if args.augment is None else f'ADA with p = {args.augment}'}")  # fmt: skip
+    print(
+        f"{headline(device)}; {kind}, channel_max {args.channel_max}, "
+        f"{'no augmentation' if args.augment is None else f'ADA with p = {args.augment}'}"
+    )
     rows = measure_rows(args, device)
     found = ratios(rows)
     for ratio in found:
         several = f" in {ratio['processes']} processes" if ratio["processes"] > 1 else ""
         several += " with graphs" if ratio["graphs"] == "on" else ""
-        print(f"{ratio['size']} px, batch {ratio['batch']}: ours {ratio['precision']}{several} is "
-              f"{ratio['images_per_s']:.2f} times {ratio['to']}")  # fmt: skip
+        print(
+            f"{ratio['size']} px, batch {ratio['batch']}: ours {ratio['precision']}{several} is "
+            f"{ratio['images_per_s']:.2f} times {ratio['to']}"
+        )
     if args.profile:
         first = next(row for row in rows_of(args) if row.formulation == OURS and row.processes == 1)
         game = our_round(first, args, setup(args.device))
         for phase in game.phases.values():
             phase()  # warm
         write_trace(args.profile, game.phases)
-    print(json.dumps({"benchmark": "train", **circumstances(device), "space": kind, "channel_max": args.channel_max,
-                      "channel_multiplier": args.channel_multiplier, "n_mlp": args.n_mlp, "augment": args.augment,
-                      "ops": args.ops, "repeats": args.repeats, "steps": args.steps, "rows": rows,
-                      "ratios": found}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "train",
+                **circumstances(device),
+                "space": kind,
+                "channel_max": args.channel_max,
+                "channel_multiplier": args.channel_multiplier,
+                "n_mlp": args.n_mlp,
+                "augment": args.augment,
+                "ops": args.ops,
+                "repeats": args.repeats,
+                "steps": args.steps,
+                "rows": rows,
+                "ratios": found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -48,8 +48,18 @@ NVLINK = 450e9  # bytes/s in each direction and GPU (NVLink 4: 900 GB/s in both)
 NETWORKS = {"8 adapters per machine": 8 * 50e9, "1 adapter per machine": 50e9}  # InfiniBand NDR, 400 Gbit/s each
 MACHINE_SIZE = 8  # GPUs that NVLink joins
 ADAM_BYTES, AVERAGE_BYTES = 28, 12  # per parameter
-FREE = {"_unsafe_view", "_reshape_alias", "alias", "detach", "lift_fresh", "empty", "empty_like", "empty_strided",
-        "new_empty", "new_empty_strided"}  # nothing moves # fmt: skip
+FREE = {
+    "_unsafe_view",
+    "_reshape_alias",
+    "alias",
+    "detach",
+    "lift_fresh",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}  # nothing moves
 WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_"}  # the first argument is not read
 
 
@@ -155,8 +165,13 @@ def counted(call) -> Work:
 
 def count(size: int, batch: int, args) -> tuple[dict[str, Work], dict[str, int], dict[str, int]]:
     """Work per phase of training and of sampling, how often the phases are played, parameters of G and D."""
-    config = GeneratorConfig(size, n_mlp=args.n_mlp, w_space=args.w_space, channel_max=args.channel_max,
-                             channel_multiplier=args.channel_multiplier)  # fmt: skip
+    config = GeneratorConfig(
+        size,
+        n_mlp=args.n_mlp,
+        w_space=args.w_space,
+        channel_max=args.channel_max,
+        channel_multiplier=args.channel_multiplier,
+    )
     settings = TrainSettings(batch=batch, precision="fp32" if args.original else args.precision)
     trainer = Trainer(config, settings, Distributed(0, 0, 1, torch.device("meta"), None))
     if args.original:
@@ -167,8 +182,12 @@ def count(size: int, batch: int, args) -> tuple[dict[str, Work], dict[str, int],
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in parameters.items()}
 
     found = {}
-    phases = {"d": (trainer.d, trainer.d_phase), "r1": (trainer.d, trainer.r1_phase), "g": (trainer.g, trainer.g_phase),
-              "path": (trainer.g, trainer.path_phase)}  # fmt: skip
+    phases = {
+        "d": (trainer.d, trainer.d_phase),
+        "r1": (trainer.d, trainer.r1_phase),
+        "g": (trainer.g, trainer.g_phase),
+        "path": (trainer.g, trainer.path_phase),
+    }
     for name, (network, phase) in phases.items():
         trainer.select(network)
         found[name] = counted(lambda phase=phase, name=name: trainer.accumulate_gradients(phase, images, name))
@@ -200,8 +219,14 @@ def scaling(step: float, bytes_per_step: float) -> list[dict]:
             if gpus > MACHINE_SIZE or name == next(iter(NETWORKS)):
                 seconds = ring_seconds(bytes_per_step, gpus, network)
                 where = "NVLink" if gpus <= MACHINE_SIZE else name
-                found.append({"gpus": gpus, "network": where, "all_reduce_s": seconds,
-                              "share_of_linear": step / (step + seconds)})  # fmt: skip
+                found.append(
+                    {
+                        "gpus": gpus,
+                        "network": where,
+                        "all_reduce_s": seconds,
+                        "share_of_linear": step / (step + seconds),
+                    }
+                )
     return found
 
 
@@ -225,19 +250,33 @@ def report(size, batch, args) -> dict:
     per_step = {name: 4 * parameters["d" if name in ("d", "r1") else "g"] for name in training if name != "average"}
     reduced = seconds_per_step(per_step, every)  # bytes, weighted like seconds
     for machine, sheet in MACHINES.items():
-        limits = {name: {phase: work.seconds(sheet)[name] for phase, work in training.items()}
-                  for name in ("operations", "bytes", "both")}  # fmt: skip
+        limits = {
+            name: {phase: work.seconds(sheet)[name] for phase, work in training.items()}
+            for name in ("operations", "bytes", "both")
+        }
         steps = {name: seconds_per_step(seconds, every) for name, seconds in limits.items()}
         sampling = works["sampling"].seconds(sheet)
-        print(f"{machine}: training at most " + ", ".join(f"{batch / s:.0f} images/s by {n}" for n, s in steps.items())
-              + "; sampling " + ", ".join(f"{batch / s:.0f} by {n}" for n, s in sampling.items()))  # fmt: skip
+        print(
+            f"{machine}: training at most "
+            + ", ".join(f"{batch / s:.0f} images/s by {n}" for n, s in steps.items())
+            + "; sampling "
+            + ", ".join(f"{batch / s:.0f} by {n}" for n, s in sampling.items())
+        )
         scales = scaling(steps["both"], reduced)
-        print(f"  step {1e3 * steps['both']:.2f} ms, all-reduce of {reduced / 1e6:.0f} MB per step: " + "; ".join(
-            f"{s['gpus']} GPUs ({s['network']}) {1e3 * s['all_reduce_s']:.2f} ms, {s['share_of_linear']:.0%} of linear"
-            for s in scales))  # fmt: skip
-        result["limits"][machine] = {"training": {n: batch / s for n, s in steps.items()}, "scaling": scales,
-                                     "sampling": {n: batch / s for n, s in sampling.items()},
-                                     "all_reduce_bytes": reduced}  # fmt: skip
+        print(
+            f"  step {1e3 * steps['both']:.2f} ms, all-reduce of {reduced / 1e6:.0f} MB per step: "
+            + "; ".join(
+                f"{s['gpus']} GPUs ({s['network']}) {1e3 * s['all_reduce_s']:.2f} ms, {s['share_of_linear']:.0%} "
+                "of linear"
+                for s in scales
+            )
+        )
+        result["limits"][machine] = {
+            "training": {n: batch / s for n, s in steps.items()},
+            "scaling": scales,
+            "sampling": {n: batch / s for n, s in sampling.items()},
+            "all_reduce_bytes": reduced,
+        }
     return result
 
 
@@ -246,12 +285,24 @@ def main(args):
         os.environ["TRITON_INTERPRET"] = "1"  # the kernels' operators without CUDA; none of them runs
     dispatch.choose(args.ops)
     batches = args.batch * len(args.sizes) if len(args.batch) == 1 else args.batch
-    print(f"{'original formulation' if args.original else args.ops + ' ops'}, {args.precision}, "
-          f"{'W' if args.w_space else 'W++'}, channel_max {args.channel_max}")  # fmt: skip
+    print(
+        f"{'original formulation' if args.original else args.ops + ' ops'}, {args.precision}, "
+        f"{'W' if args.w_space else 'W++'}, channel_max {args.channel_max}"
+    )
     results = [report(size, batch, args) for size, batch in zip(args.sizes, batches, strict=True)]
-    print(json.dumps({"benchmark": "count_work", "torch": torch.__version__, "ops": args.ops,
-                      "precision": args.precision, "original": args.original, "machines": MACHINES,
-                      "results": results}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "count_work",
+                "torch": torch.__version__,
+                "ops": args.ops,
+                "precision": args.precision,
+                "original": args.original,
+                "machines": MACHINES,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

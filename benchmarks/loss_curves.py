@@ -32,9 +32,14 @@ from model import GeneratorConfig  # noqa: E402
 from op import dispatch  # noqa: E402
 from training import Trainer, TrainSettings  # noqa: E402
 
-WAYS = {"ref": ("ref", "fp32", False), "kernels": ("triton", "fp32", False), "original": ("ref", "fp32", True),
-        "bf16": ("ref", "bf16", False), "fp16": ("ref", "fp16", False),
-        "kernels-bf16": ("triton", "bf16", False)}  # operations, precision, original formulation # fmt: skip
+WAYS = {
+    "ref": ("ref", "fp32", False),
+    "kernels": ("triton", "fp32", False),
+    "original": ("ref", "fp32", True),
+    "bf16": ("ref", "bf16", False),
+    "fp16": ("ref", "fp16", False),
+    "kernels-bf16": ("triton", "bf16", False),
+}  # operations, precision, original formulation
 LOSSES = ("d", "g")
 
 
@@ -134,9 +139,21 @@ def main(args):
     for way, value in found.items():
         agrees = "" if noise is None else ", within the noise of seeds" if value <= noise else ", MORE than seeds do"
         print(f"{way} differs from ref by {value:.4f}{agrees}")
-    print(json.dumps({"benchmark": "loss_curves", **circumstances(place.device), "size": args.size,
-                      "batch": args.batch, "steps": args.steps, "window": args.window, "noise": noise,
-                      "distance": found, "runs": results}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "benchmark": "loss_curves",
+                **circumstances(place.device),
+                "size": args.size,
+                "batch": args.batch,
+                "steps": args.steps,
+                "window": args.window,
+                "noise": noise,
+                "distance": found,
+                "runs": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -238,9 +238,14 @@ def circumstances(device: torch.device) -> dict:
     """Where and when, for the closing line of JSON."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
-        "machine": machine_name(device), "device": str(device), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": load, "commit": git_commit(),
-    }  # fmt: skip
+        "machine": machine_name(device),
+        "device": str(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "load": load,
+        "commit": git_commit(),
+    }
 
 
 def headline(device: torch.device) -> str:

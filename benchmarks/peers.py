@@ -89,11 +89,22 @@ class Nvidia:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         conv2d_gradfix.enabled = grid_sample_gradfix.enabled = True
         half = {} if args.precision == "fp16" else {"num_fp16_res": 0, "conv_clamp": None}
-        common = {"c_dim": 0, "img_resolution": args.size, "img_channels": 3, "channel_max": args.channel_max,
-                  "channel_base": int(16384 * args.channel_multiplier), **half}  # fmt: skip
+        common = {
+            "c_dim": 0,
+            "img_resolution": args.size,
+            "img_channels": 3,
+            "channel_max": args.channel_max,
+            "channel_base": int(16384 * args.channel_multiplier),
+            **half,
+        }
         self.device, self.batch = device, args.batch
-        self.g = Generator(z_dim=512, w_dim=512, mapping_kwargs={"num_layers": args.n_mlp},
-                           fused_modconv_default="inference_only", **common).to(device)  # fmt: skip
+        self.g = Generator(
+            z_dim=512,
+            w_dim=512,
+            mapping_kwargs={"num_layers": args.n_mlp},
+            fused_modconv_default="inference_only",
+            **common,
+        ).to(device)
         self.d = Discriminator(**common).to(device)
 
     def mapping(self, z):
@@ -107,8 +118,16 @@ class Nvidia:
 
         g, d, device, batch = self.g.requires_grad_(False), self.d.requires_grad_(False), self.device, self.batch
         average_g = copy.deepcopy(g).eval()
-        loss = StyleGAN2Loss(device, g, d, r1_gamma=R1, style_mixing_prob=MIXING, pl_weight=PATH,
-                             pl_batch_shrink=PATH_SHRINK, pl_no_weight_grad=True)  # fmt: skip
+        loss = StyleGAN2Loss(
+            device,
+            g,
+            d,
+            r1_gamma=R1,
+            style_mixing_prob=MIXING,
+            pl_weight=PATH,
+            pl_batch_shrink=PATH_SHRINK,
+            pl_no_weight_grad=True,
+        )
         optimisers = {g: adam(g, G_REG_EVERY), d: adam(d, D_REG_EVERY)}
         pixels = torch.randint(0, 256, (batch, 3, self.g.img_resolution, self.g.img_resolution), dtype=torch.uint8)
         pixels, labels = pixels.to(device), torch.zeros(batch, 0, device=device)
@@ -132,9 +151,16 @@ class Nvidia:
             for mean, buffer in zip(average_g.buffers(), g.buffers(), strict=True):
                 mean.copy_(buffer)
 
-        return Round({"d": lambda: play("Dmain", d, 1), "r1": lambda: play("Dreg", d, D_REG_EVERY),
-                      "g": lambda: play("Gmain", g, 1), "path": lambda: play("Greg", g, G_REG_EVERY),
-                      "average": average}, {"r1": D_REG_EVERY, "path": G_REG_EVERY})  # fmt: skip
+        return Round(
+            {
+                "d": lambda: play("Dmain", d, 1),
+                "r1": lambda: play("Dreg", d, D_REG_EVERY),
+                "g": lambda: play("Gmain", g, 1),
+                "path": lambda: play("Greg", g, G_REG_EVERY),
+                "average": average,
+            },
+            {"r1": D_REG_EVERY, "path": G_REG_EVERY},
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,10 +235,16 @@ class Rosinality:
             for mean, p in zip(average_g.parameters(), g.parameters(), strict=True):
                 mean.mul_(EMA_DECAY).add_(p, alpha=1 - EMA_DECAY)
 
-        return Round({"d": lambda: play(d, d_loss), "r1": lambda: play(d, r1_loss),
-                      "g": lambda: play(g, lambda: F.softplus(-d(g(self.draw(batch))[0])).mean()),
-                      "path": lambda: play(g, path_loss), "average": average},
-                     {"r1": D_REG_EVERY, "path": G_REG_EVERY})  # fmt: skip
+        return Round(
+            {
+                "d": lambda: play(d, d_loss),
+                "r1": lambda: play(d, r1_loss),
+                "g": lambda: play(g, lambda: F.softplus(-d(g(self.draw(batch))[0])).mean()),
+                "path": lambda: play(g, path_loss),
+                "average": average,
+            },
+            {"r1": D_REG_EVERY, "path": G_REG_EVERY},
+        )
 
 
 PEERS = {"nvidia": Nvidia, "rosinality": Rosinality}
@@ -227,8 +259,11 @@ def measure_generator(peer, args, device) -> dict:
     z = torch.randn(args.batch, 512, device=device)
     with torch.no_grad():
         w = peer.mapping(z)
-        calls = {"mapping": lambda: peer.mapping(z), "synthesis": lambda: peer.synthesis(w),
-                 "forward": lambda: peer.synthesis(peer.mapping(z))}  # fmt: skip
+        calls = {
+            "mapping": lambda: peer.mapping(z),
+            "synthesis": lambda: peer.synthesis(w),
+            "forward": lambda: peer.synthesis(peer.mapping(z)),
+        }
         seconds = {name: median_seconds(call, args.repeats, device) for name, call in calls.items()}
     return {"seconds": seconds, "images_per_s": args.batch / seconds["forward"], "peak_bytes": peak_memory(device)}
 

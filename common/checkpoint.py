@@ -235,8 +235,10 @@ def load_export(path):
         raise CheckpointError(f"{path} holds only what differs from {file.name}, which must lie in the same folder")
     shared, of_base = load_safetensors(file)
     if of_base.get("fingerprint") != base["fingerprint"]:
-        raise CheckpointError(f"{path} belongs to a {file.name} with the fingerprint {base['fingerprint']}; the one "
-                              f"beside it has {of_base.get('fingerprint')}")  # fmt: skip
+        raise CheckpointError(
+            f"{path} belongs to a {file.name} with the fingerprint {base['fingerprint']}; the one "
+            f"beside it has {of_base.get('fingerprint')}"
+        )
     return {**shared, **tensors}, metadata
 
 
@@ -282,8 +284,11 @@ def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
     wrong = [f"{k} is absent" for k in own if k not in state]
     wrong += [f"{k} is unknown" for k in state if k not in own]
     shared = [k for k in own if k in state]
-    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-              for k in shared if state[k].shape != own[k].shape]  # fmt: skip
+    wrong += [
+        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
+        for k in shared
+        if state[k].shape != own[k].shape
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")

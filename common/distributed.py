@@ -57,9 +57,13 @@ def add_rank_flag(parser):
 
 def add_ops_flag(parser):
     """Add `--ops`. It takes effect when it is parsed, for the whole process: op/dispatch.py is asked call by call."""
-    parser.add_argument("--ops", choices=dispatch.OPS, action=_ChooseOps,
-                        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
-                             "| ref | triton; default: $WPP_OPS, else auto")  # fmt: skip
+    parser.add_argument(
+        "--ops",
+        choices=dispatch.OPS,
+        action=_ChooseOps,
+        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
+        "| ref | triton; default: $WPP_OPS, else auto",
+    )
 
 
 class _ChooseOps(argparse.Action):
@@ -111,8 +115,9 @@ def setup(device="auto", *, timeout=1800.0):
     collective that waits for more than `timeout` seconds raises DistributedError. Call `shutdown()` at the end.
     """
     global _control
-    rank, world_size, local_rank = (_env_int(name, default) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    rank, world_size, local_rank = (
+        _env_int(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     device = resolve_device(device)
     if device.type == "cpu":
         tune_allocator()
@@ -219,8 +224,9 @@ class GradientBucket:
             starts.append(end)
             end += -(-parameter.numel() // self.ALIGNMENT) * self.ALIGNMENT
         self.flat = self.parameters[0].new_zeros(end)
-        self.views = [self.flat[start : start + p.numel()].view(p.shape)
-                      for start, p in zip(starts, self.parameters, strict=True)]  # fmt: skip
+        self.views = [
+            self.flat[start : start + p.numel()].view(p.shape) for start, p in zip(starts, self.parameters, strict=True)
+        ]
         self.taking_part: dict[str, list[int]] = {}
 
     def open(self, phase: str) -> None:

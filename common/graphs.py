@@ -29,9 +29,13 @@ LOST = "every kernel is launched by itself, which costs small networks most of t
 
 def add_graphs_flag(parser, what: str) -> None:
     """Add `--graphs`; what: the part of the work that it records, as a phrase."""
-    parser.add_argument("--graphs", choices=GRAPHS, default="off",
-                        help=f"on: record {what} as CUDA graphs, launched as a whole (for CUDA; off by default, since "
-                             "no GPU has run it yet)")  # fmt: skip
+    parser.add_argument(
+        "--graphs",
+        choices=GRAPHS,
+        default="off",
+        help=f"on: record {what} as CUDA graphs, launched as a whole (for CUDA; off by default, since "
+        "no GPU has run it yet)",
+    )
 
 
 def recorder_for(graphs: str, device: torch.device) -> Recorder | None:

@@ -45,8 +45,19 @@ WHITE = (255, 255, 255)
 # Keys of PIL's `info` that ask for more than a plain copy.
 _SPECIAL = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency", "icc_profile"))
 # What Pillow's decoders raise for damaged content, in its several formats.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-                  struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class ImageError(ValueError):
@@ -321,14 +332,31 @@ def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Ima
 
 
 # Nine evenly spaced anchors of the viridis colour map (CC0), dark to light.
-_VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129),
-                     (92, 200, 99), (170, 220, 50), (253, 231, 37)], np.float64)  # fmt: skip
+_VIRIDIS = np.array(
+    [
+        (68, 1, 84),
+        (71, 44, 122),
+        (59, 81, 139),
+        (44, 113, 142),
+        (33, 144, 141),
+        (39, 173, 129),
+        (92, 200, 99),
+        (170, 220, 50),
+        (253, 231, 37),
+    ],
+    np.float64,
+)
 
 
 def make_heatmap(
-    matrices, captions: Sequence[str] | None = None, *, nrow: int = 4, cell: int | None = None,
-    low: float | None = None, high: float | None = None,
-) -> Image.Image:  # fmt: skip
+    matrices,
+    captions: Sequence[str] | None = None,
+    *,
+    nrow: int = 4,
+    cell: int | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Image.Image:
     """Matrices as colours, dark (low) to light (high): [H, W], or a stack [N, H, W] drawn `nrow` per row.
 
     Array or tensor of any float type. cell: pixels per entry (default: such that a matrix is about 128 wide).

@@ -1,7 +1,7 @@
 """Orderly ends: SIGTERM and Ctrl-C ask a long run to finish its step and save, instead of killing it.
 
-    stop = StopSignal()
-    while not stop.raised: ...
+stop = StopSignal()
+while not stop.raised: ...
 """
 
 import signal

@@ -124,10 +124,17 @@ def save_latents(
             raise ValueError(f"{folder}: {len(latents)} latents, but {count} in {part}")
 
     description = {
-        "format": 1, "names": [str(name) for name in names], "space": space, "size": size, "shape": latents.shape,
-        "fingerprint": fingerprint, "losses": losses or {}, "alignment": alignment, "noise": noise is not None,
+        "format": 1,
+        "names": [str(name) for name in names],
+        "space": space,
+        "size": size,
+        "shape": latents.shape,
+        "fingerprint": fingerprint,
+        "losses": losses or {},
+        "alignment": alignment,
+        "noise": noise is not None,
         "extra": extra or {},
-    }  # fmt: skip
+    }
     text = json.dumps(to_plain(description), ensure_ascii=False, indent=1)
     with ExitStack() as files:  # left in reverse order: the description takes its name last
         files.enter_context(atomic_write(folder / "latents.json")).write(text.encode())
@@ -215,8 +222,10 @@ def _projected(file, expect_space, expect_shape):
     pictures = load_checkpoint(require_file(file, "latents file (.pt)"))
     codes = [entry.get("latent") if isinstance(entry, dict) else None for entry in pictures.values()]
     if not codes or not all(torch.is_tensor(code) and code.is_floating_point() for code in codes):
-        raise ValueError(f"{file} is no projection of rosinality's projector.py: expected the latent of each picture "
-                         "under the picture's path")  # fmt: skip
+        raise ValueError(
+            f"{file} is no projection of rosinality's projector.py: expected the latent of each picture "
+            "under the picture's path"
+        )
     maps = [entry.get("noise") for entry in pictures.values()]
     try:
         array = _array(torch.stack(codes))
@@ -246,9 +255,16 @@ def _described(array, file, sidecar):
         with np.load(require_file(file.with_name("noise.npz"), "noise file"), allow_pickle=False) as layers:
             noise = [torch.from_numpy(layers[name]) for name in sorted(layers.files)]
     return Latents(
-        torch.from_numpy(array), names, known.get("space"), size, known.get("fingerprint"), known.get("losses") or {},
-        known.get("alignment"), noise, known.get("extra") or {},
-    )  # fmt: skip
+        torch.from_numpy(array),
+        names,
+        known.get("space"),
+        size,
+        known.get("fingerprint"),
+        known.get("losses") or {},
+        known.get("alignment"),
+        noise,
+        known.get("extra") or {},
+    )
 
 
 def _bare(array, file, expect_space, expect_shape):

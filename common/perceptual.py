@@ -137,8 +137,9 @@ def _build_lpips(net, backbone, source):
         model = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
     learnt = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     learnt = load_checkpoint(learnt)
-    backbone = {name.removeprefix("features."): value for name, value in backbone.items()
-                if not name.startswith("classifier.")}  # fmt: skip
+    backbone = {
+        name.removeprefix("features."): value for name, value in backbone.items() if not name.startswith("classifier.")
+    }
 
     state = {name: value for name, value in model.state_dict().items() if name.startswith("scaling_layer.")}
     for name, value in model.state_dict().items():
@@ -161,8 +162,9 @@ def _take(state, name, shape, source):
     if name not in state:
         raise CheckpointError(f"{source} is not the backbone expected: {name} is absent")
     if state[name].shape != shape:
-        raise CheckpointError(f"{source} is not the backbone expected: {name} is {list(state[name].shape)}, "
-                              f"not {list(shape)}")  # fmt: skip
+        raise CheckpointError(
+            f"{source} is not the backbone expected: {name} is {list(state[name].shape)}, not {list(shape)}"
+        )
     return state[name].float().contiguous()
 
 

@@ -1,6 +1,6 @@
 """Frames to a video: .mp4 through imageio's ffmpeg, .gif and .webp through Pillow.
 
-    save_video(frames, "film.mp4", fps=25)
+save_video(frames, "film.mp4", fps=25)
 """
 
 from __future__ import annotations

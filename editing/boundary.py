@@ -82,8 +82,11 @@ def load_boundary(path, *, space=None, width=None, fingerprint=None) -> Boundary
             raise ValueError(f"its normal has shape {list(normal.shape)} or is not of length 1")
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise BoundaryError(f"{path} is no boundary of edit_attribute.py: {error}") from error
-    for what, found, expected in (("space", boundary.space, space), ("generator", boundary.fingerprint, fingerprint),
-                                  ("width", normal.shape[1], width)):  # fmt: skip
+    for what, found, expected in (
+        ("space", boundary.space, space),
+        ("generator", boundary.fingerprint, fingerprint),
+        ("width", normal.shape[1], width),
+    ):
         if expected is not None and found is not None and found != expected:
             raise BoundaryError(f"{path} is a boundary of {what} {found}, expected {expected}")
     return boundary
@@ -110,8 +113,10 @@ def pick_extremes(scores, ratio: float, *, others=None, n_bins: int = 4) -> tupl
     else:
         low, high = _balanced(order, _cells(np.asarray(others, np.float64), n_bins), count)
     if min(len(low), len(high)) < 2:
-        raise BoundaryError(f"{len(scores)} samples at --ratio {ratio:g} leave {len(low)} and {len(high)} extremes; "
-                            "at least 2 and 2 are needed")  # fmt: skip
+        raise BoundaryError(
+            f"{len(scores)} samples at --ratio {ratio:g} leave {len(low)} and {len(high)} extremes; "
+            "at least 2 and 2 are needed"
+        )
     if scores[low[-1]] >= scores[high[0]]:
         raise BoundaryError(f"the scores do not tell the extremes apart: both ends reach {scores[high[0]]:g}")
     return low, high
@@ -146,8 +151,21 @@ def _balanced(order, cells, count):
 # Fitting
 
 
-def fit_boundary(latents, scores, *, ratio=0.02, fit="svm", seed=0, others=None, space="w++", attribute="",
-                 fingerprint=None, size=None, C=1.0, ridge=RIDGE) -> Boundary:  # fmt: skip
+def fit_boundary(
+    latents,
+    scores,
+    *,
+    ratio=0.02,
+    fit="svm",
+    seed=0,
+    others=None,
+    space="w++",
+    attribute="",
+    fingerprint=None,
+    size=None,
+    C=1.0,
+    ridge=RIDGE,
+) -> Boundary:
     """The boundary of an attribute from latents [N, D] (float array, may be memory-mapped) and their scores [N].
 
     fit: svc | svm: the extreme `ratio` at either end, split 70/30 by `seed` into training and validation (published);
@@ -190,14 +208,28 @@ def fit_boundary(latents, scores, *, ratio=0.02, fit="svm", seed=0, others=None,
     if fit == "ridge":
         intercept = -np.median(along)  # as many samples on either side
     rest_side = scores[rest] > np.median(scores)
-    accuracies = {name: _accuracy(along[rows] + intercept, side)
-                  for name, rows, side in (("train", train, train_side), ("validation", held, held_side),
-                                           ("remaining", rest, rest_side))}  # fmt: skip
+    accuracies = {
+        name: _accuracy(along[rows] + intercept, side)
+        for name, rows, side in (
+            ("train", train, train_side),
+            ("validation", held, held_side),
+            ("remaining", rest, rest_side),
+        )
+    }
     return Boundary(
-        normal=normal[None].astype(np.float32), intercept=float(intercept), attribute=attribute, space=space,
-        mean=float(along.mean()), std=float(along.std()), fit=fit, ratio=float(ratio), n_samples=len(scores),
-        accuracies=accuracies, fingerprint=fingerprint, size=size,
-    )  # fmt: skip
+        normal=normal[None].astype(np.float32),
+        intercept=float(intercept),
+        attribute=attribute,
+        space=space,
+        mean=float(along.mean()),
+        std=float(along.std()),
+        fit=fit,
+        ratio=float(ratio),
+        n_samples=len(scores),
+        accuracies=accuracies,
+        fingerprint=fingerprint,
+        size=size,
+    )
 
 
 def separate(latents, side, fit="svm", C=1.0) -> tuple[np.ndarray, float]:
@@ -288,8 +320,10 @@ def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
     normals = np.concatenate([other.normal for other in others]).astype(np.float64)  # [K, D]
     for other in others:
         if (other.space, other.normal.shape) != (boundary.space, boundary.normal.shape):
-            raise BoundaryError(f"boundary {other.attribute} is of space {other.space} {list(other.normal.shape)}, "
-                                f"{boundary.attribute} of {boundary.space} {list(boundary.normal.shape)}")  # fmt: skip
+            raise BoundaryError(
+                f"boundary {other.attribute} is of space {other.space} {list(other.normal.shape)}, "
+                f"{boundary.attribute} of {boundary.space} {list(boundary.normal.shape)}"
+            )
     basis = np.linalg.svd(normals, full_matrices=False)
     basis = basis[2][basis[1] > 1e-6]  # [rank, D], orthonormal
     normal = boundary.normal[0].astype(np.float64)
@@ -300,9 +334,15 @@ def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
         raise BoundaryError(f"nothing of the boundary {boundary.attribute} is left beside {names}")
     normal = (left / length).astype(np.float32)
     along = _project_all(latents, normal)
-    return replace(boundary, normal=normal[None], intercept=-float(np.median(along)), mean=float(along.mean()),
-                   std=float(along.std()), accuracies={},
-                   orthogonal_to=[other.attribute for other in others])  # fmt: skip
+    return replace(
+        boundary,
+        normal=normal[None],
+        intercept=-float(np.median(along)),
+        mean=float(along.mean()),
+        std=float(along.std()),
+        accuracies={},
+        orthogonal_to=[other.attribute for other in others],
+    )
 
 
 def walk(latents, boundary: Boundary, distances, *, distance="relative", layers=None) -> np.ndarray:
@@ -320,8 +360,9 @@ def walk(latents, boundary: Boundary, distances, *, distance="relative", layers=
     moving[list(range(n_layers) if layers is None else layers)] = True
     normal = boundary.normal.reshape(-1, width).astype(np.float64)  # [1 or L, 512]
     if len(normal) not in (1, n_layers):
-        raise BoundaryError(f"boundary {boundary.attribute} has {boundary.normal.shape[1]} numbers, "
-                            f"the code {n_layers} x {width}")  # fmt: skip
+        raise BoundaryError(
+            f"boundary {boundary.attribute} has {boundary.normal.shape[1]} numbers, the code {n_layers} x {width}"
+        )
     direction = np.broadcast_to(normal, latents.shape) * moving[:, None]  # [L, 512]
     if distance == "relative":
         offsets = steps[:, None, None] * direction

@@ -1,8 +1,8 @@
 """The expression of a reference face on the face of the demo page, by a conditional generator: edit_conditional.py.
 
-    conditional = load_conditional("face-cgan-64.safetensors", "cpu")
-    work = ConditionalInversion(conditional, tools.perceptual, face, steps=150)      # in the background, once per face
-    cast = cast_expression(conditional, face, work.result, reference)                # at once, for any reference
+conditional = load_conditional("face-cgan-64.safetensors", "cpu")
+work = ConditionalInversion(conditional, tools.perceptual, face, steps=150)      # in the background, once per face
+cast = cast_expression(conditional, face, work.result, reference)                # at once, for any reference
 """
 
 from __future__ import annotations
@@ -74,10 +74,15 @@ class ConditionalInversion(Background):
         image = picture.float() / 127.5 - 1
         own = self.conditional.reader.read(image[None].to(tools.mean))[0]
         ((_, found),) = project_each(
-            tools.generator, [Task(image, pixel_seed(picture, 0), condition=own)], perceptual=self.perceptual, batch=1,
-            space=choose_space(tools.generator, None), statistics=(tools.mean, tools.std), watch=self._watch,
+            tools.generator,
+            [Task(image, pixel_seed(picture, 0), condition=own)],
+            perceptual=self.perceptual,
+            batch=1,
+            space=choose_space(tools.generator, None),
+            statistics=(tools.mean, tools.std),
+            watch=self._watch,
             **asdict(self.settings),
-        )  # fmt: skip
+        )
         if not torch.isfinite(found.latents).all():
             raise ValueError("the optimisation diverged")
         return Inverted(face.name, found.latents, [layer[None] for layer in found.noise], own, own)
@@ -98,5 +103,7 @@ def compare(conditional: Conditional, cast: Cast) -> str:
     """'smile 0.98 asked, 0.91 read; ...' of the attributes that were cast."""
     reader = conditional.reader
     read = reader.to_unit(torch.from_numpy(score_frames(reader.scorer, [cast.view.edited])))[0]
-    return "; ".join(f"{name.replace('_', ' ')} {wanted:.2f} asked, {found:.2f} read"
-                     for name, wanted, found in zip(reader.names, cast.asked, read, strict=True))  # fmt: skip
+    return "; ".join(
+        f"{name.replace('_', ' ')} {wanted:.2f} asked, {found:.2f} read"
+        for name, wanted, found in zip(reader.names, cast.asked, read, strict=True)
+    )

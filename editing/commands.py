@@ -17,16 +17,7 @@ from common.latents import save_latents
 from common.runs import write_json
 from editing.casting import Cast
 from editing.refinement import refine_settings
-from editing.session import (
-    MEAN_SAMPLES,
-    TRUNCATION,
-    Edit,
-    Face,
-    Tools,
-    View,
-    moving_layers,
-    paste,
-)
+from editing.session import MEAN_SAMPLES, TRUNCATION, Edit, Face, Tools, View, moving_layers, paste
 from faces.folder import VERSION, AlignSettings
 from rendering import CONDITION
 
@@ -45,12 +36,29 @@ def command_lines(tools: Tools, face: Face, edit: Edit, paste_mode: str = "chang
     if edited:
         layers = moving_layers(tools, edit)
         files = [shown(tools.boundaries[name][0]) for name in edited]
-        lines.append(["python", "edit_attribute.py", *generator, "--latent", "out/inverted", "--output_dir",
-                      "out/edited", "--boundary", *files, "--at", *(f"{value:g}" for value in edited.values()),
-                      "--distance", "relative", "--unit", "std",
-                      *(["--layers", f"{layers[0]}-{layers[-1]}"] if layers else []),
-                      "--attribute", next(iter(edited)),
-                      *_named("--scorer", tools.scorer_name, "face-scorer")])  # fmt: skip
+        lines.append(
+            [
+                "python",
+                "edit_attribute.py",
+                *generator,
+                "--latent",
+                "out/inverted",
+                "--output_dir",
+                "out/edited",
+                "--boundary",
+                *files,
+                "--at",
+                *(f"{value:g}" for value in edited.values()),
+                "--distance",
+                "relative",
+                "--unit",
+                "std",
+                *(["--layers", f"{layers[0]}-{layers[-1]}"] if layers else []),
+                "--attribute",
+                next(iter(edited)),
+                *_named("--scorer", tools.scorer_name, "face-scorer"),
+            ]
+        )
     text = [_shell(tools, line) for line in lines]
     if edited:
         text += _pasting(face, paste_mode, "out/edited")
@@ -63,12 +71,29 @@ def cast_lines(tools: Tools, cast: Cast, paste_mode: str = "change") -> str:
     settings = refine_settings(conditional, cast.steps)
     lines = [
         _faces(face, ["--ckpt", shown(tools.ckpt)]),
-        ["python", "align_faces.py", "--photos", cast.reference.source, "--output_dir", "out/reference",
-         *_by_hand(cast.reference)],
-        ["python", "edit_conditional.py", "--ckpt", shown(conditional.ckpt), "--source",
-         "out/faces/aligned" if face.source else "out/faces", "--reference", "out/reference/aligned", "--output_dir",
-         "out/cast", *_projection(tools, settings)],
-    ]  # fmt: skip
+        [
+            "python",
+            "align_faces.py",
+            "--photos",
+            cast.reference.source,
+            "--output_dir",
+            "out/reference",
+            *_by_hand(cast.reference),
+        ],
+        [
+            "python",
+            "edit_conditional.py",
+            "--ckpt",
+            shown(conditional.ckpt),
+            "--source",
+            "out/faces/aligned" if face.source else "out/faces",
+            "--reference",
+            "out/reference/aligned",
+            "--output_dir",
+            "out/cast",
+            *_projection(tools, settings),
+        ],
+    ]
     text = [_shell(tools, line) for line in lines]
     return "\n".join(text + _pasting(face, paste_mode, "out/cast"))
 
@@ -87,8 +112,21 @@ def _named(flag: str, name: str, usual: str) -> list[str]:
 def _faces(face: Face, generator: list) -> list:
     """The command that makes the aligned or drawn face."""
     if face.method == "drawn":
-        return ["python", "generate.py", *generator, "--seeds", face.seed, "--truncation", TRUNCATION,
-                "--truncation_mean", MEAN_SAMPLES, "--noise", "none", "--output_dir", "out/faces"]  # fmt: skip
+        return [
+            "python",
+            "generate.py",
+            *generator,
+            "--seeds",
+            face.seed,
+            "--truncation",
+            TRUNCATION,
+            "--truncation_mean",
+            MEAN_SAMPLES,
+            "--noise",
+            "none",
+            "--output_dir",
+            "out/faces",
+        ]
     return ["python", "align_faces.py", "--photos", face.source, "--output_dir", "out/faces", *_by_hand(face)]
 
 
@@ -101,27 +139,66 @@ def _pasting(face: Face, paste_mode: str, folder: str) -> list[str]:
     if not face.source:
         return []
     before = ["--unedited", f"{folder}/unedited"] if paste_mode == "change" else []
-    line = ["python", "align_faces.py", "--paste_back", f"{folder}/edited", *before, "--alignment",
-            "out/faces/alignment.json", "--photos", face.source, "--output_dir", "out/pasted"]  # fmt: skip
+    line = [
+        "python",
+        "align_faces.py",
+        "--paste_back",
+        f"{folder}/edited",
+        *before,
+        "--alignment",
+        "out/faces/alignment.json",
+        "--photos",
+        face.source,
+        "--output_dir",
+        "out/pasted",
+    ]
     return [shlex.join(line)]
 
 
 def _projection(tools: Tools, settings) -> list:
-    return ["--step", settings.steps, "--lr", f"{settings.lr:g}", "--mse", f"{settings.mse:g}", "--noise",
-            f"{settings.noise:g}", "--mean_samples", MEAN_SAMPLES,
-            *_named("--perceptual", tools.perceptual_name, "auto")]  # fmt: skip
+    return [
+        "--step",
+        settings.steps,
+        "--lr",
+        f"{settings.lr:g}",
+        "--mse",
+        f"{settings.mse:g}",
+        "--noise",
+        f"{settings.noise:g}",
+        "--mean_samples",
+        MEAN_SAMPLES,
+        *_named("--perceptual", tools.perceptual_name, "auto"),
+    ]
 
 
 def _inversion(tools: Tools, face: Face, generator: list) -> list:
     encoder = shown(tools.encoder_path) if tools.encoder_path else None
     if face.method == "encoder":
-        return ["python", "pSp/scripts/inference.py", "--checkpoint_path", encoder, "--stylegan_weights", generator[1],
-                "--data_path", "out/faces/aligned", "--exp_dir", "out/inverted",
-                *_named("--lpips_net", tools.perceptual_name, "auto")]  # fmt: skip
-    return ["python", "projector.py", *generator, "--dataset", "out/faces/aligned", "--output_dir", "out/inverted",
-            *(["--init", f"encoder:{encoder}"] if encoder else []),
-            *(["--space", tools.space] if tools.space != "w++" else []),
-            *_projection(tools, refine_settings(tools, max(1, face.steps)))]  # fmt: skip
+        return [
+            "python",
+            "pSp/scripts/inference.py",
+            "--checkpoint_path",
+            encoder,
+            "--stylegan_weights",
+            generator[1],
+            "--data_path",
+            "out/faces/aligned",
+            "--exp_dir",
+            "out/inverted",
+            *_named("--lpips_net", tools.perceptual_name, "auto"),
+        ]
+    return [
+        "python",
+        "projector.py",
+        *generator,
+        "--dataset",
+        "out/faces/aligned",
+        "--output_dir",
+        "out/inverted",
+        *(["--init", f"encoder:{encoder}"] if encoder else []),
+        *(["--space", tools.space] if tools.space != "w++" else []),
+        *_projection(tools, refine_settings(tools, max(1, face.steps))),
+    ]
 
 
 def shown(path: Path) -> str:
@@ -152,8 +229,12 @@ def save_cast(tools: Tools, cast: Cast, folder, paste_mode: str = "change") -> l
     paths = _save_pictures(face, cast.view, Path(folder), parts, paste_mode, [face, cast.reference])
     names = list(tools.conditional.known.attributes)
     for name, condition in (("inverted", inverted.own), ("edited", cast.condition)):
-        about = {"method": "projector", "steps": cast.steps, "reference": cast.reference.source,
-                 CONDITION: {"attributes": names, "values": [condition.tolist()]}}  # fmt: skip
+        about = {
+            "method": "projector",
+            "steps": cast.steps,
+            "reference": cast.reference.source,
+            CONDITION: {"attributes": names, "values": [condition.tolist()]},
+        }
         _save_code(parts / name, tools.conditional.tools, face, cast.view.code, inverted.noise, about)
     return [*paths, _pack(parts, text, Path(folder) / f"{face.name}-latents.zip")]
 
@@ -165,8 +246,15 @@ def _save_pictures(face: Face, view: View, folder: Path, parts: Path, paste_mode
     if face.source:
         suffix = ".jpg" if Path(face.source).suffix.lower() in (".jpg", ".jpeg", ".jfif") else ".png"
         paths.append(save_image(paste(face, view, paste_mode), folder / f"{face.name}-photo{suffix}"))
-        write_json(parts / "alignment.json", {"version": VERSION, "settings": asdict(AlignSettings()),
-                                              "faces": [face.alignment.to_dict()], "photos": []})  # fmt: skip
+        write_json(
+            parts / "alignment.json",
+            {
+                "version": VERSION,
+                "settings": asdict(AlignSettings()),
+                "faces": [face.alignment.to_dict()],
+                "photos": [],
+            },
+        )
     by_hand = {upload.source: upload.landmarks for upload in uploads if upload.landmarks}
     if by_hand:
         write_json(parts / "landmarks.json", by_hand)
@@ -174,9 +262,17 @@ def _save_pictures(face: Face, view: View, folder: Path, parts: Path, paste_mode
 
 
 def _save_code(folder: Path, tools: Tools, face: Face, code, noise, about: dict) -> None:
-    save_latents(folder, code[None], names=[f"{face.alignment.name}.png"], space=space_of(tools, code), size=tools.size,
-                 fingerprint=tools.generator.fingerprint, alignment=[face.alignment.to_dict()], noise=noise,
-                 extra=about)  # fmt: skip
+    save_latents(
+        folder,
+        code[None],
+        names=[f"{face.alignment.name}.png"],
+        space=space_of(tools, code),
+        size=tools.size,
+        fingerprint=tools.generator.fingerprint,
+        alignment=[face.alignment.to_dict()],
+        noise=noise,
+        extra=about,
+    )
 
 
 def _pack(parts: Path, text: str, archive: Path) -> Path:

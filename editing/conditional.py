@@ -55,8 +55,10 @@ class AttributeReader:
         self.kinds = tuple(scorer.attributes[column].kind for column in self.columns)
         for name, kind in zip(names, self.kinds, strict=True):
             if kind not in UNIT_OF:
-                raise ConditionError(f"--attributes {name}: the scorer gives it as a {kind}, which has no scale from 0 "
-                                     "to 1; a condition is a probability or years")  # fmt: skip
+                raise ConditionError(
+                    f"--attributes {name}: the scorer gives it as a {kind}, which has no scale from 0 "
+                    "to 1; a condition is a probability or years"
+                )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] in [-1, 1] -> [N, d] in [0, 1]; gradients flow to the images, the scorer keeps its weights."""
@@ -139,8 +141,14 @@ class Condition:
 
     @classmethod
     def of(cls, reader: AttributeReader, table: torch.Tensor, scorer: str, light: bool = False) -> Condition:
-        return cls(reader.names, reader.kinds, tuple(table.mean(0).tolist()), str(scorer),
-                   scorer_identity(reader.scorer), light=light)  # fmt: skip
+        return cls(
+            reader.names,
+            reader.kinds,
+            tuple(table.mean(0).tolist()),
+            str(scorer),
+            scorer_identity(reader.scorer),
+            light=light,
+        )
 
     def to_dict(self) -> dict:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -153,8 +161,9 @@ class Condition:
         except (KeyError, TypeError) as error:
             raise ConditionError(f"{source}: its condition is described in a way unknown here ({error})") from None
         if known.gain != CONDITION_GAIN:
-            raise ConditionError(f"{source}: its condition has the gain {known.gain}, this program uses "
-                                 f"{CONDITION_GAIN}")  # fmt: skip
+            raise ConditionError(
+                f"{source}: its condition has the gain {known.gain}, this program uses {CONDITION_GAIN}"
+            )
         return known
 
     @property
@@ -165,8 +174,9 @@ class Condition:
     def index(self, name: str) -> int:
         """Position of an attribute. Raises ConditionError naming those there are."""
         if name not in self.attributes:
-            raise ConditionError(f"this generator knows no attribute {name!r}: it was trained for "
-                                 f"{', '.join(self.attributes)}")  # fmt: skip
+            raise ConditionError(
+                f"this generator knows no attribute {name!r}: it was trained for {', '.join(self.attributes)}"
+            )
         return self.attributes.index(name)
 
     def parse(self, requests: str) -> dict[int, float]:
@@ -203,11 +213,14 @@ def load_reader(path, known: Condition, device="cpu", *, scorer: str | None = No
     except FileNotFoundError as error:
         if scorer:
             raise
-        raise UserError(f"{path} was trained with the scorer {known.scorer}, which is not here: name it with "
-                        "--scorer") from error  # fmt: skip
+        raise UserError(
+            f"{path} was trained with the scorer {known.scorer}, which is not here: name it with --scorer"
+        ) from error
     if scorer_identity(found) != known.scorer_fingerprint:
-        raise UserError(f"{path} was trained with the scorer {known.scorer_fingerprint}, {scorer or known.scorer} is "
-                        f"{scorer_identity(found)}")  # fmt: skip
+        raise UserError(
+            f"{path} was trained with the scorer {known.scorer_fingerprint}, {scorer or known.scorer} is "
+            f"{scorer_identity(found)}"
+        )
     return AttributeReader(found, known.attributes)
 
 
@@ -216,8 +229,10 @@ def read_condition(path) -> Condition:
     path = Path(path)
     known = (load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)).get("condition")
     if known is None:
-        raise ConditionError(f"{path} is an unconditional generator: it takes no attributes; train one with train.py "
-                             "--condition SCORER --init_from CHECKPOINT")  # fmt: skip
+        raise ConditionError(
+            f"{path} is an unconditional generator: it takes no attributes; train one with train.py "
+            "--condition SCORER --init_from CHECKPOINT"
+        )
     return Condition.from_dict(known, path)
 
 

@@ -57,9 +57,11 @@ def judge(judges: Judges, frames) -> Judgement:
     alike = torch.cat(embeddings) if embeddings else None
     pixels = np.asarray(frames, np.float32)
     return Judgement(
-        torch.cat(scores).numpy().astype(np.float32), None if alike is None else (alike @ alike[0]).numpy(),
-        torch.cat(distances).numpy() if distances else None, np.abs(pixels - pixels[:1]).mean((1, 2, 3)) / 127.5,
-    )  # fmt: skip
+        torch.cat(scores).numpy().astype(np.float32),
+        None if alike is None else (alike @ alike[0]).numpy(),
+        torch.cat(distances).numpy() if distances else None,
+        np.abs(pixels - pixels[:1]).mean((1, 2, 3)) / 127.5,
+    )
 
 
 def _blocks(frames, network):

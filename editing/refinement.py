@@ -116,11 +116,21 @@ class Refinement(Background):
             with torch.no_grad():
                 start = tools.encoder.encode(tools.encoder.fit(image[None].to(tools.mean)))[0]
         ((_, found),) = project_each(
-            tools.generator, [Task(image, pixel_seed(picture, 0), start)], perceptual=tools.perceptual, batch=1,
-            space=choose_space(tools.generator, tools.space), statistics=(tools.mean, tools.std), watch=self._watch,
+            tools.generator,
+            [Task(image, pixel_seed(picture, 0), start)],
+            perceptual=tools.perceptual,
+            batch=1,
+            space=choose_space(tools.generator, tools.space),
+            statistics=(tools.mean, tools.std),
+            watch=self._watch,
             **asdict(self.settings),
-        )  # fmt: skip
+        )
         if not torch.isfinite(found.latents).all():
             raise ValueError("the optimisation diverged")
-        return replace(face, code=found.latents.numpy(), noise=[layer[None] for layer in found.noise],
-                       method="projector", steps=int(found.steps))  # fmt: skip
+        return replace(
+            face,
+            code=found.latents.numpy(),
+            noise=[layer[None] for layer in found.noise],
+            method="projector",
+            steps=int(found.steps),
+        )

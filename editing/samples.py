@@ -72,8 +72,10 @@ def labelled_seeds(source: str) -> tuple[list[int], np.ndarray, str]:
     for row in np.flatnonzero(known):
         match = re.fullmatch(r"seed(\d+)", PurePosixPath(table.names[row]).stem)
         if match is None:
-            raise SamplesError(f"{path}: {table.names[row]!r} is no picture of generate.py (seed0012.png ...): "
-                               "for labels of other pictures train a scorer on them (train_scorer.py)")  # fmt: skip
+            raise SamplesError(
+                f"{path}: {table.names[row]!r} is no picture of generate.py (seed0012.png ...): "
+                "for labels of other pictures train a scorer on them (train_scorer.py)"
+            )
         seeds.append(int(match[1]))
     return seeds, labels[known], table.attributes[0].name
 
@@ -96,9 +98,15 @@ def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise
     """
     place = place or Distributed(0, 0, 1, generator.token.device, None)
     folder = Path(folder)
-    about = {"generator": generator.fingerprint, "scorer": scorer_identity(scorer), "names": list(scorer.names),
-             "first": first, "noise": noise, "chunk": CHUNK,
-             "precision": str(generator.compute_dtype).removeprefix("torch.")}  # fmt: skip
+    about = {
+        "generator": generator.fingerprint,
+        "scorer": scorer_identity(scorer),
+        "names": list(scorer.names),
+        "first": first,
+        "noise": noise,
+        "chunk": CHUNK,
+        "precision": str(generator.compute_dtype).removeprefix("torch."),
+    }
     if place.is_main:
         _claim(folder, about)
     barrier()
@@ -153,8 +161,10 @@ def _claim(folder, about):
             found = {}
         for key, expected in about.items():
             if found.get(key) != expected:
-                raise SamplesError(f"{folder} holds scores of {key} {found.get(key)}, now {expected} is asked for: "
-                                   "name another folder, or remove it")  # fmt: skip
+                raise SamplesError(
+                    f"{folder} holds scores of {key} {found.get(key)}, now {expected} is asked for: "
+                    "name another folder, or remove it"
+                )
         return
     with atomic_write(path) as file:
         file.write(json.dumps(about, ensure_ascii=False, indent=1).encode())

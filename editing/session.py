@@ -164,8 +164,14 @@ def draw_face(tools: Tools, seed: int) -> Face:
     noise = [layer.cpu() for layer in noise_maps(tools.generator, "none")]
     (picture,) = render(tools.generator, [code], noise=noise)
     photo, name, size = Image.fromarray(picture), f"seed{seed:04d}", tools.size
-    alignment = Alignment(quad=[[-0.5, -0.5], [-0.5, size - 0.5], [size - 0.5, size - 0.5], [size - 0.5, -0.5]],
-                          photo_size=[size, size], size=size, landmarks=[], whole=True, name=name)  # fmt: skip
+    alignment = Alignment(
+        quad=[[-0.5, -0.5], [-0.5, size - 0.5], [size - 0.5, size - 0.5], [size - 0.5, -0.5]],
+        photo_size=[size, size],
+        size=size,
+        landmarks=[],
+        whole=True,
+        name=name,
+    )
     return Face(name, "", photo, alignment, photo, seed=seed, code=code.numpy(), noise=noise, method="drawn")
 
 
@@ -180,24 +186,37 @@ def take_photo(tools: Tools, path, *, landmarks=None) -> Face:
     check_size(path)
     if landmarks == "aligned":
         landmarks = aligned_landmarks(path)
-    task = {"path": path, "source": source, "name": path.stem, "stamp": "", "settings": AlignSettings(),
-            "landmarks": landmarks, "weights_dir": tools.weights_dir}  # fmt: skip
+    task = {
+        "path": path,
+        "source": source,
+        "name": path.stem,
+        "stamp": "",
+        "settings": AlignSettings(),
+        "landmarks": landmarks,
+        "weights_dir": tools.weights_dir,
+    }
     try:
         with tools.detecting:
             record, crops = align_photo(task)
     except FileNotFoundError:
-        raise SessionError("there are no weights of the face detector here (python -m common.weights get yunet_640): "
-                           "give the five points by hand, or a face that is aligned already") from None  # fmt: skip
+        raise SessionError(
+            "there are no weights of the face detector here (python -m common.weights get yunet_640): "
+            "give the five points by hand, or a face that is aligned already"
+        ) from None
     if not crops:
         if record["outcome"] == "no face":
-            raise SessionError(f"no face was found in {source}: take a photo in which the face is larger and seen from "
-                               "the front, or give its five points by hand")  # fmt: skip
+            raise SessionError(
+                f"no face was found in {source}: take a photo in which the face is larger and seen from "
+                "the front, or give its five points by hand"
+            )
         raise SessionError(record["note"].replace(str(path), source))
     (fields,) = record["faces"]
     alignment = Alignment(**fields)
     if alignment.side < tools.size:
-        raise SessionError(f"the face in {source} is too small: {alignment.side:.0f} pixels wide with its frame, at "
-                           f"least {tools.size} are needed")  # fmt: skip
+        raise SessionError(
+            f"the face in {source} is too small: {alignment.side:.0f} pixels wide with its frame, at "
+            f"least {tools.size} are needed"
+        )
     crop = Image.open(io.BytesIO(crops[0][1])).convert("RGB")
     return Face(safe_name(source), source, read_image(path), alignment, crop, record["note"], landmarks)
 
@@ -210,11 +229,13 @@ def check_size(path: Path) -> None:
     with Image.open(path) as image:
         width, height = image.size
     if min(width, height) < SMALLEST:
-        raise SessionError(f"{path.name} is too small: {width}x{height} pixels, at least {SMALLEST}x{SMALLEST} are "
-                           "needed")  # fmt: skip
+        raise SessionError(
+            f"{path.name} is too small: {width}x{height} pixels, at least {SMALLEST}x{SMALLEST} are needed"
+        )
     if width * height > MEGAPIXELS * 1e6:
-        raise SessionError(f"{path.name} is too large: {width * height / 1e6:.0f} megapixels, at most {MEGAPIXELS} are "
-                           "taken")  # fmt: skip
+        raise SessionError(
+            f"{path.name} is too large: {width * height / 1e6:.0f} megapixels, at most {MEGAPIXELS} are taken"
+        )
 
 
 def aligned_landmarks(path: Path) -> list[list[float]]:
@@ -272,8 +293,9 @@ def moving_layers(tools: Tools, edit: Edit):
         return None
     first, last = edit.layers
     if not 0 <= first <= last < tools.n_layers:
-        raise SessionError(f"layers {first} to {last}: the first must not come after the last (0 to "
-                           f"{tools.n_layers - 1})")  # fmt: skip
+        raise SessionError(
+            f"layers {first} to {last}: the first must not come after the last (0 to {tools.n_layers - 1})"
+        )
     return range(first, last + 1)
 
 
@@ -287,8 +309,18 @@ def transfer_smile(tools: Tools, face: Face, reference: Face, edit: Edit) -> tup
     column, boundary = tools.scorer.column("smile"), tools.boundaries["smile"][1]
     picture = np.asarray(fit_image(reference.crop, tools.size))
     wanted = float(score_frames(tools.scorer, [picture])[0, column])
-    distance, reached = reach(tools.generator, face.code, face.noise, boundary, tools.scorer, column, wanted,
-                              limit=REACH * boundary.std, near=NEAR, layers=moving_layers(tools, edit))  # fmt: skip
+    distance, reached = reach(
+        tools.generator,
+        face.code,
+        face.noise,
+        boundary,
+        tools.scorer,
+        column,
+        wanted,
+        limit=REACH * boundary.std,
+        near=NEAR,
+        layers=moving_layers(tools, edit),
+    )
     return round(distance / boundary.std, 2), wanted, reached
 
 
@@ -304,14 +336,24 @@ def read_out(tools: Tools, face: Face, view: View) -> list[list]:
         scores = score_frames(tools.scorer, frames)
         for column, attribute in enumerate(tools.scorer.attributes):
             digits = 0 if attribute.kind == "years" else 2
-            rows.append([attribute.name, attribute.meaning or attribute.unit,
-                         *(f"{value:.{digits}f}" for value in scores[:, column])])  # fmt: skip
+            rows.append(
+                [
+                    attribute.name,
+                    attribute.meaning or attribute.unit,
+                    *(f"{value:.{digits}f}" for value in scores[:, column]),
+                ]
+            )
     if tools.identity is not None:
         images = torch.stack([to_tensor(frame) for frame in frames]).to(tools.mean)
         alike = tools.identity.embed(images)
         for i, what in enumerate(("photo", "inversion")):
-            rows.append([f"identity to the {what}", "1: the same face, about 0: strangers",
-                         *(f"{value:.2f}" for value in (alike @ alike[i]).tolist())])  # fmt: skip
+            rows.append(
+                [
+                    f"identity to the {what}",
+                    "1: the same face, about 0: strangers",
+                    *(f"{value:.2f}" for value in (alike @ alike[i]).tolist()),
+                ]
+            )
     return rows
 
 

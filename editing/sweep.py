@@ -51,8 +51,21 @@ def render_codes(generator, codes, noise, *, dtype=None, condition=None) -> Iter
         yield from to_uint8(images)
 
 
-def reach(generator, code, noise, boundary, scorer, column: int, target: float, *, limit, near=0.0, steps=8,
-          layers=None, condition=None):  # fmt: skip
+def reach(
+    generator,
+    code,
+    noise,
+    boundary,
+    scorer,
+    column: int,
+    target: float,
+    *,
+    limit,
+    near=0.0,
+    steps=8,
+    layers=None,
+    condition=None,
+):
     """Relative distance at which the scorer's `column` is nearest to `target`: (distance, score there).
 
     Bisection of the crossing that lies nearest to the face as it is, among 2 * SCAN steps from -limit to +limit (in

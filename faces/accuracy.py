@@ -52,9 +52,11 @@ def measure(attribute: Attribute, scores: np.ndarray, labels: np.ndarray) -> dic
     if attribute.kind == "probability":
         positive = labels > 0.5
         return found | {
-            "positives": int(positive.sum()), "balanced_accuracy": balanced_accuracy(scores > 0.5, positive),
-            "auc": auc(scores, positive), "ece": calibration_error(scores, labels),
-        }  # fmt: skip
+            "positives": int(positive.sum()),
+            "balanced_accuracy": balanced_accuracy(scores > 0.5, positive),
+            "auc": auc(scores, positive),
+            "ece": calibration_error(scores, labels),
+        }
     found["bias"] = float(error.mean())
     if len(labels) > 1 and labels.std() > 0 and scores.std() > 0:
         found["correlation"] = float(np.corrcoef(scores, labels)[0, 1])
@@ -81,8 +83,9 @@ def accuracy_report(scores: np.ndarray, table: LabelTable) -> dict:
         if len(groups) > 1:
             report[attribute.name]["by_source"] = {
                 maker: measure(attribute, scores[rows, column], labels[rows])
-                for maker in groups for rows in [known & (makers == maker)]
-            }  # fmt: skip
+                for maker in groups
+                for rows in [known & (makers == maker)]
+            }
     return report
 
 

@@ -102,8 +102,10 @@ def parse_landmarks(value, where="landmarks") -> list[np.ndarray]:
     for face in points:
         across, down = face[1] - face[0], face[3:].mean(0) - face[:2].mean(0)
         if across[0] * down[1] - across[1] * down[0] <= 0:
-            raise AlignError(f"{where}: the points must be right eye, left eye, nose, right and left mouth corner; the "
-                             "right eye is the one on the left of the picture")  # fmt: skip
+            raise AlignError(
+                f"{where}: the points must be right eye, left eye, nose, right and left mouth corner; the "
+                "right eye is the one on the left of the picture"
+            )
     return list(points)
 
 
@@ -178,9 +180,14 @@ def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04,
     if not inside.all() or np.linalg.norm(quad[3] - quad[0]) > 10 * max(photo.size):
         raise AlignError(f"the landmarks frame nothing of a photo of {width}x{height} pixels")
     return Alignment(
-        quad=np.round(quad, 3).tolist(), photo_size=[width, height], size=size, whole=whole,
-        landmarks=np.round(landmarks, 3).tolist(), yaw=round(estimate_yaw(landmarks), 1), **facts,
-    )  # fmt: skip
+        quad=np.round(quad, 3).tolist(),
+        photo_size=[width, height],
+        size=size,
+        whole=whole,
+        landmarks=np.round(landmarks, 3).tolist(),
+        yaw=round(estimate_yaw(landmarks), 1),
+        **facts,
+    )
 
 
 # -- cropping ------------------------------------------------------------------------------------------------------
@@ -248,8 +255,9 @@ def _extend(part: Image.Image, pad, side: float) -> Image.Image:
     height, width = pixels.shape[:2]
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
     # 1 at the outer edge, 0 at the photo's border, negative inside
-    outside = np.maximum(1 - np.minimum(x / left, (width - 1 - x) / right),
-                         1 - np.minimum(y / top, (height - 1 - y) / bottom))[..., None]  # fmt: skip
+    outside = np.maximum(
+        1 - np.minimum(x / left, (width - 1 - x) / right), 1 - np.minimum(y / top, (height - 1 - y) / bottom)
+    )[..., None]
     blurred = ndimage.gaussian_filter(pixels, (0.02 * side, 0.02 * side, 0))
     pixels += (blurred - pixels) * np.clip(3 * outside + 1, 0, 1)
     pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(outside, 0, 1)
@@ -269,9 +277,7 @@ def add_change(crop, edited, unedited) -> np.ndarray:
     return np.clip(crop + edited - unedited, 0, 255).astype(np.uint8)
 
 
-def paste_back(
-    photo, face, alignment, *, unedited=None, feather=0.1, colour_match=False, detail="auto"
-) -> Image.Image:
+def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, colour_match=False, detail="auto") -> Image.Image:
     """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
 
     photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
@@ -288,8 +294,10 @@ def paste_back(
     if detail not in DETAILS:
         raise ValueError(f"detail is one of {', '.join(DETAILS)}, not {detail!r}")
     if list(photo.size) != list(alignment.photo_size):
-        raise AlignError(f"{alignment.source or 'the photo'} has {photo.width}x{photo.height} pixels, but "
-                         f"{alignment.photo_size[0]}x{alignment.photo_size[1]} when it was aligned")  # fmt: skip
+        raise AlignError(
+            f"{alignment.source or 'the photo'} has {photo.width}x{photo.height} pixels, but "
+            f"{alignment.photo_size[0]}x{alignment.photo_size[1]} when it was aligned"
+        )
     if face.width != face.height:
         raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
     crop = crop_aligned(photo, alignment, face.width)

@@ -67,9 +67,7 @@ class Unit(nn.Module):
 
 
 def input_layer(in_channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
-    )
+    return nn.Sequential(nn.Conv2d(in_channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width))
 
 
 def build_body(depth: int, width: int, mode: str, strides=STRIDES) -> nn.Sequential:

@@ -187,8 +187,9 @@ def _turned_window(photo, middle, span, size, degrees) -> _Window:
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shift = outer_size / 2 - turn @ np.full(2, size / 2)
     mapping = (*turn[0], shift[0], *turn[1], shift[1])
-    pixels = Image.fromarray(outer.pixels).transform((size, size), Image.Transform.AFFINE, mapping,
-                                                     Image.Resampling.BILINEAR, fillcolor=GREY)  # fmt: skip
+    pixels = Image.fromarray(outer.pixels).transform(
+        (size, size), Image.Transform.AFFINE, mapping, Image.Resampling.BILINEAR, fillcolor=GREY
+    )
     return _Window(np.asarray(pixels), outer.matrix @ turn, outer.matrix @ shift + outer.corner)
 
 

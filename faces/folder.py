@@ -91,9 +91,15 @@ def align_photo(task: dict) -> tuple[dict, list[tuple[str, bytes]]]:
         for i, (points, facts) in enumerate(chosen):
             name = task["name"] if len(chosen) == 1 else f"{task['name']}_face{i}"
             alignment = align(
-                photo, points, size=settings.size, framing=settings.framing, name=name, source=task["source"],
-                aligned_tolerance=settings.aligned_tolerance / 100, **facts,
-            )  # fmt: skip
+                photo,
+                points,
+                size=settings.size,
+                framing=settings.framing,
+                name=name,
+                source=task["source"],
+                aligned_tolerance=settings.aligned_tolerance / 100,
+                **facts,
+            )
             buffer = io.BytesIO()
             crop_aligned(photo, alignment).save(buffer, "PNG")
             crops.append((name, buffer.getvalue()))
@@ -111,8 +117,11 @@ def align_photo(task: dict) -> tuple[dict, list[tuple[str, bytes]]]:
 
 def _is_cut_off(face) -> bool:
     """An eye, the nose or a mouth corner lies beyond the photo's border: what the crop shows there is mirrored."""
-    return any(not 0 <= value <= size - 1 for point in face["landmarks"]
-               for value, size in zip(point, face["photo_size"], strict=True))  # fmt: skip
+    return any(
+        not 0 <= value <= size - 1
+        for point in face["landmarks"]
+        for value, size in zip(point, face["photo_size"], strict=True)
+    )
 
 
 def _choose(faces, settings):
@@ -152,8 +161,7 @@ def _given_landmarks(task):
 # -- a folder ------------------------------------------------------------------------------------------------------
 
 
-def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worker=1, overwrite=False,
-                 weights_dir=None):  # fmt: skip
+def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
     """Aligns photos, as `list_photos` gives them; each process of `place` does its share.
 
     photos: {source: path}; records of faces and photos bear the source. landmarks: JSON file {photo: landmarks} of
@@ -166,8 +174,17 @@ def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worke
     tasks = []
     for source, path in photos.items():
         given = _lookup(by_hand, source)
-        tasks.append({"path": path, "source": source, "name": names[source], "landmarks": given,
-                      "stamp": _stamp(path, given), "settings": settings, "weights_dir": weights_dir})  # fmt: skip
+        tasks.append(
+            {
+                "path": path,
+                "source": source,
+                "name": names[source],
+                "landmarks": given,
+                "stamp": _stamp(path, given),
+                "settings": settings,
+                "weights_dir": weights_dir,
+            }
+        )
     barrier()  # every process has read the earlier records before one writes
     mine = [tasks[i] for i in shard(len(tasks), place.rank, place.world_size)]
     parts = gather_list(_align_all(mine, earlier, output_dir, n_worker, place))
@@ -181,8 +198,9 @@ def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worke
 def require_faces(records, output_dir: Path) -> None:
     """Raises UserError when not one of the photos gave a face."""
     if not any(record["faces"] for record in records):
-        raise UserError(f"none of {len(records)} photos gave a face ({count_outcomes(records)}): "
-                        f"see {output_dir / 'report.csv'}")  # fmt: skip
+        raise UserError(
+            f"none of {len(records)} photos gave a face ({count_outcomes(records)}): see {output_dir / 'report.csv'}"
+        )
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
@@ -308,9 +326,11 @@ def _stamp(path, given) -> str:
 
 def _is_done(task, earlier, output_dir) -> bool:
     record = earlier.get(task["source"])
-    return bool(record) and record["stamp"] == task["stamp"] and all(
-        (output_dir / "aligned" / f"{face['name']}.png").is_file() for face in record["faces"]
-    )  # fmt: skip
+    return (
+        bool(record)
+        and record["stamp"] == task["stamp"]
+        and all((output_dir / "aligned" / f"{face['name']}.png").is_file() for face in record["faces"])
+    )
 
 
 def _read_records(output_dir, settings) -> dict[str, dict]:
@@ -343,23 +363,37 @@ def _read_records(output_dir, settings) -> dict[str, dict]:
 def _write_results(output_dir, settings, records):
     faces = [face for record in records for face in record["faces"]]
     photos = [{**record, "faces": [face["name"] for face in record["faces"]]} for record in records]
-    write_json(output_dir / "alignment.json",
-               {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos})  # fmt: skip
+    write_json(
+        output_dir / "alignment.json",
+        {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos},
+    )
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer)
     writer.writerow(REPORT)
     for record in records:
         named = record["faces"]
         scores, yaws = ([face[key] for face in named if face[key] is not None] for key in ("score", "yaw"))
-        writer.writerow([record["photo"], record["outcome"], record["faces_found"], len(named),
-                         " | ".join(face["name"] for face in named), " ".join(f"{v:.2f}" for v in scores),
-                         " ".join(f"{v:.0f}" for v in yaws), record["note"]])  # fmt: skip
+        writer.writerow(
+            [
+                record["photo"],
+                record["outcome"],
+                record["faces_found"],
+                len(named),
+                " | ".join(face["name"] for face in named),
+                " ".join(f"{v:.2f}" for v in scores),
+                " ".join(f"{v:.0f}" for v in yaws),
+                record["note"],
+            ]
+        )
     with atomic_write(output_dir / "report.csv") as file:
         file.write(buffer.getvalue().encode("utf-8-sig"))  # the mark that spreadsheets need to read UTF-8
     listed = {face["name"] for face in faces}
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
-        print(f"note: {len(others)} pictures in {output_dir / 'aligned'} are of no photo of this run, the first is "
-              f"{others[0]}; they are not in alignment.json", file=sys.stderr)  # fmt: skip
+        print(
+            f"note: {len(others)} pictures in {output_dir / 'aligned'} are of no photo of this run, the first is "
+            f"{others[0]}; they are not in alignment.json",
+            file=sys.stderr,
+        )
     for journal in output_dir.glob(".alignment-*.jsonl"):
         journal.unlink()

@@ -25,8 +25,18 @@ UNITS = {"years": "years", "probability": "probability", "value": "as labelled"}
 
 NAME_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "name", "path")
 UNKNOWN = frozenset(("", "nan", "na", "n/a", "none", "null", "unknown", "?"))
-WORDS = {"m": 1.0, "male": 1.0, "man": 1.0, "f": 0.0, "female": 0.0, "woman": 0.0,
-         "yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}  # fmt: skip
+WORDS = {
+    "m": 1.0,
+    "male": 1.0,
+    "man": 1.0,
+    "f": 0.0,
+    "female": 0.0,
+    "woman": 0.0,
+    "yes": 1.0,
+    "true": 1.0,
+    "no": 0.0,
+    "false": 0.0,
+}
 
 # Weight of a label by its maker, as far as the development data know them; others count fully. deepface's ages have
 # half the spread of real ones; Azure's are good (shared/data/README.md).
@@ -92,9 +102,13 @@ class LabelTable:
     def select(self, rows) -> LabelTable:
         rows = np.asarray(rows, np.int64)
         return replace(
-            self, names=tuple(self.names[i] for i in rows), identities=tuple(self.identities[i] for i in rows),
-            values=self.values[rows], weights=self.weights[rows], sources=self.sources[rows],
-        )  # fmt: skip
+            self,
+            names=tuple(self.names[i] for i in rows),
+            identities=tuple(self.identities[i] for i in rows),
+            values=self.values[rows],
+            weights=self.weights[rows],
+            sources=self.sources[rows],
+        )
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LabelTable, LabelTable]:
         """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
@@ -139,8 +153,10 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
     columns, rows = _read_csv(path)
     name_column = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
     if name_column is None:
-        raise ValueError(f"{path} has no column of file names: expected one of {', '.join(NAME_COLUMNS)}, "
-                         f"found {', '.join(columns.values())}")  # fmt: skip
+        raise ValueError(
+            f"{path} has no column of file names: expected one of {', '.join(NAME_COLUMNS)}, "
+            f"found {', '.join(columns.values())}"
+        )
     trust = TRUST if trust is None else trust
     read = []
     for name in _wanted(path, columns, rows, attributes):
@@ -150,8 +166,10 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
         elif attributes not in ("auto", "all"):
             raise ValueError(f"{path}: no row has a label for {name!r}")
     if not read:
-        raise ValueError(f"{path} has no labels for any of {', '.join(KNOWN)}; name its columns with --attributes "
-                         f"(found: {', '.join(columns.values())})")  # fmt: skip
+        raise ValueError(
+            f"{path} has no labels for any of {', '.join(KNOWN)}; name its columns with --attributes "
+            f"(found: {', '.join(columns.values())})"
+        )
     names = tuple(row[name_column] for row in rows)
     person = columns.get("identity")
     identities = tuple((row[person] if person else "") or name for row, name in zip(rows, names, strict=True))
@@ -182,8 +200,9 @@ def _wanted(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
     for name in names:
         sources = KNOWN[name][1] if name in KNOWN else (name.lower(),)
         if not any(column.lstrip("!") in columns for column in sources):
-            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: "
-                             f"{', '.join(columns.values())}")  # fmt: skip
+            raise ValueError(
+                f"{path} has no column for the attribute {name!r}; its columns: {', '.join(columns.values())}"
+            )
     if not names:
         raise ValueError("--attributes names nothing: expected auto or names separated by commas")
     return names

@@ -70,8 +70,10 @@ def read_vgg(path, classes: int) -> Vgg:
         if match := re.fullmatch(r"conv\.(\d+)\.conv\d+\.weight", str(name)):
             blocks.setdefault(int(match[1]), []).append(tensor.shape[0])
     if not blocks or "cls.weight" not in state:
-        raise CheckpointError(f"{path} is no DEX network: expected tensors conv.0.conv1.weight ... cls.weight as in "
-                              f"pytorch-DEX, found {', '.join(map(str, list(state)[:3]))} ...")  # fmt: skip
+        raise CheckpointError(
+            f"{path} is no DEX network: expected tensors conv.0.conv1.weight ... cls.weight as in "
+            f"pytorch-DEX, found {', '.join(map(str, list(state)[:3]))} ..."
+        )
     if state["cls.weight"].shape[0] != classes:
         raise CheckpointError(f"{path} has {state['cls.weight'].shape[0]} classes; expected {classes}")
     with torch.device("meta"):  # half a gigabyte of weights is read, not drawn first
@@ -133,9 +135,17 @@ class ClassifierScorer(AttributeScorer):
     """Any network [N, 3, S, S] -> [N, A]. mean and std are of RGB in 0..value_range, also where channels are bgr."""
 
     def __init__(
-        self, network: nn.Module, names, *, outputs: str = "sigmoid", input_size: int = 224,
-        mean=IMAGENET_MEAN, std=IMAGENET_STD, channels: str = "rgb", value_range: float = 1.0,
-    ):  # fmt: skip
+        self,
+        network: nn.Module,
+        names,
+        *,
+        outputs: str = "sigmoid",
+        input_size: int = 224,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        channels: str = "rgb",
+        value_range: float = 1.0,
+    ):
         super().__init__()
         if outputs not in OUTPUTS:
             raise ValueError(f"outputs are {', '.join(OUTPUTS)}, not {outputs!r}")
@@ -153,8 +163,10 @@ class ClassifierScorer(AttributeScorer):
         x = ((x + 1) * (self.value_range / 2) - self.mean) / self.std
         logits = self.network(x.flip(1) if self.bgr else x)
         if logits.ndim != 2 or logits.shape[1] != len(self.attributes):
-            raise ValueError(f"the classifier gives {list(logits.shape[1:])} numbers per picture for "
-                             f"{len(self.attributes)} attributes ({', '.join(self.names)})")  # fmt: skip
+            raise ValueError(
+                f"the classifier gives {list(logits.shape[1:])} numbers per picture for "
+                f"{len(self.attributes)} attributes ({', '.join(self.names)})"
+            )
         if self.outputs == "softmax":  # log-odds of each class against all others
             logs = logits.log_softmax(1)
             return logs - torch.log1p(-logs.exp().clamp(max=1 - 1e-6))

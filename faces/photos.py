@@ -21,13 +21,26 @@ LOOKED_AT = 64  # pictures, for the warning: enough to know a folder by
 
 
 def add_align_flag(parser) -> None:
-    parser.add_argument("--align", choices=("auto", "off"), default="off",
-                        help="auto: pictures that align_faces.py has not aligned yet are aligned first, into "
-                             "OUTPUT_DIR/aligned; off: all are taken as they are")  # fmt: skip
+    parser.add_argument(
+        "--align",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: pictures that align_faces.py has not aligned yet are aligned first, into "
+        "OUTPUT_DIR/aligned; off: all are taken as they are",
+    )
 
 
-def open_faces(sources, size: int, folder: Path, *, align: str, place: Distributed, fit: str = "crop",
-               weights_dir: Path | None = None, limit: int | None = None) -> Pictures | StoredPictures:  # fmt: skip
+def open_faces(
+    sources,
+    size: int,
+    folder: Path,
+    *,
+    align: str,
+    place: Distributed,
+    fit: str = "crop",
+    weights_dir: Path | None = None,
+    limit: int | None = None,
+) -> Pictures | StoredPictures:
     """`open_pictures` of the sources; align "auto": of their faces, the largest of each photo, which `align_folder`
     puts into folder/aligned with folder/alignment.json, in the order of the photos. Left as they are: an LMDB, and
     crops of align_faces.py. limit: only the first pictures are looked at and aligned.
@@ -49,16 +62,26 @@ def open_faces(sources, size: int, folder: Path, *, align: str, place: Distribut
     if not raw:
         return pictures
     n_worker = max(1, (os.cpu_count() or 1) // place.world_size)
-    records = align_folder(dict(sorted(raw.items())), folder, AlignSettings(size=size), place=place,
-                           n_worker=n_worker, weights_dir=weights_dir)  # fmt: skip
-    crops = {record["photo"]: [folder / "aligned" / f"{face['name']}.png" for face in record["faces"]]
-             for record in records}  # fmt: skip
+    records = align_folder(
+        dict(sorted(raw.items())),
+        folder,
+        AlignSettings(size=size),
+        place=place,
+        n_worker=n_worker,
+        weights_dir=weights_dir,
+    )
+    crops = {
+        record["photo"]: [folder / "aligned" / f"{face['name']}.png" for face in record["faces"]] for record in records
+    }
     faces = [face for path, aligned in known for face in ([path] if aligned else crops[source_of[path]])]
     if not faces:
         require_faces(records, folder)
     pictures = open_pictures(faces, size, fit=fit)
-    pictures.left_out = {record["photo"]: ": ".join(filter(None, (record["outcome"], record["note"])))
-                         for record in records if not record["faces"]}  # fmt: skip
+    pictures.left_out = {
+        record["photo"]: ": ".join(filter(None, (record["outcome"], record["note"])))
+        for record in records
+        if not record["faces"]
+    }
     return pictures
 
 
@@ -72,6 +95,9 @@ def warn_of_photos(known: list[tuple[Path, dict | None]], size: int) -> None:
     for path, record in known:
         width, height = image_size(path) or (size, size)
         if (width != height or width > 2 * size) and not is_crop(path, record):
-            print(f"warning: {path} has {width}x{height} pixels and seems not to be aligned, as faces must be: --align "
-                  "auto, or align_faces.py before", file=sys.stderr)  # fmt: skip
+            print(
+                f"warning: {path} has {width}x{height} pixels and seems not to be aligned, as faces must be: --align "
+                "auto, or align_faces.py before",
+                file=sys.stderr,
+            )
             return

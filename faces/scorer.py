@@ -72,9 +72,9 @@ def resnet_stages(width: float) -> tuple[list[nn.Module], int]:
     from torchvision.models.resnet import BasicBlock  # torchvision takes seconds to import
 
     widths = [max(8, round(c * width / 8) * 8) for c in (16, 48, 96, 192)]
-    stages = [nn.Sequential(
-        nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
-    )]  # fmt: skip
+    stages = [
+        nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))
+    ]
     channels = widths[0]
     for out, blocks, stride in zip(widths, (1, 2, 2, 2), (1, 2, 2, 2), strict=True):
         layers = []
@@ -218,8 +218,9 @@ class AttributeScorer(nn.Module, ABC):
 def require_images(images: torch.Tensor) -> torch.Tensor:
     """The pictures, clamped to [-1, 1] as saving clamps them. Raises ValueError for a shape other than [N, 3, H, W]."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {images.dtype} "
-                         f"{list(images.shape)}")  # fmt: skip
+        raise ValueError(
+            f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {images.dtype} {list(images.shape)}"
+        )
     return images.clamp(-1, 1)
 
 
@@ -310,9 +311,14 @@ def save_scorer(path, scorer: Scorer, *, half: bool = True, **metadata) -> Path:
     if half:
         tensors = {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}
     header = {
-        **metadata, "format": FORMAT, "config": scorer.config.to_dict(), "calibration": scorer.calibration,
-        "attributes": scorer.names, "units": scorer.units, "input_size": scorer.input_size,
-    }  # fmt: skip
+        **metadata,
+        "format": FORMAT,
+        "config": scorer.config.to_dict(),
+        "calibration": scorer.calibration,
+        "attributes": scorer.names,
+        "units": scorer.units,
+        "input_size": scorer.input_size,
+    }
     save_safetensors(path, tensors, header)
     return Path(path)
 
@@ -326,8 +332,9 @@ def read_scorer(path) -> Scorer:
     """The scorer in a `.safetensors` file written by `save_scorer`. Raises FileNotFoundError or CheckpointError."""
     tensors, header = load_safetensors(path)
     if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no scorer of train_scorer.py (its header says {header.get('format')!r}, "
-                              f"expected {FORMAT!r})")  # fmt: skip
+        raise CheckpointError(
+            f"{path} is no scorer of train_scorer.py (its header says {header.get('format')!r}, expected {FORMAT!r})"
+        )
     try:
         network = ScorerNetwork(ScorerConfig.from_dict(header["config"]))
         calibration = {name: (float(scale), float(offset)) for name, (scale, offset) in header["calibration"].items()}
@@ -357,6 +364,8 @@ def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop:
         return other_scorers.load_dex(name, weights_dir=weights_dir, crop=dex_crop).to(device)
     path = ROOT / "checkpoints" / f"{name}.safetensors" if name in BUNDLED else Path(name)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such scorer; expected {', '.join(BUNDLED)}, dex, dex_age, dex_gender, "
-                                "csv:FILE, or a .safetensors or .json file")  # fmt: skip
+        raise FileNotFoundError(
+            f"{path}: no such scorer; expected {', '.join(BUNDLED)}, dex, dex_age, dex_gender, "
+            "csv:FILE, or a .safetensors or .json file"
+        )
     return read_scorer(path).to(device)

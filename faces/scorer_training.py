@@ -201,7 +201,7 @@ class ScorerTrainer:
         self.optimiser = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=settings.lr,
-        )  # fmt: skip
+        )
         self.step = 0
 
     def learning_rate(self) -> float:
@@ -240,9 +240,12 @@ class ScorerTrainer:
 
     def state_dict(self) -> dict:
         return {
-            "network": self.network.state_dict(), "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(), "config": self.config.to_dict(), "step": self.step,
-        }  # fmt: skip
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "config": self.config.to_dict(),
+            "step": self.step,
+        }
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Raises CheckpointError when `state` is no scorer's, or another one's."""
@@ -285,8 +288,13 @@ def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
     values need none. Where there are too few labels (under 20, or of one kind only) the scores stay as they are.
     """
     found = {}
-    columns = zip(split_outputs(outputs.double(), attributes), values.double().unbind(1), weights.double().unbind(1),
-                  attributes, strict=True)  # fmt: skip
+    columns = zip(
+        split_outputs(outputs.double(), attributes),
+        values.double().unbind(1),
+        weights.double().unbind(1),
+        attributes,
+        strict=True,
+    )
     for logits, value, weight, attribute in columns:
         use = value.isfinite() & (weight > 0)
         logits, value, weight = logits[use], value[use], weight[use]

@@ -19,8 +19,10 @@ def conditional_faces(lab: Lab) -> list[Face]:
     """The faces, inverted under their own attributes."""
     found = lab.inversion("conditional")
     own = lab.attributes()  # [N, d]
-    return [Face(name, found.codes[i], select_noise(found.noise, [i]), own[i], own[i], lab.pictures[i])
-            for i, name in enumerate(lab.names)]  # fmt: skip
+    return [
+        Face(name, found.codes[i], select_noise(found.noise, [i]), own[i], own[i], lab.pictures[i])
+        for i, name in enumerate(lab.names)
+    ]
 
 
 def requests_plate(lab: Lab) -> Image.Image | str:
@@ -28,8 +30,9 @@ def requests_plate(lab: Lab) -> Image.Image | str:
     if lab.cgan is None:
         return ABSENT
     generator, reader = lab.cgan.tools.generator, lab.cgan.reader
-    targets = [Target(f"{name} {value}", "", {k: float(value)}) for k, name in enumerate(reader.names)
-               for value in (0, 1)]  # fmt: skip
+    targets = [
+        Target(f"{name} {value}", "", {k: float(value)}) for k, name in enumerate(reader.names) for value in (0, 1)
+    ]
     rows = []
     for face, inversion in zip(conditional_faces(lab), lab.inversion("conditional").pictures, strict=True):
         row = [(face.original, ""), (inversion, "")]
@@ -40,9 +43,12 @@ def requests_plate(lab: Lab) -> Image.Image | str:
             row.append((frame, f"{before} to {after}"))
         rows.append(row)
     columns = ["original", "inversion", *(target.label.replace("_", " ") for target in targets)]
-    return draw_sheet(rows, columns=columns, labels=lab.names,
-                      note="asked of the conditional generator; below each: what its scorer reads, inversion to "
-                           "edit")  # fmt: skip
+    return draw_sheet(
+        rows,
+        columns=columns,
+        labels=lab.names,
+        note="asked of the conditional generator; below each: what its scorer reads, inversion to edit",
+    )
 
 
 def transfer_plate(lab: Lab) -> Image.Image | str:
@@ -57,14 +63,18 @@ def transfer_plate(lab: Lab) -> Image.Image | str:
     smiles = readings(reader.scorer, "smile", lenders)
     rows = [[(None, ""), (None, ""), *zip(lenders, smiles, strict=True)]]
     for face, inversion in zip(conditional_faces(lab), lab.inversion("conditional").pictures, strict=True):
-        frames = [frame for target in targets
-                  for frame in render_path(generator, face, condition_path(face, target, [1.0]))]  # fmt: skip
+        frames = [
+            frame for target in targets for frame in render_path(generator, face, condition_path(face, target, [1.0]))
+        ]
         frames = [face.original, inversion, *frames]
         rows.append(list(zip(frames, readings(reader.scorer, "smile", frames), strict=True)))
-    return draw_sheet(rows, columns=["original", "inversion", *(f"as seed {seed}" for seed in seeds)],
-                      labels=["references", *lab.names],
-                      note=f"{', '.join(name.replace('_', ' ') for name in reader.names)} of the reference; below "
-                           "each: the smile that the scorer reads")  # fmt: skip
+    return draw_sheet(
+        rows,
+        columns=["original", "inversion", *(f"as seed {seed}" for seed in seeds)],
+        labels=["references", *lab.names],
+        note=f"{', '.join(name.replace('_', ' ') for name in reader.names)} of the reference; below "
+        "each: the smile that the scorer reads",
+    )
 
 
 def find_references(lab: Lab, n: int = 2) -> tuple[list[int], list[np.ndarray]]:

@@ -1,7 +1,7 @@
 """What the figures are made from: networks, a few faces, and their inversions, each made when it is first asked for.
 
-    lab = Lab(tools, scorer, perceptual, seeds=[3, 7], steps=100)
-    lab.inversion("W++").pictures                                            # as lab.pictures, found by the projector
+lab = Lab(tools, scorer, perceptual, seeds=[3, 7], steps=100)
+lab.inversion("W++").pictures                                            # as lab.pictures, found by the projector
 """
 
 from __future__ import annotations
@@ -94,9 +94,18 @@ class Lab:
 
     def _optimise(self, tools: Tools, ratio: float, *, condition=None, **start) -> Inversion:
         """projector.py --mse 1 --noise 0; ratio: step size of Adam in deviations of the codes."""
-        found = project(tools.generator, self.images(size=tools.size), perceptual=self.perceptual, condition=condition,
-                        statistics=(tools.mean, tools.std), steps=self.steps, lr=ratio * float(tools.std.mean()),
-                        mse=1.0, noise=0.0, **start)  # fmt: skip
+        found = project(
+            tools.generator,
+            self.images(size=tools.size),
+            perceptual=self.perceptual,
+            condition=condition,
+            statistics=(tools.mean, tools.std),
+            steps=self.steps,
+            lr=ratio * float(tools.std.mean()),
+            mse=1.0,
+            noise=0.0,
+            **start,
+        )
         pictures = render(tools.generator, found.latents, noise=found.noise, condition=condition)
         return Inversion(found.latents, found.noise, list(pictures))
 

@@ -37,8 +37,10 @@ def inversion_plate(lab: Lab) -> Image.Image:
     rows, labels = [], []
     for i, (name, original) in enumerate(zip(lab.names, lab.pictures, strict=True)):
         rows.append([(original, "")])
-        rows[-1] += [(pictures[i], f"{values['perceptual'][i]:.3f} / {values['mse'][i]:.3f}")
-                     for pictures, values in found.values()]  # fmt: skip
+        rows[-1] += [
+            (pictures[i], f"{values['perceptual'][i]:.3f} / {values['mse'][i]:.3f}")
+            for pictures, values in found.values()
+        ]
         rows.append([(None, ""), *((difference_map(original, pictures[i]), "") for pictures, _ in found.values())])
         labels += [name, f"|difference| x {DIFFERENCE_GAIN}"]
     note = f"{lab.steps} steps; below each: {lab.perceptual.name} / mean squared error on [-1, 1]"
@@ -79,8 +81,10 @@ def spaces_plate(lab: Lab) -> Image.Image | str:
         return f"no boundary of age for {lab.tools.ckpt.name}"
     spaces = {"W": lab.twin, "W+": lab.twin, "W++": lab.tools}
     faces = (0, 1, len(lab.names) - 1)  # the astronaut, one drawn in W++, the one drawn in W
-    parts = [edited_rows(lab, tools.generator, age_boundary(lab, tools), lab.inversion(space), FEW, faces)
-             for space, tools in spaces.items()]  # fmt: skip
+    parts = [
+        edited_rows(lab, tools.generator, age_boundary(lab, tools), lab.inversion(space), FEW, faces)
+        for space, tools in spaces.items()
+    ]
     rows = [line for lines in zip(*parts, strict=True) for line in lines]
     labels = [f"{lab.names[i]}: {space}" for i in faces for space in spaces]
     note = "age, standard deviations from the inversion; below each: what the scorer reads"
@@ -94,9 +98,17 @@ def age_boundary(lab: Lab, tools: Tools) -> Boundary:
         with tempfile.TemporaryDirectory() as folder:
             scores = score_samples(generator, lab.scorer, len(seeds), folder=folder, noise="none")
         column = scores[:, lab.scorer.column("age")]
-        tools.boundaries["age"] = tools.ckpt, fit_boundary(
-            SampledCodes(generator, seeds), column, fit="ridge", space=generator.config.space, attribute="age",
-            fingerprint=generator.fingerprint)  # fmt: skip
+        tools.boundaries["age"] = (
+            tools.ckpt,
+            fit_boundary(
+                SampledCodes(generator, seeds),
+                column,
+                fit="ridge",
+                space=generator.config.space,
+                attribute="age",
+                fingerprint=generator.fingerprint,
+            ),
+        )
     return tools.boundaries["age"][1]
 
 
@@ -121,5 +133,9 @@ def mixing_plate(lab: Lab) -> Image.Image:
         codes = [codes[0], *(mix(codes[0], code, coarse) for code in codes[1:])]
         lines.append([(picture, "") for picture in render(lab.tools.generator, codes, noise=face.noise)])
     note = f"faces on the left with layers 0 to {len(coarse) - 1}, of 0 to {n_layers - 1}, of the faces above"
-    return draw_sheet(lines, columns=["", *(f"seed {seed}" for seed in columns)],
-                      labels=["", *(f"seed {seed}" for seed in rows)], note=note)  # fmt: skip
+    return draw_sheet(
+        lines,
+        columns=["", *(f"seed {seed}" for seed in columns)],
+        labels=["", *(f"seed {seed}" for seed in rows)],
+        note=note,
+    )

@@ -97,8 +97,16 @@ def picture_digest(picture) -> str:
     return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()[:12]
 
 
-def write_measures(path, names: Sequence[str], values: dict, *, perceptual: str, identity: str | None, steps=None,
-                   originals: Sequence[str] | None = None):  # fmt: skip
+def write_measures(
+    path,
+    names: Sequence[str],
+    values: dict,
+    *,
+    perceptual: str,
+    identity: str | None,
+    steps=None,
+    originals: Sequence[str] | None = None,
+):
     """One line per image: position, name, MEASURES (blank where not measured), what measured them, steps taken.
 
     originals: picture_digest of each original as it was measured.
@@ -109,8 +117,17 @@ def write_measures(path, names: Sequence[str], values: dict, *, perceptual: str,
     for i, name in enumerate(names):
         row = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
         by_identity = identity if "identity" in values else ""
-        table.writerow([i, name, *row, perceptual, by_identity, "" if steps is None else int(steps[i]),
-                        "" if originals is None else originals[i]])  # fmt: skip
+        table.writerow(
+            [
+                i,
+                name,
+                *row,
+                perceptual,
+                by_identity,
+                "" if steps is None else int(steps[i]),
+                "" if originals is None else originals[i],
+            ]
+        )
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 

@@ -1,7 +1,7 @@
 """Pictures to invert, by position: from a folder, single files or an LMDB, in an order that is always the same.
 
-    pictures = open_pictures(["photos/", "another face.jpg"], 256)
-    picture = pictures.read(0)                                              # uint8 [3, 256, 256]
+pictures = open_pictures(["photos/", "another face.jpg"], 256)
+picture = pictures.read(0)                                              # uint8 [3, 256, 256]
 """
 
 from __future__ import annotations

@@ -145,9 +145,12 @@ def make_objective(rows: Rows, dtype) -> Callable:
         tensors, values = rows.tensors, values.detach().requires_grad_()
         codes, *maps = rows.split(values)
         picture, _ = generator(
-            (codes + perturbation).expand(-1, generator.config.n_tokens, -1), input_is_latent=True, noise=maps,
-            dtype=dtype, condition=tensors["condition"] if generator.config.condition_dim else None,
-        )  # fmt: skip
+            (codes + perturbation).expand(-1, generator.config.n_tokens, -1),
+            input_is_latent=True,
+            noise=maps,
+            dtype=dtype,
+            condition=tensors["condition"] if generator.config.condition_dim else None,
+        )
         losses = {
             "perceptual": rows.perceptual.distance(rows.perceptual.features(average_down(picture)), rows.features),
             "noise": noise_regularisation(maps),
@@ -204,15 +207,26 @@ def project(
         raise ValueError(f"{len(start)} codes to begin with for {n} images")
     tasks = (
         Task(
-            images[i], i if seeds is None else seeds[i], None if start is None else start[i % len(start)],
+            images[i],
+            i if seeds is None else seeds[i],
+            None if start is None else start[i % len(start)],
             None if start_noise is None else [noise[i] for noise in start_noise],
             None if condition is None else condition[i],
-        )  # fmt: skip
+        )
         for i in range(n)
     )
     results: list[Projection] = [None] * n
-    for position, result in project_each(generator, tasks, perceptual=perceptual, space=space, batch=n,
-                                         statistics=statistics, dtype=dtype, watch=watch, **settings):  # fmt: skip
+    for position, result in project_each(
+        generator,
+        tasks,
+        perceptual=perceptual,
+        space=space,
+        batch=n,
+        statistics=statistics,
+        dtype=dtype,
+        watch=watch,
+        **settings,
+    ):
         results[position] = result
     return Projection(
         torch.stack([r.latents for r in results]),

@@ -39,21 +39,31 @@ def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | 
         first = next(iter(skipped.values()))
         raise UserError(f"none of the {len(names)} pictures could be projected; the first: {first}")
     if enlarged:
-        print(f"note: {len(enlarged)} pictures are smaller than {pictures.size} px and were enlarged; the first: "
-              f"{enlarged[0]}", file=sys.stderr)  # fmt: skip
+        print(
+            f"note: {len(enlarged)} pictures are smaller than {pictures.size} px and were enlarged; the first: "
+            f"{enlarged[0]}",
+            file=sys.stderr,
+        )
     alignment = pictures.alignment()
     alignment = [alignment[position] for position in done]
     extra = {"method": "projector", "settings": store.settings, **(about(done) if about else {})}
     line = write_results(
-        store, [names[position] for position in done], [keys[position] for position in done], **by, space=space,
-        size=pictures.size, fingerprint=fingerprint,
-        alignment=alignment if any(alignment) else None, extra=extra,
-    )  # fmt: skip
+        store,
+        [names[position] for position in done],
+        [keys[position] for position in done],
+        **by,
+        space=space,
+        size=pictures.size,
+        fingerprint=fingerprint,
+        alignment=alignment if any(alignment) else None,
+        extra=extra,
+    )
     print(f"{store.folder}: {len(done)} images in {space.upper()}: {line}")
 
 
-def write_results(store: Store, names: list[str], keys: list[str], *, perceptual: str, identity: str | None,
-                  **described) -> str:  # fmt: skip
+def write_results(
+    store: Store, names: list[str], keys: list[str], *, perceptual: str, identity: str | None, **described
+) -> str:
     """Merge the parts and write everything that is derived from them; returns the summary line.
 
     described: what `merge` says of the latents (space, size, fingerprint, alignment, extra).
@@ -77,15 +87,30 @@ def write_results(store: Store, names: list[str], keys: list[str], *, perceptual
             columns = []
     remove_numbered(store.folder, ("origin_*.png", "project_*.png"), len(keys))
     remove_numbered(store.folder, ("sheet_*.png",), -(-len(keys) // PER_SHEET))
-    write_measures(store.folder / "reconstruction.csv", names, values, perceptual=perceptual, identity=identity,
-                   steps=steps, originals=originals)  # fmt: skip
+    write_measures(
+        store.folder / "reconstruction.csv",
+        names,
+        values,
+        perceptual=perceptual,
+        identity=identity,
+        steps=steps,
+        originals=originals,
+    )
     write_curves(store.folder, {name: np.stack(rows) for name, rows in curves.items()}, names)
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in values.items()}
-    write_json(store.folder / "reconstruction.json", {
-        "method": "projector", "space": described["space"], "count": len(keys), "perceptual_by": perceptual,
-        "identity_by": identity, "measures": statistics, "mean_steps": float(np.mean(steps)),
-        "settings": store.settings,
-    })  # fmt: skip
+    write_json(
+        store.folder / "reconstruction.json",
+        {
+            "method": "projector",
+            "space": described["space"],
+            "count": len(keys),
+            "perceptual_by": perceptual,
+            "identity_by": identity,
+            "measures": statistics,
+            "mean_steps": float(np.mean(steps)),
+            "settings": store.settings,
+        },
+    )
     return summary(values, perceptual=perceptual, identity=identity)
 
 
@@ -116,5 +141,7 @@ def write_skipped(folder: Path, skipped: dict[str, str]) -> None:
     csv.writer(text, lineterminator="\n").writerows([("path", "reason"), *skipped.items()])
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
-    print(f"note: {len(skipped)} pictures were left out ({path}); the first: {next(iter(skipped.items()))}",
-          file=sys.stderr)  # fmt: skip
+    print(
+        f"note: {len(skipped)} pictures were left out ({path}); the first: {next(iter(skipped.items()))}",
+        file=sys.stderr,
+    )

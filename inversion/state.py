@@ -135,12 +135,13 @@ class Rows:
         n_points = len(range(0, settings.steps, CURVE_EVERY))
         self.tensors = {
             "values": like.new_zeros(n_rows, sum(self.sizes)),
-            "first": like.new_zeros(n_rows, sum(self.sizes)), "second": like.new_zeros(n_rows, sum(self.sizes)),
+            "first": like.new_zeros(n_rows, sum(self.sizes)),
+            "second": like.new_zeros(n_rows, sum(self.sizes)),
             "image": like.new_zeros(n_rows, 3, config.size, config.size),
             "condition": like.new_full((n_rows, config.condition_dim), 0.5),
             "curves": like.new_full((n_rows, len(CURVES), n_points), math.nan),
             "window": like.new_zeros(n_rows),  # sum of the losses since the last window
-        }  # fmt: skip
+        }
         self.features: list[torch.Tensor] | None = None  # of the images, per layer [K, ...]
         self.index: list[int | None] = [None] * n_rows  # which task a row works on
         self.clocks = [Clock(settings) for _ in range(n_rows)]
@@ -247,13 +248,15 @@ class Rows:
         codes, *maps = self.split(self.tensors["values"][row : row + 1].cpu().float())
         curves = dict(zip(CURVES, self.tensors["curves"][row].cpu().clone(), strict=True))
         latents = codes[0].expand(self.generator.config.n_tokens, -1).clone()  # [L, D]
-        return Projection(latents, [noise[0].clone() for noise in maps], curves,
-                          torch.tensor(self.clocks[row].step), self.space)  # fmt: skip
+        return Projection(
+            latents, [noise[0].clone() for noise in maps], curves, torch.tensor(self.clocks[row].step), self.space
+        )
 
     def drop_idle(self) -> None:
         """Go on with fewer rows."""
         keep = self.live
         self.tensors = {name: tensor[keep] for name, tensor in self.tensors.items()}
         self.features = [layer[keep] for layer in self.features]
-        self.index, self.clocks, self.draws = ([part[row] for row in keep] for part in
-                                               (self.index, self.clocks, self.draws))  # fmt: skip
+        self.index, self.clocks, self.draws = (
+            [part[row] for row in keep] for part in (self.index, self.clocks, self.draws)
+        )

@@ -72,8 +72,10 @@ class Store:
         said = "; ".join(
             f"{RENAMED.get(name, name)} {earlier.get(name)}, now {self.settings.get(name)}" for name in names[:3]
         )
-        raise UserError(f"{self.folder} holds results made with other settings ({said}): choose another --output_dir, "
-                        "or begin anew with --overwrite")  # fmt: skip
+        raise UserError(
+            f"{self.folder} holds results made with other settings ({said}): choose another --output_dir, "
+            "or begin anew with --overwrite"
+        )
 
     def key(self, name: str, image: torch.Tensor) -> str:
         """Of a picture: its name and its pixels, so that a changed file under an old name is done again."""
@@ -108,8 +110,10 @@ class Store:
         except FileNotFoundError:
             raise
         except Exception as error:  # a damaged archive can raise anything
-            raise UserError(f"{path} is damaged ({type(error).__name__}): remove it and run the same command again, "
-                            "which makes it anew") from error  # fmt: skip
+            raise UserError(
+                f"{path} is damaged ({type(error).__name__}): remove it and run the same command again, "
+                "which makes it anew"
+            ) from error
 
     def statistics(self, generator: Generator, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """generator.latent_statistics(n) on the CPU, computed once per folder."""
@@ -149,9 +153,16 @@ class DiskRows:
 
 
 def merge(
-    store: Store, keys: Sequence[str], names: Sequence[str], *, space: str, size: int, fingerprint: str | None,
-    alignment=None, extra: dict | None = None,
-) -> Iterator[Part]:  # fmt: skip
+    store: Store,
+    keys: Sequence[str],
+    names: Sequence[str],
+    *,
+    space: str,
+    size: int,
+    fingerprint: str | None,
+    alignment=None,
+    extra: dict | None = None,
+) -> Iterator[Part]:
     """Write latents.npy, latents.json and noise.npz of the parts `keys`; yields each part on the way, for the rest.
 
     Uses a folder of its own inside the store until the files are in place.
@@ -169,8 +180,18 @@ def merge(
                 losses.setdefault(name, []).append(value)
             yield part
         latents, *noise = (row.array() for row in rows)
-        save_latents(store.folder, latents, names=names, space=space, size=size, fingerprint=fingerprint,
-                     losses=losses, alignment=alignment, noise=noise, extra=extra)  # fmt: skip
+        save_latents(
+            store.folder,
+            latents,
+            names=names,
+            space=space,
+            size=size,
+            fingerprint=fingerprint,
+            losses=losses,
+            alignment=alignment,
+            noise=noise,
+            extra=extra,
+        )
 
 
 @contextlib.contextmanager

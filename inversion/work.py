@@ -1,9 +1,9 @@
 """The pictures of one process: projected one after the other into the store of a run (projection.py does the work).
 
-    share = Shard(generator, pictures, store, place, start=start, settings=settings, space=space, perceptual=perceptual,
-                  identity=identity, seed=0)
-    share.run(batch, statistics, torch.float32)
-    reports = gather_list(share.report())                                   # for results.conclude
+share = Shard(generator, pictures, store, place, start=start, settings=settings, space=space, perceptual=perceptual,
+              identity=identity, seed=0)
+share.run(batch, statistics, torch.float32)
+reports = gather_list(share.report())                                   # for results.conclude
 """
 
 from __future__ import annotations
@@ -35,8 +35,21 @@ class Shard:
     start(position, image [3, S, S] in [-1, 1]): fields of the Task of a picture, such as its start or condition.
     """
 
-    def __init__(self, generator, pictures, store: Store, place: Distributed, *, start, settings, space, perceptual,
-                 identity, seed: int, video: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        generator,
+        pictures,
+        store: Store,
+        place: Distributed,
+        *,
+        start,
+        settings,
+        space,
+        perceptual,
+        identity,
+        seed: int,
+        video: str | None = None,
+    ):
         self.generator, self.pictures, self.store, self.place = generator, pictures, store, place
         self.start, self.settings, self.space, self.seed, self.video = start, settings, space, seed, video
         self.perceptual, self.identity = perceptual, identity
@@ -47,8 +60,13 @@ class Shard:
         self.n_tasks = 0
         self.frames: dict[int, list[np.ndarray]] = {}
         self.files = file_names(pictures.names)
-        self.bar = tqdm(total=len(self.mine) * settings.steps, disable=not place.is_main, unit="step", unit_scale=True,
-                        dynamic_ncols=True)  # fmt: skip
+        self.bar = tqdm(
+            total=len(self.mine) * settings.steps,
+            disable=not place.is_main,
+            unit="step",
+            unit_scale=True,
+            dynamic_ncols=True,
+        )
         self.calls = 0
 
     def tasks(self) -> Iterator[Task]:
@@ -71,9 +89,18 @@ class Shard:
             yield task
 
     def run(self, batch: int, statistics, dtype, recorder=None) -> None:
-        done = project_each(self.generator, self.tasks(), perceptual=self.perceptual, space=self.space, batch=batch,
-                            statistics=statistics, dtype=dtype, recorder=recorder, watch=self.watch,
-                            **asdict(self.settings))  # fmt: skip
+        done = project_each(
+            self.generator,
+            self.tasks(),
+            perceptual=self.perceptual,
+            space=self.space,
+            batch=batch,
+            statistics=statistics,
+            dtype=dtype,
+            recorder=recorder,
+            watch=self.watch,
+            **asdict(self.settings),
+        )
         with self.bar:
             for number, projection in done:
                 position, picture, task = self.work.pop(number)
@@ -92,10 +119,14 @@ class Shard:
         pair = [p.to(self.generator.token) / 127.5 - 1 for p in pair]
         values = measure(*pair, perceptual=self.perceptual, identity=self.identity)
         part = Part(
-            projection.latents.numpy(), [layer.numpy() for layer in projection.noise],
+            projection.latents.numpy(),
+            [layer.numpy() for layer in projection.noise],
             {name: curve.numpy() for name, curve in projection.curves.items()},
-            {name: float(value[0]) for name, value in values.items()}, int(projection.steps), original, rendered,
-        )  # fmt: skip
+            {name: float(value[0]) for name, value in values.items()},
+            int(projection.steps),
+            original,
+            rendered,
+        )
         if self.video:
             frames = self.frames.pop(position) + [shrink(rendered)] * (FRAMES // 4)
             save_video(frames, self.store.folder / "video" / f"{self.files[position]}.{self.video}", fps=25)

@@ -32,8 +32,10 @@ def compute_fid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, list[str
     dim, fewer = real.shape[1], min(len(real), len(fake))
     if fewer > dim:
         return value, []
-    return value, [f"{fewer:,} samples cannot fill a covariance of {dim:,} dimensions: the value is far too high, "
-                   "compare it only with values from as many samples, or take KID"]  # fmt: skip
+    return value, [
+        f"{fewer:,} samples cannot fill a covariance of {dim:,} dimensions: the value is far too high, "
+        "compare it only with values from as many samples, or take KID"
+    ]
 
 
 def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> dict:
@@ -42,11 +44,17 @@ def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> dict:
 
     real, fake = check_features(real, fake)
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
-    found = kid_features_to_metric(fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED,
-                                   verbose=False)  # fmt: skip
+    found = kid_features_to_metric(
+        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
+    )
     notes = [] if size == KID_SUBSET_SIZE else [f"KID on subsets of {size}, not {KID_SUBSET_SIZE}: too few samples"]
-    return {"value": found[KEY_METRIC_KID_MEAN], "std": found[KEY_METRIC_KID_STD], "subsets": KID_SUBSETS,
-            "subset_size": size, "notes": notes}  # fmt: skip
+    return {
+        "value": found[KEY_METRIC_KID_MEAN],
+        "std": found[KEY_METRIC_KID_STD],
+        "subsets": KID_SUBSETS,
+        "subset_size": size,
+        "notes": notes,
+    }
 
 
 def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,10 +65,12 @@ def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name} features have the shape {list(features.shape)}; expected [N, D], N at least 2")
         if not torch.isfinite(features).all():
-            raise ValueError(f"{name} features hold values that are not finite (NaN or infinite): broken images or "
-                             "weights?")  # fmt: skip
+            raise ValueError(
+                f"{name} features hold values that are not finite (NaN or infinite): broken images or weights?"
+            )
         sides.append(features)
     if sides[0].shape[1] != sides[1].shape[1]:
-        raise ValueError(f"real features have {sides[0].shape[1]} dimensions, fake ones {sides[1].shape[1]}: two "
-                         "extractors?")  # fmt: skip
+        raise ValueError(
+            f"real features have {sides[0].shape[1]} dimensions, fake ones {sides[1].shape[1]}: two extractors?"
+        )
     return tuple(sides)

@@ -94,8 +94,9 @@ def build_parser() -> ArgumentParser:
 # Measuring
 
 
-def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, distances, *, place: Distributed,
-                layers=None, n=0) -> Sweep:  # fmt: skip
+def sweep_faces(
+    name, generator, source, boundary: Boundary, judges: Judges, distances, *, place: Distributed, layers=None, n=0
+) -> Sweep:
     """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion, on every rank."""
     count = min(n, len(source.names)) if n else len(source.names)
     kept = {"scores": [], "identity": [], "perceptual": []}
@@ -104,8 +105,9 @@ def sweep_faces(name, generator, source, boundary: Boundary, judges: Judges, dis
         (code,) = source.codes([i])
         codes = edit_codes(code.numpy(), [boundary], distances * boundary.std, layers=layers)
         codes = np.concatenate((code.numpy()[None], codes))  # the inversion first: what all are compared with
-        frames = render_codes(generator, codes, select_noise(source.noise, [i]),
-                              condition=select_condition(source.condition, [i]))  # fmt: skip
+        frames = render_codes(
+            generator, codes, select_noise(source.noise, [i]), condition=select_condition(source.condition, [i])
+        )
         found = judge(judges, list(frames))
         for what, values in kept.items():
             measured = getattr(found, what)
@@ -169,26 +171,44 @@ def summarise(sweeps: list[Sweep], column: int, kinds, amount: float) -> list[di
     rows = []
     for sweep, position in zip(sweeps, positions, strict=True):
         change = sweep.scores[:, -1, column] - sweep.scores[:, 0, column]
-        kept = {"identity": sweep.identity, "perceptual": sweep.perceptual,
-                "others": others_change(sweep, column, kinds)}  # fmt: skip
-        at = {what: None if values is None or not shared.any()
-              else float(at_position(values[shared], position[shared]).mean()) for what, values in kept.items()}
+        kept = {
+            "identity": sweep.identity,
+            "perceptual": sweep.perceptual,
+            "others": others_change(sweep, column, kinds),
+        }
+        at = {
+            what: None
+            if values is None or not shared.any()
+            else float(at_position(values[shared], position[shared]).mean())
+            for what, values in kept.items()
+        }
         distance = np.abs(np.interp(position[shared], np.arange(len(sweep.distances)), sweep.distances))
-        rows.append({
-            "name": sweep.name, "faces": len(sweep.faces), "rise": float(np.median(rise(sweep, column))),
-            "change": float(change.mean()), "change_std": float(change.std()),
-            "crossed": float(crossed(sweep, column).mean()) if kinds[column] == "probability" else None,
-            "reached": float(np.isfinite(position).mean()), "compared": int(shared.sum()),
-            "distance": float(distance.mean()) if shared.any() else None, **at,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": sweep.name,
+                "faces": len(sweep.faces),
+                "rise": float(np.median(rise(sweep, column))),
+                "change": float(change.mean()),
+                "change_std": float(change.std()),
+                "crossed": float(crossed(sweep, column).mean()) if kinds[column] == "probability" else None,
+                "reached": float(np.isfinite(position).mean()),
+                "compared": int(shared.sum()),
+                "distance": float(distance.mean()) if shared.any() else None,
+                **at,
+            }
+        )
     return rows
 
 
 def curves(sweep: Sweep, column: int, kinds) -> dict:
     """Means over faces at every distance: attribute, others, identity, perceptual; each [K] or None."""
     change = sweep.scores[:, :, column] - sweep.scores[:, [sweep.origin], column]
-    mean = {"change": change, "others": others_change(sweep, column, kinds), "identity": sweep.identity,
-            "perceptual": sweep.perceptual}  # fmt: skip
+    mean = {
+        "change": change,
+        "others": others_change(sweep, column, kinds),
+        "identity": sweep.identity,
+        "perceptual": sweep.perceptual,
+    }
     mean = {what: None if values is None else values.mean(0).tolist() for what, values in mean.items()}
     return {"distance": sweep.distances.tolist(), **mean}
 
@@ -208,10 +228,12 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window system, no global state
     from matplotlib.figure import Figure
 
-    panels = [("distance", "change", "distance (standard deviations)", f"change of {attribute} ({unit})"),
-              ("distance", "others", "distance (standard deviations)", "change of other attributes"),
-              ("distance", "identity", "distance (standard deviations)", "identity similarity"),
-              ("change", "identity", f"change of {attribute} ({unit})", "identity similarity")]  # fmt: skip
+    panels = [
+        ("distance", "change", "distance (standard deviations)", f"change of {attribute} ({unit})"),
+        ("distance", "others", "distance (standard deviations)", "change of other attributes"),
+        ("distance", "identity", "distance (standard deviations)", "identity similarity"),
+        ("change", "identity", f"change of {attribute} ({unit})", "identity similarity"),
+    ]
     panels = [panel for panel in panels if all(c[panel[1]] is not None for c in all_curves.values())]
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     for axes, (x, y, x_label, y_label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -243,9 +265,11 @@ def measure(args, ckpts, boundaries, names, place: Distributed) -> None:
     """Every row, its faces shared among the ranks; rank 0 writes."""
     distances = np.linspace(-args.reach, args.reach, args.steps)
     distances[args.steps // 2] = 0  # the inversion itself, whatever was rounded
-    judges = Judges(load_scorer(args.scorer, place.device, weights_dir=args.weights_dir),
-                    identity_or_none(args.identity, place.device, args.weights_dir),
-                    perceptual_or_none(args.perceptual, place.device, args.weights_dir))  # fmt: skip
+    judges = Judges(
+        load_scorer(args.scorer, place.device, weights_dir=args.weights_dir),
+        identity_or_none(args.identity, place.device, args.weights_dir),
+        perceptual_or_none(args.perceptual, place.device, args.weights_dir),
+    )
     attribute, column, kinds = None, None, [a.kind for a in judges.scorer.attributes]
     sweeps, facts = [], []
     for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, boundaries, strict=True)):
@@ -257,13 +281,22 @@ def measure(args, ckpts, boundaries, names, place: Distributed) -> None:
         source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         name = names[k] if names else (source.about["space"] or generator.config.space).upper()
-        sweep = sweep_faces(name, generator, source, boundary, judges, distances, layers=layers, n=args.faces,
-                            place=place)  # fmt: skip
+        sweep = sweep_faces(
+            name, generator, source, boundary, judges, distances, layers=layers, n=args.faces, place=place
+        )
         if sweeps and sweep.faces != sweeps[0].faces:
             raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
         sweeps.append(sweep)
-        facts.append({"ckpt": str(ckpt), "latent": str(latent), "boundary": str(path), "fit": boundary.fit,
-                      "n_samples": boundary.n_samples, "fingerprint": generator.fingerprint})  # fmt: skip
+        facts.append(
+            {
+                "ckpt": str(ckpt),
+                "latent": str(latent),
+                "boundary": str(path),
+                "fit": boundary.fit,
+                "n_samples": boundary.n_samples,
+                "fingerprint": generator.fingerprint,
+            }
+        )
     if not place.is_main:
         return
     amount = args.at or DEFAULT_AT.get(kinds[column], float(np.std(sweeps[0].scores[:, sweeps[0].origin, column])))
@@ -287,23 +320,40 @@ def read_rows(args):
 def write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, facts) -> None:
     unit = judges.scorer.units[attribute]
     all_curves = {sweep.name: curves(sweep, column, kinds) for sweep in sweeps}
-    about = {"attribute": attribute, "unit": unit, "at": amount, "scorer": args.scorer,
-             "identity": getattr(judges.identity, "name", None), "perceptual": getattr(judges.perceptual, "name", None)}
+    about = {
+        "attribute": attribute,
+        "unit": unit,
+        "at": amount,
+        "scorer": args.scorer,
+        "identity": getattr(judges.identity, "name", None),
+        "perceptual": getattr(judges.perceptual, "name", None),
+    }
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "editing.json", {**about, "rows": rows, "inputs": facts, "curves": all_curves})
     write_table(args.output_dir / "table.csv", rows)
     per_face = []
     for sweep in sweeps:
-        for face, scores, spearman, cross in zip(sweep.faces, sweep.scores[:, :, column], rise(sweep, column),
-                                                 crossed(sweep, column), strict=True):  # fmt: skip
-            per_face.append({"name": sweep.name, "face": face, "origin": round(float(scores[sweep.origin]), 4),
-                             "first": round(float(scores[0]), 4), "last": round(float(scores[-1]), 4),
-                             "rise": round(float(spearman), 4), "crossed": int(cross)})  # fmt: skip
+        for face, scores, spearman, cross in zip(
+            sweep.faces, sweep.scores[:, :, column], rise(sweep, column), crossed(sweep, column), strict=True
+        ):
+            per_face.append(
+                {
+                    "name": sweep.name,
+                    "face": face,
+                    "origin": round(float(scores[sweep.origin]), 4),
+                    "first": round(float(scores[0]), 4),
+                    "last": round(float(scores[-1]), 4),
+                    "rise": round(float(spearman), 4),
+                    "crossed": int(cross),
+                }
+            )
     write_table(args.output_dir / "faces.csv", per_face)
     draw(args.output_dir / "curves.png", attribute, unit, all_curves)
     print(format_rows(rows))
-    print(f"{attribute} ({unit}), compared where it has changed by {amount:g}; judged by {args.scorer}, identity: "
-          f"{about['identity']}, perceptual: {about['perceptual']}; {args.output_dir}")  # fmt: skip
+    print(
+        f"{attribute} ({unit}), compared where it has changed by {amount:g}; judged by {args.scorer}, identity: "
+        f"{about['identity']}, perceptual: {about['perceptual']}; {args.output_dir}"
+    )
     print(json.dumps({**about, "rows": rows}))
 
 

@@ -30,9 +30,14 @@ METRICS = ("fid", "kid", "prdc")
 
 
 def evaluate(
-    real: Features, fake: Features, metrics: Iterable[str], *, nearest_k: int | None = None, device="cpu",
+    real: Features,
+    fake: Features,
+    metrics: Iterable[str],
+    *,
+    nearest_k: int | None = None,
+    device="cpu",
     progress: bool = False,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Records (see metrics.protocol) of `fid`, `kid` and `prdc`, of features of one extractor and protocol.
 
     nearest_k: of prdc; default 3 under the protocol `paper`, else 5. What there is to be said against a number is in
@@ -69,8 +74,10 @@ def remarks(real: Features, fake: Features) -> list[str]:
         rows = side.values.numpy()
         n_copies = len(rows) - len({hashlib.blake2b(row, digest_size=16).digest() for row in rows})
         if n_copies:
-            found.append(f"{n_copies:,} of {len(rows):,} {name} images have the very features of another: repeated "
-                         "images, which shrink the balls around them")  # fmt: skip
+            found.append(
+                f"{n_copies:,} of {len(rows):,} {name} images have the very features of another: repeated "
+                "images, which shrink the balls around them"
+            )
     sizes = [pixels(side.about.get("size")) for side in (real, fake)]
     if None not in sizes and sizes[0] != sizes[1]:
         found.append(f"real images have {sizes[0]} pixels, generated ones {sizes[1]}: their resize tells them apart")
@@ -88,14 +95,21 @@ def pixels(size: int | str | None) -> str | None:
 
 def evaluation_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument("--real", "--inception", required=True,
-                        help="folder of images, LMDB, checkpoint, folder of latents, or features (.npz)")  # fmt: skip
+    parser.add_argument(
+        "--real",
+        "--inception",
+        required=True,
+        help="folder of images, LMDB, checkpoint, folder of latents, or features (.npz)",
+    )
     parser.add_argument("--fake", help="the same kinds, or a folder of checkpoints: each of them")
     parser.add_argument("--ckpt", help="the same as --fake; with a --fake of latents: their generator")
     parser.add_argument("--start_num", type=int, default=0, help="first step of a folder of checkpoints")
-    parser.add_argument("--output", type=Path,
-                        help="file that results are added to, a JSON line each; default: metrics.jsonl of the "
-                             "checkpoint's run folder, else here")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="file that results are added to, a JSON line each; default: metrics.jsonl of the "
+        "checkpoint's run folder, else here",
+    )
     add_extractor_flags(parser)
     add_sampling_flags(parser)
     return parser
@@ -113,23 +127,38 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
     try:
         # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
         as_published = args.protocol == "paper" and metrics == ("prdc",)
-        extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir,
-                                    device=place.device,
-                                    preferred=("vgg16", *AUTO[1:]) if as_published else AUTO)  # fmt: skip
+        extractor = build_extractor(
+            args.extractor,
+            PROTOCOLS[args.protocol],
+            weights_dir=args.weights_dir,
+            device=place.device,
+            preferred=("vgg16", *AUTO[1:]) if as_published else AUTO,
+        )
 
         def opened(path, sampling, size):
             if path.suffix == ".npz":
                 return require_same(load_features(path), extractor, path)
             if not path.exists() and path.with_suffix(".safetensors").exists():
                 path = path.with_suffix(".safetensors")  # a training that goes on has shrunk it meanwhile
-            return open_source(path, size=size, ckpt=args.ckpt, sampling=sampling, device=place.device,
-                               workers=args.workers)  # fmt: skip
+            return open_source(
+                path, size=size, ckpt=args.ckpt, sampling=sampling, device=place.device, workers=args.workers
+            )
 
         def features(source, seed):
-            return source if isinstance(source, Features) else extract(
-                source, extractor, args.n_sample, seed=seed, batch=args.batch, place=place,
-                cache_dir=cache_folder(args), order="drawn" if as_published else None,
-            )  # fmt: skip
+            return (
+                source
+                if isinstance(source, Features)
+                else extract(
+                    source,
+                    extractor,
+                    args.n_sample,
+                    seed=seed,
+                    batch=args.batch,
+                    place=place,
+                    cache_dir=cache_folder(args),
+                    order="drawn" if as_published else None,
+                )
+            )
 
         reals: dict[object, Features] = {}
         for path in fakes:
@@ -143,8 +172,9 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
                     reals[size] = features(opened(Path(args.real), Sampling(seed=seed), size), seed)
                 fake = features(fake, args.seed)
                 if place.is_main:
-                    records = evaluate(reals[size], fake, metrics, nearest_k=nearest_k, device=place.device,
-                                       progress=True)  # fmt: skip
+                    records = evaluate(
+                        reals[size], fake, metrics, nearest_k=nearest_k, device=place.device, progress=True
+                    )
                     append_records(args.output or default_output(path), records)
                     report(path, records)
     finally:
@@ -203,7 +233,10 @@ def report(path: Path, records: list[dict]) -> None:
     first = records[0]
     drawn = f"  truncation {first['fake']['truncation']:g}" if "truncation" in first["fake"] else ""
     k = f", k = {first['nearest_k']}" if "nearest_k" in first else ""
-    print(f"{path}{drawn}  {first['n_real']} real {first['n_fake']} fake  {first['protocol']['name']}, "
-          f"{first['extractor']['name']} features{k}:  {values}", flush=True)  # fmt: skip
+    print(
+        f"{path}{drawn}  {first['n_real']} real {first['n_fake']} fake  {first['protocol']['name']}, "
+        f"{first['extractor']['name']} features{k}:  {values}",
+        flush=True,
+    )
     for note in dict.fromkeys(note for record in records for note in record.get("notes") or []):
         print(f"note: {note}", file=sys.stderr)

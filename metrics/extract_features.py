@@ -1,6 +1,6 @@
 """Features of a folder, an LMDB, a checkpoint or latents, as a file that fid.py and prdc.py take for --real or --fake.
 
-    python metrics/extract_features.py faces.lmdb --size 256 --extractor vgg16 --protocol paper --out faces-vgg16.npz
+python metrics/extract_features.py faces.lmdb --size 256 --extractor vgg16 --protocol paper --out faces-vgg16.npz
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("source", help="folder of images, LMDB, checkpoint, or folder of latents")
     parser.add_argument("--out", required=True, help="features file to write (.npz)")
     parser.add_argument("--ckpt", help="generator of the latents")
-    parser.add_argument("--order", choices=("first", "drawn"),
-                        help="which images of a larger set: the first, or drawn by --seed (fid.py and prdc.py draw "
-                             "reals by seed 1); default: drawn, for --protocol paper the first")  # fmt: skip
+    parser.add_argument(
+        "--order",
+        choices=("first", "drawn"),
+        help="which images of a larger set: the first, or drawn by --seed (fid.py and prdc.py draw "
+        "reals by seed 1); default: drawn, for --protocol paper the first",
+    )
     add_extractor_flags(parser)
     add_sampling_flags(parser)
     return parser
@@ -35,13 +38,23 @@ def build_parser() -> ArgumentParser:
 def main(args) -> int:
     place = setup(args.device)
     try:
-        extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir,
-                                    device=place.device)  # fmt: skip
+        extractor = build_extractor(
+            args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=place.device
+        )
         sampling = Sampling(parse_truncations(args.truncation)[0], args.truncation_mean, args.noise, args.seed)
-        source = open_source(args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=place.device,
-                             workers=args.workers)  # fmt: skip
-        found = extract(source, extractor, args.n_sample, seed=args.seed, batch=args.batch, place=place,
-                        cache_dir=cache_folder(args), order=args.order)  # fmt: skip
+        source = open_source(
+            args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=place.device, workers=args.workers
+        )
+        found = extract(
+            source,
+            extractor,
+            args.n_sample,
+            seed=args.seed,
+            batch=args.batch,
+            place=place,
+            cache_dir=cache_folder(args),
+            order=args.order,
+        )
         if place.is_main:
             save_features(Path(args.out), found)
             print(f"{args.out}: {list(found.values.shape)} {extractor.name} features of {args.source}")

@@ -47,9 +47,17 @@ def describe(extractor: Extractor) -> dict:
 
 
 def extract(
-    source, extractor: Extractor, n: int, *, seed: int = 0, batch: int = 64, place: Distributed = HERE,
-    cache_dir: str | os.PathLike | None = None, progress: bool = True, order: str | None = None,
-) -> Features:  # fmt: skip
+    source,
+    extractor: Extractor,
+    n: int,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    place: Distributed = HERE,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    order: str | None = None,
+) -> Features:
     """Features of n images of a source (all there are, when fewer), chosen without replacement.
 
     batch: images per forward pass and rank. cache_dir: folder of the cache; None: no cache. order: which images of a
@@ -146,8 +154,10 @@ def load_features(path: str | os.PathLike) -> Features:
         with np.load(path, allow_pickle=False) as file:
             values, known = file["features"], json.loads(str(file["known"]))
     except KeyError as error:
-        raise UserError(f"{path} has no entry {error}: features made elsewhere do not say how: "
-                        "compute them anew from the images with metrics/extract_features.py") from error  # fmt: skip
+        raise UserError(
+            f"{path} has no entry {error}: features made elsewhere do not say how: "
+            "compute them anew from the images with metrics/extract_features.py"
+        ) from error
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is truncated, damaged or no features file ({error})") from error
     return Features(torch.from_numpy(values.astype(np.float32, copy=False)), **known)
@@ -157,8 +167,10 @@ def require_same(features: Features, extractor: Extractor, path) -> Features:
     """The features of a file, if they are this extractor's under this protocol; ValueError naming both sides."""
     wanted = (describe(extractor), asdict(extractor.protocol))
     if (features.extractor, features.protocol) != wanted:
-        sides = [f"{e['name']} (weights {str(e['sha256'])[:8]}), protocol {p['name']}" for e, p in
-                 ((features.extractor, features.protocol), wanted)]  # fmt: skip
+        sides = [
+            f"{e['name']} (weights {str(e['sha256'])[:8]}), protocol {p['name']}"
+            for e, p in ((features.extractor, features.protocol), wanted)
+        ]
         raise UserError(f"{path} holds features of {sides[0]}; asked for are those of {sides[1]}")
     return features
 
@@ -170,28 +182,42 @@ def require_same(features: Features, extractor: Extractor, path) -> Features:
 def add_extractor_flags(parser) -> None:
     """Flags of everything that extracts features."""
     group = parser.add_argument_group("features")
-    group.add_argument("--extractor", default="auto", metavar="NAME",
-                       help=f"{', '.join(extractor_names())}; auto: Inception (for the paper's precision and recall "
-                            "VGG-16), else the stand-in squeeze or scorer")  # fmt: skip
-    group.add_argument("--protocol", choices=list(PROTOCOLS), default="tf-compat",
-                       help="how images reach the extractor: paper (and pytorch-fid), tf-compat (torch-fidelity, most "
-                            "papers), clean (clean-fid)")  # fmt: skip
+    group.add_argument(
+        "--extractor",
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(extractor_names())}; auto: Inception (for the paper's precision and recall "
+        "VGG-16), else the stand-in squeeze or scorer",
+    )
+    group.add_argument(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="tf-compat",
+        help="how images reach the extractor: paper (and pytorch-fid), tf-compat (torch-fidelity, most "
+        "papers), clean (clean-fid)",
+    )
     group.add_argument("--n_sample", type=int, default=50_000, help="images of each side; all there are, when fewer")
-    group.add_argument("--size", type=int,
-                       help="pixels: which size of an LMDB, or what to fit the images of a folder to; default: as they "
-                            "are, or that of the generated images")  # fmt: skip
+    group.add_argument(
+        "--size",
+        type=int,
+        help="pixels: which size of an LMDB, or what to fit the images of a folder to; default: as they "
+        "are, or that of the generated images",
+    )
     group.add_argument("--batch", type=int, default=64, help="images per forward pass and process")
     group.add_argument("--workers", type=int, default=2, help="threads that decode images")
     group.add_argument("--weights_dir", help="folder with the extractor's weights, looked into first")
-    group.add_argument("--cache_dir", help="folder of the feature cache; none: no cache; "
-                                           "default $WPP_CACHE, else ~/.cache/wpp/features")  # fmt: skip
+    group.add_argument(
+        "--cache_dir",
+        help="folder of the feature cache; none: no cache; default $WPP_CACHE, else ~/.cache/wpp/features",
+    )
     add_device_flags(parser)
 
 
 def add_sampling_flags(parser) -> None:
     group = parser.add_argument_group("generated images")
-    group.add_argument("--truncation", default="1", metavar="PSI[,PSI...]", help="w = mean + psi (w - mean); several "
-                                                                                 "values: a sweep")  # fmt: skip
+    group.add_argument(
+        "--truncation", default="1", metavar="PSI[,PSI...]", help="w = mean + psi (w - mean); several values: a sweep"
+    )
     group.add_argument("--truncation_mean", type=int, default=10_000, help="samples for the mean of w")
     group.add_argument("--noise", default="random", help="random (drawn for each image), const (the stored maps), none")
     group.add_argument("--seed", type=int, default=0, help="of the images drawn")

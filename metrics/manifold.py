@@ -44,8 +44,10 @@ def compute_prdc(real, fake, *, nearest_k: int, block: int = BLOCK, device="cpu"
         raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}: two extractors?")
     for name, points in (("real", real), ("fake", fake)):
         if nearest_k < 1 or len(points) < nearest_k + 1:
-            raise ValueError(f"nearest_k {nearest_k} needs at least {max(nearest_k, 1) + 1} {name} points and a k from "
-                             f"1, got {len(points)}")  # fmt: skip
+            raise ValueError(
+                f"nearest_k {nearest_k} needs at least {max(nearest_k, 1) + 1} {name} points and a k from "
+                f"1, got {len(points)}"
+            )
     n_real, n_fake = (-(-len(points) // block) for points in (real, fake))
     n_tiles = n_real * (n_real + 1) // 2 + n_fake * (n_fake + 1) // 2 + n_real * n_fake
     work = _Workspace(min(block, max(len(real), len(fake))), real.shape[1], device)
@@ -70,8 +72,9 @@ def _features(values, name: str) -> torch.Tensor:
     values = values.detach().to(torch.float32)
     for rows in values.split(FEW_ROWS):
         if not torch.isfinite(rows).all():
-            raise ValueError(f"{name} features hold values that are not finite (NaN or infinite): broken images or "
-                             "weights?")  # fmt: skip
+            raise ValueError(
+                f"{name} features hold values that are not finite (NaN or infinite): broken images or weights?"
+            )
     return values
 
 

@@ -1,7 +1,7 @@
 """Metrics while a generator is trained (train.py --eval_every): into the run's log, and the best weights into a file.
 
-    monitor = Monitor(run, "faces.lmdb", 64, metrics=("fid", "prdc"), n=5000, place=place)
-    monitor.evaluate(g_ema, step, images)        # on every rank
+monitor = Monitor(run, "faces.lmdb", 64, metrics=("fid", "prdc"), n=5000, place=place)
+monitor.evaluate(g_ema, step, images)        # on every rank
 """
 
 from __future__ import annotations
@@ -43,18 +43,31 @@ class Monitor:
     """
 
     def __init__(
-        self, run: Run, path, size: int, *, metrics: tuple[str, ...], n: int, extractor: str = "auto",
-        batch: int = 16, place: Distributed, start_step: int = 0, weights_dir=None, header: dict | None = None,
-    ):  # fmt: skip
+        self,
+        run: Run,
+        path,
+        size: int,
+        *,
+        metrics: tuple[str, ...],
+        n: int,
+        extractor: str = "auto",
+        batch: int = 16,
+        place: Distributed,
+        start_step: int = 0,
+        weights_dir=None,
+        header: dict | None = None,
+    ):
         self.header = header or {}
         self.run, self.metrics, self.n, self.batch, self.place = run, metrics, n, batch, place
-        self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir,
-                                         device=place.device)  # fmt: skip
+        self.extractor = build_extractor(
+            extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir, device=place.device
+        )
         self.real = self._extract(open_source(path, size=size), SEED + 1, default_cache())
         for name in metrics:
             if (found := min(n, self.real.about["n"])) < FEWEST[name]:
-                raise UsageError(f"--metric {name} needs at least {FEWEST[name]} images: there are {found} "
-                                 f"(--eval_samples {n})")  # fmt: skip
+                raise UsageError(
+                    f"--metric {name} needs at least {FEWEST[name]} images: there are {found} (--eval_samples {n})"
+                )
         self.output = run.folder / "metrics.jsonl"
         if place.is_main and self.output.exists():
             truncate_log(self.output, start_step + 1)
@@ -62,8 +75,16 @@ class Monitor:
         self.best = self._best_so_far() if place.is_main else None
 
     def _extract(self, source, seed, cache_dir=None):
-        return extract(source, self.extractor, self.n, seed=seed, batch=self.batch, place=self.place,
-                       cache_dir=cache_dir, progress=cache_dir is not None)  # fmt: skip
+        return extract(
+            source,
+            self.extractor,
+            self.n,
+            seed=seed,
+            batch=self.batch,
+            place=self.place,
+            cache_dir=cache_dir,
+            progress=cache_dir is not None,
+        )
 
     def _best_so_far(self) -> float:
         try:
@@ -76,8 +97,14 @@ class Monitor:
     def evaluate(self, generator, step: int, images: int) -> dict[str, float]:
         """Values by name on rank 0 ({} elsewhere) of a generator after `step` steps and `images` images seen."""
         weights = generator.state_dict()
-        about = {"kind": "training", "path": str(self.run.folder), "step": step, "images": images, "ema": True,
-                 "fingerprint": fingerprint(weights)}  # fmt: skip
+        about = {
+            "kind": "training",
+            "path": str(self.run.folder),
+            "step": step,
+            "images": images,
+            "ema": True,
+            "fingerprint": fingerprint(weights),
+        }
         fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), about), SEED)
         if not self.place.is_main:
             return {}
@@ -89,6 +116,7 @@ class Monitor:
             self.best = values[self.fid]
             facts = {"metric": self.fid, "value": self.best, "n_fake": self.n}
             config = generator.config.to_dict()
-            save_safetensors(self.run.path("checkpoint", BEST), weights,
-                             {**self.header, **about, **facts, "config": config})  # fmt: skip
+            save_safetensors(
+                self.run.path("checkpoint", BEST), weights, {**self.header, **about, **facts, "config": config}
+            )
         return values

@@ -38,9 +38,19 @@ SPACES = ("z", "w", "w++")
 
 @torch.no_grad()
 def path_lengths(
-    generator: Generator, distance: Callable, *, space: str, n: int, sampling: str = "full", epsilon: float = EPSILON,
-    crop: bool = False, batch: int = 16, seed: int = 0, place: Distributed = HERE, progress: bool = False,
-) -> np.ndarray:  # fmt: skip
+    generator: Generator,
+    distance: Callable,
+    *,
+    space: str,
+    n: int,
+    sampling: str = "full",
+    epsilon: float = EPSILON,
+    crop: bool = False,
+    batch: int = 16,
+    seed: int = 0,
+    place: Distributed = HERE,
+    progress: bool = False,
+) -> np.ndarray:
     """n path lengths, float64 [n], on every rank; pair i is drawn from its own seed, so no batch or rank changes it.
 
     distance(a, b): images [B, 3, S, S] in [-1, 1] -> [B], a squared distance such as LPIPS. space: z, or w or w++, as
@@ -54,8 +64,11 @@ def path_lengths(
         raise UserError(f"expected sampling full or end and n from 1, got {sampling} and {n}")
     mine, lengths = shard(n, place.rank, place.world_size), []
     noise, device = generator.fixed_noise(), generator.token.device
-    for start in tqdm(range(mine.start, mine.stop, batch), desc=f"path length in {space}",
-                      disable=None if progress and place.is_main else True):  # fmt: skip
+    for start in tqdm(
+        range(mine.start, mine.stop, batch),
+        desc=f"path length in {space}",
+        disable=None if progress and place.is_main else True,
+    ):
         chosen = range(start, min(start + batch, mine.stop))
         first, second = (_draw(generator, [(2 * seed + end) * SEED_STRIDE + i for i in chosen]) for end in (0, 1))
         way = torch.tensor([_position(seed, i) if sampling == "full" else 0.0 for i in chosen])
@@ -111,19 +124,30 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", required=True, help="checkpoint (.pt) or exported generator (.safetensors)")
     parser.add_argument("--space", choices=SPACES, help="z, or the generator's own w or w++ (default)")
-    parser.add_argument("--sampling", choices=("full", "end"), default="full",
-                        help="pairs anywhere on the way between two latents, or at its beginning")  # fmt: skip
-    parser.add_argument("--perceptual", default="auto", metavar="NAME",
-                        help="perceptual network of common/perceptual.py: vgg as published, squeeze, alex, "
-                             "discriminator:CHECKPOINT, scorer:FILE; auto: the first LPIPS at hand")  # fmt: skip
+    parser.add_argument(
+        "--sampling",
+        choices=("full", "end"),
+        default="full",
+        help="pairs anywhere on the way between two latents, or at its beginning",
+    )
+    parser.add_argument(
+        "--perceptual",
+        default="auto",
+        metavar="NAME",
+        help="perceptual network of common/perceptual.py: vgg as published, squeeze, alex, "
+        "discriminator:CHECKPOINT, scorer:FILE; auto: the first LPIPS at hand",
+    )
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="step, as a share of the way")
     parser.add_argument("--crop", action="store_true", help="compare the centre of the face only, as for FFHQ")
     parser.add_argument("--n_sample", type=int, default=50_000, help="pairs")
     parser.add_argument("--batch", type=int, default=16, help="pairs per forward pass and process")
     parser.add_argument("--seed", type=int, default=0, help="of the latents drawn")
     parser.add_argument("--weights_dir", help="folder with the network's weights, looked into first")
-    parser.add_argument("--output", type=Path, help="file that the result is added to; default: metrics.jsonl of the "
-                                                    "checkpoint's run folder, else here")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="file that the result is added to; default: metrics.jsonl of the checkpoint's run folder, else here",
+    )
     add_device_flags(parser)
     return parser
 
@@ -139,23 +163,44 @@ def main(args) -> int:
         space = args.space or generator.config.space
         perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
         lengths = path_lengths(
-            generator, perceptual, space=space, n=args.n_sample, sampling=args.sampling, epsilon=args.epsilon,
-            crop=args.crop, batch=args.batch, seed=args.seed, place=place, progress=True,
-        )  # fmt: skip
+            generator,
+            perceptual,
+            space=space,
+            n=args.n_sample,
+            sampling=args.sampling,
+            epsilon=args.epsilon,
+            crop=args.crop,
+            batch=args.batch,
+            seed=args.seed,
+            place=place,
+            progress=True,
+        )
         if place.is_main:
             value, std = trimmed_mean(lengths)
             network = perceptual.name.removeprefix("lpips-")
             config = generator.config
-            fake = {"kind": "checkpoint", "path": args.ckpt, "n": args.n_sample, **checkpoint_facts(Path(args.ckpt)),
-                    "size": config.size, "space": config.space, "fingerprint": generator.fingerprint,
-                    "truncation": 1.0, "noise": "const", "seed": args.seed}  # fmt: skip
+            fake = {
+                "kind": "checkpoint",
+                "path": args.ckpt,
+                "n": args.n_sample,
+                **checkpoint_facts(Path(args.ckpt)),
+                "size": config.size,
+                "space": config.space,
+                "fingerprint": generator.fingerprint,
+                "truncation": 1.0,
+                "noise": "const",
+                "seed": args.seed,
+            }
             how = {"name": args.sampling, "epsilon": args.epsilon, "crop": args.crop, "percentiles": "1 to 99"}
             name = f"ppl-{space}" + ("" if network == "vgg" else f"-{network}")
-            record = make_record(name, value, real=None, fake=fake, protocol=how, extractor={"name": perceptual.name},
-                                 std=std)  # fmt: skip
+            record = make_record(
+                name, value, real=None, fake=fake, protocol=how, extractor={"name": perceptual.name}, std=std
+            )
             append_records(args.output or default_output(Path(args.ckpt)), [record])
-            print(f"{args.ckpt}  {args.n_sample} pairs, {perceptual.name}, {args.sampling}:  {name} {value:.5g} "
-                  f"(std {std:.5g})")  # fmt: skip
+            print(
+                f"{args.ckpt}  {args.n_sample} pairs, {perceptual.name}, {args.sampling}:  {name} {value:.5g} "
+                f"(std {std:.5g})"
+            )
     finally:
         shutdown()
     return 0

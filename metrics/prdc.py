@@ -24,8 +24,9 @@ __all__ = ["build_parser", "compute_prdc", "main"]
 
 def build_parser():
     parser = evaluation_parser(__doc__)
-    parser.add_argument("--nearest_k", type=int, help="neighbour that sets a ball's radius; default 3 under --protocol "
-                                                      "paper, else 5")  # fmt: skip
+    parser.add_argument(
+        "--nearest_k", type=int, help="neighbour that sets a ball's radius; default 3 under --protocol paper, else 5"
+    )
     return parser
 
 

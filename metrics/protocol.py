@@ -32,10 +32,30 @@ from common.runs import git_commit, to_plain
 
 # What may differ between numbers set side by side: where things lie, what is being compared, and when
 FREE = {
-    "value", "std", "time", "code", "notes", "step", "images", "device", "real.path", "real.seed", "real.kind",
-    "real.fingerprint", "real.space", "real.step", "fake.path", "fake.seed", "fake.kind", "fake.fingerprint",
-    "fake.space", "fake.step", "fake.images", "fake.digest", "fake.noise_seed",
-}  # fmt: skip
+    "value",
+    "std",
+    "time",
+    "code",
+    "notes",
+    "step",
+    "images",
+    "device",
+    "real.path",
+    "real.seed",
+    "real.kind",
+    "real.fingerprint",
+    "real.space",
+    "real.step",
+    "fake.path",
+    "fake.seed",
+    "fake.kind",
+    "fake.fingerprint",
+    "fake.space",
+    "fake.step",
+    "fake.images",
+    "fake.digest",
+    "fake.noise_seed",
+}
 
 
 @dataclass(frozen=True)
@@ -85,10 +105,20 @@ def make_record(metric: str, value: float, *, real: dict | None, fake: dict, pro
     counts = {"n_real": real.pop("n", None), "n_fake": fake.pop("n")}
     if fake.get("step") is not None:
         counts["step"] = fake["step"]
-    return to_plain({
-        "metric": metric, "value": value, **counts, **facts, "protocol": protocol, "extractor": extractor,
-        "real": real, "fake": fake, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": _code_version(),
-    })  # fmt: skip
+    return to_plain(
+        {
+            "metric": metric,
+            "value": value,
+            **counts,
+            **facts,
+            "protocol": protocol,
+            "extractor": extractor,
+            "real": real,
+            "fake": fake,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "code": _code_version(),
+        }
+    )
 
 
 @functools.cache
@@ -155,6 +185,8 @@ def require_alike(records: list[dict], *, vary: Iterable[str] = (), allow: bool 
     differences = list(dict.fromkeys(line for record in records[1:] for line in unlike(records[0], record, vary)))
     if differences and not allow:
         more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise UserError(f"{records[0]['metric']}: these numbers were not computed alike ({'; '.join(differences[:4])}"
-                        f"{more}): compute them alike, or pass --allow_unlike")  # fmt: skip
+        raise UserError(
+            f"{records[0]['metric']}: these numbers were not computed alike ({'; '.join(differences[:4])}"
+            f"{more}): compute them alike, or pass --allow_unlike"
+        )
     return differences

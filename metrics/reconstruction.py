@@ -45,13 +45,18 @@ class Inversion:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="[ROW=]FOLDER",
-                        help="folders written by projector.py or pSp's inference; ROW: its name there")  # fmt: skip
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        metavar="[ROW=]FOLDER",
+        help="folders written by projector.py or pSp's inference; ROW: its name there",
+    )
     parser.add_argument("--method", help="of all folders, where latents.json does not tell (projector, pSp)")
     parser.add_argument("--measures", default="perceptual,mse", help=f"comma-separated, of {', '.join(MEASURES)}")
     parser.add_argument("--format", choices=("text", "csv", "latex"), default="text", help="of the table")
-    parser.add_argument("--common", action="store_true",
-                        help="of folders with different pictures, compare those that all of them have")  # fmt: skip
+    parser.add_argument(
+        "--common", action="store_true", help="of folders with different pictures, compare those that all of them have"
+    )
     parser.add_argument("--output", type=Path, help="file for the table (default: stdout)")
     return parser
 
@@ -96,13 +101,17 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
             if measure not in inversion.measured.values:
                 raise UserError(f"{inversion.folder} has no {measure}: its column of reconstruction.csv is blank")
         if inversion.size != first.size:
-            raise UserError(f"{first.folder} holds pictures of {first.size} pixels, {inversion.folder} of "
-                            f"{inversion.size}: the numbers cannot be compared")  # fmt: skip
+            raise UserError(
+                f"{first.folder} holds pictures of {first.size} pixels, {inversion.folder} of "
+                f"{inversion.size}: the numbers cannot be compared"
+            )
         for measure, by in (("perceptual", "perceptual"), ("identity", "identity")):
             mine, theirs = getattr(inversion.measured, by), getattr(first.measured, by)
             if measure in measures and mine != theirs:
-                raise UserError(f"{first.folder} was measured by {theirs}, {inversion.folder} by {mine}: the numbers "
-                                "cannot be compared")  # fmt: skip
+                raise UserError(
+                    f"{first.folder} was measured by {theirs}, {inversion.folder} by {mine}: the numbers "
+                    "cannot be compared"
+                )
     require_same_originals(inversions)
     names = set(first.measured.names).intersection(*(i.measured.names for i in inversions))
     if common:
@@ -111,9 +120,11 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
         return [replace(i, measured=restrict(i.measured, names)) for i in inversions]
     for inversion in inversions:
         if set(inversion.measured.names) != set(first.measured.names):
-            raise UserError(f"{first.folder} ({len(first.measured)} pictures) and {inversion.folder} "
-                            f"({len(inversion.measured)}) hold different pictures: --common compares the {len(names)} "
-                            "that all have")  # fmt: skip
+            raise UserError(
+                f"{first.folder} ({len(first.measured)} pictures) and {inversion.folder} "
+                f"({len(inversion.measured)}) hold different pictures: --common compares the {len(names)} "
+                "that all have"
+            )
     return inversions
 
 
@@ -126,8 +137,9 @@ def require_same_originals(inversions: list[Inversion]) -> None:
         for name, digest in zip(inversion.measured.names, inversion.measured.originals, strict=True):
             known, folder = seen.setdefault(name, (digest, inversion.folder))
             if digest != known:
-                raise UserError(f"{name} is another picture in {folder} than in {inversion.folder}: the numbers cannot "
-                                "be compared")  # fmt: skip
+                raise UserError(
+                    f"{name} is another picture in {folder} than in {inversion.folder}: the numbers cannot be compared"
+                )
 
 
 def restrict(measured: Measured, names: set[str]) -> Measured:
@@ -142,8 +154,9 @@ def restrict(measured: Measured, names: set[str]) -> Measured:
 
 def table_rows(inversions: list[Inversion], measures: list[str]) -> list[tuple[str, list[tuple[float, float] | None]]]:
     """(title, one (mean, std) or None per space): methods in the paper's order, then others as given."""
-    methods = list(dict.fromkeys([m for m in METHODS if any(i.method == m for i in inversions)]
-                                 + [i.method for i in inversions]))  # fmt: skip
+    methods = list(
+        dict.fromkeys([m for m in METHODS if any(i.method == m for i in inversions)] + [i.method for i in inversions])
+    )
     found = {(i.method, i.space): i.measured for i in inversions}
     rows = []
     for method in methods:

@@ -45,8 +45,9 @@ def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dic
             name, path = Path(argument).stem if argument.endswith(".jsonl") else Path(argument).name, argument
         file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
         if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist: metrics/fid.py, metrics/prdc.py and train.py --eval_every "
-                                    "write it")  # fmt: skip
+            raise FileNotFoundError(
+                f"{file} does not exist: metrics/fid.py, metrics/prdc.py and train.py --eval_every write it"
+            )
         if name in runs:
             raise UserError(f"two runs are called {name}: name them as in A={path}")
         records = [record for record in read_records(file) if _fulfils(record, where)]
@@ -105,8 +106,14 @@ def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[s
         chosen = min(candidates, key=lambda r: sign * r["value"]) if pick == "best" else candidates[-1]
         values = {r["metric"]: r["value"] for r in records if _subject(r) == _subject(chosen)}
         images = chosen["fake"].get("images")
-        rows.append([name, chosen.get("step"), None if images is None else images / 1000,
-                     *(values.get(metric) for metric in metrics)])  # fmt: skip
+        rows.append(
+            [
+                name,
+                chosen.get("step"),
+                None if images is None else images / 1000,
+                *(values.get(metric) for metric in metrics),
+            ]
+        )
     return ["", "step", "k images", *metrics], rows
 
 
@@ -157,8 +164,9 @@ def latex_table(header: list[str], rows: list[list]) -> str:
         body.append(" & ".join(cells) + r" \\")
     columns = "l" + "r" * (len(header) - 1)
     head = " & ".join(_latex(name) for name in header) + r" \\"
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline",
-                      r"\end{tabular}", ""])  # fmt: skip
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\hline", head, r"\hline", *body, r"\hline", r"\end{tabular}", ""]
+    )
 
 
 def _latex(text: str) -> str:
@@ -205,18 +213,28 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]PATH", help="run folders or metrics.jsonl files")
-    parser.add_argument("--pick", choices=("best", "last"), default="best",
-                        help="checkpoint of each run that makes the row: the best by FID, or the last")  # fmt: skip
+    parser.add_argument(
+        "--pick",
+        choices=("best", "last"),
+        default="best",
+        help="checkpoint of each run that makes the row: the best by FID, or the last",
+    )
     parser.add_argument("--metric", help="metric of the curve; default: the first of the table")
     parser.add_argument("--against", choices=list(AXES), default="images", help="horizontal axis of the curve")
     parser.add_argument("--csv", type=Path, help="write the table as CSV")
     parser.add_argument("--latex", type=Path, help="write the table as a LaTeX tabular")
     parser.add_argument("--png", type=Path, help="draw the curve")
     parser.add_argument("--curve_csv", type=Path, help="write the points of the curve as CSV")
-    parser.add_argument("--where", nargs="+", default=[], metavar="NAME=VALUE",
-                        help="only results with these entries, such as n_fake=50000 fake.truncation=1")  # fmt: skip
-    parser.add_argument("--allow_unlike", action="store_true",
-                        help="show results that were not computed alike, and say how they differ")  # fmt: skip
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only results with these entries, such as n_fake=50000 fake.truncation=1",
+    )
+    parser.add_argument(
+        "--allow_unlike", action="store_true", help="show results that were not computed alike, and say how they differ"
+    )
     return parser
 
 

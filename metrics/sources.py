@@ -101,25 +101,33 @@ class NativeFolder(FolderDataset):
             raise DatasetError(f"{error}: repair or remove it") from error
         if image.size != self.expected:
             first, found = ("x".join(map(str, size)) for size in (self.expected, image.size))
-            raise DatasetError(f"{self.path}: images of different sizes, {self.files[0].name} has {first} and "
-                               f"{self.files[index].name} {found} pixels: --size N fits them all")  # fmt: skip
+            raise DatasetError(
+                f"{self.path}: images of different sizes, {self.files[0].name} has {first} and "
+                f"{self.files[index].name} {found} pixels: --size N fits them all"
+            )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class GeneratorSource:
     """Images of a generator, from seeds or from saved latents with their attributes [N, d], where it takes any."""
 
-    def __init__(self, generator: Generator, sampling: Sampling, about: dict, *, latents=None, saved_noise=None,
-                 condition=None):  # fmt: skip
+    def __init__(
+        self, generator: Generator, sampling: Sampling, about: dict, *, latents=None, saved_noise=None, condition=None
+    ):
         self.generator, self.sampling, self.latents, self.condition = generator, sampling, latents, condition
         self.saved_noise: Noise | None = saved_noise
         self.n = SEED_STRIDE if latents is None else len(latents)
         config, truncation = generator.config, sampling.truncation
         self.about = {
-            "fingerprint": generator.fingerprint, **about, "size": config.size, "space": config.space,
-            "truncation": truncation, "truncation_mean": None if truncation == 1 else sampling.truncation_mean,
-            "noise": sampling.noise if saved_noise is None else "saved", "seed": sampling.seed,
-        }  # fmt: skip
+            "fingerprint": generator.fingerprint,
+            **about,
+            "size": config.size,
+            "space": config.space,
+            "truncation": truncation,
+            "truncation_mean": None if truncation == 1 else sampling.truncation_mean,
+            "noise": sampling.noise if saved_noise is None else "saved",
+            "seed": sampling.seed,
+        }
         if config.condition_dim:
             self.about["condition"] = "neutral" if condition is None else "saved"  # neutral: 0.5 for every attribute
         self._mean = None
@@ -159,12 +167,19 @@ class GeneratorSource:
                 styles = self.latents[list(chosen)]
             maps = [layer.to(device) for layer in select_noise(noise, chosen)]
             asked = select_condition(self.condition, chosen)
-            images, _ = generator(styles.to(device), input_is_latent=self.latents is not None, noise=maps,
-                                  truncation=truncation, truncation_latent=self._mean,
-                                  condition=None if asked is None else asked.to(device))  # fmt: skip
+            images, _ = generator(
+                styles.to(device),
+                input_is_latent=self.latents is not None,
+                noise=maps,
+                truncation=truncation,
+                truncation_latent=self._mean,
+                condition=None if asked is None else asked.to(device),
+            )
             if not torch.isfinite(images).all():
-                raise UserError(f"{self.about['path']}: generated images {chosen[0]} to {chosen[-1]} are not finite: "
-                                "diverged weights?")  # fmt: skip
+                raise UserError(
+                    f"{self.about['path']}: generated images {chosen[0]} to {chosen[-1]} are not finite: "
+                    "diverged weights?"
+                )
             yield images
 
 
@@ -182,8 +197,9 @@ def is_lmdb(path: Path) -> bool:
     )
 
 
-def open_source(path, *, size: int | None = None, ckpt=None, sampling: Sampling | None = None, device="cpu",
-                workers: int = 2):  # fmt: skip
+def open_source(
+    path, *, size: int | None = None, ckpt=None, sampling: Sampling | None = None, device="cpu", workers: int = 2
+):
     """The images at `path`: checkpoint, folder of latents or .npy (of the generator `ckpt`), LMDB, folder of images.
 
     size: pixels to take from an LMDB, or to fit a folder to (default: the only size there is; images as they are).
@@ -191,11 +207,15 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling: Sampling 
     """
     path, sampling = Path(path), sampling or Sampling()
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: a folder of images, LMDB, checkpoint, folder of latents or "
-                                "features (.npz) is expected")  # fmt: skip
+        raise FileNotFoundError(
+            f"{path} does not exist: a folder of images, LMDB, checkpoint, folder of latents or "
+            "features (.npz) is expected"
+        )
     if path.suffix == ".pkl":
-        raise UserError(f"{path}: pickled statistics are not read, since reading them can run code: pass the images "
-                        "themselves, their features are cached")  # fmt: skip
+        raise UserError(
+            f"{path}: pickled statistics are not read, since reading them can run code: pass the images "
+            "themselves, their features are cached"
+        )
     if is_checkpoint(path):
         return checkpoint_source(path, sampling, device)
     if path.suffix == ".npy" or (path / "latents.npy").exists():
@@ -209,10 +229,14 @@ def folder_source(path: Path, size: int | None, workers: int) -> ImageSource:
     dataset = NativeFolder(path) if size is None else open_dataset(path, size)
     codecs = sorted({file.suffix.lower().lstrip(".") for file in dataset.files})
     about = {
-        "kind": "folder", "path": str(path), "size": size or "x".join(map(str, dataset.expected)),
-        "filter": size and dataset.resample, "fit": size and dataset.fit, "codec": ",".join(codecs),
+        "kind": "folder",
+        "path": str(path),
+        "size": size or "x".join(map(str, dataset.expected)),
+        "filter": size and dataset.resample,
+        "fit": size and dataset.fit,
+        "codec": ",".join(codecs),
         "skipped": len(dataset.skipped),
-    }  # fmt: skip
+    }
     return ImageSource(dataset, about, workers)
 
 
@@ -225,9 +249,15 @@ def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
     dataset = MultiResolutionDataset(path, size)
     made = dataset.manifest or {}  # rosinality's tool leaves none: filter and codec are unknown
     about = {
-        "kind": "lmdb", "path": str(path), "size": size, "filter": made.get("resample"), "fit": made.get("fit"),
-        "codec": made.get("format"), "quality": made.get("quality"), "skipped": len(made.get("skipped", [])),
-    }  # fmt: skip
+        "kind": "lmdb",
+        "path": str(path),
+        "size": size,
+        "filter": made.get("resample"),
+        "fit": made.get("fit"),
+        "codec": made.get("format"),
+        "quality": made.get("quality"),
+        "skipped": len(made.get("skipped", [])),
+    }
     return ImageSource(dataset, about, workers)
 
 
@@ -244,8 +274,14 @@ def latents_source(path: Path, ckpt, sampling: Sampling, device) -> GeneratorSou
     shape, spaces = (config.n_tokens, config.style_dim), ("w", "w+") if config.w_space else "w++"
     saved = load_latents(path, expect_space=spaces, expect_shape=shape, expect_fingerprint=generator.fingerprint)
     about = {"kind": "latents", "path": str(path), **checkpoint_facts(Path(ckpt))}
-    return GeneratorSource(generator, sampling, about, latents=saved.latents, saved_noise=saved.noise,
-                           condition=saved_condition(saved, generator))  # fmt: skip
+    return GeneratorSource(
+        generator,
+        sampling,
+        about,
+        latents=saved.latents,
+        saved_noise=saved.noise,
+        condition=saved_condition(saved, generator),
+    )
 
 
 def checkpoint_facts(path: Path) -> dict:

@@ -16,6 +16,11 @@ def text_table(header: list[str], rows: list[list]) -> str:
     """Columns aligned: the first to the left, the others to the right; a line below the header."""
     cells = [header, *([cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["  ".join(text.rjust(width) if i else text.ljust(width)
-                       for i, (text, width) in enumerate(zip(row, widths, strict=True))) for row in cells]  # fmt: skip
+    lines = [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

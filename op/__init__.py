@@ -10,5 +10,15 @@ from op.fused_act import FusedLeakyReLU, act_blur, blur_noise_bias_act, fused_le
 from op.modulation import mix_channels, modulate
 from op.upfirdn2d import upfirdn2d
 
-__all__ = ["FusedLeakyReLU", "act_blur", "blur_noise_bias_act", "conv3x3", "fused_leaky_relu", "mix_channels",
-           "modulate", "noise_bias_act", "transposed_conv3x3", "upfirdn2d"]  # fmt: skip
+__all__ = [
+    "FusedLeakyReLU",
+    "act_blur",
+    "blur_noise_bias_act",
+    "conv3x3",
+    "fused_leaky_relu",
+    "mix_channels",
+    "modulate",
+    "noise_bias_act",
+    "transposed_conv3x3",
+    "upfirdn2d",
+]

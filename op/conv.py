@@ -203,9 +203,11 @@ def scheme(stride: int, transposed: bool, dtype: torch.dtype) -> Scheme:
     """Tables of the four convolutions. A phase (taps, start) is out[i] = sum_k w[taps[k]] * x[spacing*(i+k) + start];
     those of a convolution add up, those of a transposed one interleave."""
     phases = {
-        (1, False): [((0, 1, 2), 0)], (1, True): [((2, 1, 0), 0)],
-        (2, False): [((0, 2), 0), ((1,), 1)], (2, True): [((2, 0), 0), ((1,), 1)],
-    }[stride, transposed]  # fmt: skip
+        (1, False): [((0, 1, 2), 0)],
+        (1, True): [((2, 1, 0), 0)],
+        (2, False): [((0, 2), 0), ((1,), 1)],
+        (2, True): [((2, 0), 0), ((1,), 1)],
+    }[stride, transposed]
     spacing, interleave = (1, stride) if transposed else (stride, 1)
     data, kernel, output = [], [], []
     for offset, (taps, start) in enumerate(phases):

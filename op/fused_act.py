@@ -101,9 +101,14 @@ def blur_noise_bias_act(
             input, kernel.detach(), bias, (*pad, *pad), demod, noise, noise_strength, negative_slope, scale
         )
     return noise_bias_act(
-        upfirdn2d(input, kernel, pad=pad), bias, demod=demod, noise=noise, noise_strength=noise_strength,
-        negative_slope=negative_slope, scale=scale,
-    )  # fmt: skip
+        upfirdn2d(input, kernel, pad=pad),
+        bias,
+        demod=demod,
+        noise=noise,
+        noise_strength=noise_strength,
+        negative_slope=negative_slope,
+        scale=scale,
+    )
 
 
 def act_blur(

@@ -60,10 +60,22 @@ def preactivation(x, n, c, p, demod, noise, strength, bias, n_channels, n_pixels
 
 @triton.jit
 def forward_kernel(
-    x_ptr, y_ptr, demod, noise, strength, bias, n_channels, n_pixels, noise_stride,
-    SLOPE: tl.constexpr, SCALE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    demod,
+    noise,
+    strength,
+    bias,
+    n_channels,
+    n_pixels,
+    noise_stride,
+    SLOPE: tl.constexpr,
+    SCALE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     n, c, p, offsets, live = locate(n_channels, n_pixels, LAST, BLOCK_C, BLOCK_P)
     x = tl.load(x_ptr + offsets, mask=live, other=0.0).to(ACC)
     x = preactivation(x, n, c, p, demod, noise, strength, bias, n_channels, n_pixels, noise_stride, ACC) * SCALE
@@ -72,11 +84,28 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, source_ptr, out_ptr, sum_x, sum_1, sum_c, demod, noise, strength, bias,
-    n_images, n_channels, n_pixels, noise_stride, FROM_INPUT: tl.constexpr,
-    SLOPE: tl.constexpr, SCALE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad_ptr,
+    source_ptr,
+    out_ptr,
+    sum_x,
+    sum_1,
+    sum_c,
+    demod,
+    noise,
+    strength,
+    bias,
+    n_images,
+    n_channels,
+    n_pixels,
+    noise_stride,
+    FROM_INPUT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SCALE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     """Partial sums: sum_x and sum_1 [pixel blocks, N, C], sum_c [channel blocks, N, P], or None."""
     n, c, p, offsets, live = locate(n_channels, n_pixels, LAST, BLOCK_C, BLOCK_P)
     grad = tl.load(grad_ptr + offsets, mask=live, other=0.0).to(ACC) * SCALE
@@ -101,11 +130,31 @@ def backward_kernel(
 
 @triton.jit
 def second_kernel(
-    grad_ptr, source_ptr, gg_in, gg_demod, gg_bias, gg_pixel, out_grad, out_source, sum_d,
-    demod, noise, strength, bias, n_images, n_channels, n_pixels, noise_stride, FROM_INPUT: tl.constexpr,
-    SLOPE: tl.constexpr, SCALE: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad_ptr,
+    source_ptr,
+    gg_in,
+    gg_demod,
+    gg_bias,
+    gg_pixel,
+    out_grad,
+    out_source,
+    sum_d,
+    demod,
+    noise,
+    strength,
+    bias,
+    n_images,
+    n_channels,
+    n_pixels,
+    noise_stride,
+    FROM_INPUT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SCALE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     """gg_*: gradients of what the backward kernel returned, or None. Writes the gradients of `grad`, of the source and
     (partial sums) of demod."""
     n, c, p, offsets, live = locate(n_channels, n_pixels, LAST, BLOCK_C, BLOCK_P)
@@ -162,8 +211,9 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 
 def aligned(tensor, like):
     """`tensor` in the memory order of `like`, which is dense."""
-    return tensor.contiguous(memory_format=torch.channels_last if like.ndim == 4 and is_last(like)
-                             else torch.contiguous_format)  # fmt: skip
+    return tensor.contiguous(
+        memory_format=torch.channels_last if like.ndim == 4 and is_last(like) else torch.contiguous_format
+    )
 
 
 class Plan:
@@ -185,12 +235,21 @@ class Plan:
         self.grid = (n * self.blocks_p, self.blocks_c)
         self.acc, self.exact = accumulator(x.dtype)
         self.noise_stride = pixels if noise is not None and noise.shape[0] > 1 else 0
-        self.options = {"SLOPE": float(slope), "SCALE": float(scale), "LAST": last, "BLOCK_C": block_c,
-                        "BLOCK_P": block_p, "ACC": self.acc}  # fmt: skip
+        self.options = {
+            "SLOPE": float(slope),
+            "SCALE": float(scale),
+            "LAST": last,
+            "BLOCK_C": block_c,
+            "BLOCK_P": block_p,
+            "ACC": self.acc,
+        }
 
     def partial(self, like, wanted, *, over="pixels"):
-        shape = (self.blocks_p, self.n_images, self.n_channels) if over == "pixels" else (
-            self.blocks_c, self.n_images, self.n_pixels)  # fmt: skip
+        shape = (
+            (self.blocks_p, self.n_images, self.n_channels)
+            if over == "pixels"
+            else (self.blocks_c, self.n_images, self.n_pixels)
+        )
         return like.new_empty(shape, dtype=self.exact) if wanted else None
 
 
@@ -259,13 +318,15 @@ act.register_autograd(backward_act, setup_context=save_act)
 
 
 @torch.library.custom_op(
-    "wpp::act_backward", mutates_args=(),
+    "wpp::act_backward",
+    mutates_args=(),
     schema=f"(Tensor grad, Tensor source, {FACTORS}, bool from_input, bool need_demod, bool need_bias, "
-           "bool need_pixel)"
-           " -> (Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def act_backward(grad, source, demod, noise, strength, bias, slope, scale, from_input, need_demod, need_bias,
-                 need_pixel):  # fmt: skip
+    "bool need_pixel)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def act_backward(
+    grad, source, demod, noise, strength, bias, slope, scale, from_input, need_demod, need_bias, need_pixel
+):
     """Gradients of x [N, C, ...], demod [N, C], bias [C] and of each pixel's sum [N, 1, ...]; empty if not needed.
 
     source: x (from_input, which the gradient of demod needs), else y, the result of `act`.
@@ -278,20 +339,41 @@ def act_backward(grad, source, demod, noise, strength, bias, slope, scale, from_
     sum_c = plan.partial(source, need_pixel, over="channels")
     with device_of(source):
         backward_kernel[plan.grid](
-            grad, source, out, sum_x, sum_1, sum_c, demod, noise, strength, bias, plan.n_images, plan.n_channels,
-            plan.n_pixels, plan.noise_stride, from_input, **plan.options,
-        )  # fmt: skip
+            grad,
+            source,
+            out,
+            sum_x,
+            sum_1,
+            sum_c,
+            demod,
+            noise,
+            strength,
+            bias,
+            plan.n_images,
+            plan.n_channels,
+            plan.n_pixels,
+            plan.noise_stride,
+            from_input,
+            **plan.options,
+        )
     none = source.new_empty(0, dtype=plan.exact)
     by_pixel = sum_c.sum(0).view(source.shape[0], 1, *source.shape[2:]) if need_pixel else none
-    return (out, sum_x.sum(0) if need_demod else none.clone(), sum_1.sum((0, 1)) if need_bias else none.clone(),
-            by_pixel if need_pixel else none.clone())  # fmt: skip
+    return (
+        out,
+        sum_x.sum(0) if need_demod else none.clone(),
+        sum_1.sum((0, 1)) if need_bias else none.clone(),
+        by_pixel if need_pixel else none.clone(),
+    )
 
 
 @act_backward.register_fake
 def _(grad, source, demod, noise, strength, bias, slope, scale, from_input, need_demod, need_bias, need_pixel):
     out, exact = torch.empty_like(dense(source)), accumulator(source.dtype)[1]
-    shapes = [source.shape[:2] if need_demod else (0,), source.shape[1:2] if need_bias else (0,),
-              (source.shape[0], 1, *source.shape[2:]) if need_pixel else (0,)]  # fmt: skip
+    shapes = [
+        source.shape[:2] if need_demod else (0,),
+        source.shape[1:2] if need_bias else (0,),
+        (source.shape[0], 1, *source.shape[2:]) if need_pixel else (0,),
+    ]
     return out, *(source.new_empty(shape, dtype=exact) for shape in shapes)
 
 
@@ -310,23 +392,49 @@ def backward_act_backward(ctx, gg_in, gg_demod, gg_bias, gg_pixel):
     need_source = ctx.needs_input_grad[1] and small_ones[0] is not None
     need_demod = ctx.needs_input_grad[2] and gg_in is not None
     by_grad, by_source, by_demod = torch.ops.wpp.act_second(
-        grad, source, gg_in, *small_ones, demod, noise, strength, bias, ctx.slope, ctx.scale, ctx.from_input,
-        need_source, need_demod,
-    )  # fmt: skip
-    return (by_grad, by_source if need_source else None, by_demod.to(demod.dtype) if need_demod else None,
-            *(None,) * 9)  # fmt: skip
+        grad,
+        source,
+        gg_in,
+        *small_ones,
+        demod,
+        noise,
+        strength,
+        bias,
+        ctx.slope,
+        ctx.scale,
+        ctx.from_input,
+        need_source,
+        need_demod,
+    )
+    return (by_grad, by_source if need_source else None, by_demod.to(demod.dtype) if need_demod else None, *(None,) * 9)
 
 
 act_backward.register_autograd(backward_act_backward, setup_context=save_act_backward)
 
 
 @torch.library.custom_op(
-    "wpp::act_second", mutates_args=(),
+    "wpp::act_second",
+    mutates_args=(),
     schema="(Tensor? grad, Tensor source, Tensor? gg_in, Tensor? gg_demod, Tensor? gg_bias, Tensor? gg_pixel, "
-           f"{FACTORS}, bool from_input, bool need_source, bool need_demod) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def act_second(grad, source, gg_in, gg_demod, gg_bias, gg_pixel, demod, noise, strength, bias, slope, scale,
-               from_input, need_source, need_demod):  # fmt: skip
+    f"{FACTORS}, bool from_input, bool need_source, bool need_demod) -> (Tensor, Tensor, Tensor)",
+)
+def act_second(
+    grad,
+    source,
+    gg_in,
+    gg_demod,
+    gg_bias,
+    gg_pixel,
+    demod,
+    noise,
+    strength,
+    bias,
+    slope,
+    scale,
+    from_input,
+    need_source,
+    need_demod,
+):
     """Gradients of `act_backward`'s grad, source and demod; the latter two empty if not needed."""
     source = dense(source)
     wide = [None if t is None else aligned(t, source) for t in (grad if need_source or need_demod else None, gg_in)]
@@ -339,16 +447,48 @@ def act_second(grad, source, gg_in, gg_demod, gg_bias, gg_pixel, demod, noise, s
     out_source = torch.empty_like(source) if need_source else None
     with device_of(source):
         second_kernel[plan.grid](
-            wide[0], source, wide[1], gg_demod, gg_bias, gg_pixel, out, out_source, sum_d, demod, noise, strength,
-            bias, plan.n_images, plan.n_channels, plan.n_pixels, plan.noise_stride, from_input, **plan.options,
-        )  # fmt: skip
+            wide[0],
+            source,
+            wide[1],
+            gg_demod,
+            gg_bias,
+            gg_pixel,
+            out,
+            out_source,
+            sum_d,
+            demod,
+            noise,
+            strength,
+            bias,
+            plan.n_images,
+            plan.n_channels,
+            plan.n_pixels,
+            plan.noise_stride,
+            from_input,
+            **plan.options,
+        )
     none = source.new_empty(0)
     return out, out_source if need_source else none, sum_d.sum(0) if need_demod else none.to(plan.exact, copy=True)
 
 
 @act_second.register_fake
-def _(grad, source, gg_in, gg_demod, gg_bias, gg_pixel, demod, noise, strength, bias, slope, scale,
-      from_input, need_source, need_demod):  # fmt: skip
+def _(
+    grad,
+    source,
+    gg_in,
+    gg_demod,
+    gg_bias,
+    gg_pixel,
+    demod,
+    noise,
+    strength,
+    bias,
+    slope,
+    scale,
+    from_input,
+    need_source,
+    need_demod,
+):
     out = torch.empty_like(dense(source))
     by_demod = source.new_empty(source.shape[:2] if need_demod else (0,), dtype=accumulator(source.dtype)[1])
     return out, torch.empty_like(out) if need_source else source.new_empty(0), by_demod

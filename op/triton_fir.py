@@ -67,37 +67,118 @@ def resample(x, kernel, factors, pad, flip):
         if tuple(kernel.shape) != (4, 4) or tuple(factors) not in ((1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 2, 2)):
             tiles = Tiles(x, out_width * out_height, 1, 1)
             any_kernel[tiles.grid](
-                x, y, kernel, height, width, out_height, out_width, x0, y0, n, channels, *factors, *kernel.shape,
-                flip, **tiles.options,
-            )  # fmt: skip
+                x,
+                y,
+                kernel,
+                height,
+                width,
+                out_height,
+                out_width,
+                x0,
+                y0,
+                n,
+                channels,
+                *factors,
+                *kernel.shape,
+                flip,
+                **tiles.options,
+            )
         elif factors[0] == 2:
             columns, rows = (out_width - x0 % 2) // 2 + 1, (out_height - y0 % 2) // 2 + 1
             tiles = Tiles(x, columns, rows, ROWS // 2)
             up_kernel[tiles.grid](
-                x, y, kernel, height, width, out_height, out_width, x0 // 2, y0 // 2, x0 % 2, y0 % 2, n, channels,
-                columns, tiles.n_strips, flip, **tiles.options, **tiles.strip,
-            )  # fmt: skip
+                x,
+                y,
+                kernel,
+                height,
+                width,
+                out_height,
+                out_width,
+                x0 // 2,
+                y0 // 2,
+                x0 % 2,
+                y0 % 2,
+                n,
+                channels,
+                columns,
+                tiles.n_strips,
+                flip,
+                **tiles.options,
+                **tiles.strip,
+            )
         elif factors[2] == 2:
             tiles = Tiles(x, out_width, out_height, ROWS // 2)
             down_kernel[tiles.grid](
-                x, y, kernel, height, width, out_height, out_width, x0, y0, n, channels, tiles.n_strips, flip,
-                **tiles.options, **tiles.strip,
-            )  # fmt: skip
+                x,
+                y,
+                kernel,
+                height,
+                width,
+                out_height,
+                out_width,
+                x0,
+                y0,
+                n,
+                channels,
+                tiles.n_strips,
+                flip,
+                **tiles.options,
+                **tiles.strip,
+            )
         else:
             blur(x, y, kernel, x0, y0, flip)
     return y
 
 
-def blur(x, y, kernel, x0, y0, flip, *, first=False, last=False, middle=None, demod=None, noise=None, strength=None,
-         bias=None, slope=1.0, scale=1.0):  # fmt: skip
+def blur(
+    x,
+    y,
+    kernel,
+    x0,
+    y0,
+    flip,
+    *,
+    first=False,
+    last=False,
+    middle=None,
+    demod=None,
+    noise=None,
+    strength=None,
+    bias=None,
+    slope=1.0,
+    scale=1.0,
+):
     """Launch `blur_kernel` on dense tensors: first, last: is there an activation before, after the filter?"""
     (n, channels, height, width), (out_height, out_width) = x.shape, y.shape[2:]
     tiles = Tiles(x, out_width, out_height, ROWS)
     noise_stride = out_height * out_width if noise is not None and noise.shape[0] > 1 else 0
     blur_kernel[tiles.grid](
-        x, y, kernel, height, width, out_height, out_width, x0, y0, n, channels, tiles.n_strips, middle, demod, noise,
-        strength, bias, noise_stride, flip, first, last, float(slope), float(scale), **tiles.options, **tiles.strip,
-    )  # fmt: skip
+        x,
+        y,
+        kernel,
+        height,
+        width,
+        out_height,
+        out_width,
+        x0,
+        y0,
+        n,
+        channels,
+        tiles.n_strips,
+        middle,
+        demod,
+        noise,
+        strength,
+        bias,
+        noise_stride,
+        flip,
+        first,
+        last,
+        float(slope),
+        float(scale),
+        **tiles.options,
+        **tiles.strip,
+    )
 
 
 def adjoint(shape, kernel_shape, out_shape, factors, pad):
@@ -140,9 +221,10 @@ ONES = [1, 1, 1, 1]
 
 
 @torch.library.custom_op(
-    "wpp::fir_act", mutates_args=(),
+    "wpp::fir_act",
+    mutates_args=(),
     schema=f"(Tensor x, Tensor kernel, int[] pad, bool keep, {FACTORS}) -> (Tensor, Tensor)",
-)  # fmt: skip
+)
 def fir_act(x, kernel, pad, keep, demod, noise, strength, bias, slope, scale):
     """Blur with 4x4 taps, then `act`: its result, and with `keep` the blur's (else empty), which derivatives need."""
     x, kernel = dense(x), kernel.contiguous()
@@ -150,8 +232,22 @@ def fir_act(x, kernel, pad, keep, demod, noise, strength, bias, slope, scale):
     y = result_like(x, kernel, ONES, pad)
     middle = torch.empty_like(y) if keep else None
     with device_of(x):
-        blur(x, y, kernel, pad[0], pad[2], True, last=True, middle=middle, demod=demod, noise=noise,
-             strength=strength, bias=bias, slope=slope, scale=scale)  # fmt: skip
+        blur(
+            x,
+            y,
+            kernel,
+            pad[0],
+            pad[2],
+            True,
+            last=True,
+            middle=middle,
+            demod=demod,
+            noise=noise,
+            strength=strength,
+            bias=bias,
+            slope=slope,
+            scale=scale,
+        )
     return y, middle if keep else y.new_empty(0)
 
 
@@ -189,9 +285,10 @@ fir_act.register_autograd(backward_fir_act, setup_context=save_fir_act)
 
 
 @torch.library.custom_op(
-    "wpp::act_fir", mutates_args=(),
+    "wpp::act_fir",
+    mutates_args=(),
     schema="(Tensor x, Tensor kernel, int[] pad, Tensor bias, float slope, float scale) -> Tensor",
-)  # fmt: skip
+)
 def act_fir(x, kernel, pad, bias, slope, scale):
     """`act` with a bias and a slope of at most one, then a blur with 4x4 taps: the activation is never written."""
     x, kernel, bias = dense(x), kernel.contiguous(), bias.contiguous()

@@ -43,8 +43,11 @@ def neighbours(x, ix, live, width, column):
     """Pointers to the columns ix ... ix + 3 of the image's first row, and masks of those that exist."""
     first = x + ix * column
     return (first, first + column, first + 2 * column, first + 3 * column), (
-        live & (ix >= 0) & (ix < width), live & (ix >= -1) & (ix < width - 1),
-        live & (ix >= -2) & (ix < width - 2), live & (ix >= -3) & (ix < width - 3))  # fmt: skip
+        live & (ix >= 0) & (ix < width),
+        live & (ix >= -1) & (ix < width - 1),
+        live & (ix >= -2) & (ix < width - 2),
+        live & (ix >= -3) & (ix < width - 3),
+    )
 
 
 @triton.jit
@@ -80,8 +83,10 @@ def read2(xs, masks, iy, height, row, ACC: tl.constexpr):
     """Row iy at the first two columns."""
     there = (iy >= 0) & (iy < height)
     step = iy * row
-    return (tl.load(xs[0] + step, mask=masks[0] & there, other=0.0).to(ACC),
-            tl.load(xs[1] + step, mask=masks[1] & there, other=0.0).to(ACC))  # fmt: skip
+    return (
+        tl.load(xs[0] + step, mask=masks[0] & there, other=0.0).to(ACC),
+        tl.load(xs[1] + step, mask=masks[1] & there, other=0.0).to(ACC),
+    )
 
 
 @triton.jit
@@ -89,8 +94,12 @@ def taps(kernel, row: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr):
     """Row of the 4x4 kernel as a correlation applies it: a convolution's kernel is read backwards."""
     first = 15 - 4 * row if FLIP else 4 * row
     step = -1 if FLIP else 1
-    return (tl.load(kernel + first).to(ACC), tl.load(kernel + first + step).to(ACC),
-            tl.load(kernel + first + 2 * step).to(ACC), tl.load(kernel + first + 3 * step).to(ACC))  # fmt: skip
+    return (
+        tl.load(kernel + first).to(ACC),
+        tl.load(kernel + first + step).to(ACC),
+        tl.load(kernel + first + 2 * step).to(ACC),
+        tl.load(kernel + first + 3 * step).to(ACC),
+    )
 
 
 @triton.jit
@@ -100,9 +109,26 @@ def add(total, f, v):
 
 
 @triton.jit
-def finish(y, middle, value, oy, live, height, row, demod, noise, noise_live, noise_row, strength, bias,
-           SLOPE: tl.constexpr, SCALE: tl.constexpr, FIRST: tl.constexpr, ACT: tl.constexpr,
-           ACC: tl.constexpr):  # fmt: skip
+def finish(
+    y,
+    middle,
+    value,
+    oy,
+    live,
+    height,
+    row,
+    demod,
+    noise,
+    noise_live,
+    noise_row,
+    strength,
+    bias,
+    SLOPE: tl.constexpr,
+    SCALE: tl.constexpr,
+    FIRST: tl.constexpr,
+    ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Write row oy of the blur's result, or of what the activation makes of it (and the result itself to `middle`).
     y, middle and noise point to the first row; demod, strength and bias are values. FIRST: an activation before the
     blur has left its gain to us."""
@@ -126,11 +152,35 @@ def finish(y, middle, value, oy, live, height, row, demod, noise, noise_live, no
 
 @triton.jit
 def blur_kernel(
-    x_ptr, y_ptr, kernel, height, width, out_height, out_width, pad_x, pad_y, n_images, n_channels, n_strips,
-    middle_ptr, demod_ptr, noise_ptr, strength_ptr, bias_ptr, noise_stride,
-    FLIP: tl.constexpr, FIRST: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr, SCALE: tl.constexpr,
-    LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, STRIP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    kernel,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_x,
+    pad_y,
+    n_images,
+    n_channels,
+    n_strips,
+    middle_ptr,
+    demod_ptr,
+    noise_ptr,
+    strength_ptr,
+    bias_ptr,
+    noise_stride,
+    FLIP: tl.constexpr,
+    FIRST: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SCALE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    STRIP: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """out[o] = sum_k f[k] x[o + k - pad]. FIRST: activation with bias before the filter; ACT: after it."""
     n, c, ox, strip, live = spread(n_images, n_channels, out_width, n_strips, LAST, BLOCK_C, BLOCK_X)
     column = n_channels if LAST else 1
@@ -171,14 +221,86 @@ def blur_kernel(
         a1 = add(add(a1, f2, r0), f3, r1)
         a2 = add(add(add(a2, f1, r0), f2, r1), f3, r2)
         a3 = add(add(add(add(zero, f0, r0), f1, r1), f2, r2), f3, r3)
-        finish(y, middle, a0, oy, out_live, out_height, out_row, demod, noise, noise_live, out_width, strength, bias,
-               SLOPE, SCALE, FIRST, ACT, ACC)  # fmt: skip
-        finish(y, middle, a1, oy + 1, out_live, out_height, out_row, demod, noise, noise_live, out_width, strength,
-               bias, SLOPE, SCALE, FIRST, ACT, ACC)  # fmt: skip
-        finish(y, middle, a2, oy + 2, out_live, out_height, out_row, demod, noise, noise_live, out_width, strength,
-               bias, SLOPE, SCALE, FIRST, ACT, ACC)  # fmt: skip
-        finish(y, middle, a3, oy + 3, out_live, out_height, out_row, demod, noise, noise_live, out_width, strength,
-               bias, SLOPE, SCALE, FIRST, ACT, ACC)  # fmt: skip
+        finish(
+            y,
+            middle,
+            a0,
+            oy,
+            out_live,
+            out_height,
+            out_row,
+            demod,
+            noise,
+            noise_live,
+            out_width,
+            strength,
+            bias,
+            SLOPE,
+            SCALE,
+            FIRST,
+            ACT,
+            ACC,
+        )
+        finish(
+            y,
+            middle,
+            a1,
+            oy + 1,
+            out_live,
+            out_height,
+            out_row,
+            demod,
+            noise,
+            noise_live,
+            out_width,
+            strength,
+            bias,
+            SLOPE,
+            SCALE,
+            FIRST,
+            ACT,
+            ACC,
+        )
+        finish(
+            y,
+            middle,
+            a2,
+            oy + 2,
+            out_live,
+            out_height,
+            out_row,
+            demod,
+            noise,
+            noise_live,
+            out_width,
+            strength,
+            bias,
+            SLOPE,
+            SCALE,
+            FIRST,
+            ACT,
+            ACC,
+        )
+        finish(
+            y,
+            middle,
+            a3,
+            oy + 3,
+            out_live,
+            out_height,
+            out_row,
+            demod,
+            noise,
+            noise_live,
+            out_width,
+            strength,
+            bias,
+            SLOPE,
+            SCALE,
+            FIRST,
+            ACT,
+            ACC,
+        )
         a0 = add(add(add(zero, f0, r1), f1, r2), f2, r3)
         a1 = add(add(zero, f0, r2), f1, r3)
         a2 = add(zero, f0, r3)
@@ -188,10 +310,25 @@ def blur_kernel(
 
 @triton.jit
 def down_kernel(
-    x_ptr, y_ptr, kernel, height, width, out_height, out_width, pad_x, pad_y, n_images, n_channels, n_strips,
-    FLIP: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr, STRIP: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    kernel,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_x,
+    pad_y,
+    n_images,
+    n_channels,
+    n_strips,
+    FLIP: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    STRIP: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     """out[o] = sum_k f[k] x[2 o + k - pad]"""
     n, c, ox, strip, live = spread(n_images, n_channels, out_width, n_strips, LAST, BLOCK_C, BLOCK_X)
     column = n_channels if LAST else 1
@@ -239,10 +376,28 @@ def write_pair(ys, masks, odd, even, oy, height, row, LAST: tl.constexpr):
 
 @triton.jit
 def up_kernel(
-    x_ptr, y_ptr, kernel, height, width, out_height, out_width, half_x, half_y, odd_x, odd_y, n_images, n_channels,
-    n_columns, n_strips, FLIP: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
-    STRIP: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    kernel,
+    height,
+    width,
+    out_height,
+    out_width,
+    half_x,
+    half_y,
+    odd_x,
+    odd_y,
+    n_images,
+    n_channels,
+    n_columns,
+    n_strips,
+    FLIP: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    STRIP: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """Pixels q and q + 1 of an axis make two of the result, p = 2 half + odd being its padding:
 
     out[2q + p] = f[0] x[q] + f[2] x[q + 1],   out[2q + p - 1] = f[1] x[q] + f[3] x[q + 1]
@@ -278,14 +433,39 @@ def up_kernel(
     for _ in range(STRIP // 2):
         v, w = read2(xs, masks, iy + 1, height, row, ACC)
         v1, w1 = read2(xs, masks, iy + 2, height, row, ACC)
-        write_pair(ys, out_masks, odd1 + f3[1] * v + f3[3] * w, even1 + f3[0] * v + f3[2] * w, oy - 1, out_height,
-                   out_row, LAST)  # fmt: skip
-        write_pair(ys, out_masks, odd0 + f2[1] * v + f2[3] * w, even0 + f2[0] * v + f2[2] * w, oy, out_height, out_row,
-                   LAST)  # fmt: skip
-        write_pair(ys, out_masks, f1[1] * v + f1[3] * w + f3[1] * v1 + f3[3] * w1,
-                   f1[0] * v + f1[2] * w + f3[0] * v1 + f3[2] * w1, oy + 1, out_height, out_row, LAST)  # fmt: skip
-        write_pair(ys, out_masks, f0[1] * v + f0[3] * w + f2[1] * v1 + f2[3] * w1,
-                   f0[0] * v + f0[2] * w + f2[0] * v1 + f2[2] * w1, oy + 2, out_height, out_row, LAST)  # fmt: skip
+        write_pair(
+            ys,
+            out_masks,
+            odd1 + f3[1] * v + f3[3] * w,
+            even1 + f3[0] * v + f3[2] * w,
+            oy - 1,
+            out_height,
+            out_row,
+            LAST,
+        )
+        write_pair(
+            ys, out_masks, odd0 + f2[1] * v + f2[3] * w, even0 + f2[0] * v + f2[2] * w, oy, out_height, out_row, LAST
+        )
+        write_pair(
+            ys,
+            out_masks,
+            f1[1] * v + f1[3] * w + f3[1] * v1 + f3[3] * w1,
+            f1[0] * v + f1[2] * w + f3[0] * v1 + f3[2] * w1,
+            oy + 1,
+            out_height,
+            out_row,
+            LAST,
+        )
+        write_pair(
+            ys,
+            out_masks,
+            f0[1] * v + f0[3] * w + f2[1] * v1 + f2[3] * w1,
+            f0[0] * v + f0[2] * w + f2[0] * v1 + f2[2] * w1,
+            oy + 2,
+            out_height,
+            out_row,
+            LAST,
+        )
         odd1 = f1[1] * v1 + f1[3] * w1
         even1 = f1[0] * v1 + f1[2] * w1
         odd0 = f0[1] * v1 + f0[3] * w1
@@ -296,11 +476,29 @@ def up_kernel(
 
 @triton.jit
 def any_kernel(
-    x_ptr, y_ptr, kernel, height, width, out_height, out_width, pad_x, pad_y, n_images, n_channels,
-    UP_X: tl.constexpr, UP_Y: tl.constexpr, DOWN_X: tl.constexpr, DOWN_Y: tl.constexpr, KH: tl.constexpr,
-    KW: tl.constexpr, FLIP: tl.constexpr, LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_X: tl.constexpr,
+    x_ptr,
+    y_ptr,
+    kernel,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_x,
+    pad_y,
+    n_images,
+    n_channels,
+    UP_X: tl.constexpr,
+    UP_Y: tl.constexpr,
+    DOWN_X: tl.constexpr,
+    DOWN_Y: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    FLIP: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     ACC: tl.constexpr,
-):  # fmt: skip
+):
     """Any kernel and factors, pixel by pixel: out[o] = sum_k f[k] u[o down + k - pad], u[i up] = x[i], else 0."""
     n, c, pixel, _, live = spread(n_images, n_channels, out_height * out_width, 1, LAST, BLOCK_C, BLOCK_X)
     column = n_channels if LAST else 1

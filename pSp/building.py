@@ -25,8 +25,10 @@ def begin_backbone(net: pSp, init: str, weights_dir=None) -> str:
     if init == "auto" and not (path and fits):
         return f"random weights (IR-SE50 ArcFace {'has another shape' if path else 'is not here'})"
     if not fits:
-        raise UserError(f"--encoder_init {path} is an IR-SE50 of width 64, this encoder has the depth {config.depth}, "
-                        f"the width {config.width} and the mode {config.mode}")  # fmt: skip
+        raise UserError(
+            f"--encoder_init {path} is an IR-SE50 of width 64, this encoder has the depth {config.depth}, "
+            f"the width {config.width} and the mode {config.mode}"
+        )
     state = arcface_state(path)
     for name in ("input_layer", "body"):
         load_strictly(getattr(net.encoder, name), part(state, name), path)
@@ -44,10 +46,18 @@ def require_same(net: pSp, flags: dict, source, generator_path=None) -> None:
     """A continued run keeps its networks: CheckpointError when a flag, or another generator file, asks for others."""
     require_size(flags["output_size"], net.decoder, source)
     config = net.config
-    stored = {"encoder_type": config.encoder_type, "encoder_width": config.width, "encoder_depth": config.depth,
-              "encoder_mode": config.mode, "input_size": config.input_size}  # fmt: skip
-    differing = [f"--{name} {flags[name]} here, {value} in the file" for name, value in stored.items()
-                 if flags[name] not in (None, 0, value)]  # fmt: skip
+    stored = {
+        "encoder_type": config.encoder_type,
+        "encoder_width": config.width,
+        "encoder_depth": config.depth,
+        "encoder_mode": config.mode,
+        "input_size": config.input_size,
+    }
+    differing = [
+        f"--{name} {flags[name]} here, {value} in the file"
+        for name, value in stored.items()
+        if flags[name] not in (None, 0, value)
+    ]
     if differing:
         raise CheckpointError(f"{source} holds another encoder: {'; '.join(differing)}")
     if generator_path is not None and load_generator(generator_path).fingerprint != net.decoder.fingerprint:

@@ -44,8 +44,12 @@ class Schedule:
 
     def due(self, step: int) -> set[str]:
         """What happens after this step: image, board, val, save; everything but image after the last."""
-        intervals = {"image": self.image_interval, "board": self.board_interval, "val": self.val_interval,
-                     "save": self.save_interval or self.max_steps}  # fmt: skip
+        intervals = {
+            "image": self.image_interval,
+            "board": self.board_interval,
+            "val": self.val_interval,
+            "save": self.save_interval or self.max_steps,
+        }
         due = {name for name, interval in intervals.items() if step % interval == 0}
         return due | {"board", "val", "save"} if step == self.max_steps else due
 
@@ -70,8 +74,9 @@ def ordered_batches(dataset: Dataset, batch_size: int, workers: int) -> Iterator
     """
     if not len(dataset):
         return
-    loader = DataLoader(dataset, batch_size, num_workers=min(workers, len(dataset)), collate_fn=torch.stack,
-                        generator=torch.Generator())  # fmt: skip
+    loader = DataLoader(
+        dataset, batch_size, num_workers=min(workers, len(dataset)), collate_fn=torch.stack, generator=torch.Generator()
+    )
     try:
         yield from loader
     except DatasetError as error:
@@ -121,8 +126,19 @@ def drop_optimiser(path: Path) -> None:
         save_checkpoint(path, state)
 
 
-def train(trainer: EncoderTrainer, batches, sampler, held_out: HeldOut, run: Run, schedule: Schedule, opts: dict,
-          stop: StopSignal, *, keep: int = 2, best: float | None = None) -> float:  # fmt: skip
+def train(
+    trainer: EncoderTrainer,
+    batches,
+    sampler,
+    held_out: HeldOut,
+    run: Run,
+    schedule: Schedule,
+    opts: dict,
+    stop: StopSignal,
+    *,
+    keep: int = 2,
+    best: float | None = None,
+) -> float:
     """Steps trainer.step .. max_steps with logs, validation and checkpoints. Returns the best validation loss.
 
     best: validation loss of the best_model.pt there is. Raises UserError when a loss is not finite, before anything is
@@ -190,5 +206,7 @@ def train(trainer: EncoderTrainer, batches, sampler, held_out: HeldOut, run: Run
 def require_finite(metrics: dict, step: int, which: str = "") -> None:
     bad = bad_values(metrics)
     if bad:
-        raise UserError(f"the {which}loss {', '.join(bad)} is not finite at step {step}: nothing was saved since the "
-                        "last checkpoint; a lower --learning_rate may help")  # fmt: skip
+        raise UserError(
+            f"the {which}loss {', '.join(bad)} is not finite at step {step}: nothing was saved since the "
+            "last checkpoint; a lower --learning_rate may help"
+        )

@@ -47,8 +47,10 @@ NEEDS_LABELS = ("celebs_sketch_to_face", "celebs_seg_to_face")
 def dataset_type(name: str) -> DatasetType:
     """Raises UserError for a type that does not exist, or that needs label maps."""
     if name in NEEDS_LABELS:
-        raise UserError(f"--dataset_type {name} is not supported: sketches and segmentation maps need paired label "
-                        f"images; supported are {', '.join(DATASETS)}")  # fmt: skip
+        raise UserError(
+            f"--dataset_type {name} is not supported: sketches and segmentation maps need paired label "
+            f"images; supported are {', '.join(DATASETS)}"
+        )
     if name not in DATASETS:
         raise UserError(f"--dataset_type {name}: expected one of {', '.join(DATASETS)}")
     return DATASETS[name]
@@ -65,8 +67,10 @@ def training_path(given: str | None, name: str) -> str:
     path = find_path(given, DATASETS[name].train)
     if path is None:
         variable = PATHS[DATASETS[name].train][0]
-        raise UserError(f"--dataset_type {name}: where are its images? pass --train_path FOLDER|LMDB, set ${variable}, "
-                        "or fill in PATHS in pSp/data_configs.py")  # fmt: skip
+        raise UserError(
+            f"--dataset_type {name}: where are its images? pass --train_path FOLDER|LMDB, set ${variable}, "
+            "or fill in PATHS in pSp/data_configs.py"
+        )
     return path
 
 
@@ -82,8 +86,10 @@ def generator_path(given: str | None, exp_dir: str | Path) -> Path:
     for candidate in inside:
         if candidate.is_file():
             return candidate
-    raise UserError("which generator? pass --stylegan_weights FILE (a checkpoint of train.py, an export or a published "
-                    f"one), set $WPP_STYLEGAN, or put it at {inside[0]}")  # fmt: skip
+    raise UserError(
+        "which generator? pass --stylegan_weights FILE (a checkpoint of train.py, an export or a published "
+        f"one), set $WPP_STYLEGAN, or put it at {inside[0]}"
+    )
 
 
 def resize_factors(text: str | None) -> tuple[int, ...]:

@@ -26,8 +26,10 @@ from faces.arcface import DEPTHS, MODES, STRIDES, build_body, input_layer
 from layers import EqualLinear
 
 GRADUAL, INTO_W, INTO_W_PLUS = (
-    "GradualStyleEncoder", "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus",
-)  # fmt: skip
+    "GradualStyleEncoder",
+    "BackboneEncoderUsingLastLayerIntoW",
+    "BackboneEncoderUsingLastLayerIntoWPlus",
+)
 PUBLISHED_INPUT = 256  # pixels
 COARSE, MIDDLE = 3, 7  # codes below 3 come from the coarsest tap, below 7 from the middle, the rest from the finest
 POOL = 7  # the side to which IntoWPlus pools its last map
@@ -98,10 +100,13 @@ class EncoderConfig:
         the generator's own size as input, width 32 and depth 18."""
         light = config.size < PUBLISHED_INPUT
         return cls(
-            n_styles=config.n_tokens, style_dim=config.style_dim,
+            n_styles=config.n_tokens,
+            style_dim=config.style_dim,
             input_size=input_size or min(PUBLISHED_INPUT, max(16, config.size)),
-            width=width or (32 if light else 64), depth=depth or (18 if light else 50), **other,
-        )  # fmt: skip
+            width=width or (32 if light else 64),
+            depth=depth or (18 if light else 50),
+            **other,
+        )
 
 
 class GradualStyleBlock(nn.Module):
@@ -186,9 +191,8 @@ class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
         super().__init__(config)
         channels = config.channels
         self.output_layer_2 = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(POOL), nn.Flatten(),
-            nn.Linear(channels * POOL**2, channels),
-        )  # fmt: skip
+            nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(POOL), nn.Flatten(), nn.Linear(channels * POOL**2, channels)
+        )
         self.linear = EqualLinear(channels, config.style_dim * config.n_styles)
 
     def forward(self, images):
@@ -197,9 +201,10 @@ class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
 
 
 ENCODERS = {
-    GRADUAL: GradualStyleEncoder, INTO_W: BackboneEncoderUsingLastLayerIntoW,
+    GRADUAL: GradualStyleEncoder,
+    INTO_W: BackboneEncoderUsingLastLayerIntoW,
     INTO_W_PLUS: BackboneEncoderUsingLastLayerIntoWPlus,
-}  # fmt: skip
+}
 
 
 def build_encoder(config: EncoderConfig) -> nn.Module:

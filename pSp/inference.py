@@ -80,10 +80,21 @@ def read_batches(pictures, positions: Iterable[int], batch: int, workers: int) -
 
 @torch.no_grad()
 def invert(
-    net: pSp, pictures, positions: Iterable[int], *, perceptual, identity=None, batch: int = 2, workers: int = 0,
-    factor: int = 1, mix: Callable | None = None, resize: bool = False, dtype=None, save: Callable | None = None,
+    net: pSp,
+    pictures,
+    positions: Iterable[int],
+    *,
+    perceptual,
+    identity=None,
+    batch: int = 2,
+    workers: int = 0,
+    factor: int = 1,
+    mix: Callable | None = None,
+    resize: bool = False,
+    dtype=None,
+    save: Callable | None = None,
     keep_shown: int = SHOWN,
-) -> Inversion:  # fmt: skip
+) -> Inversion:
     """Codes, reconstructions and measures of pictures (inversion/pictures.py), those that can be read.
 
     factor: the encoder sees the picture shrunk by it (super-resolution). mix(position, codes [L, D]) -> codes changes
@@ -162,16 +173,25 @@ def retrieve(result: Inversion, n: int, perceptual, identity, device) -> dict[st
     """`retrieval` among the first n pictures of a result, by the perceptual distance and, if it is there, identity."""
     found = {"perceptual": retrieval(result.shown[:n], perceptual.features, perceptual.distance, device)}
     if identity is not None:
-        found["identity"] = retrieval(result.shown[:n], lambda images: [identity.embed(images)],
-                                      lambda a, b: -(a[0] * b[0]).sum(1), device)  # fmt: skip
+        found["identity"] = retrieval(
+            result.shown[:n], lambda images: [identity.embed(images)], lambda a, b: -(a[0] * b[0]).sum(1), device
+        )
     return found
 
 
 def save_inversion(
-    folder: str | Path, net: pSp, result: Inversion, names: list[str], *, perceptual: str, identity: str | None,
-    alignment: list | None = None, left_out: dict[str, str] | None = None, extra: dict | None = None,
+    folder: str | Path,
+    net: pSp,
+    result: Inversion,
+    names: list[str],
+    *,
+    perceptual: str,
+    identity: str | None,
+    alignment: list | None = None,
+    left_out: dict[str, str] | None = None,
+    extra: dict | None = None,
     retrieved: dict | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Write everything but the pictures themselves: see the head of scripts/inference.py.
 
     names, alignment: of all pictures, by position. left_out: photo -> why it is not among them. retrieved: of
@@ -184,28 +204,50 @@ def save_inversion(
         raise ValueError(f"none of {len(names)} pictures could be read{first}")
     kept = [names[position] for position in result.positions]
     save_latents(
-        folder, np.stack(result.latents), names=kept, space=net.space, size=net.decoder.config.size,
-        fingerprint=net.decoder.fingerprint, losses=result.values,
+        folder,
+        np.stack(result.latents),
+        names=kept,
+        space=net.space,
+        size=net.decoder.config.size,
+        fingerprint=net.decoder.fingerprint,
+        losses=result.values,
         alignment=None if alignment is None else [alignment[position] for position in result.positions],
         extra={"method": "pSp", "step": net.step, "perceptual": perceptual, "identity": identity} | (extra or {}),
-    )  # fmt: skip
-    write_measures(folder / "reconstruction.csv", kept, result.values, perceptual=perceptual, identity=identity,
-                   originals=result.originals)  # fmt: skip
+    )
+    write_measures(
+        folder / "reconstruction.csv",
+        kept,
+        result.values,
+        perceptual=perceptual,
+        identity=identity,
+        originals=result.originals,
+    )
     for name in ("perceptual", "mse"):  # the published files, one value per picture
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array(result.values[name]))
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in result.values.items()}
-    write_json(folder / "reconstruction.json", {
-        "method": "pSp", "space": net.space, "count": len(kept), "perceptual_by": perceptual, "identity_by": identity,
-        "measures": statistics, "settings": extra or {}, **({"retrieval": retrieved} if retrieved else {}),
-    })  # fmt: skip
+    write_json(
+        folder / "reconstruction.json",
+        {
+            "method": "pSp",
+            "space": net.space,
+            "count": len(kept),
+            "perceptual_by": perceptual,
+            "identity_by": identity,
+            "measures": statistics,
+            "settings": extra or {},
+            **({"retrieval": retrieved} if retrieved else {}),
+        },
+    )
     line = summary(result.values, perceptual=perceptual, identity=identity)
     runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
     (folder / "stats.txt").write_text(f"{runtime}\n{line}\n", encoding="utf-8")
     for index in range(0, min(len(result.shown), SHOWN), PER_SHEET):
         originals, pictures = zip(*result.shown[index : index + PER_SHEET], strict=True)
-        captions = [f"{kept[i]}: {result.values['perceptual'][i]:.3f}, mse {result.values['mse'][i]:.4f}"
-                    for i in range(index, index + len(originals))]  # fmt: skip
+        captions = [
+            f"{kept[i]}: {result.values['perceptual'][i]:.3f}, mse {result.values['mse'][i]:.4f}"
+            for i in range(index, index + len(originals))
+        ]
         sheet = comparison_sheet(originals, pictures, captions)
         save_image(sheet, folder / f"sheet_{index // PER_SHEET:03d}.png")
     remove_numbered(folder, ("sheet_*.png",), -(-min(len(result.shown), SHOWN) // PER_SHEET))

@@ -55,8 +55,16 @@ def crop(images):
 class EncoderLoss:
     """The weighted sum; `perceptual` and `identity` are None where nothing needs them."""
 
-    def __init__(self, weights: LossWeights, device="cpu", *, lpips_net: str = "alex", id_net: str = "auto",
-                 weights_dir=None, start_from_latent_avg: bool = True):  # fmt: skip
+    def __init__(
+        self,
+        weights: LossWeights,
+        device="cpu",
+        *,
+        lpips_net: str = "alex",
+        id_net: str = "auto",
+        weights_dir=None,
+        start_from_latent_avg: bool = True,
+    ):
         self.weights, self.start_from_latent_avg = weights, start_from_latent_avg
         self.perceptual = self.identity = None
         if weights.lpips or weights.lpips_crop:
@@ -65,8 +73,9 @@ class EncoderLoss:
             try:
                 self.perceptual = build_perceptual(lpips_net, device, weights_dir)
             except FileNotFoundError as error:
-                raise FileNotFoundError(f"{error}; --lpips_net auto takes a backbone that is here, --lpips_lambda 0 "
-                                        "trains without") from None  # fmt: skip
+                raise FileNotFoundError(
+                    f"{error}; --lpips_net auto takes a backbone that is here, --lpips_lambda 0 trains without"
+                ) from None
         if weights.id:
             self.identity = build_identity(id_net, device, weights_dir)
 

@@ -36,17 +36,22 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
     not fit, or a W encoder on a W++ generator, whose codes differ from token to token by construction.
     """
 
-    def __init__(self, config: EncoderConfig, decoder: Generator, latent_avg: torch.Tensor, *,
-                 start_from_latent_avg: bool = True):  # fmt: skip
+    def __init__(
+        self, config: EncoderConfig, decoder: Generator, latent_avg: torch.Tensor, *, start_from_latent_avg: bool = True
+    ):
         super().__init__()
         generator = decoder.config
         self.learn_in_w = config.encoder_type == INTO_W
         if self.learn_in_w and not generator.w_space:
-            raise ValueError(f"{INTO_W} (--learn_in_w) gives one code for all layers: it needs a W generator, this one "
-                             "is W++; use GradualStyleEncoder")  # fmt: skip
+            raise ValueError(
+                f"{INTO_W} (--learn_in_w) gives one code for all layers: it needs a W generator, this one "
+                "is W++; use GradualStyleEncoder"
+            )
         if (config.n_styles, config.style_dim) != (generator.n_tokens, generator.style_dim):
-            raise ValueError(f"the encoder gives {config.n_styles} codes of width {config.style_dim}, the generator "
-                             f"({generator.size} px) takes {generator.n_tokens} of {generator.style_dim}")  # fmt: skip
+            raise ValueError(
+                f"the encoder gives {config.n_styles} codes of width {config.style_dim}, the generator "
+                f"({generator.size} px) takes {generator.n_tokens} of {generator.style_dim}"
+            )
         if generator.condition_dim:
             raise ValueError("pSp inverts into an unconditional generator, this one is conditional")
         self.config, self.start_from_latent_avg = config, start_from_latent_avg
@@ -66,8 +71,10 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
     @property
     def description(self) -> str:
         config = self.config
-        return (f"{config.encoder_type} (depth {config.depth}, width {config.width}, {config.input_size} px) into "
-                f"{self.space} of a {self.decoder.config.size} px generator")  # fmt: skip
+        return (
+            f"{config.encoder_type} (depth {config.depth}, width {config.width}, {config.input_size} px) into "
+            f"{self.space} of a {self.decoder.config.size} px generator"
+        )
 
     def fit(self, images):
         """Images [N, C, H, H] of any size -> the encoder's input size, shrunk by area or enlarged bilinearly."""
@@ -118,8 +125,9 @@ def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Te
     if latent_avg.ndim == 1:
         latent_avg = latent_avg[None]
     if latent_avg.ndim != 2 or latent_avg.shape[1] != config.style_dim or len(latent_avg) not in (1, config.n_tokens):
-        raise ValueError(f"latent_avg {shape} does not fit a generator with codes [{config.n_tokens}, "
-                         f"{config.style_dim}]")  # fmt: skip
+        raise ValueError(
+            f"latent_avg {shape} does not fit a generator with codes [{config.n_tokens}, {config.style_dim}]"
+        )
     return latent_avg.float().expand(config.n_tokens, -1)[None].clone()
 
 
@@ -132,15 +140,18 @@ def psp_state(net: pSp, opts: dict) -> dict:
     return {
         "state_dict": net.state_dict(),
         "latent_avg": net.latent_avg,
-        "opts": opts | {
-            "output_size": net.decoder.config.size, "encoder_type": net.config.encoder_type,
-            "start_from_latent_avg": net.start_from_latent_avg, "learn_in_w": net.learn_in_w,
+        "opts": opts
+        | {
+            "output_size": net.decoder.config.size,
+            "encoder_type": net.config.encoder_type,
+            "start_from_latent_avg": net.start_from_latent_avg,
+            "learn_in_w": net.learn_in_w,
         },
         "encoder_config": net.config.to_dict(),
         "config": net.decoder.config.to_dict(),
         "fingerprint": fingerprint(net.decoder.state_dict()),
         "step": net.step,
-    }  # fmt: skip
+    }
 
 
 def part(state: dict, name: str) -> dict:
@@ -152,8 +163,11 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
     """The network in a loaded checkpoint, on the CPU, in eval mode, gradients off. Raises CheckpointError."""
     state, opts = checkpoint.get("state_dict"), checkpoint.get("opts")
     if not isinstance(state, dict) or not isinstance(opts, dict):
-        hint = "; it holds a generator: an encoder for it is trained by pSp/scripts/train.py" if "g_ema" in checkpoint \
-            else ""  # fmt: skip
+        hint = (
+            "; it holds a generator: an encoder for it is trained by pSp/scripts/train.py"
+            if "g_ema" in checkpoint
+            else ""
+        )
         raise CheckpointError(f"{path} is no pSp checkpoint: it has no state_dict and opts{hint}")
     encoder, decoder = part(state, "encoder"), part(state, "decoder")
     try:
@@ -203,12 +217,20 @@ def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
 
     generator: name of the file of its generator, which readers look for beside this one.
     """
-    tensors = {f"encoder.{name}": value.half() if value.ndim > 1 else value
-               for name, value in net.encoder.state_dict().items()}  # fmt: skip
-    save_safetensors(path, tensors | {"latent_avg": net.latent_avg}, {
-        "encoder_config": net.config.to_dict(), "start_from_latent_avg": net.start_from_latent_avg,
-        "generator": generator, "fingerprint": net.decoder.fingerprint, "step": net.step,
-    })  # fmt: skip
+    tensors = {
+        f"encoder.{name}": value.half() if value.ndim > 1 else value for name, value in net.encoder.state_dict().items()
+    }
+    save_safetensors(
+        path,
+        tensors | {"latent_avg": net.latent_avg},
+        {
+            "encoder_config": net.config.to_dict(),
+            "start_from_latent_avg": net.start_from_latent_avg,
+            "generator": generator,
+            "fingerprint": net.decoder.fingerprint,
+            "step": net.step,
+        },
+    )
 
 
 def load_exported(path: Path, generator: Generator | None = None) -> pSp:
@@ -220,15 +242,22 @@ def load_exported(path: Path, generator: Generator | None = None) -> pSp:
     if generator is None:
         beside = path.parent / Path(about["generator"]).name
         if not beside.is_file():
-            raise FileNotFoundError(f"{path} is an encoder for the generator {beside.name} ({about['fingerprint']}), "
-                                    "which is not beside it")  # fmt: skip
+            raise FileNotFoundError(
+                f"{path} is an encoder for the generator {beside.name} ({about['fingerprint']}), which is not beside it"
+            )
         generator = load_generator(beside)
     if generator.fingerprint != about["fingerprint"]:
-        raise CheckpointError(f"{path} is an encoder for the generator {about['fingerprint']} ({about['generator']}), "
-                              f"this one is {generator.fingerprint}")  # fmt: skip
+        raise CheckpointError(
+            f"{path} is an encoder for the generator {about['fingerprint']} ({about['generator']}), "
+            f"this one is {generator.fingerprint}"
+        )
     try:
-        net = pSp(EncoderConfig.from_dict(about["encoder_config"]), generator, tensors.pop("latent_avg"),
-                  start_from_latent_avg=bool(about.get("start_from_latent_avg")))  # fmt: skip
+        net = pSp(
+            EncoderConfig.from_dict(about["encoder_config"]),
+            generator,
+            tensors.pop("latent_avg"),
+            start_from_latent_avg=bool(about.get("start_from_latent_avg")),
+        )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     state = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}

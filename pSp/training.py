@@ -160,16 +160,20 @@ class EncoderTrainer:
         Raises CheckpointError when the file has no such state, or that of another optimiser or network.
         """
         if "optimiser" not in state:
-            raise CheckpointError(f"{source} cannot be continued, it holds no optimiser state; --init_from starts a "
-                                  "new run from its weights")  # fmt: skip
+            raise CheckpointError(
+                f"{source} cannot be continued, it holds no optimiser state; --init_from starts a "
+                "new run from its weights"
+            )
         if state["optim_name"] != self.settings.optim_name:
-            raise CheckpointError(f"{source} was trained with --optim_name {state['optim_name']}, this run has "
-                                  f"{self.settings.optim_name}")  # fmt: skip
+            raise CheckpointError(
+                f"{source} was trained with --optim_name {state['optim_name']}, this run has {self.settings.optim_name}"
+            )
         try:
             self.optimiser.load_state_dict(state["optimiser"])
         except ValueError as error:
-            raise CheckpointError(f"{source}: the optimiser belongs to another network ({error}); was --train_decoder "
-                                  "the same?") from None  # fmt: skip
+            raise CheckpointError(
+                f"{source}: the optimiser belongs to another network ({error}); was --train_decoder the same?"
+            ) from None
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.learning_rate  # the flag of this run, not of the file
         self.net.step = int(state["step"])

@@ -41,8 +41,15 @@ class Visitor:
                 raise NoBrowserError(f"no {name} on the PATH: apt-get install chromium chromium-driver")
         options = webdriver.ChromeOptions()
         options.binary_location = programs["chromium"]
-        for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "hide-scrollbars",
-                     "disable-background-networking", f"window-size={width},{height}"):  # fmt: skip
+        for flag in (
+            "headless=new",
+            "no-sandbox",
+            "disable-gpu",
+            "disable-dev-shm-usage",
+            "hide-scrollbars",
+            "disable-background-networking",
+            f"window-size={width},{height}",
+        ):
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
@@ -104,15 +111,21 @@ class Visitor:
         self.click(selector)
 
         def complete():
-            return [path for path in set(self.downloads.iterdir()) - before
-                    if path.suffix not in (".crdownload", ".tmp") and not path.name.startswith(".")]  # fmt: skip
+            return [
+                path
+                for path in set(self.downloads.iterdir()) - before
+                if path.suffix not in (".crdownload", ".tmp") and not path.name.startswith(".")
+            ]
 
         return self.wait("the download", complete)[0]
 
     def hosts(self) -> set[str]:
         """Servers that the browser has asked for anything."""
-        urls = [json.loads(line["message"])["message"]["params"].get("request", {}).get("url", "")
-                for line in self.driver.get_log("performance") if "requestWillBeSent" in line["message"]]  # fmt: skip
+        urls = [
+            json.loads(line["message"])["message"]["params"].get("request", {}).get("url", "")
+            for line in self.driver.get_log("performance")
+            if "requestWillBeSent" in line["message"]
+        ]
         return {urllib.parse.urlsplit(url).hostname for url in urls if url.startswith(("http", "ws"))}
 
     def screenshot(self, path) -> Path:

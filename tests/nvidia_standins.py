@@ -33,10 +33,16 @@ class Module:
         persistence, easy = sys.modules["torch_utils.persistence"], sys.modules["dnnlib.util"].EasyDict
         parameters = {n: None if v is None else torch.nn.Parameter(v) for n, v in self.parameters.items()}
         state = {
-            "training": False, "_parameters": parameters, "_buffers": OrderedDict(self.buffers),
-            "_non_persistent_buffers_set": set(), "_forward_hooks": OrderedDict(), "_modules": self.modules,
-            **self.attributes, "_init_args": (), "_init_kwargs": easy(seed=np.arange(3)),
-        }  # fmt: skip
+            "training": False,
+            "_parameters": parameters,
+            "_buffers": OrderedDict(self.buffers),
+            "_non_persistent_buffers_set": set(),
+            "_forward_hooks": OrderedDict(),
+            "_modules": self.modules,
+            **self.attributes,
+            "_init_args": (),
+            "_init_kwargs": easy(seed=np.arange(3)),
+        }
         meta = {"type": "class", "version": 6, "module_src": self.source, "class_name": self.kind, "state": state}
         return persistence._reconstruct_persistent_obj, (meta,), None
 
@@ -54,8 +60,9 @@ class Module:
 
 
 def linear(fan_in, fan_out, draw, activation="linear", lr=1.0, bias=0.0):
-    layer = Module("FullyConnectedLayer", activation=activation, weight_gain=np.float64(lr / math.sqrt(fan_in)),
-                   bias_gain=lr)  # fmt: skip
+    layer = Module(
+        "FullyConnectedLayer", activation=activation, weight_gain=np.float64(lr / math.sqrt(fan_in)), bias_gain=lr
+    )
     layer.parameters |= {"weight": draw(fan_out, fan_in) / lr, "bias": draw(fan_out) * 0.3 / lr + bias}
     return layer
 
@@ -135,8 +142,11 @@ def snapshot(draw=None, **networks):
 
 
 def tensors_of(module, prefix=""):
-    found = {prefix + name: value.double() for name, value in {**module.parameters, **module.buffers}.items()
-             if value is not None}  # fmt: skip
+    found = {
+        prefix + name: value.double()
+        for name, value in {**module.parameters, **module.buffers}.items()
+        if value is not None
+    }
     for name, child in module.modules.items():
         found |= tensors_of(child, f"{prefix}{name}.")
     return found

@@ -58,8 +58,26 @@ def run_benchmark(module, flags, capsys):
 def test_training_table(capsys, tmp_path, choose_again):
     """Ours, in two gloo processes too, the original formulation, and a peer whose folder is something else."""
     trace = tmp_path / "trace.json"
-    flags = ["--sizes", "8", "--batches", "2", "--original", "--processes", "2", "--steps", "2", "--ops", "ref",
-             "--peer_nvidia", str(tmp_path), "--augment", "0.5", "--profile", str(trace), *TINY]  # fmt: skip
+    flags = [
+        "--sizes",
+        "8",
+        "--batches",
+        "2",
+        "--original",
+        "--processes",
+        "2",
+        "--steps",
+        "2",
+        "--ops",
+        "ref",
+        "--peer_nvidia",
+        str(tmp_path),
+        "--augment",
+        "0.5",
+        "--profile",
+        str(trace),
+        *TINY,
+    ]
     lines, found = run_benchmark(bench_train, flags, capsys)
     assert found["benchmark"] == "train" and found["ops"] == "ref" and found["device"] == "cpu" and found["commit"]
     rows = {(row["formulation"], row["processes"]): row for row in found["rows"]}
@@ -97,8 +115,13 @@ def test_generator_table(capsys, choose_again):
 TOO_MANY = 10**12  # images of 8 px
 
 
-@pytest.mark.parametrize("module, row", [(bench_train, bench_train.Row("ours", 8, TOO_MANY, "fp32")),  # fmt: skip
-                                         (bench_generate, bench_generate.Row("ours", "w", 8, TOO_MANY, "fp32"))])
+@pytest.mark.parametrize(
+    "module, row",
+    [
+        (bench_train, bench_train.Row("ours", 8, TOO_MANY, "fp32")),
+        (bench_generate, bench_generate.Row("ours", "w", 8, TOO_MANY, "fp32")),
+    ],
+)
 def test_a_row_that_does_not_fit_says_so(module, row):
     args = module.build_parser().parse_args(TINY)
     assert measure_or_say(lambda: module.measure_here(row, args), Budget(None)) == {"error": "out of memory"}
@@ -181,8 +204,10 @@ def test_a_child_that_fails_says_why_in_a_line(tmp_path):
     script.write_text("import sys\nprint('a traceback\\nerror: no such thing', file=sys.stderr)\nsys.exit(1)\n")
     with pytest.raises(ChildError, match="^no such thing$"):
         child(script, {})
-    script.write_text("import os, signal, time\nif os.environ['RANK'] == '1':\n"
-                      "    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)\n")  # fmt: skip
+    script.write_text(
+        "import os, signal, time\nif os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)\n"
+    )
     assert measure_or_say(lambda: child(script, {}, processes=2), Budget(None)) == {"error": "out of memory"}
     script.write_text("import os, json\nprint('a table')\nprint(json.dumps(os.environ['WORLD_SIZE']))\n")
     assert child(script, {}, processes=2) == "2"

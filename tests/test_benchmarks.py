@@ -47,8 +47,21 @@ def test_editing(root, tmp_path):
 
 def test_data(root, tmp_path):
     flags = ("--parts", "store", "loader", "--photos", 12, "--photo_size", 24, "--sizes", "8,16", "--n_worker", 1)
-    shown, found = bench(root, "bench_data", *flags, "--workers", 0, "--batch", 4, "--repeats", 1,
-                         "--folder", tmp_path, "--profile", tmp_path / "trace.json")  # fmt: skip
+    shown, found = bench(
+        root,
+        "bench_data",
+        *flags,
+        "--workers",
+        0,
+        "--batch",
+        4,
+        "--repeats",
+        1,
+        "--folder",
+        tmp_path,
+        "--profile",
+        tmp_path / "trace.json",
+    )
     results = found["results"]
     assert results["store, ratio"] == pytest.approx(
         results["store, ours, puts/s"] / results["store, commit per picture, puts/s"]

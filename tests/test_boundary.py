@@ -28,8 +28,15 @@ def planted(n, width, *, noise=0.3, seed=0, mean=0.0):
 
 def simple(normal, space="w++", **facts):
     normal = np.asarray(normal, np.float32)
-    return Boundary(normal=normal[None] / np.linalg.norm(normal), intercept=0.0, attribute="smile", space=space,
-                    mean=0.0, std=1.0, **facts)  # fmt: skip
+    return Boundary(
+        normal=normal[None] / np.linalg.norm(normal),
+        intercept=0.0,
+        attribute="smile",
+        space=space,
+        mean=0.0,
+        std=1.0,
+        **facts,
+    )
 
 
 # -- fitting -------------------------------------------------------------------------------------------------------
@@ -84,8 +91,11 @@ def test_the_normal_points_to_higher_scores_and_the_seed_decides():
 
 def test_misuse_is_refused():
     latents, scores, _ = planted(100, 8)
-    for changes, message in (({"fit": "pca"}, "--fit pca"), ({"ratio": 0.6}, "--ratio 0.6"),
-                             ({"ratio": 0.01}, "at least 2 and 2")):  # fmt: skip
+    for changes, message in (
+        ({"fit": "pca"}, "--fit pca"),
+        ({"ratio": 0.6}, "--ratio 0.6"),
+        ({"ratio": 0.01}, "at least 2 and 2"),
+    ):
         with pytest.raises(BoundaryError, match=message):
             fit_boundary(latents, scores, **{"ratio": 0.2} | changes)
     with pytest.raises(BoundaryError, match="100 latents, but 99 scores"):
@@ -176,8 +186,11 @@ def test_files(tmp_path):
     again = load_boundary(path, space="w++", width=24, fingerprint="f00")
     assert np.array_equal(again.normal, boundary.normal)
     assert (again.attribute, again.accuracies, again.size) == ("smile", {"train": 1.0, "remaining": None}, 32)
-    for expected, message in (({"space": "w"}, "space w\\+\\+, expected w"), ({"width": 512}, "width 24, expected 512"),
-                              ({"fingerprint": "abc"}, "generator f00, expected abc")):  # fmt: skip
+    for expected, message in (
+        ({"space": "w"}, "space w\\+\\+, expected w"),
+        ({"width": 512}, "width 24, expected 512"),
+        ({"fingerprint": "abc"}, "generator f00, expected abc"),
+    ):
         with pytest.raises(BoundaryError, match=message):
             load_boundary(path, **expected)
     np.savez(tmp_path / "other.npz", normal=np.ones((1, 4)))

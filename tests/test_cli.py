@@ -79,16 +79,20 @@ def raiser(error):
         (UserError("--size 100: expected a power of two"), "error: --size 100: expected a power of two"),
         (ValueError("two\n  lines"), "error: two lines"),
         (FileNotFoundError("a.pt: no such checkpoint"), "error: a.pt: no such checkpoint"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a b.pt"),
-         "error: a b.pt: No such file or directory"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a b.pt"),
+            "error: a b.pt: No such file or directory",
+        ),
         (FileExistsError(errno.EEXIST, "File exists", "out"), "error: out: File exists"),
         (PermissionError(errno.EACCES, "Permission denied", "out"), "error: out: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
         (MemoryError(), "error: out of memory: the machine has no more"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-         "error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+        ),
     ],
-)  # fmt: skip
+)
 def test_user_errors_are_one_line(error, message, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WPP_TRACEBACK", raising=False)
@@ -138,7 +142,10 @@ def test_leave(world_size):
         "atexit.register(lambda: print('at exit'))\nprint('out'); print('err', file=sys.stderr)\nleave(3)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
         env={**os.environ, "WORLD_SIZE": world_size},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\nat exit\n", "err\n")

@@ -98,9 +98,10 @@ def networks_in(path):
 def test_networks_compute_what_nvidias_compute(size, n_mlp, widths, protocol, nvidia, tmp_path, capsys):
     draw = drawing(1)
     data = snapshot(
-        G=new_nvidia_generator(draw, size, 16, n_mlp, widths), D=new_nvidia_discriminator(draw, size, widths),
+        G=new_nvidia_generator(draw, size, 16, n_mlp, widths),
+        D=new_nvidia_discriminator(draw, size, widths),
         G_ema=new_nvidia_generator(draw, size, 16, n_mlp, widths),
-    )  # fmt: skip
+    )
     out = tmp_path / "a ü.pt"
     assert command(nvidia("a.pkl", data, protocol), out) == 0, capsys.readouterr().err
     made, state = networks_in(out)
@@ -125,8 +126,10 @@ def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
     """generate.py draws with both files, a training starts from the checkpoint, and the check tells their picture."""
     data = snapshot()
     path = nvidia("a.pkl", data)
-    assert command(path, tmp_path / "a.pt") == 0 and command(path, tmp_path / "a.safetensors", "--seed", "7",
-                                                             "--picture", tmp_path / "seven.png") == 0  # fmt: skip
+    assert (
+        command(path, tmp_path / "a.pt") == 0
+        and command(path, tmp_path / "a.safetensors", "--seed", "7", "--picture", tmp_path / "seven.png") == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     w = expected_w(tensors_of(data["G_ema"]), torch.from_numpy(np.random.RandomState(7).randn(1, 16)))
     image = expected_picture(tensors_of(data["G_ema"]), w[0])
@@ -182,18 +185,22 @@ REFUSED = {
     "another filter": lambda data: data["G"].at("synthesis.b16").buffers.update(resample_filter=torch.ones(4, 4) / 16),
     "[16, 64] numbers": lambda data: data["G_ema"].at("mapping.fc0").parameters.update(weight=torch.ones(16, 64)),
     "mbstd_num_channels": lambda data: change(data["D"], "b4.mbstd", num_channels=0),
-    "no synthesis.b8.conv0.noise_strength":
-        lambda data: data["G_ema"].at("synthesis.b8.conv0").parameters.pop("noise_strength"),
-    "has synthesis.b8.skip.weight":
-        lambda data: data["G_ema"].put("synthesis.b8.skip", convolution(8, 8, 1, drawing(), activation="linear")),
-    "follow no channel_max":
-        lambda data: data.update(G_ema=new_nvidia_generator(drawing(), widths={4: 8, 8: 4, 16: 8})),
-    "convs.0.conv.weight is [1, 8, 8, 5, 5]":
-        lambda data: data["G_ema"].at("synthesis.b8.conv0").parameters.update(weight=torch.ones(8, 8, 5, 5)),
+    "no synthesis.b8.conv0.noise_strength": lambda data: (
+        data["G_ema"].at("synthesis.b8.conv0").parameters.pop("noise_strength")
+    ),
+    "has synthesis.b8.skip.weight": lambda data: data["G_ema"].put(
+        "synthesis.b8.skip", convolution(8, 8, 1, drawing(), activation="linear")
+    ),
+    "follow no channel_max": lambda data: data.update(
+        G_ema=new_nvidia_generator(drawing(), widths={4: 8, 8: 4, 16: 8})
+    ),
+    "convs.0.conv.weight is [1, 8, 8, 5, 5]": lambda data: (
+        data["G_ema"].at("synthesis.b8.conv0").parameters.update(weight=torch.ones(8, 8, 5, 5))
+    ),
     "no G_ema": lambda data: data.pop("G_ema"),
     "none of the networks": lambda data: [data.pop(name) for name in ("G", "D", "G_ema")],
     "expected NVIDIA's dictionary": lambda data: 7,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("said", REFUSED)
@@ -342,10 +349,15 @@ def test_a_broken_network_is_told(tiny_w_config, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "status", "word"),
-    [(["IN", "out.onnx"], 2, ".safetensors"), (["IN", "out.pt", "--half"], 2, "--half"), (["IN", "IN"], 2, "same file"),
-     (["IN", "out.pt", "--seed", "-1"], 2, "--seed"), (["absent ü.pkl", "out.pt"], 1, "absent ü.pkl"),
-     (["absent.pt", "out.pt"], 1, "absent.pt")],
-)  # fmt: skip
+    [
+        (["IN", "out.onnx"], 2, ".safetensors"),
+        (["IN", "out.pt", "--half"], 2, "--half"),
+        (["IN", "IN"], 2, "same file"),
+        (["IN", "out.pt", "--seed", "-1"], 2, "--seed"),
+        (["absent ü.pkl", "out.pt"], 1, "absent ü.pkl"),
+        (["absent.pt", "out.pt"], 1, "absent.pt"),
+    ],
+)
 def test_misuse_and_absent_files(flags, status, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("in.pt").touch()
@@ -362,8 +374,14 @@ def test_nvidias_own_code_computes_the_same(tmp_path):
     if not peer:
         pytest.skip("WPP_PEER_NVIDIA names no checkout of NVlabs/stylegan3 or NVlabs/stylegan2-ada-pytorch")
     environment = os.environ | {"PYTHONPATH": peer, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", PEER, str(tmp_path / "peer")], env=environment, cwd=tmp_path,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PEER, str(tmp_path / "peer")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     expected = torch.load(tmp_path / "peer.pt", weights_only=True)
     assert command(tmp_path / "peer.pkl", tmp_path / "ours.pt") == 0

@@ -68,8 +68,22 @@ def choose_again():
 
 def test_the_whole_count(capsys, choose_again):
     """The fixed ratios of the game: D is played on two batches and backwards, path length on half a batch."""
-    flags = ["--sizes", "16", "32", "--batch", "8", "4", "--ops", "ref", "--channel_max", "16", "--n_mlp", "1",
-             "--top", "2"]  # fmt: skip
+    flags = [
+        "--sizes",
+        "16",
+        "32",
+        "--batch",
+        "8",
+        "4",
+        "--ops",
+        "ref",
+        "--channel_max",
+        "16",
+        "--n_mlp",
+        "1",
+        "--top",
+        "2",
+    ]
     assert run(count_work.main, count_work.build_parser(), flags) == 0
     *table, last = capsys.readouterr().out.splitlines()
     small, large = json.loads(last)["results"]

@@ -312,10 +312,15 @@ def test_sources_are_drawn_by_their_weights():
         InfiniteSampler(40).load(state)
 
 
-@pytest.mark.parametrize("weights, message", [
-    ({"dull": 2.0}, "'dull' .present: sharp"), ({"sharp": -1.0}, "not negative"), ({"sharp": float("nan")}, "finite"),
-    ({"sharp": 0.0}, "not all zero"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"dull": 2.0}, "'dull' .present: sharp"),
+        ({"sharp": -1.0}, "not negative"),
+        ({"sharp": float("nan")}, "finite"),
+        ({"sharp": 0.0}, "not all zero"),
+    ],
+)
 def test_source_weights_that_cannot_be(weights, message):
     with pytest.raises(ValueError, match=message):
         InfiniteSampler(2, source_weights=weights, names=["sharp/a.png", "sharp/b.png"])

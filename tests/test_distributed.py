@@ -53,8 +53,14 @@ def launch(program, world_size, **environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                   "WORLD_SIZE": str(world_size), **environment}  # fmt: skip
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(world_size),
+        **environment,
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", f"{program}\nfrom common.cli import leave\nleave(0)"],
@@ -63,7 +69,7 @@ def launch(program, world_size, **environment):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )  # fmt: skip
+        )
         for rank in range(world_size)
     ]
     try:

@@ -70,14 +70,34 @@ def latents(generator, tmp_path):
     folder = tmp_path / "inverted"
     draw = torch.Generator().manual_seed(1)
     noise = [torch.randn(3, 1, *layer.shape[2:], generator=draw) for layer in generator.fixed_noise()]
-    save_latents(folder, codes, names=["a/ü 1.png", "b.png", "c.png"], space=generator.config.space, size=16,
-                 fingerprint=generator.fingerprint, noise=noise)  # fmt: skip
+    save_latents(
+        folder,
+        codes,
+        names=["a/ü 1.png", "b.png", "c.png"],
+        space=generator.config.space,
+        size=16,
+        fingerprint=generator.fingerprint,
+        noise=noise,
+    )
     return folder
 
 
 def command(ckpt, latents, out, *flags):
-    argv = ["--ckpt", ckpt, "--latent", latents, "--output_dir", out, "--device", "cpu", "--identity", "none",
-            "--perceptual", "none", *flags]  # fmt: skip
+    argv = [
+        "--ckpt",
+        ckpt,
+        "--latent",
+        latents,
+        "--output_dir",
+        out,
+        "--device",
+        "cpu",
+        "--identity",
+        "none",
+        "--perceptual",
+        "none",
+        *flags,
+    ]
     return run(edit_attribute.main, edit_attribute.build_parser(), [str(arg) for arg in argv])
 
 
@@ -127,8 +147,23 @@ def test_editing_moves_the_score(ckpt, latents, scorer, tmp_path, capsys, genera
     """Sample, fit, edit: the score rises along the sweep; the files are those that the issue names."""
     out = tmp_path / "öut"
     flags = ("--num_sample", "300", "--ratio", "0.1", "--distance", "relative", "--unit", "std")
-    assert command(ckpt, latents, out, *flags, "--start_distance", "-3", "--end_distance", "3", "--steps", "7",
-                   "--video", "gif") == 0  # fmt: skip
+    assert (
+        command(
+            ckpt,
+            latents,
+            out,
+            *flags,
+            "--start_distance",
+            "-3",
+            "--end_distance",
+            "3",
+            "--steps",
+            "7",
+            "--video",
+            "gif",
+        )
+        == 0
+    )
     assert "accuracy train" in capsys.readouterr().out
     rows = table(out)
     assert len(rows) == 3 * 7
@@ -143,16 +178,45 @@ def test_editing_moves_the_score(ckpt, latents, scorer, tmp_path, capsys, genera
     assert boundary.attribute == "age" and boundary.accuracies["validation"] > 0.7
 
     again = tmp_path / "again"  # the boundary alone, other batch size: the same frames
-    assert command(ckpt, latents, again, "--boundary", out / "boundary-age.npz", *flags[4:], "--batch_size", "3",
-                   "--start_distance", "-3", "--end_distance", "3", "--steps", "7") == 0  # fmt: skip
+    assert (
+        command(
+            ckpt,
+            latents,
+            again,
+            "--boundary",
+            out / "boundary-age.npz",
+            *flags[4:],
+            "--batch_size",
+            "3",
+            "--start_distance",
+            "-3",
+            "--end_distance",
+            "3",
+            "--steps",
+            "7",
+        )
+        == 0
+    )
     assert not (again / "samples").exists()
     for row in rows:
         assert (again / "frames" / row["frame"]).read_bytes() == (out / "frames" / row["frame"]).read_bytes()
 
 
 def test_the_frame_at_distance_nought_is_the_inversion(ckpt, latents, scorer, tmp_path, generator):
-    flags = ("--num_sample", "60", "--ratio", "0.2", "--distance", "relative", "--start_distance", "0",
-             "--end_distance", "0", "--steps", "1")  # fmt: skip
+    flags = (
+        "--num_sample",
+        "60",
+        "--ratio",
+        "0.2",
+        "--distance",
+        "relative",
+        "--start_distance",
+        "0",
+        "--end_distance",
+        "0",
+        "--steps",
+        "1",
+    )
     assert command(ckpt, latents, tmp_path / "out", *flags) == 0
     assert [float(row["change"]) for row in table(tmp_path / "out")] == [0, 0, 0]
 
@@ -184,10 +248,14 @@ def test_a_target_is_reached(generator):
     assert edge == pytest.approx(boundary.std), "out of reach: the nearer end"
 
 
-@pytest.mark.parametrize("target, wanted, why", [
-    (0.9, 0, "the face meets it as it is"), (0.6, 0.5, "the nearer of two crossings"),
-    (2, 0, "crossed nowhere: of the stops with the highest score the one nearest to the face"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "target, wanted, why",
+    [
+        (0.9, 0, "the face meets it as it is"),
+        (0.6, 0.5, "the nearer of two crossings"),
+        (2, 0, "crossed nowhere: of the stops with the highest score the one nearest to the face"),
+    ],
+)
 def test_a_target_is_looked_for_near_the_face(monkeypatch, target, wanted, why):
     """A score that falls on both sides, as a smile's does once faces break: 0.9 at -1 and 0, 0.6 at -1.5 and 0.5."""
     boundary = Boundary(np.ones((1, 1), np.float32), 0, "smile", "w", mean=0, std=1)
@@ -200,10 +268,13 @@ def test_a_target_is_looked_for_near_the_face(monkeypatch, target, wanted, why):
         assert found[1] == pytest.approx(target, abs=0.01)
 
 
-@pytest.mark.parametrize("score, target, wanted, why", [
-    (lambda at: np.where(at > 5, 0.5, 0.9 - 0.7 * (at > 0.3)), 0.5, 0.3, "a broken face far out that reads it"),
-    (lambda at: 1 / (1 + np.exp(-4 * at)), 1, 1, "a probability is never 1: the least step that is near enough"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "score, target, wanted, why",
+    [
+        (lambda at: np.where(at > 5, 0.5, 0.9 - 0.7 * (at > 0.3)), 0.5, 0.3, "a broken face far out that reads it"),
+        (lambda at: 1 / (1 + np.exp(-4 * at)), 1, 1, "a probability is never 1: the least step that is near enough"),
+    ],
+)
 def test_no_further_than_needed(monkeypatch, score, target, wanted, why):
     boundary = Boundary(np.ones((1, 1), np.float32), 0, "smile", "w", mean=0, std=1)
     monkeypatch.setattr("editing.sweep.render_codes", lambda generator, codes, noise, condition: codes[:, 0, 0])
@@ -231,16 +302,26 @@ def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
     out = tmp_path / "out"
     small = ("--num_sample", "60", "--ratio", "0.2", "--steps", "1")
     for flags, status, message in (
-        (("--attribute", "beard"), 1, "no attribute 'beard'"), (("--layers", "x"), 2, "--layers x"),
-        (("--layers", "0-99"), 1, "this generator has the layers 0-5"), (("--target", "60"), 2, "ATTRIBUTE=VALUE"),
-        (("--target", "age=old"), 2, "is no number"), (("--size", "256"), 1, "draws 16 pixels"),
-        (("--ratio", "0.6"), 2, "--ratio"), (("--boundary", tmp_path / "absent.npz"), 1, "absent.npz"),
-    ):  # fmt: skip
+        (("--attribute", "beard"), 1, "no attribute 'beard'"),
+        (("--layers", "x"), 2, "--layers x"),
+        (("--layers", "0-99"), 1, "this generator has the layers 0-5"),
+        (("--target", "60"), 2, "ATTRIBUTE=VALUE"),
+        (("--target", "age=old"), 2, "is no number"),
+        (("--size", "256"), 1, "draws 16 pixels"),
+        (("--ratio", "0.6"), 2, "--ratio"),
+        (("--boundary", tmp_path / "absent.npz"), 1, "absent.npz"),
+    ):
         assert command(ckpt, latents, out, *small, *flags) == status
         assert message in capsys.readouterr().err
     config = generator.config
-    other = save_latents(tmp_path / "other", np.zeros((1, 6, 32), np.float32), names=["a"],
-                         space=config.space, size=16, fingerprint="0123456789abcdef")  # fmt: skip
+    other = save_latents(
+        tmp_path / "other",
+        np.zeros((1, 6, 32), np.float32),
+        names=["a"],
+        space=config.space,
+        size=16,
+        fingerprint="0123456789abcdef",
+    )
     assert other is None and command(ckpt, tmp_path / "other", out, *small) == 1
     assert "0123456789abcdef" in capsys.readouterr().err
 
@@ -252,8 +333,20 @@ def test_labels_of_drawn_pictures_make_a_boundary(ckpt, latents, scorer, tmp_pat
     rows = [f"seed{seed:04d}.png,{int(value > np.median(side))},x" for seed, value in zip(seeds, side, strict=True)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,hat,note", *rows, "seed0003.png,,y"]), encoding="utf-8")
     out = tmp_path / "out"
-    flags = ("--attribute", f"csv:{tmp_path / 'labels.csv'}", "--distance", "relative", "--unit", "std",
-             "--start_distance", "-2", "--end_distance", "2", "--steps", "3")  # fmt: skip
+    flags = (
+        "--attribute",
+        f"csv:{tmp_path / 'labels.csv'}",
+        "--distance",
+        "relative",
+        "--unit",
+        "std",
+        "--start_distance",
+        "-2",
+        "--end_distance",
+        "2",
+        "--steps",
+        "3",
+    )
     assert command(ckpt, latents, out, *flags) == 0
     boundary = load_boundary(out / "boundary-hat.npz")
     assert (boundary.attribute, boundary.n_samples, boundary.ratio) == ("hat", 120, 0.5)
@@ -271,8 +364,12 @@ def test_labels_of_drawn_pictures_make_a_boundary(ckpt, latents, scorer, tmp_pat
 def test_two_targets_are_reached_together(ckpt, latents, scorer, tmp_path, capsys):
     out = tmp_path / "out"
     for attribute in ("age", "smile"):
-        assert command(ckpt, latents, out, "--num_sample", "300", "--ratio", "0.1", "--steps", "1",
-                       "--attribute", attribute) == 0  # fmt: skip
+        assert (
+            command(
+                ckpt, latents, out, "--num_sample", "300", "--ratio", "0.1", "--steps", "1", "--attribute", attribute
+            )
+            == 0
+        )
     start = {name: float(table(out)[0][name]) for name in ("age", "smile")}
     wanted = {"age": start["age"] + 2, "smile": start["smile"] + 0.03}
     both = ("--boundary", out / "boundary-age.npz", out / "boundary-smile.npz", "--target")
@@ -311,8 +408,20 @@ def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_
 
 def test_the_saved_boundary_is_the_orthogonal_one(ckpt, latents, scorer, tmp_path, generator, capsys):
     smile, out = tmp_path / "smile" / "boundary-smile.npz", tmp_path / "out"
-    small = ("--num_sample", "60", "--ratio", "0.3", "--samples", tmp_path / "samples", "--unit", "std", "--distance",
-             "relative", "--at", "2")  # fmt: skip
+    small = (
+        "--num_sample",
+        "60",
+        "--ratio",
+        "0.3",
+        "--samples",
+        tmp_path / "samples",
+        "--unit",
+        "std",
+        "--distance",
+        "relative",
+        "--at",
+        "2",
+    )
     assert command(ckpt, latents, tmp_path / "smile", *small, "--attribute", "smile") == 0
     assert command(ckpt, latents, tmp_path / "plain", *small) == 0
     assert command(ckpt, latents, out, *small, "--orthogonal_to", smile) == 0
@@ -336,8 +445,15 @@ def test_faces_of_a_conditional_generator_keep_their_attributes(scorer, tmp_path
     generator = load_generator(ckpt, "cpu")
     codes = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2]))))
     own = torch.tensor([[0.0, 1.0], [0.9, 0.2]])
-    save_latents(tmp_path / "l", codes, names=["a.png", "b.png"], space="w++", size=16,
-                 fingerprint=generator.fingerprint, extra={CONDITION: {"values": own.tolist()}})  # fmt: skip
+    save_latents(
+        tmp_path / "l",
+        codes,
+        names=["a.png", "b.png"],
+        space="w++",
+        size=16,
+        fingerprint=generator.fingerprint,
+        extra={CONDITION: {"values": own.tolist()}},
+    )
     out, flags = tmp_path / "out", ("--num_sample", "60", "--ratio", "0.2", "--distance", "relative")
     inversions = list(render(generator, codes, condition=own))
     assert not np.array_equal(inversions[1], next(render(generator, codes[1:]))), "the neutral picture is another"

@@ -47,9 +47,24 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def flags(models, tmp_path):
-    return ["--ckpt", str(models / "face-wpp-16.safetensors"), "--boundaries", str(models), "--step", "2",
-            "--seeds", "5", "--scorer", "face-scorer-eval", "--perceptual", "scorer:face-scorer-eval",
-            "--device", "cpu", "--output_dir", str(tmp_path / "figures ü")]  # fmt: skip
+    return [
+        "--ckpt",
+        str(models / "face-wpp-16.safetensors"),
+        "--boundaries",
+        str(models),
+        "--step",
+        "2",
+        "--seeds",
+        "5",
+        "--scorer",
+        "face-scorer-eval",
+        "--perceptual",
+        "scorer:face-scorer-eval",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "figures ü"),
+    ]
 
 
 def command(flags):
@@ -88,8 +103,12 @@ def test_what_has_no_model_is_left_out(flags, models, tmp_path, capsys):
     assert told.count("no conditional generator: name one with --cgan") == 2
     assert [path.name for path in (tmp_path / "figures ü").iterdir()] == ["inversion.jpg"]
     w = str(models / "face-w-16.safetensors")
-    refused = {"--ckpt": (w, "is a W generator"), "--w_ckpt": (str(alone), "expected 16 pixels from w"),
-               "--cgan": (w, "is an unconditional generator"), "--step": ("0", "--step 0")}  # fmt: skip
+    refused = {
+        "--ckpt": (w, "is a W generator"),
+        "--w_ckpt": (str(alone), "expected 16 pixels from w"),
+        "--cgan": (w, "is an unconditional generator"),
+        "--step": ("0", "--step 0"),
+    }
     for flag, (value, sentence) in refused.items():
         assert command([*flags, flag, value]) in (1, 2) and sentence in capsys.readouterr().err
 

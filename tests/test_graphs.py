@@ -126,9 +126,13 @@ def test_results_outlive_the_next_launch():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x * float(x[0]), lambda x: x if x.sum() > 2 else -x, lambda x: x + torch.tensor([1.0, 2.0]),
-     lambda x: x[x > 0]],
-)  # fmt: skip
+    [
+        lambda x: x * float(x[0]),
+        lambda x: x if x.sum() > 2 else -x,
+        lambda x: x + torch.tensor([1.0, 2.0]),
+        lambda x: x[x > 0],
+    ],
+)
 def test_the_stand_in_sees_what_a_graph_cannot_hold(function):
     with pytest.raises(CaptureError, match="waits for the device"):
         StandIn().record(lambda: function(torch.ones(2)))()

@@ -40,8 +40,10 @@ def test_grown_discriminator_judges_alike():
     b.load_state_dict(grow_discriminator(a.state_dict(), small, b))
     images = F.interpolate(torch.randn(64, 3, 4, 4), scale_factor=16, mode="bicubic")
     with torch.no_grad():
-        grown, fresh = correlation(a(F.avg_pool2d(images, 4)), b(images)), correlation(
-            a(F.avg_pool2d(images, 4)), Discriminator(large)(images))  # fmt: skip
+        grown, fresh = (
+            correlation(a(F.avg_pool2d(images, 4)), b(images)),
+            correlation(a(F.avg_pool2d(images, 4)), Discriminator(large)(images)),
+        )
     assert grown > max(0.3, fresh)
 
 

@@ -11,14 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import common.weights
-from faces.identity import (
-    Identity,
-    MobileFaceNet,
-    build_identity,
-    crop_as_psp,
-    crop_for_arcface,
-    resample_box,
-)
+from faces.identity import Identity, MobileFaceNet, build_identity, crop_as_psp, crop_for_arcface, resample_box
 
 # Mean landmarks of FFHQ-framed faces at 128 pixels, and the ArcFace template for 112 (faces/identity.py)
 FRAME = np.array([(47.66, 60.26), (80.00, 59.93), (64.26, 79.20), (50.18, 93.58), (78.24, 93.30)])
@@ -56,9 +49,9 @@ def test_landmarks_reach_the_template(size):
     """A spot at each mean landmark lands where ArcFace wants it, whatever the size of the picture."""
     at = (FRAME + 0.5) / 128 * size - 0.5
     grid = torch.arange(size, dtype=torch.float32)
-    spots = torch.stack([
-        torch.exp(-((grid - x) ** 2 + (grid[:, None] - y) ** 2) / (2 * (0.02 * size) ** 2)) for x, y in at
-    ])[:, None].expand(-1, 3, -1, -1)  # fmt: skip
+    spots = torch.stack(
+        [torch.exp(-((grid - x) ** 2 + (grid[:, None] - y) ** 2) / (2 * (0.02 * size) ** 2)) for x, y in at]
+    )[:, None].expand(-1, 3, -1, -1)
     crops = crop_for_arcface(spots)[:, 0].double()
     assert crops.shape == (5, 112, 112)
     place = torch.arange(112, dtype=torch.float64)
@@ -95,12 +88,19 @@ def test_layout():
     n_conv = 1 + n_norm
     assert len(state) == n_conv + 2 * n_conv + n_blocks * 3 * n_conv + n_conv + n_conv + 2 + n_norm
     shapes = {
-        "conv1.0.weight": (64, 3, 3, 3), "dw_conv.pointwise.weight": (64, 64, 1, 1), "dw_conv.bn2.bias": (64,),
-        "features.0.conv.0.0.weight": (128, 64, 1, 1), "features.4.conv.2.weight": (64, 128, 1, 1),
-        "features.5.conv.1.0.weight": (256, 1, 3, 3), "features.12.conv.0.0.weight": (512, 128, 1, 1),
-        "features.14.conv.3.running_var": (128,), "conv2.0.weight": (512, 128, 1, 1),
-        "gdconv.depthwise.weight": (512, 1, 7, 7), "conv3.bias": (128,), "bn.running_mean": (128,),
-    }  # fmt: skip
+        "conv1.0.weight": (64, 3, 3, 3),
+        "dw_conv.pointwise.weight": (64, 64, 1, 1),
+        "dw_conv.bn2.bias": (64,),
+        "features.0.conv.0.0.weight": (128, 64, 1, 1),
+        "features.4.conv.2.weight": (64, 128, 1, 1),
+        "features.5.conv.1.0.weight": (256, 1, 3, 3),
+        "features.12.conv.0.0.weight": (512, 128, 1, 1),
+        "features.14.conv.3.running_var": (128,),
+        "conv2.0.weight": (512, 128, 1, 1),
+        "gdconv.depthwise.weight": (512, 1, 7, 7),
+        "conv3.bias": (128,),
+        "bn.running_mean": (128,),
+    }
     assert {name: tuple(state[name].shape) for name in shapes} == shapes
     network = MobileFaceNet()
     strides = [block.conv[1][0].stride[0] for block in network.features]
@@ -151,8 +151,11 @@ def test_names_and_absent_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(common.weights, "search_folders", lambda weights_dir=None: [tmp_path])
     with pytest.raises(ValueError, match="'facenet' is unknown: expected auto, ir_se50 or mobilefacenet"):
         build_identity("facenet")
-    for name, file in (("auto", "mobilefacenet.pt"), ("mobilefacenet", "mobilefacenet.pt"),
-                       ("ir_se50", "model_ir_se50.pth")):  # fmt: skip
+    for name, file in (
+        ("auto", "mobilefacenet.pt"),
+        ("mobilefacenet", "mobilefacenet.pt"),
+        ("ir_se50", "model_ir_se50.pth"),
+    ):
         with pytest.raises(FileNotFoundError, match=file):
             build_identity(name)
 

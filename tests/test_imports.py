@@ -169,14 +169,23 @@ def imported(tmp_path_factory):
     compilers = ("CC", "CXX", "CUDA_HOME", "PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in compilers}
     environment |= {
-        "PATH": str(no_programs), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore", "HOME": str(empty), "COLUMNS": "200",
-    }  # fmt: skip
+        "PATH": str(no_programs),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "HOME": str(empty),
+        "COLUMNS": "200",
+    }
     scripts = {name: str(file) for name, file in COMMANDS.items()}
     done = subprocess.run(
         [sys.executable, "-c", SERVER, str(ROOT), json.dumps(list(MODULES)), json.dumps(scripts)],
-        cwd=empty, env=environment, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     result["left"] = [str(path.relative_to(empty)) for path in empty.rglob("*")]
@@ -221,10 +230,26 @@ def test_published_flags_of_train():
     import train
 
     published = {
-        "exp_name": "test", "iter": 800_000, "batch": 16, "n_sample": 64, "size": 256, "r1": 10, "path_regularize": 2,
-        "path_batch_shrink": 2, "d_reg_every": 16, "g_reg_every": 4, "mixing": 0.9, "ckpt": None, "lr": 0.002,
-        "channel_multiplier": 2, "wandb": False, "w_space": False, "local_rank": 0, "style_dim": 512, "n_mlp": 8,
-    }  # fmt: skip
+        "exp_name": "test",
+        "iter": 800_000,
+        "batch": 16,
+        "n_sample": 64,
+        "size": 256,
+        "r1": 10,
+        "path_regularize": 2,
+        "path_batch_shrink": 2,
+        "d_reg_every": 16,
+        "g_reg_every": 4,
+        "mixing": 0.9,
+        "ckpt": None,
+        "lr": 0.002,
+        "channel_multiplier": 2,
+        "wandb": False,
+        "w_space": False,
+        "local_rank": 0,
+        "style_dim": 512,
+        "n_mlp": 8,
+    }
     args = train.build_parser().parse_args(["faces.lmdb"])
     starting.read_architecture(args)
     args = vars(args)

@@ -72,10 +72,38 @@ def test_pictures_inversions_and_edits_with_graphs(checkpoint, recorders, tmp_pa
         home, shared = tmp_path / graphs, ("--ckpt", checkpoint, "--graphs", graphs)
         start(generate, *shared, "--seeds", "0-7", "--save_latents", "--output_dir", home / "drawn")
         faces = [home / "drawn" / f"seed{k:04d}.png" for k in range(2)]
-        start(projector, *shared, "--dataset", *faces, "--step", 8, "--mean_samples", 50, "--identity", "none",
-              "--output_dir", home / "inverted")  # fmt: skip
-        start(edit_attribute, *shared, "--latent", home / "drawn" / "latents", "--num_sample", 60, "--ratio", 0.1,
-              "--steps", 17, "--identity", "none", "--perceptual", "none", "--output_dir", home / "edited")  # fmt: skip
+        start(
+            projector,
+            *shared,
+            "--dataset",
+            *faces,
+            "--step",
+            8,
+            "--mean_samples",
+            50,
+            "--identity",
+            "none",
+            "--output_dir",
+            home / "inverted",
+        )
+        start(
+            edit_attribute,
+            *shared,
+            "--latent",
+            home / "drawn" / "latents",
+            "--num_sample",
+            60,
+            "--ratio",
+            0.1,
+            "--steps",
+            17,
+            "--identity",
+            "none",
+            "--perceptual",
+            "none",
+            "--output_dir",
+            home / "edited",
+        )
     plain, graphed = (files(tmp_path / graphs) for graphs in ("off", "on"))
     assert len(plain) > 100 and plain == graphed
     codes = [load_latents(tmp_path / graphs / "inverted").latents for graphs in ("off", "on")]
@@ -136,8 +164,14 @@ def test_projection_in_bf16(generator):
     images, _ = generator(generator.draw_z(2, torch.Generator().manual_seed(1)), randomize_noise=False)
     losses = []
     for dtype in (torch.float32, torch.bfloat16):
-        result = project(generator, images.clamp(-1, 1), perceptual=PixelDistance(), steps=30, dtype=dtype,
-                         statistics=generator.latent_statistics(100, seed=1))  # fmt: skip
+        result = project(
+            generator,
+            images.clamp(-1, 1),
+            perceptual=PixelDistance(),
+            steps=30,
+            dtype=dtype,
+            statistics=generator.latent_statistics(100, seed=1),
+        )
         losses.append(result.curves["perceptual"][:, -1])
     assert relative(losses[1], losses[0]) < 0.02
 
@@ -145,8 +179,12 @@ def test_projection_in_bf16(generator):
 @pytest.mark.parametrize("script", [generate, edit_attribute, projector, inference])
 def test_flags(script, capsys):
     """Offered everywhere, off by default, refused without CUDA in one line before anything is read."""
-    flags = {generate: ("--ckpt", "a.pt"), edit_attribute: ("--ckpt", "a.pt", "--latent", "b", "--output_dir", "c"),
-             projector: ("--ckpt", "a.pt", "--dataset", "b"), inference: ("--exp_dir", "a")}[script]  # fmt: skip
+    flags = {
+        generate: ("--ckpt", "a.pt"),
+        edit_attribute: ("--ckpt", "a.pt", "--latent", "b", "--output_dir", "c"),
+        projector: ("--ckpt", "a.pt", "--dataset", "b"),
+        inference: ("--exp_dir", "a"),
+    }[script]
     args = script.build_parser().parse_args(flags)
     assert (args.graphs, args.precision) == ("off", "fp32")
     assert run(script.main, script.build_parser(), [*flags, "--graphs", "on", "--device", "cpu"]) == 1

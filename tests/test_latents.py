@@ -28,8 +28,7 @@ def save(folder, latents=None, **changes):
 
 
 @pytest.mark.parametrize(
-    ("text", "seeds"),
-    [("7", [7]), ("0-3", [0, 1, 2, 3]), (" 5 , 1-2,5", [5, 1, 2, 5]), ("4294967295", [2**32 - 1])],
+    ("text", "seeds"), [("7", [7]), ("0-3", [0, 1, 2, 3]), (" 5 , 1-2,5", [5, 1, 2, 5]), ("4294967295", [2**32 - 1])]
 )
 def test_parse_seeds(text, seeds):
     assert parse_seeds(text) == seeds
@@ -191,9 +190,14 @@ def test_bare_two_dimensional_file(tmp_path):
 def rosinality_projection(latents, noise=(4, 8, 8)):
     """As its projector.py saves it."""
     draw = torch.Generator().manual_seed(2)
-    return {f"faces/people/ü {i}.jpg": {"img": torch.zeros(3, 32, 32), "latent": latent,
-                                        "noise": [torch.randn(1, 1, r, r, generator=draw) for r in noise]}
-            for i, latent in enumerate(latents)}  # fmt: skip
+    return {
+        f"faces/people/ü {i}.jpg": {
+            "img": torch.zeros(3, 32, 32),
+            "latent": latent,
+            "noise": [torch.randn(1, 1, r, r, generator=draw) for r in noise],
+        }
+        for i, latent in enumerate(latents)
+    }
 
 
 def test_projection_of_rosinality(tmp_path):
@@ -239,11 +243,13 @@ def test_projection_of_nvidia(tmp_path):
         ({"a.png": {"latent": Path("code")}}, "holds Python objects"),
         ({"a.png": {"latent": torch.ones(8, 16, dtype=torch.int64)}}, "is no projection"),
         ({"a.png": {"latent": torch.ones(8, 16)}, "b.png": {"latent": torch.ones(16)}}, "of different shapes"),
-        (rosinality_projection(some_latents(1)) | {"b.png": {"latent": torch.ones(8, 16), "noise": [torch.ones(1)]}},
-         "noise maps of different shapes"),
+        (
+            rosinality_projection(some_latents(1)) | {"b.png": {"latent": torch.ones(8, 16), "noise": [torch.ones(1)]}},
+            "noise maps of different shapes",
+        ),
         ({"a.png": {"latent": torch.full((8, 16), torch.nan)}}, "not finite"),
     ],
-)  # fmt: skip
+)
 def test_other_pt_files_are_refused(tmp_path, content, complaint):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=complaint):
@@ -273,9 +279,12 @@ def test_unreadable_files(tmp_path):
     np.save(path, some_latents().numpy())
     whole = path.read_bytes()
     for content, complaint in (
-        (whole[:-1], "truncated"), (whole[:20], "truncated"), (b"", "is empty"), (b"<!doctype html>", "web page"),
+        (whole[:-1], "truncated"),
+        (whole[:20], "truncated"),
+        (b"", "is empty"),
+        (b"<!doctype html>", "web page"),
         (b"some text", "not a .npy file"),
-    ):  # fmt: skip
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=complaint):
             load_latents(path)

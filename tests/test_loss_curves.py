@@ -36,7 +36,11 @@ def test_ways_agree_and_seeds_do_not(capsys):
     flags = ["--runs", "ref", "original", "bf16", "--seeds", "2", "1", "--steps", "20", "--window", "5", *SMALL]
     lines, found = measure(flags, capsys)
     assert [(r["way"], r["seed"], r["broken"]) for r in found["runs"]] == [
-        ("ref", 2, None), ("ref", 1, None), ("original", 2, None), ("bf16", 2, None)]  # fmt: skip
+        ("ref", 2, None),
+        ("ref", 1, None),
+        ("original", 2, None),
+        ("bf16", 2, None),
+    ]
     assert all(len(r["curves"][name]) == 20 for r in found["runs"] for name in ("d", "g"))
     assert found["distance"]["original"] < 0.02 < found["noise"] and found["distance"]["bf16"] < found["noise"]
     first, original = found["runs"][0]["curves"], found["runs"][2]["curves"]
@@ -75,8 +79,24 @@ def test_pictures_repeat():
 def test_kernels_learn_the_same(root):
     """Two steps, the first with all four phases, in Triton's interpreter, which has to be switched on before Triton is
     imported: a process of its own. More of them take minutes; on a GPU: loss_curves.py --runs ref kernels."""
-    command = [sys.executable, "benchmarks/loss_curves.py", "--runs", "ref", "kernels", "--seeds", "0", "--steps", "2",
-               "--window", "1", "--batch", "2", "--style_dim", "16", *SMALL]  # fmt: skip
+    command = [
+        sys.executable,
+        "benchmarks/loss_curves.py",
+        "--runs",
+        "ref",
+        "kernels",
+        "--seeds",
+        "0",
+        "--steps",
+        "2",
+        "--window",
+        "1",
+        "--batch",
+        "2",
+        "--style_dim",
+        "16",
+        *SMALL,
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_DEFAULT_FP_FUSION": "1"}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr

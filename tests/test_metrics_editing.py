@@ -53,9 +53,11 @@ def sweep_of(ages, smiles, identity=None, name="a"):
 
 
 def test_measures_by_hand():
-    sweep = sweep_of([[20, 25, 30, 40, 50], [50, 40, 45, 44, 43]],
-                     [[0.1, 0.2, 0.3, 0.6, 0.9], [0.2, 0.2, 0.1, 0.2, 0.4]],
-                     [[0.6, 0.8, 1, 0.9, 0.7], [0.5, 0.9, 1, 0.9, 0.8]])  # fmt: skip
+    sweep = sweep_of(
+        [[20, 25, 30, 40, 50], [50, 40, 45, 44, 43]],
+        [[0.1, 0.2, 0.3, 0.6, 0.9], [0.2, 0.2, 0.1, 0.2, 0.4]],
+        [[0.6, 0.8, 1, 0.9, 0.7], [0.5, 0.9, 1, 0.9, 0.8]],
+    )
     assert sweep.origin == 2
     assert rise(sweep, 0) == pytest.approx([1.0, -0.4])
     assert crossed(sweep, 1).tolist() == [True, False]
@@ -72,8 +74,12 @@ def test_measures_by_hand():
 
 def test_rows_are_compared_on_the_faces_that_all_of_them_reach():
     strong = sweep_of([[10, 20, 30, 40, 50]] * 2, [[0.5] * 5] * 2, [[0.4, 0.7, 1, 0.8, 0.6]] * 2, "strong")
-    weak = sweep_of([[26, 28, 30, 32, 34], [0, 15, 30, 45, 60]], [[0.5, 0.5, 0.5, 0.6, 0.7]] * 2,
-                    [[0.1] * 5, [0.2, 0.6, 1, 0.6, 0.2]], "weak")  # fmt: skip
+    weak = sweep_of(
+        [[26, 28, 30, 32, 34], [0, 15, 30, 45, 60]],
+        [[0.5, 0.5, 0.5, 0.6, 0.7]] * 2,
+        [[0.1] * 5, [0.2, 0.6, 1, 0.6, 0.2]],
+        "weak",
+    )
     first, second = summarise([strong, weak], 0, KINDS, 15)
     assert (first["reached"], second["reached"], first["compared"], second["compared"]) == (1.0, 0.5, 1, 1)
     assert first["change"] == 40 and second["change"] == pytest.approx((8 + 60) / 2)
@@ -111,11 +117,20 @@ def inputs(tmp_path, monkeypatch):
         generator = load_generator(ckpt, "cpu")
         codes = generator.get_latent(torch.randn(3, 32) if w_space else torch.randn(3, 6, 32)).detach()
         folder = tmp_path / f"{space} latents"
-        save_latents(folder, codes, names=["ü.png", "b.png", "c.png"], space=space, size=16,
-                     fingerprint=generator.fingerprint)  # fmt: skip
+        save_latents(
+            folder, codes, names=["ü.png", "b.png", "c.png"], space=space, size=16, fingerprint=generator.fingerprint
+        )
         normal = np.random.RandomState(0).randn(1, 32 if w_space else 6 * 32).astype(np.float32)
-        boundary = Boundary(normal / np.linalg.norm(normal), 0.0, "age", "w" if w_space else "w++", 0.0, std,
-                            fingerprint=generator.fingerprint, size=16)  # fmt: skip
+        boundary = Boundary(
+            normal / np.linalg.norm(normal),
+            0.0,
+            "age",
+            "w" if w_space else "w++",
+            0.0,
+            std,
+            fingerprint=generator.fingerprint,
+            size=16,
+        )
         rows.append((ckpt, folder, boundary.save(tmp_path / f"{space}.npz")))
     return rows
 
@@ -127,8 +142,27 @@ def read_inputs(folder):
 
 def command(rows, out, *flags):
     ckpts, latents, boundaries = zip(*rows, strict=True)
-    argv = ["--ckpt", *ckpts, "--latent", *latents, "--boundary", *boundaries, "--output_dir", out, "--device", "cpu",
-            "--identity", "none", "--perceptual", "none", "--steps", "5", "--reach", "2", *flags]  # fmt: skip
+    argv = [
+        "--ckpt",
+        *ckpts,
+        "--latent",
+        *latents,
+        "--boundary",
+        *boundaries,
+        "--output_dir",
+        out,
+        "--device",
+        "cpu",
+        "--identity",
+        "none",
+        "--perceptual",
+        "none",
+        "--steps",
+        "5",
+        "--reach",
+        "2",
+        *flags,
+    ]
     return run(editing.main, editing.build_parser(), [str(arg) for arg in argv])
 
 
@@ -150,13 +184,14 @@ def test_misuse(inputs, tmp_path, capsys):
     out = tmp_path / "out"
     swapped = [(inputs[0][0], inputs[0][1], inputs[1][2]), inputs[1]]
     for rows, flags, status, message in (
-        (inputs, ("--steps", "4"), 2, "odd number"), (inputs, ("--names", "A"), 2, "--names has 1 entries for 2"),
-        (swapped, (), 1, "is a boundary of generator"), (inputs, ("--layers", "9"), 1, "has the layers 0-5"),
-    ):  # fmt: skip
+        (inputs, ("--steps", "4"), 2, "odd number"),
+        (inputs, ("--names", "A"), 2, "--names has 1 entries for 2"),
+        (swapped, (), 1, "is a boundary of generator"),
+        (inputs, ("--layers", "9"), 1, "has the layers 0-5"),
+    ):
         assert command(rows, out, *flags) == status
         assert message in capsys.readouterr().err
-    save_latents(tmp_path / "other", torch.zeros(1, 6, 32), names=["else.png"], space="w++", size=16,
-                 fingerprint=None)  # fmt: skip
+    save_latents(tmp_path / "other", torch.zeros(1, 6, 32), names=["else.png"], space="w++", size=16, fingerprint=None)
     assert command([inputs[0], (inputs[1][0], tmp_path / "other", inputs[1][2])], out) == 1
     assert "different faces" in capsys.readouterr().err
 
@@ -168,8 +203,15 @@ def test_faces_of_a_conditional_generator_are_judged_under_their_attributes(inpu
     save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
     generator = load_generator(ckpt, "cpu")
     codes, own = generator.get_latent(torch.randn(2, 6, 32)).detach(), torch.tensor([[0.0, 1.0], [0.9, 0.2]])
-    save_latents(folder, codes, names=["a.png", "b.png"], space="w++", size=16, fingerprint=generator.fingerprint,
-                 extra={CONDITION: {"values": own.tolist()}})  # fmt: skip
+    save_latents(
+        folder,
+        codes,
+        names=["a.png", "b.png"],
+        space="w++",
+        size=16,
+        fingerprint=generator.fingerprint,
+        extra={CONDITION: {"values": own.tolist()}},
+    )
     normal = np.full((1, 192), 192**-0.5, np.float32)
     Boundary(normal, 0.0, "age", "w++", 0.0, 1.0, fingerprint=generator.fingerprint).save(path)
     assert command([(ckpt, folder, path)], tmp_path / "out") == 0
@@ -182,7 +224,8 @@ def test_faces_of_a_conditional_generator_are_judged_under_their_attributes(inpu
 def test_two_processes_share_the_faces(inputs, tmp_path, root):
     """torchrun, gloo: the tables of one process, each face swept by one rank alone; --faces 1 leaves a rank none."""
     script = tmp_path / "two.py"
-    script.write_text("""if True:
+    script.write_text(
+        """if True:
         import os, sys, test_metrics_editing as t
         from common.distributed import setup, shutdown
         place = setup("cpu", timeout=240)
@@ -193,11 +236,18 @@ def test_two_processes_share_the_faces(inputs, tmp_path, root):
         for n in "01":
             assert t.command(t.read_inputs(sys.argv[1]), f"{sys.argv[1]}/two {n}", "--at", "0.001", "--faces", n) == 0
         open(f"{sys.argv[1]}/swept {os.environ['RANK']}", "w").write(str(len(swept)))
-        shutdown()""", encoding="utf-8")
+        shutdown()""",
+        encoding="utf-8",
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     path = os.pathsep.join((str(root), str(root / "tests")))
-    done = subprocess.run([*launch, str(tmp_path)], capture_output=True, text=True, timeout=400,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})  # fmt: skip
+    done = subprocess.run(
+        [*launch, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sum(int((tmp_path / f"swept {rank}").read_text()) for rank in (0, 1)) == (3 + 1) * len(inputs)
     for n in "01":

@@ -32,7 +32,7 @@ def random_network(dim=24):
     torch.manual_seed(5)
     return nn.Sequential(
         nn.Conv2d(3, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, dim, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 @pytest.fixture
@@ -147,9 +147,17 @@ def test_equals_torch_fidelity_on_the_same_folders(folders, random_extractor):
     torch_fidelity.register_feature_extractor(NAME, Theirs)
     try:
         theirs = torch_fidelity.calculate_metrics(
-            input1=str(fake), input2=str(real), fid=True, kid=True, kid_subset_size=50, feature_extractor=NAME,
-            cuda=False, cache=False, verbose=False, save_cpu_ram=True,
-        )  # fmt: skip
+            input1=str(fake),
+            input2=str(real),
+            fid=True,
+            kid=True,
+            kid_subset_size=50,
+            feature_extractor=NAME,
+            cuda=False,
+            cache=False,
+            verbose=False,
+            save_cpu_ram=True,
+        )
     finally:
         del FEATURE_EXTRACTORS_REGISTRY[NAME]
     extractor = build_extractor(random_extractor, PROTOCOLS["tf-compat"])
@@ -235,8 +243,16 @@ def test_vgg16_ends_after_fc2(monkeypatch, tmp_path):
     assert paper(images).min() == 0 and paper.dim == 4096
 
     clean = build_extractor("vgg16", PROTOCOLS["clean"])
-    x = F.interpolate(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).float(), (224, 224), mode="bicubic",
-                      antialias=True, align_corners=False).clamp(0, 255) / 255  # fmt: skip
+    x = (
+        F.interpolate(
+            torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).float(),
+            (224, 224),
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+        ).clamp(0, 255)
+        / 255
+    )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = vgg.classifier[:5](vgg.avgpool(vgg.features((x - mean) / std)).flatten(1))
     torch.testing.assert_close(clean(images), expected, rtol=1e-4, atol=1e-4)

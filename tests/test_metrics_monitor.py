@@ -36,8 +36,25 @@ def play(capfd, tiny_flags, tmp_path, face_lmdb):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def play(name, *flags):
-        base = [*tiny_flags, "--path", str(face_lmdb), "--device", "cpu", "--workers", "0", "--n_sample", "4",
-                "--batch", "4", "--log_every", "1", "--extractor", "tiny", "--eval_samples", "12"]  # fmt: skip
+        base = [
+            *tiny_flags,
+            "--path",
+            str(face_lmdb),
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--n_sample",
+            "4",
+            "--batch",
+            "4",
+            "--log_every",
+            "1",
+            "--extractor",
+            "tiny",
+            "--eval_samples",
+            "12",
+        ]
         status = run(train.main, train.build_parser(), [*base, "--exp_name", str(tmp_path / name), *map(str, flags)])
         return Ending(status, *capfd.readouterr())
 
@@ -52,8 +69,9 @@ def test_curve_best_and_resume(play, tmp_path, face_lmdb):
     folder = tmp_path / "run"
     records = read_records(folder / "metrics.jsonl")
     assert [(r["metric"], r["step"]) for r in records if r["metric"].startswith("fid")] == [
-        ("fid-tiny", 2), ("fid-tiny", 4),
-    ]  # fmt: skip
+        ("fid-tiny", 2),
+        ("fid-tiny", 4),
+    ]
     assert len(records) == 10 and {r["n_fake"] for r in records} == {12} and records[0]["fake"]["images"] == 8
     logged = [line for line in read_log(folder / "log.jsonl") if line["group"] == "Metrics"]
     assert [line["step"] for line in logged] == [2, 4]
@@ -72,8 +90,20 @@ def test_curve_best_and_resume(play, tmp_path, face_lmdb):
 
     # the script gives the same number for the same checkpoint
     output = tmp_path / "again.jsonl"
-    flags = ["--real", face_lmdb, "--fake", folder / "checkpoint" / "000004.pt", "--n_sample", 12, "--extractor",
-             "tiny", "--output", output, "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--real",
+        face_lmdb,
+        "--fake",
+        folder / "checkpoint" / "000004.pt",
+        "--n_sample",
+        12,
+        "--extractor",
+        "tiny",
+        "--output",
+        output,
+        "--device",
+        "cpu",
+    ]
     assert run(fid.main, fid.build_parser(), list(map(str, flags))) == 0
     (again,) = (r for r in read_records(output) if r["metric"] == "fid-tiny")
     assert again["value"] == pytest.approx(values[4], rel=1e-3)

@@ -26,6 +26,7 @@ def package(real, fake, k):
 
 def by_definition(real, fake, k):
     """The definitions in float64, on whole matrices."""
+
     def distances(a, b):
         return np.sqrt(((a[:, None].astype(float) - b[None]) ** 2).sum(-1).astype(np.float32))
 
@@ -34,9 +35,11 @@ def by_definition(real, fake, k):
     cross = distances(real, fake)
     inside = cross < real_radii[:, None]
     return {
-        "precision": inside.any(0).mean(), "recall": (cross < fake_radii).any(1).mean(),
-        "density": 1 / k * inside.sum(0).mean(), "coverage": inside.any(1).mean(),
-    }  # fmt: skip
+        "precision": inside.any(0).mean(),
+        "recall": (cross < fake_radii).any(1).mean(),
+        "density": 1 / k * inside.sum(0).mean(),
+        "coverage": inside.any(1).mean(),
+    }
 
 
 @pytest.mark.parametrize("dim, k, seed", [(64, 5, 0), (64, 3, 1), (8, 5, 2)])

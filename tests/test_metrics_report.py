@@ -18,10 +18,22 @@ PROTOCOL = {"name": "tf-compat", "quantised": True, "resize": "bilinear-tf1", "a
 
 
 def record(metric="fid", value=10.0, *, step=100, truncation=1.0, fingerprint="f0", n=500, **facts):
-    fake = {"kind": "checkpoint", "path": "x", "n": n, "step": step, "images": step * 16, "truncation": truncation,
-            "seed": 0, "ema": True, "size": 32, "fingerprint": fingerprint + str(step), "space": "w++"}  # fmt: skip
-    return make_record(metric_name(metric, "squeeze"), value, real=REAL, fake=fake, protocol=PROTOCOL,
-                       extractor=EXTRACTOR, **facts)  # fmt: skip
+    fake = {
+        "kind": "checkpoint",
+        "path": "x",
+        "n": n,
+        "step": step,
+        "images": step * 16,
+        "truncation": truncation,
+        "seed": 0,
+        "ema": True,
+        "size": 32,
+        "fingerprint": fingerprint + str(step),
+        "space": "w++",
+    }
+    return make_record(
+        metric_name(metric, "squeeze"), value, real=REAL, fake=fake, protocol=PROTOCOL, extractor=EXTRACTOR, **facts
+    )
 
 
 def write_run(folder, curve, space="w++", **options):
@@ -59,8 +71,12 @@ def test_a_record_says_everything(tmp_path):
     append_records(tmp_path / "deep" / "metrics.jsonl", [record(value=float("nan"))])
     first, second = read_records(tmp_path / "deep" / "metrics.jsonl")
     assert (first["metric"], first["value"], first["n_real"], first["n_fake"], first["step"]) == (
-        "fid-squeeze", 10.0, 500, 500, 100,
-    )  # fmt: skip
+        "fid-squeeze",
+        10.0,
+        500,
+        500,
+        100,
+    )
     assert first["extractor"] == EXTRACTOR and first["protocol"]["antialias"] is False and first["notes"]
     assert {"filter", "codec", "size", "digest"} <= set(first["real"])
     assert {"truncation", "seed", "ema", "fingerprint"} <= set(first["fake"])
@@ -75,17 +91,20 @@ def test_lines_that_are_none(tmp_path):
         read_records(file)
 
 
-@pytest.mark.parametrize("path, value, text", [
-    ("n_fake", 400, "n_fake 500 against 400"),
-    ("extractor.sha256", "cd", "extractor.sha256 ab.* against cd"),
-    ("protocol.antialias", True, "protocol.antialias False against True"),
-    ("protocol.name", "clean", "protocol.name tf-compat against clean"),
-    ("real.filter", None, "real.filter lanczos against unknown"),
-    ("real.codec", "jpeg", "real.codec png against jpeg"),
-    ("real.digest", "d2", "real.digest d1 against d2"),
-    ("fake.truncation", 0.7, "fake.truncation 1.0 against 0.7"),
-    ("fake.ema", False, "fake.ema True against False"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, value, text",
+    [
+        ("n_fake", 400, "n_fake 500 against 400"),
+        ("extractor.sha256", "cd", "extractor.sha256 ab.* against cd"),
+        ("protocol.antialias", True, "protocol.antialias False against True"),
+        ("protocol.name", "clean", "protocol.name tf-compat against clean"),
+        ("real.filter", None, "real.filter lanczos against unknown"),
+        ("real.codec", "jpeg", "real.codec png against jpeg"),
+        ("real.digest", "d2", "real.digest d1 against d2"),
+        ("fake.truncation", 0.7, "fake.truncation 1.0 against 0.7"),
+        ("fake.ema", False, "fake.ema True against False"),
+    ],
+)
 def test_unlike_results_are_refused(path, value, text):
     one, other = record(), copy.deepcopy(record(value=8.0))
     *parents, name = path.split(".")
@@ -154,8 +173,10 @@ def test_sweep(play, tmp_path):
     points = tmp_path / "s.csv"
     status, out, _ = play(file, "--against", "truncation", "--curve_csv", points)
     assert status == 0 and [" ".join(line.split()) for line in out.splitlines()[2:]] == [
-        "sweep, psi 0.5 100 1.600 0.250", "sweep, psi 0.7 100 1.600 0.350", "sweep, psi 1 100 1.600 0.500",
-    ]  # fmt: skip
+        "sweep, psi 0.5 100 1.600 0.250",
+        "sweep, psi 0.7 100 1.600 0.350",
+        "sweep, psi 1 100 1.600 0.500",
+    ]
     assert points.read_text().splitlines()[1:] == ["sweep,0.5,0.25", "sweep,0.7,0.35", "sweep,1.0,0.5"]
     assert play(file, "--where", "fake.truncation=1")[0] == 0
     assert play(file, "--where", "fake.truncation=0.9")[0] == 1

@@ -281,6 +281,8 @@ def test_signatures():
     parameters = inspect.signature(FusedLeakyReLU).parameters
     assert list(parameters)[:1] == ["channel"]
     assert {name: p.default for name, p in list(parameters.items())[1:]} == {
-        "bias": True, "negative_slope": 0.2, "scale": 2**0.5,
-    }  # fmt: skip
+        "bias": True,
+        "negative_slope": 0.2,
+        "scale": 2**0.5,
+    }
     assert set(op.__all__) >= {"FusedLeakyReLU", "fused_leaky_relu", "upfirdn2d"}

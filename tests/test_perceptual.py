@@ -226,8 +226,10 @@ def test_discriminator_features(checkpoint):
     perceptual = build_perceptual(f"discriminator:{checkpoint}")
     assert perceptual.name == "discriminator-features(000007.pt)@16px"
     assert [list(layer.shape) for layer in perceptual.features(random_images(2, 16))] == [
-        [2, 8, 16, 16], [2, 8, 8, 8], [2, 8, 4, 4]
-    ]  # fmt: skip
+        [2, 8, 16, 16],
+        [2, 8, 8, 8],
+        [2, 8, 4, 4],
+    ]
     assert_frozen_and_per_image(perceptual, 16)
     assert perceptual(random_images(2, 40), random_images(2, 40)).shape == (2,), "other sizes are resized"
 
@@ -298,8 +300,14 @@ def test_auto_takes_the_first_at_hand(squeeze_file, no_weights):
         build_perceptual("auto")
 
 
-@pytest.mark.parametrize("name, file", [("auto", "vgg16-397923af.pth"), ("alex", "alexnet-owt-7be5be79.pth"),
-                                        ("squeeze-up64", "squeezenet1_1-b8a52dc0.pth")])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("auto", "vgg16-397923af.pth"),
+        ("alex", "alexnet-owt-7be5be79.pth"),
+        ("squeeze-up64", "squeezenet1_1-b8a52dc0.pth"),
+    ],
+)
 def test_absent_weights_are_named(no_weights, name, file):
     with pytest.raises(FileNotFoundError, match=f"{file} .*common.weights get .*discriminator:CHECKPOINT"):
         build_perceptual(name)

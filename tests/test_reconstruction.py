@@ -58,11 +58,16 @@ def test_ssim_is_that_of_scikit_image():
     a, b = pictures()
     expected = [
         metrics.structural_similarity(
-            x.permute(1, 2, 0).double().numpy(), y.permute(1, 2, 0).double().numpy(), data_range=2, channel_axis=2,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+            x.permute(1, 2, 0).double().numpy(),
+            y.permute(1, 2, 0).double().numpy(),
+            data_range=2,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
         for x, y in zip(a, b, strict=True)
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(structural_similarity(a, b).numpy(), expected, rtol=1e-9)
     assert structural_similarity(a, a).tolist() == pytest.approx([1, 1, 1])
     with pytest.raises(ValueError, match="at least 11 pixels"):
@@ -153,8 +158,17 @@ def test_curve_plot():
 def inversion(tmp_path):
     """make(folder name, space, method, mean of the perceptual distance, ...) -> its folder."""
 
-    def make(name, space, method="projector", level=0.1, names=("a.png", "b.png"), perceptual="lpips-squeeze", size=16,
-             identity=None, originals=None):  # fmt: skip
+    def make(
+        name,
+        space,
+        method="projector",
+        level=0.1,
+        names=("a.png", "b.png"),
+        perceptual="lpips-squeeze",
+        size=16,
+        identity=None,
+        originals=None,
+    ):
         folder, n = tmp_path / name, len(names)
         latents = np.ones((n, 2 * (size.bit_length() - 2), 32), np.float32)
         extra = {} if method is None else {"method": method}
@@ -162,8 +176,14 @@ def inversion(tmp_path):
         values = {"perceptual": [level + 0.01 * (-1) ** i for i in range(n)], "mse": [level / 10] * n, "psnr": [20] * n}
         if identity:
             values["identity"] = [level] * n
-        write_measures(folder / "reconstruction.csv", list(names), values, perceptual=perceptual, identity=identity,
-                       originals=originals)  # fmt: skip
+        write_measures(
+            folder / "reconstruction.csv",
+            list(names),
+            values,
+            perceptual=perceptual,
+            identity=identity,
+            originals=originals,
+        )
         return folder
 
     return make
@@ -269,9 +289,26 @@ def test_table_of_what_the_projector_writes(tmp_path, tiny_config, tiny_w_config
         torch.save(networks | {"config": config.to_dict(), "step": 0}, checkpoints[name])
 
     def project(checkpoint, space, folder):
-        argv = ["--ckpt", checkpoints[checkpoint], "--dataset", photos, "--output_dir", folder, "--space", space,
-                "--step", 2, "--perceptual", f"discriminator:{checkpoints['wpp']}", "--identity", "none",
-                "--device", "cpu", "--mean_samples", 20]  # fmt: skip
+        argv = [
+            "--ckpt",
+            checkpoints[checkpoint],
+            "--dataset",
+            photos,
+            "--output_dir",
+            folder,
+            "--space",
+            space,
+            "--step",
+            2,
+            "--perceptual",
+            f"discriminator:{checkpoints['wpp']}",
+            "--identity",
+            "none",
+            "--device",
+            "cpu",
+            "--mean_samples",
+            20,
+        ]
         assert run(projector.main, projector.build_parser(), [str(flag) for flag in argv]) == 0
         return folder
 
@@ -281,9 +318,13 @@ def test_table_of_what_the_projector_writes(tmp_path, tiny_config, tiny_w_config
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["inversion"] for row in rows] == ["projector Perceptual", "projector MSE"]
     for folder, space in zip(folders, ("w++", "w", "w+"), strict=True):
-        mse = np.square([np.asarray(read_image(folder / f"origin_{i}.png"), float) / 127.5
-                         - np.asarray(read_image(folder / f"project_{i}.png"), float) / 127.5
-                         for i in range(2)]).mean((1, 2, 3))  # fmt: skip
+        mse = np.square(
+            [
+                np.asarray(read_image(folder / f"origin_{i}.png"), float) / 127.5
+                - np.asarray(read_image(folder / f"project_{i}.png"), float) / 127.5
+                for i in range(2)
+            ]
+        ).mean((1, 2, 3))
         assert float(rows[1][f"{space}_mean"]) == pytest.approx(mse.mean(), rel=1e-4)
         assert float(rows[1][f"{space}_std"]) == pytest.approx(mse.std(), rel=1e-2)
     Image.new("RGB", (40, 40), (200, 0, 0)).save(photos / "face 02.png")

@@ -20,7 +20,11 @@ def test_folder_and_options(tmp_path):
     folder = tmp_path / "runs" / "erster Lauf ü"
     with Run(folder, argparse.Namespace(size=32, path=Path("x/ü"), lr=0.002), use_tensorboard=False) as run:
         assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
-            "checkpoint", "sample", "similarity", "tensorboard_log"]  # fmt: skip
+            "checkpoint",
+            "sample",
+            "similarity",
+            "tensorboard_log",
+        ]
         assert run.path("sample", "deep", "0.png").parent.is_dir()
         run.write_json("result.json", {"fid": math.nan, "n": torch.tensor(3)})
     written = json.loads((folder / "options.json").read_text(encoding="utf-8"))
@@ -111,9 +115,18 @@ def test_to_plain():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (185, "3m 05s"), (7383, "2h 03m"), (93600, "1d 02h"), (-1, "0s"),
-     (math.inf, "?"), (math.nan, "?")],
-)  # fmt: skip
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (185, "3m 05s"),
+        (7383, "2h 03m"),
+        (93600, "1d 02h"),
+        (-1, "0s"),
+        (math.inf, "?"),
+        (math.nan, "?"),
+    ],
+)
 def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
 

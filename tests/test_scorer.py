@@ -72,10 +72,12 @@ def write_csv(path, header, *rows):
 
 def test_labels_of_the_known_columns(tmp_path):
     path = write_csv(
-        tmp_path / "l.csv", ["file", "age", "gender", "narrow_eyes", "age_src", "expression_src", "identity"],
-        ["ü 1.jpg", "30", "M", "0.2", "aaf", "farl-pred", "a"], ["2.jpg", "", "F", "", "deepface-pred", "", ""],
+        tmp_path / "l.csv",
+        ["file", "age", "gender", "narrow_eyes", "age_src", "expression_src", "identity"],
+        ["ü 1.jpg", "30", "M", "0.2", "aaf", "farl-pred", "a"],
+        ["2.jpg", "", "F", "", "deepface-pred", "", ""],
         ["3.jpg", "140", "", "1", "deepface-pred", "mine", "a"],
-    )  # fmt: skip
+    )
     table = read_labels(path, trust=parse_trust("mine=0.5"))
     assert [a.name for a in table.attributes] == ["age", "gender", "eyes_open"]
     assert table.names == ("ü 1.jpg", "2.jpg", "3.jpg") and table.identities == ("a", "2.jpg", "a")
@@ -86,11 +88,18 @@ def test_labels_of_the_known_columns(tmp_path):
 
 
 def test_labels_of_other_columns(tmp_path):
-    path = write_csv(tmp_path / "l.csv", ["image_id", "Smiling", "Hat", "Yaw", "note"],
-                     ["1.jpg", "-1", "yes", "12.5", "x"], ["2.jpg", "1", "no", "-30", "y"])  # fmt: skip
+    path = write_csv(
+        tmp_path / "l.csv",
+        ["image_id", "Smiling", "Hat", "Yaw", "note"],
+        ["1.jpg", "-1", "yes", "12.5", "x"],
+        ["2.jpg", "1", "no", "-30", "y"],
+    )
     table = read_labels(path, "smile,hat,Yaw")
-    assert [(a.name, a.kind) for a in table.attributes] == [("smile", "probability"), ("hat", "probability"),
-                                                            ("Yaw", "value")]  # fmt: skip
+    assert [(a.name, a.kind) for a in table.attributes] == [
+        ("smile", "probability"),
+        ("hat", "probability"),
+        ("Yaw", "value"),
+    ]
     assert table.values.tolist() == [[0, 1, 12.5], [1, 0, -30]]
     assert table.attributes[2].mean == pytest.approx(-8.75)
     assert [a.name for a in read_labels(path, "all").attributes] == ["smile", "hat", "yaw"]  # `note` is no number
@@ -303,8 +312,13 @@ def test_accuracy_by_closed_form():
 
 
 def test_report_by_source(tmp_path):
-    path = write_csv(tmp_path / "l.csv", ["file", "age", "age_src", "smile"],
-                     ["1", "10", "aaf", "1"], ["2", "20", "guess", "0"], ["3", "", "", "1"])  # fmt: skip
+    path = write_csv(
+        tmp_path / "l.csv",
+        ["file", "age", "age_src", "smile"],
+        ["1", "10", "aaf", "1"],
+        ["2", "20", "guess", "0"],
+        ["3", "", "", "1"],
+    )
     report = accuracy_report(np.array([[12.0, 0.9], [25, 0.2], [50, 0.6]]), read_labels(path))
     assert report["age"]["n"] == 2 and report["age"]["by_source"]["guess"]["mae"] == 5
     assert report["smile"]["n"] == 3 and "by_source" not in report["smile"]
@@ -400,8 +414,12 @@ def test_a_torchvision_classifier_by_its_description(tmp_path):
     torch.manual_seed(0)
     network = shufflenet_v2_x0_5(num_classes=2).eval()
     save_checkpoint(tmp_path / "hair.pth", {"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}})
-    described = {"arch": "torchvision:shufflenet_v2_x0_5", "weights": "hair.pth", "attributes": ["bald", "blond"],
-                 "input_size": 96}  # fmt: skip
+    described = {
+        "arch": "torchvision:shufflenet_v2_x0_5",
+        "weights": "hair.pth",
+        "attributes": ["bald", "blond"],
+        "input_size": 96,
+    }
     path = tmp_path / "hair.json"
     path.write_text(json.dumps(described))
     scorer, images = load_scorer(path), smooth_faces(2, 96)
@@ -413,9 +431,14 @@ def test_a_torchvision_classifier_by_its_description(tmp_path):
         path.write_text(json.dumps(described | {"outputs": outputs}))
         assert torch.allclose(load_scorer(path)(images), expected, atol=1e-5)
 
-    wrong = [({"arch": "torchvision:nonesuch"}, "has no model 'nonesuch'"), ({"arch": "resnet18"}, "neither"),
-             ({"attributes": ["bald"]}, "another architecture"), ({"colour": 1}, "unknown entry colour"),
-             ({"outputs": "tanh"}, "hair.json: outputs are"), ({"channels": "hsv"}, "rgb or bgr")]  # fmt: skip
+    wrong = [
+        ({"arch": "torchvision:nonesuch"}, "has no model 'nonesuch'"),
+        ({"arch": "resnet18"}, "neither"),
+        ({"attributes": ["bald"]}, "another architecture"),
+        ({"colour": 1}, "unknown entry colour"),
+        ({"outputs": "tanh"}, "hair.json: outputs are"),
+        ({"channels": "hsv"}, "rgb or bgr"),
+    ]
     for change, message in wrong:
         path.write_text(json.dumps(described | change))
         with pytest.raises(ValueError, match=message):
@@ -438,8 +461,9 @@ def test_caffe_style_input():
     seen = []
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    scorer = ClassifierScorer(network, "abc", input_size=8, mean=(0, 0, 0), std=(1, 1, 1), channels="bgr",
-                              value_range=255.0, outputs="linear")  # fmt: skip
+    scorer = ClassifierScorer(
+        network, "abc", input_size=8, mean=(0, 0, 0), std=(1, 1, 1), channels="bgr", value_range=255.0, outputs="linear"
+    )
     images = smooth_faces(1, 8)
     assert torch.allclose(scorer(images), ((images.flip(1) + 1) * 127.5).mean((2, 3)))
     with pytest.raises(ValueError, match=r"gives \[3\] numbers per picture for 2"):
@@ -490,10 +514,28 @@ def keep_signal_handlers():
 
 def flags(planted, out, *more):
     return [
-        "--labels", str(planted / "labels.csv"), "--data", str(planted), "--out", str(out), "--input_size", "32",
-        "--width", "0.5", "--batch", "16", "--device", "cpu", "--validation", "0.25", "--log_every", "5",
-        "--val_every", "1000", *more,
-    ]  # fmt: skip
+        "--labels",
+        str(planted / "labels.csv"),
+        "--data",
+        str(planted),
+        "--out",
+        str(out),
+        "--input_size",
+        "32",
+        "--width",
+        "0.5",
+        "--batch",
+        "16",
+        "--device",
+        "cpu",
+        "--validation",
+        "0.25",
+        "--log_every",
+        "5",
+        "--val_every",
+        "1000",
+        *more,
+    ]
 
 
 def call(*args):
@@ -517,8 +559,25 @@ def test_a_planted_attribute_is_learnt_exported_and_judged(planted, tmp_path, ca
     capsys.readouterr()
 
     report, scores, sheet = tmp_path / "r.json", tmp_path / "s.csv", tmp_path / "sheet.png"
-    assert call("--evaluate", planted, "--scorer", file, "--sizes", "0,64", "--report", report, "--scores", scores,
-                "--sheet", sheet, "--device", "cpu") == 0  # fmt: skip
+    assert (
+        call(
+            "--evaluate",
+            planted,
+            "--scorer",
+            file,
+            "--sizes",
+            "0,64",
+            "--report",
+            report,
+            "--scores",
+            scores,
+            "--sheet",
+            sheet,
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     numbers = json.loads(lines[-1])["sizes"]
     assert numbers["0"]["mouth_open"]["auc"] > 0.97 and numbers["64"]["mouth_open"]["auc"] > 0.97
@@ -638,8 +697,10 @@ def test_every_flag_has_a_help_text():
     assert other_scorers.__doc__ and train_scorer.__doc__
 
 
-@pytest.mark.skipif(not (train_scorer.Path(__file__).parents[1] / "checkpoints/face-scorer.safetensors").exists(),
-                    reason="the bundled scorer checkpoints/face-scorer.safetensors is absent")  # fmt: skip
+@pytest.mark.skipif(
+    not (train_scorer.Path(__file__).parents[1] / "checkpoints/face-scorer.safetensors").exists(),
+    reason="the bundled scorer checkpoints/face-scorer.safetensors is absent",
+)
 def test_the_bundled_scorers_know_a_smile(real_faces):
     """A few training faces at the ends of each label: ranked right by both bundled scorers, at 128 and at 32 pixels."""
     from common.images import fit_image, read_image, to_tensor

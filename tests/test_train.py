@@ -64,9 +64,14 @@ def start(command, cwd, **options):
     """The command as a process of its own, one thread, output captured."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **options.pop("env", {})}
     return subprocess.Popen(
-        list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         **options,
-    )  # fmt: skip
+    )
 
 
 def end(process, timeout=1200):
@@ -108,10 +113,35 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = [*tiny_flags, "--device", "cpu", "--iter", "4", "--save_every", "2", "--log_every", "1", "--keep", "0",
-             "--workers", "1", "--augment", "--sample_every", "2"]  # fmt: skip
-    published = ["train.py", "--path", face_lmdb, "--exp_name", tmp_path / "launched", "--batch", "8",
-                 "--n_sample", "64"]  # fmt: skip
+    small = [
+        *tiny_flags,
+        "--device",
+        "cpu",
+        "--iter",
+        "4",
+        "--save_every",
+        "2",
+        "--log_every",
+        "1",
+        "--keep",
+        "0",
+        "--workers",
+        "1",
+        "--augment",
+        "--sample_every",
+        "2",
+    ]
+    published = [
+        "train.py",
+        "--path",
+        face_lmdb,
+        "--exp_name",
+        tmp_path / "launched",
+        "--batch",
+        "8",
+        "--n_sample",
+        "64",
+    ]
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"]
     ending = good(end(start([*launch, *published, *small], root, env={"PET_MASTER_PORT": str(port)})))
     assert "batch 8 x 2" in ending.out and ending.out.count("a new run") == 1, "one process speaks"
@@ -133,9 +163,29 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
 
 # -- exact resume --------------------------------------------------------------------------------------------------
 
-EVENTFUL = ["--batch", "4", "--augment", "--ada_length", "300", "--d_reg_every", "6", "--log_every", "1",
-            "--keep", "1", "--save_every", "10", "--sample_every", "10", "--n_sample", "4", "--workers", "1",
-            "--device", "cpu"]  # fmt: skip
+EVENTFUL = [
+    "--batch",
+    "4",
+    "--augment",
+    "--ada_length",
+    "300",
+    "--d_reg_every",
+    "6",
+    "--log_every",
+    "1",
+    "--keep",
+    "1",
+    "--save_every",
+    "10",
+    "--sample_every",
+    "10",
+    "--n_sample",
+    "4",
+    "--workers",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def command(data, folder, tiny_flags, root, *flags):
@@ -564,8 +614,10 @@ def test_a_continued_run_reads_its_networks_from_the_file(face_lmdb, straight, t
     folder, ckpt = tmp_path / "again", straight / "checkpoint" / "000020.pt"
     shutil.copytree(straight, folder)
     flags = ["--path", str(face_lmdb), "--device", "cpu", "--batch", "4", "--workers", "0", "--n_sample", "4"]
-    for extra in (["--exp_name", str(folder), "--resume", "auto", "--iter", "21"],
-                  ["--exp_name", str(tmp_path / "new"), "--init_from", str(ckpt), "--iter", "1"]):  # fmt: skip
+    for extra in (
+        ["--exp_name", str(folder), "--resume", "auto", "--iter", "21"],
+        ["--exp_name", str(tmp_path / "new"), "--init_from", str(ckpt), "--iter", "1"],
+    ):
         assert run(train.main, train.build_parser(), flags + extra) == 0, capsys.readouterr().err
         options = json.loads((Path(extra[1]) / "options.json").read_text(encoding="utf-8"))["options"]
         assert (options["size"], options["style_dim"], options["w_space"]) == (16, 32, False)

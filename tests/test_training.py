@@ -17,15 +17,7 @@ import training
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.distributed import Distributed
 from model import Discriminator, Generator, GeneratorConfig
-from training import (
-    EMA_DECAY,
-    Trainer,
-    TrainSettings,
-    d_logistic_loss,
-    g_nonsaturating_loss,
-    path_lengths,
-    r1_penalty,
-)
+from training import EMA_DECAY, Trainer, TrainSettings, d_logistic_loss, g_nonsaturating_loss, path_lengths, r1_penalty
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
 
@@ -156,10 +148,21 @@ def test_path_length_formula():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"batch": 0}, {"lr": 0}, {"path_batch_shrink": 0}, {"d_reg_every": -1}, {"g_reg_every": 0},
-     {"batch": 8, "micro_batch": 3}, {"batch": 8, "micro_batch": 16}, {"batch": 8, "micro_batch": -2},
-     {"r1": -1.0}, {"path_regularize": float("nan")}, {"mixing": 5.0}, {"augment_p": -0.1}],
-)  # fmt: skip
+    [
+        {"batch": 0},
+        {"lr": 0},
+        {"path_batch_shrink": 0},
+        {"d_reg_every": -1},
+        {"g_reg_every": 0},
+        {"batch": 8, "micro_batch": 3},
+        {"batch": 8, "micro_batch": 16},
+        {"batch": 8, "micro_batch": -2},
+        {"r1": -1.0},
+        {"path_regularize": float("nan")},
+        {"mixing": 5.0},
+        {"augment_p": -0.1},
+    ],
+)
 def test_settings_that_cannot_work(wrong):
     with pytest.raises(ValueError, match=f"--{list(wrong)[-1]}"):
         TrainSettings(**wrong)
@@ -216,8 +219,10 @@ def test_weights_of_the_regularisers(tiny_config):
     """(r1 / 2) * every and path * every: doubling a weight doubles the gradient; halving `every` halves it."""
     grads = {}
     for name, settings in (
-        ("base", {}), ("double", {"r1": 20.0, "path_regularize": 4.0}), ("half", {"d_reg_every": 8, "g_reg_every": 2}),
-    ):  # fmt: skip
+        ("base", {}),
+        ("double", {"r1": 20.0, "path_regularize": 4.0}),
+        ("half", {"d_reg_every": 8, "g_reg_every": 2}),
+    ):
         trainer = make_trainer(tiny_config, **settings)
         grads[name] = record_phases(trainer)
         trainer.train_step(pictures(4))
@@ -564,8 +569,9 @@ def test_training_learns(tiny_config):
     trainer = make_trainer(tiny_config, batch=8, lr=0.01)
     images = torch.full((8, 3, 16, 16), 200, dtype=torch.uint8)
     for optimiser, network, phase, name in (
-        (trainer.d_optim, trainer.d, trainer.d_phase, "d"), (trainer.g_optim, trainer.g, trainer.g_phase, "g"),
-    ):  # fmt: skip
+        (trainer.d_optim, trainer.d, trainer.d_phase, "d"),
+        (trainer.g_optim, trainer.g, trainer.g_phase, "g"),
+    ):
         losses = []
         for _ in range(30):
             trainer._optimise(optimiser, network, phase, images, name)

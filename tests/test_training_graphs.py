@@ -26,8 +26,12 @@ CONFIG = GeneratorConfig(8, style_dim=16, n_mlp=1, channel_max=4)
 STEPS = 10
 OFTEN = {"d_reg_every": 2, "g_reg_every": 2, "batch": 4}  # ten steps play R1 and path length five times
 AUGMENT = {"augment": True, "ada_length": 60}
-IN_WORDS = {"w++": {}, "bf16": {"precision": "bf16"}, "augmentation": AUGMENT,
-            "w, mixed, in micro-batches": {"w_space": True, "micro_batch": 2, "mixing": 0.5} | AUGMENT}  # fmt: skip
+IN_WORDS = {
+    "w++": {},
+    "bf16": {"precision": "bf16"},
+    "augmentation": AUGMENT,
+    "w, mixed, in micro-batches": {"w_space": True, "micro_batch": 2, "mixing": 0.5} | AUGMENT,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -175,10 +179,39 @@ def test_bucket():
 
 
 def start(lmdb, folder, *flags):
-    argv = ["--path", lmdb, "--exp_name", folder, "--device", "cpu", "--workers", "0", "--n_sample", "4",
-            "--batch", "4", "--log_every", "1", "--size", "8", "--style_dim", "16", "--n_mlp", "1",
-            "--channel_max", "4", "--iter", "6", "--d_reg_every", "2", "--g_reg_every", "1",
-            "--save_every", "3", *flags]  # fmt: skip
+    argv = [
+        "--path",
+        lmdb,
+        "--exp_name",
+        folder,
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--n_sample",
+        "4",
+        "--batch",
+        "4",
+        "--log_every",
+        "1",
+        "--size",
+        "8",
+        "--style_dim",
+        "16",
+        "--n_mlp",
+        "1",
+        "--channel_max",
+        "4",
+        "--iter",
+        "6",
+        "--d_reg_every",
+        "2",
+        "--g_reg_every",
+        "1",
+        "--save_every",
+        "3",
+        *flags,
+    ]
     return run(train.main, train.build_parser(), list(map(str, argv)))
 
 
@@ -206,8 +239,9 @@ def test_command_line(face_lmdb, tmp_path, monkeypatch):
     assert recorders[0].launches > 6 and recorders[0].recordings >= 3
     (tmp_path / "graphed" / "checkpoint" / "000006.pt").unlink()
     assert start(face_lmdb, tmp_path / "graphed", *flags, "--resume", "auto") == 0
-    states = [tensors_of(load_checkpoint(tmp_path / name / "checkpoint" / "000006.pt")) for name in
-              ("plain", "graphed")]  # fmt: skip
+    states = [
+        tensors_of(load_checkpoint(tmp_path / name / "checkpoint" / "000006.pt")) for name in ("plain", "graphed")
+    ]
     for name, value in states[0].items():
         if ".options." not in name:
             same = torch.equal(value, states[1][name]) if isinstance(value, torch.Tensor) else value == states[1][name]

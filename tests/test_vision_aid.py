@@ -53,10 +53,13 @@ def test_gradients_reach_the_picture_and_the_heads_alone(critic):
 def test_losses_are_the_discriminators_averaged_over_heads():
     real, fake = torch.randn(3, 4), torch.randn(3, 4)
     assert torch.allclose(over_heads(d_logistic_loss, [real], [fake]), d_logistic_loss(real, fake))
-    assert torch.allclose(over_heads(d_logistic_loss, [real, fake], [fake, real]),
-                          (d_logistic_loss(real, fake) + d_logistic_loss(fake, real)) / 2)  # fmt: skip
-    assert torch.allclose(over_heads(g_nonsaturating_loss, [real, fake]),
-                          (g_nonsaturating_loss(real) + g_nonsaturating_loss(fake)) / 2)  # fmt: skip
+    assert torch.allclose(
+        over_heads(d_logistic_loss, [real, fake], [fake, real]),
+        (d_logistic_loss(real, fake) + d_logistic_loss(fake, real)) / 2,
+    )
+    assert torch.allclose(
+        over_heads(g_nonsaturating_loss, [real, fake]), (g_nonsaturating_loss(real) + g_nonsaturating_loss(fake)) / 2
+    )
 
 
 def test_heads_learn_to_tell_red_from_green():
@@ -130,8 +133,21 @@ def test_an_unknown_network_is_refused(tiny_config):
 
 def test_a_continued_run_has_the_critic_of_its_file(face_lmdb, tiny_flags, tmp_path, capsys):
     def play(*flags):
-        base = [*tiny_flags, "--path", face_lmdb, "--exp_name", tmp_path / "run", "--device", "cpu", "--workers", "0",
-                "--batch", "4", "--n_sample", "4"]  # fmt: skip
+        base = [
+            *tiny_flags,
+            "--path",
+            face_lmdb,
+            "--exp_name",
+            tmp_path / "run",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--batch",
+            "4",
+            "--n_sample",
+            "4",
+        ]
         return run(train.main, train.build_parser(), [*map(str, base), *flags])
 
     assert play("--aid", AID, "--iter", "1") == 0

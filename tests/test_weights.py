@@ -54,14 +54,20 @@ def test_registry():
         if weight.sha256 is not None and len(weight.sha256) == 8:
             assert weight.sha256 in weight.file  # the publisher's promise, in the name
     assert {name for name, weight in WEIGHTS.items() if not weight.downloadable} == {
-        "squeezenet1_1_features", "mobilefacenet", "arcface_ir_se50"}  # fmt: skip
+        "squeezenet1_1_features",
+        "mobilefacenet",
+        "arcface_ir_se50",
+    }
 
 
 def test_torchvision_urls():
     from torchvision import models
 
-    for name, published in (("vgg16", models.VGG16_Weights), ("alexnet", models.AlexNet_Weights),
-                            ("squeezenet1_1", models.SqueezeNet1_1_Weights)):  # fmt: skip
+    for name, published in (
+        ("vgg16", models.VGG16_Weights),
+        ("alexnet", models.AlexNet_Weights),
+        ("squeezenet1_1", models.SqueezeNet1_1_Weights),
+    ):
         assert WEIGHTS[name].url == published.IMAGENET1K_V1.url
         assert WEIGHTS[name].size == pytest.approx(published.IMAGENET1K_V1.meta["_file_size"], abs=0.1)
 
@@ -101,8 +107,12 @@ def test_absent(toy, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         require("toy", tmp_path / "given")
     message = str(caught.value)
-    for part in ("toy.pth (tests; 0 MiB, MIT) is not here", "python -m common.weights get toy", toy.url,
-                 str(tmp_path / "given")):  # fmt: skip
+    for part in (
+        "toy.pth (tests; 0 MiB, MIT) is not here",
+        "python -m common.weights get toy",
+        toy.url,
+        str(tmp_path / "given"),
+    ):
         assert part in message
     assert "\n" not in message
 

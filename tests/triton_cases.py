@@ -177,8 +177,9 @@ def test_blur_noise_bias_act(layout, dtype):
     noise_batch = 1 if layout == "nchw" else 2
 
     def call(x, demod, bias, strength, noise):
-        return blur_noise_bias_act(x, KERNEL.to(x.device), bias, pad=(1, 1), demod=demod, noise=noise,
-                                   noise_strength=strength)  # fmt: skip
+        return blur_noise_bias_act(
+            x, KERNEL.to(x.device), bias, pad=(1, 1), demod=demod, noise=noise, noise_strength=strength
+        )
 
     compare(call, [torch.randn(2, 3, 4, 6), *factors(2, 3, 3, 5, noise_batch)], dtype, layout, (2, 3, 3, 5))
 
@@ -194,9 +195,11 @@ def test_act_blur(layout, dtype):
 
 def test_joined_with_other_kernels():
     x, kernel, bias, demod = torch.randn(2, 3, 4, 5), UNEQUAL, torch.randn(3), torch.rand(2, 3)
-    calls = (lambda x, k, b, d: blur_noise_bias_act(x, k, b, pad=(1, 1), demod=d),
-             lambda x, k, b, d: act_blur(x, b, k, pad=(1, 1)),
-             lambda x, k, b, d: act_blur(x, b, KERNEL.to(x.device), pad=(1, 1), negative_slope=1.5))  # fmt: skip
+    calls = (
+        lambda x, k, b, d: blur_noise_bias_act(x, k, b, pad=(1, 1), demod=d),
+        lambda x, k, b, d: act_blur(x, b, k, pad=(1, 1)),
+        lambda x, k, b, d: act_blur(x, b, KERNEL.to(x.device), pad=(1, 1), negative_slope=1.5),
+    )
     for call in calls:
         found = call(*(t.to(DEVICE) for t in (x, kernel, bias, demod)))
         with ops("ref"):
@@ -263,8 +266,9 @@ def operator_calls():
 @pytest.mark.parametrize("place", range(7))
 def test_operators_are_registered_well(place):
     operator, arguments = operator_calls()[place]
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_autograd_registration",
-                                                           "test_faketensor"))  # fmt: skip
+    torch.library.opcheck(
+        operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
 
 
 def test_compiled_as_one_graph():

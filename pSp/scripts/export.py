@@ -32,13 +32,17 @@ def main(args) -> int:
         raise UsageError(f"--output {args.output}: expected a name that ends with .safetensors")
     net, generator = load_psp(args.checkpoint_path), load_generator(args.stylegan_weights)
     if generator.fingerprint != net.decoder.fingerprint:
-        raise UserError(f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, the encoder in "
-                        f"{args.checkpoint_path} was trained for {net.decoder.fingerprint}; one that was trained with "
-                        "its decoder stays in its checkpoint")  # fmt: skip
+        raise UserError(
+            f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, the encoder in "
+            f"{args.checkpoint_path} was trained for {net.decoder.fingerprint}; one that was trained with "
+            "its decoder stays in its checkpoint"
+        )
     export_encoder(net, args.output, Path(args.stylegan_weights).name)
     size = Path(args.output).stat().st_size / 2**20
-    print(f"{args.output}: {net.description}, step {net.step}, {size:.1f} MiB; keep it beside "
-          f"{Path(args.stylegan_weights).name}")  # fmt: skip
+    print(
+        f"{args.output}: {net.description}, step {net.step}, {size:.1f} MiB; keep it beside "
+        f"{Path(args.stylegan_weights).name}"
+    )
     return 0
 
 

@@ -38,8 +38,10 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--exp_dir", help="folder for everything that is written")
-    add("--checkpoint_path", help="pSp checkpoint, ours or published, or an exported encoder (default: "
-                                  "EXP_DIR/checkpoints/best_model.pt)")  # fmt: skip
+    add(
+        "--checkpoint_path",
+        help="pSp checkpoint, ours or published, or an exported encoder (default: EXP_DIR/checkpoints/best_model.pt)",
+    )
     add("--stylegan_weights", help="generator of an exported encoder (default: the file it names, beside it)")
     add("--data_path", default="gt_images", help="folder of pictures (any depth), one picture, or an LMDB")
     add("--couple_outputs", action="store_true", help="save every input beside its output, not each 100th only")
@@ -49,15 +51,23 @@ def build_parser() -> ArgumentParser:
     add("--n_images", type=int, help="only the first N pictures")
     add("--latent_mask", help="style mixing: comma-separated layers whose codes come from a random sample")
     add("--mix_alpha", type=float, help="how far those codes go to the sample, 0 to 1 (default: all the way)")
-    add("--n_outputs_to_generate", type=int, help="not supported: a flag of the published style_mixing.py; generate.py "
-                                                  "--mix mixes saved latents")  # fmt: skip
+    add(
+        "--n_outputs_to_generate",
+        type=int,
+        help="not supported: a flag of the published style_mixing.py; generate.py --mix mixes saved latents",
+    )
     add("--resize_factors", help="super-resolution: one factor by which inputs are shrunk")
     add_align_flag(parser)
     add("--fit", choices=FITS, default="crop", help="for pictures that are not square")
     add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the first that is found")
     add("--id_net", default="auto", help="identity network (faces/identity.py); auto: the first that is found; none")
-    add("--retrieval", type=int, default=0, metavar="N",
-        help="among the first N pictures: whose nearest original is a reconstruction's? 0: not asked")  # fmt: skip
+    add(
+        "--retrieval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="among the first N pictures: whose nearest original is a reconstruction's? 0: not asked",
+    )
     add("--weights_dir", help="folder looked into first for third-party weights")
     add("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
     add("--seed", type=int, default=0, help="of the samples of --latent_mask")
@@ -71,8 +81,10 @@ def read_options(args) -> tuple[int, list[int] | None]:
     if not args.exp_dir:
         raise UsageError("where to? pass --exp_dir FOLDER")
     if args.n_outputs_to_generate is not None:
-        raise UserError("--n_outputs_to_generate is not supported: it belongs to the published style_mixing.py; "
-                        "generate.py --latents EXP_DIR --mix ROWS COLS mixes saved latents")  # fmt: skip
+        raise UserError(
+            "--n_outputs_to_generate is not supported: it belongs to the published style_mixing.py; "
+            "generate.py --latents EXP_DIR --mix ROWS COLS mixes saved latents"
+        )
     if args.test_batch_size < 1 or args.test_workers < 0 or (args.n_images is not None and args.n_images < 1):
         raise UsageError("--test_batch_size and --n_images must be at least 1, --test_workers at least 0")
     factors = resize_factors(args.resize_factors) if args.resize_factors else (1,)
@@ -105,8 +117,10 @@ class Folders:
         if self.couple or position % COUPLED_EVERY == 0:
             parts = [original, picture] if self.factor == 1 else [original, source, picture]
             side = (self.output_size, self.output_size)
-            save_image(np.concatenate([np.asarray(Image.fromarray(part).resize(side)) for part in parts], 1),
-                       self.coupled / name)  # fmt: skip
+            save_image(
+                np.concatenate([np.asarray(Image.fromarray(part).resize(side)) for part in parts], 1),
+                self.coupled / name,
+            )
 
 
 def main(args) -> int:
@@ -119,16 +133,28 @@ def main(args) -> int:
         generator = load_generator(args.stylegan_weights, place.device) if args.stylegan_weights else None
         net = load_psp(path, place.device, generator)
         if generator is not None and net.decoder.fingerprint != generator.fingerprint:
-            raise UserError(f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, {path} was "
-                            f"trained for {net.decoder.fingerprint}")  # fmt: skip
+            raise UserError(
+                f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, {path} was "
+                f"trained for {net.decoder.fingerprint}"
+            )
         if net.config.input_nc != 3:
-            raise UserError(f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
-                            "pictures are supported")  # fmt: skip
+            raise UserError(
+                f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
+                "pictures are supported"
+            )
         graph_forward(net.encoder, recorder)
         graph_forward(net.decoder, recorder)
         size = max(net.config.input_size, net.image_size)
-        pictures = open_faces([args.data_path], size, exp_dir, align=args.align, place=place, fit=args.fit,
-                              weights_dir=args.weights_dir, limit=args.n_images)  # fmt: skip
+        pictures = open_faces(
+            [args.data_path],
+            size,
+            exp_dir,
+            align=args.align,
+            place=place,
+            fit=args.fit,
+            weights_dir=args.weights_dir,
+            limit=args.n_images,
+        )
         n = min(len(pictures), args.n_images or len(pictures))
         mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
         perceptual = build_perceptual(args.lpips_net, place.device, args.weights_dir)
@@ -136,14 +162,25 @@ def main(args) -> int:
         output_size = net.image_size if args.resize_outputs else net.decoder.config.size
         folders = Folders(exp_dir, pictures.names, couple=args.couple_outputs, factor=factor, output_size=output_size)
         if place.is_main:
-            print(f"{path}: {net.description}; {n} pictures of {args.data_path} on {place.device}, measured by "
-                  f"{perceptual.name}{', ' + identity.name if identity else ''}")  # fmt: skip
+            print(
+                f"{path}: {net.description}; {n} pictures of {args.data_path} on {place.device}, measured by "
+                f"{perceptual.name}{', ' + identity.name if identity else ''}"
+            )
         mine = invert(
-            net, pictures, shard(n, place.rank, place.world_size), perceptual=perceptual, identity=identity,
-            batch=args.test_batch_size, workers=args.test_workers, factor=factor, mix=mix, resize=args.resize_outputs,
-            dtype=None if args.precision == "fp32" else DTYPES[args.precision], save=folders.save,
+            net,
+            pictures,
+            shard(n, place.rank, place.world_size),
+            perceptual=perceptual,
+            identity=identity,
+            batch=args.test_batch_size,
+            workers=args.test_workers,
+            factor=factor,
+            mix=mix,
+            resize=args.resize_outputs,
+            dtype=None if args.precision == "fp32" else DTYPES[args.precision],
+            save=folders.save,
             keep_shown=max(SHOWN, args.retrieval),
-        )  # fmt: skip
+        )
         result = Inversion()
         for part in gather_list(mine):  # contiguous shards: the order of the pictures
             result.extend(part)
@@ -152,13 +189,21 @@ def main(args) -> int:
             retrieved = {}
             if args.retrieval and result.shown:
                 retrieved = retrieve(result, args.retrieval, perceptual, identity, place.device)
-            line = save_inversion(exp_dir, net, result, pictures.names, perceptual=perceptual.name,
-                                  identity=identity.name if identity else None, alignment=pictures.alignment(),
-                                  left_out=pictures.left_out, extra=extra, retrieved=retrieved)  # fmt: skip
+            line = save_inversion(
+                exp_dir,
+                net,
+                result,
+                pictures.names,
+                perceptual=perceptual.name,
+                identity=identity.name if identity else None,
+                alignment=pictures.alignment(),
+                left_out=pictures.left_out,
+                extra=extra,
+                retrieved=retrieved,
+            )
             print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}; {line}")
             for by, share in retrieved.items():
-                print(f"nearest original by {by}: its own for {share:.0%} of "
-                      f"{min(args.retrieval, len(result.shown))}")  # fmt: skip
+                print(f"nearest original by {by}: its own for {share:.0%} of {min(args.retrieval, len(result.shown))}")
     finally:
         shutdown()
     return 0

@@ -70,16 +70,22 @@ def build_parser() -> ArgumentParser:
 
     net = parser.add_argument_group("networks")
     add = net.add_argument
-    add("--stylegan_weights", help="generator to invert into (default: see pSp/data_configs.py, then "
-                                   "EXP_DIR/generator.safetensors)")  # fmt: skip
+    add(
+        "--stylegan_weights",
+        help="generator to invert into (default: see pSp/data_configs.py, then EXP_DIR/generator.safetensors)",
+    )
     add("--output_size", type=int, help="checked against the generator, whose file tells its size")
     add("--encoder_type", choices=list(ENCODERS), help="which encoder (default: GradualStyleEncoder)")
     add("--encoder_width", type=int, default=0, help="maps of stage 1; 0: 64, or 32 for a generator below 256 px")
     add("--encoder_depth", type=int, default=0, help="18 | 50 | 100 | 152; 0: 50, or 18 for a generator below 256 px")
     add("--encoder_mode", choices=MODES, help="without or with (default) squeeze and excitation")
     add("--input_size", type=int, default=0, help="pixels; 0: 256, or the generator's size where that is smaller")
-    add("--encoder_init", default="auto", metavar="auto|none|FILE",
-        help="IR-SE50 ArcFace weights to begin the backbone with; auto: where they are found and fit")  # fmt: skip
+    add(
+        "--encoder_init",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="IR-SE50 ArcFace weights to begin the backbone with; auto: where they are found and fit",
+    )
     add("--start_from_latent_avg", action="store_true", help="codes are offsets from the generator's average code")
     add("--learn_in_w", action="store_true", help="one code for all layers, space W: W generators, with " + INTO_W)
     add("--train_decoder", type=flag_value, default=False, metavar="True|False", help="train the generator as well")
@@ -87,10 +93,16 @@ def build_parser() -> ArgumentParser:
     start = parser.add_argument_group("continuing")
     add = start.add_argument
     add("--resume", metavar="auto|PATH", help="continue a run; auto: from the newest iteration_N.pt, if any")
-    add("--checkpoint_path", help="the published flag: continue from this checkpoint; one without optimiser state (a "
-                                  "published one) gives its weights to a new run")  # fmt: skip
-    add("--init_from", help="start a new run from the encoder of this checkpoint, or from this exported encoder; "
-                            "beside --resume auto: where there is no run to continue yet")  # fmt: skip
+    add(
+        "--checkpoint_path",
+        help="the published flag: continue from this checkpoint; one without optimiser state (a "
+        "published one) gives its weights to a new run",
+    )
+    add(
+        "--init_from",
+        help="start a new run from the encoder of this checkpoint, or from this exported encoder; "
+        "beside --resume auto: where there is no run to continue yet",
+    )
 
     loss = parser.add_argument_group("losses and optimisation; a lambda of 0 loads no network")
     add = loss.add_argument
@@ -142,8 +154,10 @@ def read_options(args) -> tuple[EncoderSettings, LossWeights, Schedule]:
             raise UserError(f"--{name} {getattr(args, name)} is not supported: {why}")
     require_one_start(args, "checkpoint_path")
     if args.learn_in_w and args.encoder_type not in (None, INTO_W):
-        raise UsageError(f"--learn_in_w is one code for all layers: it needs --encoder_type {INTO_W}, "
-                         f"{args.encoder_type} gives one per layer")  # fmt: skip
+        raise UsageError(
+            f"--learn_in_w is one code for all layers: it needs --encoder_type {INTO_W}, "
+            f"{args.encoder_type} gives one per layer"
+        )
     for name in ("test_batch_size", "keep", "val_images"):
         if getattr(args, name) < (name == "test_batch_size"):
             raise UsageError(f"--{name} is out of range: {getattr(args, name)}")
@@ -151,8 +165,14 @@ def read_options(args) -> tuple[EncoderSettings, LossWeights, Schedule]:
         raise UsageError(f"--holdout is a share between 0 and 1, got {args.holdout}")
     values = {name: getattr(args, name) for name in EncoderSettings.__dataclass_fields__ if name != "resize_factors"}
     settings = EncoderSettings(**values, resize_factors=resize_factors(args.resize_factors))
-    weights = LossWeights(args.lpips_lambda, args.l2_lambda, args.id_lambda, args.w_norm_lambda,
-                          args.lpips_lambda_crop, args.l2_lambda_crop)  # fmt: skip
+    weights = LossWeights(
+        args.lpips_lambda,
+        args.l2_lambda,
+        args.id_lambda,
+        args.w_norm_lambda,
+        args.lpips_lambda_crop,
+        args.l2_lambda_crop,
+    )
     return settings, weights, Schedule(**{name: getattr(args, name) for name in Schedule.__dataclass_fields__})
 
 
@@ -173,8 +193,10 @@ def find_start(args) -> tuple[dict | None, Path | None, bool]:
     elif newest is not None and args.resume == "auto":
         return load_checkpoint(newest), newest, True
     if newest is not None:
-        raise UserError(f"{args.exp_dir} already holds a run ({newest.name}): --resume auto continues it, another "
-                        "--exp_dir starts a new one")  # fmt: skip
+        raise UserError(
+            f"{args.exp_dir} already holds a run ({newest.name}): --resume auto continues it, another "
+            "--exp_dir starts a new one"
+        )
     if args.init_from:
         return load_weights(args.init_from), Path(args.init_from), False
     return None, None, False
@@ -204,12 +226,14 @@ def build_network(args, state, source, continuing, device) -> tuple[pSp, str]:
         config = psp_from_state(state, source).config
     else:
         config = EncoderConfig.for_generator(
-            generator.config, encoder_type=args.encoder_type or (INTO_W if args.learn_in_w else GRADUAL),
-            input_size=args.input_size, width=args.encoder_width, depth=args.encoder_depth,
+            generator.config,
+            encoder_type=args.encoder_type or (INTO_W if args.learn_in_w else GRADUAL),
+            input_size=args.input_size,
+            width=args.encoder_width,
+            depth=args.encoder_depth,
             mode=args.encoder_mode or "ir_se",
-        )  # fmt: skip
-    net = pSp(config, generator, generator.mean_latent(MEAN_SAMPLES),
-              start_from_latent_avg=args.start_from_latent_avg)  # fmt: skip
+        )
+    net = pSp(config, generator, generator.mean_latent(MEAN_SAMPLES), start_from_latent_avg=args.start_from_latent_avg)
     if state is not None:
         load_strictly(net.encoder, part(state["state_dict"], "encoder"), source)
         return net, f"a new run from the encoder of {source}"
@@ -239,8 +263,9 @@ def start_wandb(args) -> None:
         import wandb
     except ImportError:
         raise UserError("--use_wandb needs the wandb package: pip install wandb") from None
-    wandb.init(project="wpp-psp", name=Path(args.exp_dir).name, config=vars(args), sync_tensorboard=True,
-               resume="allow")  # fmt: skip
+    wandb.init(
+        project="wpp-psp", name=Path(args.exp_dir).name, config=vars(args), sync_tensorboard=True, resume="allow"
+    )
 
 
 def main(args) -> int:
@@ -253,9 +278,13 @@ def main(args) -> int:
         net, origin = build_network(args, state, source, continuing, place.device)
         training, test = open_images(args, net)
         criterion = EncoderLoss(
-            weights, place.device, lpips_net=args.lpips_net, id_net=args.id_net, weights_dir=args.weights_dir,
+            weights,
+            place.device,
+            lpips_net=args.lpips_net,
+            id_net=args.id_net,
+            weights_dir=args.weights_dir,
             start_from_latent_avg=net.start_from_latent_avg,
-        )  # fmt: skip
+        )
         trainer = EncoderTrainer(net, criterion, settings, place)
         sampler = InfiniteSampler(len(training), rank=place.rank, world_size=place.world_size, seed=args.seed)
         best = None
@@ -272,11 +301,23 @@ def main(args) -> int:
             opts = vars(args) | {"output_size": net.decoder.config.size}
             if place.is_main:
                 write_json(opened.path("opt.json"), opts)
-                print(f"{opened.folder}: {origin}; {net.description}; {len(training)} images, {len(test)} held out; "
-                      f"{criterion.description}; step {net.step} of {args.max_steps}, batch {args.batch_size} x "
-                      f"{place.world_size} on {place.device}")  # fmt: skip
-            best = train(trainer, batches, sampler, HeldOut(test, args.test_batch_size, args.test_workers), opened,
-                         schedule, opts, StopSignal(), keep=args.keep, best=best)  # fmt: skip
+                print(
+                    f"{opened.folder}: {origin}; {net.description}; {len(training)} images, {len(test)} held out; "
+                    f"{criterion.description}; step {net.step} of {args.max_steps}, batch {args.batch_size} x "
+                    f"{place.world_size} on {place.device}"
+                )
+            best = train(
+                trainer,
+                batches,
+                sampler,
+                HeldOut(test, args.test_batch_size, args.test_workers),
+                opened,
+                schedule,
+                opts,
+                StopSignal(),
+                keep=args.keep,
+                best=best,
+            )
         if place.is_main:
             print(f"{opened.path('checkpoints', 'best_model.pt')}: best validation loss {best:.4f}")
     finally:

@@ -10,8 +10,14 @@ FRONTAL = np.array([(100.0, 100.0), (140.0, 100.0), (120.0, 120.0), (104.0, 145.
 
 def wave(x, y):
     """A smooth picture [..., 3] in 0..255 with known values at any place."""
-    return np.stack([127 + 100 * np.sin(x / 17) * np.cos(y / 23), 120 + 90 * np.cos(x / 29 + y / 19),
-                     np.clip(40 + 0.3 * x + 0.2 * y, 0, 255)], axis=-1)  # fmt: skip
+    return np.stack(
+        [
+            127 + 100 * np.sin(x / 17) * np.cos(y / 23),
+            120 + 90 * np.cos(x / 29 + y / 19),
+            np.clip(40 + 0.3 * x + 0.2 * y, 0, 255),
+        ],
+        axis=-1,
+    )
 
 
 def wave_photo(width, height):

@@ -16,11 +16,7 @@ import align_faces
 import faces.folder
 from common.cli import run
 from common.images import read_image
-from faces.align import (
-    Alignment,
-    crop_aligned,
-    read_alignment,
-)
+from faces.align import Alignment, crop_aligned, read_alignment
 from faces.folder import choose_names
 
 
@@ -60,13 +56,24 @@ def test_every_photo_is_accounted_for(photos, tmp_path, capsys):
     assert align_cli(photos, out) == 0
     rows = read_report(out)
     assert {photo: row["outcome"] for photo, row in rows.items()} == {
-        "a b/same.png": "aligned", "a b/two  spaces.PNG": "aligned", "damaged.jpg": "unreadable",
-        "empty.png": "unreadable", "nobody.png": "no face", "other program.png": "no face", "same.jpg": "aligned",
-        "same.png": "aligned", "wrong order.png": "bad landmarks", "ü 中文.jpg": "aligned",
-    }  # fmt: skip
+        "a b/same.png": "aligned",
+        "a b/two  spaces.PNG": "aligned",
+        "damaged.jpg": "unreadable",
+        "empty.png": "unreadable",
+        "nobody.png": "no face",
+        "other program.png": "no face",
+        "same.jpg": "aligned",
+        "same.png": "aligned",
+        "wrong order.png": "bad landmarks",
+        "ü 中文.jpg": "aligned",
+    }
     assert sorted(path.name for path in (out / "aligned").iterdir()) == [
-        "a b_same_png.png", "same_jpg.png", "same_png.png", "two  spaces.png", "ü 中文.png"
-    ]  # fmt: skip
+        "a b_same_png.png",
+        "same_jpg.png",
+        "same_png.png",
+        "two  spaces.png",
+        "ü 中文.png",
+    ]
     assert all(Image.open(path).size == (64, 64) for path in (out / "aligned").iterdir())
     assert "5 faces of 10 photos" in capsys.readouterr().out
     assert not list(out.glob(".*")), "the journal is gone"
@@ -157,8 +164,13 @@ def test_shards_under_torchrun_change_nothing(tmp_path, astronaut, root):
     assert run(align_faces.main, align_faces.build_parser(), [*flags, "--output_dir", str(tmp_path / "alone")]) == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(root / "align_faces.py"), *flags, "--output_dir", str(tmp_path / "two")],
-                   env=environment, check=True, timeout=600, capture_output=True)  # fmt: skip
+    subprocess.run(
+        [*launch, str(root / "align_faces.py"), *flags, "--output_dir", str(tmp_path / "two")],
+        env=environment,
+        check=True,
+        timeout=600,
+        capture_output=True,
+    )
     for name in ("alignment.json", "report.csv", "aligned/4.png"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
@@ -222,13 +234,19 @@ def test_names_never_collide():
     assert {source: later[source] for source in sources} == names and later["é.jpg"] not in names.values()
 
 
-@pytest.mark.parametrize("flags, status, message", [
-    (["--faces", "some"], 2, "--faces some"), (["--size", "4"], 2, "--size takes 8 or more"),
-    (["--paste_back", "x"], 2, "go together"), (["--unedited", "x"], 2, "goes with --paste_back"),
-    (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
-    (["--photos", "absent"], 1, "absent does not exist"), (["--photos", "."], 1, "holds no pictures"),
-    (["--landmarks", "absent.json"], 1, "absent.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, status, message",
+    [
+        (["--faces", "some"], 2, "--faces some"),
+        (["--size", "4"], 2, "--size takes 8 or more"),
+        (["--paste_back", "x"], 2, "go together"),
+        (["--unedited", "x"], 2, "goes with --paste_back"),
+        (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
+        (["--photos", "absent"], 1, "absent does not exist"),
+        (["--photos", "."], 1, "holds no pictures"),
+        (["--landmarks", "absent.json"], 1, "absent.json"),
+    ],
+)
 def test_misuse(flags, status, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "one.png")

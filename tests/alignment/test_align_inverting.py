@@ -24,8 +24,18 @@ from pSp.scripts import inference
 
 SIZE = 64  # of the bundled models
 BUNDLED = "checkpoints/face-{}-64.safetensors"
-COMMON = ["--device", "cpu", "--identity", "none", "--perceptual", "scorer:face-scorer", "--step", "2",
-          "--mean_samples", "20"]  # fmt: skip
+COMMON = [
+    "--device",
+    "cpu",
+    "--identity",
+    "none",
+    "--perceptual",
+    "scorer:face-scorer",
+    "--step",
+    "2",
+    "--mean_samples",
+    "20",
+]
 
 
 @pytest.fixture
@@ -51,10 +61,23 @@ def invert(root, monkeypatch):
         argv = {
             projector: ["--ckpt", BUNDLED.format("wpp"), "--dataset", *sources, "--output_dir", out, *COMMON],
             edit_conditional: ["--ckpt", BUNDLED.format("cgan"), "--source", *sources, "--output_dir", out, *COMMON],
-            inference: ["--checkpoint_path", BUNDLED.format("psp"), "--data_path", *sources, "--exp_dir", out,
-                        "--lpips_net", "scorer:face-scorer", "--id_net", "none", "--test_workers", "0", "--device",
-                        "cpu"],
-        }[script]  # fmt: skip
+            inference: [
+                "--checkpoint_path",
+                BUNDLED.format("psp"),
+                "--data_path",
+                *sources,
+                "--exp_dir",
+                out,
+                "--lpips_net",
+                "scorer:face-scorer",
+                "--id_net",
+                "none",
+                "--test_workers",
+                "0",
+                "--device",
+                "cpu",
+            ],
+        }[script]
         return run(script.main, script.build_parser(), [str(arg) for arg in [*argv, *flags]])
 
     return invert
@@ -82,8 +105,16 @@ def test_photos_are_aligned_first(script, invert, photos, tmp_path, astronaut, c
     edited = tmp_path / "edited"
     edited.mkdir()
     crop.save(edited / "two.png")
-    argv = ["--paste_back", edited, "--alignment", out / "alignment.json", "--photos", photos, "--output_dir",
-            tmp_path / "pasted"]  # fmt: skip
+    argv = [
+        "--paste_back",
+        edited,
+        "--alignment",
+        out / "alignment.json",
+        "--photos",
+        photos,
+        "--output_dir",
+        tmp_path / "pasted",
+    ]
     assert run(align_faces.main, align_faces.build_parser(), [str(arg) for arg in argv]) == 0
     assert image_size(tmp_path / "pasted" / "a b" / "two.png") == astronaut.size
 
@@ -181,9 +212,30 @@ def absent(*args, **kwargs):
 @pytest.mark.slow
 def test_two_processes_share_the_photos(photos, tmp_path, root):
     (photos / "nobody.png").unlink()  # its workers have no stand-in for the detector
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "projector.py",
-               "--ckpt", BUNDLED.format("wpp"), "--dataset", photos, "--output_dir", tmp_path / "two", "--align",
-               "auto", *COMMON]  # fmt: skip
-    subprocess.run([str(word) for word in command], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
-                   timeout=600, capture_output=True)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "projector.py",
+        "--ckpt",
+        BUNDLED.format("wpp"),
+        "--dataset",
+        photos,
+        "--output_dir",
+        tmp_path / "two",
+        "--align",
+        "auto",
+        *COMMON,
+    ]
+    subprocess.run(
+        [str(word) for word in command],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=600,
+        capture_output=True,
+    )
     assert load_latents(tmp_path / "two").names == ["two.png", "ü 中文.png"]

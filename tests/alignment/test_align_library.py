@@ -74,8 +74,17 @@ def test_landmarks_by_hand():
         (face,) = parse_landmarks(value)
         assert np.array_equal(face, FRONTAL)
     assert len(parse_landmarks([points, points])) == 2
-    for value in (None, [], 3, "x", points[:4], [*points[:4], [1, None]], {"eyes": points}, [points, points[:3]],
-                  [*points[:4], [1, float("nan")]]):  # fmt: skip
+    for value in (
+        None,
+        [],
+        3,
+        "x",
+        points[:4],
+        [*points[:4], [1, None]],
+        {"eyes": points},
+        [points, points[:3]],
+        [*points[:4], [1, float("nan")]],
+    ):
         with pytest.raises(AlignError, match=r"a.json: expected five points"):
             parse_landmarks(value, "a.json")
     with pytest.raises(AlignError, match="the right eye is the one on the left"):
@@ -349,13 +358,13 @@ def test_real_photos_against_their_twins(detector, real_faces):
     assert np.mean(errors) < 1 and np.max(errors) < 1.5
 
 
-
-
 # -- files and imports ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"faces": [{}]}', '{"faces": [{"quad": 1, "photo_size": [1, 2], '
-                                     '"size": 3, "landmarks": []}]}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"faces": [{}]}', '{"faces": [{"quad": 1, "photo_size": [1, 2], "size": 3, "landmarks": []}]}'],
+)
 def test_damaged_alignment_files_are_refused(tmp_path, content):
     (tmp_path / "alignment.json").write_text(content)
     with pytest.raises(AlignError, match="alignment.json is no alignment.json of align_faces.py"):

@@ -1,15 +1,12 @@
 """Fixtures of the conditional GAN's tests."""
 
-
 import pytest
 import torch
 from colours import ALONE, NAMES, SMALL, ColourScorer
 
 import conditional_training
 from common.checkpoint import save_checkpoint
-from editing.conditional import (
-    AttributeReader,
-)
+from editing.conditional import AttributeReader
 from model import GeneratorConfig
 from training import Trainer, TrainSettings
 

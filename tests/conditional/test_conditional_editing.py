@@ -19,10 +19,7 @@ from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
-from editing.conditional import (
-    AttributeReader,
-    Condition,
-)
+from editing.conditional import AttributeReader, Condition
 from editing.transfer import Face
 from growing import add_condition_columns
 from model import GeneratorConfig, load_generator
@@ -63,8 +60,21 @@ def edit(cgan, unconditional, monkeypatch, capfd):
         monkeypatch.setattr(module, "load_scorer", conditional_training.load_scorer)
 
     def edit(*flags, ckpt=cgan):
-        argv = ["--ckpt", ckpt, "--device", "cpu", "--identity", "none", "--step", "12", "--mean_samples", "50",
-                "--perceptual", f"discriminator:{unconditional}", *flags]  # fmt: skip
+        argv = [
+            "--ckpt",
+            ckpt,
+            "--device",
+            "cpu",
+            "--identity",
+            "none",
+            "--step",
+            "12",
+            "--mean_samples",
+            "50",
+            "--perceptual",
+            f"discriminator:{unconditional}",
+            *flags,
+        ]
         capfd.readouterr()
         status = run(edit_conditional.main, edit_conditional.build_parser(), [str(arg) for arg in argv])
         out, err = capfd.readouterr()
@@ -82,8 +92,20 @@ def table(folder):
 def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
     out = tmp_path / "cast"
     references = [faces / "face 02.png", faces / "ü 中文.png"]
-    status, said, error = edit("--source", faces, "--reference", *references, "--output_dir", out, "--attributes",
-                               "smile", "--steps", "3", "--eval_scorer", "other")  # fmt: skip
+    status, said, error = edit(
+        "--source",
+        faces,
+        "--reference",
+        *references,
+        "--output_dir",
+        out,
+        "--attributes",
+        "smile",
+        "--steps",
+        "3",
+        "--eval_scorer",
+        "other",
+    )
     assert status == 0, error
     assert "3 faces, 6 edits" in said and "smile off by" in said and "by --eval_scorer" in said
     saved = load_latents(out / "inverted", expect_fingerprint=load_generator(cgan).fingerprint)
@@ -106,8 +128,12 @@ def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
         assert float(row["asked_smile"]) == pytest.approx(float(own[i, 0] + t * (goal[0] - own[i, 0])), abs=1e-3)
         assert float(row["asked_eyes_open"]) == pytest.approx(float(own[i, 1]), abs=1e-3), "is not asked for"
         condition = torch.tensor([[float(row["asked_smile"]), float(row["asked_eyes_open"])]])
-        image, _ = generator(saved.latents[i : i + 1], input_is_latent=True, noise=[n[i : i + 1] for n in saved.noise],
-                             condition=condition)  # fmt: skip
+        image, _ = generator(
+            saved.latents[i : i + 1],
+            input_is_latent=True,
+            noise=[n[i : i + 1] for n in saved.noise],
+            condition=condition,
+        )
         assert np.abs(to_uint8(image)[0].astype(int) - np.asarray(frame)).max() <= 1, "code, noise, condition"
         if t == 0:
             inversion = read_image(out / "inverted" / f"project_{i}.png")
@@ -176,8 +202,9 @@ def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, m
 def test_the_second_scorer_is_looked_for_where_told(edit, faces, tmp_path, monkeypatch):
     folders = []
     load = edit_conditional.load_scorer
-    monkeypatch.setattr(edit_conditional, "load_scorer",
-                        lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args))  # fmt: skip
+    monkeypatch.setattr(
+        edit_conditional, "load_scorer", lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args)
+    )
     flags = ["--set", "smile=1", "--eval_scorer", "other", "--weights_dir", tmp_path]
     assert edit("--source", faces, *flags, "--output_dir", tmp_path / "out")[0] == 0
     assert folders == [tmp_path]
@@ -185,9 +212,24 @@ def test_the_second_scorer_is_looked_for_where_told(edit, faces, tmp_path, monke
 
 def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, tmp_path):
     """projector.py knows no attributes: its codes belong to 0.5, and are moved by the difference asked for."""
-    argv = ["--ckpt", cgan, "--dataset", faces, "--output_dir", tmp_path / "projected", "--step", "5", "--identity",
-            "none", "--perceptual", f"discriminator:{unconditional}", "--device", "cpu", "--mean_samples",
-            "50"]  # fmt: skip
+    argv = [
+        "--ckpt",
+        cgan,
+        "--dataset",
+        faces,
+        "--output_dir",
+        tmp_path / "projected",
+        "--step",
+        "5",
+        "--identity",
+        "none",
+        "--perceptual",
+        f"discriminator:{unconditional}",
+        "--device",
+        "cpu",
+        "--mean_samples",
+        "50",
+    ]
     assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
     assert edit("--source", tmp_path / "projected", "--set", "smile=0", "--output_dir", tmp_path / "out")[0] == 0
     rows = [row for row in table(tmp_path / "out") if row["t"] == "0.0"]
@@ -203,8 +245,10 @@ def test_generate_asks_for_attributes(cgan, tmp_path, capfd):
         return run(generate.main, generate.build_parser(), [str(arg) for arg in argv])
 
     def redness():
-        return [float(ColourScorer()(to_tensor(read_image(path))[None])[0, 1]) for path in
-                sorted((tmp_path / "out").glob("*.png"))]  # fmt: skip
+        return [
+            float(ColourScorer()(to_tensor(read_image(path))[None])[0, 1])
+            for path in sorted((tmp_path / "out").glob("*.png"))
+        ]
 
     assert generate_it("--seeds", "0-3", "--set", "smile=0") == 0
     low = redness()
@@ -230,8 +274,10 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
         status, _, line = edit("--output_dir", tmp_path / "out", *flags, **options)
         return status, line
 
-    assert error("--source", faces) == (2, "error: which attributes? pass either --reference FACES or --set "
-                                           "NAME=NUMBER,...")  # fmt: skip
+    assert error("--source", faces) == (
+        2,
+        "error: which attributes? pass either --reference FACES or --set NAME=NUMBER,...",
+    )
     assert error("--source", faces, "--set", "smile=1", "--paired")[0] == 2
     assert error("--source", faces, "--set", "smile=1", "--steps", "1")[0] == 2
     status, line = error("--source", faces, "--set", "smile=1", ckpt=unconditional)
@@ -243,8 +289,10 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
     status, line = error("--source", faces, "--set", "smile=1", "--scorer", "other")
     assert status == 1 and "scorer colour 6.0" in line and "other is colour 3.0" in line
     (tmp_path / "empty").mkdir()
-    for flags in (["--source", tmp_path / "empty", "--set", "smile=1"],
-                  ["--source", faces, "--reference", tmp_path / "empty"]):  # fmt: skip
+    for flags in (
+        ["--source", tmp_path / "empty", "--set", "smile=1"],
+        ["--source", faces, "--reference", tmp_path / "empty"],
+    ):
         status, line = error(*flags)
         assert status == 1 and "empty holds no images" in line
     described = {"names": ["a", "b"], "space": "w++", "size": 32}

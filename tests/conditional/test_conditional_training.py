@@ -48,8 +48,11 @@ def test_attributes_are_numbers_from_0_to_1(reader):
         AttributeReader(ColourScorer(), ["beard"])
     with pytest.raises(ConditionError, match="different names"):
         AttributeReader(ColourScorer(), ["smile", "smile"])
-    assert torch.allclose(score_dataset(reader, list(pictures(9)), "cpu", n=4),
-                          reader.read(pictures(9)[[0, 3, 5, 8]] / 127.5 - 1), atol=1e-6)  # fmt: skip
+    assert torch.allclose(
+        score_dataset(reader, list(pictures(9)), "cpu", n=4),
+        reader.read(pictures(9)[[0, 3, 5, 8]] / 127.5 - 1),
+        atol=1e-6,
+    )
 
 
 def test_requests_are_those_of_real_faces():
@@ -117,8 +120,10 @@ def test_warm_start_gives_the_same_pictures(w_space):
     expected, codes = plain(z, randomize_noise=False)
     found, own = conditional(z, randomize_noise=False, condition=torch.rand(4, 3))
     assert (expected - found).abs().max() < 1e-4 and torch.equal(codes, own)
-    naive = {name: tensor if not is_modulation(name) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
-             for name, tensor in plain.state_dict().items()}  # fmt: skip
+    naive = {
+        name: tensor if not is_modulation(name) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
+        for name, tensor in plain.state_dict().items()
+    }
     conditional.load_state_dict(naive)
     assert (conditional(z, randomize_noise=False)[0] - expected).abs().max() > 1e-3, "the scale matters"
     with pytest.raises(ValueError, match="3 condition inputs already"):
@@ -126,9 +131,27 @@ def test_warm_start_gives_the_same_pictures(w_space):
 
 
 def start(tmp_path, lmdb, *flags):
-    argv = ["--path", lmdb, "--exp_name", tmp_path, "--condition", "colour", "--attributes", ",".join(NAMES),
-            "--device", "cpu", "--workers", "0", "--n_sample", "12", "--batch", "4", "--log_every", "2",
-            *flags]  # fmt: skip
+    argv = [
+        "--path",
+        lmdb,
+        "--exp_name",
+        tmp_path,
+        "--condition",
+        "colour",
+        "--attributes",
+        ",".join(NAMES),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--n_sample",
+        "12",
+        "--batch",
+        "4",
+        "--log_every",
+        "2",
+        *flags,
+    ]
     return run(train.main, train.build_parser(), [str(arg) for arg in argv])
 
 
@@ -209,9 +232,27 @@ def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
     flags = [*mode, "--d_reg_every", "3", "--save_every", "4", "--attr_ramp", "6", "--augment", "--micro_batch", "2"]
     assert start(tmp_path / "whole", face_lmdb, *flags, "--init_from", unconditional, "--iter", "8") == 0
     assert start(tmp_path / "half", face_lmdb, *flags, "--init_from", unconditional, "--iter", "4") == 0
-    argv = ["--path", face_lmdb, "--exp_name", tmp_path / "half", "--resume", "auto", "--iter", "8", "--workers", "0",
-            "--device", "cpu", "--batch", "4", "--n_sample", "12", "--log_every", "2",
-            *flags[len(mode) :]]  # fmt: skip
+    argv = [
+        "--path",
+        face_lmdb,
+        "--exp_name",
+        tmp_path / "half",
+        "--resume",
+        "auto",
+        "--iter",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--batch",
+        "4",
+        "--n_sample",
+        "12",
+        "--log_every",
+        "2",
+        *flags[len(mode) :],
+    ]
     assert run(train.main, train.build_parser(), [str(arg) for arg in argv]) == 0
     options = json.loads((tmp_path / "half" / "options.json").read_text(encoding="utf-8"))["options"]
     assert (options["condition"], options["light"]) == ("colour", bool(mode)), "scorer, attributes, mode from the file"
@@ -227,8 +268,9 @@ def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
 def test_processes_draw_what_micro_batches_draw(reader):
     """Gradients of two ranks, averaged, are those of one process over two micro-batches."""
     one = make_trainer(reader, batch=4, micro_batch=2)
-    ranks = [make_trainer(reader, batch=2, place=Distributed(rank, rank, 2, torch.device("cpu"), None))
-             for rank in range(2)]  # fmt: skip
+    ranks = [
+        make_trainer(reader, batch=2, place=Distributed(rank, rank, 2, torch.device("cpu"), None)) for rank in range(2)
+    ]
     images = pictures(4)
     one.select(one.g)
     one.accumulate_gradients(one.g_phase, images, "g")
@@ -247,10 +289,33 @@ def test_two_processes(tmp_path, face_lmdb, root):
     torch.manual_seed(0)
     network = ScorerNetwork(ScorerConfig((Attribute("smile"), Attribute("eyes_open")), width=0.5, input_size=32))
     save_scorer(tmp_path / "scorer.safetensors", Scorer(network))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
-               "--path", face_lmdb, "--exp_name", tmp_path / "run", "--condition", tmp_path / "scorer.safetensors",
-               "--attributes", "smile,eyes_open", *FLAGS, "--iter", "2", "--batch", "4", "--n_sample", "4",
-               "--workers", "0", "--device", "cpu"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        "--path",
+        face_lmdb,
+        "--exp_name",
+        tmp_path / "run",
+        "--condition",
+        tmp_path / "scorer.safetensors",
+        "--attributes",
+        "smile,eyes_open",
+        *FLAGS,
+        "--iter",
+        "2",
+        "--batch",
+        "4",
+        "--n_sample",
+        "4",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -260,8 +325,12 @@ def test_two_processes(tmp_path, face_lmdb, root):
 
 
 def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, unconditional):
-    assert start(tmp_path / "run", face_lmdb, "--init_from", unconditional, "--iter", "4", "--save_every", "2",
-                 "--keep", "1") == 0  # fmt: skip
+    assert (
+        start(
+            tmp_path / "run", face_lmdb, "--init_from", unconditional, "--iter", "4", "--save_every", "2", "--keep", "1"
+        )
+        == 0
+    )
     folder = tmp_path / "run" / "checkpoint"
     state = load_checkpoint(folder / "000004.pt")
     condition = read_condition(folder / "000004.pt")
@@ -282,8 +351,12 @@ def test_what_a_condition_can_be_asked_for():
     assert condition.vector(condition.parse("age=60")).tolist() == pytest.approx([0.25, 0.6])
     assert condition.vector({0: 1.0}, torch.tensor([0.1, 0.2])).tolist() == pytest.approx([1.0, 0.2])
     assert Condition.from_dict(condition.to_dict(), "x") == condition
-    for text, message in (("hat=1", "no attribute 'hat'"), ("smile", "NAME=NUMBER"), ("smile=2", "from 0 to 1"),
-                          ("age=101", "from 0 to 100")):  # fmt: skip
+    for text, message in (
+        ("hat=1", "no attribute 'hat'"),
+        ("smile", "NAME=NUMBER"),
+        ("smile=2", "from 0 to 1"),
+        ("age=101", "from 0 to 100"),
+    ):
         with pytest.raises(ValueError, match=message):
             condition.parse(text)
     with pytest.raises(ConditionError, match="gain 4.0"):
@@ -302,12 +375,27 @@ def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
         return status, line[0]
 
     def plain(*flags):
-        argv = ["--path", face_lmdb, "--exp_name", tmp_path / "plain", "--device", "cpu", "--workers", "0", "--batch",
-                "4", "--n_sample", "4", *flags]  # fmt: skip
+        argv = [
+            "--path",
+            face_lmdb,
+            "--exp_name",
+            tmp_path / "plain",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--batch",
+            "4",
+            "--n_sample",
+            "4",
+            *flags,
+        ]
         return run(train.main, train.build_parser(), [str(arg) for arg in argv])
 
-    assert error("--light", *FLAGS) == (2, "error: --light trains what the condition adds to a trained generator: pass "
-                                           "one as --init_from")  # fmt: skip
+    assert error("--light", *FLAGS) == (
+        2,
+        "error: --light trains what the condition adds to a trained generator: pass one as --init_from",
+    )
     status, line = error("--init_from", unconditional, "--attributes", "hat")
     assert status == 1 and "no attribute 'hat'" in line
     assert error("--attr_permute", 2, *FLAGS)[0] == 2

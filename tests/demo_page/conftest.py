@@ -12,11 +12,7 @@ from common.perceptual import build_perceptual, perceptual_or_none
 from editing.boundary import fit_boundary
 from editing.casting import load_conditional
 from editing.samples import SampledCodes
-from editing.session import (
-    invert,
-    load_tools,
-    take_photo,
-)
+from editing.session import invert, load_tools, take_photo
 from pSp.psp import load_psp
 from rendering import noise_maps, render
 
@@ -27,12 +23,18 @@ def boundary_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boundaries ü")
     generator = demo_generator()
     codes = SampledCodes(generator, range(60))
-    pictures = np.stack(list(render(generator, torch.from_numpy(codes[np.arange(60)]).view(60, -1, 512),
-                                    noise=noise_maps(generator, "none"))))  # fmt: skip
+    pictures = np.stack(
+        list(
+            render(
+                generator, torch.from_numpy(codes[np.arange(60)]).view(60, -1, 512), noise=noise_maps(generator, "none")
+            )
+        )
+    )
     scores = ColourScorer()(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
     for column, name in ((1, "smile"), (0, "age")):
-        boundary = fit_boundary(codes, scores[:, column], ratio=0.3, fit="svm", attribute=name, size=SIZE,
-                                fingerprint=generator.fingerprint)  # fmt: skip
+        boundary = fit_boundary(
+            codes, scores[:, column], ratio=0.3, fit="svm", attribute=name, size=SIZE, fingerprint=generator.fingerprint
+        )
         boundary.save(folder / f"{name}.npz")
     replace(boundary, fingerprint="0" * 16, attribute="hat").save(folder / "other.npz")
     np.savez(folder / "noise.npz", noise=np.zeros(3))

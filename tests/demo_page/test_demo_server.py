@@ -61,8 +61,14 @@ def ask(url, data=None, headers=None):
 
 
 def send_file(url, name, content):
-    body = (f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
-            "Content-Type: application/octet-stream\r\n\r\n").encode() + content + b"\r\n--b--\r\n"  # fmt: skip
+    body = (
+        (
+            f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n'
+            "Content-Type: application/octet-stream\r\n\r\n"
+        ).encode()
+        + content
+        + b"\r\n--b--\r\n"
+    )
     return ask(f"{url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
 
 
@@ -73,8 +79,16 @@ def test_the_server_gives_away_nothing_else(server, tmp_path):
     assert headers["content-security-policy"].startswith("default-src 'self'")
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    for path in (secret, ROOT / "README.md", Path("README.md"), Path("/etc/passwd"), folder / ".." / "secret.txt",
-                 f"{folder}/../../../../etc/passwd", "..%2f..%2fetc/passwd", "//etc/passwd"):  # fmt: skip
+    for path in (
+        secret,
+        ROOT / "README.md",
+        Path("README.md"),
+        Path("/etc/passwd"),
+        folder / ".." / "secret.txt",
+        f"{folder}/../../../../etc/passwd",
+        "..%2f..%2fetc/passwd",
+        "//etc/passwd",
+    ):
         assert ask(f"{url}/gradio_api/file={path}")[0] in (403, 404), path
     for path in ("http://127.0.0.1:9/x", "/https://example.org/", "HTTP:%2F%2Fexample.org"):
         status, body, _ = ask(f"{url}/gradio_api/file={path}")

@@ -113,10 +113,12 @@ def test_the_downloaded_latents_render_the_picture(tools, face, smiling, inverte
     zipfile.ZipFile(save_cast(tools, cast, tmp_path)[-1]).extractall(tmp_path / "zip")
     generator = tools.conditional.tools.generator
     for name, picture in (("inverted", cast.view.inversion), ("edited", cast.view.edited)):
-        source = latents_source(generator, tmp_path / "zip" / name, truncation=1, mean=None, noise=None,
-                                noise_seed=None)  # fmt: skip
-        (rendered,) = render(generator, source.codes([0]), noise=source.noise,
-                             condition=select_condition(source.condition, [0]))  # fmt: skip
+        source = latents_source(
+            generator, tmp_path / "zip" / name, truncation=1, mean=None, noise=None, noise_seed=None
+        )
+        (rendered,) = render(
+            generator, source.codes([0]), noise=source.noise, condition=select_condition(source.condition, [0])
+        )
         assert np.array_equal(rendered, picture)
 
 
@@ -146,7 +148,9 @@ def test_a_cast_is_shown_until_a_slider_moves(page, tools, smiling, tmp_path):
     assert "edit_conditional.py" in commands and "smile" in readout
     assert not np.array_equal(np.asarray(inversion), np.asarray(edited))
     assert {path.name for path in map(type(path), page.files(sitting, *SETTINGS)[1]["value"])} == {
-        f"seed{SERIOUS:04d}-edited.png", f"seed{SERIOUS:04d}-latents.zip"}  # fmt: skip
+        f"seed{SERIOUS:04d}-edited.png",
+        f"seed{SERIOUS:04d}-latents.zip",
+    }
     last(page.cast(sitting, str(path), True, 4))
     assert sitting.inverted is work, "inverted once for all references"
     moved = page.move(sitting, *SETTINGS[:3], 2, 0)
@@ -165,8 +169,12 @@ def test_a_bad_reference_gets_a_sentence(kind, page, tools, smiling, tmp_path):
         path.write_text("not a picture")
     elif kind == "tiny":
         Image.new("RGB", (20, 20)).save(path)
-    expected = {"nothing": "first upload a reference", "no face yet": "first take a face",
-                "text": "refe rence.png cannot be read as an image", "tiny": "20x20 pixels"}[kind]  # fmt: skip
+    expected = {
+        "nothing": "first upload a reference",
+        "no face yet": "first take a face",
+        "text": "refe rence.png cannot be read as an image",
+        "tiny": "20x20 pixels",
+    }[kind]
     given = {"nothing": None, "no face yet": str(smiling[0])}.get(kind, str(path))
     told = last(page.cast(sitting, given, False, 4))
     assert expected in told and str(tmp_path) not in told and sitting.cast is None and sitting.inverted is None

@@ -68,8 +68,9 @@ def test_encoder_refuses_another_size_in_words():
         encoder(torch.zeros(1, 3, 64, 64))
 
 
-@pytest.mark.parametrize("wrong", [{"depth": 34}, {"mode": "se"}, {"input_size": 100}, {"width": 0},
-                                   {"encoder_type": "Encoder4Editing"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong", [{"depth": 34}, {"mode": "se"}, {"input_size": 100}, {"width": 0}, {"encoder_type": "Encoder4Editing"}]
+)
 def test_impossible_configs_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         EncoderConfig(**wrong)
@@ -101,8 +102,10 @@ def test_shortcut_equals_the_published_strided_convolution():
 
 
 def test_arcface_file_without_batch_counters_loads(tmp_path):
-    state = {name: torch.zeros(1) for name in ("input_layer.0.weight", "body.0.res_layer.1.weight",
-                                               "input_layer.1.running_var")}  # fmt: skip
+    state = {
+        name: torch.zeros(1)
+        for name in ("input_layer.0.weight", "body.0.res_layer.1.weight", "input_layer.1.running_var")
+    }
     save_checkpoint(tmp_path / "model_ir_se50.pth", state)
     assert int(arcface_state(tmp_path / "model_ir_se50.pth")["input_layer.1.num_batches_tracked"]) == 0
     save_checkpoint(tmp_path / "other.pth", {"a": torch.zeros(1)})

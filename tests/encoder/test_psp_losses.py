@@ -51,8 +51,14 @@ def test_parts_of_the_loss(fake_networks):
     assert torch.isclose(parts["loss_id"], (1 - alike).mean())
     before = (identity.embed(source) * identity.embed(target)).sum(1)
     assert torch.isclose(parts["id_improve"], (alike - before).mean())
-    expected = 0.8 * parts["loss_lpips"] + parts["loss_l2"] + 0.1 * parts["loss_id"] + 0.01 * parts["loss_w_norm"] \
-        + 0.5 * parts["loss_lpips_crop"] + 2 * parts["loss_l2_crop"]  # fmt: skip
+    expected = (
+        0.8 * parts["loss_lpips"]
+        + parts["loss_l2"]
+        + 0.1 * parts["loss_id"]
+        + 0.01 * parts["loss_w_norm"]
+        + 0.5 * parts["loss_lpips_crop"]
+        + 2 * parts["loss_l2_crop"]
+    )
     assert torch.isclose(total, expected) and torch.equal(total, parts["loss"])
 
 

@@ -1,6 +1,5 @@
 """The network around the encoder: spaces, average code, files."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

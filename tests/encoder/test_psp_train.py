@@ -88,8 +88,25 @@ def words(text: str, **values) -> list[str]:
 def trained(generators, face_folder, tmp_path_factory):
     """The folder of a run of four steps on the W++ generator."""
     folder = tmp_path_factory.mktemp("runs") / "trained ü"
-    assert train("--exp_dir", folder, "--stylegan_weights", generators["w++"], "--train_path", face_folder, *SMALL,
-                 *PLAIN, "--max_steps", 4, "--save_interval", 2, "--val_interval", 2) == 0  # fmt: skip
+    assert (
+        train(
+            "--exp_dir",
+            folder,
+            "--stylegan_weights",
+            generators["w++"],
+            "--train_path",
+            face_folder,
+            *SMALL,
+            *PLAIN,
+            "--max_steps",
+            4,
+            "--save_interval",
+            2,
+            "--val_interval",
+            2,
+        )
+        == 0
+    )
     return folder
 
 
@@ -129,8 +146,12 @@ def test_steps_do_not_depend_on_the_global_random_state():
 
 def test_what_a_run_writes(trained):
     checkpoints = trained / "checkpoints"
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["best_model.pt", "iteration_2.pt", "iteration_4.pt",
-                                                            "timestamp.txt"]  # fmt: skip
+    assert sorted(p.name for p in checkpoints.iterdir()) == [
+        "best_model.pt",
+        "iteration_2.pt",
+        "iteration_4.pt",
+        "timestamp.txt",
+    ]
     assert not (trained / "checkpoint").exists() and not (trained / "similarity").exists()
     opts = json.loads((trained / "opt.json").read_text())
     assert opts["dataset_type"] == "ffhq_encode" and opts["output_size"] == 32
@@ -150,14 +171,30 @@ def test_what_a_run_writes(trained):
 
 def test_resuming_is_exact(trained, generators, face_folder, tmp_path):
     half = tmp_path / "half"
-    flags = ("--exp_dir", half, "--stylegan_weights", generators["w++"], "--train_path", face_folder, *SMALL, *PLAIN,
-             "--save_interval", 2, "--val_interval", 2)  # fmt: skip
+    flags = (
+        "--exp_dir",
+        half,
+        "--stylegan_weights",
+        generators["w++"],
+        "--train_path",
+        face_folder,
+        *SMALL,
+        *PLAIN,
+        "--save_interval",
+        2,
+        "--val_interval",
+        2,
+    )
     assert train(*flags, "--max_steps", 2) == 0
     assert train(*flags, "--max_steps", 4, "--resume", "auto") == 0
     whole, resumed = (load_checkpoint(folder / "checkpoints" / "iteration_4.pt") for folder in (trained, half))
     assert_same({k: v for k, v in whole.items() if k != "opts"}, {k: v for k, v in resumed.items() if k != "opts"})
-    lines = [{k: v for k, v in line.items() if k != "time"} for folder in (trained, half)
-             for line in read_log(folder / "log.jsonl") if line["group"] != "Speed"]  # fmt: skip
+    lines = [
+        {k: v for k, v in line.items() if k != "time"}
+        for folder in (trained, half)
+        for line in read_log(folder / "log.jsonl")
+        if line["group"] != "Speed"
+    ]
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
@@ -212,8 +249,26 @@ def test_continue_with_the_published_flag_or_begin_from_weights(trained, generat
 
 
 def test_w_space(generators, face_folder, tmp_path):
-    assert train("--exp_dir", tmp_path, "--stylegan_weights", generators["w"], "--train_path", face_folder, *SMALL,
-                 *PLAIN, "--learn_in_w", "--max_steps", 1, "--val_images", 1, "--optim_name", "adam") == 0  # fmt: skip
+    assert (
+        train(
+            "--exp_dir",
+            tmp_path,
+            "--stylegan_weights",
+            generators["w"],
+            "--train_path",
+            face_folder,
+            *SMALL,
+            *PLAIN,
+            "--learn_in_w",
+            "--max_steps",
+            1,
+            "--val_images",
+            1,
+            "--optim_name",
+            "adam",
+        )
+        == 0
+    )
     assert infer("--exp_dir", tmp_path, "--data_path", face_folder, "--n_images", 3, "--test_workers", 0) == 0
     latents = load_latents(tmp_path, expect_space="w")
     assert latents.latents.shape == (3, 8, 32) and (latents.latents == latents.latents[:, :1]).all()
@@ -221,11 +276,41 @@ def test_w_space(generators, face_folder, tmp_path):
 
 def test_super_resolution_and_frontalisation(generators, face_folder, tmp_path):
     for kind, extra in (("celebs_super_resolution", ["--resize_factors", "4"]), ("ffhq_frontalize", [])):
-        assert train("--exp_dir", tmp_path / kind, "--dataset_type", kind, "--stylegan_weights", generators["w++"],
-                     "--train_path", face_folder, *SMALL, *PLAIN, *extra, "--max_steps", 1) == 0  # fmt: skip
+        assert (
+            train(
+                "--exp_dir",
+                tmp_path / kind,
+                "--dataset_type",
+                kind,
+                "--stylegan_weights",
+                generators["w++"],
+                "--train_path",
+                face_folder,
+                *SMALL,
+                *PLAIN,
+                *extra,
+                "--max_steps",
+                1,
+            )
+            == 0
+        )
     folder = tmp_path / "celebs_super_resolution"
-    assert infer("--exp_dir", folder, "--data_path", face_folder, "--n_images", 2, "--test_workers", 0,
-                 "--resize_factors", "4", "--couple_outputs") == 0  # fmt: skip
+    assert (
+        infer(
+            "--exp_dir",
+            folder,
+            "--data_path",
+            face_folder,
+            "--n_images",
+            2,
+            "--test_workers",
+            0,
+            "--resize_factors",
+            "4",
+            "--couple_outputs",
+        )
+        == 0
+    )
     coupled = sorted((folder / "inference_coupled" / "downsampling_4").rglob("*.png"))
     assert len(coupled) == 2 and Image.open(coupled[0]).size == (96, 32)  # original, shrunk, output
 
@@ -290,24 +375,52 @@ def test_older_checkpoints_lose_their_optimiser(trained, generators, face_folder
 def test_two_processes_agree_with_one(generators, face_folder, tmp_path):
     """Two ranks with half the batch each: the same images, and, where nothing is normalised over the batch, the same
     losses; the encoder normalises, so only the first validation is compared to rounding, the second for closeness."""
-    flags = ["--stylegan_weights", generators["w++"], "--train_path", face_folder, "--test_path", face_folder,
-             "--val_images", 5, *SMALL, *PLAIN, "--max_steps", 2, "--val_interval", 2]  # fmt: skip
+    flags = [
+        "--stylegan_weights",
+        generators["w++"],
+        "--train_path",
+        face_folder,
+        "--test_path",
+        face_folder,
+        "--val_images",
+        5,
+        *SMALL,
+        *PLAIN,
+        "--max_steps",
+        2,
+        "--val_interval",
+        2,
+    ]
     assert train("--exp_dir", tmp_path / "one", *flags, "--batch_size", 4) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, train_script.__file__, "--exp_dir", tmp_path / "two", *flags, "--batch_size", 2]
     ranks = [
-        subprocess.Popen([str(part) for part in command], stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                         env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"})
+        subprocess.Popen(
+            [str(part) for part in command],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            },
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for process in ranks:
         _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
-    one, two = ([line["loss"] for line in read_log(tmp_path / name / "log.jsonl") if line["group"] == "test"]
-                for name in ("one", "two"))  # fmt: skip
+    one, two = (
+        [line["loss"] for line in read_log(tmp_path / name / "log.jsonl") if line["group"] == "test"]
+        for name in ("one", "two")
+    )
     assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=0.2)
 
 
@@ -330,8 +443,23 @@ def faces_to_invert(face_folder, tmp_path_factory):
 
 def test_inference_keeps_every_picture_and_its_name(trained, faces_to_invert, generators, tmp_path, capsys):
     checkpoint = trained / "checkpoints" / "best_model.pt"
-    assert infer("--exp_dir", tmp_path, "--checkpoint_path", checkpoint, "--data_path", faces_to_invert,
-                 "--test_batch_size", 2, "--test_workers", 0, "--resize_outputs", "--couple_outputs") == 0  # fmt: skip
+    assert (
+        infer(
+            "--exp_dir",
+            tmp_path,
+            "--checkpoint_path",
+            checkpoint,
+            "--data_path",
+            faces_to_invert,
+            "--test_batch_size",
+            2,
+            "--test_workers",
+            0,
+            "--resize_outputs",
+            "--couple_outputs",
+        )
+        == 0
+    )
     names = ["face 0.png", "face 1.png", "face 2.png", "face 3.png", "in/ü 中.png"]
     for kind, size in (("inference_results", (32, 32)), ("inference_coupled", (64, 32))):
         found = sorted((tmp_path / kind).rglob("*.png"))
@@ -368,8 +496,14 @@ def test_inference_does_not_depend_on_the_batch(trained, faces_to_invert, tmp_pa
 
 
 def test_style_mixing(trained, faces_to_invert, tmp_path):
-    flags = ("--checkpoint_path", trained / "checkpoints" / "iteration_4.pt", "--data_path", faces_to_invert,
-             "--test_workers", 0)  # fmt: skip
+    flags = (
+        "--checkpoint_path",
+        trained / "checkpoints" / "iteration_4.pt",
+        "--data_path",
+        faces_to_invert,
+        "--test_workers",
+        0,
+    )
     assert infer("--exp_dir", tmp_path / "plain", *flags) == 0
     assert infer("--exp_dir", tmp_path / "mixed", *flags, "--latent_mask", "6,7", "--mix_alpha", "0.5") == 0
     plain, mixed = (load_latents(tmp_path / name).latents for name in ("plain", "mixed"))
@@ -386,8 +520,22 @@ def test_outputs_at_the_generators_size_or_256(face_folder, tmp_path):
     save_checkpoint(tmp_path / "big.pt", psp_state(net, {}))
     for flags, size in (([], 512), (["--resize_outputs"], 256)):
         folder = tmp_path / str(size)
-        assert infer("--exp_dir", folder, "--checkpoint_path", tmp_path / "big.pt", "--data_path", face_folder,
-                     "--n_images", 1, "--test_workers", 0, *flags) == 0  # fmt: skip
+        assert (
+            infer(
+                "--exp_dir",
+                folder,
+                "--checkpoint_path",
+                tmp_path / "big.pt",
+                "--data_path",
+                face_folder,
+                "--n_images",
+                1,
+                "--test_workers",
+                0,
+                *flags,
+            )
+            == 0
+        )
         (result,) = (folder / "inference_results").rglob("*.png")
         (coupled,) = (folder / "inference_coupled").rglob("*.png")  # the first of every hundred, as published
         assert Image.open(result).size == (size, size) and Image.open(coupled).size == (2 * size, size)
@@ -422,8 +570,22 @@ def test_exported_encoder_gives_the_same_pictures(trained, generators, faces_to_
     data = ("--data_path", faces_to_invert, "--test_workers", 0)
     assert infer("--exp_dir", tmp_path / "a", "--checkpoint_path", out, *data) == 1
     assert "an encoder for the generator wpp.pt" in capsys.readouterr().err
-    assert infer("--exp_dir", tmp_path / "a", "--checkpoint_path", out, *data, "--stylegan_weights",
-                 generators["w++"], "--retrieval", 5, "--id_net", "none") == 0  # fmt: skip
+    assert (
+        infer(
+            "--exp_dir",
+            tmp_path / "a",
+            "--checkpoint_path",
+            out,
+            *data,
+            "--stylegan_weights",
+            generators["w++"],
+            "--retrieval",
+            5,
+            "--id_net",
+            "none",
+        )
+        == 0
+    )
     assert "its own for" in capsys.readouterr().out
     assert infer("--exp_dir", tmp_path / "b", "--checkpoint_path", checkpoint, *data) == 0
     exported, whole = (load_latents(tmp_path / name) for name in "ab")
@@ -440,8 +602,20 @@ def test_exported_encoder_gives_the_same_pictures(trained, generators, faces_to_
 def test_a_new_run_begins_from_an_exported_encoder(trained, generators, face_folder, tmp_path, capsys):
     """As for a bundled encoder and a generator trained on: a step of 1e-30 shows where the weights begin."""
     export_encoder(load_psp(trained / "checkpoints" / "best_model.pt"), tmp_path / "e.safetensors", "wpp.pt")
-    flags = ("--exp_dir", tmp_path / "new", "--stylegan_weights", generators["w++"], "--train_path", face_folder,
-             *SMALL, *PLAIN, "--max_steps", 1, "--learning_rate", 1e-30)  # fmt: skip
+    flags = (
+        "--exp_dir",
+        tmp_path / "new",
+        "--stylegan_weights",
+        generators["w++"],
+        "--train_path",
+        face_folder,
+        *SMALL,
+        *PLAIN,
+        "--max_steps",
+        1,
+        "--learning_rate",
+        1e-30,
+    )
     assert train(*flags, "--init_from", tmp_path / "e.safetensors") == 1
     assert "an encoder for the generator wpp.pt" in capsys.readouterr().err and not (tmp_path / "new").exists()
     shutil.copy(generators["w++"], tmp_path / "wpp.pt")
@@ -476,11 +650,27 @@ def test_mistakes_of_inference_are_one_line(flags, message, status, trained, gen
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.png").write_bytes(b"no picture")
-    places = {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken", "GENERATOR": generators["w++"],
-              "W": generators["w"]}  # fmt: skip
+    places = {
+        "EMPTY": tmp_path / "empty",
+        "BROKEN": tmp_path / "broken",
+        "GENERATOR": generators["w++"],
+        "W": generators["w"],
+    }
     flags = [str(places.get(flag, flag)) for flag in flags]
     checkpoint = trained / "checkpoints" / "best_model.pt"
-    assert infer("--exp_dir", tmp_path / "E", "--checkpoint_path", checkpoint, "--data_path", face_folder,
-                 "--test_workers", 0, *flags) == status  # fmt: skip
+    assert (
+        infer(
+            "--exp_dir",
+            tmp_path / "E",
+            "--checkpoint_path",
+            checkpoint,
+            "--data_path",
+            face_folder,
+            "--test_workers",
+            0,
+            *flags,
+        )
+        == status
+    )
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -44,6 +44,7 @@ def pictures(folder):
 
 def seed_pictures(generator, seeds, batch=8, noise="const", truncation=1.0, noise_seed=0):
     mean = generator.mean_latent(100) if truncation != 1 else None
-    source = seed_source(generator, seeds, truncation=truncation, mean=mean, noise=noise, noise_seed=noise_seed,
-                         batch=batch)  # fmt: skip
+    source = seed_source(
+        generator, seeds, truncation=truncation, mean=mean, noise=noise, noise_seed=noise_seed, batch=batch
+    )
     return np.stack(list(render(generator, source.codes(range(len(seeds))), noise=source.noise, batch=batch)))

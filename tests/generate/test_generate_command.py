@@ -104,9 +104,13 @@ def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
         commands[name] = [[*first, *text.replace("{out}", out).split(" ")] for text in COMMANDS]
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    process = subprocess.Popen([*launch, *("|".join(flags) for flags in commands["two"])], text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen(
+        [*launch, *("|".join(flags) for flags in commands["two"])],
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # their number, too, may change the order of a sum

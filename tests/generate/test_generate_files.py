@@ -21,8 +21,22 @@ from training import Trainer, TrainSettings
 
 
 def test_single_files_and_grid(ckpt, generator, tmp_path, capsys):
-    assert command("--ckpt", ckpt, "--seeds", "2-4,10", "--trunc", 0.6, "--truncation-mean", 100, "--grid",
-                   "--outdir", tmp_path / "ü out") == 0  # fmt: skip
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--seeds",
+            "2-4,10",
+            "--trunc",
+            0.6,
+            "--truncation-mean",
+            100,
+            "--grid",
+            "--outdir",
+            tmp_path / "ü out",
+        )
+        == 0
+    )
     found = pictures(tmp_path / "ü out")
     assert list(found) == ["grid.png", "seed0002.png", "seed0003.png", "seed0004.png", "seed0010.png"]
     expected = seed_pictures(generator, [2, 3, 4, 10], truncation=0.6)
@@ -34,8 +48,23 @@ def test_single_files_and_grid(ckpt, generator, tmp_path, capsys):
 @pytest.mark.parametrize("flags", [[], ["--noise", "random", "--noise_seed", "5"], ["--noise", "none"]])
 def test_saved_latents_give_the_same_pictures(ckpt, generator, tmp_path, flags):
     """With the noise they were drawn with, which latents.json records."""
-    assert command("--ckpt", ckpt, "--seeds", "3,8,1", "--truncation", 0.5, "--truncation_mean", 50, "--save_latents",
-                   "--output_dir", tmp_path / "a", *flags) == 0  # fmt: skip
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--seeds",
+            "3,8,1",
+            "--truncation",
+            0.5,
+            "--truncation_mean",
+            50,
+            "--save_latents",
+            "--output_dir",
+            tmp_path / "a",
+            *flags,
+        )
+        == 0
+    )
     saved = load_latents(tmp_path / "a" / "latents", expect_fingerprint=generator.fingerprint)
     assert saved.space == generator.config.space and saved.names == ["seed0003", "seed0008", "seed0001"]
     assert command("--ckpt", ckpt, "--latents", tmp_path / "a" / "latents", "--output_dir", tmp_path / "b") == 0
@@ -48,8 +77,14 @@ def saved_projection(generator, folder, **changes):
     names = ["people/ü 1.jpg", "a.png", "a.jpg"]
     codes = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2, 3]))))
     noise = noise_maps(generator, "random", seeds=[7, 8, 9])([0, 1, 2])
-    options = {"names": names, "space": generator.config.space, "size": 16, "fingerprint": generator.fingerprint,
-               "noise": noise, **changes}  # fmt: skip
+    options = {
+        "names": names,
+        "space": generator.config.space,
+        "size": 16,
+        "fingerprint": generator.fingerprint,
+        "noise": noise,
+        **changes,
+    }
     save_latents(folder, codes, **options)
     return codes, noise
 
@@ -90,8 +125,13 @@ def test_projections_of_other_programs(wpp_ckpt, tmp_path):
     generator = load_generator(wpp_ckpt)
     codes = generator.get_latent(torch.randn(2, 6, 32)).detach()
     noise = [torch.randn(2, *layer.shape[1:]) for layer in generator.fixed_noise()]
-    torch.save({f"faces/{name}.jpg": {"latent": codes[i], "noise": [layer[i : i + 1] for layer in noise]}
-                for i, name in enumerate(("anna", "ü b"))}, tmp_path / "project.pt")  # fmt: skip
+    torch.save(
+        {
+            f"faces/{name}.jpg": {"latent": codes[i], "noise": [layer[i : i + 1] for layer in noise]}
+            for i, name in enumerate(("anna", "ü b"))
+        },
+        tmp_path / "project.pt",
+    )
     np.savez(tmp_path / "projected_w.npz", w=codes[:1].numpy())
     for file, names, maps in (("project.pt", ["anna", "ü b"], noise), ("projected_w.npz", ["00000"], None)):
         out = tmp_path / f"of {file}"
@@ -129,8 +169,12 @@ def test_file_names():
     assert file_names(["a.jpg", "A.png", "a"]) == ["a.jpg", "A.png", "a"]
     assert file_names(["a", "a", "a"]) == ["a", "a-1", "a-2"]
     assert file_names(["../../etc/x.png", "/etc/y", "C:\\z.png", "..", ""]) == [
-        "etc/x", "etc/y", "C_/z", "image", "image-4"
-    ]  # fmt: skip
+        "etc/x",
+        "etc/y",
+        "C_/z",
+        "image",
+        "image-4",
+    ]
 
 
 def test_export_and_load_back(ckpt, generator, tmp_path, capsys):

@@ -93,13 +93,32 @@ def test_slerp():
 
 def test_loop_is_closed():
     assert [loop_position(frame, 3, 2) for frame in range(6)] == [
-        (0, 1, 0.0), (0, 1, 0.5), (1, 2, 0.0), (1, 2, 0.5), (2, 0, 0.0), (2, 0, 0.5)
-    ]  # fmt: skip
+        (0, 1, 0.0),
+        (0, 1, 0.5),
+        (1, 2, 0.0),
+        (1, 2, 0.5),
+        (2, 0, 0.0),
+        (2, 0, 0.5),
+    ]
 
 
 def test_mixing_sheet(ckpt, generator, tmp_path):
-    assert command("--ckpt", ckpt, "--mix", "0,1", "5-7", "--mix_layers", "0-1,4", "--noise", "random",
-                   "--output_dir", tmp_path) == 0  # fmt: skip
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--mix",
+            "0,1",
+            "5-7",
+            "--mix_layers",
+            "0-1,4",
+            "--noise",
+            "random",
+            "--output_dir",
+            tmp_path,
+        )
+        == 0
+    )
     sheet = np.asarray(Image.open(tmp_path / "mix.png"))
     cell = {(r, c): sheet[18 * r : 18 * r + 16, 18 * c : 18 * c + 16] for r in range(3) for c in range(4)}
     assert sheet.shape == (3 * 18 - 2, 4 * 18 - 2, 3) and (cell[0, 0] == 255).all()
@@ -111,9 +130,12 @@ def test_mixing_sheet(ckpt, generator, tmp_path):
     noise = noise_maps(generator, "random", seeds=[1])
     (expected,) = render(generator, [mix(w[1], w[6], [0, 1, 4])], noise=noise)
     assert np.array_equal(cell[2, 2], expected)
-    assert sheet.tobytes() == rendering.mixing_sheet(
-        [alone[0], alone[1]], [alone[5], alone[6], alone[7]], [cell[r, c] for r in (1, 2) for c in (1, 2, 3)]
-    ).tobytes()
+    assert (
+        sheet.tobytes()
+        == rendering.mixing_sheet(
+            [alone[0], alone[1]], [alone[5], alone[6], alone[7]], [cell[r, c] for r in (1, 2) for c in (1, 2, 3)]
+        ).tobytes()
+    )
 
 
 @pytest.mark.parametrize("way", ["w", "z"])
@@ -122,8 +144,27 @@ def test_video_passes_every_seed(ckpt, generator, tmp_path, monkeypatch, way, no
     """At each point stands exactly that seed's picture, between them another."""
     seen = {}
     monkeypatch.setattr(generate, "save_video", lambda frames, path, fps: seen.update(frames=list(frames), fps=fps))
-    assert command("--ckpt", ckpt, "--seeds", "3-5", "--interpolate", way, "--frames", 4, "--fps", 12, "--batch", 3,
-                   "--noise", noise, "--video", tmp_path / "a.gif") == 0  # fmt: skip
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--seeds",
+            "3-5",
+            "--interpolate",
+            way,
+            "--frames",
+            4,
+            "--fps",
+            12,
+            "--batch",
+            3,
+            "--noise",
+            noise,
+            "--video",
+            tmp_path / "a.gif",
+        )
+        == 0
+    )
     assert len(seen["frames"]) == 12 and seen["fps"] == 12
     assert np.array_equal(np.stack(seen["frames"][::4]), seed_pictures(generator, [3, 4, 5], noise=noise))
     assert len({frame.tobytes() for frame in seen["frames"]}) == 12

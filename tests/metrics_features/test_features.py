@@ -31,8 +31,11 @@ def test_folder_as_it_is_and_fitted(face_folder, tiny):
 def test_lmdb(face_lmdb, tiny):
     found = extract(open_source(face_lmdb, size=16), tiny, 1000, progress=False)
     assert (found.about["kind"], found.about["size"], found.about["filter"], found.about["codec"]) == (
-        "lmdb", 16, "lanczos", "png",
-    )  # fmt: skip
+        "lmdb",
+        16,
+        "lanczos",
+        "png",
+    )
     with pytest.raises(ValueError, match="has the sizes 8, 16, 32: choose one with --size"):
         open_source(face_lmdb)
 
@@ -110,8 +113,9 @@ def test_latents_of_a_conditional_generator_keep_their_attributes(tmp_path):
     facts = {"names": ["a", "b", "c"], "space": "w++", "size": 16, "fingerprint": generator.fingerprint}
     save_latents(tmp_path / "own", w, **facts, extra={"condition": {"values": own.tolist()}})
     save_latents(tmp_path / "neutral", w, **facts)
-    source, neutral = (open_source(tmp_path / name, ckpt=ckpt, sampling=Sampling(noise="const"))
-                       for name in ("own", "neutral"))  # fmt: skip
+    source, neutral = (
+        open_source(tmp_path / name, ckpt=ckpt, sampling=Sampling(noise="const")) for name in ("own", "neutral")
+    )
     images = torch.cat(list(source.batches([0, 1, 2], 2, "cpu")))
     torch.testing.assert_close(images, generator(w, input_is_latent=True, randomize_noise=False, condition=own)[0])
     assert (source.about["condition"], neutral.about["condition"]) == ("saved", "neutral")

@@ -48,8 +48,13 @@ def test_two_ranks_give_what_one_gives(face_lmdb, face_folder, checkpoint, tiny,
     damaged = copy_of(face_folder, tmp_path / "damaged")
     file = sorted(damaged.glob("face *.png"))[-1]  # in the share of rank 1
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    names = {"lmdb": face_lmdb, "checkpoint": checkpoint, "cache": tmp_path / "c", "out": tmp_path / "v",
-             "damaged": damaged}  # fmt: skip
+    names = {
+        "lmdb": face_lmdb,
+        "checkpoint": checkpoint,
+        "cache": tmp_path / "c",
+        "out": tmp_path / "v",
+        "damaged": damaged,
+    }
     program = WORKER
     for name, value in names.items():
         program = program.replace("{" + name + "!r}", repr(str(value)))
@@ -80,8 +85,11 @@ def test_fid_of_a_folder_of_checkpoints(play, face_lmdb, checkpoint):
     output.unlink()
     assert status == 0, err
     assert [(r["metric"], r["step"]) for r in records] == [
-        ("fid-tiny", 10), ("kid-tiny", 10), ("fid-tiny", 20), ("kid-tiny", 20),
-    ]  # fmt: skip
+        ("fid-tiny", 10),
+        ("kid-tiny", 10),
+        ("fid-tiny", 20),
+        ("kid-tiny", 20),
+    ]
     assert out.count("fid-tiny") == 2 and "note: KID on subsets of 16" in err
     record = records[0]
     assert (record["n_real"], record["n_fake"], record["fake"]["images"]) == (16, 16, 80)
@@ -117,8 +125,22 @@ def test_truncation_sweep(play, face_lmdb, checkpoint, tmp_path):
 def test_k_is_that_of_the_protocol(play, face_lmdb, checkpoint, tmp_path):
     for protocol, k in (("paper", 3), ("clean", 5)):
         output = tmp_path / f"{protocol}.jsonl"
-        assert play(prdc, "--real", face_lmdb, "--fake", checkpoint, "--n_sample", 12, "--output", output, "--protocol",
-                    protocol)[0] == 0  # fmt: skip
+        assert (
+            play(
+                prdc,
+                "--real",
+                face_lmdb,
+                "--fake",
+                checkpoint,
+                "--n_sample",
+                12,
+                "--output",
+                output,
+                "--protocol",
+                protocol,
+            )[0]
+            == 0
+        )
         assert {(r["nearest_k"], r["protocol"]["name"]) for r in read_records(output)} == {(k, protocol)}
 
 
@@ -128,9 +150,13 @@ def test_published_precision_draws_its_reals(play, face_lmdb, checkpoint, tmp_pa
     flags = ["--real", face_lmdb, "--fake", checkpoint, "--n_sample", 12, "--protocol", "paper", "--output", output]
     assert play(fid, *flags)[0] == 0 and play(prdc, *flags)[0] == 0
     assert {r["metric"]: r["real"]["chosen"] for r in read_records(output)} == {
-        "fid-tiny": "first", "kid-tiny": "first", "precision-tiny": "drawn", "recall-tiny": "drawn",
-        "density-tiny": "drawn", "coverage-tiny": "drawn",
-    }  # fmt: skip
+        "fid-tiny": "first",
+        "kid-tiny": "first",
+        "precision-tiny": "drawn",
+        "recall-tiny": "drawn",
+        "density-tiny": "drawn",
+        "coverage-tiny": "drawn",
+    }
     flags = [face_lmdb, "--size", 16, "--n_sample", 12, "--protocol", "paper", "--seed", 1, "--out", tmp_path / "r.npz"]
     assert play(extract_features, *flags, "--order", "drawn")[0] == 0
     assert load_features(tmp_path / "r.npz").about["digest"] == read_records(output)[-1]["real"]["digest"]

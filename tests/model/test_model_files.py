@@ -16,10 +16,12 @@ def published_checkpoint(config):
     """What TransStyleGAN's train.py writes: five state dicts and nothing else."""
     g, g_ema, d = Generator(config), Generator(config), Discriminator(config)
     return {
-        "g": g.state_dict(), "d": d.state_dict(), "g_ema": g_ema.state_dict(),
+        "g": g.state_dict(),
+        "d": d.state_dict(),
+        "g_ema": g_ema.state_dict(),
         "g_optim": torch.optim.Adam(g.parameters()).state_dict(),
         "d_optim": torch.optim.Adam(d.parameters()).state_dict(),
-    }, g_ema  # fmt: skip
+    }, g_ema
 
 
 def assert_same_network(loaded, original):

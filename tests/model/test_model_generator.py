@@ -182,8 +182,11 @@ def test_each_layer_reads_its_published_code(tiny_config):
     generator = Generator(tiny_config)
     codes = torch.randn(1, 6, 32, requires_grad=True)
     expected = {0: "conv1", 1: "to_rgb1 convs.0", 2: "convs.1", 3: "to_rgbs.0 convs.2", 4: "convs.3", 5: "to_rgbs.1"}
-    modulations = {name.removesuffix(".conv.modulation"): module for name, module in generator.named_modules()
-                   if name.endswith("modulation")}  # fmt: skip
+    modulations = {
+        name.removesuffix(".conv.modulation"): module
+        for name, module in generator.named_modules()
+        if name.endswith("modulation")
+    }
     seen = {name: [] for name in modulations}
     for name, module in modulations.items():
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))

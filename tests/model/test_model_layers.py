@@ -25,8 +25,11 @@ def test_modulated_convolution_equals_grouped(kernel, up, dtype, tolerance):
     assert torch.allclose(fast, straight, atol=tolerance, rtol=tolerance)
     probe = torch.randn_like(fast)
     wanted = (x, style, layer.weight, layer.modulation.weight)
-    for a, b in zip(torch.autograd.grad((fast * probe).sum(), wanted),
-                    torch.autograd.grad((straight * probe).sum(), wanted), strict=True):  # fmt: skip
+    for a, b in zip(
+        torch.autograd.grad((fast * probe).sum(), wanted),
+        torch.autograd.grad((straight * probe).sum(), wanted),
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=20 * tolerance, rtol=20 * tolerance)
 
 

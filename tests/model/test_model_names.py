@@ -60,8 +60,9 @@ def published_tensors(name):
     def modulated(prefix, into, out, kernel):
         return {
             f"{prefix}.weight": [1, out, into, kernel, kernel],
-            f"{prefix}.modulation.weight": [into, 512], f"{prefix}.modulation.bias": [into],
-        }  # fmt: skip
+            f"{prefix}.modulation.weight": [into, 512],
+            f"{prefix}.modulation.bias": [into],
+        }
 
     def styled(prefix, into, out):
         own = {f"{prefix}.noise.weight": [1], f"{prefix}.activate.bias": [out]}
@@ -105,8 +106,7 @@ def test_order_of_parameters_is_the_ecosystems():
     """Adam's state in a checkpoint goes by the order of the parameters: rosinality's and TransStyleGAN's."""
     names = [name for name, _ in meta(PUBLISHED["G(W++)"][0]).named_parameters()]
     assert [name.partition(".")[0] for name in names] == sorted(
-        (name.partition(".")[0] for name in names),
-        key=["style", "input", "conv1", "to_rgb1", "convs", "to_rgbs"].index,
+        (name.partition(".")[0] for name in names), key=["style", "input", "conv1", "to_rgb1", "convs", "to_rgbs"].index
     )
     block = [name.removeprefix("style.1.") for name in names if name.startswith("style.1.")]
     parts = ("atten.q_transform", "atten.k_transform", "atten.v_transform", "atten.proj", "mlp.0", "mlp.2", "proj")

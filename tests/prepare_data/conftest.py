@@ -1,6 +1,5 @@
 """A folder of pictures."""
 
-
 import pytest
 from preparing import noise
 

@@ -123,8 +123,18 @@ def test_a_killed_run_goes_on_to_the_same_result(photos, tmp_path, monkeypatch, 
 def test_workers_end_with_a_killed_parent(photos, tmp_path):
     if not hasattr(os, "killpg"):
         pytest.skip("this platform has no process groups")
-    process = killed(tmp_path, PATCHES["before the third transaction"], "--out", tmp_path / "out", "--n_worker", 2,
-                     "--size", 8, photos, start_new_session=True)  # fmt: skip
+    process = killed(
+        tmp_path,
+        PATCHES["before the third transaction"],
+        "--out",
+        tmp_path / "out",
+        "--n_worker",
+        2,
+        "--size",
+        8,
+        photos,
+        start_new_session=True,
+    )
     assert process.wait() == -signal.SIGKILL
     for _ in range(100):
         try:
@@ -139,8 +149,12 @@ def test_workers_end_with_a_killed_parent(photos, tmp_path):
 @pytest.mark.parametrize("change", ["settings", "files", "damage"])
 def test_a_store_in_the_making_of_something_else_is_made_anew(photos, tmp_path, change):
     out = tmp_path / "out"
-    assert killed(tmp_path, PATCHES["before the third transaction"], "--out", out, "--n_worker", 1, "--size", 8,
-                  photos).wait() < 0  # fmt: skip
+    assert (
+        killed(
+            tmp_path, PATCHES["before the third transaction"], "--out", out, "--n_worker", 1, "--size", 8, photos
+        ).wait()
+        < 0
+    )
     if change == "files":
         noise(60).save(photos / "a" / "a.png")
     if change == "damage":

@@ -90,14 +90,26 @@ def test_nothing_readable(tmp_path, capsys):
 @pytest.mark.parametrize(
     "args",
     [
-        [], ["a", "--path", "b"], ["a", "--size", "x"], ["a", "--size", "0"], ["a", "--background", "1,2"],
-        ["a", "--background", "1,2,300"], ["a", "--quality", "90"], ["a", "--format", "jpeg", "--quality", "101"],
-        ["a", "--compat", "--format", "jpeg"], ["a", "--compat", "--fit", "pad"], ["a", "--n_worker", "0"],
-        ["a", "--max_bad", "-1"], ["a", "--max_bad", "1.5"], ["a", "--max_bad", "few"], ["a", "--fit", "stretch"],
-        ["a", "--resample", "sharp"], ["a", "--siz", "8"],
+        [],
+        ["a", "--path", "b"],
+        ["a", "--size", "x"],
+        ["a", "--size", "0"],
+        ["a", "--background", "1,2"],
+        ["a", "--background", "1,2,300"],
+        ["a", "--quality", "90"],
+        ["a", "--format", "jpeg", "--quality", "101"],
+        ["a", "--compat", "--format", "jpeg"],
+        ["a", "--compat", "--fit", "pad"],
+        ["a", "--n_worker", "0"],
+        ["a", "--max_bad", "-1"],
+        ["a", "--max_bad", "1.5"],
+        ["a", "--max_bad", "few"],
+        ["a", "--fit", "stretch"],
+        ["a", "--resample", "sharp"],
+        ["a", "--siz", "8"],
     ],
     ids=lambda args: " ".join(args) or "none",
-)  # fmt: skip
+)
 def test_misuse(tmp_path, capsys, args):
     assert command("--out", tmp_path / "out", *args) == 2
     assert capsys.readouterr().err.splitlines()[-1]
@@ -147,8 +159,12 @@ def test_compat_gives_rosinalitys_bytes(tmp_path, filter_name):
     for i, size in enumerate([(51, 40), (40, 53), (33, 33), (16, 16), (15, 20)]):
         noise(i, *size).save(folder / f"{i}.png")
     noise(9, 30, 40).convert("L").save(folder / "9.jpg", comment=b"hello")
-    assert command("--out", tmp_path / "out", "--n_worker", 1, "--size", "16,24", "--compat",
-                   "--resample", filter_name, folder) == 0  # fmt: skip
+    assert (
+        command(
+            "--out", tmp_path / "out", "--n_worker", 1, "--size", "16,24", "--compat", "--resample", filter_name, folder
+        )
+        == 0
+    )
     items = contents(tmp_path / "out")
     for index, path in enumerate(sorted(folder.iterdir())):
         for size in (16, 24):

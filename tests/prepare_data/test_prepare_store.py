@@ -68,8 +68,11 @@ def test_two_runs_on_one_folder_are_told(tmp_path):
 def test_runs_from_another_folder(photos, tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "prepare_data.py"), "--out", "out", "--size", "8", "photos"],
-        cwd=tmp_path, capture_output=True, text=True, encoding="utf-8",
-    )  # fmt: skip
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("out: 9 images at 8 px")
 

@@ -12,9 +12,25 @@ STEPS = 4
 
 def flags(checkpoint, dataset, out, *more):
     sources = dataset if isinstance(dataset, list) else [dataset]
-    return ["--ckpt", str(checkpoint), "--dataset", *map(str, sources), "--output_dir", str(out), "--step", str(STEPS),
-            "--perceptual", f"discriminator:{checkpoint}", "--identity", "none", "--device", "cpu", "--mean_samples",
-            "50", *map(str, more)]  # fmt: skip
+    return [
+        "--ckpt",
+        str(checkpoint),
+        "--dataset",
+        *map(str, sources),
+        "--output_dir",
+        str(out),
+        "--step",
+        str(STEPS),
+        "--perceptual",
+        f"discriminator:{checkpoint}",
+        "--identity",
+        "none",
+        "--device",
+        "cpu",
+        "--mean_samples",
+        "50",
+        *map(str, more),
+    ]
 
 
 def start(*args, expect=0):

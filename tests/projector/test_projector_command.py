@@ -52,8 +52,16 @@ def test_folder_of_results(checkpoint, photos, tmp_path, capsys):
 
 def test_generate_renders_exactly_the_saved_pictures(checkpoint, photos, tmp_path):
     start(checkpoint, photos, tmp_path / "out")
-    argv = ["--ckpt", str(checkpoint), "--latents", str(tmp_path / "out"), "--output_dir", str(tmp_path / "r"),
-            "--device", "cpu"]  # fmt: skip
+    argv = [
+        "--ckpt",
+        str(checkpoint),
+        "--latents",
+        str(tmp_path / "out"),
+        "--output_dir",
+        str(tmp_path / "r"),
+        "--device",
+        "cpu",
+    ]
     assert run(generate.main, generate.build_parser(), argv) == 0
     for i, name in enumerate(("0", "1", "2", "a b/two  spaces", "ü 中文")):
         rendered = np.asarray(Image.open(tmp_path / "r" / f"{name}.png"))
@@ -153,8 +161,13 @@ def test_shards_of_two_processes(checkpoint, photos, tmp_path):
     """torchrun with two ranks writes what one process writes."""
     start(checkpoint, photos, tmp_path / "one")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "projector.py"]
-    done = subprocess.run([*launch, *flags(checkpoint, photos, tmp_path / "two")], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})  # fmt: skip
+    done = subprocess.run(
+        [*launch, *flags(checkpoint, photos, tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     assert done.returncode == 0, done.stderr
     (one, files), (two, others) = (results(tmp_path / name) for name in ("one", "two"))
     assert one.names == two.names and torch.equal(one.latents, two.latents) and files == others

@@ -17,8 +17,18 @@ from model import Generator
 def test_published_options_and_defaults():
     """reference.md 6.1; --size is the generator's own unless given."""
     args = vars(projector.build_parser().parse_args(["--ckpt", "c.pt", "--dataset", "faces.lmdb"]))
-    published = {"lr_rampup": 0.05, "lr_rampdown": 0.25, "lr": 0.1, "noise": 0.05, "noise_ramp": 0.75, "step": 1000,
-                 "noise_regularize": 1e5, "mse": 0, "batch": 8, "output_dir": "./projection"}  # fmt: skip
+    published = {
+        "lr_rampup": 0.05,
+        "lr_rampdown": 0.25,
+        "lr": 0.1,
+        "noise": 0.05,
+        "noise_ramp": 0.75,
+        "step": 1000,
+        "noise_regularize": 1e5,
+        "mse": 0,
+        "batch": 8,
+        "output_dir": "./projection",
+    }
     assert {name: args[name] for name in published} == published
     settings = projector.read_settings(projector.build_parser().parse_args(["--ckpt", "c", "--dataset", "d"]))
     assert settings == ProjectionSettings()
@@ -148,21 +158,32 @@ def test_spaces(generator, w_generator, samples):
     with pytest.raises(ValueError, match=r"space w\+\+ does not exist in a W generator.*in w or w\+"):
         choose_space(w_generator, "w++")
     stats = w_generator.latent_statistics(50)
-    w, plus = (project(w_generator, samples[:2], perceptual=PixelDistance(), statistics=stats, steps=5, space=space)
-               for space in ("w", "w+"))  # fmt: skip
+    w, plus = (
+        project(w_generator, samples[:2], perceptual=PixelDistance(), statistics=stats, steps=5, space=space)
+        for space in ("w", "w+")
+    )
     assert (w.latents == w.latents[:, :1]).all() and w.space == "w"
     assert (plus.latents != plus.latents[:, :1]).any() and plus.space == "w+"
 
 
 def test_start_from_codes_and_noise(generator, samples, statistics):
     first = project(generator, samples[:2], perceptual=PixelDistance(), statistics=statistics, steps=60, noise=0)
-    more = project(generator, samples[:2], perceptual=PixelDistance(), statistics=statistics, steps=1, noise=0,
-                   start=first.latents, start_noise=first.noise)  # fmt: skip
+    more = project(
+        generator,
+        samples[:2],
+        perceptual=PixelDistance(),
+        statistics=statistics,
+        steps=1,
+        noise=0,
+        start=first.latents,
+        start_noise=first.noise,
+    )
     assert torch.equal(more.latents, first.latents), "the first step has size 0"
     assert (more.curves["perceptual"][:, 0] < first.curves["perceptual"][:, 0]).all()
     with pytest.raises(ValueError, match="3 codes to begin with for 2 images"):
-        project(generator, samples[:2], perceptual=PixelDistance(), statistics=statistics,
-                start=first.latents[[0, 0, 1]])  # fmt: skip
+        project(
+            generator, samples[:2], perceptual=PixelDistance(), statistics=statistics, start=first.latents[[0, 0, 1]]
+        )
 
 
 def test_bad_arguments(generator, samples, statistics):

@@ -24,8 +24,14 @@ def test_own_samples_of_the_bundled_generator(root):
     generator = load_generator(root / "checkpoints" / "face-wpp-64.safetensors")
     images, _ = generator(generator.draw_z(SAMPLES, torch.Generator().manual_seed(0)), randomize_noise=False)
     images = torch.from_numpy(np.stack(to_uint8(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
-    found = project(generator, images, perceptual=build_perceptual("squeeze"), steps=STEPS,
-                    statistics=generator.latent_statistics(500), **FLAGS)  # fmt: skip
+    found = project(
+        generator,
+        images,
+        perceptual=build_perceptual("squeeze"),
+        steps=STEPS,
+        statistics=generator.latent_statistics(500),
+        **FLAGS,
+    )
     pictures, _ = generator(found.latents, input_is_latent=True, noise=found.noise)
     error = (pictures.clamp(-1, 1) - images).square().mean((1, 2, 3))
     apart = (images[:1] - images[1:]).square().mean((1, 2, 3))
