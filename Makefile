@@ -57,7 +57,7 @@ demo: $(VENV)/.installed
 	$(PY) train.py $(DEMO_TRAIN) --resume auto --iter 20 --sample_every 20 --save_every 20
 	cp $(DEMO)/training/sample/000020.png $(DEMO)/4-training-sample.png
 	cp $(DEMO)/training/similarity/000020.png $(DEMO)/5-attention-maps.png
-	$(PY) make_report.py --folder $(DEMO)
+	$(PY) tools/make_report.py --folder $(DEMO)
 	@echo
 	@echo "$(DEMO)/report.html            all of it on one page"
 	@echo "$(DEMO)/1-faces-by-seed.png    100 faces drawn by the bundled W++ model, truncation 0.8"
@@ -73,7 +73,7 @@ demo: $(VENV)/.installed
 CURVE        ?= W++=docs/ablation-32/wpp.jsonl W=docs/ablation-32/w.jsonl "8 mappings=docs/ablation-32/independent.jsonl"
 FIGURE_FLAGS ?=
 figures: $(VENV)/.installed
-	$(PY) make_figures.py --ckpt $(MODEL) --cgan $(CGAN) --device cpu $(FIGURE_FLAGS)
+	$(PY) tools/make_figures.py --ckpt $(MODEL) --cgan $(CGAN) --device cpu $(FIGURE_FLAGS)
 	$(PY) metrics/report.py $(CURVE) --png docs/figures/fid-curve.png
 
 test: $(VENV)/.installed

@@ -20,11 +20,11 @@ import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors, load_strictly, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.export import export_ema
 from common.images import save_image, to_uint8
-from common.nvidia_pickle import read_networks
+from interop.nvidia import differences, discriminator_tensors, generator_tensors, mean_latent
+from interop.nvidia_pickle import read_networks
 from model import Discriminator, Generator, GeneratorConfig, load_generator
-from nvidia_networks import differences, discriminator_tensors, generator_tensors, mean_latent
-from snapshots import export_ema
 
 PICKLES = (".pkl", ".pickle")
 

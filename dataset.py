@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image
-from common.store import (
+from common.lmdb_store import (
     BUILDING_FILE,
     DATA_FILE,
     PREPARE,

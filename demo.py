@@ -21,13 +21,13 @@ import torch
 from common.checkpoint import CheckpointError
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
-from common.perceptual import build_perceptual, perceptual_or_none
-from demo_page import serve
-from editing.casting import load_conditional
-from editing.session import Tools, load_tools
-from faces.identity import identity_or_none
-from faces.scorer import BUNDLED, load_scorer
+from demo_app.expression import load_conditional
+from demo_app.page import serve
+from demo_app.session import Tools, load_tools
+from perceptual.identity import identity_or_none
+from perceptual.lpips import build_perceptual, perceptual_or_none
 from pSp.psp import load_psp
+from scorer.network import BUNDLED, load_scorer
 
 ROOT = Path(__file__).resolve().parent
 SMALL = 64  # pixels up to which the scorer's features find a face better than LPIPS does (docs/results.md)

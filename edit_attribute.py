@@ -24,20 +24,21 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
-from common.images import make_strip, save_image
+from common.grids import make_strip
+from common.images import save_image
 from common.latents import parse_layers
-from common.perceptual import perceptual_or_none
+from common.precision import DTYPES
+from common.tables import write_table
 from common.video import save_video
 from editing.boundary import FITS, Boundary, fit_boundary, load_boundary, orthogonalise
-from editing.judging import Judges, judge
+from editing.edit import edit_codes, reach, render_codes
+from editing.evaluate import Judges, judge
 from editing.samples import SampledCodes, labelled_seeds, score_samples, separable_ratio
-from editing.sweep import edit_codes, reach, render_codes
-from editing.tables import write_table
-from faces.identity import WEIGHTS, identity_or_none
-from faces.scorer import load_scorer
 from model import load_generator
-from rendering import NOISE_MODES, latents_source, select_condition, select_noise
-from training import DTYPES
+from perceptual.identity import WEIGHTS, identity_or_none
+from perceptual.lpips import perceptual_or_none
+from sampling.render import NOISE_MODES, latents_source, select_condition, select_noise
+from scorer.network import load_scorer
 
 ROUNDS = 3  # of the search for several targets at once
 N_MEASURED = 10_000  # samples, at most, that a standard deviation along the projection of a --boundary is taken over

@@ -27,20 +27,20 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import FITS, read_image, save_image
-from common.perceptual import build_perceptual
-from editing.conditional import AttributeReader, Condition, load_reader, read_condition
-from editing.judging import Judges, judge, score_frames
-from editing.tables import write_table
+from common.tables import write_table
+from editing.attributes import AttributeReader, Condition, load_reader, read_condition
+from editing.evaluate import Judges, judge, score_frames
 from editing.transfer import Face, Target, asked, caption, condition_path, pair_up, render_path, transfer_sheet
-from faces.identity import WEIGHTS, identity_or_none
-from faces.photos import add_align_flag, open_faces
-from faces.scorer import load_scorer
+from inversion.photos import add_align_flag, open_faces
 from inversion.projection import ProjectionSettings, choose_space
 from inversion.results import conclude, write_skipped
 from inversion.store import Store
 from inversion.work import Shard
 from model import load_generator
-from rendering import CONDITION, latents_source, select_noise
+from perceptual.identity import WEIGHTS, identity_or_none
+from perceptual.lpips import build_perceptual
+from sampling.render import CONDITION, latents_source, select_noise
+from scorer.network import load_scorer
 
 PER_SHEET = 8  # columns
 

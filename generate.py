@@ -1,8 +1,8 @@
 """Pictures of a trained generator: by seed, truncated, mixed, interpolated, or of saved latents; and its export.
 
 The checkpoint is ours, rosinality's or TransStyleGAN's (.pt), or an export (.safetensors); its architecture is read
-from the file. A seed gives the same picture whatever --batch is (on a GPU up to rounding, see rendering.py). Under
-torchrun the processes share the pictures.
+from the file. A seed gives the same picture whatever --batch is (on a GPU up to rounding, see sampling/render.py).
+Under torchrun the processes share the pictures.
 
     python generate.py --ckpt runs/faces/checkpoint/100000.pt --seeds 0-35 --truncation 0.7 --grid
     python generate.py --ckpt faces.safetensors --mix 0-3 10-14 --mix_layers 0-3
@@ -26,13 +26,16 @@ from tqdm import tqdm
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.export import export_ema, export_judges
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
-from common.images import save_grid, save_image
+from common.grids import save_grid
+from common.images import save_image
 from common.latents import parse_layers, parse_seeds, save_latents
+from common.precision import DTYPES
 from common.video import save_video
-from editing.conditional import read_condition
+from editing.attributes import read_condition
 from model import Generator, load_generator
-from rendering import (
+from sampling.render import (
     CONDITION,
     NOISE_MODES,
     RECORD,
@@ -51,8 +54,6 @@ from rendering import (
     select_noise,
     slerp,
 )
-from snapshots import export_ema, export_judges
-from training import DTYPES
 
 DEFAULT_SEEDS = "0-35"
 VIDEOS = (".mp4", ".gif", ".webp")
@@ -372,7 +373,7 @@ def write_loop(generator, source: Source, place, *, z, truncation, mean, frames,
 
 
 def export(generator, args) -> None:
-    """--export, with what the file knows of step and condition (editing/conditional.py); --with_d: and what judged it.
+    """--export, with what the file knows of step and condition (editing/attributes.py); --with_d: and what judged it.
 
     Raises UserError, before anything is written, for a file without the discriminator that is asked for.
     """

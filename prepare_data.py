@@ -5,7 +5,7 @@
 The folder may be of any depth, with any file names and image kinds (common/images.py). Files that cannot be read are
 left out and listed in OUT/skipped.csv, without a hole in the numbering. The result depends on the files and the flags
 alone, not on the number of workers. A run that was killed goes on where it stopped when it is started again; one that
-is up to date ends at once. Keys and manifest: common/store.py.
+is up to date ends at once. Keys and manifest: common/lmdb_store.py.
 
 Lossless by default: JPEG at quality 100 still halves the colour resolution in Pillow's default 4:2:0 (ADA#222).
 --compat gives the bytes of rosinality's tool, that loss included.
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.images import FITS, RESAMPLE, ImageError, fit_image, list_images, read_image
-from common.store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, sources_digest
+from common.lmdb_store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, sources_digest
 
 SETTINGS_VERSION = 1
 CHUNK = 16  # files per task of a worker

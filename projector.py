@@ -28,16 +28,16 @@ from common.distributed import add_device_flags, barrier, broadcast_object, gath
 from common.graphs import add_graphs_flag, recorder_for
 from common.images import FITS
 from common.latents import load_latents
-from common.perceptual import build_perceptual
+from common.precision import DTYPES
 from common.weights import file_sha256
-from faces.identity import identity_or_none
-from faces.photos import add_align_flag, open_faces
+from inversion.photos import add_align_flag, open_faces
 from inversion.projection import ProjectionSettings, choose_space
 from inversion.results import conclude
 from inversion.store import Store
 from inversion.work import Shard
 from model import Generator, load_generator
-from training import DTYPES
+from perceptual.identity import identity_or_none
+from perceptual.lpips import build_perceptual
 
 EARLY_STOP = 0.02  # when --early_stop is given without a number
 PATIENCE = timedelta(days=30)  # of a rank that waits for one with more work

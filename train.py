@@ -22,12 +22,14 @@ from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, 
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.graphs import add_graphs_flag
 from common.interrupt import StopSignal
+from common.precision import DTYPES
 from common.runs import Run, StepBar, format_duration
-from conditional_training import add_condition_flags, build_trainer, find_reader, read_condition_settings
 from dataset import InfiniteSampler, data_loader, open_dataset
 from model import stddev_group
-from snapshots import Outputs, Progress
-from starting import (
+from training.conditional import add_condition_flags, build_trainer, find_reader, read_condition_settings
+from training.graphs import PhaseGraphs, find_recorder
+from training.outputs import Outputs, Progress
+from training.resume import (
     find_start,
     init_from,
     read_architecture,
@@ -35,8 +37,7 @@ from starting import (
     require_same_architecture,
     stored_architecture,
 )
-from training import DTYPES, Trainer, TrainSettings
-from training_graphs import PhaseGraphs, find_recorder
+from training.trainer import Trainer, TrainSettings
 
 ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
 
@@ -120,7 +121,7 @@ def build_parser() -> ArgumentParser:
         "--aid",
         metavar="NAME",
         help="a second critic on a trained network's features, for short runs: squeeze, vgg, alex, auto, "
-        "scorer:face-scorer (common/perceptual.py); a continued run has the file's",
+        "scorer:face-scorer (perceptual/lpips.py); a continued run has the file's",
     )
     loss.add_argument("--aid_weight", type=float, default=1, help="of its loss beside the discriminator's")
     loss.add_argument("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")

@@ -27,13 +27,14 @@ import torch
 from common.checkpoint import atomic_write, latest_checkpoint, load_checkpoint, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, resolve_device
-from common.images import check_header, fit_image, list_images, make_strip, read_image, save_grid, save_image
+from common.grids import make_strip, save_grid
+from common.images import check_header, fit_image, list_images, read_image, save_image
 from common.interrupt import StopSignal
 from common.runs import Run, StepBar, write_json
 from dataset import InfiniteSampler
-from faces.accuracy import accuracy_report, format_report
-from faces.labels import LabelTable, parse_trust, read_labels
-from faces.scorer import (
+from scorer.evaluation import accuracy_report, format_report
+from scorer.labels import LabelTable, parse_trust, read_labels
+from scorer.network import (
     BACKBONES,
     Scorer,
     ScorerConfig,
@@ -43,7 +44,7 @@ from faces.scorer import (
     save_scorer,
     score_files,
 )
-from faces.scorer_training import FaceStore, ScorerSettings, ScorerTrainer, augment_faces, calibrate, network_outputs
+from scorer.training import FaceStore, ScorerSettings, ScorerTrainer, augment_faces, calibrate, network_outputs
 
 SHEET_FACES = 40
 SAVED_OPTIONS = (

@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import write_trace  # noqa: E402
 from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.images import list_images  # noqa: E402
+from common.lmdb_store import image_key  # noqa: E402
 from common.runs import read_log  # noqa: E402
-from common.store import image_key  # noqa: E402
 from dataset import InfiniteSampler, data_loader, open_dataset  # noqa: E402
 
 PARTS = ("prepare", "store", "loader", "wait")
@@ -186,7 +186,7 @@ def require_equal(first, second, n, sizes):
 
 def measure_store(args, folder, sizes):
     """Writing alone: pictures that are encoded already."""
-    from common.store import StoreWriter
+    from common.lmdb_store import StoreWriter
 
     pictures = [encode(file, sizes) for file in list_images(folder / "photos")]
     records = [[f"{i:05d}.jpg", len(p[0]), 0] for i, p in enumerate(pictures)]

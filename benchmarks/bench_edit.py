@@ -28,7 +28,7 @@ from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
 from editing.boundary import fit_boundary, pick_extremes, separate  # noqa: E402
-from editing.sweep import render_codes  # noqa: E402
+from editing.edit import render_codes  # noqa: E402
 from model import Generator, GeneratorConfig  # noqa: E402
 
 PARTS = ("memory", "svm", "sweep")

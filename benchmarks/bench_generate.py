@@ -3,9 +3,9 @@
 Every row is one formulation (ours, and with --original that of baseline.py: fp32, without our allocator setting) of one
 mapping network (--spaces) at one size, batch and precision, with random weights or those of --ckpt, in eval mode and
 without gradients. "forward" is mapping and synthesis together, "images/s" its rate. "drawn/s": pictures by seed through
-rendering.py, as generate.py asks for them: z drawn on the CPU, mapped, synthesised, read back as bytes; on a CPU one by
-one (the PNG files are not part of it). On a CPU each row has a process of its own, whose peak memory (resident) is
-given; on CUDA the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
+sampling/render.py, as generate.py asks for them: z drawn on the CPU, mapped, synthesised, read back as bytes; on a CPU
+one by one (the PNG files are not part of it). On a CPU each row has a process of its own, whose peak memory (resident)
+is given; on CUDA the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
 
 --peer_nvidia and --peer_rosinality time these repositories' generators, from a folder that holds them (peers.py). The
 last line is everything as JSON.
@@ -43,9 +43,9 @@ from benchmarks.measuring import (  # noqa: E402
 from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
 from common.graphs import graph_forward, recorder_for  # noqa: E402
+from common.precision import DTYPES  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
-from rendering import render, seed_source  # noqa: E402
-from training import DTYPES  # noqa: E402
+from sampling.render import render, seed_source  # noqa: E402
 
 OURS, ORIGINAL = "ours", "original"
 

@@ -24,11 +24,11 @@ from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
 from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
-from common.perceptual import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
-from inversion.measures import average_down  # noqa: E402
 from inversion.projection import mean_squared_error, project  # noqa: E402
 from inversion.state import Clock, ProjectionSettings  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig, load_generator  # noqa: E402
+from perceptual.image_metrics import average_down  # noqa: E402
+from perceptual.lpips import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
 
 BATCH = 8  # of the original
 
@@ -135,7 +135,7 @@ def distance(args, size, device):
 
 def targets(args, generator, device):
     if args.dataset:
-        from inversion.pictures import open_pictures  # needs lmdb, which a bare GPU machine lacks
+        from inversion.inputs import open_pictures  # needs lmdb, which a bare GPU machine lacks
 
         pictures = open_pictures(args.dataset, generator.config.size)
         if len(pictures) < args.images:

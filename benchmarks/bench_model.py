@@ -22,8 +22,9 @@ from benchmarks.measuring import child, circumstances, headline, median_seconds 
 from benchmarks.rounds import seconds_per_step  # noqa: E402
 from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import Distributed, resolve_device, tune_allocator  # noqa: E402
+from common.precision import DTYPES  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig  # noqa: E402
-from training import DTYPES, Trainer, TrainSettings  # noqa: E402
+from training.trainer import Trainer, TrainSettings  # noqa: E402
 
 PARTS = ("generator", "discriminator", "latent", "training")
 KINDS = {"original": (True, False), "original, tuned": (True, True), "ours": (False, True)}  # (original, allocator)

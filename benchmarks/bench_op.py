@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import Budget, circumstances, headline, median_seconds, write_trace  # noqa: E402
 from common.cli import ArgumentParser, UserError, leave, run  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
+from common.precision import DTYPES  # noqa: E402
 from layers import make_kernel  # noqa: E402
 from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d  # noqa: E402
-from training import DTYPES  # noqa: E402
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 SIZES = {"cuda": ["16x512x64", "16x256x128", "16x128x256", "8x64x512", "8x32x1024"], "cpu": ["2x32x32", "1x16x128"]}

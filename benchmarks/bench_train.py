@@ -42,9 +42,10 @@ from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
 from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
 from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
 from common.graphs import recorder_for  # noqa: E402
+from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
-from training import DTYPES, Trainer, TrainSettings  # noqa: E402
-from training_graphs import PhaseGraphs  # noqa: E402
+from training.graphs import PhaseGraphs  # noqa: E402
+from training.trainer import Trainer, TrainSettings  # noqa: E402
 
 OURS, ORIGINAL = "ours", "original"
 

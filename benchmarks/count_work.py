@@ -34,9 +34,10 @@ from benchmarks.measuring import Table  # noqa: E402
 from benchmarks.rounds import seconds_per_step  # noqa: E402
 from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import Distributed  # noqa: E402
+from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
 from op import dispatch  # noqa: E402
-from training import DTYPES, Trainer, TrainSettings  # noqa: E402
+from training.trainer import Trainer, TrainSettings  # noqa: E402
 
 # Data sheets of the SXM modules (NVIDIA H100, 2022/2023; H200, 2023/2024), dense: operations/s (a multiply-add is two)
 # of tensor cores in bf16 or fp16 and in TF32, and of float32 outside them; memory in bytes/s

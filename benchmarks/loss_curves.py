@@ -30,7 +30,7 @@ from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import resolve_device, setup  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
 from op import dispatch  # noqa: E402
-from training import Trainer, TrainSettings  # noqa: E402
+from training.trainer import Trainer, TrainSettings  # noqa: E402
 
 WAYS = {
     "ref": ("ref", "fp32", False),

@@ -21,8 +21,8 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write
 from common.distributed import Distributed, barrier, shard
 from common.images import to_tensor, to_uint8
-from faces.labels import read_labels
-from rendering import noise_maps, seeded_z, select_noise
+from sampling.render import noise_maps, seeded_z, select_noise
+from scorer.labels import read_labels
 
 CHUNK = 500  # samples per file of scores
 BLOCK = 50  # samples together on a CPU: fixed, since the company moves the last bits; five times as fast as one by one

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from common.images import make_strip
-from rendering import Noise, render
+from common.grids import make_strip
+from sampling.render import Noise, render
 
 LEAST = 128  # pixels of a picture in a sheet: smaller ones are enlarged, so that the captions have room
 

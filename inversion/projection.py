@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from common.graphs import Graphed, Recorder
-from inversion.measures import average_down
 from inversion.state import CURVES, Projection, ProjectionSettings, Rows, Task
 from model import Generator
+from perceptual.image_metrics import average_down
 
 SPACES = {"w": ("w", "w+"), "w++": ("w++",)}  # of a generator -> of its codes, the default first
 
@@ -192,7 +192,7 @@ def project(
 ) -> Projection:
     """Codes and noise maps for images [N, 3, S, S] in [-1, 1].
 
-    perceptual: a network of common/perceptual.py, on the generator's device. space: w, w+ or w++ (default: w for a W
+    perceptual: a network of perceptual/lpips.py, on the generator's device. space: w, w+ or w++ (default: w for a W
     generator). start: codes [N or 1, L, D] to begin with (default: the mean code); start_noise: maps [N, 1, r, r]
     (default: drawn). statistics: mean [1, L, D] and standard deviation [L] of w (default: latent_statistics()). seeds:
     of each image's draws (default 0, 1, ...). condition: attributes [N, condition_dim] that stay fixed. dtype: of the

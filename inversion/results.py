@@ -13,10 +13,10 @@ from common.checkpoint import atomic_write
 from common.cli import UserError
 from common.images import save_image
 from common.runs import write_json
-from inversion.measures import mean_and_std, picture_digest, summary, write_measures
 from inversion.sheets import PER_SHEET, comparison_sheet, curve_plot
 from inversion.state import CURVE_EVERY, CURVES
 from inversion.store import Store, merge, remove_numbered
+from perceptual.image_metrics import mean_and_std, picture_digest, summary, write_measures
 
 
 def conclude(store: Store, pictures, reports, *, space: str, fingerprint: str | None, by: dict, about=None) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.images import make_grid, make_strip
+from common.grids import make_grid, make_strip
 
 PER_SHEET = 8  # columns
 LEAST = 128  # pixels: smaller pictures are enlarged, so that the captions have room

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from inversion.measures import average_down
 from model import Generator
+from perceptual.image_metrics import average_down
 
 CURVE_EVERY = 10  # steps between two points of a loss curve: the published interval
 CURVES = ("perceptual", "noise", "mse")

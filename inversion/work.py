@@ -18,12 +18,12 @@ from tqdm import tqdm
 from common.distributed import Distributed, shard
 from common.images import to_uint8
 from common.video import save_video
-from inversion.measures import measure
-from inversion.pictures import pixel_seed
+from inversion.inputs import pixel_seed
 from inversion.projection import project_each
 from inversion.state import Projection, Task
 from inversion.store import Part, Store
-from rendering import file_names, render
+from perceptual.image_metrics import measure
+from sampling.render import file_names, render
 
 FRAMES = 100  # of a video, at most
 VIDEO_SIZE = 256  # pixels, at most

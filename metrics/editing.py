@@ -36,17 +36,16 @@ from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
 from common.latents import parse_layers
-from common.perceptual import perceptual_or_none
 from common.runs import write_json
+from common.tables import text_table, write_table
 from editing.boundary import Boundary, load_boundary
-from editing.judging import Judges, judge
-from editing.sweep import edit_codes, render_codes
-from editing.tables import write_table
-from faces.identity import WEIGHTS, identity_or_none
-from faces.scorer import load_scorer
-from metrics.tables import text_table
+from editing.edit import edit_codes, render_codes
+from editing.evaluate import Judges, judge
 from model import load_generator
-from rendering import latents_source, select_condition, select_noise
+from perceptual.identity import WEIGHTS, identity_or_none
+from perceptual.lpips import perceptual_or_none
+from sampling.render import latents_source, select_condition, select_noise
+from scorer.network import load_scorer
 
 DEFAULT_AT = {"years": 15.0, "probability": 0.5}
 KEPT = ("identity", "perceptual", "others")

@@ -157,8 +157,8 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
 
 @register_extractor("scorer")
 def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
-    """What the last layer of the bundled attribute scorer sees (faces/scorer.py): a network that knows faces."""
-    from faces.scorer import load_scorer
+    """What the last layer of the bundled attribute scorer sees (scorer/network.py): a network that knows faces."""
+    from scorer.network import load_scorer
 
     scorer = load_scorer("face-scorer", weights_dir=weights_dir)
     network, size = _ScorerFeatures(scorer), scorer.input_size

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from common.checkpoint import atomic_write, require_file
 from common.cli import UserError
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, shard
-from common.store import DatasetError
+from common.lmdb_store import DatasetError
 from metrics.extractors import Extractor, extractor_names
 from metrics.protocol import PROTOCOLS
 from metrics.sources import ImageSource

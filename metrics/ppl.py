@@ -29,7 +29,7 @@ from metrics.features import HERE
 from metrics.protocol import append_records, make_record
 from metrics.sources import SEED_STRIDE, checkpoint_facts
 from model import Generator, load_generator
-from rendering import slerp
+from sampling.render import slerp
 
 EPSILON = 1e-4  # step, as a share of the way
 LARGEST = 256  # pixels; larger images are averaged down to it, as the published programs do
@@ -134,7 +134,7 @@ def build_parser() -> ArgumentParser:
         "--perceptual",
         default="auto",
         metavar="NAME",
-        help="perceptual network of common/perceptual.py: vgg as published, squeeze, alex, "
+        help="perceptual network of perceptual/lpips.py: vgg as published, squeeze, alex, "
         "discriminator:CHECKPOINT, scorer:FILE; auto: the first LPIPS at hand",
     )
     parser.add_argument("--epsilon", type=float, default=EPSILON, help="step, as a share of the way")
@@ -153,7 +153,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> int:
-    from common.perceptual import build_perceptual
+    from perceptual.lpips import build_perceptual
 
     if args.n_sample < 2 or args.batch < 1 or not 0 < args.epsilon < 1 or not 0 <= args.seed < 2000:
         raise UsageError("--n_sample takes 2 or more, --batch 1 or more, --epsilon between 0 and 1, --seed 0 to 1999")

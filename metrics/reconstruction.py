@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
 
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
-from inversion.measures import MEASURES, Measured, mean_and_std, read_measures
+from perceptual.image_metrics import MEASURES, Measured, mean_and_std, read_measures
 
 SPACES = ("w", "w+", "w++")
 METHODS = ("projector", "pSp")

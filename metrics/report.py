@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.tables import cell, text_table
 from metrics.protocol import flat, read_records, require_alike
-from metrics.tables import cell, text_table
 
 LOWER_IS_BETTER = ("fid", "kid", "ppl")
 ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")

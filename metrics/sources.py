@@ -21,10 +21,10 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
 from common.images import read_image
 from common.latents import draw_z, load_latents
-from common.store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
+from common.lmdb_store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
 from dataset import FolderDataset, MultiResolutionDataset, open_dataset
 from model import Generator, load_generator
-from rendering import NOISE_MODES, Noise, noise_maps, saved_condition, select_condition, select_noise
+from sampling.render import NOISE_MODES, Noise, noise_maps, saved_condition, select_condition, select_noise
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next

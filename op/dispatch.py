@@ -66,7 +66,7 @@ def _load(device):
         warnings.warn(f"{reason}: {LOST}", stacklevel=4)
         _module = False
     else:
-        import op.triton_ops as module
+        import op.triton.ops as module
 
         _module = module
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from op.dispatch import kernels
+from op.shapes import output_size
 
 
 def upfirdn2d(
@@ -43,13 +44,6 @@ def upfirdn2d(
     if fast is not None and input.numel() > 0:
         return fast.upfirdn2d(input, kernel.detach(), up, down, pad)
     return _UpFirDn2d.apply(input, kernel.detach(), up, down, pad)
-
-
-def output_size(shape, kernel_shape, up, down, pad) -> tuple[int, int]:
-    """Height and width of the result; up, down are (x, y), pad is (x0, x1, y0, y1)."""
-    height = (shape[2] * up[1] + pad[2] + pad[3] - kernel_shape[0]) // down[1] + 1
-    width = (shape[3] * up[0] + pad[0] + pad[1] - kernel_shape[1]) // down[0] + 1
-    return height, width
 
 
 class _UpFirDn2d(torch.autograd.Function):

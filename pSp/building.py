@@ -7,8 +7,8 @@ from pathlib import Path
 from common.checkpoint import CheckpointError, load_strictly
 from common.cli import UserError
 from common.weights import find
-from faces.arcface import arcface_state
 from model import Generator, load_generator
+from perceptual.arcface import arcface_state
 from pSp.psp import part, pSp
 
 

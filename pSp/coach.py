@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import UserError
 from common.distributed import barrier, gather_list
-from common.images import save_grid
+from common.grids import save_grid
 from common.interrupt import StopSignal
+from common.lmdb_store import DatasetError
 from common.runs import Run, StepBar, format_duration
-from common.store import DatasetError
-from pSp.training import EncoderTrainer, bad_values
+from pSp.trainer import EncoderTrainer, bad_values
 
 SHOWN = 8  # images per row of a sample sheet
 

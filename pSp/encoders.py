@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.checkpoint import CheckpointError
-from faces.arcface import DEPTHS, MODES, STRIDES, build_body, input_layer
 from layers import EqualLinear
+from perceptual.arcface import DEPTHS, MODES, STRIDES, build_body, input_layer
 
 GRADUAL, INTO_W, INTO_W_PLUS = (
     "GradualStyleEncoder",

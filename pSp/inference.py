@@ -3,8 +3,9 @@
     inversion = invert(net, pictures, range(len(pictures)), perceptual=build_perceptual("auto"))
     save_inversion(folder, net, [inversion], ...)
 
-As in rendering.py, on a CPU each picture is computed alone, so that neither the batch nor its company changes a bit of
-it; the generator's stored noise maps are used, with which generate.py --latents renders exactly the same picture.
+As in sampling/render.py, on a CPU each picture is computed alone, so that neither the batch nor its company changes a
+bit of it; the generator's stored noise maps are used, with which generate.py --latents renders exactly the same
+picture.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from common.checkpoint import atomic_write
 from common.images import ImageError, save_image, to_tensor, to_uint8
 from common.latents import draw_z, save_latents
+from common.lmdb_store import DatasetError
 from common.runs import write_json
-from common.store import DatasetError
-from inversion.measures import mean_and_std, measure, picture_digest, summary, write_measures
 from inversion.results import write_skipped
 from inversion.sheets import PER_SHEET, comparison_sheet
 from inversion.store import remove_numbered
+from perceptual.image_metrics import mean_and_std, measure, picture_digest, summary, write_measures
 from pSp.data_configs import normalise, shrink
 from pSp.psp import pSp
-from rendering import forward_size
+from sampling.render import forward_size
 
 COUPLED_EVERY = 100  # pictures coupled with their original even without --couple_outputs, as published
 SHEETS = 8  # comparison sheets at most
@@ -42,7 +43,7 @@ class Inversion:
 
     positions: list[int] = field(default_factory=list)
     latents: list[np.ndarray] = field(default_factory=list)  # float32 [L, D]
-    values: dict[str, list[float]] = field(default_factory=dict)  # of inversion/measures.py
+    values: dict[str, list[float]] = field(default_factory=dict)  # of perceptual/image_metrics.py
     shown: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # original, picture of the first few
     originals: list[str] = field(default_factory=list)  # picture_digest of each original as it was measured
     skipped: list[tuple[int, str]] = field(default_factory=list)  # position, reason
@@ -95,7 +96,7 @@ def invert(
     save: Callable | None = None,
     keep_shown: int = SHOWN,
 ) -> Inversion:
-    """Codes, reconstructions and measures of pictures (inversion/pictures.py), those that can be read.
+    """Codes, reconstructions and measures of pictures (inversion/inputs.py), those that can be read.
 
     factor: the encoder sees the picture shrunk by it (super-resolution). mix(position, codes [L, D]) -> codes changes
     codes before rendering. resize: reconstructions at 256 px where the generator's are larger. save(position, original,

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from faces.identity import build_identity
+from perceptual.identity import build_identity
 
 CROP = (35 / 256, 223 / 256, 32 / 256, 220 / 256)  # top, bottom, left, right of the inner face in an FFHQ crop
 
@@ -68,7 +68,7 @@ class EncoderLoss:
         self.weights, self.start_from_latent_avg = weights, start_from_latent_avg
         self.perceptual = self.identity = None
         if weights.lpips or weights.lpips_crop:
-            from common.perceptual import build_perceptual  # with lpips and torchvision: only where it is used
+            from perceptual.lpips import build_perceptual  # with lpips and torchvision: only where it is used
 
             try:
                 self.perceptual = build_perceptual(lpips_net, device, weights_dir)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import common.store
+import common.lmdb_store
 import dataset
-from common.store import DatasetError, open_store, sizes_present
+from common.lmdb_store import DatasetError, open_store, sizes_present
 from dataset import FolderDataset, InfiniteSampler, MultiResolutionDataset, data_loader, open_dataset
 
 
@@ -261,9 +261,9 @@ def test_the_last_reader_closes_the_store(store):
     data = open_dataset(store, 8)
     data[0]
     key = os.path.realpath(store / "data.mdb")
-    assert common.store._open_stores[key] is data._store
+    assert common.lmdb_store._open_stores[key] is data._store
     del data
-    assert key not in common.store._open_stores
+    assert key not in common.lmdb_store._open_stores
 
 
 # -- order ---------------------------------------------------------------------------------------------------------

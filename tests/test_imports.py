@@ -226,8 +226,8 @@ def test_help_from_any_folder(name, how, imported):
 
 def test_published_flags_of_train():
     """reference.md 5.1: names and defaults of the original; those of the networks are filled in for a new run."""
-    import starting
     import train
+    import training.resume
 
     published = {
         "exp_name": "test",
@@ -251,7 +251,7 @@ def test_published_flags_of_train():
         "n_mlp": 8,
     }
     args = train.build_parser().parse_args(["faces.lmdb"])
-    starting.read_architecture(args)
+    training.resume.read_architecture(args)
     args = vars(args)
     assert {name: args[name] for name in published} == published
     args = train.build_parser().parse_args(["--local-rank=3", "--path", "faces.lmdb", "--exp-name", "x", "--w-space"])

@@ -23,15 +23,15 @@ from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
 from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.images import FITS, save_image
-from common.perceptual import build_perceptual
-from faces.identity import identity_or_none
-from faces.photos import add_align_flag, open_faces
+from common.precision import DTYPES
+from inversion.photos import add_align_flag, open_faces
 from model import load_generator
+from perceptual.identity import identity_or_none
+from perceptual.lpips import build_perceptual
 from pSp.data_configs import resize_factors
 from pSp.inference import COUPLED_EVERY, SHOWN, Inversion, invert, retrieve, save_inversion, style_mixing
 from pSp.psp import load_psp
-from pSp.training import DTYPES
-from rendering import file_names
+from sampling.render import file_names
 
 
 def build_parser() -> ArgumentParser:
@@ -60,7 +60,7 @@ def build_parser() -> ArgumentParser:
     add_align_flag(parser)
     add("--fit", choices=FITS, default="crop", help="for pictures that are not square")
     add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the first that is found")
-    add("--id_net", default="auto", help="identity network (faces/identity.py); auto: the first that is found; none")
+    add("--id_net", default="auto", help="identity network; auto: the first that is found; none")
     add(
         "--retrieval",
         type=int,

@@ -26,17 +26,18 @@ from common.checkpoint import latest_checkpoint, load_checkpoint, load_strictly
 from common.cli import ArgumentParser, UsageError, UserError, leave, require_one_start, run
 from common.distributed import add_device_flags, barrier, setup, shutdown
 from common.interrupt import StopSignal
+from common.precision import DTYPES
 from common.runs import Run, write_json
 from dataset import InfiniteSampler, data_loader, open_dataset
-from faces.arcface import MODES
 from model import load_generator
+from perceptual.arcface import MODES
 from pSp.building import begin_backbone, require_same, require_size
 from pSp.coach import HeldOut, Schedule, train
 from pSp.data_configs import dataset_type, find_path, generator_path, resize_factors, training_path
 from pSp.encoders import ENCODERS, GRADUAL, INTO_W, EncoderConfig
 from pSp.losses import EncoderLoss, LossWeights
 from pSp.psp import load_psp, part, pSp, psp_from_state, psp_state
-from pSp.training import DTYPES, OPTIMISERS, EncoderSettings, EncoderTrainer
+from pSp.trainer import OPTIMISERS, EncoderSettings, EncoderTrainer
 
 MEAN_SAMPLES = 10_000  # of the average code, as published
 
@@ -113,7 +114,7 @@ def build_parser() -> ArgumentParser:
     add("--lpips_lambda_crop", type=float, default=0, help="weight of LPIPS on the inner face")
     add("--l2_lambda_crop", type=float, default=0, help="weight of the mean squared error on the inner face")
     add("--moco_lambda", type=float, default=0, help="not supported: other than 0 is refused")
-    add("--lpips_net", default="alex", help="alex as published, vgg, squeeze, auto ... (common/perceptual.py)")
+    add("--lpips_net", default="alex", help="alex as published, vgg, squeeze, auto ... (perceptual/lpips.py)")
     add("--id_net", default="auto", help="ir_se50 as published, mobilefacenet; auto: the first that is found")
     add("--weights_dir", help="folder looked into first for third-party weights")
     add("--learning_rate", type=float, default=1e-4, help="of the optimiser")

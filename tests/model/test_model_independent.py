@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from growing import grow_generator
 from layers import EqualLinear
 from model import Generator, GeneratorConfig, infer_config, load_generator
+from training.transfer import grow_generator
 
 
 @pytest.fixture

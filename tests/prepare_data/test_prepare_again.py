@@ -11,7 +11,7 @@ import pytest
 from preparing import ROOT, command, contents, noise
 
 import prepare_data
-from common.store import DatasetError
+from common.lmdb_store import DatasetError
 from dataset import MultiResolutionDataset
 
 # -- again, and going on -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from preparing import command, contents, decoded, manifest, noise
 
 import prepare_data
 from common.images import fit_image, read_image
-from common.store import DatasetError, open_store
+from common.lmdb_store import DatasetError, open_store
 from dataset import MultiResolutionDataset
 
 

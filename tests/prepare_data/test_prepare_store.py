@@ -6,9 +6,9 @@ import sys
 import pytest
 from preparing import ROOT, command, contents
 
-import common.store
+import common.lmdb_store
 import prepare_data
-from common.store import StoreWriter
+from common.lmdb_store import StoreWriter
 from dataset import MultiResolutionDataset
 
 # -- the store -----------------------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def test_full_disk_stops_in_one_sentence_and_goes_on_later(tmp_path, monkeypatch
     settings = {"sizes": [8]}
     usage = type("usage", (), {"free": free})
     with StoreWriter(tmp_path, settings, records) as writer:
-        monkeypatch.setattr(common.store.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(common.lmdb_store.shutil, "disk_usage", lambda _: usage)
         with pytest.raises(ValueError, match=message):
             writer.write([([*record, 8, 8], [bytes(4 << 20)]) for record in records[:4]])
     monkeypatch.undo()

@@ -1,0 +1,59 @@
+"""Exported models: the EMA generator of a training, and its discriminator, as .safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import fingerprint, load_safetensors, save_safetensors
+
+
+def export_ema(state: dict, path: str | Path, *, half: bool = False, base: str | Path | None = None) -> str:
+    """The EMA generator of a training state (`g_ema`, `config`; `step`, `condition` when known) as .safetensors, with
+    these and its fingerprint in the header; returns the fingerprint.
+
+    half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
+    base: an export in the same folder, whose equal tensors are left out (common/checkpoint.py, `load_export`).
+    Raises ValueError when a weight is beyond fp16's range, or for a base that is none.
+    """
+    weights = state["g_ema"]
+    if half:
+        weights = {name: tensor.half() for name, tensor in weights.items()}
+        large = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+        if large:
+            raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
+    identity = fingerprint({name: tensor.float() for name, tensor in weights.items()})
+    known = {name: state[name] for name in ("step", "condition") if state.get(name) is not None}
+    known |= {"noise": noise} if (noise := state.get("options", {}).get("noise")) else {}
+    if base is not None:
+        shared, of_base = load_safetensors(base)
+        own, other = Path(path).resolve(), Path(base).resolve()
+        if own == other or own.parent != other.parent or "base" in of_base or "fingerprint" not in of_base:
+            raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {own.name}")
+        weights = {name: tensor for name, tensor in weights.items() if not _same(tensor, shared.get(name))}
+        known["base"] = {"file": Path(base).name, "fingerprint": of_base["fingerprint"]}
+    save_safetensors(path, weights, {"config": state["config"], "fingerprint": identity, "half": half, **known})
+    return identity
+
+
+def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor.cpu(), other)
+
+
+def judges_file(path: str | Path) -> Path:
+    """Where the discriminator of an exported generator is kept: face.safetensors -> face-d.safetensors."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}-d{path.suffix}")
+
+
+def export_judges(state: dict, path: str | Path, *, half: bool = False) -> Path:
+    """The discriminator of a training state, and its critic if there is one, beside the exported generator `path`:
+    tensors `d.NAME` and `critic.NAME`, in the header `config` and `aid`. train.py --init_from takes it along."""
+    tensors = {
+        f"{kind}.{name}": tensor.half() if half else tensor
+        for kind in ("d", "critic")
+        for name, tensor in state.get(kind, {}).items()
+    }
+    save_safetensors(judges_file(path), tensors, {"config": state["config"], "aid": state.get("aid", "")})
+    return judges_file(path)

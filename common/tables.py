@@ -1,0 +1,43 @@
+"""Tables of results: as CSV for spreadsheets, and as aligned text."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from common.checkpoint import atomic_write
+
+
+def write_table(path, rows: list[dict]) -> None:
+    """A CSV (UTF-8 with its mark) of rows with the same keys; no file for no rows."""
+    if not rows:
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode("utf-8-sig"))
+
+
+def cell(value) -> str:
+    """A number as it stands in a table; None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def text_table(header: list[str], rows: list[list]) -> str:
+    """Columns aligned: the first to the left, the others to the right; a line below the header."""
+    cells = [header, *([cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

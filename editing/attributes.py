@@ -1,0 +1,244 @@
+"""The conditional GAN's condition: attributes of faces as numbers in [0, 1], read by a frozen scorer.
+
+The pipeline of the paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the attributes of a real face are stacked on
+every style code; an L1 loss compares them with what the same frozen classifier reads in the generated picture. What
+training (training/conditional.py) and editing (edit_conditional.py) share is here.
+
+    reader = AttributeReader(load_scorer("face-scorer"), ["smile", "eyes_open", "mouth_open"])
+    wanted = draw_requests(table, 16, permute=0.5)                       # [16, 3] in [0, 1]
+    loss = attribute_error(reader, images, wanted).mean()                # gradients reach the images
+    generator(z, condition=wanted)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.checkpoint import load_checkpoint, load_safetensors
+from common.cli import UsageError, UserError
+from editing.samples import scorer_identity
+from model import CONDITION_GAIN
+from scorer.network import load_scorer
+
+DEFAULT_ATTRIBUTES = ("smile", "eyes_open", "mouth_open")
+UNIT_OF = {"probability": 1.0, "years": 100.0}  # kind -> what 1 stands for
+TABLE = 5000  # real faces whose attributes stand for the data set
+SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
+
+
+class ConditionError(ValueError):
+    """Attributes, scorer or checkpoint that do not fit together; the message is one sentence."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faces -> numbers
+
+
+class AttributeReader:
+    """Chosen attributes of a scorer as numbers in [0, 1]: probabilities as they are, years / 100.
+
+    Raises ValueError for an attribute that the scorer lacks or that has no such scale.
+    """
+
+    def __init__(self, scorer, names: Sequence[str]):
+        names = tuple(names)
+        if not names or len(set(names)) < len(names):
+            raise ConditionError(f"--attributes {','.join(names)}: expected different names with commas between")
+        self.scorer, self.names = scorer, names
+        self.columns = [scorer.column(name) for name in names]
+        self.kinds = tuple(scorer.attributes[column].kind for column in self.columns)
+        for name, kind in zip(names, self.kinds, strict=True):
+            if kind not in UNIT_OF:
+                raise ConditionError(
+                    f"--attributes {name}: the scorer gives it as a {kind}, which has no scale from 0 "
+                    "to 1; a condition is a probability or years"
+                )
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] in [-1, 1] -> [N, d] in [0, 1]; gradients flow to the images, the scorer keeps its weights."""
+        return self.to_unit(self.scorer(images))
+
+    def to_unit(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [N, A] of the scorer -> [N, d] in [0, 1]."""
+        return scores[:, self.columns] / scores.new_tensor([UNIT_OF[kind] for kind in self.kinds])
+
+    @torch.no_grad()
+    def read(self, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
+        """As a call, without gradients, on the CPU, `batch` images at a time."""
+        return torch.cat([self(block).cpu() for block in images.split(batch)])
+
+
+def score_dataset(reader: AttributeReader, dataset, device, *, n: int = TABLE, batch: int = 64) -> torch.Tensor:
+    """Attributes [M, d] of at most n pictures (uint8 [3, S, S]) of a data set, evenly spread over it; CPU."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)).tolist()
+    rows = []
+    for start in range(0, len(chosen), batch):
+        images = torch.stack([dataset[i] for i in chosen[start : start + batch]])
+        rows.append(reader.read(images.to(device).float() / 127.5 - 1))
+    return torch.cat(rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests, and how they are judged
+
+
+def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
+    """Requests [n, d] for n pictures: the attributes of real faces, rows of `table` [M, d].
+
+    Each attribute is, with the probability `permute`, that of another face: attributes that go together in the data
+    are asked for one by one as well. Drawn from torch's global generator.
+    """
+    faces = torch.randint(len(table), (n, 1), device=table.device).expand(-1, table.shape[1])
+    others = torch.randint(len(table), faces.shape, device=table.device)
+    swapped = torch.rand(faces.shape, device=table.device) < permute
+    return table.gather(0, torch.where(swapped, others, faces))
+
+
+def jitter(images: torch.Tensor) -> torch.Tensor:
+    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable.
+
+    Stands between generator and scorer, so that what the scorer reads is in the face and not in the pixel grid.
+    Drawn from torch's global generator.
+    """
+    n, device = len(images), images.device
+    u = torch.rand(n, 4, device=device)
+    scale = SCALE ** (2 * u[:, 0] - 1)
+    mirror = torch.where(u[:, 1] < 0.5, -1.0, 1.0)
+    shift = (2 * u[:, 2:] - 1) * (2 * SHIFT)  # grid coordinates span 2
+    zero = torch.zeros_like(scale)
+    affine = torch.stack([mirror * scale, zero, shift[:, 0], zero, scale, shift[:, 1]], 1).view(n, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # [N, H, W, 2]
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return moved + NOISE * torch.randn_like(moved)
+
+
+def attribute_error(reader: AttributeReader, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """|C(T(image)) - wanted| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
+    return (reader(jitter(images)) - wanted).abs()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a conditional checkpoint says of its condition
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The entry `condition` of a checkpoint, and of an exported generator's header."""
+
+    attributes: tuple[str, ...]
+    kinds: tuple[str, ...]  # of the scorer: probability or years
+    means: tuple[float, ...]  # of the training images, in [0, 1]
+    scorer: str  # as it was named
+    scorer_fingerprint: str
+    gain: float = CONDITION_GAIN  # the generator sees gain * (2 a - 1)
+    light: bool = False  # the last steps trained the columns of the condition alone
+
+    @classmethod
+    def of(cls, reader: AttributeReader, table: torch.Tensor, scorer: str, light: bool = False) -> Condition:
+        return cls(
+            reader.names,
+            reader.kinds,
+            tuple(table.mean(0).tolist()),
+            str(scorer),
+            scorer_identity(reader.scorer),
+            light=light,
+        )
+
+    def to_dict(self) -> dict:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict, source) -> Condition:
+        try:
+            lists = {name: tuple(values[name]) for name in ("attributes", "kinds", "means")}
+            known = cls(**{**values, **lists})
+        except (KeyError, TypeError) as error:
+            raise ConditionError(f"{source}: its condition is described in a way unknown here ({error})") from None
+        if known.gain != CONDITION_GAIN:
+            raise ConditionError(
+                f"{source}: its condition has the gain {known.gain}, this program uses {CONDITION_GAIN}"
+            )
+        return known
+
+    @property
+    def units(self) -> tuple[float, ...]:
+        """What 1 stands for, per attribute."""
+        return tuple(UNIT_OF[kind] for kind in self.kinds)
+
+    def index(self, name: str) -> int:
+        """Position of an attribute. Raises ConditionError naming those there are."""
+        if name not in self.attributes:
+            raise ConditionError(
+                f"this generator knows no attribute {name!r}: it was trained for {', '.join(self.attributes)}"
+            )
+        return self.attributes.index(name)
+
+    def parse(self, requests: str) -> dict[int, float]:
+        """'smile=1,age=60' -> {position: number in [0, 1]}. Raises ValueError for what cannot be asked for."""
+        values = {}
+        for request in requests.split(","):
+            name, _, text = request.strip().partition("=")
+            position = self.index(name)
+            unit = self.units[position]
+            try:
+                value = float(text) / unit
+            except ValueError:
+                raise UsageError(f"--set {request}: expected NAME=NUMBER, such as smile=1") from None
+            if not 0 <= value <= 1:
+                raise UserError(f"--set {request}: {name} goes from 0 to {unit:g}")
+            values[position] = value
+        return values
+
+    def vector(self, requests: dict[int, float], base: torch.Tensor | None = None) -> torch.Tensor:
+        """[d]: `base` (default the means of the training images) with the requests of `parse` put in."""
+        vector = torch.tensor(self.means) if base is None else base.clone()
+        for position, value in requests.items():
+            vector[position] = value
+        return vector
+
+
+def load_reader(path, known: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
+    """AttributeReader of the scorer that the generator in the file `path` was trained with; scorer: where to find it.
+
+    Raises FileNotFoundError when the scorer that was named is absent, UserError when it is another, or not to be found.
+    """
+    try:
+        found = load_scorer(scorer or known.scorer, device, weights_dir=weights_dir)
+    except FileNotFoundError as error:
+        if scorer:
+            raise
+        raise UserError(
+            f"{path} was trained with the scorer {known.scorer}, which is not here: name it with --scorer"
+        ) from error
+    if scorer_identity(found) != known.scorer_fingerprint:
+        raise UserError(
+            f"{path} was trained with the scorer {known.scorer_fingerprint}, {scorer or known.scorer} is "
+            f"{scorer_identity(found)}"
+        )
+    return AttributeReader(found, known.attributes)
+
+
+def read_condition(path) -> Condition:
+    """The condition of a generator file. Raises ConditionError when it is unconditional."""
+    path = Path(path)
+    known = (load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)).get("condition")
+    if known is None:
+        raise ConditionError(
+            f"{path} is an unconditional generator: it takes no attributes; train one with train.py "
+            "--condition SCORER --init_from CHECKPOINT"
+        )
+    return Condition.from_dict(known, path)
+
+
+def sample_requests(means: torch.Tensor) -> torch.Tensor:
+    """Requests [1 + 2d, d] for a sheet: the means, then per attribute 0 and 1 with the others at their means."""
+    rows = means.repeat(1 + 2 * len(means), 1)
+    for k in range(len(means)):
+        rows[1 + 2 * k, k], rows[2 + 2 * k, k] = 0.0, 1.0
+    return rows

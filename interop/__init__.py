@@ -1,0 +1,1 @@
+"""Files of other programs: NVIDIA's pickles, other repositories' latents and checkpoints."""

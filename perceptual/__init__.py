@@ -1,0 +1,1 @@
+"""Distances between images: LPIPS and features, face identity, image metrics."""

@@ -1,0 +1,239 @@
+"""Who is it? Face embeddings of aligned pictures, differentiable: identity loss, and how alike two faces are.
+
+Pictures are framed as FFHQ frames them (faces/align.py), so that eyes and mouth lie at fixed places and one fixed box
+leads to the framing that a recognition network was trained with. MobileFaceNet (Chen et al. 2018, arXiv 1804.07573,
+Apache-2.0 weights) is small and may be used freely; IR-SE50 ArcFace is that of pSp, for research only.
+
+    identity = build_identity("auto", "cuda")
+    loss = (1 - identity.similarity(images, photos)).mean()         # [N, 3, H, H] in [-1, 1], any size, -> [N]
+    wanted = identity.embed(photos)                                 # [N, 128], length 1: compute once, use often
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.checkpoint import load_checkpoint, load_strictly
+from common.cli import UsageError
+from common.weights import find, require
+from perceptual.arcface import load_arcface
+
+INPUT_SIZE = 112  # pixels, of both networks
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# The part of an FFHQ frame that MobileFaceNet sees: left, top, right, bottom in units of the side. The ArcFace template
+# for 112 pixels has its five landmarks (eyes, nose, mouth corners) at (38.29, 51.70), (73.53, 51.50), (56.03, 71.74),
+# (41.55, 92.37), (70.73, 92.20); the mean over 20,728 faces in FFHQ framing at 128 pixels (YuNet landmarks of the
+# development data) is (47.66, 60.26), (80.00, 59.93), (64.26, 79.20), (50.18, 93.58), (78.24, 93.30). Least squares of
+# scale and shift between the two (half a pixel added: pixel centres) gives the box 0.1199..0.8818 x 0.1150..0.8768.
+# It is made symmetric here, and the rotation of 0.29 degrees that would fit better (both sets lean that way by the
+# detector's bias) left out: with axes kept, resampling is two matrix products. Residuals: eyes 1.2, mouth 2.3, nose
+# 2.4 of the 112 pixels.
+ARCFACE_BOX = (0.1191, 0.1150, 0.8809, 0.8768)
+
+
+# -- framing -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _resampling(n_in, n_out, low, high):
+    """Matrix [n_out, n_in] that samples low..high (in pixels) of n_in pixels at n_out places: bilinear, antialiased."""
+    scale = (high - low) / n_out
+    support = max(scale, 1.0)  # half width of the triangle
+    centre = low + (torch.arange(n_out, dtype=torch.float64) + 0.5) * scale
+    pixel = torch.arange(n_in, dtype=torch.float64) + 0.5
+    matrix = (1 - (pixel - centre[:, None]).abs() / support).clamp_min(0)
+    return (matrix / matrix.sum(1, keepdim=True)).float()
+
+
+def resample_box(images, box, size):
+    """The part `box` (left, top, right, bottom, of the side) of images [N, C, H, W] as [N, C, size, size].
+
+    Two matrix products: differentiable to any order and the same on every device.
+    """
+    height, width = images.shape[-2:]
+    left, top, right, bottom = box
+    columns = _resampling(width, size, left * width, right * width).to(images)
+    rows = _resampling(height, size, top * height, bottom * height).to(images)
+    return rows @ images @ columns.T
+
+
+def crop_for_arcface(images):
+    """FFHQ-framed [N, 3, H, H] -> the ArcFace template [N, 3, 112, 112]."""
+    return resample_box(images, ARCFACE_BOX, INPUT_SIZE)
+
+
+def crop_as_psp(images):
+    """FFHQ-framed [N, 3, H, H] -> [N, 3, 112, 112] as pSp's identity loss: [35:223, 32:220] of 256, pooled."""
+    if images.shape[-1] != 256:
+        images = resample_box(images, (0, 0, 1, 1), 256)
+    return F.adaptive_avg_pool2d(images[:, :, 35:223, 32:220], INPUT_SIZE)
+
+
+# -- MobileFaceNet -------------------------------------------------------------------------------------------------
+
+
+def _conv_norm(in_channels, channels, kernel, stride=1, groups=1):
+    """Convolution without bias, batch norm, ReLU6."""
+    padding = (kernel - 1) // 2
+    convolution = nn.Conv2d(in_channels, channels, kernel, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU6())
+
+
+class DepthwiseSeparable(nn.Module):
+    """Depthwise 3x3 and pointwise convolution, batch norm and ReLU after each."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
+
+
+class GlobalDepthwise(nn.Module):
+    """A weight of its own for every place: depthwise 7x7 on a 7x7 map, which takes the place of average pooling."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 7, groups=channels, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.bn(self.depthwise(x))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter per channel, project (MobileNetV2); the input is added when the shape stays."""
+
+    def __init__(self, in_channels, channels, stride, expansion):
+        super().__init__()
+        hidden = in_channels * expansion
+        self.residual = stride == 1 and in_channels == channels
+        self.conv = nn.Sequential(
+            _conv_norm(in_channels, hidden, 1),
+            _conv_norm(hidden, hidden, 3, stride, groups=hidden),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x):
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+
+class MobileFaceNet(nn.Module):
+    """Faces in the ArcFace template, [N, 3, 112, 112], ImageNet mean and std -> embedding [N, 128], not normalised.
+
+    Tensor names are those of the published state dict (common/weights.py: mobilefacenet).
+    """
+
+    # expansion, width, repeats, first stride
+    STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = _conv_norm(3, 64, 3, 2)
+        self.dw_conv = DepthwiseSeparable(64)
+        blocks, width = [], 64
+        for expansion, channels, repeats, first_stride in self.STAGES:
+            for i in range(repeats):
+                blocks.append(InvertedResidual(width, channels, 1 if i else first_stride, expansion))
+                width = channels
+        self.features = nn.Sequential(*blocks)
+        self.conv2 = _conv_norm(128, 512, 1)
+        self.gdconv = GlobalDepthwise(512)
+        self.conv3 = nn.Conv2d(512, 128, 1)
+        self.bn = nn.BatchNorm1d(128)
+
+    def forward(self, x):
+        x = self.dw_conv(self.conv1(x))  # [N, 64, 56, 56]
+        x = self.conv2(self.features(x))  # [N, 512, 7, 7]
+        return self.bn(self.conv3(self.gdconv(x)).flatten(1))  # [N, 128]
+
+
+def load_mobilefacenet(weights_dir=None):
+    """MobileFaceNet with its published weights. Raises FileNotFoundError saying where to get them."""
+    path = require("mobilefacenet", weights_dir)
+    network = MobileFaceNet()
+    load_strictly(network, load_checkpoint(path), path)
+    return network
+
+
+# -- the interface -------------------------------------------------------------------------------------------------
+
+
+class Identity(nn.Module):
+    """Frozen recognition network: FFHQ-framed pictures [N, 3, H, H] in [-1, 1], any H, -> embeddings of length 1.
+
+    network: faces [N, 3, 112, 112] -> [N, D]. crop: pictures -> such faces, in [-1, 1]. mean, std: of pixels in [0, 1],
+    per channel, by which the network's input is normalised; None for [-1, 1]. flip: add the embedding of the mirrored
+    face, as recognition is usually measured (twice the work, and blind to left and right).
+    """
+
+    def __init__(self, network, name, crop, *, mean=None, std=None, flip=False):
+        super().__init__()
+        self.network, self.crop, self.flip = network, crop, flip
+        self.name = f"{name}{'-flip' if flip else ''}"
+        self.register_buffer("mean", torch.tensor(mean or (0.5,) * 3).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or (0.5,) * 3).view(3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def embed(self, images):
+        """[N, 3, H, H] in [-1, 1] -> float32 [N, D], each of length 1; the dot product of two is their similarity."""
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
+            raise ValueError(f"{self.name} takes aligned square pictures [N, 3, H, H], got {list(images.shape)}")
+        with torch.autocast(images.device.type, enabled=False):
+            faces = (self.crop(images.float()) / 2 + 0.5 - self.mean) / self.std  # [N, 3, 112, 112]
+            embedding = self.network(faces)
+            if self.flip:
+                embedding = embedding + self.network(faces.flip(-1))
+            return F.normalize(embedding)
+
+    def forward(self, images):
+        return self.embed(images)
+
+    def similarity(self, images_a, images_b):
+        """Cosine similarity, [N], -1..1: about 0 for strangers (what marks the same person: docs/results.md)."""
+        return (self.embed(images_a) * self.embed(images_b)).sum(1)
+
+    def train(self, mode=True):
+        return super().train(False)  # stays in eval mode inside a model that trains
+
+
+# Best first: pSp's own, then the one that may be used freely
+WEIGHTS = {"ir_se50": "arcface_ir_se50", "mobilefacenet": "mobilefacenet"}
+
+
+def build_identity(name="auto", device="cpu", weights_dir=None, *, flip=False):
+    """The Identity called `name`: ir_se50, mobilefacenet, or auto (the first of them whose weights are found).
+
+    Raises UsageError for another name, FileNotFoundError saying where the weights are to be had.
+    """
+    if name not in ("auto", *WEIGHTS):
+        raise UsageError(f"identity network {name!r} is unknown: expected auto, {' or '.join(WEIGHTS)}")
+    if name == "auto":
+        name = next((known for known, weights in WEIGHTS.items() if find(weights, weights_dir)), "mobilefacenet")
+    if name == "ir_se50":
+        return Identity(load_arcface("cpu", weights_dir), name, crop_as_psp, flip=flip).to(device)
+    network = load_mobilefacenet(weights_dir)
+    return Identity(network, name, crop_for_arcface, mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=flip).to(device)
+
+
+def identity_or_none(name, device="cpu", weights_dir=None):
+    """As `build_identity`; None for 'none', and, with a note on stderr, for 'auto' when no weights are here."""
+    if name == "none":
+        return None
+    try:
+        return build_identity(name, device, weights_dir)
+    except FileNotFoundError as error:
+        if name != "auto":
+            raise
+        print(f"note: identity is not measured: {error}", file=sys.stderr)
+        return None

@@ -1,0 +1,171 @@
+"""How close reconstructions are to their originals, image by image, and the table that holds it.
+
+    values = measure(originals, pictures, perceptual=perceptual, identity=identity)        # {"mse": [N], ...}
+    write_measures("reconstruction.csv", names, values, perceptual="lpips-vgg", identity="mobilefacenet")
+
+Pictures are measured as they are saved, 8 bits per channel: whoever has the files gets the same numbers.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from common.checkpoint import atomic_write, require_file
+
+MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
+SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # Gaussian window of 11 pixels
+SSIM_K = (0.01, 0.03)
+
+
+@torch.no_grad()
+def measure(originals, pictures, *, perceptual, identity=None) -> dict[str, torch.Tensor]:
+    """{measure: float64 [N], CPU} of images [N, 3, H, H] in [-1, 1].
+
+    perceptual: the distance of perceptual/lpips.py, larger images averaged down to 256 pixels as in the projector;
+    mse on [-1, 1]; psnr in dB; ssim 0..1; identity: cosine similarity by perceptual/identity.py, left out when None.
+    """
+    mse = (originals - pictures).double().square().mean((1, 2, 3))
+    values = {
+        "perceptual": perceptual(average_down(originals), average_down(pictures)),
+        "mse": mse,
+        "psnr": 10 * torch.log10(4 / mse),  # the range is 2
+        "ssim": structural_similarity(originals, pictures),
+    }
+    if identity is not None:
+        values["identity"] = identity.similarity(originals, pictures)
+    return {name: value.double().cpu() for name, value in values.items()}
+
+
+def average_down(images, size: int = 256):
+    """Averaged down to `size` pixels when larger: what the perceptual networks were made for."""
+    return F.avg_pool2d(images, images.shape[-1] // size) if images.shape[-1] > size else images
+
+
+def structural_similarity(a, b) -> torch.Tensor:
+    """SSIM (Wang et al. 2004) of images [N, 3, H, W] in [-1, 1], mean over colours -> float64 [N].
+
+    Gaussian window, population variances, borders left out: scikit-image's structural_similarity with
+    gaussian_weights=True, use_sample_covariance=False. ValueError below 11 pixels.
+    """
+    if min(a.shape[-2:]) < 2 * SSIM_RADIUS + 1:
+        raise ValueError(f"SSIM needs images of at least {2 * SSIM_RADIUS + 1} pixels, got {list(a.shape[-2:])}")
+    a, b = a.double(), b.double()
+    taps = torch.arange(-SSIM_RADIUS, SSIM_RADIUS + 1, dtype=a.dtype, device=a.device)
+    taps = torch.exp(-0.5 * (taps / SSIM_SIGMA) ** 2)
+    taps = (taps / taps.sum()).expand(a.shape[1], 1, 1, -1)
+
+    def blur(x):
+        x = F.conv2d(x, taps, groups=x.shape[1])
+        return F.conv2d(x, taps.transpose(2, 3), groups=x.shape[1])
+
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a, variance_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = ((k * 2) ** 2 for k in SSIM_K)  # the range of [-1, 1] is 2
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (similarity / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))).mean((1, 2, 3))
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A reconstruction.csv as read."""
+
+    names: list[str]
+    values: dict[str, list[float]]  # of MEASURES those that were measured
+    perceptual: str  # name of the distance
+    identity: str | None
+    originals: list[str] | None = None  # picture_digest of each, where it was written
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def picture_digest(picture) -> str:
+    """12 hex digits of the pixels of a picture, uint8 [H, W, 3]: two tables are about the same pictures, or are not."""
+    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()[:12]
+
+
+def write_measures(
+    path,
+    names: Sequence[str],
+    values: dict,
+    *,
+    perceptual: str,
+    identity: str | None,
+    steps=None,
+    originals: Sequence[str] | None = None,
+):
+    """One line per image: position, name, MEASURES (blank where not measured), what measured them, steps taken.
+
+    originals: picture_digest of each original as it was measured.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["index", "name", *MEASURES, "perceptual_by", "identity_by", "steps", "original"])
+    for i, name in enumerate(names):
+        row = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
+        by_identity = identity if "identity" in values else ""
+        table.writerow(
+            [
+                i,
+                name,
+                *row,
+                perceptual,
+                by_identity,
+                "" if steps is None else int(steps[i]),
+                "" if originals is None else originals[i],
+            ]
+        )
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def read_measures(path) -> Measured:
+    """What `write_measures` wrote. Raises FileNotFoundError, or ValueError naming what is wrong with the table."""
+    path = require_file(Path(path), "table of reconstructions (reconstruction.csv)")
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        names = [row["name"] for row in rows]
+        values = {m: [float(row[m]) for row in rows] for m in MEASURES if rows and rows[0][m] != ""}
+        by = {row["perceptual_by"] for row in rows}
+        identity = next((row["identity_by"] for row in rows if row["identity_by"]), None)
+        originals = [row["original"] for row in rows] if rows and rows[0].get("original") else None
+    except (csv.Error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no reconstruction.csv of the projector or pSp: {error}") from None
+    if len(by) != 1:
+        raise ValueError(f"{path} mixes the perceptual distances {', '.join(sorted(by)) or '(it has no lines)'}")
+    return Measured(names, values, by.pop(), identity, originals)
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and population standard deviation of the finite values; NaN when there are none."""
+    finite = [float(value) for value in values if math.isfinite(value)]
+    if not finite:
+        return math.nan, math.nan
+    mean = math.fsum(finite) / len(finite)
+    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / len(finite))
+
+
+def summary(values: dict[str, Sequence[float]], *, perceptual: str, identity: str | None = None) -> str:
+    """'lpips-vgg 0.0937 +- 0.0179, mse 0.0255 +- 0.0183, ...': what is printed after a run."""
+    titles = {"perceptual": perceptual, "identity": f"identity ({identity})"}
+    parts = []
+    for name in MEASURES:
+        if name in values:
+            mean, std = mean_and_std(values[name])
+            digits = 2 if name == "psnr" else 4
+            parts.append(f"{titles.get(name, name)} {mean:.{digits}f} +- {std:.{digits}f}")
+    return ", ".join(parts)

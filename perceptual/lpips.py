@@ -1,0 +1,281 @@
+"""Perceptual distance between pictures: LPIPS where a backbone is at hand, else the features of a network of ours.
+
+LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares the activations of a classification network, unit length over
+channels, with learnt weights per channel. Networks and learnt weights are the `lpips` package's; the backbone is looked
+for by common/weights.py and nothing is ever downloaded here. Offline stand-ins compare the activations of a trained
+discriminator or scorer in the same way without learnt weights: useful as a loss, not comparable with LPIPS. `.name`
+tells which distance it is, and belongs beside every number.
+
+    perceptual = build_perceptual("auto", "cuda")
+    target = perceptual.features(photos)                                     # once: half of the work
+    loss = perceptual.distance(perceptual.features(images), target).mean()   # images [N, 3, H, W] in [-1, 1] -> [N]
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
+from common.cli import UsageError
+from common.weights import find, require
+
+# Registered weights that hold each backbone, in the order in which `auto` looks for them. SqueezeNet comes before
+# AlexNet: it lies nearer to VGG, with which the paper's tables were computed, and is the backbone to be had here.
+LPIPS_WEIGHTS = {"vgg": ("vgg16",), "squeeze": ("squeezenet1_1", "squeezenet1_1_features"), "alex": ("alexnet",)}
+SMALLEST = {"vgg": 16, "squeeze": 17, "alex": 31}  # pixels that the backbones' strides leave anything of; tested
+COMFORTABLE = 64  # pixels: the learnt weights come from patches of this size
+UPSAMPLE = "-up64"  # ends the name of an LPIPS that enlarges smaller images to that
+NORM_EPSILON = 1e-10  # the lpips package's
+
+
+# -- the interface -------------------------------------------------------------------------------------------------
+
+
+class Perceptual(nn.Module, ABC):
+    """A frozen distance: images [N, 3, H, W] in [-1, 1], twice -> [N], float32. Gradients reach the images only.
+
+    `features` is the expensive half; `distance` takes two of its results, of N images each or of N and 1.
+    """
+
+    name: str
+    layer_weights: list[torch.Tensor | None]
+
+    def features(self, images):
+        """Activations per layer, float32, each [N, C, h, w] of unit length over C."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"{self.name} compares images [N, 3, H, W], got {list(images.shape)}")
+        return [_unit_length(layer) for layer in self.activations(images)]
+
+    @abstractmethod
+    def activations(self, images):
+        """Activations per layer, each [N, C, h, w]."""
+
+    @abstractmethod
+    def layer_distance(self, index, squared):
+        """Squared differences [N, C, h, w] of layer `index` -> its share of the distance [N, 1, h, w]."""
+
+    def distance(self, features_a, features_b):
+        """The distance [N] between two results of `features`."""
+        device = features_a[0].device.type
+        with torch.autocast(device, enabled=False):  # half precision would lose small distances
+            total = 0
+            for i, (a, b) in enumerate(zip(features_a, features_b, strict=True)):
+                total = total + self.layer_distance(i, (a - b) ** 2).mean([2, 3], keepdim=True)
+        return total.flatten()
+
+    def forward(self, images_a, images_b):
+        if images_a.shape[-2:] != images_b.shape[-2:]:
+            sizes = [list(images.shape) for images in (images_a, images_b)]
+            raise ValueError(f"{self.name} compares images of one size, got {sizes[0]} and {sizes[1]}")
+        return self.distance(self.features(images_a), self.features(images_b))
+
+    def train(self, mode=True):
+        return super().train(False)  # stays in eval mode inside a model that trains
+
+    def extra_repr(self):
+        return self.name
+
+
+def _unit_length(layer):
+    layer = layer.float()
+    # The package's formula to the bit. Its gradient is NaN where all channels are zero, hence the clamp.
+    norm = layer.square().sum(1, keepdim=True).clamp_min(NORM_EPSILON**2).sqrt()
+    return layer / (norm + NORM_EPSILON)
+
+
+# -- LPIPS ---------------------------------------------------------------------------------------------------------
+
+
+class Lpips(Perceptual):
+    """LPIPS version 0.1, the value of `lpips.LPIPS(net=net)`.
+
+    net: vgg, alex or squeeze. backbone: state dict of torchvision's network, whole or its `features` alone. dtype: of
+    the backbone (bfloat16 halves its memory; the distance itself stays float32). upsample_small: images with a side
+    below 64 pixels are enlarged, bilinear, until it has 64; the name then ends with `-up64`. Raises CheckpointError
+    when the state dict is not that network's.
+    """
+
+    def __init__(self, net, backbone, *, dtype=torch.float32, upsample_small=False, source="the backbone"):
+        super().__init__()
+        self.net, self.upsample_small, self.dtype = net, upsample_small, dtype
+        self.name = f"lpips-{net}{UPSAMPLE if upsample_small else ''}{'-bf16' if dtype == torch.bfloat16 else ''}"
+        self.lpips = _build_lpips(net, backbone, source)
+        self.lpips.net.to(dtype)
+        self.eval().requires_grad_(False)
+
+    def activations(self, images):
+        height, width = images.shape[-2:]
+        if self.upsample_small and min(height, width) < COMFORTABLE:
+            scale = COMFORTABLE / min(height, width)
+            size = round(height * scale), round(width * scale)
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        elif min(height, width) < SMALLEST[self.net]:
+            raise ValueError(
+                f"{self.name} needs images of at least {SMALLEST[self.net]} pixels, got {width}x{height}: use "
+                f"{self.net}{UPSAMPLE}, which enlarges them"
+            )
+        return self.lpips.net(self.lpips.scaling_layer(images).to(self.dtype))
+
+    def layer_distance(self, index, squared):
+        return self.lpips.lins[index](squared)
+
+
+def _build_lpips(net, backbone, source):
+    """lpips.LPIPS with these backbone weights and the package's learnt weights, each checked to fit exactly."""
+    import lpips  # with torchvision, a second or two
+
+    with warnings.catch_warnings(), torch.device("meta"):  # VGG's random initialisation takes seconds and 500 MB
+        warnings.simplefilter("ignore")  # the package calls torchvision in a way that warns
+        model = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
+    learnt = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
+    learnt = load_checkpoint(learnt)
+    backbone = {
+        name.removeprefix("features."): value for name, value in backbone.items() if not name.startswith("classifier.")
+    }
+
+    state = {name: value for name, value in model.state_dict().items() if name.startswith("scaling_layer.")}
+    for name, value in model.state_dict().items():
+        kind, _, rest = name.partition(".")
+        if kind == "net":
+            _, _, rest = rest.partition(".")  # slice3.7.squeeze.weight -> 7.squeeze.weight
+            state[name] = _take(backbone, rest, value.shape, source)
+        elif kind == "lins":  # lins.0.model.1.weight is lin0.model.1.weight
+            state[name] = learnt["lin" + rest]
+        elif kind.startswith("lin"):
+            state[name] = learnt[name]
+    unknown = sorted(set(backbone) - {name.split(".", 2)[2] for name in state if name.startswith("net.")})
+    if unknown:
+        raise CheckpointError(f"{source} is not the backbone of LPIPS ({net}): it also holds {unknown[0]}")
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def _take(state, name, shape, source):
+    if name not in state:
+        raise CheckpointError(f"{source} is not the backbone expected: {name} is absent")
+    if state[name].shape != shape:
+        raise CheckpointError(
+            f"{source} is not the backbone expected: {name} is {list(state[name].shape)}, not {list(shape)}"
+        )
+    return state[name].float().contiguous()
+
+
+# -- stand-ins -----------------------------------------------------------------------------------------------------
+
+
+class FeatureDistance(Perceptual):
+    """Mean over layers of the squared difference between unit-length activations: LPIPS without learnt weights.
+
+    network: a module with `feature_maps(images [N, 3, H, W] in [-1, 1]) -> list of tensors [N, C, h, w]`; it is frozen.
+    size: pixels that the network takes; others are resized (bilinear, antialiased); None when it resizes by itself.
+    Values lie in 0..4.
+    """
+
+    def __init__(self, network, name, *, size=None, dtype=torch.float32):
+        super().__init__()
+        self.network, self.size, self.dtype = network.to(dtype), size, dtype
+        self.name = f"{name}{f'@{size}px' if size else ''}{'-bf16' if dtype == torch.bfloat16 else ''}"
+        self.eval().requires_grad_(False)
+
+    def activations(self, images):
+        if self.size is not None and images.shape[-2:] != (self.size, self.size):
+            size = (self.size, self.size)
+            images = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
+        return self.network.feature_maps(images.to(self.dtype))
+
+    def layer_distance(self, index, squared):
+        return squared.sum(1, keepdim=True)
+
+    def distance(self, features_a, features_b):
+        return super().distance(features_a, features_b) / len(features_a)
+
+
+class DiscriminatorFeatures(nn.Module):
+    """The activations of a discriminator at every resolution, from the picture's own down to 4 x 4."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.convs, self.size = discriminator.convs, discriminator.config.size
+
+    def feature_maps(self, images):
+        x, layers = images.contiguous(memory_format=torch.channels_last), []
+        for block in self.convs:
+            x = block(x)
+            layers.append(x)  # [N, C, size, size], then [N, C, size/2, size/2] ... [N, C, 4, 4]
+        return layers
+
+
+def load_discriminator(path):
+    """The discriminator `d` of a training checkpoint, in eval mode, float32.
+
+    Raises FileNotFoundError, or CheckpointError when the file holds none.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state.get("d"), dict) or not isinstance(state.get("config"), dict):
+        raise CheckpointError(f"{path} holds no discriminator (d) and config: expected a checkpoint of train.py")
+    # `common` imports nothing above itself (docs/layout.md): the user's flag, not this module, asks for the network
+    model = importlib.import_module("model")
+    discriminator = model.Discriminator(model.GeneratorConfig.from_dict(state["config"]))
+    load_strictly(discriminator, state["d"], path)
+    return discriminator.float().eval()
+
+
+# -- by name -------------------------------------------------------------------------------------------------------
+
+
+def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch.float32):
+    """The distance called `name`, a frozen Perceptual on `device`.
+
+    name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found); any of the
+    four with `-up64`, to enlarge images below 64 pixels; discriminator:CHECKPOINT (of train.py); scorer:NAME (a name or
+    file that scorer/network.py reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError naming the
+    file and where it is to be had, UsageError for another name, CheckpointError for a file that is something else.
+    """
+    kind, _, path = name.partition(":")
+    if kind in ("discriminator", "scorer"):
+        if not path:
+            raise UsageError(f"perceptual distance {kind}: needs a file, as in {kind}:PATH")
+        return _build_feature_distance(kind, path, weights_dir, dtype).to(device)
+    base = name.removesuffix(UPSAMPLE)
+    if base not in ("auto", *LPIPS_WEIGHTS):
+        expected = f"auto, {', '.join(LPIPS_WEIGHTS)}, discriminator:CHECKPOINT or scorer:NAME"
+        raise UsageError(f"perceptual distance {name!r} is unknown: expected {expected}")
+    nets = tuple(LPIPS_WEIGHTS) if base == "auto" else (base,)
+    found = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS[net] if find(weights, weights_dir))
+    net, weights = next(found, (nets[0], LPIPS_WEIGHTS[nets[0]][0]))
+    try:
+        path = require(weights, weights_dir)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, or compare by discriminator:CHECKPOINT") from None
+    backbone = load_checkpoint(path)
+    return Lpips(net, backbone, dtype=dtype, upsample_small=base != name, source=path).to(device)
+
+
+def perceptual_or_none(name, device="cpu", weights_dir=None):
+    """As `build_perceptual`; None for 'none', and, with a note on stderr, for 'auto' when no weights are here."""
+    if name == "none":
+        return None
+    try:
+        return build_perceptual(name, device, weights_dir)
+    except FileNotFoundError as error:
+        if name.removesuffix(UPSAMPLE) != "auto":
+            raise
+        print(f"note: perceptual distance is not measured: {error}", file=sys.stderr)
+        return None
+
+
+def _build_feature_distance(kind, path, weights_dir, dtype):
+    name = f"{kind}-features({Path(path).name})"
+    if kind == "scorer":  # it resizes by itself
+        scorer = importlib.import_module("faces.scorer").load_scorer(path, "cpu", weights_dir=weights_dir)
+        return FeatureDistance(scorer, name, dtype=dtype)
+    network = DiscriminatorFeatures(load_discriminator(path))
+    return FeatureDistance(network, name, size=network.size, dtype=dtype)

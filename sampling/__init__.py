@@ -1,0 +1,1 @@
+"""Seeds to z to w to images."""

@@ -1,0 +1,300 @@
+"""From seeds and codes to pictures: the one way to render, so that a code gives the same picture wherever it is used.
+
+Everything that belongs to a picture (z, noise maps) is drawn on the CPU from the picture's own seed. On a CPU each
+picture is also computed alone: matrix products and convolutions choose their order of summation by the shape of the
+whole batch, which moves the last bits of float32 and with them about one uint8 value in ten thousand. On a GPU a batch
+is computed at once, and pictures of different batch sizes agree up to that rounding.
+
+    codes = map_latents(generator, seeded_z(generator, [0, 1, 2]), truncation=0.7, mean=generator.mean_latent())
+    for picture in render(generator, codes, noise=noise_maps(generator, "const")): ...
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.grids import make_grid
+from common.images import IMAGE_SUFFIXES, to_uint8
+from common.latents import Latents, draw_z, load_latents
+from model import Generator
+
+NOISE_MODES = ("const", "random", "none")
+RECORD = "rendering"  # the entry of a latents.json's `extra` that tells how the codes were drawn
+CONDITION = "condition"  # the entry that tells the attributes of each picture of a conditional generator
+
+# Noise of N pictures: one map per layer, each [N, 1, r, r] or, shared by all, [1, 1, r, r]; or a function that gives
+# such a list for the positions asked for, which keeps the memory bounded.
+Noise = list[torch.Tensor] | Callable[[Sequence[int]], list[torch.Tensor]]
+
+
+# -- codes ---------------------------------------------------------------------------------------------------------
+
+
+def forward_size(device: torch.device, batch: int) -> int:
+    """Pictures per forward pass: one on a CPU (see above), `batch` elsewhere."""
+    return 1 if device.type == "cpu" else batch
+
+
+def blocks(items: Iterable, size: int) -> Iterator[list]:
+    """Consecutive lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+def seeded_z(generator: Generator, seeds: Iterable[int]) -> Iterator[torch.Tensor]:
+    """z [L, style_dim] of each seed, one at a time; in W one vector repeated over the tokens."""
+    config = generator.config
+    for seed in seeds:
+        yield draw_z([seed], config.n_tokens, config.style_dim, w_space=config.w_space)[0]
+
+
+@torch.no_grad()
+def map_latents(
+    generator: Generator,
+    z: Iterable[torch.Tensor],
+    *,
+    truncation: float = 1.0,
+    mean: torch.Tensor | None = None,
+    batch: int = 8,
+) -> Iterator[torch.Tensor]:
+    """w codes, CPU float32 [L, style_dim] each, of z as `seeded_z` gives it.
+
+    truncation: psi in w = mean + psi * (w - mean), per token; mean [1, L, style_dim] (`generator.mean_latent`) is
+    needed unless psi is 1 (ValueError).
+    """
+    if truncation != 1 and mean is None:
+        raise ValueError("truncation needs mean = generator.mean_latent(n)")
+    device = generator.token.device
+    for block in blocks(z, forward_size(device, batch)):
+        tokens = torch.stack(block).to(device)  # [B, L, D]
+        latents = generator.get_latent(tokens[:, 0] if generator.config.w_space else tokens)  # [B, L, D]
+        yield from truncate(latents, truncation, mean).cpu()
+
+
+def truncate(latents: torch.Tensor, psi: float, mean: torch.Tensor | None) -> torch.Tensor:
+    """mean + psi * (w - mean) per token (arXiv 1812.04948, appendix B), the model's formula; psi 1 changes nothing."""
+    return latents if psi == 1 else torch.lerp(mean.to(latents), latents, psi)
+
+
+def mix(row: torch.Tensor, column: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+    """The code `row` [L, D] with the tokens `layers` of `column` (style mixing, arXiv 1812.04948, section 3.1)."""
+    code = row.clone()
+    code[list(layers)] = column[list(layers)]
+    return code
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Spherical interpolation along the last axis, from a (t = 0) to b (t = 1), both exact: for normal vectors, whose
+    length a straight line would shorten. Parallel vectors are interpolated linearly."""
+    angle = torch.acos(torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1))[..., None]
+    sine = torch.sin(angle)
+    flat = sine < 1e-6
+    first = torch.where(flat, 1 - t, torch.sin((1 - t) * angle) / sine)
+    second = torch.where(flat, t, torch.sin(t * angle) / sine)
+    return (first * a + second * b).to(a.dtype)
+
+
+def loop_position(frame: int, n_points: int, frames: int) -> tuple[int, int, float]:
+    """Points before and after, and the way between them in [0, 1), of a frame in the closed loop through all points."""
+    point, step = divmod(frame, frames)
+    return point, (point + 1) % n_points, step / frames
+
+
+# -- noise ---------------------------------------------------------------------------------------------------------
+
+
+def noise_maps(generator: Generator, mode: str, *, seeds: Sequence[int] = (), noise_seed: int = 0) -> Noise:
+    """Noise for `render`: the stored maps (const), zeros (none), or maps drawn on the CPU from noise_seed and each
+    picture's own seed (random), in streams apart from those of z. ValueError for another mode."""
+    if mode == "const":
+        return generator.fixed_noise()
+    if mode == "none":
+        return [torch.zeros_like(noise) for noise in generator.fixed_noise()]
+    if mode == "random":
+        return lambda positions: generator.seeded_noise([noise_stream(noise_seed, seeds[i]) for i in positions])
+    raise ValueError(f"noise mode {mode!r}: expected one of {', '.join(NOISE_MODES)}")
+
+
+def noise_stream(noise_seed: int, seed: int) -> int:
+    """Seed of a picture's noise. Hashed: z is drawn from the bare seed, and the same numbers must not come twice."""
+    return int(np.random.SeedSequence([noise_seed, seed]).generate_state(1)[0])
+
+
+def check_noise(noise: list[torch.Tensor], generator: Generator, n: int, source) -> list[torch.Tensor]:
+    """The maps of a file, if they fit n pictures of this generator; ValueError naming both sides otherwise."""
+    sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
+    found = [list(layer.shape) for layer in noise]
+    if found != [[n, 1, side, side] for side in sides]:
+        raise ValueError(
+            f"{source}: noise maps of {n} pictures with sides {[shape[-1] for shape in found]} and shapes like "
+            f"{found[:1]}; the generator takes [{n}, 1, r, r] with sides {sides}"
+        )
+    return noise
+
+
+def noise_at(noise: Noise, positions: Sequence[int]) -> Noise:
+    """The noise of a selection of pictures, in the selection's own numbering."""
+    return lambda chosen: select_noise(noise, [positions[i] for i in chosen])
+
+
+def select_noise(noise: Noise, positions: Sequence[int]) -> list[torch.Tensor]:
+    """Maps per layer, [n, 1, r, r] or [1, 1, r, r], of the pictures at these positions."""
+    if callable(noise):
+        return noise(positions)
+    return [layer if len(layer) == 1 else layer[list(positions)] for layer in noise]
+
+
+def select_condition(condition: torch.Tensor | None, positions: Sequence[int]) -> torch.Tensor | None:
+    """Attributes [n, d] or [1, d] of the pictures at these positions, of those of all, [N, d] or [1, d]."""
+    return condition if condition is None or len(condition) == 1 else condition[list(positions)]
+
+
+def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float) -> list[torch.Tensor]:
+    """Noise on the way between two pictures: each map [1, 1, r, r] keeps its strength (slerp over the whole map)."""
+    return [slerp(a.flatten(), b.flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
+
+
+# -- sources: what has a name, a code and noise --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures that can be rendered, by position: file names without suffix, codes [L, D], noise, and attributes."""
+
+    names: list[str]
+    codes: Callable[[Sequence[int]], Iterator[torch.Tensor]]  # positions -> their codes
+    noise: Noise
+    about: dict  # how they came about, for latents.json
+    condition: torch.Tensor | None = None  # attributes [N, d] or [1, d] of a conditional generator
+
+
+def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch) -> Source:
+    """The pictures of seeds; codes are drawn and mapped while they are asked for."""
+
+    def codes(positions):
+        z = seeded_z(generator, (seeds[i] for i in positions))
+        return map_latents(generator, z, truncation=truncation, mean=mean, batch=batch)
+
+    names = [f"seed{seed:04d}" for seed in seeds]
+    about = {"seeds": list(seeds), "truncation": truncation, "noise": noise, "noise_seed": noise_seed}
+    return Source(names, codes, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), about)
+
+
+def latents_source(generator, path, *, truncation, mean, noise, noise_seed) -> Source:
+    """Saved latents. Noise, unless a mode is given: the maps saved with them; else as `--save_latents` recorded it;
+    else the stored maps. Raises ValueError for latents of another generator, space, shape or size."""
+    config = generator.config
+    spaces = ("w", "w+") if config.w_space else ("w++",)
+    saved = load_latents(
+        path,
+        expect_space=spaces,
+        expect_shape=(config.n_tokens, config.style_dim),
+        expect_fingerprint=generator.fingerprint,
+    )
+    if not len(saved):
+        raise ValueError(f"{path} holds no latents")
+    if noise is None and saved.noise is not None:
+        maps = check_noise(saved.noise, generator, len(saved), path)
+    else:
+        about = saved.extra.get(RECORD, {})
+        seeds = about.get("seeds", range(len(saved)))
+        noise_seed = about.get("noise_seed", 0) if noise_seed is None else noise_seed
+        maps = noise_maps(generator, noise or about.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
+
+    def codes(positions):
+        return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
+
+    return Source(file_names(saved.names), codes, maps, {"space": saved.space}, saved_condition(saved, generator))
+
+
+def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:
+    """The attributes [N, d] under which saved latents belong to their pictures; None where none are recorded.
+
+    Raises ValueError when they do not fit the generator.
+    """
+    if CONDITION not in saved.extra:
+        return None
+    values, n = torch.tensor(saved.extra[CONDITION]["values"]), generator.config.condition_dim
+    if list(values.shape) != [len(saved), n]:
+        raise ValueError(
+            f"{saved.path}: attributes {list(values.shape)} of {len(saved)} pictures; the generator takes "
+            f"[{len(saved)}, {n}]"
+        )
+    return values
+
+
+def file_names(names: Sequence[str]) -> list[str]:
+    """Paths without suffix, all different and inside the output folder, of names such as 'people/ü 1.jpg'.
+
+    The suffix of an image goes; where that makes two names equal ('a.jpg', 'a.png') it stays, then a number is added.
+    Letters of either case count as equal, as they do on Windows and macOS.
+    """
+    whole = [
+        "/".join(part.replace(":", "_") for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")) or "image"
+        for name in names
+    ]
+    short = [str(Path(name).with_suffix("")) if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in whole]
+    counts: dict[str, int] = {}
+    for name in short:
+        counts[name.casefold()] = counts.get(name.casefold(), 0) + 1
+    taken, result = set(), []
+    for index, (name, full) in enumerate(zip(short, whole, strict=True)):
+        name = name if counts[name.casefold()] == 1 else full
+        while name.casefold() in taken:
+            name = f"{full}-{index}"
+            full = name
+        taken.add(name.casefold())
+        result.append(name)
+    return result
+
+
+# -- pictures ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def render(
+    generator: Generator,
+    latents: Iterable[torch.Tensor],
+    *,
+    noise: Noise | None = None,
+    batch: int = 8,
+    dtype: torch.dtype | None = None,
+    condition: torch.Tensor | None = None,
+) -> Iterator[np.ndarray]:
+    """Pictures, uint8 [size, size, 3] in 0..255, of w codes, computed while they are asked for.
+
+    latents: tensor [N, L, D], or any iterable of codes [L, D] on any device. noise: see `Noise`; default the stored
+    maps. dtype: of the convolutions (default float32). condition: attributes [N, d], or [1, d] for all, of a
+    conditional generator (default the neutral 0.5). Neither `batch` nor the company of other codes changes a picture
+    on a CPU. Raises ValueError on codes that do not fit the generator, or when a picture is not finite.
+    """
+    device = generator.token.device
+    noise = generator.fixed_noise() if noise is None else noise
+    start = 0
+    for block in blocks(latents, forward_size(device, batch)):
+        codes = torch.stack(block).to(device)  # [B, L, D]
+        places = range(start, start + len(block))
+        maps = [layer.to(device) for layer in select_noise(noise, places)]
+        asked = None if condition is None else select_condition(condition, places).to(device).expand(len(block), -1)
+        images, _ = generator(codes, input_is_latent=True, noise=maps, dtype=dtype, condition=asked)  # [B, 3, S, S]
+        if not torch.isfinite(images).all():
+            advice = "; --precision fp32 has the largest range" if dtype == torch.float16 else ": diverged weights?"
+            raise ValueError(f"the generator's output is not finite at picture {start + 1}{advice}")
+        yield from to_uint8(images)
+        start += len(block)
+
+
+def mixing_sheet(rows: Sequence, columns: Sequence, cells: Sequence) -> np.ndarray:
+    """Sheet of len(rows) x len(columns) cells (row by row) with the sources on the left and upper margins; uint8."""
+    lines = [np.full_like(rows[0], 255), *columns]
+    for index, row in enumerate(rows):
+        lines += [row, *cells[index * len(columns) : (index + 1) * len(columns)]]
+    return make_grid(lines, nrow=len(columns) + 1)

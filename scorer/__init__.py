@@ -1,0 +1,1 @@
+"""Attribute classifiers: interface, networks, labels, training, evaluation."""

@@ -1,0 +1,246 @@
+"""Scorers that were not trained here, behind the interface of scorer/network.py.
+
+- DEX (Rothe et al. 2015), the scorer of the original W++ code: VGG-16 twice, tensor names of siriusdemon/pytorch-DEX.
+- Any classifier of torchvision or timm with a weights file, described in a small JSON:
+
+      {"arch": "torchvision:resnet18", "weights": "hair.pth", "attributes": ["bald", "blond"], "outputs": "sigmoid",
+       "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+  outputs: `sigmoid` (independent attributes), `softmax` (exclusive classes, each a probability) or `linear` (values).
+  mean and std are of RGB in 0..1, torchvision's; "channels": "bgr" and "range": 255 for networks of Caffe's descent.
+- A CSV of labels: no network, scores by file name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import PurePosixPath
+
+import torch
+from torch import nn
+
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, require_file
+from common.weights import require
+from scorer.interface import AttributeScorer, expected_age, require_images, resize
+from scorer.labels import AGE_BINS, KNOWN, Attribute, read_labels
+
+DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels
+DEX_CLASSES = {"age": AGE_BINS, "gender": 2}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+OUTPUTS = {"sigmoid": "probability", "softmax": "probability", "linear": "value"}
+DESCRIPTION = ("arch", "weights", "attributes", "outputs", "input_size", "mean", "std", "channels", "range")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DEX
+
+
+class Vgg(nn.Module):
+    """VGG with the tensor names of pytorch-DEX: conv.{0..4}.conv{1..3}, fc1.0, fc2.0, cls. Widths from the file."""
+
+    def __init__(self, blocks: list[list[int]], hidden: int, classes: int):
+        super().__init__()
+        self.conv, channels = nn.Sequential(), 3
+        for widths in blocks:
+            block = nn.Sequential()
+            for i, width in enumerate(widths, 1):
+                block.add_module(f"conv{i}", nn.Conv2d(channels, width, 3, padding=1))
+                block.add_module(f"relu{i}", nn.ReLU(inplace=True))
+                channels = width
+            block.add_module("maxpool", nn.MaxPool2d(2))
+            self.conv.append(block)
+        side = DEX_SIZE >> len(blocks)
+        self.fc1 = nn.Sequential(nn.Linear(channels * side * side, hidden), nn.ReLU(inplace=True))
+        self.fc2 = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(inplace=True))
+        self.cls = nn.Linear(hidden, classes)
+
+    def features(self, x):
+        return self.fc2(self.fc1(self.conv(x).flatten(1)))  # [N, hidden]
+
+    def forward(self, x):
+        return self.cls(self.features(x))  # [N, classes], before the softmax
+
+
+def read_vgg(path, classes: int) -> Vgg:
+    """The VGG in a state dict of pytorch-DEX. Raises FileNotFoundError or CheckpointError."""
+    state = load_checkpoint(path)
+    blocks: dict[int, list[int]] = {}
+    for name, tensor in state.items():
+        if match := re.fullmatch(r"conv\.(\d+)\.conv\d+\.weight", str(name)):
+            blocks.setdefault(int(match[1]), []).append(tensor.shape[0])
+    if not blocks or "cls.weight" not in state:
+        raise CheckpointError(
+            f"{path} is no DEX network: expected tensors conv.0.conv1.weight ... cls.weight as in "
+            f"pytorch-DEX, found {', '.join(map(str, list(state)[:3]))} ..."
+        )
+    if state["cls.weight"].shape[0] != classes:
+        raise CheckpointError(f"{path} has {state['cls.weight'].shape[0]} classes; expected {classes}")
+    with torch.device("meta"):  # half a gigabyte of weights is read, not drawn first
+        network = Vgg([blocks[i] for i in sorted(blocks)], state["cls.weight"].shape[1], classes)
+    network.to_empty(device="cpu")
+    load_strictly(network, state, path)
+    return network
+
+
+class DexScorer(AttributeScorer):
+    """Apparent age = sum over i = 0..100 of i p_i; gender = the softmax of [woman, man], of which this gives man.
+
+    Input BGR in 0..255 without mean subtraction, the whole face resized to 224; with `crop` the centre 224 of 256, as
+    the original's slicing does. (The original code and pytorch-DEX sum (i + 1) p_i: their ages are one year higher.)
+    """
+
+    def __init__(self, networks: dict[str, Vgg], *, crop: bool = False):
+        super().__init__()
+        self.attributes = tuple(KNOWN[name][0] for name in networks)
+        self.networks, self.crop = nn.ModuleDict(networks), crop
+        self.freeze()
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] RGB in [-1, 1] -> [N, 3, 224, 224] BGR in 0..255."""
+        images = (require_images(images).flip(1) + 1) * 127.5
+        if not self.crop:
+            return resize(images, DEX_SIZE)
+        margin = (DEX_CROP_FROM - DEX_SIZE) // 2
+        return resize(images, DEX_CROP_FROM)[:, :, margin : margin + DEX_SIZE, margin : margin + DEX_SIZE]
+
+    def margins(self, images: torch.Tensor) -> torch.Tensor:
+        x, columns = self.prepare(images), []
+        for name, network in self.networks.items():
+            logits = network(x)
+            columns.append(expected_age(logits) if name == "age" else logits[:, 1] - logits[:, 0])
+        return torch.stack(columns, 1)  # [N, A]
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.prepare(images)
+        return torch.cat([network.features(x) for network in self.networks.values()], 1)
+
+
+def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False, age=None, gender=None) -> DexScorer:
+    """DEX from common.weights (`age_sd.pth`, `gender_sd.pth`), or from the files `age` and `gender` if given.
+
+    name: `dex` (both), `dex_age` or `dex_gender`. Raises FileNotFoundError with the place to get the file.
+    """
+    wanted = [name.removeprefix("dex_")] if name.startswith("dex_") else list(DEX_CLASSES)
+    files = {"age": age, "gender": gender}
+    paths = {part: files[part] or require(f"dex_{part}", weights_dir) for part in wanted}
+    return DexScorer({part: read_vgg(path, DEX_CLASSES[part]) for part, path in paths.items()}, crop=crop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A classifier of torchvision or timm
+
+
+class ClassifierScorer(AttributeScorer):
+    """Any network [N, 3, S, S] -> [N, A]. mean and std are of RGB in 0..value_range, also where channels are bgr."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        names,
+        *,
+        outputs: str = "sigmoid",
+        input_size: int = 224,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        channels: str = "rgb",
+        value_range: float = 1.0,
+    ):
+        super().__init__()
+        if outputs not in OUTPUTS:
+            raise ValueError(f"outputs are {', '.join(OUTPUTS)}, not {outputs!r}")
+        if channels not in ("rgb", "bgr"):
+            raise ValueError(f"channels are rgb or bgr, not {channels!r}")
+        self.network, self.outputs, self.input_size = network, outputs, input_size
+        self.attributes = tuple(Attribute(name, OUTPUTS[outputs]) for name in names)
+        self.bgr, self.value_range = channels == "bgr", value_range
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+        self.freeze()
+
+    def margins(self, images: torch.Tensor) -> torch.Tensor:
+        x = resize(require_images(images), self.input_size)
+        x = ((x + 1) * (self.value_range / 2) - self.mean) / self.std
+        logits = self.network(x.flip(1) if self.bgr else x)
+        if logits.ndim != 2 or logits.shape[1] != len(self.attributes):
+            raise ValueError(
+                f"the classifier gives {list(logits.shape[1:])} numbers per picture for "
+                f"{len(self.attributes)} attributes ({', '.join(self.names)})"
+            )
+        if self.outputs == "softmax":  # log-odds of each class against all others
+            logs = logits.log_softmax(1)
+            return logs - torch.log1p(-logs.exp().clamp(max=1 - 1e-6))
+        return logits
+
+
+def load_classifier(path) -> ClassifierScorer:
+    """The classifier a JSON file describes; `weights` is relative to it. Raises FileNotFoundError or ValueError."""
+    path = require_file(path, "JSON description of a classifier")
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        arch, weights, names = (described[key] for key in ("arch", "weights", "attributes"))
+    except (ValueError, KeyError, TypeError) as error:
+        expected = "expected JSON with arch, weights, attributes"
+        raise ValueError(f"{path} describes no classifier ({error}): {expected}") from error
+    unknown = [key for key in described if key not in DESCRIPTION]
+    if unknown:
+        raise ValueError(f"{path}: unknown entry {', '.join(unknown)}; expected {', '.join(DESCRIPTION)}")
+    weights = path.parent / weights
+    state = load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load_checkpoint(weights)
+    state = state.get("state_dict", state)
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    network = _build(path, arch, len(names))
+    load_strictly(network, state, weights)
+    rest = {key: described[key] for key in ("outputs", "input_size", "mean", "std", "channels") if key in described}
+    try:
+        return ClassifierScorer(network, names, value_range=described.get("range", 1.0), **rest)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _build(path, arch: str, n_classes: int) -> nn.Module:
+    library, _, name = arch.partition(":")
+    if library == "torchvision":
+        from torchvision.models import get_model, list_models
+
+        if name not in list_models():
+            raise ValueError(f"{path}: torchvision has no model {name!r}")
+        extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        return get_model(name, weights=None, num_classes=n_classes, **extra)
+    if library == "timm":
+        try:
+            import timm
+        except ImportError as error:
+            raise ValueError(f"{path}: {arch} needs the package timm (pip install timm)") from error
+        return timm.create_model(name, pretrained=False, num_classes=n_classes)
+    raise ValueError(f"{path}: arch {arch!r} is neither torchvision:NAME nor timm:NAME")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A table of labels
+
+
+class TableScorer(AttributeScorer):
+    """A CSV of labels in the place of a network: pictures are looked up by name, not seen."""
+
+    def __init__(self, path, attributes: str = "all"):
+        super().__init__()
+        self.table = read_labels(path, attributes)
+        self.attributes = self.table.attributes
+        stems = [PurePosixPath(name).stem for name in self.table.names]
+        ambiguous = {stem for stem, count in Counter(stems).items() if count > 1}
+        self._rows = {stem: row for row, stem in enumerate(stems) if stem not in ambiguous}
+        self._rows |= {name: row for row, name in enumerate(self.table.names)}
+
+    def lookup(self, names) -> torch.Tensor:
+        """Names of pictures, as in the file or without folder and suffix -> [N, A] in `units`; NaN where unlabelled.
+
+        Raises ValueError naming the first that the table does not know.
+        """
+        unknown = [str(name) for name in names if str(name) not in self._rows]
+        if unknown:
+            raise ValueError(f"{self.table.path} has no line for {unknown[0]!r} ({len(unknown)} names are not in it)")
+        return torch.from_numpy(self.table.values[[self._rows[str(name)] for name in names]])
+
+    def margins(self, images: torch.Tensor) -> torch.Tensor:
+        raise ValueError(f"{self.table.path} is a table of labels: it scores pictures by name, not by their pixels")

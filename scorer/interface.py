@@ -1,0 +1,89 @@
+"""The interface of all attribute scorers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scorer.labels import AGE_BINS, Attribute
+
+
+def expected_age(logits: torch.Tensor) -> torch.Tensor:
+    """[N, 101] -> [N] years: sum over i = 0..100 of i p_i."""
+    years = torch.arange(AGE_BINS, dtype=logits.dtype, device=logits.device)
+    return logits.softmax(1) @ years
+
+
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """[N, C, H, W] -> [N, C, size, size], bilinear, antialiased when it shrinks; differentiable."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+
+
+class AttributeScorer(nn.Module, ABC):
+    """What every scorer offers. A subclass sets `attributes` and implements `margins`."""
+
+    attributes: tuple[Attribute, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(attribute.name for attribute in self.attributes)
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Per attribute: years, probability, or as labelled."""
+        return {attribute.name: attribute.unit for attribute in self.attributes}
+
+    def column(self, name: str) -> int:
+        """Column of an attribute in the scores. Raises ValueError naming those there are."""
+        if name not in self.names:
+            raise ValueError(f"this scorer has no attribute {name!r}; it has {', '.join(self.names)}")
+        return self.names.index(name)
+
+    @abstractmethod
+    def margins(self, images: torch.Tensor) -> torch.Tensor:
+        """As `forward`, but log-odds in place of probabilities: to rank pictures whose probabilities are all near 1."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """float [N, 3, H, W] in [-1, 1] (clamped to it), any size -> [N, A] in the units of `units`, columns `names`.
+
+        Differentiable in the pictures. Raises ValueError for another shape.
+        """
+        return self.to_scores(self.margins(images))
+
+    def to_scores(self, margins: torch.Tensor) -> torch.Tensor:
+        """Margins [N, A] -> scores [N, A]."""
+        columns = zip(margins.unbind(1), self.attributes, strict=True)
+        return torch.stack([c.sigmoid() if a.kind == "probability" else c for c, a in columns], 1)
+
+    def score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `forward`, by name: each [N]."""
+        return dict(zip(self.names, self(images).unbind(1), strict=True))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] in [-1, 1] -> [N, F], what the last layer sees: for distances between sets of pictures."""
+        raise ValueError(f"{type(self).__name__} has no features")
+
+    def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """[N, 3, H, W] in [-1, 1] -> maps [N, C_i, S_i, S_i], fine to coarse: for distances between pictures."""
+        raise ValueError(f"{type(self).__name__} has no feature maps")
+
+    def train(self, mode: bool = True):
+        """Stays in evaluation mode, also inside a network that is being trained."""
+        return super().train(False)
+
+    def freeze(self):
+        return self.eval().requires_grad_(False)
+
+
+def require_images(images: torch.Tensor) -> torch.Tensor:
+    """The pictures, clamped to [-1, 1] as saving clamps them. Raises ValueError for a shape other than [N, 3, H, W]."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {images.dtype} {list(images.shape)}"
+        )
+    return images.clamp(-1, 1)

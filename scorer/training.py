@@ -1,0 +1,326 @@
+"""Training an attribute scorer: augmentation, masked losses, the training step, calibration.
+
+`train_scorer.py` is the command line around `ScorerTrainer`. As in training/trainer.py, every random number of a step
+is drawn from (seed, step), so nothing about random state is saved and a resumed run repeats the uninterrupted one bit
+for bit.
+
+Age is learnt as a distribution (Gao et al. 2018, DLDL-v2: Kullback-Leibler divergence from a Gaussian around the label,
+plus the absolute error of the expected value), everything else by cross entropy with soft labels. A missing label has
+weight 0; the sum over a batch is divided by the attribute's mean weight over the training set, not over the batch, so
+that an attribute with few labels counts as much as the others and no batch is louder than another.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common.checkpoint import CheckpointError, load_strictly
+from common.distributed import mix_seeds
+from common.images import read_image, to_tensor, to_uint8
+from scorer.interface import expected_age, resize
+from scorer.labels import AGE_BINS
+from scorer.network import ScorerConfig, ScorerNetwork, split_outputs
+
+AGE_SIGMA = 2.5  # years: width of the label distribution
+AGE_L1 = 0.1  # weight of the absolute error in years beside the divergence
+AGE_WEIGHT = 0.5  # of age beside one other attribute: its loss is larger by nature
+EMA_DECAY = 0.998
+LOW_SIZES = (24, 48)  # pixels of the randomly coarse pictures; a third of a batch is shown at 32
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """The names are train_scorer.py's flags. Raises ValueError for what cannot work."""
+
+    iter: int = 3000
+    batch: int = 64
+    lr: float = 0.003
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("iter", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+class FaceStore:
+    """Faces as uint8 [3, size, size], resized as a scorer resizes, each decoded once if all fit in `limit` bytes."""
+
+    def __init__(self, paths, size: int, limit: float = 2e9):
+        self.paths, self.size = list(paths), size
+        keep = len(self.paths) * 3 * size * size <= limit
+        self._kept = np.empty((len(self.paths), 3, size, size), np.uint8) if keep else None  # pages come with use
+        self._have = np.zeros(len(self.paths), bool)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, rows) -> torch.Tensor:
+        """uint8 [B, 3, size, size]. Raises ImageError or FileNotFoundError naming the file."""
+        return torch.from_numpy(np.stack([self._face(int(row)) for row in rows]))
+
+    def _face(self, row: int) -> np.ndarray:
+        if self._kept is not None and self._have[row]:
+            return self._kept[row]
+        image = resize(to_tensor(read_image(self.paths[row]))[None], self.size)[0]
+        face = to_uint8(image).transpose(2, 0, 1)
+        if self._kept is not None:
+            self._kept[row], self._have[row] = face, True
+        return face
+
+
+def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float [N, 3, S, S] in [-1, 1] -> the same, altered: mirrored, moved, coarse, sharp or soft, tinted, noisy, JPEG.
+
+    A third of the batch is shown at 32 pixels and a sixth at 24 to 48, since generators may be that small.
+    """
+    n, size = len(images), images.shape[-1]
+
+    def uniform(low, high, *shape):
+        return torch.empty(*(shape or (n, 1, 1, 1))).uniform_(low, high, generator=generator).to(images.device)
+
+    def chance(p):
+        return torch.rand(n, 1, 1, 1, generator=generator).lt(p).to(images.device)
+
+    images = torch.where(chance(0.5), images.flip(3), images)
+    images = torch.where(chance(0.7), _move(images, uniform), images)
+
+    third, sixth = n // 3, n // 6
+    low = int(torch.randint(LOW_SIZES[0], LOW_SIZES[1] + 1, (), generator=generator))
+    parts, sizes = images.split((third, sixth, n - third - sixth)), (32, low, size)
+    small = [resize(part, min(side, size)) for part, side in zip(parts, sizes, strict=True)]
+    amounts = torch.where(chance(0.5), uniform(-1.0, 1.0), 0.0).split([len(part) for part in parts])
+    images = torch.cat([resize(_sharpen(part, amount), size) for part, amount in zip(small, amounts, strict=True)])
+
+    luma = images.mean(1, keepdim=True)
+    saturation = torch.where(chance(0.1), 0.0, uniform(-0.3, 0.3).exp())  # a tenth in grey
+    images = luma + (images - luma) * saturation + uniform(-0.06, 0.06, n, 3, 1, 1)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = (images - mean) * uniform(-0.3, 0.3).exp() + mean + uniform(-0.2, 0.2)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    images = (images + noise * torch.where(chance(0.25), uniform(0, 0.08), 0.0)).clamp(-1, 1)
+
+    qualities = torch.randint(35, 96, (n,), generator=generator)
+    for i in torch.rand(n, generator=generator).lt(0.15).nonzero()[:, 0].tolist():
+        images[i] = _jpeg(images[i], int(qualities[i]))
+    return images
+
+
+def _move(images, uniform):
+    """Each picture turned, scaled and shifted a little; the border is reflected."""
+    n = len(images)
+    angle, scale = uniform(-0.12, 0.12, n), uniform(-0.08, 0.08, n).exp()
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    x, y = uniform(-0.1, 0.1, n), uniform(-0.1, 0.1, n)
+    theta = torch.stack((torch.stack((cos, -sin, x), 1), torch.stack((sin, cos, y), 1)), 1)  # [N, 2, 3]
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _sharpen(images, amount):
+    """Unsharp masking with a 3x3 mean; a negative amount blurs."""
+    if not len(images):
+        return images
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, 1)
+    return images + amount * (images - blurred)
+
+
+def _jpeg(image, quality: int):
+    buffer = io.BytesIO()
+    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=quality)
+    return to_tensor(Image.open(buffer)).to(image.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def age_distribution(years: torch.Tensor, sigma: float = AGE_SIGMA) -> torch.Tensor:
+    """[N] -> [N, 101]: Gaussian around each age over the bins, summing to 1."""
+    bins = torch.arange(AGE_BINS, dtype=years.dtype, device=years.device)
+    return (-0.5 * ((bins - years[:, None]) / sigma).square()).softmax(1)
+
+
+def label_losses(outputs: torch.Tensor, values: torch.Tensor, attributes) -> torch.Tensor:
+    """Outputs [N, K], labels [N, A] (NaN where missing) -> loss of every label [N, A], 0 where it is missing.
+
+    No NaN reaches the gradient: a missing label is replaced before the loss, not masked after it.
+    """
+    known = values.isfinite()
+    values = torch.where(known, values, 0.0)
+    columns = []
+    for logits, value, attribute in zip(split_outputs(outputs, attributes), values.unbind(1), attributes, strict=True):
+        if attribute.kind == "years":
+            target = age_distribution(value)
+            divergence = F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+            columns.append(AGE_WEIGHT * (divergence + AGE_L1 * (expected_age(logits) - value).abs()))
+        elif attribute.kind == "probability":
+            columns.append(F.binary_cross_entropy_with_logits(logits[:, 0], value, reduction="none"))
+        else:
+            target = (value - attribute.mean) / attribute.std
+            columns.append(F.smooth_l1_loss(logits[:, 0], target, reduction="none"))
+    return torch.where(known, torch.stack(columns, 1), 0.0)
+
+
+def attribute_losses(outputs, values, weights, attributes, mean_weights) -> torch.Tensor:
+    """Weighted loss per attribute, [A]: sum over the batch of weight * loss, over N times the set's mean weight."""
+    losses = label_losses(outputs, values, attributes)
+    return (losses * weights).mean(0) / mean_weights.clamp(min=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainer
+
+
+class ScorerTrainer:
+    """Network, its moving average and AdamW with a warm-up and a half cosine over `settings.iter` steps.
+
+    mean_weights: [A], of the labels of the training set.
+    """
+
+    def __init__(self, config: ScorerConfig, settings: ScorerSettings, mean_weights, device="cpu"):
+        self.config, self.settings, self.device = config, settings, torch.device(device)
+        torch.manual_seed(settings.seed)
+        self.network = ScorerNetwork(config).to(self.device, memory_format=torch.channels_last)
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.mean_weights = torch.as_tensor(mean_weights, dtype=torch.float32, device=self.device)
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (config.mean, config.std))
+        matrices = [p for p in self.network.parameters() if p.ndim > 1]
+        vectors = [p for p in self.network.parameters() if p.ndim <= 1]  # biases and norms do not decay
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=settings.lr,
+        )
+        self.step = 0
+
+    def learning_rate(self) -> float:
+        total, step = self.settings.iter, self.step
+        warm = max(1, total // 20)
+        if step < warm:
+            return self.settings.lr * (step + 1) / warm
+        return self.settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))))
+
+    def train_step(self, images: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """One step on uint8 [B, 3, S, S], labels [B, A] and their weights [B, A]. Returns the losses [A]."""
+        generator = torch.Generator().manual_seed(mix_seeds(self.settings.seed, self.step))
+        images = images.to(self.device).float().div_(127.5).sub_(1)
+        images = (augment_faces(images, generator) - self.mean) / self.std
+        self.network.train()
+        outputs = self.network(images.contiguous(memory_format=torch.channels_last))
+        losses = attribute_losses(
+            outputs, values.to(self.device), weights.to(self.device), self.config.attributes, self.mean_weights
+        )
+        losses.sum().backward()
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self._update_average()
+        self.step += 1
+        return losses.detach()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Moving average of weights and of the batch-norm statistics; a short memory at first."""
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        average, current = self.average.state_dict(), self.network.state_dict()
+        floats = [name for name in current if current[name].is_floating_point()]
+        torch._foreach_lerp_([average[name] for name in floats], [current[name] for name in floats], 1 - decay)
+
+    def state_dict(self) -> dict:
+        return {
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "config": self.config.to_dict(),
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict, source="checkpoint") -> None:
+        """Raises CheckpointError when `state` is no scorer's, or another one's."""
+        missing = [name for name in ("network", "average", "optimiser", "config", "step") if name not in state]
+        if missing:
+            raise CheckpointError(f"{source} is no checkpoint of train_scorer.py: it lacks {', '.join(missing)}")
+        other = ScorerConfig.from_dict(state["config"])
+        if other != self.config:
+            raise CheckpointError(f"{source} holds another scorer: {_describe(other)}; here {_describe(self.config)}")
+        load_strictly(self.network, state["network"], source)
+        load_strictly(self.average, state["average"], source)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step = int(state["step"])
+
+
+@torch.no_grad()
+def network_outputs(network: ScorerNetwork, store: FaceStore, batch: int = 128) -> torch.Tensor:
+    """Outputs [N, K] of a network in evaluation mode on the pictures of a store, in order, on the CPU."""
+    device, config, chunks = network.head.weight.device, network.config, []
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std))
+    for start in range(0, len(store), batch):
+        images = store.batch(range(start, min(start + batch, len(store)))).to(device)
+        chunks.append(network((images.float().div(127.5).sub(1) - mean) / std).cpu())
+    return torch.cat(chunks)
+
+
+def _describe(config: ScorerConfig) -> str:
+    names = ",".join(attribute.name for attribute in config.attributes)
+    return f"--backbone {config.backbone} --width {config.width} --input_size {config.input_size} --attributes {names}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor, attributes) -> dict:
+    """Outputs [N, K] on a validation split, its labels and weights [N, A] -> {attribute: (scale, offset)}.
+
+    Probability: Platt's two numbers; years: one temperature (scale = 1/T), by weighted likelihood of the rounded label;
+    values need none. Where there are too few labels (under 20, or of one kind only) the scores stay as they are.
+    """
+    found = {}
+    columns = zip(
+        split_outputs(outputs.double(), attributes),
+        values.double().unbind(1),
+        weights.double().unbind(1),
+        attributes,
+        strict=True,
+    )
+    for logits, value, weight, attribute in columns:
+        use = value.isfinite() & (weight > 0)
+        logits, value, weight = logits[use], value[use], weight[use]
+        if len(value) < 20 or value.std() == 0 or attribute.kind == "value":
+            found[attribute.name] = (1.0, 0.0)
+        elif attribute.kind == "years":
+            scale, _ = _fit(F.cross_entropy, logits, value.round().long(), weight)
+            found[attribute.name] = (scale, 0.0)
+        else:
+            found[attribute.name] = _fit(F.binary_cross_entropy_with_logits, logits[:, 0], value, weight)
+    return found
+
+
+def _fit(loss, logits, target, weight) -> tuple[float, float]:
+    """(scale, offset) of the logits that minimise the weighted mean loss; the scale stays within 1/10..10."""
+    log_scale, offset = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+    optimiser = torch.optim.LBFGS([log_scale, offset], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        losses = loss(logits * log_scale.clamp(-2.3, 2.3).exp() + offset, target, reduction="none")
+        value = (losses * weight).sum() / weight.sum()
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return float(log_scale.detach().clamp(-2.3, 2.3).exp()), float(offset.detach())

@@ -1,0 +1,48 @@
+"""The discriminator beside an exported generator: generate.py --export FILE --with_d, train.py --init_from FILE."""
+
+import pytest
+import torch
+
+import generate
+from common.checkpoint import save_checkpoint
+from common.cli import run
+from common.distributed import Distributed
+from training.resume import init_from
+from training.trainer import Trainer, TrainSettings
+
+ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+AID = "scorer:face-scorer"
+
+
+def call(*flags):
+    return run(generate.main, generate.build_parser(), [*map(str, flags), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("aid", ["", AID])
+def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, aid):
+    old = Trainer(tiny_config, TrainSettings(batch=4, aid=aid), ALONE)
+    save_checkpoint(tmp_path / "000007.pt", old.state_dict())
+    export = tmp_path / "face.safetensors"
+    assert call("--ckpt", tmp_path / "000007.pt", "--export", export, "--with_d") == 0
+    assert (tmp_path / "face-d.safetensors").is_file()
+    new = Trainer(tiny_config, TrainSettings(batch=4, aid=aid, seed=1), ALONE)
+    init_from(new, str(export))
+    for network in ("g", "d", "g_ema", *(("critic",) if aid else ())):
+        pairs = zip(getattr(new, network).parameters(), getattr(old, network).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), network
+    other = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)
+    init_from(other, str(export))  # a critic that the new run does not want is left
+    assert torch.equal(other.d.final_conv[0].weight, old.d.final_conv[0].weight)
+
+
+def test_half_precision_and_a_missing_discriminator(tiny_config, tmp_path, capsys):
+    old = Trainer(tiny_config, TrainSettings(batch=4), ALONE)
+    save_checkpoint(tmp_path / "000007.pt", old.state_dict())
+    assert call("--ckpt", tmp_path / "000007.pt", "--export", tmp_path / "half.safetensors", "--half", "--with_d") == 0
+    new = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)
+    init_from(new, str(tmp_path / "half.safetensors"))
+    for a, b in zip(new.d.parameters(), old.d.parameters(), strict=True):
+        assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+    assert call("--ckpt", tmp_path / "half.safetensors", "--export", tmp_path / "again.safetensors", "--with_d") == 1
+    assert "holds no discriminator with its config" in capsys.readouterr().err
+    assert call("--ckpt", tmp_path / "half.safetensors", "--with_d") == 2

@@ -1,0 +1,397 @@
+"""convert.py: NVIDIA's pickles are read without running anything in them, the networks compute what NVIDIA's compute,
+and every file that comes out is one that the other scripts read.
+
+The pickles here are written with stand-ins for NVIDIA's modules, which have the names, the layout and none of the code.
+With $WPP_PEER_NVIDIA, a checkout of NVlabs/stylegan3 or NVlabs/stylegan2-ada-pytorch, NVIDIA's own code writes them.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nvidia_standins import (
+    PEER,
+    Module,
+    convolution,
+    drawing,
+    expected_logits,
+    expected_picture,
+    expected_w,
+    new_nvidia_discriminator,
+    new_nvidia_generator,
+    snapshot,
+    tensors_of,
+)
+
+import convert
+import generate
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_checkpoint
+from common.cli import flags_without_help, run
+from common.distributed import Distributed
+from common.images import read_image
+from interop.nvidia_pickle import ALLOWED, read_networks
+from model import Discriminator, Generator, GeneratorConfig, load_generator
+from training.resume import init_from
+from training.trainer import Trainer, TrainSettings
+
+
+def command(*args):
+    return run(convert.main, convert.build_parser(), [str(arg) for arg in args])
+
+
+@pytest.fixture
+def nvidia(monkeypatch, tmp_path):
+    """The modules that a pickle of NVIDIA's names, there for writing only; returns write(file name, data, protocol)."""
+
+    def put(name, **content):
+        module = types.ModuleType(name)
+        for key, value in content.items():
+            value.__module__, value.__qualname__ = name, key
+            setattr(module, key, value)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("the pickle was executed")
+
+    put("torch_utils"), put("dnnlib")
+    put("torch_utils.persistence", _reconstruct_persistent_obj=_reconstruct_persistent_obj)
+    put("dnnlib.util", EasyDict=type("EasyDict", (dict,), {}))
+    mark = tmp_path / "executed"
+    monkeypatch.setattr(Module, "source", f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
+
+    def write(name, data, protocol=4):
+        path = tmp_path / name
+        path.write_bytes(pickle.dumps(data, protocol))
+        return path
+
+    yield write
+    assert not mark.exists(), "source in the pickle was executed"
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
+
+
+def networks_in(path):
+    state = load_checkpoint(path)
+    config = GeneratorConfig.from_dict(state["config"])
+    made = {"g": Generator(config), "g_ema": Generator(config), "d": Discriminator(config)}
+    for name in made.keys() & state.keys():
+        token = {"token": made[name].token} if name != "d" else {}
+        load_strictly(made[name], token | state[name], name)
+    return made, state
+
+
+@pytest.mark.parametrize(
+    ("size", "n_mlp", "widths", "protocol"),
+    [(16, 2, None, 3), (16, 2, None, 5), (64, 8, {4: 8, 8: 8, 16: 8, 32: 8, 64: 4}, 4)],
+)
+def test_networks_compute_what_nvidias_compute(size, n_mlp, widths, protocol, nvidia, tmp_path, capsys):
+    draw = drawing(1)
+    data = snapshot(
+        G=new_nvidia_generator(draw, size, 16, n_mlp, widths),
+        D=new_nvidia_discriminator(draw, size, widths),
+        G_ema=new_nvidia_generator(draw, size, 16, n_mlp, widths),
+    )
+    out = tmp_path / "a ü.pt"
+    assert command(nvidia("a.pkl", data, protocol), out) == 0, capsys.readouterr().err
+    made, state = networks_in(out)
+    assert not capsys.readouterr().out.count("note:")
+    config = made["g"].config
+    assert (config.size, config.n_mlp, config.w_space, config.lr_mlp) == (size, n_mlp, True, 0.02)
+    z = drawing(2)(3, 16)
+    for theirs, ours in (("G", "g"), ("G_ema", "g_ema")):
+        t = tensors_of(data[theirs])
+        w = expected_w(t, z)
+        with torch.no_grad():
+            images, latents = made[ours](z, randomize_noise=False)
+        assert_close(latents[:, 0], w)
+        assert_close(images, torch.cat([expected_picture(t, row) for row in w]))
+    pictures = drawing(3)(3, 3, size, size)
+    assert_close(made["d"](pictures).detach(), expected_logits(tensors_of(data["D"]), pictures))
+    assert torch.equal(state["latent_avg"], data["G_ema"].at("mapping").buffers["w_avg"])
+    assert "token" not in state["g_ema"], "rosinality's strict load would refuse it"
+
+
+def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
+    """generate.py draws with both files, a training starts from the checkpoint, and the check tells their picture."""
+    data = snapshot()
+    path = nvidia("a.pkl", data)
+    assert (
+        command(path, tmp_path / "a.pt") == 0
+        and command(path, tmp_path / "a.safetensors", "--seed", "7", "--picture", tmp_path / "seven.png") == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    w = expected_w(tensors_of(data["G_ema"]), torch.from_numpy(np.random.RandomState(7).randn(1, 16)))
+    image = expected_picture(tensors_of(data["G_ema"]), w[0])
+    assert f"seed 7 with the stored noise: mean {image.mean():.4f}, std {image.std():.4f}" in lines[3]
+    seven = np.asarray(read_image(tmp_path / "seven.png")).astype(int)
+    assert np.abs(seven - ((image[0] + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy()).max() < 0.51
+    first, second = load_generator(tmp_path / "a.pt"), load_generator(tmp_path / "a.safetensors")
+    assert first.fingerprint == second.fingerprint and first.fingerprint in lines[0]
+    assert load_safetensors(tmp_path / "a.safetensors")[1]["fingerprint"] == first.fingerprint
+    flags = ["--ckpt", str(tmp_path / "a.pt"), "--seeds", "0", "--output_dir", str(tmp_path / "drawn")]
+    assert run(generate.main, generate.build_parser(), flags) == 0 and (tmp_path / "drawn/seed0000.png").is_file()
+    trainer = Trainer(first.config, TrainSettings(batch=4), Distributed(0, 0, 1, torch.device("cpu"), None))
+    init_from(trainer, tmp_path / "a.pt")
+    made, _ = networks_in(tmp_path / "a.pt")
+    for own, name in ((trainer.g, "g"), (trainer.g_ema, "g_ema"), (trainer.d, "d")):
+        assert all(torch.equal(value, made[name].state_dict()[key]) for key, value in own.state_dict().items())
+
+
+def test_differences_are_told(nvidia, tmp_path, capsys):
+    """Frozen layers are buffers; a clamp, 16 bits and other groups of the minibatch statistic are said."""
+    discriminator = new_nvidia_discriminator(drawing(), group=8)
+    frozen = discriminator.at("b16.fromrgb")
+    frozen.buffers |= {name: frozen.parameters.pop(name) for name in ("weight", "bias")}
+    data = snapshot(D=discriminator)
+    data["G_ema"].at("synthesis.b16").attributes["use_fp16"] = True
+    data["G_ema"].at("synthesis.b8.conv1").attributes["conv_clamp"] = 256
+    assert command(nvidia("a.pkl", data), tmp_path / "a.pt") == 0
+    out = capsys.readouterr().out
+    assert "+-256" in out and "16 bits" in out and "groups of 8 images, ours of at most 4" in out
+    made, _ = networks_in(tmp_path / "a.pt")
+    pictures = drawing(3)(8, 3, 16, 16)
+    assert_close(made["d"](pictures, group=8).detach(), expected_logits(tensors_of(discriminator), pictures))
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+def change(module, path, **attributes):
+    (module.at(path) if path else module).attributes.update(attributes)
+
+
+REFUSED = {
+    "conditional on 5 labels": lambda data: change(data["G_ema"], "", c_dim=5),
+    "architecture 'orig'": lambda data: change(data["G_ema"], "synthesis.b8", architecture="orig"),
+    "StyleGAN3 network": lambda data: data["G_ema"].put("synthesis.input", Module("SynthesisInput")),
+    "expected a Generator": lambda data: data.update(G_ema=data["D"]),
+    "1 channels": lambda data: change(data["G_ema"], "", img_channels=1),
+    "12 px": lambda data: change(data["G_ema"], "", img_resolution=12),
+    "activation 'relu' in mapping.fc0": lambda data: change(data["G_ema"], "mapping.fc0", activation="relu"),
+    "activation 'tanh' in b4.conv": lambda data: change(data["D"], "b4.conv", activation="tanh"),
+    "lr_multiplier 0.1 in b4.fc": lambda data: change(data["D"], "b4.fc", bias_gain=0.1),
+    "different lr_multiplier": lambda data: change(data["G_ema"], "mapping.fc1", bias_gain=0.1),
+    "another filter": lambda data: data["G"].at("synthesis.b16").buffers.update(resample_filter=torch.ones(4, 4) / 16),
+    "[16, 64] numbers": lambda data: data["G_ema"].at("mapping.fc0").parameters.update(weight=torch.ones(16, 64)),
+    "mbstd_num_channels": lambda data: change(data["D"], "b4.mbstd", num_channels=0),
+    "no synthesis.b8.conv0.noise_strength": lambda data: (
+        data["G_ema"].at("synthesis.b8.conv0").parameters.pop("noise_strength")
+    ),
+    "has synthesis.b8.skip.weight": lambda data: data["G_ema"].put(
+        "synthesis.b8.skip", convolution(8, 8, 1, drawing(), activation="linear")
+    ),
+    "follow no channel_max": lambda data: data.update(
+        G_ema=new_nvidia_generator(drawing(), widths={4: 8, 8: 4, 16: 8})
+    ),
+    "convs.0.conv.weight is [1, 8, 8, 5, 5]": lambda data: (
+        data["G_ema"].at("synthesis.b8.conv0").parameters.update(weight=torch.ones(8, 8, 5, 5))
+    ),
+    "no G_ema": lambda data: data.pop("G_ema"),
+    "none of the networks": lambda data: [data.pop(name) for name in ("G", "D", "G_ema")],
+    "expected NVIDIA's dictionary": lambda data: 7,
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_other_networks_are_refused_in_words(said, nvidia, tmp_path, capsys):
+    data = snapshot()
+    if REFUSED[said](data) == 7:
+        data = 7
+    assert command(nvidia("a.pkl", data), tmp_path / "a.pt") == 1
+    message = capsys.readouterr().err
+    assert said in message and "a.pkl" in message and message.count("\n") == 1
+    assert not (tmp_path / "a.pt").exists()
+
+
+class Evil:
+    """A pickle that calls what it likes when it is loaded in the ordinary way."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def in_the_settings(data, evil, tmp_path):
+    data["training_set_kwargs"]["path"] = evil
+
+
+def in_a_network(data, evil, tmp_path):
+    data["G_ema"].attributes["z_dim"] = evil
+
+
+def in_a_tensor(data, evil, tmp_path):
+    """The numbers of a tensor are a pickle within the pickle."""
+    torch.save(evil, tmp_path / "evil.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "evil.pt").read_bytes()
+    data["G_ema"].at("mapping").buffers["w_avg"] = Evil(torch.storage._load_from_bytes, content)
+
+
+@pytest.mark.parametrize("place", [in_the_settings, in_a_network, in_a_tensor])
+def test_nothing_in_a_pickle_runs(place, nvidia, tmp_path, capsys):
+    mark = tmp_path / "mark"
+    data = snapshot()
+    place(data, Evil(os.system, f"touch '{mark}'"), tmp_path)
+    assert command(nvidia("evil.pkl", data), tmp_path / "a.pt") == 1
+    message = capsys.readouterr().err
+    assert f"{os.system.__module__}.system" in message and "evil.pkl" in message and message.count("\n") == 1
+    assert not mark.exists() and not (tmp_path / "a.pt").exists()
+
+
+RAW = {
+    b"\x80\x04cdnnlib.tflib.network\nNetwork\n.": "legacy.py",
+    b"\x80\x04ctorch.storage\n_load_from_bytes\n}b.": "attributes of a function",
+    b"\x80\x04ccollections\nOrderedDict\n(}X\x03\x00\x00\x00foo\x8c\x01xstb.": "damaged",
+    b"\x80\x04cos\nsystem\n(X\x04\x00\x00\x00truetR.": "'os.system'",
+    b"\x80\x04\x82\x01.": "damaged",
+    b"\x80\x04P0\n.": "damaged",
+    b"<!DOCTYPE html><title>Google Drive - Quota exceeded": "web page",
+    b"version https://git-lfs.github.com/spec/v1\n": "git-lfs",
+    b"PK\x03\x04rest": ".pt",
+    b"GIF89a": "not a pickle",
+    b"": "empty",
+}
+
+
+@pytest.mark.parametrize("content", RAW, ids=list(RAW.values()))
+def test_files_that_are_no_network_pickle(content, tmp_path):
+    (tmp_path / "a.pkl").write_bytes(content)
+    with pytest.raises(CheckpointError, match=RAW[content]):
+        read_networks(tmp_path / "a.pkl")
+
+
+def test_allowed_names_are_out_of_the_pickles_reach():
+    """What find_class hands out must not be changeable by the pickle: types of C, or our sealed callables."""
+    for value in ALLOWED.values():
+        with pytest.raises((TypeError, AttributeError)):
+            value.wpp_test = 1
+
+
+@pytest.mark.parametrize("part", [0.001, 0.5, 0.999])
+def test_truncated(part, nvidia, tmp_path):
+    path = nvidia("a.pkl", snapshot())
+    content = path.read_bytes()
+    path.write_bytes(content[: max(2, int(part * len(content)))])
+    with pytest.raises(CheckpointError, match="truncated"):
+        read_networks(path)
+    with pytest.raises(FileNotFoundError):
+        read_networks(tmp_path / "absent.pkl")
+
+
+def test_tensors_within_their_storage_only(nvidia):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on TypedStorage, the form in which tensors are pickled
+        reduce, content = torch.arange(4.0).storage().__reduce__()
+    data = snapshot()
+    data["G_ema"].at("mapping").buffers["w_avg"] = Evil(
+        torch._utils._rebuild_tensor_v2, Evil(reduce, *content), 2, (4,), (1,), False, OrderedDict()
+    )
+    with pytest.raises(CheckpointError, match="out of bounds"):
+        read_networks(nvidia("a.pkl", data))
+
+
+# -- our own, rosinality's, TransStyleGAN's -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+def test_our_checkpoint_to_either_file_and_back(w_space, tiny_config, tiny_w_config, tmp_path):
+    config = tiny_w_config if w_space else tiny_config
+    g, g_ema, d = Generator(config), Generator(config), Discriminator(config)
+    state = {name: network.state_dict() for name, network in (("g", g), ("g_ema", g_ema), ("d", d))}
+    save_checkpoint(tmp_path / "in.pt", state | {"config": config.to_dict(), "step": 7, "g_optim": {"state": {}}})
+    for target in ("a.pt", "a.safetensors"):
+        assert command(tmp_path / "in.pt", tmp_path / target) == 0
+    assert command(tmp_path / "a.safetensors", tmp_path / "b.pt") == 0
+    known = load_generator(tmp_path / "in.pt").fingerprint
+    for name in ("a.pt", "a.safetensors", "b.pt"):
+        assert load_generator(tmp_path / name).fingerprint == known
+    written, again = load_checkpoint(tmp_path / "a.pt"), load_checkpoint(tmp_path / "b.pt")
+    assert set(written) == {"g", "d", "g_ema", "config", "step"} and set(again) == {"g_ema", "config", "step"}
+    assert ("token" in written["g"]) is not w_space
+    for name, network in (("g", g), ("d", d)):
+        own = network.state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in written[name].items())
+    assert load_safetensors(tmp_path / "a.safetensors")[1]["step"] == 7
+
+
+def test_rosinalitys_file(tiny_w_config, tmp_path):
+    """No config, no token buffer; latent_avg, which upstream pSp reads, is kept."""
+    network = Generator(tiny_w_config)
+    state = {name: value for name, value in network.state_dict().items() if name != "token"}
+    save_checkpoint(tmp_path / "550000.pt", {"g_ema": state, "latent_avg": torch.arange(32.0)})
+    assert command(tmp_path / "550000.pt", tmp_path / "b.pt") == 0
+    written = load_checkpoint(tmp_path / "b.pt")
+    assert torch.equal(written["latent_avg"], torch.arange(32.0)) and set(written["g_ema"]) == set(state)
+    assert command(tmp_path / "550000.pt", tmp_path / "b.safetensors", "--half") == 0
+    halved, full = load_generator(tmp_path / "b.safetensors"), load_generator(tmp_path / "b.pt")
+    assert halved.fingerprint != full.fingerprint
+    assert torch.equal(halved.input.input, full.input.input.half().float())
+
+
+def test_a_broken_network_is_told(tiny_w_config, tmp_path, capsys):
+    network = Generator(tiny_w_config)
+    network.state_dict()["conv1.conv.weight"].fill_(float("nan"))
+    save_checkpoint(tmp_path / "a.pt", {"g_ema": network.state_dict()})
+    assert command(tmp_path / "a.pt", tmp_path / "b.pt") == 1 and "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "word"),
+    [
+        (["IN", "out.onnx"], 2, ".safetensors"),
+        (["IN", "out.pt", "--half"], 2, "--half"),
+        (["IN", "IN"], 2, "same file"),
+        (["IN", "out.pt", "--seed", "-1"], 2, "--seed"),
+        (["absent ü.pkl", "out.pt"], 1, "absent ü.pkl"),
+        (["absent.pt", "out.pt"], 1, "absent.pt"),
+    ],
+)
+def test_misuse_and_absent_files(flags, status, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("in.pt").touch()
+    assert command(*("in.pt" if flag == "IN" else flag for flag in flags)) == status
+    assert word in capsys.readouterr().err and not Path("out.pt").exists()
+    assert not flags_without_help(convert.build_parser())
+
+
+# -- NVIDIA's own code ---------------------------------------------------------------------------------------------
+
+
+def test_nvidias_own_code_computes_the_same(tmp_path):
+    peer = os.environ.get("WPP_PEER_NVIDIA")
+    if not peer:
+        pytest.skip("WPP_PEER_NVIDIA names no checkout of NVlabs/stylegan3 or NVlabs/stylegan2-ada-pytorch")
+    environment = os.environ | {"PYTHONPATH": peer, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", PEER, str(tmp_path / "peer")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = torch.load(tmp_path / "peer.pt", weights_only=True)
+    assert command(tmp_path / "peer.pkl", tmp_path / "ours.pt") == 0
+    made, state = networks_in(tmp_path / "ours.pt")
+    with torch.no_grad():
+        images, latents = made["g_ema"](expected["z"], randomize_noise=False)
+        half_way, _ = made["g_ema"](
+            expected["z"], randomize_noise=False, truncation=0.5, truncation_latent=state["latent_avg"]
+        )
+        assert_close(latents, expected["w"])
+        assert_close(images, expected["images"])
+        assert_close(half_way, expected["truncated"])
+        assert_close(made["d"](expected["images"]), expected["logits"])

@@ -1,0 +1,217 @@
+"""metrics/features.py and sources.py: features of folders, LMDBs and generators, damaged ones, the cache."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from features_of import DIM, copy_of, values
+from PIL import Image
+
+from common.checkpoint import save_checkpoint
+from common.latents import save_latents
+from common.lmdb_store import DatasetError
+from metrics.extractors import build_extractor
+from metrics.features import extract, load_features, require_same, save_features
+from metrics.protocol import PROTOCOLS
+from metrics.sources import SEED_STRIDE, Sampling, open_source
+from model import Generator, GeneratorConfig, load_generator
+
+
+def test_folder_as_it_is_and_fitted(face_folder, tiny):
+    as_is = extract(open_source(face_folder), tiny, 1000, progress=False)
+    assert as_is.values.shape == (24, DIM) and as_is.about["size"] == "40x40" and as_is.about["filter"] is None
+    assert (as_is.about["n"], as_is.about["chosen"], as_is.about["codec"]) == (24, "all", "png")
+    fitted = extract(open_source(face_folder, size=16), tiny, 1000, progress=False)
+    assert (fitted.about["size"], fitted.about["filter"], fitted.about["fit"]) == (16, "lanczos", "crop")
+    assert fitted.about["digest"] != as_is.about["digest"] and not torch.equal(fitted.values, as_is.values)
+
+
+def test_lmdb(face_lmdb, tiny):
+    found = extract(open_source(face_lmdb, size=16), tiny, 1000, progress=False)
+    assert (found.about["kind"], found.about["size"], found.about["filter"], found.about["codec"]) == (
+        "lmdb",
+        16,
+        "lanczos",
+        "png",
+    )
+    with pytest.raises(ValueError, match="has the sizes 8, 16, 32: choose one with --size"):
+        open_source(face_lmdb)
+
+
+def test_reals_are_drawn_without_replacement(face_lmdb, tiny):
+    source = open_source(face_lmdb, size=8)
+    chosen = source.choose(10, "drawn", 4)
+    assert len(set(chosen)) == 10 and chosen != list(range(10)) and chosen == source.choose(10, "drawn", 4)
+    assert chosen != source.choose(10, "drawn", 5) and source.choose(10, "first", 4) == list(range(10))
+    assert source.choose(99, "drawn", 4) == list(range(24))
+    all_of_them = values(source, tiny)
+    assert torch.equal(values(source, tiny, 10, seed=4), all_of_them[chosen])
+    paper = build_extractor("tiny", PROTOCOLS["paper"])
+    assert extract(source, paper, 10, seed=4, progress=False).about["chosen"] == "first"
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_batch_size_changes_nothing(batch, face_lmdb, checkpoint, tiny):
+    for source in (open_source(face_lmdb, size=16), open_source(checkpoint, sampling=Sampling(0.7))):
+        found = values(source, tiny, 20, batch=batch)
+        torch.testing.assert_close(found, values(source, tiny, 20), rtol=1e-3, atol=1e-3)
+
+
+def test_generated_images_are_those_of_generate(checkpoint):
+    """Image i of --seed 2 is generate.py --seeds 2000000+i --noise random."""
+    from common.images import to_uint8
+    from sampling.render import render, seed_source
+
+    generator = load_generator(checkpoint)
+    (images,) = open_source(checkpoint, sampling=Sampling(seed=2)).batches(range(3), 3, "cpu")
+    seeds = [2 * SEED_STRIDE + i for i in range(3)]
+    source = seed_source(generator, seeds, truncation=1, mean=None, noise="random", noise_seed=0, batch=3)
+    expected = np.stack(list(render(generator, source.codes(range(3)), noise=source.noise)))
+    assert np.abs(to_uint8(images).astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_truncation_and_noise_modes(checkpoint, tiny):
+    full, half, none = (values(open_source(checkpoint, sampling=Sampling(psi)), tiny, 12) for psi in (1, 0.5, 0))
+    assert full.std(0).mean() > half.std(0).mean() > none.std(0).mean()
+    still = open_source(checkpoint, sampling=Sampling(0, noise="const"))
+    assert values(still, tiny, 4).std(0).max() < 1e-4  # one mean code, one noise: one picture
+    with pytest.raises(ValueError, match="--noise loud: expected one of const, random, none"):
+        Sampling(noise="loud")
+
+
+def test_facts_of_a_checkpoint(checkpoint, tmp_path):
+    about = open_source(checkpoint).about
+    assert (about["step"], about["images"], about["ema"]) == (20, 20 * 4 * 2, True)
+    assert about["fingerprint"] == load_generator(checkpoint).fingerprint and about["space"] == "w++"
+    alone = shutil.copy(checkpoint, tmp_path / "g.safetensors")
+    assert open_source(alone).about["images"] is None
+
+
+def test_latents(checkpoint, tiny, tmp_path):
+    generator = load_generator(checkpoint)
+    w = generator.get_latent(generator.draw_z(5, torch.Generator().manual_seed(0)))
+    names = [f"{i}.png" for i in range(5)]
+    save_latents(tmp_path / "l", w, names=names, space="w++", size=16, fingerprint=generator.fingerprint)
+    source = open_source(tmp_path / "l", ckpt=checkpoint, sampling=Sampling(noise="const"))
+    (images,) = source.batches(range(5), 8, "cpu")
+    torch.testing.assert_close(images, generator(w, input_is_latent=True, randomize_noise=False)[0])
+    assert source.n == 5 and values(source, tiny).shape == (5, DIM)
+    with pytest.raises(ValueError, match="holds latents: --ckpt names the generator"):
+        open_source(tmp_path / "l")
+    with pytest.raises(ValueError, match="latents of the generator .*; the checkpoint given is"):
+        open_source(tmp_path / "l", ckpt=checkpoint.with_name("000010.safetensors"))
+
+
+def test_latents_of_a_conditional_generator_keep_their_attributes(tmp_path):
+    torch.manual_seed(4)
+    config, ckpt = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2), tmp_path / "cgan.pt"
+    save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
+    generator = load_generator(ckpt)
+    w, own = generator.get_latent(generator.draw_z(3, torch.Generator().manual_seed(0))), torch.rand(3, 2)
+    facts = {"names": ["a", "b", "c"], "space": "w++", "size": 16, "fingerprint": generator.fingerprint}
+    save_latents(tmp_path / "own", w, **facts, extra={"condition": {"values": own.tolist()}})
+    save_latents(tmp_path / "neutral", w, **facts)
+    source, neutral = (
+        open_source(tmp_path / name, ckpt=ckpt, sampling=Sampling(noise="const")) for name in ("own", "neutral")
+    )
+    images = torch.cat(list(source.batches([0, 1, 2], 2, "cpu")))
+    torch.testing.assert_close(images, generator(w, input_is_latent=True, randomize_noise=False, condition=own)[0])
+    assert (source.about["condition"], neutral.about["condition"]) == ("saved", "neutral")
+    assert source.digest([0, 1, 2]) != neutral.digest([0, 1, 2]), "their features are cached apart"
+
+
+def test_mixed_sizes_are_refused_in_words(face_folder, tiny, tmp_path):
+    folder = copy_of(face_folder, tmp_path / "mixed")
+    Image.new("RGB", (30, 50)).save(folder / "zz.png")
+    with pytest.raises(DatasetError, match="40x40 and zz.png 30x50 pixels: --size N fits them all"):
+        values(open_source(folder), tiny)
+    assert len(values(open_source(folder, size=16), tiny)) == 25
+
+
+def test_damaged_images(face_folder, tiny, tmp_path):
+    """No picture at all: left out, counted, listed. Sound header but cut short: refused, naming the file."""
+    folder = copy_of(face_folder, tmp_path / "damaged")
+    (folder / "note.png").write_text("no picture")
+    with pytest.warns(UserWarning, match="1 of 25 image files are left out: .*note.png"):
+        source = open_source(folder)
+    found = extract(source, tiny, 1000, progress=False)
+    assert (found.about["n"], found.about["skipped"]) == (24, 1)
+    whole = (folder / "face 03.png").read_bytes()
+    (folder / "face 03.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning), pytest.raises(DatasetError, match="face 03.png"):
+        values(open_source(folder), tiny)
+
+
+def test_no_such_source(tmp_path, face_folder):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist: a folder of images, LMDB, checkpoint"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "inception_ffhq.pkl").write_bytes(b"x")
+    with pytest.raises(ValueError, match="pickled statistics are not read"):
+        open_source(tmp_path / "inception_ffhq.pkl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="holds no images"):
+        open_source(tmp_path / "empty")
+
+
+def test_diverged_generator(checkpoint, tiny):
+    source = open_source(checkpoint)
+    source.generator.to_rgb1.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="generated images 0 to 3 are not finite: diverged weights"):
+        values(source, tiny, 4)
+
+
+def test_features_that_are_not_finite(face_lmdb, tiny):
+    tiny.network.network[0].bias.fill_(torch.inf)
+    with pytest.raises(ValueError, match="tiny gives features that are not finite"):
+        values(open_source(face_lmdb, size=16), tiny)
+
+
+def test_cache_goes_by_content_and_protocol(face_folder, tmp_path):
+    cache = tmp_path / "cache"
+
+    def look(folder, n=1000, protocol="tf-compat", size=None):
+        extractor = build_extractor("tiny", PROTOCOLS[protocol])
+        found = extract(open_source(folder, size=size), extractor, n, cache_dir=cache, progress=False)
+        return found, extractor.network.seen
+
+    folder = copy_of(face_folder, tmp_path / "one")
+    first, seen = look(folder)
+    assert seen == 24 and len(list(cache.iterdir())) == 1
+    moved = folder.rename(tmp_path / "elsewhere")
+    again, seen = look(moved)
+    assert seen == 0 and torch.equal(again.values, first.values) and again.about["path"] == str(moved)
+    assert [look(moved, n=20)[1], look(moved, protocol="clean")[1], look(moved, size=16)[1]] == [20, 24, 24]
+    picture = next(iter(moved.glob("face 05.png")))
+    times = picture.stat()
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(picture)
+    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert look(moved)[1] == 24
+
+
+def test_cache_of_a_generator(checkpoint, tmp_path):
+    def look(sampling, path=checkpoint):
+        extractor = build_extractor("tiny", PROTOCOLS["tf-compat"])
+        extract(open_source(path, sampling=sampling), extractor, 6, cache_dir=tmp_path / "cache", progress=False)
+        return extractor.network.seen
+
+    assert [look(Sampling()), look(Sampling()), look(Sampling(0.7)), look(Sampling(seed=1))] == [6, 0, 6, 6]
+    assert [look(Sampling(noise="const")), look(Sampling(), checkpoint.with_name("000010.safetensors"))] == [6, 6]
+
+
+def test_features_file(face_folder, tiny, tmp_path):
+    found = extract(open_source(face_folder), tiny, 10, progress=False)
+    path = tmp_path / "ü f.npz"
+    save_features(path, found)
+    again = load_features(path)
+    assert torch.equal(again.values, found.values) and again.about == found.about and again.protocol == found.protocol
+    assert require_same(again, tiny, path) is again
+    with pytest.raises(ValueError, match=r"of tiny \(weights 11111111\), protocol tf-compat; .* protocol clean"):
+        require_same(again, build_extractor("tiny", PROTOCOLS["clean"]), path)
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(ValueError, match="has no entry 'features"):
+        load_features(tmp_path / "foreign.npz")
+    (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="truncated, damaged or no features file"):
+        load_features(tmp_path / "cut.npz")

@@ -1,0 +1,164 @@
+"""metrics.ppl: closed forms on a linear generator, independence of the batch, spaces, and the script."""
+
+import numpy as np
+import pytest
+import torch
+from test_distributed import launch
+from torch import nn
+
+from common.cli import run
+from common.export import export_ema
+from metrics import ppl
+from metrics.ppl import EPSILON, path_lengths, trimmed_mean
+from metrics.protocol import read_records
+from model import Generator
+
+
+class Linear(nn.Module):
+    """A "generator" whose picture is a linear map of w, and whose w is 3 z: lengths are known."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.fingerprint = config, "linear"
+        self.register_buffer("token", torch.eye(config.n_tokens))
+        pixels = 3 * config.size**2
+        draw = torch.Generator().manual_seed(0)
+        self.matrix = torch.randn(config.n_tokens * config.style_dim, pixels, generator=draw) / pixels**0.5
+
+    def get_latent(self, z):
+        return 3 * (z[:, None].expand(-1, self.config.n_tokens, -1) if z.ndim == 2 else z)
+
+    def fixed_noise(self):
+        return []
+
+    def forward(self, styles, *, input_is_latent=False, noise=None):
+        w = styles if input_is_latent else self.get_latent(styles)
+        size = self.config.size
+        return (w.flatten(1) @ self.matrix).view(-1, 3, size, size), w
+
+
+def squared(a, b):
+    return (a - b).square().sum((1, 2, 3))
+
+
+def test_straight_in_w(tiny_config):
+    """Linear: (d picture / epsilon)² = |M (w2 - w1)|², wherever on the way; the mean is |M|² * 18 per entry."""
+    generator = Linear(tiny_config)
+    full = path_lengths(generator, squared, space="w++", n=200)
+    end = path_lengths(generator, squared, space="w++", n=200, sampling="end")
+    np.testing.assert_allclose(full, end, rtol=0.05)
+    expected = float(generator.matrix.square().sum()) * 2 * 9  # variance of 3 z2 - 3 z1
+    assert full.mean() == pytest.approx(expected, rel=0.05)
+    smaller = path_lengths(generator, squared, space="w++", n=200, epsilon=1e-2)
+    np.testing.assert_allclose(smaller, full, rtol=0.05)
+
+
+def test_spherical_in_z(tiny_config):
+    """The way turns by the angle between the ends (about a right angle) at constant length: (pi/2)² 9 |M|² in all."""
+    generator = Linear(tiny_config)
+    lengths = path_lengths(generator, squared, space="z", n=200)
+    expected = float(generator.matrix.square().sum()) * 9 * (np.pi / 2) ** 2
+    assert lengths.mean() == pytest.approx(expected, rel=0.1)
+
+
+def test_batch_and_seed(tiny_config):
+    torch.manual_seed(0)
+    generator = Generator(tiny_config).eval()
+    some = path_lengths(generator, squared, space="w++", n=6, batch=4)
+    np.testing.assert_allclose(path_lengths(generator, squared, space="w++", n=6, batch=1), some, rtol=0.02)
+    np.testing.assert_allclose(path_lengths(generator, squared, space="w++", n=3), some[:3], rtol=0.02)
+    assert np.abs(path_lengths(generator, squared, space="w++", n=6, seed=1) / some - 1).max() > 0.1
+    assert (some > 0).all()
+
+
+def test_w_space(tiny_w_config):
+    generator = Generator(tiny_w_config).eval()
+    for space in ("z", "w"):
+        assert path_lengths(generator, squared, space=space, n=3).shape == (3,)
+    with pytest.raises(ValueError, match=r"--space w\+\+: this generator has z and w$"):
+        path_lengths(generator, squared, space="w++", n=3)
+
+
+def test_crop_and_size(tiny_config):
+    sizes = []
+
+    def distance(a, b):
+        sizes.append(tuple(a.shape[2:]))
+        return squared(a, b)
+
+    path_lengths(Linear(tiny_config), distance, space="z", n=2, crop=True)
+    assert sizes == [(8, 8)]
+    assert ppl._prepare(torch.zeros(1, 3, 1024, 1024), False).shape == (1, 3, 256, 256)
+    assert ppl._prepare(torch.zeros(1, 3, 1024, 1024), True).shape == (1, 3, 256, 256)
+
+
+def test_diverged_generator(tiny_config):
+    generator = Linear(tiny_config)
+    generator.matrix[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="path length 0 is not finite"):
+        path_lengths(generator, squared, space="z", n=2)
+
+
+def test_trimmed_mean():
+    values = np.arange(1.0, 201.0)
+    values[-1] = 1e9
+    mean, std = trimmed_mean(np.random.default_rng(0).permutation(values))
+    kept = np.arange(2.0, 200.0)  # numpy: the 1st percentile is 2.99, lower 2; the 99th 198.01, higher 199
+    assert mean == pytest.approx(kept.mean()) and std == pytest.approx(kept.std())
+
+
+WORKER = """
+import sys, torch
+sys.path.insert(0, "tests")
+from common import distributed as d
+from test_metrics_ppl import Linear, squared
+from metrics.ppl import path_lengths
+from model import GeneratorConfig
+place = d.setup("cpu", timeout=60)
+generator = Linear(GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8))
+print(path_lengths(generator, squared, space="w++", n=5, place=place).round(3).tolist())
+d.shutdown()
+"""
+
+
+def test_two_ranks(tiny_config):
+    first, second = launch(WORKER, 2)
+    expected = path_lengths(Linear(tiny_config), squared, space="w++", n=5)
+    assert first == second
+    np.testing.assert_allclose(eval(first), expected, rtol=0.05)
+
+
+def test_script(tmp_path, capfd):
+    from common import weights
+    from model import GeneratorConfig
+
+    if weights.find("squeezenet1_1_features") is None:
+        pytest.skip("no squeezenet1_1_features.pth for LPIPS: set WPP_WEIGHTS to a folder that holds it")
+    config = GeneratorConfig(size=32, style_dim=32, n_mlp=2, channel_max=8)
+    generator = Generator(config)
+    ckpt = tmp_path / "000050.safetensors"
+    export_ema({"g_ema": generator.state_dict(), "config": config.to_dict(), "step": 50}, ckpt)
+    flags = [
+        "--ckpt",
+        str(ckpt),
+        "--perceptual",
+        "squeeze",
+        "--n_sample",
+        "6",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "m.jsonl"),
+    ]
+    assert run(ppl.main, ppl.build_parser(), flags) == 0
+    assert run(ppl.main, ppl.build_parser(), [*flags, "--space", "z", "--crop", "--sampling", "end"]) == 1
+    captured = capfd.readouterr()
+    assert "ppl-w++-squeeze" in captured.out and "error: lpips-squeeze needs images of at least" in captured.err
+    assert run(ppl.main, ppl.build_parser(), [*flags, "--space", "z", "--sampling", "end"]) == 0
+    first, second = read_records(tmp_path / "m.jsonl")
+    assert (first["metric"], second["metric"], first["step"]) == ("ppl-w++-squeeze", "ppl-z-squeeze", 50)
+    assert first["value"] > 0 and first["protocol"]["epsilon"] == EPSILON and first["fake"]["fingerprint"]
+    assert second["protocol"]["name"] == "end" and first["extractor"] == {"name": "lpips-squeeze"}
+    assert run(ppl.main, ppl.build_parser(), [*flags, "--space", "w"]) == 1
+    assert "this generator has z and w++" in capfd.readouterr().err
+    assert run(ppl.main, ppl.build_parser(), [*flags, "--n_sample", "1"]) == 2

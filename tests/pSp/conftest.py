@@ -1,0 +1,10 @@
+"""The networks of a pSp training's losses, stood in for."""
+
+import pytest
+from psp_networks import FakeIdentity, FakePerceptual
+
+
+@pytest.fixture
+def fake_networks(monkeypatch):
+    monkeypatch.setattr("perceptual.lpips.build_perceptual", lambda *_, **__: FakePerceptual())
+    monkeypatch.setattr("pSp.losses.build_identity", lambda *_, **__: FakeIdentity())

@@ -1,0 +1,113 @@
+"""The pSp encoders: names, shapes, the config from the tensors, refusals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from psp_networks import LIGHT, UPSTREAM, UPSTREAM_ARCFACE, digest, tiny_generator
+
+from common.checkpoint import CheckpointError, save_checkpoint
+from model import GeneratorConfig
+from perceptual.arcface import ArcFace, Unit, arcface_state
+from pSp.encoders import ENCODERS, INTO_W, EncoderConfig, build_encoder, infer_encoder_config
+
+# -- encoders ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_tensor_names_and_shapes_are_upstreams(kind):
+    n_styles, count, expected = UPSTREAM[kind]
+    with torch.device("meta"):
+        encoder = build_encoder(EncoderConfig(kind, n_styles))
+    assert digest(encoder.state_dict()) == (count, expected)
+
+
+def test_arcface_names_are_upstreams_and_begin_the_encoders():
+    with torch.device("meta"):
+        arcface, encoder = ArcFace(), build_encoder(EncoderConfig())
+    assert digest(arcface.state_dict()) == UPSTREAM_ARCFACE
+    own = encoder.state_dict()
+    for name, value in arcface.state_dict().items():
+        assert name.startswith("output_layer.") or own[name].shape == value.shape
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256, 512, 1024])
+def test_style_count_and_taps_follow_the_generator(size):
+    config = EncoderConfig.for_generator(GeneratorConfig(size))
+    assert config.n_styles == 2 * (int(math.log2(size)) - 1)
+    assert config.input_size == min(256, size)
+    if size >= 256:  # the published network
+        assert (config.width, config.depth, config.taps, config.tap_sizes) == (64, 50, (6, 20, 23), (64, 32, 16))
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+        codes = encoder(torch.empty(2, 3, config.input_size, config.input_size))
+    assert codes.shape == (2, config.n_styles, 512) and len(encoder.styles) == config.n_styles
+    strided = [len(style.convs) // 2 for style in encoder.styles]  # each style block ends at one pixel
+    fine, middle, coarse = (int(math.log2(side)) for side in config.tap_sizes)
+    assert strided == [coarse] * 3 + [middle] * 4 + [fine] * (config.n_styles - 7)
+    assert coarse >= 2
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("size", [16, 32, 128])
+def test_output_shapes_and_gradients(kind, size):
+    torch.manual_seed(0)
+    config = EncoderConfig(kind, n_styles=8, style_dim=24, input_size=size, **LIGHT)
+    encoder = build_encoder(config)
+    codes = encoder(torch.randn(3, 3, size, size))
+    assert codes.shape == ((3, 24) if kind == INTO_W else (3, 8, 24))
+    codes.square().sum().backward()
+    unused = [name for name, p in encoder.named_parameters() if p.grad is None]
+    assert unused == []
+
+
+def test_encoder_refuses_another_size_in_words():
+    encoder = build_encoder(EncoderConfig(input_size=32, **LIGHT))
+    with pytest.raises(ValueError, match=r"takes images \[N, 3, 32, 32\], got \[1, 3, 64, 64\]"):
+        encoder(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"depth": 34}, {"mode": "se"}, {"input_size": 100}, {"width": 0}, {"encoder_type": "Encoder4Editing"}]
+)
+def test_impossible_configs_are_refused(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+        EncoderConfig(**wrong)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("mode", ["ir", "ir_se"])
+def test_config_is_inferred_from_published_tensors(kind, mode):
+    n_styles = 1 if kind == INTO_W else 18
+    config = EncoderConfig(kind, n_styles, width=4, depth=50, mode=mode)
+    with torch.device("meta"):
+        assert infer_encoder_config(build_encoder(config).state_dict()) == config
+
+
+def test_other_tensors_are_no_encoder():
+    with pytest.raises(CheckpointError, match="no pSp encoder's"):
+        infer_encoder_config(tiny_generator().state_dict())
+
+
+def test_shortcut_equals_the_published_strided_convolution():
+    torch.manual_seed(0)
+    unit = Unit(4, 6, 2, "ir").eval()
+    x = torch.randn(2, 4, 9, 9)
+    conv, norm = unit.shortcut_layer
+    published = norm(F.conv2d(x, conv.weight, stride=2)) + unit.res_layer(x)
+    torch.testing.assert_close(unit(x), published)
+    same = Unit(4, 4, 2, "ir").eval()
+    torch.testing.assert_close(same(x), F.max_pool2d(x, 1, 2) + same.res_layer(x))
+
+
+def test_arcface_file_without_batch_counters_loads(tmp_path):
+    state = {
+        name: torch.zeros(1)
+        for name in ("input_layer.0.weight", "body.0.res_layer.1.weight", "input_layer.1.running_var")
+    }
+    save_checkpoint(tmp_path / "model_ir_se50.pth", state)
+    assert int(arcface_state(tmp_path / "model_ir_se50.pth")["input_layer.1.num_batches_tracked"]) == 0
+    save_checkpoint(tmp_path / "other.pth", {"a": torch.zeros(1)})
+    with pytest.raises(CheckpointError, match="no IR-SE50 ArcFace"):
+        arcface_state(tmp_path / "other.pth")

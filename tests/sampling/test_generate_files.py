@@ -1,0 +1,266 @@
+"""generate.py: names, grids, saved latents, and exports."""
+
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from generating import command, new_generator, pictures, seed_pictures, write_ckpt
+from PIL import Image
+
+import generate
+from common.checkpoint import CheckpointError, load_safetensors, save_checkpoint
+from common.distributed import Distributed
+from common.latents import load_latents, save_latents
+from common.runs import Run
+from model import load_generator
+from sampling.render import file_names, map_latents, mix, noise_at, noise_maps, render, seeded_z
+from training.outputs import Outputs
+from training.trainer import Trainer, TrainSettings
+
+
+def test_single_files_and_grid(ckpt, generator, tmp_path, capsys):
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--seeds",
+            "2-4,10",
+            "--trunc",
+            0.6,
+            "--truncation-mean",
+            100,
+            "--grid",
+            "--outdir",
+            tmp_path / "ü out",
+        )
+        == 0
+    )
+    found = pictures(tmp_path / "ü out")
+    assert list(found) == ["grid.png", "seed0002.png", "seed0003.png", "seed0004.png", "seed0010.png"]
+    expected = seed_pictures(generator, [2, 3, 4, 10], truncation=0.6)
+    assert np.array_equal(np.stack(list(found.values())[1:]), expected)
+    assert found["grid.png"].shape == (34, 34, 3) and np.array_equal(found["grid.png"][18:, 18:], expected[3])
+    assert "4 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--noise", "random", "--noise_seed", "5"], ["--noise", "none"]])
+def test_saved_latents_give_the_same_pictures(ckpt, generator, tmp_path, flags):
+    """With the noise they were drawn with, which latents.json records."""
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--seeds",
+            "3,8,1",
+            "--truncation",
+            0.5,
+            "--truncation_mean",
+            50,
+            "--save_latents",
+            "--output_dir",
+            tmp_path / "a",
+            *flags,
+        )
+        == 0
+    )
+    saved = load_latents(tmp_path / "a" / "latents", expect_fingerprint=generator.fingerprint)
+    assert saved.space == generator.config.space and saved.names == ["seed0003", "seed0008", "seed0001"]
+    assert command("--ckpt", ckpt, "--latents", tmp_path / "a" / "latents", "--output_dir", tmp_path / "b") == 0
+    before, after = pictures(tmp_path / "a"), pictures(tmp_path / "b")
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def saved_projection(generator, folder, **changes):
+    """Latents as the projector leaves them: names of photos, and optimised noise maps."""
+    names = ["people/ü 1.jpg", "a.png", "a.jpg"]
+    codes = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2, 3]))))
+    noise = noise_maps(generator, "random", seeds=[7, 8, 9])([0, 1, 2])
+    options = {
+        "names": names,
+        "space": generator.config.space,
+        "size": 16,
+        "fingerprint": generator.fingerprint,
+        "noise": noise,
+        **changes,
+    }
+    save_latents(folder, codes, **options)
+    return codes, noise
+
+
+def test_latents_with_saved_noise(ckpt, generator, tmp_path):
+    codes, noise = saved_projection(generator, tmp_path / "p")
+    assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--output_dir", tmp_path / "out", "--batch", 2) == 0
+    found = pictures(tmp_path / "out")
+    assert list(found) == ["a.jpg.png", "a.png.png", "people/ü 1.png"]
+    expected = list(render(generator, codes, noise=noise))
+    for picture, name in zip(expected, ["people/ü 1.png", "a.png.png", "a.jpg.png"], strict=True):
+        assert np.array_equal(found[name], picture)
+    (alone,) = render(generator, codes[1:2], noise=noise_at(noise, [1]))
+    assert np.array_equal(alone, expected[1])
+    assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--noise", "none", "--output_dir", tmp_path / "q") == 0
+    assert not np.array_equal(pictures(tmp_path / "q")["a.jpg.png"], found["a.jpg.png"])
+
+
+def test_mix_and_loop_of_latents(ckpt, generator, tmp_path, monkeypatch):
+    codes, noise = saved_projection(generator, tmp_path / "p")
+    assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--mix", "2", "0-1", "--output_dir", tmp_path) == 0
+    sheet = np.asarray(Image.open(tmp_path / "mix.png"))
+    (expected,) = render(generator, [mix(codes[2], codes[1], range(4))], noise=noise_at(noise, [2]))
+    assert np.array_equal(sheet[18:, 36:], expected)
+    seen = []
+    monkeypatch.setattr(generate, "save_video", lambda frames, path, fps: seen.extend(frames))
+    assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--interpolate", "--frames", 2) == 0
+    assert np.array_equal(np.stack(seen[::2]), np.stack(list(render(generator, codes, noise=noise))))
+
+
+def test_bare_array(wpp_ckpt, tmp_path):
+    np.save(tmp_path / "latent.npy", np.random.RandomState(0).randn(2, 6, 32).astype(np.float32))
+    assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / "latent.npy", "--output_dir", tmp_path) == 0
+    assert list(pictures(tmp_path)) == ["00000.png", "00001.png"]
+
+
+def test_projections_of_other_programs(wpp_ckpt, tmp_path):
+    generator = load_generator(wpp_ckpt)
+    codes = generator.get_latent(torch.randn(2, 6, 32)).detach()
+    noise = [torch.randn(2, *layer.shape[1:]) for layer in generator.fixed_noise()]
+    torch.save(
+        {
+            f"faces/{name}.jpg": {"latent": codes[i], "noise": [layer[i : i + 1] for layer in noise]}
+            for i, name in enumerate(("anna", "ü b"))
+        },
+        tmp_path / "project.pt",
+    )
+    np.savez(tmp_path / "projected_w.npz", w=codes[:1].numpy())
+    for file, names, maps in (("project.pt", ["anna", "ü b"], noise), ("projected_w.npz", ["00000"], None)):
+        out = tmp_path / f"of {file}"
+        assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / file, "--output_dir", out) == 0
+        expected = render(generator, codes[: len(names)], noise=maps)
+        for name, picture in zip(names, expected, strict=True):
+            assert np.array_equal(np.asarray(Image.open(out / f"{name}.png")), picture)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fingerprint": "0" * 16}, ["0" * 16, "checkpoint given"]),
+        ({"space": "w+"}, ["space w+", "expected w++"]),
+        ({"noise": [torch.zeros(3, 1, 4, 4)]}, ["noise maps", "the generator takes"]),
+    ],
+)
+def test_other_latents_are_refused(wpp_ckpt, tmp_path, capsys, changes, words):
+    saved_projection(load_generator(wpp_ckpt), tmp_path / "p", **changes)
+    assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / "p", "--output_dir", tmp_path / "out") == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and all(word in error[0] for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_shape_is_refused(wpp_ckpt, tmp_path, capsys):
+    np.save(tmp_path / "latent.npy", np.zeros((2, 14, 512), np.float32))
+    assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / "latent.npy") == 1
+    error = capsys.readouterr().err
+    assert "[14, 512]" in error and "[6, 32]" in error
+
+
+def test_file_names():
+    assert file_names(["a.jpg", "b", "v1.2", "x/y.PNG"]) == ["a", "b", "v1.2", "x/y"]
+    assert file_names(["a.jpg", "A.png", "a"]) == ["a.jpg", "A.png", "a"]
+    assert file_names(["a", "a", "a"]) == ["a", "a-1", "a-2"]
+    assert file_names(["../../etc/x.png", "/etc/y", "C:\\z.png", "..", ""]) == [
+        "etc/x",
+        "etc/y",
+        "C_/z",
+        "image",
+        "image-4",
+    ]
+
+
+def test_export_and_load_back(ckpt, generator, tmp_path, capsys):
+    file = tmp_path / "faces.safetensors"
+    assert command("--ckpt", ckpt, "--export", file, "--output_dir", tmp_path / "out") == 0
+    assert not (tmp_path / "out").exists()  # an export alone renders nothing
+    tensors, metadata = load_safetensors(file)
+    assert metadata["config"] == generator.config.to_dict() and metadata["step"] == 7
+    assert metadata["fingerprint"] == generator.fingerprint == load_generator(file).fingerprint
+    assert generator.fingerprint in capsys.readouterr().out
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in generator.state_dict().items())
+    assert np.array_equal(seed_pictures(load_generator(file), [0, 1]), seed_pictures(generator, [0, 1]))
+
+
+def test_half_export(ckpt, generator, tmp_path):
+    file = tmp_path / "half.safetensors"
+    assert command("--ckpt", ckpt, "--export", file, "--half", "--seeds", "0", "--output_dir", tmp_path) == 0
+    assert (tmp_path / "seed0000.png").is_file()
+    tensors, metadata = load_safetensors(file)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    loaded = load_generator(file)
+    assert metadata["fingerprint"] == loaded.fingerprint != generator.fingerprint
+    full, half = seed_pictures(generator, [0, 1, 2]), seed_pictures(loaded, [0, 1, 2])
+    assert np.abs(full.astype(int) - half).max() <= 4  # weights 5e-4 apart, values 0..255
+
+
+def test_export_beside_its_base(tmp_path, capsys):
+    """What is equal is left out, of a file that reads back as a whole one; without its base it says what is missing."""
+    base, whole, part = (tmp_path / f"{name}.safetensors" for name in ("base", "whole", "part"))
+    network = new_generator()
+    assert command("--ckpt", write_ckpt(tmp_path / "1.pt", network), "--export", base, "--half") == 0
+    network.conv1.conv.modulation.weight.add_(1)
+    ckpt = write_ckpt(tmp_path / "2.pt", network)
+    assert command("--ckpt", ckpt, "--export", whole, "--half") == 0
+    assert command("--ckpt", ckpt, "--export", part, "--half", "--base", base) == 0
+    tensors, metadata = load_safetensors(part)
+    assert list(tensors) == ["conv1.conv.modulation.weight"] and metadata["base"]["file"] == "base.safetensors"
+    loaded = load_generator(part)
+    assert loaded.fingerprint == load_generator(whole).fingerprint == metadata["fingerprint"]
+    assert np.array_equal(seed_pictures(loaded, [0]), seed_pictures(load_generator(whole), [0]))
+    for target, words in ((base, "another export"), (tmp_path / "b" / "x.safetensors", "in the folder of x")):
+        before = base.read_bytes()
+        assert command("--ckpt", ckpt, "--export", target, "--half", "--base", base) == 1
+        assert words in capsys.readouterr().err and base.read_bytes() == before
+    assert command("--ckpt", whole, "--export", tmp_path / "y.safetensors", "--base", part) == 1
+    assert command("--ckpt", ckpt, "--base", base) == 2 and "--base is for --export" in capsys.readouterr().err
+    shutil.copy(whole, base)
+    with pytest.raises(CheckpointError, match="belongs to a base.safetensors with the fingerprint"):
+        load_generator(part)
+    base.unlink()
+    with pytest.raises(CheckpointError, match="must lie in the same folder"):
+        load_generator(part)
+
+
+def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_config):
+    """What --keep does while training and what --export does are one; another program's file is left alone."""
+    trainer = Trainer(tiny_config, TrainSettings(batch=1), Distributed(0, 0, 1, torch.device("cpu"), None))
+    folder = tmp_path / "run" / "checkpoint"
+    with Run(tmp_path / "run", {}, use_tensorboard=False) as opened:
+        outputs = Outputs(opened, trainer, argparse.Namespace(keep=1, n_sample=1, batch=1, seed=0))
+        theirs = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
+        save_checkpoint(folder / "000003.pt", theirs)
+        for step in (4, 5):
+            outputs.save(trainer.state_dict() | {"step": step})
+            if step == 4:
+                assert command("--ckpt", folder / "000004.pt", "--export", tmp_path / "a.safetensors") == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["000003.pt", "000004.safetensors", "000005.pt"]
+    (tensors, header), (others, other) = (
+        load_safetensors(path) for path in (folder / "000004.safetensors", tmp_path / "a.safetensors")
+    )
+    assert header == other and header["step"] == 4 and tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def test_half_export_refuses_large_weights(tmp_path, capsys):
+    network = new_generator()
+    network.conv1.conv.weight.mul_(1e6)
+    path = write_ckpt(tmp_path / "1.pt", network)
+    assert command("--ckpt", path, "--export", tmp_path / "a.safetensors", "--half") == 1
+    assert "conv1.conv.weight" in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
+
+
+def test_rosinality_checkpoint(tmp_path):
+    """No config, no token buffer: the architecture comes from the tensors."""
+    network = new_generator(w_space=True)
+    state = {name: tensor for name, tensor in network.state_dict().items() if name != "token"}
+    save_checkpoint(tmp_path / "550000.pt", {"g_ema": state})
+    assert command("--ckpt", tmp_path / "550000.pt", "--seeds", "4", "--output_dir", tmp_path) == 0
+    assert np.array_equal(pictures(tmp_path)["seed0004.png"], seed_pictures(network, [4])[0])

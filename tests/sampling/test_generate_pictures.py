@@ -1,0 +1,181 @@
+"""generate.py and sampling/render.py: pictures by seed, truncation, noise, mixing and interpolation."""
+
+import numpy as np
+import pytest
+import torch
+from generating import command, new_generator, seed_pictures
+from PIL import Image
+
+import generate
+import sampling.render
+from common.latents import draw_z
+from sampling.render import loop_position, map_latents, mix, noise_maps, render, seeded_z, slerp
+
+
+@pytest.mark.parametrize("noise", ["const", "random", "none"])
+def test_batch_and_company_change_nothing(generator, noise):
+    together = seed_pictures(generator, [4, 0, 9, 5, 2, 7, 1, 3], 8, noise, 0.7)
+    assert together.dtype == np.uint8 and together.shape == (8, 16, 16, 3)
+    for batch in (1, 3):
+        assert np.array_equal(together, seed_pictures(generator, [4, 0, 9, 5, 2, 7, 1, 3], batch, noise, 0.7))
+    assert np.array_equal(together[2:3], seed_pictures(generator, [9], 8, noise, 0.7))
+    assert len({picture.tobytes() for picture in together}) == 8
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+def test_batch_changes_no_bit_at_full_width(w_space):
+    """512 channels of style: where the matrix products of a batch do sum in another order than those of one row."""
+    network = new_generator(size=32, style_dim=512, channel_max=64, w_space=w_space)
+    one, eight = (seed_pictures(network, list(range(8)), batch, "random") for batch in (1, 8))
+    assert np.array_equal(one, eight)
+    codes = [torch.stack(list(map_latents(network, seeded_z(network, range(8)), batch=batch))) for batch in (1, 8)]
+    assert torch.equal(*codes)
+
+
+def test_picture_is_the_generators_own(generator):
+    config = generator.config
+    z = draw_z([5], config.n_tokens, config.style_dim, w_space=config.w_space)
+    image, _ = generator(z[:, 0] if config.w_space else z, randomize_noise=False)
+    expected = ((image[0].double() + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy()
+    assert np.abs(seed_pictures(generator, [5])[0] - expected).max() < 0.501
+
+
+def test_noise_modes(generator):
+    const, none, random = (seed_pictures(generator, [1, 2], noise=mode) for mode in ("const", "none", "random"))
+    other = seed_pictures(generator, [1, 2], noise="random", noise_seed=1)
+    assert len({mode.tobytes() for mode in (const, none, random, other)}) == 4
+    maps = noise_maps(generator, "random", seeds=[1, 1, 2])([0, 1, 2])
+    assert all(torch.equal(layer[0], layer[1]) and not torch.equal(layer[0], layer[2]) for layer in maps)
+    z = draw_z([1], 1, 16)[0, 0]  # the noise of a seed is not its z again
+    assert not torch.equal(maps[0][0].flatten(), z)
+    with pytest.raises(ValueError, match="const, random, none"):
+        noise_maps(generator, "loud")
+
+
+def test_truncation_is_per_token(generator):
+    mean = generator.mean_latent(50)
+    z = list(seeded_z(generator, [0, 1]))
+    w = torch.stack(list(map_latents(generator, z)))
+    half = torch.stack(list(map_latents(generator, z, truncation=0.5, mean=mean)))
+    assert torch.allclose(half, mean + 0.5 * (w - mean), atol=1e-6)
+    zero = torch.stack(list(map_latents(generator, z, truncation=0.0, mean=mean)))
+    assert torch.equal(zero, mean.expand_as(zero))
+    if not generator.config.w_space:
+        assert not torch.equal(mean[:, 0], mean[:, 1])
+    with pytest.raises(ValueError, match="mean"):
+        list(map_latents(generator, z, truncation=0.5))
+
+
+def test_render_is_lazy_and_refuses(generator):
+    code = next(map_latents(generator, seeded_z(generator, [0])))
+    endless = render(generator, iter(lambda: code, None))
+    assert np.array_equal(next(endless), next(endless))
+    with pytest.raises(ValueError, match="takes codes"):
+        next(render(generator, [code[:2]]))
+    with pytest.raises(ValueError, match="not finite at picture 2"):
+        list(render(generator, [code, code * float("nan")]))
+
+
+def test_mix_swaps_tokens():
+    row, column = torch.zeros(6, 4), torch.ones(6, 4)
+    assert mix(row, column, [0, 3]).mean(1).tolist() == [1, 0, 0, 1, 0, 0]
+    assert not row.any()
+
+
+def test_slerp():
+    a, b = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(slerp(a, b, 0.0), a) and torch.allclose(slerp(a, b, 1.0), b, atol=1e-6)
+    middle = slerp(a, b, 0.5)
+    assert torch.allclose(middle.norm(dim=1), (a.norm(dim=1) + b.norm(dim=1)) / 2, rtol=0.05)
+    assert torch.allclose(slerp(a, 2 * a, 0.5), 1.5 * a)
+    assert torch.isfinite(slerp(a, -a, 0.5)).all() and torch.isfinite(slerp(a, torch.zeros_like(a), 0.3)).all()
+
+
+def test_loop_is_closed():
+    assert [loop_position(frame, 3, 2) for frame in range(6)] == [
+        (0, 1, 0.0),
+        (0, 1, 0.5),
+        (1, 2, 0.0),
+        (1, 2, 0.5),
+        (2, 0, 0.0),
+        (2, 0, 0.5),
+    ]
+
+
+def test_mixing_sheet(ckpt, generator, tmp_path):
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--mix",
+            "0,1",
+            "5-7",
+            "--mix_layers",
+            "0-1,4",
+            "--noise",
+            "random",
+            "--output_dir",
+            tmp_path,
+        )
+        == 0
+    )
+    sheet = np.asarray(Image.open(tmp_path / "mix.png"))
+    cell = {(r, c): sheet[18 * r : 18 * r + 16, 18 * c : 18 * c + 16] for r in range(3) for c in range(4)}
+    assert sheet.shape == (3 * 18 - 2, 4 * 18 - 2, 3) and (cell[0, 0] == 255).all()
+    seeds = [0, 1, 5, 6, 7]
+    alone = dict(zip(seeds, seed_pictures(generator, seeds, noise="random"), strict=True))
+    margin = {0: cell[1, 0], 1: cell[2, 0], 5: cell[0, 1], 6: cell[0, 2], 7: cell[0, 3]}
+    assert all(np.array_equal(margin[seed], alone[seed]) for seed in seeds)
+    w = dict(zip(seeds, map_latents(generator, seeded_z(generator, seeds)), strict=True))
+    noise = noise_maps(generator, "random", seeds=[1])
+    (expected,) = render(generator, [mix(w[1], w[6], [0, 1, 4])], noise=noise)
+    assert np.array_equal(cell[2, 2], expected)
+    assert (
+        sheet.tobytes()
+        == sampling.render.mixing_sheet(
+            [alone[0], alone[1]], [alone[5], alone[6], alone[7]], [cell[r, c] for r in (1, 2) for c in (1, 2, 3)]
+        ).tobytes()
+    )
+
+
+@pytest.mark.parametrize("way", ["w", "z"])
+@pytest.mark.parametrize("noise", ["const", "random"])
+def test_video_passes_every_seed(ckpt, generator, tmp_path, monkeypatch, way, noise):
+    """At each point stands exactly that seed's picture, between them another."""
+    seen = {}
+    monkeypatch.setattr(generate, "save_video", lambda frames, path, fps: seen.update(frames=list(frames), fps=fps))
+    assert (
+        command(
+            "--ckpt",
+            ckpt,
+            "--seeds",
+            "3-5",
+            "--interpolate",
+            way,
+            "--frames",
+            4,
+            "--fps",
+            12,
+            "--batch",
+            3,
+            "--noise",
+            noise,
+            "--video",
+            tmp_path / "a.gif",
+        )
+        == 0
+    )
+    assert len(seen["frames"]) == 12 and seen["fps"] == 12
+    assert np.array_equal(np.stack(seen["frames"][::4]), seed_pictures(generator, [3, 4, 5], noise=noise))
+    assert len({frame.tobytes() for frame in seen["frames"]}) == 12
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
+def test_video_files(wpp_ckpt, tmp_path, suffix):
+    if suffix == ".mp4":
+        pytest.importorskip("imageio_ffmpeg", reason="mp4 needs imageio[ffmpeg]")
+    path = tmp_path / f"loop ü{suffix}"
+    assert command("--ckpt", wpp_ckpt, "--seeds", "0-1", "--interpolate", "--frames", 3, "--video", path) == 0
+    assert path.stat().st_size > 100
+    if suffix != ".mp4":
+        assert Image.open(path).n_frames == 6

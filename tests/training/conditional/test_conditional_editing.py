@@ -1,0 +1,308 @@
+"""edit_conditional.py: from faces to sheets, latents read again, generate.py --set, what is refused."""
+
+import csv
+import gc
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from colours import NAMES, SMALL, ColourScorer, make_trainer, pictures
+from PIL import Image
+
+import edit_conditional
+import editing.attributes
+import generate
+import projector
+import training.conditional
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.cli import run
+from common.images import read_image, to_tensor, to_uint8
+from common.latents import load_latents, save_latents
+from editing.attributes import AttributeReader, Condition
+from editing.transfer import Face
+from model import GeneratorConfig, load_generator
+from training.transfer import add_condition_columns
+
+
+@pytest.fixture(scope="module")
+def cgan(unconditional, tmp_path_factory):
+    """A conditional generator whose first attribute makes faces redder, and the second one greener."""
+    state = load_checkpoint(unconditional)
+    config = GeneratorConfig(**SMALL, condition_dim=2)
+    weights = add_condition_columns(state["g_ema"], GeneratorConfig(**SMALL), 2)
+    torch.manual_seed(4)
+    reader = AttributeReader(ColourScorer(), NAMES)
+    trainer = make_trainer(reader, batch=4, lr=0.002, light=True, light_lr=0.03, attr_weight=50, attr_ramp=0)
+    trainer.adopt({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
+    for k in range(20):
+        trainer.train_step(pictures(4, seed=k))
+    about = Condition.of(reader, trainer.table, "colour").to_dict()
+    path = tmp_path_factory.mktemp("cgan ü") / "000040.pt"
+    save_checkpoint(path, {"g_ema": trainer.g.state_dict(), "config": config.to_dict(), "step": 40, "condition": about})
+    return path
+
+
+@pytest.fixture
+def faces(face_folder, tmp_path):
+    """Three faces, one with a Unicode name."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for name in ("face 01.png", "face 02.png", "ü 中文.png"):
+        (folder / name).write_bytes((face_folder / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def edit(cgan, unconditional, monkeypatch, capfd):
+    """edit_conditional.py's command line: (status, stdout, error line)."""
+    for module in (edit_conditional, editing.conditional):
+        monkeypatch.setattr(module, "load_scorer", training.conditional.load_scorer)
+
+    def edit(*flags, ckpt=cgan):
+        argv = [
+            "--ckpt",
+            ckpt,
+            "--device",
+            "cpu",
+            "--identity",
+            "none",
+            "--step",
+            "12",
+            "--mean_samples",
+            "50",
+            "--perceptual",
+            f"discriminator:{unconditional}",
+            *flags,
+        ]
+        capfd.readouterr()
+        status = run(edit_conditional.main, edit_conditional.build_parser(), [str(arg) for arg in argv])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        return status, out, next((line for line in err.splitlines() if line.startswith("error: ")), err)
+
+    return edit
+
+
+def table(folder):
+    with open(folder / "edits.csv", encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
+    out = tmp_path / "cast"
+    references = [faces / "face 02.png", faces / "ü 中文.png"]
+    status, said, error = edit(
+        "--source",
+        faces,
+        "--reference",
+        *references,
+        "--output_dir",
+        out,
+        "--attributes",
+        "smile",
+        "--steps",
+        "3",
+        "--eval_scorer",
+        "other",
+    )
+    assert status == 0, error
+    assert "3 faces, 6 edits" in said and "smile off by" in said and "by --eval_scorer" in said
+    saved = load_latents(out / "inverted", expect_fingerprint=load_generator(cgan).fingerprint)
+    assert saved.names == ["face 01.png", "face 02.png", "ü 中文.png"] and saved.noise is not None
+    own = torch.tensor(saved.extra["condition"]["values"])
+    reader = AttributeReader(ColourScorer(), NAMES)
+    originals = [to_tensor(read_image(out / "inverted" / f"origin_{i}.png")) for i in range(3)]
+    assert torch.allclose(own, reader.read(torch.stack(originals)), atol=1e-6), "each under its own attributes"
+
+    rows = table(out)
+    assert len(rows) == 3 * 2 * 3 and {row["image"] for row in rows} == {"face 01", "face 02", "ü 中文"}
+    assert {row["target"] for row in rows} == {"face 02.png", "ü 中文.png"}
+    generator = load_generator(cgan)
+    for row in rows:
+        frame = read_image(out / "frames" / row["frame"])
+        read = ColourScorer()(to_tensor(frame)[None])[0]
+        assert float(row["read_smile"]) == pytest.approx(float(read[1]), abs=1e-3)
+        i, t = int(row["origin"]), float(row["t"])
+        goal = own[1 if row["target"] == "face 02.png" else 2]
+        assert float(row["asked_smile"]) == pytest.approx(float(own[i, 0] + t * (goal[0] - own[i, 0])), abs=1e-3)
+        assert float(row["asked_eyes_open"]) == pytest.approx(float(own[i, 1]), abs=1e-3), "is not asked for"
+        condition = torch.tensor([[float(row["asked_smile"]), float(row["asked_eyes_open"])]])
+        image, _ = generator(
+            saved.latents[i : i + 1],
+            input_is_latent=True,
+            noise=[n[i : i + 1] for n in saved.noise],
+            condition=condition,
+        )
+        assert np.abs(to_uint8(image)[0].astype(int) - np.asarray(frame)).max() <= 1, "code, noise, condition"
+        if t == 0:
+            inversion = read_image(out / "inverted" / f"project_{i}.png")
+            assert (np.asarray(inversion) == np.asarray(frame)).all() and row["change"] == "0.0"
+    for i in range(3):
+        moved = [row for row in rows if row["origin"] == str(i) and row["target"] == "face 02.png"]
+        asked = [float(row["asked_smile"]) for row in moved]
+        if abs(asked[-1] - asked[0]) > 0.1:
+            found = [float(row["read_smile"]) for row in moved]
+            assert (found[-1] - found[0]) * (asked[-1] - asked[0]) > 0
+    names = sorted(path.name for path in (out / "sheets").iterdir())
+    assert names == ["ref_0_000.png", "ref_1_000.png"] and len(list((out / "strips").iterdir())) == 6
+    with Image.open(out / "sheets" / "ref_0_000.png") as sheet:
+        assert sheet.width > 3 * 128 and sheet.height > 4 * 128, "original, reference, inverted, edited"
+
+
+def test_latents_are_read_again_and_set(edit, faces, tmp_path):
+    out = tmp_path / "cast"
+    assert edit("--source", faces, "--set", "smile=1", "--output_dir", out)[0] == 0
+    first = table(out)
+    for row in first:
+        folder = "edited" if float(row["t"]) > 0 else "unedited"
+        assert read_image(out / folder / f"{row['image']}.png") == read_image(out / "frames" / row["frame"])
+    again = tmp_path / "again"
+    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again)[0] == 0
+    assert table(again) == first, "a folder of inversions knows its attributes"
+    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again, "--strength", "2")[0] == 0
+    near, far = ({row["image"]: row for row in rows if float(row["t"]) > 0} for rows in (first, table(again)))
+    own = {row["image"]: float(row["asked_smile"]) for row in first if row["t"] == "0.0"}
+    for name, row in far.items():
+        assert float(row["change"]) > float(near[name]["change"]) > 0
+        assert float(row["asked_smile"]) == pytest.approx(2 - own[name], abs=1e-3) and row["t"] == "2.0"
+    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again, "--start", "inversion")[0] == 0
+    read = [row for row in table(again) if row["t"] == "0.0"]
+    assert [row["asked_smile"] for row in read] == [row["read_smile"] for row in read], "from what is read in it"
+    assert [row["asked_smile"] for row in read] != [str(value) for value in own.values()]
+    both = [out / "inverted", "--reference", faces, "--paired"]
+    assert edit("--source", *both, "--output_dir", tmp_path / "paired")[0] == 0
+    rows = table(tmp_path / "paired")
+    assert [(row["image"] + ".png", row["t"]) for row in rows] == [(row["target"], row["t"]) for row in rows]
+    assert all(row["asked_smile"] == other["asked_smile"] for row, other in zip(rows[::2], rows[1::2], strict=True))
+    assert [path.name for path in (tmp_path / "paired" / "sheets").iterdir()] == ["paired_000.png"]
+
+
+def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, monkeypatch):
+    """One face is held at a time, and what is kept of an edit has no pictures; sheets are made from the files."""
+    held, kept = [], []
+    whole = edit_conditional.Editor.edit
+
+    def watched(*args):
+        held.append(sum(type(thing) is Face for thing in gc.get_objects()))
+        kept.append(len(pickle.dumps(result := whole(*args))))
+        return result
+
+    monkeypatch.setattr(edit_conditional.Editor, "edit", watched)
+    monkeypatch.setattr(edit_conditional, "PER_SHEET", 2)
+    out = tmp_path / "cast"
+    assert edit("--source", faces, "--reference", faces, "--output_dir", out)[0] == 0
+    assert len(held) == 9 and max(held) <= 2, "this face, and at most the one before"
+    assert max(kept) < 32 * 32 * 3
+    assert sorted(path.name for path in (out / "sheets").iterdir()) == [
+        f"ref_{r}_{k:03d}.png" for r in range(3) for k in range(2)
+    ]
+
+
+def test_the_second_scorer_is_looked_for_where_told(edit, faces, tmp_path, monkeypatch):
+    folders = []
+    load = edit_conditional.load_scorer
+    monkeypatch.setattr(
+        edit_conditional, "load_scorer", lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args)
+    )
+    flags = ["--set", "smile=1", "--eval_scorer", "other", "--weights_dir", tmp_path]
+    assert edit("--source", faces, *flags, "--output_dir", tmp_path / "out")[0] == 0
+    assert folders == [tmp_path]
+
+
+def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, tmp_path):
+    """projector.py knows no attributes: its codes belong to 0.5, and are moved by the difference asked for."""
+    argv = [
+        "--ckpt",
+        cgan,
+        "--dataset",
+        faces,
+        "--output_dir",
+        tmp_path / "projected",
+        "--step",
+        "5",
+        "--identity",
+        "none",
+        "--perceptual",
+        f"discriminator:{unconditional}",
+        "--device",
+        "cpu",
+        "--mean_samples",
+        "50",
+    ]
+    assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
+    assert edit("--source", tmp_path / "projected", "--set", "smile=0", "--output_dir", tmp_path / "out")[0] == 0
+    rows = [row for row in table(tmp_path / "out") if row["t"] == "0.0"]
+    for i, row in enumerate(rows):
+        assert row["asked_smile"] == row["read_smile"]
+        frame = np.asarray(read_image(tmp_path / "out" / "frames" / row["frame"]))
+        assert (frame == np.asarray(read_image(tmp_path / "projected" / f"project_{i}.png"))).all()
+
+
+def test_generate_asks_for_attributes(cgan, tmp_path, capfd):
+    def generate_it(*flags):
+        argv = ["--ckpt", cgan, "--device", "cpu", "--output_dir", tmp_path / "out", *flags]
+        return run(generate.main, generate.build_parser(), [str(arg) for arg in argv])
+
+    def redness():
+        return [
+            float(ColourScorer()(to_tensor(read_image(path))[None])[0, 1])
+            for path in sorted((tmp_path / "out").glob("*.png"))
+        ]
+
+    assert generate_it("--seeds", "0-3", "--set", "smile=0") == 0
+    low = redness()
+    assert generate_it("--seeds", "0-3", "--set", "smile=1", "--save_latents") == 0
+    high = redness()
+    assert np.mean(high) > np.mean(low) + 0.03
+    assert generate_it("--latents", tmp_path / "out" / "latents") == 0
+    assert redness() == high, "the saved codes know their attributes"
+    assert generate_it("--mix", "0,1", "2", "--set", "smile=1") == 0
+    with Image.open(tmp_path / "out" / "mix.png") as sheet:
+        own = to_tensor(sheet.crop((0, sheet.height - 34, 32, sheet.height - 2)).convert("RGB"))
+    assert float(ColourScorer()(own[None])[0, 1]) == pytest.approx(high[1], abs=0.05)
+    loop = ["--seeds", "0,1", "--interpolate", "--frames", "2", "--video", tmp_path / "loop.gif", "--set", "smile=1"]
+    assert generate_it(*loop) == 0
+    assert generate_it("--set", "hat=1") == 1
+    assert "no attribute 'hat': it was trained for smile, eyes_open" in capfd.readouterr().err
+    assert generate_it("--set", "smile") == 2
+    assert "--set smile: expected NAME=NUMBER" in capfd.readouterr().err
+
+
+def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
+    def error(*flags, **options):
+        status, _, line = edit("--output_dir", tmp_path / "out", *flags, **options)
+        return status, line
+
+    assert error("--source", faces) == (
+        2,
+        "error: which attributes? pass either --reference FACES or --set NAME=NUMBER,...",
+    )
+    assert error("--source", faces, "--set", "smile=1", "--paired")[0] == 2
+    assert error("--source", faces, "--set", "smile=1", "--steps", "1")[0] == 2
+    status, line = error("--source", faces, "--set", "smile=1", ckpt=unconditional)
+    assert status == 1 and "is an unconditional generator" in line
+    status, line = error("--source", faces, "--set", "hat=1")
+    assert status == 1 and "no attribute 'hat': it was trained for smile, eyes_open" in line
+    status, line = error("--source", faces, "--reference", faces, "--attributes", "age")
+    assert status == 1 and "no attribute 'age'" in line
+    status, line = error("--source", faces, "--set", "smile=1", "--scorer", "other")
+    assert status == 1 and "scorer colour 6.0" in line and "other is colour 3.0" in line
+    (tmp_path / "empty").mkdir()
+    for flags in (
+        ["--source", tmp_path / "empty", "--set", "smile=1"],
+        ["--source", faces, "--reference", tmp_path / "empty"],
+    ):
+        status, line = error(*flags)
+        assert status == 1 and "empty holds no images" in line
+    described = {"names": ["a", "b"], "space": "w++", "size": 32}
+    save_latents(tmp_path / "others", torch.zeros(2, 8, 64), **described, fingerprint="f" * 16)
+    status, line = error("--source", tmp_path / "others", "--set", "smile=1")
+    assert status == 1 and "latents of the generator ffffffffffffffff" in line
+    described["fingerprint"] = load_generator(cgan).fingerprint
+    save_latents(tmp_path / "own", torch.zeros(2, 8, 64), **described, extra={"condition": {"values": [[0.5], [0.5]]}})
+    status, line = error("--source", tmp_path / "own", "--set", "smile=1")
+    assert status == 1 and "attributes [2, 1] of 2 pictures" in line
+    save_latents(tmp_path / "good", torch.zeros(2, 8, 64), **described)
+    status, line = error("--source", tmp_path / "good", "--reference", faces, "--paired")
+    assert status == 1 and "as many references as sources, found 3 and 2" in line

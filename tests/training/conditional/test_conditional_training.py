@@ -1,0 +1,423 @@
+"""The conditional GAN's training: warm start, light mode, the attribute loss, exact resume, what a checkpoint says."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from colours import FLAGS, NAMES, SMALL, ColourScorer, make_trainer, pictures
+from PIL import Image
+
+import generate
+import train
+from common.checkpoint import load_checkpoint, load_safetensors
+from common.cli import run
+from common.distributed import Distributed
+from common.runs import read_log
+from editing.attributes import (
+    AttributeReader,
+    Condition,
+    ConditionError,
+    attribute_error,
+    draw_requests,
+    jitter,
+    read_condition,
+    sample_requests,
+    score_dataset,
+)
+from model import Generator, GeneratorConfig, load_generator
+from scorer.labels import Attribute
+from training.conditional import ConditionSettings
+from training.transfer import add_condition_columns, is_modulation
+
+# -- numbers of faces, requests, the loss --------------------------------------------------------------------------
+
+
+def test_attributes_are_numbers_from_0_to_1(reader):
+    images = torch.rand(5, 3, 32, 32) * 2 - 1
+    scores = ColourScorer()(images)
+    read = AttributeReader(ColourScorer(), ["age", "smile"])(images)
+    assert torch.allclose(read, torch.stack([scores[:, 0] / 100, scores[:, 1]], 1))
+    assert torch.allclose(reader.read(images, batch=2), scores[:, 1:3])
+    with pytest.raises(ValueError, match="no attribute 'hat'; it has age, smile"):
+        AttributeReader(ColourScorer(), ["hat"])
+    with pytest.raises(ConditionError, match="beard: the scorer gives it as a value"):
+        AttributeReader(ColourScorer(), ["beard"])
+    with pytest.raises(ConditionError, match="different names"):
+        AttributeReader(ColourScorer(), ["smile", "smile"])
+    assert torch.allclose(
+        score_dataset(reader, list(pictures(9)), "cpu", n=4),
+        reader.read(pictures(9)[[0, 3, 5, 8]] / 127.5 - 1),
+        atol=1e-6,
+    )
+
+
+def test_requests_are_those_of_real_faces():
+    table = torch.arange(20.0)[:, None] + torch.tensor([[0.0, 100.0, 200.0]])
+    torch.manual_seed(0)
+    whole = draw_requests(table, 400, permute=0)
+    assert (whole[:, 1] - whole[:, 0] == 100).all() and len(whole[:, 0].unique()) == 20
+    mixed = draw_requests(table, 400, permute=0.5)
+    together = ((mixed[:, 1] - mixed[:, 0]) == 100).float().mean()
+    assert 0.2 < together < 0.4, "both of one face: (1/2)^2, and by chance"
+    assert all(set(column.tolist()) <= set(values.tolist()) for column, values in zip(mixed.T, table.T, strict=True))
+
+
+def test_jitter_is_small_and_differentiable():
+    torch.manual_seed(0)
+    image = torch.zeros(1, 3, 32, 32)
+    image[:, :, 10:22, 10:22] = 1.0
+    image = image.expand(64, -1, -1, -1).clone().requires_grad_()
+    moved = jitter(image)
+    assert moved.shape == image.shape and not torch.allclose(moved[0], moved[1], atol=0.2)
+    assert (moved.mean((1, 2, 3)) - image.mean((1, 2, 3))).abs().max() < 0.06
+    rows = moved.detach()[:, 0].clamp(min=0).sum(2)  # [64, 32]
+    centre = (rows * torch.arange(32)).sum(1) / rows.sum(1)
+    assert 0.5 < (centre - 15.5).abs().max() < 3
+    moved.sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
+    trainer = make_trainer(reader)
+    trainer.select(trainer.g)
+    before = reader.scorer.gain.item()
+    trainer.accumulate_gradients(trainer.g_phase, pictures(4), "g")
+    weight = trainer.g.conv1.conv.modulation.weight
+    assert weight.grad[:, 64:].abs().sum() > 0 and weight.grad[:, :64].abs().sum() > 0
+    assert reader.scorer.gain.grad is None and reader.scorer.gain.item() == before
+    assert all(p.grad is None for p in trainer.d.parameters()), "nor the discriminator"
+    images, wanted = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.5]])
+    error = attribute_error(reader, images, wanted)
+    assert torch.allclose(error, torch.tensor([[0.0, 0.5], [0.5, 0.0]]), atol=0.05)
+
+
+def test_weight_of_the_loss(reader):
+    trainer = make_trainer(reader, attr_weight=4, attr_ramp=8)
+    assert trainer.attr_weight == 4, "no ramp without a warm start"
+    trainer.warm = True
+    assert trainer.attr_weight == 0.5
+    trainer.step = 100
+    assert trainer.attr_weight == 4
+    for wrong in ({"attr_weight": -1}, {"attr_permute": 1.5}, {"attr_ramp": -1}, {"light_lr": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            ConditionSettings(**wrong)
+
+
+# -- warm start and light mode -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+def test_warm_start_gives_the_same_pictures(w_space):
+    torch.manual_seed(1)
+    plain = Generator(GeneratorConfig(**SMALL, w_space=w_space)).eval().requires_grad_(False)
+    conditional = Generator(GeneratorConfig(**SMALL, w_space=w_space, condition_dim=3)).eval().requires_grad_(False)
+    conditional.load_state_dict(add_condition_columns(plain.state_dict(), plain.config, 3))
+    z = plain.draw_z(4)
+    expected, codes = plain(z, randomize_noise=False)
+    found, own = conditional(z, randomize_noise=False, condition=torch.rand(4, 3))
+    assert (expected - found).abs().max() < 1e-4 and torch.equal(codes, own)
+    naive = {
+        name: tensor if not is_modulation(name) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
+        for name, tensor in plain.state_dict().items()
+    }
+    conditional.load_state_dict(naive)
+    assert (conditional(z, randomize_noise=False)[0] - expected).abs().max() > 1e-3, "the scale matters"
+    with pytest.raises(ValueError, match="3 condition inputs already"):
+        add_condition_columns(naive, conditional.config, 3)
+
+
+def start(tmp_path, lmdb, *flags):
+    argv = [
+        "--path",
+        lmdb,
+        "--exp_name",
+        tmp_path,
+        "--condition",
+        "colour",
+        "--attributes",
+        ",".join(NAMES),
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--n_sample",
+        "12",
+        "--batch",
+        "4",
+        "--log_every",
+        "2",
+        *flags,
+    ]
+    return run(train.main, train.build_parser(), [str(arg) for arg in argv])
+
+
+def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional):
+    flags = ["--light", "--init_from", unconditional, "--light_lr", "0.05", "--iter", "4"]
+    assert start(tmp_path / "run", face_lmdb, *flags) == 0
+    first, last = (load_checkpoint(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt") for step in (0, 4))
+    known = load_checkpoint(unconditional)
+    assert any(not torch.equal(known["d"][name], tensor) for name, tensor in last["d"].items()), "D plays on"
+    for average in ("g", "g_ema"):
+        for name, tensor in last[average].items():
+            old = first["g_ema"][name]
+            if is_modulation(name):
+                assert torch.equal(tensor[:, :64], old[:, :64]) and not torch.equal(tensor[:, 64:], old[:, 64:])
+            else:
+                assert torch.equal(tensor, old) and torch.equal(tensor, known["g_ema"][name]), name
+    plain = load_generator(unconditional)
+    light = load_generator(tmp_path / "run" / "checkpoint" / "000004.pt")
+    start_model = Generator(light.config).eval().requires_grad_(False)
+    start_model.load_state_dict(first["g_ema"])
+    z = plain.draw_z(3)
+    neutral = light(z, randomize_noise=False)[0]
+    assert torch.equal(neutral, start_model(z, randomize_noise=False)[0]), "exact at 0.5"
+    assert (neutral - plain(z, randomize_noise=False)[0]).abs().max() < 1e-4
+    asked = light(z, randomize_noise=False, condition=torch.ones(3, 2))[0]
+    assert (asked - neutral).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_training_follows_the_request(reader, unconditional, light):
+    """The redness asked for moves the redness there is; before the training nothing does."""
+    torch.manual_seed(0)
+    known = load_checkpoint(unconditional)
+    config = GeneratorConfig(**SMALL)
+    weights = {name: add_condition_columns(known[name], config, 2) for name in ("g", "g_ema")} | {"d": known["d"]}
+    trainer = make_trainer(reader, batch=8, lr=0.01, light=light, light_lr=0.05, attr_ramp=5, attr_weight=20)
+    trainer.adopt(weights, "test")
+
+    def changes():
+        """Requests [64, 2], and what they change in the attributes read, from those at the neutral 0.5."""
+        torch.manual_seed(9)
+        wanted, z = torch.rand(64, 2), trainer.g.draw_z(64)
+        with torch.no_grad():
+            read = [reader(trainer.g(z, randomize_noise=False, condition=request)[0]) for request in (wanted, None)]
+        return wanted, read[0] - read[1]
+
+    assert changes()[1].abs().max() < 1e-4
+    for k in range(25):
+        trainer.train_step(pictures(8, seed=k))
+    wanted, change = changes()
+    assert min(np.corrcoef(wanted[:, k], change[:, k])[0, 1] for k in range(2)) > 0.7
+    assert change.abs().max() > 0.05
+    metrics = trainer.read_metrics()
+    assert {"d", "g", "attr", "attr_smile", "attr_eyes_open"} <= set(metrics)
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+def assert_same_state(a, b):
+    def compare(x, y, name):
+        if isinstance(x, dict):
+            assert list(x) == list(y), name
+            for key in x:
+                compare(x[key], y[key], f"{name}.{key}")
+        elif isinstance(x, (list, tuple)):
+            for i, (u, v) in enumerate(zip(x, y, strict=True)):
+                compare(u, v, f"{name}.{i}")
+        else:
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
+
+    for key in a.keys() - {"options"}:
+        compare(a[key], b[key], key)
+
+
+@pytest.mark.parametrize("mode", [[], ["--light"]])
+def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
+    flags = [*mode, "--d_reg_every", "3", "--save_every", "4", "--attr_ramp", "6", "--augment", "--micro_batch", "2"]
+    assert start(tmp_path / "whole", face_lmdb, *flags, "--init_from", unconditional, "--iter", "8") == 0
+    assert start(tmp_path / "half", face_lmdb, *flags, "--init_from", unconditional, "--iter", "4") == 0
+    argv = [
+        "--path",
+        face_lmdb,
+        "--exp_name",
+        tmp_path / "half",
+        "--resume",
+        "auto",
+        "--iter",
+        "8",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--batch",
+        "4",
+        "--n_sample",
+        "12",
+        "--log_every",
+        "2",
+        *flags[len(mode) :],
+    ]
+    assert run(train.main, train.build_parser(), [str(arg) for arg in argv]) == 0
+    options = json.loads((tmp_path / "half" / "options.json").read_text(encoding="utf-8"))["options"]
+    assert (options["condition"], options["light"]) == ("colour", bool(mode)), "scorer, attributes, mode from the file"
+    whole, half = (load_checkpoint(tmp_path / name / "checkpoint" / "000008.pt") for name in ("whole", "half"))
+    assert_same_state(whole, half)
+    assert whole["warm"] and whole["attributes"].shape == (24, 2) and whole["condition"]["light"] == bool(mode)
+    losses = [line for line in read_log(tmp_path / "half" / "log.jsonl") if line["group"] == "Loss"]
+    assert [line["step"] for line in losses] == [2, 4, 6, 8] and all(0 < line["attr"] < 1 for line in losses)
+    groups = {line["group"] for line in read_log(tmp_path / "half" / "log.jsonl")}
+    assert "Attributes" in groups
+
+
+def test_processes_draw_what_micro_batches_draw(reader):
+    """Gradients of two ranks, averaged, are those of one process over two micro-batches."""
+    one = make_trainer(reader, batch=4, micro_batch=2)
+    ranks = [
+        make_trainer(reader, batch=2, place=Distributed(rank, rank, 2, torch.device("cpu"), None)) for rank in range(2)
+    ]
+    images = pictures(4)
+    one.select(one.g)
+    one.accumulate_gradients(one.g_phase, images, "g")
+    for trainer, share in zip(ranks, images.chunk(2), strict=True):
+        trainer.select(trainer.g)
+        trainer.accumulate_gradients(trainer.g_phase, share, "g")
+    for whole, *parts in zip(*(t.g.parameters() for t in (one, *ranks)), strict=True):
+        if whole.grad is not None:
+            assert torch.allclose(whole.grad, sum(p.grad for p in parts) / 2, atol=1e-6)
+
+
+def test_two_processes(tmp_path, face_lmdb, root):
+    """Under torchrun, gloo: the whole command, with a scorer in a file."""
+    from scorer.network import Scorer, ScorerConfig, ScorerNetwork, save_scorer
+
+    torch.manual_seed(0)
+    network = ScorerNetwork(ScorerConfig((Attribute("smile"), Attribute("eyes_open")), width=0.5, input_size=32))
+    save_scorer(tmp_path / "scorer.safetensors", Scorer(network))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train.py",
+        "--path",
+        face_lmdb,
+        "--exp_name",
+        tmp_path / "run",
+        "--condition",
+        tmp_path / "scorer.safetensors",
+        "--attributes",
+        "smile,eyes_open",
+        *FLAGS,
+        "--iter",
+        "2",
+        "--batch",
+        "4",
+        "--n_sample",
+        "4",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000002.pt")
+    assert state["condition"]["attributes"] == ["smile", "eyes_open"] and state["sampler"]["position"] == 16
+    assert state["condition"]["scorer"] == str(tmp_path / "scorer.safetensors")
+
+
+def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, unconditional):
+    assert (
+        start(
+            tmp_path / "run", face_lmdb, "--init_from", unconditional, "--iter", "4", "--save_every", "2", "--keep", "1"
+        )
+        == 0
+    )
+    folder = tmp_path / "run" / "checkpoint"
+    state = load_checkpoint(folder / "000004.pt")
+    condition = read_condition(folder / "000004.pt")
+    assert condition.attributes == NAMES and condition.kinds == ("probability",) * 2 and not condition.light
+    assert condition.means == pytest.approx(state["attributes"].mean(0).tolist())
+    assert (condition.scorer, condition.scorer_fingerprint) == ("colour", "colour 6.0")
+    assert read_condition(folder / "000002.safetensors") == condition
+    assert load_safetensors(folder / "000002.safetensors")[1]["config"]["condition_dim"] == 2
+    with Image.open(tmp_path / "run" / "sample" / "000004.png") as sheet:
+        assert sheet.size == (5 * 34 - 2, 2 * 34 - 2), "12 pictures: two faces, five requests"
+    with pytest.raises(ConditionError, match="unconditional generator"):
+        read_condition(unconditional)
+
+
+def test_what_a_condition_can_be_asked_for():
+    condition = Condition(("smile", "age"), ("probability", "years"), (0.25, 0.4), "colour", "x")
+    assert condition.parse("age=60, smile=1") == {1: 0.6, 0: 1.0}
+    assert condition.vector(condition.parse("age=60")).tolist() == pytest.approx([0.25, 0.6])
+    assert condition.vector({0: 1.0}, torch.tensor([0.1, 0.2])).tolist() == pytest.approx([1.0, 0.2])
+    assert Condition.from_dict(condition.to_dict(), "x") == condition
+    for text, message in (
+        ("hat=1", "no attribute 'hat'"),
+        ("smile", "NAME=NUMBER"),
+        ("smile=2", "from 0 to 1"),
+        ("age=101", "from 0 to 100"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            condition.parse(text)
+    with pytest.raises(ConditionError, match="gain 4.0"):
+        Condition.from_dict(condition.to_dict() | {"gain": 4.0}, "x")
+    with pytest.raises(ConditionError, match="unknown here"):
+        Condition.from_dict({"attributes": ["smile"]}, "x")
+    rows = sample_requests(torch.tensor([0.3, 0.6]))
+    assert torch.allclose(rows, torch.tensor([[0.3, 0.6], [0, 0.6], [1, 0.6], [0.3, 0], [0.3, 1]]))
+
+
+def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
+    def error(*flags, lead=None):
+        status = start(tmp_path / "run", face_lmdb, *flags) if lead is None else lead(*flags)
+        line = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(line) == 1
+        return status, line[0]
+
+    def plain(*flags):
+        argv = [
+            "--path",
+            face_lmdb,
+            "--exp_name",
+            tmp_path / "plain",
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--batch",
+            "4",
+            "--n_sample",
+            "4",
+            *flags,
+        ]
+        return run(train.main, train.build_parser(), [str(arg) for arg in argv])
+
+    assert error("--light", *FLAGS) == (
+        2,
+        "error: --light trains what the condition adds to a trained generator: pass one as --init_from",
+    )
+    status, line = error("--init_from", unconditional, "--attributes", "hat")
+    assert status == 1 and "no attribute 'hat'" in line
+    assert error("--attr_permute", 2, *FLAGS)[0] == 2
+    status, line = error("--attributes", "smile", *FLAGS, lead=plain)
+    assert status == 2 and "--condition SCORER" in line
+
+    good = ["--init_from", unconditional, "--iter", "1"]
+    assert start(tmp_path / "run", face_lmdb, *good) == 0
+    export = tmp_path / "export.safetensors"
+    argv = ["--ckpt", tmp_path / "run" / "checkpoint" / "000001.pt", "--export", export, "--device", "cpu"]
+    assert run(generate.main, generate.build_parser(), list(map(str, argv))) == 0
+    assert read_condition(export).attributes == NAMES
+    capfd.readouterr()
+    status, line = error("--init_from", export, lead=plain)
+    assert status == 1 and "is a conditional generator: pass --condition" in line
+    status, line = error("--resume", "auto", "--attributes", "eyes_open")
+    assert status == 1 and "trained for smile,eyes_open" in line
+    status, line = error("--resume", "auto", "--condition", "other")
+    assert status == 1 and "colour 6.0" in line and "colour 3.0" in line
+    status, line = error("--resume", "auto", "--light")
+    assert status == 1 and "was trained without --light" in line
+    status, line = error("--resume", unconditional, "--exp_name", tmp_path / "new", "--iter", "9")
+    assert status == 1 and "unconditional run: --init_from" in line
+    status, line = error("--exp_name", tmp_path / "newer", "--light", "--init_from", export)
+    assert status == 1 and "no discriminator" in line

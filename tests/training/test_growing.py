@@ -1,0 +1,100 @@
+"""Growing a trained pair to a larger size: the picture and the judgement carry over, the rest is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Discriminator, Generator, GeneratorConfig
+from training.transfer import can_grow, can_widen, grow_discriminator, grow_generator, widen
+
+SMALL = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 16}
+
+
+def pair(**changes):
+    torch.manual_seed(0)
+    small = GeneratorConfig(**(SMALL | changes))
+    return small, GeneratorConfig(**(SMALL | changes | {"size": 64, "channel_multiplier": 0.0625}))
+
+
+def correlation(a, b):
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+
+@pytest.mark.parametrize("w_space, least", [(True, 0.98), (False, 0.6)])
+def test_grown_generator_draws_the_smaller_picture(w_space, least):
+    """W: the same code, the same picture. W++: new tokens join the attention, so only roughly."""
+    small, large = pair(w_space=w_space)
+    a, b = Generator(small), Generator(large)
+    b.load_state_dict(grow_generator(a.state_dict(), small, b))
+    z = b.draw_z(16)
+    with torch.no_grad():
+        x = a(z if w_space else z[:, : small.n_tokens], randomize_noise=False)[0]
+        y = b(z, noise=a.fixed_noise() + b.fixed_noise()[small.n_noise :])[0]
+    assert y.shape[-1] == 64
+    assert correlation(x, F.avg_pool2d(y, 4)) > least
+
+
+def test_grown_discriminator_judges_alike():
+    small, large = pair()
+    a, b = Discriminator(small), Discriminator(large)
+    b.load_state_dict(grow_discriminator(a.state_dict(), small, b))
+    images = F.interpolate(torch.randn(64, 3, 4, 4), scale_factor=16, mode="bicubic")
+    with torch.no_grad():
+        grown, fresh = (
+            correlation(a(F.avg_pool2d(images, 4)), b(images)),
+            correlation(a(F.avg_pool2d(images, 4)), Discriminator(large)(images)),
+        )
+    assert grown > max(0.3, fresh)
+
+
+def test_what_does_not_grow():
+    small, large = pair()
+    assert can_grow(small, large) and not can_grow(large, small) and not can_grow(small, small)
+    other = GeneratorConfig(**(SMALL | {"size": 64, "w_space": True}))
+    assert not can_grow(small, other)
+    with pytest.raises(ValueError, match="cannot grow"):
+        grow_generator(Generator(small).state_dict(), small, Generator(other))
+
+
+NARROW = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 4}
+
+
+@pytest.mark.parametrize("w_space", [True, False])
+def test_a_wider_generator_draws_the_same_picture(w_space):
+    torch.manual_seed(0)
+    narrow = GeneratorConfig(**NARROW, w_space=w_space)
+    wide = GeneratorConfig(**NARROW | {"channel_max": 12}, w_space=w_space, channel_base=128)
+    assert can_widen(narrow, wide) and wide.widths == [12, 12, 8]
+    a, b = Generator(narrow), Generator(wide)
+    state = a.state_dict()
+    del state["token"]  # as in rosinality's files
+    b.load_state_dict(widen(state, b))
+    z = a.draw_z(3)
+    x, y = (g(z, randomize_noise=False)[0] for g in (a, b))
+    assert torch.allclose(x, y, atol=1e-4)
+    y.square().mean().backward()
+    weight = b.convs[1].conv.weight  # [1, 12, 12, 3, 3]
+    assert weight[0, :4, 4:].abs().max() == 0 and weight.grad[0, :4, 4:].abs().min() > 0, "silent, but learning"
+
+
+def test_a_wider_discriminator_judges_alike():
+    torch.manual_seed(0)
+    narrow, wide = GeneratorConfig(**NARROW), GeneratorConfig(**NARROW | {"channel_max": 12})
+    a, b = Discriminator(narrow), Discriminator(wide)
+    state = widen(a.state_dict(), b)
+    b.load_state_dict(state)
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    assert torch.allclose(a.features(images), b.features(images)[:, :4], atol=1e-4)
+    silent = state | {"final_conv.0.weight": state["final_conv.0.weight"].clone()}
+    silent["final_conv.0.weight"][:, -1] = 0  # the minibatch statistic is a mean over more maps now
+    b.load_state_dict(silent)
+    plain = a.state_dict() | {"final_conv.0.weight": a.state_dict()["final_conv.0.weight"].clone()}
+    plain["final_conv.0.weight"][:, -1] = 0
+    a.load_state_dict(plain)
+    assert torch.allclose(a(images), b(images), atol=1e-4)
+
+
+def test_what_cannot_be_widened():
+    narrow = GeneratorConfig(**NARROW)
+    for change in ({"channel_max": 3}, {}, {"channel_max": 12, "n_mlp": 3}, {"channel_max": 12, "size": 32}):
+        assert not can_widen(narrow, GeneratorConfig(**NARROW | change))

@@ -1,0 +1,588 @@
+"""training/trainer.py: losses by closed form and finite differences, the schedule of the phases, what a step changes,
+what a state holds, and that many processes or micro-batches give the gradients of one."""
+
+import copy
+import math
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import training.trainer.trainer
+from training.trainer.trainer import (
+    EMA_DECAY,
+    Trainer,
+    TrainSettings,
+    d_logistic_loss,
+    g_nonsaturating_loss,
+    path_lengths,
+    r1_penalty,
+)
+
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common.distributed import Distributed
+from model import Discriminator, Generator, GeneratorConfig
+
+ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+
+
+def make_trainer(config, **settings):
+    return Trainer(config, TrainSettings(**{"batch": 4, **settings}), ALONE)
+
+
+def pictures(n, size=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def tensors_of(value, name="state"):
+    """Flat {path: tensor or plain value} of a nested state."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in tensors_of(item, f"{name}.{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: v for i, item in enumerate(value) for k, v in tensors_of(item, f"{name}.{i}").items()}
+    return {name: value}
+
+
+def assert_equal_states(a, b):
+    a, b = tensors_of(a), tensors_of(b)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
+        assert same, f"{name} differs"
+
+
+def double(network):
+    network.compute_dtype = torch.float64
+    return network.double()
+
+
+# -- losses --------------------------------------------------------------------------------------------------------
+
+
+def test_latents_of_the_runs_seed_are_no_rows_of_its_weights():
+    """Else the sample sheet of a run would show codes found nowhere else."""
+    for w_space in (True, False):
+        config = GeneratorConfig(size=8, style_dim=256, n_mlp=1, channel_max=4, w_space=w_space)
+        g = make_trainer(config, seed=0).g
+        z = g.draw_z(64, torch.Generator().manual_seed(0)).flatten(0, -2)
+        first = g.style[1].weight if w_space else g.style[1].atten.q_transform.weight[:, :256]
+        cosine = F.normalize(z, dim=1) @ F.normalize(first, dim=1).t()
+        assert cosine.abs().max() < 0.5
+
+
+def test_logistic_losses_by_closed_form():
+    real, fake = torch.tensor([[0.0], [2.0]]), torch.tensor([[-1.0], [3.0]])
+    log = math.log
+    expected = (log(2) + log(1 + math.exp(-2))) / 2 + (log(1 + math.exp(-1)) + log(1 + math.exp(3))) / 2
+    assert d_logistic_loss(real, fake).item() == pytest.approx(expected, rel=1e-6)
+    expected = (log(1 + math.exp(1)) + log(1 + math.exp(-3))) / 2
+    assert g_nonsaturating_loss(fake).item() == pytest.approx(expected, rel=1e-6)
+    assert torch.isfinite(d_logistic_loss(torch.tensor([[-1e4]]), torch.tensor([[1e4]])))
+
+
+def test_r1_by_closed_form():
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    penalty = r1_penalty((scale * x**2).sum((1, 2, 3))[:, None], x)
+    assert penalty.item() == pytest.approx((4 * x).square().sum((1, 2, 3)).mean().item())
+    penalty.backward()  # d/ds mean |2 s x|^2 = 8 s mean |x|^2
+    assert scale.grad.item() == pytest.approx(16 * x.square().sum((1, 2, 3)).mean().item())
+
+
+def directional(function, parameters, eps=1e-6):
+    """(analytic, numeric) derivative of a scalar function along one random direction in parameter space."""
+    parameters = list(parameters)
+    direction = [torch.randn_like(p) for p in parameters]
+    grads = torch.autograd.grad(function(), parameters, allow_unused=True)
+    analytic = sum((g * v).sum() for g, v in zip(grads, direction, strict=True) if g is not None).item()
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, v in zip(parameters, direction, strict=True):
+                p.add_(v, alpha=sign * eps)
+        values.append(function().item())
+        with torch.no_grad():
+            for p, v in zip(parameters, direction, strict=True):
+                p.sub_(v, alpha=sign * eps)
+    return analytic, (values[0] - values[1]) / (2 * eps)
+
+
+def test_r1_gradient_by_finite_differences(tiny_config):
+    """Through the whole discriminator, minibatch statistic included."""
+    torch.manual_seed(0)
+    discriminator = double(Discriminator(tiny_config))
+    real = torch.randn(4, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    analytic, numeric = directional(lambda: r1_penalty(discriminator(real), real), discriminator.parameters())
+    assert analytic == pytest.approx(numeric, rel=1e-5) and abs(numeric) > 1e-6
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+def test_path_length_gradient_by_finite_differences(tiny_config, w_space):
+    """Through synthesis, demodulation, resampling and, back to z, the mapping network."""
+    torch.manual_seed(0)
+    generator = double(Generator(GeneratorConfig(**{**tiny_config.to_dict(), "w_space": w_space})))
+    z, noise = generator.draw_z(2).double(), [n.double() for n in generator.fixed_noise()]
+
+    def penalty():
+        torch.manual_seed(1)
+        image, codes = generator(z, noise=noise)
+        return (path_lengths(image, codes) - 0.3).square().mean()
+
+    analytic, numeric = directional(penalty, generator.parameters())
+    assert analytic == pytest.approx(numeric, rel=1e-5) and abs(numeric) > 1e-6
+
+
+def test_path_length_formula():
+    """Of a linear generator, whose Jacobian is known: sqrt(mean over tokens of sum over channels of (J^T y)^2)."""
+    torch.manual_seed(0)
+    jacobian = torch.randn(3 * 4 * 8, 5 * 7, dtype=torch.float64)
+    codes = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    images = (codes.flatten(1) @ jacobian.t()).view(2, 3, 4, 8)
+    torch.manual_seed(3)
+    lengths = path_lengths(images, codes)
+    torch.manual_seed(3)
+    y = torch.randn_like(images) / math.sqrt(4 * 8)
+    back = (y.flatten(1) @ jacobian).view(2, 5, 7)
+    assert torch.allclose(lengths, back.square().sum(2).mean(1).sqrt())
+
+
+# -- settings and optimisers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": 0},
+        {"lr": 0},
+        {"path_batch_shrink": 0},
+        {"d_reg_every": -1},
+        {"g_reg_every": 0},
+        {"batch": 8, "micro_batch": 3},
+        {"batch": 8, "micro_batch": 16},
+        {"batch": 8, "micro_batch": -2},
+        {"r1": -1.0},
+        {"path_regularize": float("nan")},
+        {"mixing": 5.0},
+        {"augment_p": -0.1},
+    ],
+)
+def test_settings_that_cannot_work(wrong):
+    with pytest.raises(ValueError, match=f"--{list(wrong)[-1]}"):
+        TrainSettings(**wrong)
+
+
+def test_published_defaults():
+    """reference.md 5.1."""
+    settings = TrainSettings()
+    assert (settings.batch, settings.r1, settings.path_regularize, settings.path_batch_shrink) == (16, 10, 2, 2)
+    assert (settings.d_reg_every, settings.g_reg_every, settings.mixing, settings.lr) == (16, 4, 0.9, 0.002)
+    assert not settings.augment
+
+
+def test_adam_is_corrected_for_lazy_regularisation(tiny_config):
+    trainer = make_trainer(tiny_config)
+    (g,), (d,) = trainer.g_optim.param_groups, trainer.d_optim.param_groups
+    assert g["lr"] == pytest.approx(0.002 * 4 / 5) and d["lr"] == pytest.approx(0.002 * 16 / 17)
+    assert g["betas"] == pytest.approx((0, 0.99 ** (4 / 5))) and d["betas"] == pytest.approx((0, 0.99 ** (16 / 17)))
+    assert sum(p.numel() for p in g["params"]) == sum(p.numel() for p in trainer.g.parameters())
+    assert sum(p.numel() for p in d["params"]) == sum(p.numel() for p in trainer.d.parameters())
+
+
+def record_phases(trainer):
+    """Makes `trainer` note {(step, phase): gradients} instead of stepping; the weights stay as they are."""
+    seen = {}
+    original = Trainer._optimise
+
+    def optimise(optimiser, network, phase, images, name):
+        def keep():
+            seen[trainer.step, name] = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
+
+        optimiser.step = keep
+        original(trainer, optimiser, network, phase, images, name)
+
+    trainer._optimise = optimise
+    return seen
+
+
+def test_schedule_of_the_lazy_regularisers(tiny_config):
+    trainer = make_trainer(tiny_config, d_reg_every=3, g_reg_every=2)
+    seen = record_phases(trainer)
+    for _ in range(7):
+        trainer.train_step(pictures(4))
+    steps = {name: [step for step, phase in seen if phase == name] for name in training.trainer.PHASES}
+    assert steps == {"d": list(range(7)), "g": list(range(7)), "r1": [0, 3, 6], "path": [0, 2, 4, 6]}
+    assert list(seen)[:4] == [(0, "d"), (0, "r1"), (0, "g"), (0, "path")]
+    trainer = make_trainer(tiny_config, r1=0, path_regularize=0)
+    seen = record_phases(trainer)
+    trainer.train_step(pictures(4))
+    assert list(seen) == [(0, "d"), (0, "g")]
+
+
+def test_weights_of_the_regularisers(tiny_config):
+    """(r1 / 2) * every and path * every: doubling a weight doubles the gradient; halving `every` halves it."""
+    grads = {}
+    for name, settings in (
+        ("base", {}),
+        ("double", {"r1": 20.0, "path_regularize": 4.0}),
+        ("half", {"d_reg_every": 8, "g_reg_every": 2}),
+    ):
+        trainer = make_trainer(tiny_config, **settings)
+        grads[name] = record_phases(trainer)
+        trainer.train_step(pictures(4))
+    for phase in ("r1", "path"):
+        for key, gradient in grads["base"][0, phase].items():
+            assert torch.allclose(grads["double"][0, phase][key], 2 * gradient, rtol=1e-4, atol=1e-6)
+            assert torch.allclose(grads["half"][0, phase][key], gradient / 2, rtol=1e-4, atol=1e-6)
+
+    trainer = make_trainer(tiny_config)  # and the scale itself: (10 / 2) * 16 on the mean squared gradient norm
+    trainer._seed("r1", 0)
+    real = trainer.prepare(pictures(4)).requires_grad_()
+    penalty = r1_penalty(trainer.d(real), real)
+    straight = torch.autograd.grad(80 * penalty, list(trainer.d.parameters()), allow_unused=True)
+    names = [name for name, _ in trainer.d.named_parameters()]
+    for name, gradient in zip(names, straight, strict=True):
+        if gradient is not None:
+            assert torch.allclose(grads["base"][0, "r1"][name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_d_and_g_gradients_by_the_textbook(tiny_config):
+    """The same draws through straight loss formulas; each phase touches its own network only."""
+    trainer = make_trainer(tiny_config)
+    seen = record_phases(trainer)
+    trainer.train_step(pictures(4))
+    g, d = copy.deepcopy(trainer.g).requires_grad_(), copy.deepcopy(trainer.d).requires_grad_()
+    trainer.step = 0  # whose draws are repeated
+
+    trainer._seed("d", 0)
+    real = trainer.prepare(pictures(4))
+    fake, _ = trainer.synthesise(4, torch.float32)
+    loss = F.softplus(-d(real)).mean() + F.softplus(d(fake.detach())).mean()
+    for (name, _), gradient in zip(d.named_parameters(), torch.autograd.grad(loss, list(d.parameters())), strict=True):
+        assert torch.allclose(seen[0, "d"][name], gradient, rtol=1e-4, atol=1e-6), name
+
+    trainer._seed("g", 0)
+    trainer.prepare(pictures(4))
+    z = torch.randn(4, 6, 32)
+    fake, _ = g(z)
+    loss = F.softplus(-d(fake)).mean()
+    for (name, _), gradient in zip(g.named_parameters(), torch.autograd.grad(loss, list(g.parameters())), strict=True):
+        assert torch.allclose(seen[0, "g"][name], gradient, rtol=1e-4, atol=1e-6), name
+    assert set(seen[0, "d"]) <= {name for name, _ in d.named_parameters()}
+    assert set(seen[0, "path"]) <= {name for name, _ in g.named_parameters()}
+
+
+def test_path_phase_batch_and_moving_mean(tiny_config, monkeypatch):
+    trainer = make_trainer(tiny_config, batch=5, path_batch_shrink=2)
+    sizes, means = [], []
+    original = training.trainer.path_lengths
+
+    def measure(images, codes):
+        lengths = original(images, codes)
+        sizes.append(len(lengths))
+        means.append(lengths.mean().item())
+        return lengths
+
+    monkeypatch.setattr(training, "path_lengths", measure)
+    trainer.train_step(pictures(5))
+    assert sizes == [2]
+    assert trainer.mean_path_length.item() == pytest.approx(0.01 * means[0], rel=1e-5)
+    trainer.step = 4
+    trainer.train_step(pictures(5))
+    assert trainer.mean_path_length.item() == pytest.approx(0.0099 * means[0] + 0.01 * means[1], rel=1e-5)
+
+
+# -- moving average ------------------------------------------------------------------------------------------------
+
+
+def test_without_noise_the_codes_say_everything(tiny_config):
+    """--noise none: strengths are zero, stay so, and are set to zero in weights that had learned some."""
+    loud = make_trainer(tiny_config)
+    with torch.no_grad():
+        for name, parameter in loud.g.named_parameters():
+            if name.endswith("noise.weight"):
+                parameter.fill_(0.5)
+    loud.g_ema.load_state_dict(loud.g.state_dict())
+    trainer = make_trainer(tiny_config, noise="none", g_reg_every=1)
+    trainer.adopt({"g": loud.g.state_dict(), "g_ema": loud.g_ema.state_dict()}, "loud")
+    before = trainer.g.conv1.conv.weight.clone()
+    for step in range(2):
+        trainer.train_step(pictures(4, seed=step))
+    assert not torch.equal(trainer.g.conv1.conv.weight, before)
+    for network in (trainer.g, trainer.g_ema):
+        assert [p.item() for name, p in network.named_parameters() if name.endswith("noise.weight")] == [0] * 5
+    z = trainer.g_ema.draw_z(2)
+    first, second = (trainer.g_ema(z, randomize_noise=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_average_decays_and_carries_buffers(tiny_config):
+    assert EMA_DECAY == 0.5 ** (32 / 10_000)
+    trainer = make_trainer(tiny_config)
+    before = {name: p.clone() for name, p in trainer.g_ema.named_parameters()}
+    assert_equal_states(trainer.g.state_dict(), trainer.g_ema.state_dict())
+    with torch.no_grad():
+        for tensor in trainer.g.state_dict().values():
+            tensor.normal_()
+    trainer.average()
+    for name, parameter in trainer.g.named_parameters():
+        expected = EMA_DECAY * before[name] + (1 - EMA_DECAY) * parameter
+        assert torch.allclose(trainer.g_ema.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
+    for name, buffer in trainer.g.named_buffers():
+        assert torch.equal(trainer.g_ema.get_buffer(name), buffer), name
+    assert not any(p.requires_grad for p in trainer.g_ema.parameters()) and not trainer.g_ema.training
+
+
+# -- draws ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_normalised_and_mirrored(tiny_config):
+    trainer = make_trainer(tiny_config)
+    images = pictures(64)
+    images[0, 0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
+    torch.manual_seed(5)
+    prepared = trainer.prepare(images)
+    straight = images.float() / 127.5 - 1
+    assert straight.min() == -1 and straight.max() == 1
+    mirrored = 0
+    for found, plain in zip(prepared, straight, strict=True):
+        turned = torch.allclose(found, plain.flip(2), atol=1e-6)
+        assert turned or torch.allclose(found, plain, atol=1e-6)
+        mirrored += turned
+    assert 16 < mirrored < 48
+
+
+def test_draws_depend_on_seed_step_phase_rank_and_salt(tiny_config):
+    def draw(seed=0, step=0, salt=0, phase="d", micro=0, rank=0):
+        trainer.settings = replace(trainer.settings, seed=seed)
+        trainer.step, trainer.salt = step, salt
+        trainer._seed(phase, rank + micro)
+        return torch.randn(8)
+
+    trainer = make_trainer(tiny_config)
+    draws = [draw(), draw(seed=1), draw(step=1), draw(salt=1), draw(phase="g"), draw(micro=1), draw(micro=2)]
+    for i, a in enumerate(draws):
+        for b in draws[:i]:
+            assert not torch.equal(a, b)
+    assert torch.equal(draw(), draws[0]) and torch.equal(draw(rank=1), draws[5])
+
+
+def test_mixing_in_w_only(tiny_config, tiny_w_config):
+    trainer = make_trainer(tiny_w_config, mixing=1.0)
+    crossovers = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        _, codes = trainer.synthesise(3, torch.float32)
+        changes = [(codes[:, i] != codes[:, i + 1]).any(1).all().item() for i in range(5)]
+        assert sum(changes) == 1, "two latents, one crossover in 1..L-1"
+        crossovers.add(changes.index(True) + 1)
+    assert crossovers == {1, 2, 3, 4, 5}
+    trainer = make_trainer(tiny_w_config, mixing=0.0)
+    _, codes = trainer.synthesise(3, torch.float32)
+    assert torch.equal(codes, codes[:, :1].expand_as(codes))
+    trainer = make_trainer(tiny_config, mixing=1.0)
+    torch.manual_seed(0)
+    _, codes = trainer.synthesise(3, torch.float32)
+    torch.manual_seed(0)
+    assert torch.equal(codes, trainer.g.get_latent(torch.randn(3, 6, 32)))
+
+
+# -- micro-batches and processes -----------------------------------------------------------------------------------
+
+
+def test_micro_batches_give_the_mean_gradient(tiny_config):
+    images = pictures(6)
+    trainer = make_trainer(tiny_config, batch=6, micro_batch=2)
+    together = record_phases(trainer)
+    trainer.train_step(images)
+    metrics = trainer.read_metrics()
+    parts = []
+    for k in range(3):
+        single = make_trainer(tiny_config, batch=2)
+        seen = record_phases(single)
+        single._seed = lambda phase, _, k=k, single=single: Trainer._seed(single, phase, k)
+        single.train_step(images[2 * k : 2 * k + 2])
+        parts.append((seen, single.read_metrics(), single.mean_path_length))
+    for phase in training.trainer.PHASES:
+        for name, gradient in together[0, phase].items():
+            mean = torch.stack([seen[0, phase][name] for seen, _, _ in parts]).mean(0)
+            assert torch.allclose(gradient, mean, rtol=1e-4, atol=1e-6), (phase, name)
+    for name, value in metrics.items():
+        assert value == pytest.approx(sum(m[name] for _, m, _ in parts) / 3, rel=1e-4)
+    assert trainer.mean_path_length.item() == pytest.approx(sum(m.item() for _, _, m in parts) / 3, rel=1e-4)
+
+
+WORKER = """
+import sys, torch
+sys.path[:0] = {paths!r}
+torch.set_num_threads(1)
+from common import distributed
+from test_training import TWO, pictures, record_phases
+from training import Trainer, TrainSettings
+from model import GeneratorConfig
+place = distributed.setup("cpu", timeout=120)
+trainer = Trainer(GeneratorConfig(**{config!r}), TrainSettings(batch=3, **TWO), place)
+seen = record_phases(trainer)
+images = pictures(6)[3 * place.rank : 3 * place.rank + 3]
+for _ in range(4):
+    trainer.train_step(images)
+result = {{"grads": {{str(k): v for k, v in seen.items()}}, "metrics": trainer.read_metrics(),
+          "mean": trainer.mean_path_length, "ada": trainer.ada.state_dict(torch.distributed.all_reduce)}}
+torch.save(result, {out!r} + str(place.rank))
+distributed.shutdown()
+"""
+TWO = {"augment": True, "augment_p": 0.5, "g_reg_every": 2, "d_reg_every": 3}
+
+
+def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
+    """Batch b on each of two gloo processes against one process with 2b in micro-batches of b: same gradients."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    paths, out = [str(root), str(root / "tests")], str(tmp_path / "rank")
+    program = WORKER.format(paths=paths, config=tiny_config.to_dict(), out=out)
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen([sys.executable, "-c", program], env={**environment, "RANK": str(r), "OMP_NUM_THREADS": "1"})
+        for r in range(2)
+    ]
+    trainer = make_trainer(tiny_config, batch=6, micro_batch=3, **TWO)
+    seen = record_phases(trainer)
+    for _ in range(4):
+        trainer.train_step(pictures(6))
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    first, second = (torch.load(out + str(rank)) for rank in range(2))
+    assert len(first["grads"]) == len(seen) == 4 + 2 + 4 + 2
+    for (step, phase), grads in seen.items():
+        assert grads.keys() == first["grads"][str((step, phase))].keys()
+        for name, gradient in grads.items():
+            found = first["grads"][str((step, phase))][name]
+            assert torch.equal(found, second["grads"][str((step, phase))][name])
+            assert (found - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, (step, phase, name)
+    metrics = trainer.read_metrics()
+    for result in (first, second):
+        assert result["metrics"] == pytest.approx(metrics, rel=1e-4, abs=1e-5)
+        assert result["mean"].item() == pytest.approx(trainer.mean_path_length.item(), rel=1e-4)
+        assert result["ada"] == pytest.approx(trainer.ada.state_dict())
+
+
+def test_rehearsal_leaves_no_trace(tiny_config):
+    trainer = make_trainer(tiny_config, augment=True, ada_length=100)
+    for _ in range(3):
+        trainer.train_step(pictures(4))
+    before = copy.deepcopy(trainer.state_dict())
+    trainer.rehearse(pictures(4))
+    assert trainer.read_metrics() == {}
+    assert_equal_states(trainer.state_dict(), before)
+    assert all(p.grad is None for p in [*trainer.g.parameters(), *trainer.d.parameters()])
+
+
+def test_fp16_overflow_does_not_poison_the_weights(tiny_config):
+    trainer = make_trainer(tiny_config)
+    trainer.dtype = torch.float16
+
+    def phase(real, weight):
+        for parameter in trainer.d.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+
+    trainer._optimise(trainer.d_optim, trainer.d, phase, pictures(4), "d")
+    assert all(torch.isfinite(p).all() for p in trainer.d.parameters())
+
+
+# -- state ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w_space", [False, True])
+def test_state_round_trip_is_exact(tiny_config, w_space, tmp_path):
+    config = GeneratorConfig(**{**tiny_config.to_dict(), "w_space": w_space})
+    settings = {"augment": True, "ada_length": 200, "d_reg_every": 3, "g_reg_every": 2, "seed": 4}
+    trainer = make_trainer(config, **settings)
+    trainer.ada.p.fill_(0.5)
+    for step in range(5):
+        trainer.train_step(pictures(4, seed=step))
+    trainer.salt = 2
+    save_checkpoint(tmp_path / "5.pt", trainer.state_dict())
+    other = make_trainer(config, **{**settings, "seed": 9})
+    other.settings = trainer.settings
+    other.load_state_dict(load_checkpoint(tmp_path / "5.pt"), "5.pt")
+    assert_equal_states(other.state_dict(), trainer.state_dict())
+    torch.manual_seed(123)  # nothing may hang on the global random state
+    for step in range(5, 9):
+        trainer.train_step(pictures(4, seed=step))
+    torch.manual_seed(321)
+    for step in range(5, 9):
+        other.train_step(pictures(4, seed=step))
+    assert other.step == 9 and float(other.ada.p) not in (0, 0.5)
+    assert_equal_states(other.state_dict(), trainer.state_dict())
+
+
+def test_flags_rule_over_the_file(tiny_config):
+    trainer = make_trainer(tiny_config)
+    trainer.train_step(pictures(4))
+    state = copy.deepcopy(trainer.state_dict())
+    other = make_trainer(tiny_config, lr=0.001, g_reg_every=8, augment=True, augment_p=0.3)
+    other.load_state_dict(state, "x.pt")
+    (group,) = other.g_optim.param_groups
+    assert group["lr"] == pytest.approx(0.001 * 8 / 9) and group["betas"][1] == pytest.approx(0.99 ** (8 / 9))
+    assert float(other.ada.p) == 0.3
+    other.train_step(pictures(4))
+
+
+def test_published_checkpoint_is_continued(tiny_config, tiny_w_config):
+    """TransStyleGAN's and rosinality's files: no config, step, ADA; rosinality's without `token`."""
+    for config in (tiny_config, tiny_w_config):
+        trainer = make_trainer(config)
+        trainer.train_step(pictures(4))
+        state = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
+        state = copy.deepcopy(state)
+        if config.w_space:
+            del state["g"]["token"], state["g_ema"]["token"]
+        for optimiser in ("g_optim", "d_optim"):  # as an older PyTorch wrote it: plain Adam, int steps
+            kept = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
+            state[optimiser]["param_groups"] = [
+                {name: group[name] for name in kept} for group in state[optimiser]["param_groups"]
+            ]
+            for entry in state[optimiser]["state"].values():
+                entry["step"] = int(entry["step"])
+        other = make_trainer(config, seed=5)
+        other.load_state_dict(state, "230000.pt")
+        assert_equal_states(other.g.state_dict(), trainer.g.state_dict())
+        other.train_step(pictures(4))
+        assert all(torch.isfinite(p).all() for p in other.g.parameters())
+
+
+def test_states_that_cannot_be_continued(tiny_config, tiny_w_config):
+    trainer = make_trainer(tiny_config)
+    trainer.train_step(pictures(4))
+    state = trainer.state_dict()
+    with pytest.raises(CheckpointError, match="lacks d, g_optim, d_optim.*--init_from"):
+        trainer.load_state_dict({"g": state["g"], "g_ema": state["g_ema"]}, "g.pt")
+    w = make_trainer(tiny_w_config)
+    with pytest.raises(CheckpointError, match="x.pt holds another architecture"):
+        w.load_state_dict(state, "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt: g_optim"):
+        make_trainer(tiny_config).load_state_dict({**state, "g_optim": w.g_optim.state_dict()}, "x.pt")
+    wide = make_trainer(GeneratorConfig(**{**tiny_config.to_dict(), "channel_max": 16}))
+    wide.train_step(pictures(4))
+    with pytest.raises(CheckpointError, match="x.pt: d_optim"):  # as many tensors, other shapes
+        make_trainer(tiny_config).load_state_dict({**state, "d_optim": wide.d_optim.state_dict()}, "x.pt")
+
+
+def test_training_learns(tiny_config):
+    """Each network alone lowers its own loss: the signs of the game are right."""
+    trainer = make_trainer(tiny_config, batch=8, lr=0.01)
+    images = torch.full((8, 3, 16, 16), 200, dtype=torch.uint8)
+    for optimiser, network, phase, name in (
+        (trainer.d_optim, trainer.d, trainer.d_phase, "d"),
+        (trainer.g_optim, trainer.g, trainer.g_phase, "g"),
+    ):
+        losses = []
+        for _ in range(30):
+            trainer._optimise(optimiser, network, phase, images, name)
+            losses.append(trainer.read_metrics()[name])
+            trainer.step += 1
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), name

@@ -1,0 +1,1 @@
+"""Small commands around the toolkit: doctor, report, figures."""
