@@ -106,14 +106,13 @@ GPU        ?= cuda
 GPU_PEERS  ?=
 bench-gpu:
 	$(GPU_PYTHON) benchmarks/bench_op.py --device $(GPU) --budget 90
-	$(GPU_PYTHON) benchmarks/bench_train.py --device $(GPU) --sizes 256 --batches 8 16 --precision bf16 fp32 --graphs off on --original --budget 100 \
+	$(GPU_PYTHON) benchmarks/bench_train.py --device $(GPU) --sizes 256 --batches 8 16 --precision bf16 fp32 --original --budget 100 \
 	  $(GPU_PEERS)
-	$(GPU_PYTHON) benchmarks/bench_train.py --device $(GPU) --sizes 64 128 1024 --batches 4 32 --precision bf16 --graphs off on --repeats 3 --budget 50
-	$(GPU_PYTHON) benchmarks/bench_generate.py --device $(GPU) --sizes 256 1024 --batches 1 16 --precision bf16 fp32 --graphs off on --original --drawn 32 --budget 45 \
+	$(GPU_PYTHON) benchmarks/bench_train.py --device $(GPU) --sizes 64 128 1024 --batches 4 32 --precision bf16 --repeats 3 --budget 50
+	$(GPU_PYTHON) benchmarks/bench_generate.py --device $(GPU) --sizes 256 1024 --batches 1 16 --precision bf16 fp32 --original --drawn 32 --budget 45 \
 	  $(GPU_PEERS)
 	$(GPU_PYTHON) benchmarks/bench_invert.py --device $(GPU) --size 256 --channel_max 512 --steps 40 --shorter 30 --perceptual random
 	$(GPU_PYTHON) benchmarks/bench_edit.py --device $(GPU) --parts sweep --frames 32 --repeats 2
-	$(GPU_PYTHON) benchmarks/loss_curves.py --device $(GPU) --runs ref kernels kernels-bf16 --seeds 0 1 --size 64 --channel_max 64 --batch 16
 
 clean:
 	rm -rf demo runs .pytest_cache .ruff_cache

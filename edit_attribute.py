@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
-from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.grids import make_strip
 from common.images import save_image
 from common.latents import parse_layers
@@ -135,7 +134,6 @@ def build_parser() -> ArgumentParser:
         help="of the generator's convolutions, in samples and frames",
     )
     add_device_flags(parser)
-    add_graphs_flag(parser, "the generator's forward passes of whole batches")
     return parser
 
 
@@ -143,10 +141,8 @@ def main(args) -> None:
     check_flags(args)
     place = setup(args.device)
     try:
-        recorder = recorder_for(args.graphs, place.device)
         generator = load_generator(args.ckpt, place.device)
         generator.compute_dtype = DTYPES[args.precision]
-        graph_forward(generator, recorder)
         if args.size and args.size != generator.config.size:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None

@@ -27,7 +27,6 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.export import export_ema, export_judges
-from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.grids import save_grid
 from common.images import save_image
 from common.latents import parse_layers, parse_seeds, save_latents
@@ -161,7 +160,6 @@ def build_parser() -> ArgumentParser:
     )
     out.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
     add_device_flags(parser)
-    add_graphs_flag(parser, "the forward passes of whole batches")
     return parser
 
 
@@ -419,9 +417,7 @@ def main(args) -> int:
     task = read_options(args)
     place = setup(args.device)
     try:
-        recorder = recorder_for(args.graphs, place.device)
         generator = load_generator(args.ckpt, place.device)
-        graph_forward(generator, recorder)
         config = generator.config
         layers = parse_layers(args.mix_layers, config.n_tokens, "--mix_layers") if task.kind == "mix" else []
         if args.export and place.is_main:

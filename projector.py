@@ -25,7 +25,6 @@ import torch
 
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shutdown
-from common.graphs import add_graphs_flag, recorder_for
 from common.images import FITS
 from common.latents import load_latents
 from common.precision import DTYPES
@@ -140,7 +139,6 @@ def build_parser() -> ArgumentParser:
         help="of the convolutions while optimising; the saved pictures are fp32",
     )
     add_device_flags(parser)
-    add_graphs_flag(parser, "loss and gradient of a step")
     return parser
 
 
@@ -241,7 +239,6 @@ def main(args) -> int:
     settings = read_settings(args)
     place = setup(args.device, timeout=PATIENCE.total_seconds())
     try:
-        recorder = recorder_for(args.graphs, place.device)
         generator = load_generator(args.ckpt, place.device)
         config = generator.config
         if args.size not in (None, config.size):
@@ -292,7 +289,7 @@ def main(args) -> int:
             seed=args.seed,
             video=args.save_video,
         )
-        work.run(args.batch, statistics, dtype, recorder)
+        work.run(args.batch, statistics, dtype)
         reports = gather_list(work.report())
         if place.is_main:
             conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by)

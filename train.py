@@ -20,14 +20,12 @@ import torch
 from common.checkpoint import latest_checkpoint, load_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, leave, require_one_start, run
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
-from common.graphs import add_graphs_flag
 from common.interrupt import StopSignal
 from common.precision import DTYPES
 from common.runs import Run, StepBar, format_duration
 from dataset import InfiniteSampler, data_loader, open_dataset
 from model import stddev_group
 from training.conditional import add_condition_flags, build_trainer, find_reader, read_condition_settings
-from training.graphs import PhaseGraphs, find_recorder
 from training.outputs import Outputs, Progress
 from training.resume import (
     find_start,
@@ -167,7 +165,6 @@ def build_parser() -> ArgumentParser:
     )
     out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     add_device_flags(parser)
-    add_graphs_flag(parser, "the phases of a step")
     add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
     return parser
 
@@ -403,7 +400,6 @@ def main(args) -> int:
         dataset = open_dataset(args.path, config.size)
         reader = find_reader(args, state, source, stored, place.device)
         asked = replace(asked, light=args.light)
-        recorder = find_recorder(args.graphs, place.device, conditional=reader is not None)
         trainer = build_trainer(
             config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args, state=state
         )
@@ -434,8 +430,6 @@ def main(args) -> int:
                 settings = fit_micro_batch(trainer, next(batches)).settings
                 sampler.advance(-args.batch * place.world_size)
                 batches.restart()
-            if recorder is not None:
-                trainer.graphs = PhaseGraphs(trainer, recorder)
             if place.is_main:
                 start, group = f"continuing {source}" if state else "a new run", settings.micro_batch or settings.batch
                 print(

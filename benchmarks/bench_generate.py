@@ -42,7 +42,6 @@ from benchmarks.measuring import (  # noqa: E402
 )
 from common.cli import ArgumentParser, leave, run  # noqa: E402
 from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
-from common.graphs import graph_forward, recorder_for  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
 from sampling.render import render, seed_source  # noqa: E402
@@ -74,10 +73,9 @@ class Row:
     size: int
     batch: int
     precision: str
-    graphs: str = "off"
 
     def cells(self):
-        name = self.formulation + (", graphs" if self.graphs == "on" else "")
+        name = self.formulation
         return [name, self.space, self.size, self.batch, self.precision]
 
 
@@ -94,8 +92,7 @@ def rows_of(args):
                 if args.original:
                     yield Row(ORIGINAL, space, size, batch, "fp32")
                 for precision in args.precision:
-                    for graphs in args.graphs:
-                        yield Row(OURS, space, size, batch, precision, graphs)
+                    yield Row(OURS, space, size, batch, precision)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +115,6 @@ def make_generator(row: Row, args, device) -> Generator:
         generator = Generator(config).eval().requires_grad_(False).to(device)
     if row.formulation == ORIGINAL:  # same parameters and buffers, other arithmetic
         generator.__class__ = BaselineGenerator
-    graph_forward(generator, recorder_for(row.graphs, device))
     return generator
 
 
@@ -211,7 +207,7 @@ def ratios(rows) -> list[dict]:
         for other in (row for row in done if row["formulation"] != OURS):
             same = ("size", "batch", "space") if other["formulation"] == ORIGINAL else ("size", "batch")
             if all(ours[name] == other[name] for name in same):
-                values = {name: ours[name] for name in ("space", "size", "batch", "precision", "graphs")}
+                values = {name: ours[name] for name in ("space", "size", "batch", "precision")}
                 values["to"] = f"{other['formulation']} {other['precision']}"
                 values["images_per_s"] = ours["images_per_s"] / other["images_per_s"]
                 values["synthesis"] = other["seconds"]["synthesis"] / ours["seconds"]["synthesis"]
@@ -235,8 +231,7 @@ def main(args):
     for ratio in found:
         print(
             f"{ratio['size']} px, batch {ratio['batch']}, {ratio['space']}: ours {ratio['precision']}"
-            f"{' with graphs' if ratio['graphs'] == 'on' else ''} is "
-            f"{ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
+            f" is {ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
             f"{ratio['synthesis']:.2f} times"
         )
     if args.profile:

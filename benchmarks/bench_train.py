@@ -41,10 +41,8 @@ from benchmarks.measuring import (  # noqa: E402
 from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
 from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
 from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
-from common.graphs import recorder_for  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
-from training.graphs import PhaseGraphs  # noqa: E402
 from training.trainer import Trainer, TrainSettings  # noqa: E402
 
 OURS, ORIGINAL = "ours", "original"
@@ -75,12 +73,10 @@ class Row:
     batch: int
     precision: str
     processes: int = 1
-    graphs: str = "off"
 
     def cells(self):
         several = f", {self.processes} processes" if self.processes > 1 else ""
-        graphs = ", graphs" if self.graphs == "on" else ""
-        return [self.formulation + several + graphs, self.size, self.batch, self.precision]
+        return [self.formulation + several, self.size, self.batch, self.precision]
 
 
 def rows_of(args):
@@ -95,11 +91,10 @@ def rows_of(args):
             if args.peer_nvidia:
                 yield Row("nvidia", size, batch, "fp16" if half else "fp32")
             for precision in args.precision:
-                for graphs in args.graphs:
-                    row = Row(OURS, size, batch, precision, graphs=graphs)
-                    yield row
-                    if args.processes > 1:
-                        yield replace(row, processes=args.processes)
+                row = Row(OURS, size, batch, precision)
+                yield row
+                if args.processes > 1:
+                    yield replace(row, processes=args.processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,9 +116,6 @@ def make_trainer(row: Row, args, place: Distributed) -> Trainer:
     if row.formulation == ORIGINAL:  # same parameters, buffers, losses and optimisers, other arithmetic
         trainer.g.__class__ = trainer.g_ema.__class__ = BaselineGenerator
         trainer.d.__class__ = BaselineDiscriminator
-    recorder = recorder_for(row.graphs, place.device)
-    if recorder is not None:
-        trainer.graphs = PhaseGraphs(trainer, recorder)
     return trainer
 
 
@@ -239,7 +231,7 @@ def ratios(rows) -> list[dict]:
             scaling = (
                 other["formulation"] == OURS
                 and ours["processes"] > other["processes"] == 1
-                and all(ours[name] == other[name] for name in ("precision", "graphs"))
+                and ours["precision"] == other["precision"]
             )
             if alike and (scaling or (other["formulation"] != OURS and ours["processes"] == 1)):
                 name = "one process" if scaling else f"{other['formulation']} {other['precision']}"
@@ -248,7 +240,6 @@ def ratios(rows) -> list[dict]:
                     "batch": ours["batch"],
                     "precision": ours["precision"],
                     "processes": ours["processes"],
-                    "graphs": ours["graphs"],
                     "to": name,
                 }
                 for rate in ("images_per_s", "played_images_per_s"):
@@ -276,7 +267,6 @@ def main(args):
     found = ratios(rows)
     for ratio in found:
         several = f" in {ratio['processes']} processes" if ratio["processes"] > 1 else ""
-        several += " with graphs" if ratio["graphs"] == "on" else ""
         print(
             f"{ratio['size']} px, batch {ratio['batch']}: ours {ratio['precision']}{several} is "
             f"{ratio['images_per_s']:.2f} times {ratio['to']}"

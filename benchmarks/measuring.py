@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 
 from common.cli import is_out_of_memory
-from common.graphs import GRAPHS
 from common.runs import git_commit, peak_bytes
 
 PEERS = Path(__file__).resolve().with_name("peers.py")
 OUT_OF_MEMORY = "out of memory"
-WARM_UPS = 5  # on CUDA, where the first calls choose algorithms, compile kernels, record graphs; elsewhere one
+WARM_UPS = 5  # on CUDA, where the first calls choose algorithms, compile kernels; elsewhere one
 
 
 class ChildError(RuntimeError):
@@ -74,7 +73,7 @@ def total_seconds(call, device: torch.device) -> float:
 
 def forget_peak(device: torch.device) -> None:
     """Start of a row: what was held for the one before is given back, and the peak counts from here (CUDA only)."""
-    gc.collect()  # recorded graphs and their trainer know each other
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -194,7 +193,6 @@ def add_network_flags(parser) -> None:
     parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
     parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
     parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
-    parser.add_argument("--graphs", nargs="+", choices=GRAPHS, default=["off"], help="ours with CUDA graphs or without")
     parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
 
 

@@ -207,47 +207,6 @@ def all_reduce_mean(tensors):
         torch._foreach_copy_(group, [piece.view(tensor.shape) for piece, tensor in zip(pieces, group, strict=True)])
 
 
-class GradientBucket:
-    """The gradients of a network's parameters as views of one flat buffer: one collective without copies, and addresses
-    that stay. The parameters are of one dtype and on one device.
-
-    Which of them take part differs from phase to phase (Adam leaves alone those whose .grad is None): the first time
-    a phase is played, backward makes the gradients and `close` takes them over; afterwards it adds to the views.
-    """
-
-    ALIGNMENT = 32  # elements: 128 bytes, for vector loads
-
-    def __init__(self, parameters):
-        self.parameters = list(parameters)
-        starts, end = [], 0
-        for parameter in self.parameters:
-            starts.append(end)
-            end += -(-parameter.numel() // self.ALIGNMENT) * self.ALIGNMENT
-        self.flat = self.parameters[0].new_zeros(end)
-        self.views = [
-            self.flat[start : start + p.numel()].view(p.shape) for start, p in zip(starts, self.parameters, strict=True)
-        ]
-        self.taking_part: dict[str, list[int]] = {}
-
-    def open(self, phase: str) -> None:
-        """Before the backward passes of a phase; every .grad must be None."""
-        self.flat.zero_()
-        for i in self.taking_part.get(phase, ()):
-            self.parameters[i].grad = self.views[i]
-
-    @torch.no_grad()
-    def close(self, phase: str) -> torch.Tensor:
-        """After them: the flat buffer [n], of which every .grad is a view now; zero where there is none."""
-        given = [i for i, parameter in enumerate(self.parameters) if parameter.grad is not None]
-        loose = [i for i in given if self.parameters[i].grad is not self.views[i]]
-        if loose:
-            torch._foreach_copy_([self.views[i] for i in loose], [self.parameters[i].grad for i in loose])
-            for i in loose:
-                self.parameters[i].grad = self.views[i]
-        self.taking_part[phase] = given
-        return self.flat
-
-
 def gather_list(item):
     """[item of rank 0, item of rank 1, ...] on every rank; any picklable item (tensors: on the CPU)."""
     if not _joined():

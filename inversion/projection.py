@@ -23,7 +23,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from common.graphs import Graphed, Recorder
 from inversion.state import CURVES, Projection, ProjectionSettings, Rows, Task
 from model import Generator
 from perceptual.image_metrics import average_down
@@ -90,14 +89,12 @@ def project_each(
     batch: int = 8,
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
-    recorder: Recorder | None = None,
     watch: Watch | None = None,
     **settings,
 ) -> Iterator[tuple[int, Projection]]:
     """(position, result) of each task, as they are done; tasks are asked for when there is room for them.
 
     Arguments as for `project`. batch: images in work at once on a GPU; on a CPU their number is `rows_on_cpu`.
-    recorder: loss and gradient of a step are recorded with it (common/graphs.py).
     """
     settings = ProjectionSettings(**settings)
     space = choose_space(generator, space)
@@ -108,17 +105,13 @@ def project_each(
     std = std[: rows.n_codes, None]  # [C, 1]
     waiting = enumerate(tasks)
 
-    def recorded():
-        objective = make_objective(rows, dtype)
-        return objective if recorder is None else Graphed(objective, recorder)
-
     with _frozen(generator), _frozen(perceptual):
         _refill(rows, waiting)
-        objective = recorded()
+        objective = make_objective(rows, dtype)
         while rows.live:
             if not on_cpu and len(rows.live) < len(rows):
                 rows.drop_idle()
-                objective = recorded()  # its tensors are others now
+                objective = make_objective(rows, dtype)  # its tensors are others now
             _step(rows, std, objective, watch)
             for row in rows.live:
                 if rows.clocks[row].done:

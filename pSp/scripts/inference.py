@@ -21,7 +21,6 @@ from PIL import Image
 
 from common.cli import ArgumentParser, UsageError, UserError, leave, run
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
-from common.graphs import add_graphs_flag, graph_forward, recorder_for
 from common.images import FITS, save_image
 from common.precision import DTYPES
 from inversion.photos import add_align_flag, open_faces
@@ -72,7 +71,6 @@ def build_parser() -> ArgumentParser:
     add("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
     add("--seed", type=int, default=0, help="of the samples of --latent_mask")
     add_device_flags(parser)
-    add_graphs_flag(parser, "encoder and generator on whole batches")
     return parser
 
 
@@ -129,7 +127,6 @@ def main(args) -> int:
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
     place = setup(args.device)
     try:
-        recorder = recorder_for(args.graphs, place.device)
         generator = load_generator(args.stylegan_weights, place.device) if args.stylegan_weights else None
         net = load_psp(path, place.device, generator)
         if generator is not None and net.decoder.fingerprint != generator.fingerprint:
@@ -142,8 +139,6 @@ def main(args) -> int:
                 f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
                 "pictures are supported"
             )
-        graph_forward(net.encoder, recorder)
-        graph_forward(net.decoder, recorder)
         size = max(net.config.input_size, net.image_size)
         pictures = open_faces(
             [args.data_path],

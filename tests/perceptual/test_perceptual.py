@@ -264,7 +264,9 @@ class Scorer(nn.Module):
 
 def test_scorer_features(monkeypatch):
     asked = []
-    monkeypatch.setattr("scorer.network.load_scorer", lambda name, device, weights_dir: asked.append(name) or Scorer())
+    monkeypatch.setattr(
+        "perceptual.lpips.load_scorer", lambda name, device, weights_dir: asked.append(name) or Scorer()
+    )
     perceptual = build_perceptual("scorer:runs/ü/smile.safetensors", weights_dir="w")
     assert asked == ["runs/ü/smile.safetensors"] and perceptual.name == "scorer-features(smile.safetensors)"
     assert_frozen_and_per_image(perceptual, 16)
