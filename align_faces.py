@@ -28,7 +28,7 @@ from PIL import Image, ImageCms
 from tqdm import tqdm
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_rank_flag, setup, shutdown
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
@@ -122,14 +122,14 @@ def main(args) -> None:
         )
         return
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
-    place = setup("cpu")
+    dist = setup("cpu")
     try:
         photos = list_photos([args.photos], args.output_dir)
         records = align_folder(
             photos,
             args.output_dir,
             settings,
-            place=place,
+            dist=dist,
             landmarks=args.landmarks,
             n_worker=args.n_worker,
             overwrite=args.overwrite,
@@ -138,7 +138,7 @@ def main(args) -> None:
         require_faces(records, args.output_dir)
     finally:
         shutdown()
-    if place.is_main:
+    if dist.is_main:
         n_faces = sum(len(record["faces"]) for record in records)
         print(
             f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {args.output_dir / 'aligned'}, "
@@ -208,4 +208,4 @@ def save_like(image, photo, path) -> Path:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

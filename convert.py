@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors, load_strictly, save_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.export import export_ema
 from common.images import save_image, to_uint8
 from interop.nvidia import differences, discriminator_tensors, generator_tensors, mean_latent
@@ -169,4 +169,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import CheckpointError
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, resolve_device
 from demo_app.expression import load_conditional
 from demo_app.page import serve
@@ -144,4 +144,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.grids import make_strip
 from common.images import save_image
@@ -139,15 +139,15 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     check_flags(args)
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
-        generator = load_generator(args.ckpt, place.device)
+        generator = load_generator(args.ckpt, dist.device)
         generator.compute_dtype = DTYPES[args.precision]
         if args.size and args.size != generator.config.size:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
-        scorer = load_scorer(args.scorer, place.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
+        scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
         others = [read_boundary(path, generator) for path in args.orthogonal_to.split(",") if path]
         if args.boundary:
             boundaries = [read_boundary(path, generator) for path in args.boundary]
@@ -156,19 +156,19 @@ def main(args) -> None:
                 boundaries = [orthogonalise(boundary, others, codes) for boundary in boundaries]
         else:
             args.attribute = args.attribute or "age"
-            boundaries = [make_boundary(args, generator, scorer, others, place)]
+            boundaries = [make_boundary(args, generator, scorer, others, dist)]
         shown = args.attribute if args.boundary and args.attribute else boundaries[0].attribute
         judges = Judges(
             scorer,
-            identity_or_none(args.identity, place.device, args.weights_dir),
-            perceptual_or_none(args.perceptual, place.device, args.weights_dir),
+            identity_or_none(args.identity, dist.device, args.weights_dir),
+            perceptual_or_none(args.perceptual, dist.device, args.weights_dir),
         )
         rows = []
-        mine = shard(len(source.names), place.rank, place.world_size)
+        mine = shard(len(source.names), dist.rank, dist.world_size)
         for i in tqdm(mine, desc="editing", unit="face", disable=None):
             rows += edit_face(args, generator, source, i, boundaries, judges, shown, layers)
         rows = [row for share in gather_list(rows) for row in share]
-        if place.is_main:
+        if dist.is_main:
             write_table(args.output_dir / "edits.csv", rows)
             print(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {args.output_dir}")
             for name, value in pair_targets(parse_targets(args.target or ()), boundaries).values():
@@ -196,7 +196,7 @@ def read_boundary(path, generator) -> Boundary:
     return load_boundary(path, space=space, width=width, fingerprint=generator.fingerprint)
 
 
-def make_boundary(args, generator, scorer, others, place) -> Boundary:
+def make_boundary(args, generator, scorer, others, dist) -> Boundary:
     """Sample, score, fit, project out the boundaries `others`, save. Every rank gets the same boundary."""
     if args.attribute.startswith("csv:"):
         seeds, scores, name = labelled_seeds(args.attribute.removeprefix("csv:"))
@@ -211,12 +211,12 @@ def make_boundary(args, generator, scorer, others, place) -> Boundary:
             batch=args.batch_size,
             first=args.seed,
             noise=args.noise,
-            place=place,
+            dist=dist,
         )
         balance = [scorer.column(other) for other in args.balance.split(",") if other]
         scores, balance = table[:, scorer.column(name)], table[:, balance] if balance else None
     boundary = None
-    if place.is_main:
+    if dist.is_main:
         codes = SampledCodes(generator, seeds)
         boundary = fit_boundary(
             codes,
@@ -381,4 +381,4 @@ def show_sweep(args, name, frames, captions):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
 from common.images import FITS, read_image, save_image
 from common.tables import write_table
@@ -118,11 +118,9 @@ def is_latents(paths) -> bool:
     return len(paths) == 1 and (path.suffix == ".npy" or (path / "latents.npy").is_file())
 
 
-def open_aligned(args, paths, size: int, folder: Path, place):
+def open_aligned(args, paths, size: int, folder: Path, dist):
     """Sources or references. Raises UserError where --paired would pair others for a photo that gave no face."""
-    pictures = open_faces(
-        paths, size, folder, align=args.align, place=place, fit=args.fit, weights_dir=args.weights_dir
-    )
+    pictures = open_faces(paths, size, folder, align=args.align, dist=dist, fit=args.fit, weights_dir=args.weights_dir)
     if args.paired and pictures.left_out:
         photo, reason = next(iter(pictures.left_out.items()))
         raise UserError(f"--paired: {photo} cannot take part ({reason}): leave it out with its partner")
@@ -134,16 +132,16 @@ def read_picture(pictures, position: int) -> torch.Tensor:
     return pictures.read(position)[None].float() / 127.5 - 1
 
 
-def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
+def invert(args, generator, reader: AttributeReader, identity, dist) -> Path:
     """Codes and noise of the pictures, each under its own attributes, into OUTPUT_DIR/inverted. Goes on where an
     earlier run ended."""
     config, space = generator.config, choose_space(generator, None)
-    pictures = open_aligned(args, args.source, config.size, args.output_dir, place)
+    pictures = open_aligned(args, args.source, config.size, args.output_dir, dist)
     try:
         settings = ProjectionSettings(steps=args.step, lr=args.lr, noise=args.noise, mse=args.mse)
     except ValueError as error:
         raise UsageError(f"--{error}".replace("--steps", "--step")) from None
-    perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
+    perceptual = build_perceptual(args.perceptual, dist.device, args.weights_dir)
     by = {"perceptual": perceptual.name, "identity": identity and identity.name}
     depends = (
         asdict(settings)
@@ -158,18 +156,18 @@ def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
             "attributes": reader.names,
         }
     )
-    store = Store(args.output_dir / "inverted", depends, overwrite=args.overwrite, main=place.is_main)
+    store = Store(args.output_dir / "inverted", depends, overwrite=args.overwrite, main=dist.is_main)
     barrier()
-    statistics = broadcast_object(store.statistics(generator, args.mean_samples) if place.is_main else None)
+    statistics = broadcast_object(store.statistics(generator, args.mean_samples) if dist.is_main else None)
 
     def own(image):  # alone, so that its company does not matter
-        return reader.read(image.to(place.device))[0]
+        return reader.read(image.to(dist.device))[0]
 
     work = Shard(
         generator,
         pictures,
         store,
-        place,
+        dist,
         settings=settings,
         space=space,
         perceptual=perceptual,
@@ -179,7 +177,7 @@ def invert(args, generator, reader: AttributeReader, identity, place) -> Path:
     )
     work.run(args.batch, statistics, torch.float32)
     reports = gather_list(work.report())
-    if place.is_main:
+    if dist.is_main:
         conclude(
             store,
             pictures,
@@ -218,20 +216,20 @@ def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, 
     return face
 
 
-def read_targets(args, known: Condition, reader: AttributeReader, size: int, place) -> list[Target]:
+def read_targets(args, known: Condition, reader: AttributeReader, size: int, dist) -> list[Target]:
     """What is asked for: of every reference, or of --set. Raises ValueError for attributes that are not known."""
     if args.set:
         return [Target("set", args.set, known.parse(args.set))]
     names = [name.strip() for name in args.attributes.split(",")] if args.attributes else known.attributes
     chosen = [known.index(name) for name in names]
     folder = args.output_dir / "references"
-    pictures = open_aligned(args, args.reference, size, folder, place)
-    if place.is_main:
+    pictures = open_aligned(args, args.reference, size, folder, dist)
+    if dist.is_main:
         write_skipped(folder, pictures.left_out)
     targets = []
     for i, name in enumerate(pictures.names):
         image = read_picture(pictures, i)
-        values = reader.read(image.to(place.device))[0]
+        values = reader.read(image.to(dist.device))[0]
         shown = pictures.read(i).permute(1, 2, 0).numpy()
         targets.append(Target(f"ref_{i}", name, {k: float(values[k]) for k in chosen}, shown))
     return targets
@@ -356,21 +354,21 @@ def summary(rows: list[dict], targets: list[Target], names) -> str:
 
 def main(args) -> int:
     check_flags(args)
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
         known = read_condition(args.ckpt)
-        generator = load_generator(args.ckpt, place.device)
-        reader = load_reader(args.ckpt, known, place.device, scorer=args.scorer, weights_dir=args.weights_dir)
+        generator = load_generator(args.ckpt, dist.device)
+        reader = load_reader(args.ckpt, known, dist.device, scorer=args.scorer, weights_dir=args.weights_dir)
         evaluator = None
         if args.eval_scorer:
-            evaluator = load_scorer(args.eval_scorer, place.device, weights_dir=args.weights_dir)
+            evaluator = load_scorer(args.eval_scorer, dist.device, weights_dir=args.weights_dir)
             AttributeReader(evaluator, known.attributes)  # knows them all
-        targets = read_targets(args, known, reader, generator.config.size, place)
-        identity = identity_or_none(args.identity, place.device, args.weights_dir)
-        folder = Path(args.source[0]) if is_latents(args.source) else invert(args, generator, reader, identity, place)
+        targets = read_targets(args, known, reader, generator.config.size, dist)
+        identity = identity_or_none(args.identity, dist.device, args.weights_dir)
+        folder = Path(args.source[0]) if is_latents(args.source) else invert(args, generator, reader, identity, dist)
         source = latents_source(generator, folder, truncation=1, mean=None, noise=None, noise_seed=None)
         folder = folder.parent if folder.suffix == ".npy" else folder
-        mine = shard(len(source.names), place.rank, place.world_size)
+        mine = shard(len(source.names), dist.rank, dist.world_size)
         pairs = pair_up(len(source.names), targets, args.paired)
         editor = Editor(
             args,
@@ -384,11 +382,11 @@ def main(args) -> int:
         for number, (i, target) in enumerate(pairs):
             wanted.setdefault(i, []).append((number, target))
         done = []
-        for i in tqdm(mine, desc="editing", unit="face", disable=not place.is_main):
+        for i in tqdm(mine, desc="editing", unit="face", disable=not dist.is_main):
             face = read_face(folder, generator, reader, source, i, args.start)
             done += [(number, *editor.edit(i, face, target)) for number, target in wanted[i]]
         done = sorted((item for share in gather_list(done) for item in share), key=lambda item: item[0])
-        if place.is_main:
+        if dist.is_main:
             write_table(args.output_dir / "edits.csv", [row for _, rows, _ in done for row in rows])
             frames = args.output_dir / "frames"
             columns = [
@@ -415,4 +413,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -24,9 +24,9 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
-from common.export import export_ema, export_judges
+from common.export import export_discriminator, export_ema
 from common.grids import save_grid
 from common.images import save_image
 from common.latents import parse_layers, parse_seeds, save_latents
@@ -243,9 +243,9 @@ def parse_numbers(text: str, flag: str) -> list[int]:
 # Kinds of output
 
 
-def write_pictures(generator, source: Source, place: Distributed, *, folder, grid, latents_folder, **settings) -> None:
+def write_pictures(generator, source: Source, dist: Distributed, *, folder, grid, latents_folder, **settings) -> None:
     """One PNG per picture, shared among the ranks; optional sheet and latents, by rank 0. Prints what was written."""
-    mine = shard(len(source.names), place.rank, place.world_size)
+    mine = shard(len(source.names), dist.rank, dist.world_size)
     kept_codes, kept_pictures = [], []
 
     def codes():
@@ -256,13 +256,13 @@ def write_pictures(generator, source: Source, place: Distributed, *, folder, gri
 
     condition = select_condition(source.condition, mine)
     pictures = render(generator, codes(), noise=noise_at(source.noise, mine), condition=condition, **settings)
-    for position, picture in zip(mine, progress(pictures, len(mine), place), strict=True):
+    for position, picture in zip(mine, progress(pictures, len(mine), dist), strict=True):
         save_image(picture, folder / f"{source.names[position]}.png")
         if grid is not None:
             kept_pictures.append(picture)
     kept_codes = gather_list(kept_codes)  # also: nobody says "done" before every rank is
     kept_pictures = gather_list(kept_pictures)
-    if not place.is_main:
+    if not dist.is_main:
         return
     print(f"{folder}: {len(source.names)} pictures, {source.names[0]}.png to {source.names[-1]}.png")
     if grid is not None:
@@ -289,7 +289,7 @@ def record(source: Source) -> dict:
     return {RECORD: source.about, CONDITION: {"values": source.condition.expand(len(source.names), -1).tolist()}}
 
 
-def write_mixture(generator, source: Source, place, *, rows, columns, layers, path, **settings) -> None:
+def write_mixture(generator, source: Source, dist, *, rows, columns, layers, path, **settings) -> None:
     """The mixing sheet: cell (r, c) is row r's code with `layers` of column c's, and row r's noise."""
     beyond = [i for i in rows + columns if i >= len(source.names)]
     if beyond:
@@ -305,12 +305,12 @@ def write_mixture(generator, source: Source, place, *, rows, columns, layers, pa
         r, c = pairs[index - len(points)]
         return mix(points[r], points[c], layers)
 
-    mine = shard(len(positions), place.rank, place.world_size)
+    mine = shard(len(positions), dist.rank, dist.world_size)
     own = [positions[i] for i in mine]
     settings |= {"noise": noise_at(source.noise, own), "condition": select_condition(source.condition, own)}
-    pictures = list(progress(render(generator, map(code, mine), **settings), len(mine), place))
+    pictures = list(progress(render(generator, map(code, mine), **settings), len(mine), dist))
     pictures = sum(gather_list(pictures), [])
-    if place.is_main:
+    if dist.is_main:
         margin, cells = pictures[: len(points)], pictures[len(points) :]
         save_image(mixing_sheet(margin[: len(rows)], margin[len(rows) :], cells), path)
         print(
@@ -319,7 +319,7 @@ def write_mixture(generator, source: Source, place, *, rows, columns, layers, pa
         )
 
 
-def write_loop(generator, source: Source, place, *, z, truncation, mean, frames, path, fps, **settings) -> None:
+def write_loop(generator, source: Source, dist, *, z, truncation, mean, frames, path, fps, **settings) -> None:
     """The closed loop through all codes as a video. z: the points in z, or None for the straight way in w.
 
     At every point stands that seed's or latent's own picture, with its own noise, which is blended on the way. The
@@ -353,16 +353,16 @@ def write_loop(generator, source: Source, place, *, z, truncation, mean, frames,
 
     def pictures():
         total, step = n * frames, settings["batch"]
-        for start in range(0, total, step * place.world_size):
-            first = start + step * place.rank
+        for start in range(0, total, step * dist.world_size):
+            first = start + step * dist.rank
             block = range(min(first, total), min(first + step, total))
             maps_of = functools.partial(noise, block) if changing else source.noise
             frames_of = render(generator, codes(block), noise=maps_of, condition=condition(block), **settings)
             for part in gather_list(list(frames_of)):
                 yield from part
 
-    video = progress(pictures(), n * frames, place)
-    if place.is_main:
+    video = progress(pictures(), n * frames, dist)
+    if dist.is_main:
         save_video(video, path, fps)
         print(f"{path}: {n * frames} frames through {n} points, {n * frames / fps:.1f} s")
     else:
@@ -384,23 +384,23 @@ def export(generator, args) -> None:
     identity = export_ema(state, args.export, half=args.half, base=args.base)
     print(f"{args.export}: {config.space} generator, {config.size} px, fingerprint {identity}")
     if args.with_d:
-        print(f"{export_judges(stored, args.export, half=args.half)}: its discriminator")
+        print(f"{export_discriminator(stored, args.export, half=args.half)}: its discriminator")
 
 
-def progress(items, total: int, place: Distributed):
-    return tqdm(items, total=total, disable=not place.is_main, unit="picture", dynamic_ncols=True)
+def progress(items, total: int, dist: Distributed):
+    return tqdm(items, total=total, disable=not dist.is_main, unit="picture", dynamic_ncols=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def truncation_mean(generator: Generator, args, place: Distributed) -> torch.Tensor | None:
+def truncation_mean(generator: Generator, args, dist: Distributed) -> torch.Tensor | None:
     """Mean code [1, L, D] on the CPU where truncation needs one: computed by rank 0, the same on all."""
     if args.truncation == 1:
         return None
-    if place.is_main:
+    if dist.is_main:
         print(f"mean of {args.truncation_mean} codes ...", file=sys.stderr)
-    return broadcast_object(generator.mean_latent(args.truncation_mean).cpu() if place.is_main else None)
+    return broadcast_object(generator.mean_latent(args.truncation_mean).cpu() if dist.is_main else None)
 
 
 def ask_for(source: Source, args) -> Source:
@@ -415,19 +415,19 @@ def ask_for(source: Source, args) -> Source:
 
 def main(args) -> int:
     task = read_options(args)
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
-        generator = load_generator(args.ckpt, place.device)
+        generator = load_generator(args.ckpt, dist.device)
         config = generator.config
         layers = parse_layers(args.mix_layers, config.n_tokens, "--mix_layers") if task.kind == "mix" else []
-        if args.export and place.is_main:
+        if args.export and dist.is_main:
             export(generator, args)
         if task.kind == "export":
             return 0
 
         folder = Path(args.output_dir)
         settings = {"batch": args.batch, "dtype": DTYPES[args.precision]}
-        trunc = {"truncation": args.truncation, "mean": truncation_mean(generator, args, place)}
+        trunc = {"truncation": args.truncation, "mean": truncation_mean(generator, args, dist)}
         if args.latents:
             source = latents_source(generator, args.latents, **trunc, noise=args.noise, noise_seed=args.noise_seed)
         else:
@@ -444,7 +444,7 @@ def main(args) -> int:
             write_mixture(
                 generator,
                 source,
-                place,
+                dist,
                 rows=task.rows,
                 columns=task.columns,
                 layers=layers,
@@ -456,7 +456,7 @@ def main(args) -> int:
             write_loop(
                 generator,
                 source,
-                place,
+                dist,
                 z=z,
                 **trunc,
                 frames=args.frames,
@@ -467,7 +467,7 @@ def main(args) -> int:
         else:
             latents_folder = None if args.save_latents is None else Path(args.save_latents or folder / "latents")
             write_pictures(
-                generator, source, place, folder=folder, grid=args.grid, latents_folder=latents_folder, **settings
+                generator, source, dist, folder=folder, grid=args.grid, latents_folder=latents_folder, **settings
             )
     finally:
         shutdown()
@@ -475,4 +475,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -34,7 +34,7 @@ import PIL
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.images import FITS, RESAMPLE, ImageError, fit_image, list_images, read_image
 from common.lmdb_store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, sources_digest
 
@@ -357,4 +357,4 @@ def _refuse_bad(path: Path, out: Path, writer: StoreWriter, max_bad: int | float
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shutdown
 from common.images import FITS
 from common.latents import load_latents
@@ -237,9 +237,9 @@ def load_start(path: str, generator: Generator, space: str, names: list[str]):
 
 def main(args) -> int:
     settings = read_settings(args)
-    place = setup(args.device, timeout=PATIENCE.total_seconds())
+    dist = setup(args.device, timeout=PATIENCE.total_seconds())
     try:
-        generator = load_generator(args.ckpt, place.device)
+        generator = load_generator(args.ckpt, dist.device)
         config = generator.config
         if args.size not in (None, config.size):
             raise UserError(f"--size {args.size}, but the generator in {args.ckpt} makes {config.size} pixels")
@@ -249,13 +249,13 @@ def main(args) -> int:
             config.size,
             Path(args.output_dir),
             align=args.align,
-            place=place,
+            dist=dist,
             fit=args.fit,
             weights_dir=args.weights_dir,
         )
         dtype = DTYPES[args.precision]
-        perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
-        identity = identity_or_none(args.identity, place.device, args.weights_dir)
+        perceptual = build_perceptual(args.perceptual, dist.device, args.weights_dir)
+        identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         start = Start(args.init, generator, space, pictures.names)
         by = {"perceptual": perceptual.name, "identity": identity and identity.name}
         depends = (
@@ -272,15 +272,15 @@ def main(args) -> int:
                 "mean_samples": args.mean_samples,
             }
         )
-        store = Store(args.output_dir, depends, overwrite=args.overwrite, main=place.is_main)
+        store = Store(args.output_dir, depends, overwrite=args.overwrite, main=dist.is_main)
         barrier()
-        statistics = store.statistics(generator, args.mean_samples) if place.is_main else None
+        statistics = store.statistics(generator, args.mean_samples) if dist.is_main else None
         statistics = broadcast_object(statistics)
         work = Shard(
             generator,
             pictures,
             store,
-            place,
+            dist,
             start=start,
             settings=settings,
             space=space,
@@ -291,7 +291,7 @@ def main(args) -> int:
         )
         work.run(args.batch, statistics, dtype)
         reports = gather_list(work.report())
-        if place.is_main:
+        if dist.is_main:
             conclude(store, pictures, reports, space=space, fingerprint=generator.fingerprint, by=by)
     finally:
         shutdown()
@@ -299,4 +299,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from common.checkpoint import latest_checkpoint, load_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, leave, require_one_start, run
+from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, require_one_start, run_script
 from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
 from common.interrupt import StopSignal
 from common.precision import DTYPES
@@ -224,7 +224,7 @@ def start_monitor(trainer: Trainer, run: Run, args):
         n=args.eval_samples,
         extractor=args.extractor,
         batch=trainer.settings.micro_batch or args.batch,
-        place=trainer.place,
+        dist=trainer.dist,
         start_step=trainer.step,
         header=trainer.header(),
     )
@@ -236,26 +236,26 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
     begins: the run folder has no checkpoint yet and gets one first: a path that cannot be written shows now, not after
     hours, and a rollback has something to go back to.
     """
-    place, total = trainer.place, args.iter
-    outputs = Outputs(run, trainer, args) if place.is_main else None
+    dist, total = trainer.dist, args.iter
+    outputs = Outputs(run, trainer, args) if dist.is_main else None
     monitor = start_monitor(trainer, run, args) if args.eval_every else None
     options = dict(vars(args))
-    progress = Progress(trainer, total, args.batch * place.world_size)
+    progress = Progress(trainer, total, args.batch * dist.world_size)
     rollbacks, saved = 0, -1
 
     def save():
         nonlocal saved
         state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}
-        if place.is_main:
+        if dist.is_main:
             outputs.save(state)
         saved = trainer.step
         barrier()
 
     if begins:
-        if place.is_main:
+        if dist.is_main:
             outputs.sample()
         save()
-    bar = StepBar(total, trainer.step, main=place.is_main)
+    bar = StepBar(total, trainer.step, main=dist.is_main)
     with bar:  # closed before any error line is printed
         while trainer.step < total:
             asked = time.perf_counter()
@@ -275,7 +275,7 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
                     ("eval", args.eval_every or total),
                 )
             }
-            if place.world_size == 1:
+            if dist.world_size == 1:
                 ending = stop.raised
             else:
                 ending = due["log"] and any(gather_list(stop.raised))
@@ -288,11 +288,11 @@ def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, 
                     rollbacks += 1
                     roll_back(trainer, sampler, batches, run, args, bad, rollbacks)
                     bar.n = trainer.step
-                    progress = Progress(trainer, total, args.batch * place.world_size)
+                    progress = Progress(trainer, total, args.batch * dist.world_size)
                     continue
-                if place.is_main:
+                if dist.is_main:
                     write_log(run, trainer, metrics, progress.read(), bar)
-            if due["sample"] and place.is_main:
+            if due["sample"] and dist.is_main:
                 outputs.sample()
             if monitor is not None and due["eval"]:
                 monitor.evaluate(trainer.g_ema, step, sampler.position)
@@ -385,7 +385,7 @@ def main(args) -> int:
     asked = read_condition_settings(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    place: Distributed = setup(args.device)
+    dist: Distributed = setup(args.device)
     try:
         state, source = find_start(args)
         stored = stored_architecture(args, state, source)
@@ -398,16 +398,16 @@ def main(args) -> int:
         args.noise = read_noise(args, state, source)
         settings = replace(settings, noise=args.noise)
         dataset = open_dataset(args.path, config.size)
-        reader = find_reader(args, state, source, stored, place.device)
+        reader = find_reader(args, state, source, stored, dist.device)
         asked = replace(asked, light=args.light)
         trainer = build_trainer(
-            config, settings, place, asked=asked, reader=reader, dataset=dataset, args=args, state=state
+            config, settings, dist, asked=asked, reader=reader, dataset=dataset, args=args, state=state
         )
         try:
             sampler = InfiniteSampler(
                 len(dataset),
-                rank=place.rank,
-                world_size=place.world_size,
+                rank=dist.rank,
+                world_size=dist.world_size,
                 seed=args.seed,
                 source_weights=args.source_weights,
                 names=dataset.names,
@@ -420,24 +420,24 @@ def main(args) -> int:
                 sampler.load(state["sampler"])
         elif args.init_from:
             init_from(trainer, args.init_from)
-        if args.wandb and place.is_main:
+        if args.wandb and dist.is_main:
             start_wandb(args)  # before the TensorBoard writer, which it mirrors
         barrier()  # no rank writes before every rank has looked at the folder
-        run_folder = Run(args.exp_name, args, main=place.is_main, resume_step=trainer.step + 1 if state else None)
-        batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=place.device)
+        run_folder = Run(args.exp_name, args, main=dist.is_main, resume_step=trainer.step + 1 if state else None)
+        batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=dist.device)
         with run_folder as opened:
             if args.micro_batch == "auto":
                 settings = fit_micro_batch(trainer, next(batches)).settings
-                sampler.advance(-args.batch * place.world_size)
+                sampler.advance(-args.batch * dist.world_size)
                 batches.restart()
-            if place.is_main:
+            if dist.is_main:
                 start, group = f"continuing {source}" if state else "a new run", settings.micro_batch or settings.batch
                 print(
                     f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
-                    f"step {trainer.step} of {args.iter}, batch {args.batch} x {place.world_size} "
-                    f"on {place.device}, minibatch deviation over {stddev_group(group)}"
+                    f"step {trainer.step} of {args.iter}, batch {args.batch} x {dist.world_size} "
+                    f"on {dist.device}, minibatch deviation over {stddev_group(group)}"
                 )
-                warn_of(settings, place.world_size)
+                warn_of(settings, dist.world_size)
             begins = source is None or source.resolve().parent != opened.path("checkpoint").resolve()
             train(trainer, batches, sampler, opened, args, StopSignal(), begins=begins)
     finally:
@@ -446,4 +446,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

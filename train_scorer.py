@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from common.checkpoint import atomic_write, latest_checkpoint, load_checkpoint, save_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, resolve_device
 from common.grids import make_strip, save_grid
 from common.images import check_header, fit_image, list_images, read_image, save_image
@@ -435,4 +435,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -33,7 +33,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import write_trace  # noqa: E402
-from common.cli import ArgumentParser, leave, run  # noqa: E402
+from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.images import list_images  # noqa: E402
 from common.lmdb_store import image_key  # noqa: E402
 from common.runs import read_log  # noqa: E402
@@ -267,4 +267,4 @@ def measure_wait(args, folder, sizes):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

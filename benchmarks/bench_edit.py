@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import child, circumstances, write_trace  # noqa: E402
-from common.cli import ArgumentParser, leave, run  # noqa: E402
+from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
 from editing.boundary import fit_boundary, pick_extremes, separate  # noqa: E402
@@ -221,4 +221,4 @@ def measure_sweep(args):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

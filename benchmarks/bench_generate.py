@@ -40,7 +40,7 @@ from benchmarks.measuring import (  # noqa: E402
     total_seconds,
     write_trace,
 )
-from common.cli import ArgumentParser, leave, run  # noqa: E402
+from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
@@ -259,4 +259,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
-from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
+from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from inversion.projection import mean_squared_error, project  # noqa: E402
 from inversion.state import Clock, ProjectionSettings  # noqa: E402
@@ -234,4 +234,4 @@ def ratios(row, reference) -> list[float]:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
 from benchmarks.measuring import child, circumstances, headline, median_seconds  # noqa: E402
 from benchmarks.rounds import seconds_per_step  # noqa: E402
-from common.cli import ArgumentParser, leave, run  # noqa: E402
+from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import Distributed, resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig  # noqa: E402
@@ -209,4 +209,4 @@ def measure_training(args, device, original, precision):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import Budget, circumstances, headline, median_seconds, write_trace  # noqa: E402
-from common.cli import ArgumentParser, UserError, leave, run  # noqa: E402
+from common.cli import ArgumentParser, UserError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from layers import make_kernel  # noqa: E402
@@ -254,4 +254,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from common.cli import ArgumentParser, UserError, leave, run
+from common.cli import ArgumentParser, UserError, run_script
 from common.distributed import tune_allocator
 from common.runs import peak_bytes  # noqa: E402
 from metrics.manifold import BLOCK, PAIRS, SPARE, compute_prdc
@@ -210,4 +210,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -39,7 +39,7 @@ from benchmarks.measuring import (  # noqa: E402
     write_trace,
 )
 from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
-from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
+from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
@@ -101,7 +101,7 @@ def rows_of(args):
 # Ours and the original formulation
 
 
-def make_trainer(row: Row, args, place: Distributed) -> Trainer:
+def make_trainer(row: Row, args, dist: Distributed) -> Trainer:
     config = GeneratorConfig(
         row.size,
         n_mlp=args.n_mlp,
@@ -112,16 +112,16 @@ def make_trainer(row: Row, args, place: Distributed) -> Trainer:
     settings = TrainSettings(
         batch=row.batch, precision=row.precision, augment=args.augment is not None, augment_p=args.augment or 0.0
     )
-    trainer = Trainer(config, settings, place)
+    trainer = Trainer(config, settings, dist)
     if row.formulation == ORIGINAL:  # same parameters, buffers, losses and optimisers, other arithmetic
         trainer.g.__class__ = trainer.g_ema.__class__ = BaselineGenerator
         trainer.d.__class__ = BaselineDiscriminator
     return trainer
 
 
-def our_round(row: Row, args, place: Distributed) -> Round:
-    trainer = make_trainer(row, args, place)
-    settings, device = trainer.settings, place.device
+def our_round(row: Row, args, dist: Distributed) -> Round:
+    trainer = make_trainer(row, args, dist)
+    settings, device = trainer.settings, dist.device
     images = torch.randint(0, 256, (row.batch, 3, row.size, row.size), dtype=torch.uint8).to(device)
 
     def optimised(optimiser, network, phase, name):
@@ -129,7 +129,7 @@ def our_round(row: Row, args, place: Distributed) -> Round:
 
     def average():
         if settings.augment:
-            trainer.ada.update(all_reduce=torch.distributed.all_reduce if place.world_size > 1 else None)
+            trainer.ada.update(all_reduce=torch.distributed.all_reduce if dist.world_size > 1 else None)
         trainer.average()
 
     phases = {
@@ -150,14 +150,14 @@ def our_round(row: Row, args, place: Distributed) -> Round:
 def measure_here(row: Row, args) -> dict:
     """The row in this process: one of a group, or alone."""
     if row.formulation == ORIGINAL:
-        place = Distributed(0, 0, 1, resolve_device(args.device), None)  # on a CPU without our allocator setting
+        dist = Distributed(0, 0, 1, resolve_device(args.device), None)  # on a CPU without our allocator setting
     else:
-        place = setup(args.device)
-    forget_peak(place.device)
+        dist = setup(args.device)
+    forget_peak(dist.device)
     try:
-        game = our_round(row, args, place)
+        game = our_round(row, args, dist)
         return measure_round(
-            game, row.batch * row.processes, repeats=args.repeats, steps=args.steps, device=place.device
+            game, row.batch * row.processes, repeats=args.repeats, steps=args.steps, device=dist.device
         )
     finally:
         shutdown()
@@ -298,4 +298,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import forget_peak, median_seconds, peak_memory  # noqa: E402
 from benchmarks.rounds import Round, measure_round  # noqa: E402
-from common.cli import ArgumentParser, UsageError, leave, run  # noqa: E402
+from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 
 R1, PATH, PATH_DECAY, MIXING = 10.0, 2.0, 0.01, 0.9
 D_REG_EVERY, G_REG_EVERY, PATH_SHRINK = 16, 4, 2
@@ -285,4 +285,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

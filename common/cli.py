@@ -6,7 +6,7 @@ Exit status 0 on success, 1 on a user's mistake or a failing machine (one `error
     def build_parser(): parser = ArgumentParser(description=__doc__); ...; return parser
     def main(args): ...
     if __name__ == "__main__":
-        leave(run(main, build_parser()))
+        run_script(main, build_parser())
 """
 
 import argparse
@@ -103,7 +103,12 @@ def run(main, parser, argv=None):
         return _report(f"error: {message}", 2 if isinstance(error, UsageError) else 1)
 
 
-def leave(status):
+def run_script(main, parser):
+    """Parse the command line, call `main(args)`, and end the process with the status of `run`."""
+    exit_process(run(main, parser))
+
+
+def exit_process(status):
     """End the process with `status`. One of several ranks ends without taking the interpreter apart.
 
     While Python does that, a thread of torch.distributed that still lets go of a tensor aborts the process (SIGABRT;

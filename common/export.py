@@ -41,13 +41,13 @@ def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
     return other is not None and tensor.dtype == other.dtype and torch.equal(tensor.cpu(), other)
 
 
-def judges_file(path: str | Path) -> Path:
+def discriminator_file(path: str | Path) -> Path:
     """Where the discriminator of an exported generator is kept: face.safetensors -> face-d.safetensors."""
     path = Path(path)
     return path.with_name(f"{path.stem}-d{path.suffix}")
 
 
-def export_judges(state: dict, path: str | Path, *, half: bool = False) -> Path:
+def export_discriminator(state: dict, path: str | Path, *, half: bool = False) -> Path:
     """The discriminator of a training state, and its critic if there is one, beside the exported generator `path`:
     tensors `d.NAME` and `critic.NAME`, in the header `config` and `aid`. train.py --init_from takes it along."""
     tensors = {
@@ -55,5 +55,5 @@ def export_judges(state: dict, path: str | Path, *, half: bool = False) -> Path:
         for kind in ("d", "critic")
         for name, tensor in state.get(kind, {}).items()
     }
-    save_safetensors(judges_file(path), tensors, {"config": state["config"], "aid": state.get("aid", "")})
-    return judges_file(path)
+    save_safetensors(discriminator_file(path), tensors, {"config": state["config"], "aid": state.get("aid", "")})
+    return discriminator_file(path)

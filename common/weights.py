@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from common.checkpoint import atomic_write, require_file
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -302,4 +302,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -89,14 +89,14 @@ def separable_ratio(labels: np.ndarray) -> float:
     return count / len(ordered)
 
 
-def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise="random", place=None) -> np.ndarray:
+def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise="random", dist=None) -> np.ndarray:
     """Scores float32 [n, A] of the pictures of seeds first .. first + n - 1, columns as scorer.names.
 
     folder: where chunks are kept; those that are there are not computed again. batch: pictures at a time on a GPU; it
-    changes nothing on a CPU. place: a Distributed; the ranks share the work and all return the whole. Raises
+    changes nothing on a CPU. dist: a Distributed; the ranks share the work and all return the whole. Raises
     SamplesError when the folder holds samples of another generator, scorer, seed, noise or precision.
     """
-    place = place or Distributed(0, 0, 1, generator.token.device, None)
+    dist = dist or Distributed(0, 0, 1, generator.token.device, None)
     folder = Path(folder)
     about = {
         "generator": generator.fingerprint,
@@ -107,12 +107,12 @@ def score_samples(generator, scorer, n: int, *, folder, batch=25, first=0, noise
         "chunk": CHUNK,
         "precision": str(generator.compute_dtype).removeprefix("torch."),
     }
-    if place.is_main:
+    if dist.is_main:
         _claim(folder, about)
     barrier()
     starts = list(range(0, n, CHUNK))
     missing = [start for start in starts if not _chunk_path(folder, start).is_file()]
-    mine = [missing[i] for i in shard(len(missing), place.rank, place.world_size)]
+    mine = [missing[i] for i in shard(len(missing), dist.rank, dist.world_size)]
     for start in tqdm(mine, unit_scale=CHUNK, unit="sample", desc="scoring samples", disable=None):
         seeds = range(first + start, first + start + CHUNK)  # whole chunks, so that a larger n goes on from them
         scores = _score(generator, scorer, seeds, noise, batch)

@@ -341,8 +341,8 @@ def _composite(photo, layers, alignment):
 
 def _feather_mask(size, feather) -> np.ndarray:
     """[size, size], 1 inside, falling smoothly to 0 at the border over `feather` of the side."""
-    place = (np.arange(size) + 0.5) / size
-    ramp = np.clip(np.minimum(place, 1 - place) / max(feather, 1e-9), 0, 1)
+    dist = (np.arange(size) + 0.5) / size
+    ramp = np.clip(np.minimum(dist, 1 - dist) / max(feather, 1e-9), 0, 1)
     ramp = ramp * ramp * (3 - 2 * ramp)
     return np.outer(ramp, ramp)
 

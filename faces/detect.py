@@ -168,12 +168,12 @@ def _window(photo, corner, span, size) -> _Window:
     high = np.clip(np.ceil(corner + span), low + 1, photo.size).astype(int)
     scale = size / span
     inner = np.maximum(np.round((high - low) * scale), 1).astype(int)
-    place = np.round((low - corner) * scale).astype(int)
+    dist = np.round((low - corner) * scale).astype(int)
     part = photo.resize(tuple(inner), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=3.0)
     canvas = Image.new("RGB", tuple(int(v) for v in size), GREY)
-    canvas.paste(part, tuple(int(v) for v in place))
+    canvas.paste(part, tuple(int(v) for v in dist))
     scale = inner / (high - low)
-    return _Window(np.asarray(canvas), np.diag(1 / scale), low - place / scale + 0.0)
+    return _Window(np.asarray(canvas), np.diag(1 / scale), low - dist / scale + 0.0)
 
 
 def _turned_window(photo, middle, span, size, degrees) -> _Window:

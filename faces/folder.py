@@ -161,8 +161,8 @@ def _given_landmarks(task):
 # -- a folder ------------------------------------------------------------------------------------------------------
 
 
-def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
-    """Aligns photos, as `list_photos` gives them; each process of `place` does its share.
+def align_folder(photos, output_dir, settings, *, dist, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
+    """Aligns photos, as `list_photos` gives them; each process of `dist` does its share.
 
     photos: {source: path}; records of faces and photos bear the source. landmarks: JSON file {photo: landmarks} of
     faces given by hand. Returns the records, in the order of the photos; `require_faces` tells whether any has a face.
@@ -186,10 +186,10 @@ def align_folder(photos, output_dir, settings, *, place, landmarks=None, n_worke
             }
         )
     barrier()  # every process has read the earlier records before one writes
-    mine = [tasks[i] for i in shard(len(tasks), place.rank, place.world_size)]
-    parts = gather_list(_align_all(mine, earlier, output_dir, n_worker, place))
+    mine = [tasks[i] for i in shard(len(tasks), dist.rank, dist.world_size)]
+    parts = gather_list(_align_all(mine, earlier, output_dir, n_worker, dist))
     records = [record for part in parts for record in part]
-    if place.is_main:
+    if dist.is_main:
         _write_results(output_dir, settings, records)
     barrier()
     return records
@@ -228,16 +228,16 @@ def count_outcomes(records) -> str:
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
 
 
-def _align_all(tasks, earlier, output_dir, n_worker, place) -> list[dict]:
+def _align_all(tasks, earlier, output_dir, n_worker, dist) -> list[dict]:
     """Records in the order of the tasks; each crop is written, then its record appended to the journal."""
     done = {task["source"]: earlier[task["source"]] for task in tasks if _is_done(task, earlier, output_dir)}
     todo = [task for task in tasks if task["source"] not in done]
     if not todo:
         return [done[task["source"]] for task in tasks]
-    journal = output_dir / f".alignment-{place.rank}.jsonl"
+    journal = output_dir / f".alignment-{dist.rank}.jsonl"
     journal.parent.mkdir(parents=True, exist_ok=True)
     results = align_photos(todo, n_worker)
-    results = tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None if place.is_main else True)
+    results = tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None if dist.is_main else True)
     with open(journal, "a", encoding="utf-8") as log:
         # The empty line ends one that a kill may have torn
         log.write("\n" + json.dumps({"settings": asdict(todo[0]["settings"]), "version": VERSION}) + "\n")

@@ -1,6 +1,6 @@
 """What the inverting scripts read: faces as they are, or with `--align auto` photos, which are aligned first.
 
-    pictures = open_faces(["photos/"], 256, Path("inverted"), align="auto", place=setup())
+    pictures = open_faces(["photos/"], 256, Path("inverted"), align="auto", dist=setup())
 
 Used by projector.py, pSp/scripts/inference.py and edit_conditional.py. An encoder or generator of aligned faces makes
 little of a face that lies elsewhere in the picture, so that raw photos without the flag are worth a warning.
@@ -36,7 +36,7 @@ def open_faces(
     folder: Path,
     *,
     align: str,
-    place: Distributed,
+    dist: Distributed,
     fit: str = "crop",
     weights_dir: Path | None = None,
     limit: int | None = None,
@@ -53,7 +53,7 @@ def open_faces(
         return pictures
     known = list(zip(pictures.paths, pictures.alignment(), strict=True))[:limit]
     if align == "off":
-        if place.is_main:
+        if dist.is_main:
             warn_of_photos(known[:LOOKED_AT], size)
         return pictures
     source_of = {path: source for source, path in list_photos(sources, folder).items()}
@@ -61,12 +61,12 @@ def open_faces(
     raw = {source_of[path]: path for path, aligned in known if not aligned}
     if not raw:
         return pictures
-    n_worker = max(1, (os.cpu_count() or 1) // place.world_size)
+    n_worker = max(1, (os.cpu_count() or 1) // dist.world_size)
     records = align_folder(
         dict(sorted(raw.items())),
         folder,
         AlignSettings(size=size),
-        place=place,
+        dist=dist,
         n_worker=n_worker,
         weights_dir=weights_dir,
     )

@@ -1,6 +1,6 @@
 """The pictures of one process: projected one after the other into the store of a run (projection.py does the work).
 
-share = Shard(generator, pictures, store, place, start=start, settings=settings, space=space, perceptual=perceptual,
+share = Shard(generator, pictures, store, dist, start=start, settings=settings, space=space, perceptual=perceptual,
               identity=identity, seed=0)
 share.run(batch, statistics, torch.float32)
 reports = gather_list(share.report())                                   # for results.conclude
@@ -40,7 +40,7 @@ class Shard:
         generator,
         pictures,
         store: Store,
-        place: Distributed,
+        dist: Distributed,
         *,
         start,
         settings,
@@ -50,10 +50,10 @@ class Shard:
         seed: int,
         video: str | None = None,
     ):
-        self.generator, self.pictures, self.store, self.place = generator, pictures, store, place
+        self.generator, self.pictures, self.store, self.dist = generator, pictures, store, dist
         self.start, self.settings, self.space, self.seed, self.video = start, settings, space, seed, video
         self.perceptual, self.identity = perceptual, identity
-        self.mine = shard(len(pictures), place.rank, place.world_size)
+        self.mine = shard(len(pictures), dist.rank, dist.world_size)
         self.keys: dict[int, str] = {}  # position -> key of its part
         self.skipped: dict[int, str] = {}  # position -> reason
         self.work: dict[int, tuple[int, torch.Tensor, Task]] = {}  # number of a task -> position, uint8 picture, task
@@ -62,7 +62,7 @@ class Shard:
         self.files = file_names(pictures.names)
         self.bar = tqdm(
             total=len(self.mine) * settings.steps,
-            disable=not place.is_main,
+            disable=not dist.is_main,
             unit="step",
             unit_scale=True,
             dynamic_ncols=True,
@@ -134,7 +134,7 @@ class Shard:
     def watch(self, numbers, steps, images, losses) -> None:
         self.bar.update(len(numbers))
         self.calls += 1
-        if self.calls % 20 == 1 and self.place.is_main:
+        if self.calls % 20 == 1 and self.dist.is_main:
             self.bar.set_postfix_str(f"loss {float(losses.mean()):.4f}, images {numbers[0] + 1}-{numbers[-1] + 1}")
         if self.video:
             every = max(1, self.settings.steps // FRAMES)

@@ -33,7 +33,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
 from common.latents import parse_layers
 from common.runs import write_json
@@ -94,13 +94,13 @@ def build_parser() -> ArgumentParser:
 
 
 def sweep_faces(
-    name, generator, source, boundary: Boundary, judges: Judges, distances, *, place: Distributed, layers=None, n=0
+    name, generator, source, boundary: Boundary, judges: Judges, distances, *, dist: Distributed, layers=None, n=0
 ) -> Sweep:
     """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion, on every rank."""
     count = min(n, len(source.names)) if n else len(source.names)
     kept = {"scores": [], "identity": [], "perceptual": []}
-    mine = shard(count, place.rank, place.world_size)
-    for i in tqdm(mine, desc=name, unit="face", disable=None if place.is_main else True):
+    mine = shard(count, dist.rank, dist.world_size)
+    for i in tqdm(mine, desc=name, unit="face", disable=None if dist.is_main else True):
         (code,) = source.codes([i])
         codes = edit_codes(code.numpy(), [boundary], distances * boundary.std, layers=layers)
         codes = np.concatenate((code.numpy()[None], codes))  # the inversion first: what all are compared with
@@ -252,27 +252,27 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
 
 def main(args) -> int:
     ckpts, boundaries, names = read_rows(args)
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
-        measure(args, ckpts, boundaries, names, place)
+        measure(args, ckpts, boundaries, names, dist)
     finally:
         shutdown()
     return 0
 
 
-def measure(args, ckpts, boundaries, names, place: Distributed) -> None:
+def measure(args, ckpts, boundaries, names, dist: Distributed) -> None:
     """Every row, its faces shared among the ranks; rank 0 writes."""
     distances = np.linspace(-args.reach, args.reach, args.steps)
     distances[args.steps // 2] = 0  # the inversion itself, whatever was rounded
     judges = Judges(
-        load_scorer(args.scorer, place.device, weights_dir=args.weights_dir),
-        identity_or_none(args.identity, place.device, args.weights_dir),
-        perceptual_or_none(args.perceptual, place.device, args.weights_dir),
+        load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir),
+        identity_or_none(args.identity, dist.device, args.weights_dir),
+        perceptual_or_none(args.perceptual, dist.device, args.weights_dir),
     )
     attribute, column, kinds = None, None, [a.kind for a in judges.scorer.attributes]
     sweeps, facts = [], []
     for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, boundaries, strict=True)):
-        generator = load_generator(ckpt, place.device)
+        generator = load_generator(ckpt, dist.device)
         boundary = load_boundary(path, fingerprint=generator.fingerprint)
         if attribute not in (None, boundary.attribute):
             raise UserError(f"{path} is a boundary of {boundary.attribute}, {boundaries[0]} of {attribute}")
@@ -281,7 +281,7 @@ def measure(args, ckpts, boundaries, names, place: Distributed) -> None:
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         name = names[k] if names else (source.about["space"] or generator.config.space).upper()
         sweep = sweep_faces(
-            name, generator, source, boundary, judges, distances, layers=layers, n=args.faces, place=place
+            name, generator, source, boundary, judges, distances, layers=layers, n=args.faces, dist=dist
         )
         if sweeps and sweep.faces != sweeps[0].faces:
             raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
@@ -296,7 +296,7 @@ def measure(args, ckpts, boundaries, names, place: Distributed) -> None:
                 "fingerprint": generator.fingerprint,
             }
         )
-    if not place.is_main:
+    if not dist.is_main:
         return
     amount = args.at or DEFAULT_AT.get(kinds[column], float(np.std(sweeps[0].scores[:, sweeps[0].origin, column])))
     rows = summarise(sweeps, column, kinds, amount)
@@ -357,4 +357,4 @@ def write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, 
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

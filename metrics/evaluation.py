@@ -123,7 +123,7 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
     nearest_k = getattr(args, "nearest_k", None)
     if nearest_k is not None and nearest_k < 1:
         raise UsageError(f"--nearest_k must be at least 1, got {nearest_k}")
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
         # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
         as_published = args.protocol == "paper" and metrics == ("prdc",)
@@ -131,7 +131,7 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
             args.extractor,
             PROTOCOLS[args.protocol],
             weights_dir=args.weights_dir,
-            device=place.device,
+            device=dist.device,
             preferred=("vgg16", *AUTO[1:]) if as_published else AUTO,
         )
 
@@ -141,7 +141,7 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
             if not path.exists() and path.with_suffix(".safetensors").exists():
                 path = path.with_suffix(".safetensors")  # a training that goes on has shrunk it meanwhile
             return open_source(
-                path, size=size, ckpt=args.ckpt, sampling=sampling, device=place.device, workers=args.workers
+                path, size=size, ckpt=args.ckpt, sampling=sampling, device=dist.device, workers=args.workers
             )
 
         def features(source, seed):
@@ -154,7 +154,7 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
                     args.n_sample,
                     seed=seed,
                     batch=args.batch,
-                    place=place,
+                    dist=dist,
                     cache_dir=cache_folder(args),
                     order="drawn" if as_published else None,
                 )
@@ -171,9 +171,9 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
                     seed = args.seed + 1
                     reals[size] = features(opened(Path(args.real), Sampling(seed=seed), size), seed)
                 fake = features(fake, args.seed)
-                if place.is_main:
+                if dist.is_main:
                     records = evaluate(
-                        reals[size], fake, metrics, nearest_k=nearest_k, device=place.device, progress=True
+                        reals[size], fake, metrics, nearest_k=nearest_k, device=dist.device, progress=True
                     )
                     append_records(args.output or default_output(path), records)
                     report(path, records)

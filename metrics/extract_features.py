@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, leave, run
+from common.cli import ArgumentParser, run_script
 from common.distributed import setup, shutdown
 from metrics.evaluation import parse_truncations
 from metrics.extractors import build_extractor
@@ -36,14 +36,14 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> int:
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
         extractor = build_extractor(
-            args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=place.device
+            args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=dist.device
         )
         sampling = Sampling(parse_truncations(args.truncation)[0], args.truncation_mean, args.noise, args.seed)
         source = open_source(
-            args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=place.device, workers=args.workers
+            args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=dist.device, workers=args.workers
         )
         found = extract(
             source,
@@ -51,11 +51,11 @@ def main(args) -> int:
             args.n_sample,
             seed=args.seed,
             batch=args.batch,
-            place=place,
+            dist=dist,
             cache_dir=cache_folder(args),
             order=args.order,
         )
-        if place.is_main:
+        if dist.is_main:
             save_features(Path(args.out), found)
             print(f"{args.out}: {list(found.values.shape)} {extractor.name} features of {args.source}")
     finally:
@@ -64,4 +64,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -53,7 +53,7 @@ def extract(
     *,
     seed: int = 0,
     batch: int = 64,
-    place: Distributed = HERE,
+    dist: Distributed = HERE,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
     order: str | None = None,
@@ -71,14 +71,14 @@ def extract(
     if isinstance(source, ImageSource):
         about["chosen"] = "all" if len(positions) == source.n else order
         about["seed"] = seed if about["chosen"] == "drawn" else None
-    about["digest"] = broadcast_object(source.digest(positions) if place.is_main else None)
+    about["digest"] = broadcast_object(source.digest(positions) if dist.is_main else None)
     found = Features(None, about, describe(extractor), asdict(protocol))
     path = None if cache_dir is None else Path(cache_dir) / f"{_key(found)}.npz"
-    if broadcast_object(path is not None and path.exists() if place.is_main else None):
-        found.values = load_features(path).values if place.is_main else None
+    if broadcast_object(path is not None and path.exists() if dist.is_main else None):
+        found.values = load_features(path).values if dist.is_main else None
         return found
-    found.values = _compute(source, extractor, positions, batch, place, progress)
-    if path is not None and place.is_main:
+    found.values = _compute(source, extractor, positions, batch, dist, progress)
+    if path is not None and dist.is_main:
         save_features(path, found)
     return found
 
@@ -88,43 +88,43 @@ def _key(features: Features) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _compute(source, extractor, positions, batch, place, progress) -> torch.Tensor | None:
+def _compute(source, extractor, positions, batch, dist, progress) -> torch.Tensor | None:
     """This rank's share, sent to rank 0 in blocks, so that no other rank ever holds the whole."""
     n, dim = len(positions), extractor.dim
-    shares = [shard(n, rank, place.world_size) for rank in range(place.world_size)]
-    rows = max(batch, (GATHER << 20) // (4 * dim * place.world_size) // batch * batch)  # per rank and block
+    shares = [shard(n, rank, dist.world_size) for rank in range(dist.world_size)]
+    rows = max(batch, (GATHER << 20) // (4 * dim * dist.world_size) // batch * batch)  # per rank and block
     n_blocks = max(1, -(-max(len(share) for share in shares) // rows))
-    result = torch.empty(n, dim) if place.is_main else None
-    mine = [positions[i] for i in shares[place.rank]]
-    batches = source.batches(mine, batch, place.device)
+    result = torch.empty(n, dim) if dist.is_main else None
+    mine = [positions[i] for i in shares[dist.rank]]
+    batches = source.batches(mine, batch, dist.device)
     title = f"{extractor.name} of {Path(source.about['path']).name}"
-    with tqdm(total=n, desc=title, unit="img", disable=None if progress and place.is_main else True) as bar:
+    with tqdm(total=n, desc=title, unit="img", disable=None if progress and dist.is_main else True) as bar:
         for block in range(n_blocks):
-            values, error = _block(batches, extractor, min(rows, max(0, len(mine) - block * rows)), bar, place)
+            values, error = _block(batches, extractor, min(rows, max(0, len(mine) - block * rows)), bar, dist)
             answers = gather_list((values, error))  # an error on one rank ends all, in its words
             if error := next((error for _, error in answers if error), None):
                 raise DatasetError(error)
-            if place.is_main:
+            if dist.is_main:
                 for share, (values, _) in zip(shares, answers, strict=True):
                     start = share.start + block * rows
                     result[start : start + len(values)] = values
     return result
 
 
-def _block(batches, extractor, n: int, bar, place) -> tuple[torch.Tensor, str | None]:
+def _block(batches, extractor, n: int, bar, dist) -> tuple[torch.Tensor, str | None]:
     """Features of the next n images, on the CPU; or the sentence that says why there are none."""
     values, done = torch.empty(n, extractor.dim), 0
     try:
         while done < n:
             images = next(batches)
-            found = extractor(images.to(place.device)).cpu()
+            found = extractor(images.to(dist.device)).cpu()
             if found.shape[1] != extractor.dim:
                 raise UserError(f"{extractor.name} gives {found.shape[1]} features, {extractor.dim} were declared")
             if not torch.isfinite(found).all():
                 raise UserError(f"{extractor.name} gives features that are not finite: broken images or weights?")
             values[done : done + len(images)] = found
             done += len(images)
-            bar.update(len(images) * place.world_size)
+            bar.update(len(images) * dist.world_size)
     except (ValueError, OSError) as error:
         return values, str(error)
     return values, None

@@ -1,6 +1,6 @@
 """Metrics while a generator is trained (train.py --eval_every): into the run's log, and the best weights into a file.
 
-monitor = Monitor(run, "faces.lmdb", 64, metrics=("fid", "prdc"), n=5000, place=place)
+monitor = Monitor(run, "faces.lmdb", 64, metrics=("fid", "prdc"), n=5000, dist=dist)
 monitor.evaluate(g_ema, step, images)        # on every rank
 """
 
@@ -52,16 +52,14 @@ class Monitor:
         n: int,
         extractor: str = "auto",
         batch: int = 16,
-        place: Distributed,
+        dist: Distributed,
         start_step: int = 0,
         weights_dir=None,
         header: dict | None = None,
     ):
         self.header = header or {}
-        self.run, self.metrics, self.n, self.batch, self.place = run, metrics, n, batch, place
-        self.extractor = build_extractor(
-            extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir, device=place.device
-        )
+        self.run, self.metrics, self.n, self.batch, self.dist = run, metrics, n, batch, dist
+        self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir, device=dist.device)
         self.real = self._extract(open_source(path, size=size), SEED + 1, default_cache())
         for name in metrics:
             if (found := min(n, self.real.about["n"])) < FEWEST[name]:
@@ -69,10 +67,10 @@ class Monitor:
                     f"--metric {name} needs at least {FEWEST[name]} images: there are {found} (--eval_samples {n})"
                 )
         self.output = run.folder / "metrics.jsonl"
-        if place.is_main and self.output.exists():
+        if dist.is_main and self.output.exists():
             truncate_log(self.output, start_step + 1)
         self.fid = metric_name("fid", self.extractor.name)
-        self.best = self._best_so_far() if place.is_main else None
+        self.best = self._best_so_far() if dist.is_main else None
 
     def _extract(self, source, seed, cache_dir=None):
         return extract(
@@ -81,7 +79,7 @@ class Monitor:
             self.n,
             seed=seed,
             batch=self.batch,
-            place=self.place,
+            dist=self.dist,
             cache_dir=cache_dir,
             progress=cache_dir is not None,
         )
@@ -106,9 +104,9 @@ class Monitor:
             "fingerprint": fingerprint(weights),
         }
         fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), about), SEED)
-        if not self.place.is_main:
+        if not self.dist.is_main:
             return {}
-        records = evaluate(self.real, fake, self.metrics, device=self.place.device)
+        records = evaluate(self.real, fake, self.metrics, device=self.dist.device)
         append_records(self.output, records)
         values = {record["metric"]: record["value"] for record in records}
         self.run.log(step, "Metrics", **values)

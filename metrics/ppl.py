@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
 from common.latents import draw_z
 from metrics.evaluation import default_output
@@ -48,7 +48,7 @@ def path_lengths(
     crop: bool = False,
     batch: int = 16,
     seed: int = 0,
-    place: Distributed = HERE,
+    dist: Distributed = HERE,
     progress: bool = False,
 ) -> np.ndarray:
     """n path lengths, float64 [n], on every rank; pair i is drawn from its own seed, so no batch or rank changes it.
@@ -62,12 +62,12 @@ def path_lengths(
         raise UserError(f"--space {space}: this generator has z and {config.space}")
     if sampling not in ("full", "end") or n < 1:
         raise UserError(f"expected sampling full or end and n from 1, got {sampling} and {n}")
-    mine, lengths = shard(n, place.rank, place.world_size), []
+    mine, lengths = shard(n, dist.rank, dist.world_size), []
     noise, device = generator.fixed_noise(), generator.token.device
     for start in tqdm(
         range(mine.start, mine.stop, batch),
         desc=f"path length in {space}",
-        disable=None if progress and place.is_main else True,
+        disable=None if progress and dist.is_main else True,
     ):
         chosen = range(start, min(start + batch, mine.stop))
         first, second = (_draw(generator, [(2 * seed + end) * SEED_STRIDE + i for i in chosen]) for end in (0, 1))
@@ -157,11 +157,11 @@ def main(args) -> int:
 
     if args.n_sample < 2 or args.batch < 1 or not 0 < args.epsilon < 1 or not 0 <= args.seed < 2000:
         raise UsageError("--n_sample takes 2 or more, --batch 1 or more, --epsilon between 0 and 1, --seed 0 to 1999")
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
-        generator = load_generator(args.ckpt, place.device)
+        generator = load_generator(args.ckpt, dist.device)
         space = args.space or generator.config.space
-        perceptual = build_perceptual(args.perceptual, place.device, args.weights_dir)
+        perceptual = build_perceptual(args.perceptual, dist.device, args.weights_dir)
         lengths = path_lengths(
             generator,
             perceptual,
@@ -172,10 +172,10 @@ def main(args) -> int:
             crop=args.crop,
             batch=args.batch,
             seed=args.seed,
-            place=place,
+            dist=dist,
             progress=True,
         )
-        if place.is_main:
+        if dist.is_main:
             value, std = trimmed_mean(lengths)
             network = perceptual.name.removeprefix("lpips-")
             config = generator.config
@@ -207,4 +207,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import leave, run
+from common.cli import run_script
 from metrics.evaluation import evaluation_parser, run_command
 from metrics.manifold import compute_prdc
 
@@ -35,4 +35,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

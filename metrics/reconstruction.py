@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from perceptual.image_metrics import MEASURES, Measured, mean_and_std, read_measures
 
 SPACES = ("w", "w+", "w++")
@@ -233,4 +233,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -144,9 +144,9 @@ def train(
     best: validation loss of the best_model.pt there is. Raises UserError when a loss is not finite, before anything is
     saved, or after an orderly stop.
     """
-    place, total = trainer.place, schedule.max_steps
-    outputs = Outputs(run, trainer, keep) if place.is_main else None
-    bar = StepBar(total, trainer.step, main=place.is_main)
+    dist, total = trainer.dist, schedule.max_steps
+    outputs = Outputs(run, trainer, keep) if dist.is_main else None
+    bar = StepBar(total, trainer.step, main=dist.is_main)
     since, since_step, metrics = time.perf_counter(), trainer.step, {}
 
     def validate():
@@ -157,7 +157,7 @@ def train(
         better = best is None or found["loss"] < best
         best = found["loss"] if better else best
         state = trainer.state_dict(opts, optimiser=False) if better else None
-        if place.is_main:
+        if dist.is_main:
             run.log(trainer.step, "test", **found)
             if trainer.shown is not None:  # this rank may have had no image
                 outputs.sheet(f"{trainer.step:06d}.png", trainer.shown)
@@ -167,7 +167,7 @@ def train(
 
     def save():
         state = trainer.state_dict(opts) | {"sampler": sampler.state(), "best_val_loss": best}
-        if place.is_main:
+        if dist.is_main:
             outputs.save(state, metrics)
         barrier()
 
@@ -177,16 +177,16 @@ def train(
         trainer.train_step(next(batches))
         bar.update()
         step, due = trainer.step, schedule.due(trainer.step)
-        checked = place.world_size == 1 or bool(due)  # ranks agree on stopping where they meet anyway
+        checked = dist.world_size == 1 or bool(due)  # ranks agree on stopping where they meet anyway
         ending = checked and any(gather_list(stop.raised)) and step < total
         if due or ending:
             metrics = trainer.read_metrics() or metrics
             require_finite(metrics, step)
-        if "image" in due and place.is_main:
+        if "image" in due and dist.is_main:
             outputs.sheet(f"train_{step:06d}.png", trainer.last)
-        if "board" in due and place.is_main:
+        if "board" in due and dist.is_main:
             now = time.perf_counter()
-            speed = (step - since_step) * trainer.settings.batch_size * place.world_size / (now - since)
+            speed = (step - since_step) * trainer.settings.batch_size * dist.world_size / (now - since)
             left = (total - step) * (now - since) / (step - since_step)
             run.log(step, "train", **metrics)
             run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))

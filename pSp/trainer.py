@@ -49,16 +49,16 @@ class EncoderSettings:
 class EncoderTrainer:
     """A pSp network, its loss and its optimiser on one device."""
 
-    def __init__(self, net: pSp, loss: EncoderLoss, settings: EncoderSettings, place: Distributed):
-        self.settings, self.place, self.loss = settings, place, loss
+    def __init__(self, net: pSp, loss: EncoderLoss, settings: EncoderSettings, dist: Distributed):
+        self.settings, self.dist, self.loss = settings, dist, loss
         net.requires_grad_(False)
         net.encoder.requires_grad_(True)
         net.decoder.requires_grad_(settings.train_decoder)
-        if settings.sync_batchnorm and place.world_size > 1:
-            if place.device.type != "cuda":
+        if settings.sync_batchnorm and dist.world_size > 1:
+            if dist.device.type != "cuda":
                 raise ValueError("--sync_batchnorm works on CUDA only: PyTorch has no such layer elsewhere")
             net.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(net.encoder)
-        self.net = net.to(place.device).train()
+        self.net = net.to(dist.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         kind = Ranger if settings.optim_name == "ranger" else torch.optim.Adam
         self.optimiser = kind(self.parameters, lr=settings.learning_rate)
@@ -78,7 +78,7 @@ class EncoderTrainer:
     def train_step(self, images: torch.Tensor) -> None:
         """One update on this process's uint8 batch [B, 3, S, S], mirrored at random."""
         self._seed()
-        images = normalise(images, self.place.device)
+        images = normalise(images, self.dist.device)
         source, target = make_pair(images, self.source, factors=self.settings.resize_factors, training=True)
         loss, values = self.forward(source, target, randomize_noise=True)
         loss.backward()
@@ -92,7 +92,7 @@ class EncoderTrainer:
         self._count += 1
 
     def _seed(self):
-        torch.manual_seed(mix_seeds(self.settings.seed, self.step, self.place.rank))
+        torch.manual_seed(mix_seeds(self.settings.seed, self.step, self.dist.rank))
 
     def forward(self, source, target, *, randomize_noise: bool):
         """Loss and its named parts of a batch in [-1, 1]; keeps (source, target, output) for the sample sheet."""
@@ -115,7 +115,7 @@ class EncoderTrainer:
         self.shown = None
         sums: dict[str, float] = {}
         for images in batches:
-            images = normalise(images, self.place.device)
+            images = normalise(images, self.dist.device)
             source, target = make_pair(images, self.source, factors=self.settings.resize_factors, training=False)
             _, values = self.forward(source, target, randomize_noise=False)
             for name, value in values.items():
@@ -132,7 +132,7 @@ class EncoderTrainer:
 
     def share(self, n: int) -> range:
         """This rank's indices among n held-out images."""
-        return shard(n, self.place.rank, self.place.world_size)
+        return shard(n, self.dist.rank, self.dist.world_size)
 
     def read_metrics(self) -> dict[str, float]:
         """Means of the losses since the last call, over steps and ranks; waits for the device."""

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.checkpoint import require_file
-from common.cli import ArgumentParser, leave, run
+from common.cli import ArgumentParser, run_script
 from common.distributed import add_device_flags, resolve_device
 from common.runs import git_commit, package_versions
 from common.weights import WEIGHTS, find, search_folders
@@ -115,4 +115,4 @@ def operations(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -18,7 +18,7 @@ from urllib.parse import quote
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.checkpoint import atomic_write
-from common.cli import ArgumentParser, UserError, leave, run
+from common.cli import ArgumentParser, UserError, run_script
 
 SECTIONS = (  # title, a sentence, patterns of pictures, table
     ("Faces by seed", "Drawn by the bundled W++ generator, truncation 0.8.", ["1-*.png", "2-*.png", "3-*.gif"], None),
@@ -138,4 +138,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

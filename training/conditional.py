@@ -67,7 +67,7 @@ class ConditionalTrainer(Trainer):
         self,
         config: GeneratorConfig,
         settings: TrainSettings,
-        place: Distributed,
+        dist: Distributed,
         *,
         reader: AttributeReader,
         table: torch.Tensor,
@@ -76,11 +76,11 @@ class ConditionalTrainer(Trainer):
     ):
         if asked.light:  # path length depends on the codes' columns, which stay
             settings = replace(settings, path_regularize=0)
-        super().__init__(config, settings, place)
+        super().__init__(config, settings, dist)
         if asked.light:
             for group in self.g_optim.param_groups:
                 group["lr"] = asked.light_lr
-        self.reader, self.table, self.scorer, self.asked = reader, table.to(place.device), scorer, asked
+        self.reader, self.table, self.scorer, self.asked = reader, table.to(dist.device), scorer, asked
         self.warm = False  # started from trained weights: the weight of the attributes rises slowly
 
     # -- one round ----------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ class ConditionalTrainer(Trainer):
 
     def load_state_dict(self, state, source="checkpoint"):
         super().load_state_dict(state, source)
-        self.table = state["attributes"].to(self.place.device)
+        self.table = state["attributes"].to(self.dist.device)
         self.warm = state["warm"]
 
 
@@ -238,7 +238,7 @@ def find_reader(args, state: dict | None, source, stored: GeneratorConfig | None
 def build_trainer(
     config: GeneratorConfig,
     settings: TrainSettings,
-    place: Distributed,
+    dist: Distributed,
     *,
     asked: ConditionSettings,
     reader: AttributeReader | None,
@@ -248,10 +248,10 @@ def build_trainer(
 ) -> Trainer:
     """The Trainer of the run; with a reader a conditional one, for which faces of the data set are scored first."""
     if reader is None:
-        return Trainer(config, settings, place)
+        return Trainer(config, settings, dist)
     config = replace(config, condition_dim=len(reader.names))
     table = None if state is None else state["attributes"]
     if table is None:
-        table = broadcast_object(score_dataset(reader, dataset, place.device) if place.is_main else None)
+        table = broadcast_object(score_dataset(reader, dataset, dist.device) if dist.is_main else None)
     scorer = str(Path(args.condition).resolve()) if Path(args.condition).is_file() else args.condition
-    return ConditionalTrainer(config, settings, place, reader=reader, table=table, scorer=scorer, asked=asked)
+    return ConditionalTrainer(config, settings, dist, reader=reader, table=table, scorer=scorer, asked=asked)

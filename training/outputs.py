@@ -33,7 +33,7 @@ class Outputs:
     def sample(self):
         """Grid of the EMA generator on fixed latents and noise maps; attention maps, one figure, for W++."""
         trainer, name = self.trainer, f"{self.trainer.step:06d}.png"
-        z = self.z.to(trainer.place.device)
+        z = self.z.to(trainer.dist.device)
         shown, conditions, nrow = trainer.sheet(z)
         conditions = itertools.repeat(None) if conditions is None else conditions.split(self.micro)
         images = [
@@ -80,7 +80,7 @@ class Progress:
             "images_per_s": round(speed, 2),
             "s_per_kimg": round(1000 / speed, 2),
             "data_wait": round(self.waited / seconds, 4),
-            "peak_memory_mb": peak_memory(self.trainer.place.device),
+            "peak_memory_mb": peak_memory(self.trainer.dist.device),
             "kimg": round(step * self.images_per_step / 1000, 3),
             "eta_s": round((self.total - step) * seconds / steps),
         }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
-from common.export import judges_file
+from common.export import discriminator_file
 from model import GeneratorConfig, generator_state, infer_config
 from training.trainer import Trainer, TrainSettings
 from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
@@ -103,9 +103,9 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
         raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
 
 
-def read_judges(path: str) -> dict:
+def read_discriminator(path: str) -> dict:
     """`d`, `critic`, `aid` from the file that generate.py --with_d wrote beside an exported generator; {} without."""
-    file = judges_file(path)
+    file = discriminator_file(path)
     if not file.is_file():
         return {}
     tensors, known = load_safetensors(file)
@@ -128,7 +128,9 @@ def init_from(trainer: Trainer, path: str) -> None:
     is trained (training/transfer.py). Raises CheckpointError if it cannot be.
     """
     state, config = generator_state(path)
-    weights = {"g_ema": state, **read_judges(path)} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    weights = (
+        {"g_ema": state, **read_discriminator(path)} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
+    )
     n = trainer.config.condition_dim
     if n and not config.condition_dim:
         weights |= {name: add_condition_columns(weights[name], config, n) for name in ("g", "g_ema") if name in weights}

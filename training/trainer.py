@@ -105,29 +105,29 @@ def path_lengths(images, latents):
 class Trainer:
     """Generator, its moving average, discriminator and optimisers on one device; `train_step` plays one round."""
 
-    def __init__(self, config: GeneratorConfig, settings: TrainSettings, place: Distributed):
-        self.config, self.settings, self.place = config, settings, place
+    def __init__(self, config: GeneratorConfig, settings: TrainSettings, dist: Distributed):
+        self.config, self.settings, self.dist = config, settings, dist
         # All ranks start from the same weights; not from the numbers that latents of the same seed are made of, else a
         # latent would be a row of the first mapping layer and its code far outside of all others.
         torch.manual_seed(mix_seeds(WEIGHT_STREAM, settings.seed))
-        self.g = Generator(config).to(place.device)
-        self.d = Discriminator(config).to(place.device)
+        self.g = Generator(config).to(dist.device)
+        self.d = Discriminator(config).to(dist.device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
         self.ada = AdaptiveAugment(
             settings.augment_p,
             None if settings.augment_p else settings.ada_target,
             settings.ada_length,
-            device=place.device,
+            device=dist.device,
         )
         self.dtype = DTYPES[settings.precision]
-        self.critic = build_critic(settings.aid, self.dtype).to(place.device) if settings.aid else None
+        self.critic = build_critic(settings.aid, self.dtype).to(dist.device) if settings.aid else None
         self.g_optim = self._adam(self.g, settings.lr, settings.g_reg_every)
         self.d_optim = self._adam(self.d, settings.d_lr or settings.lr, settings.d_reg_every)
-        self.mean_path_length = torch.zeros((), device=place.device)
+        self.mean_path_length = torch.zeros((), device=dist.device)
         self.step = 0
         self.salt = 0  # raised by a rollback, so that the same numbers are not drawn again
         self._average = get_ema_multi_avg_fn(EMA_DECAY)
-        self._path_mean = torch.zeros((), device=place.device)  # over this step's micro-batches
+        self._path_mean = torch.zeros((), device=dist.device)  # over this step's micro-batches
         self._sums: dict[str, torch.Tensor] = {}  # [sum, count] of each metric since the last log tick
         if settings.noise == "none":
             for strength in self._silence():
@@ -149,7 +149,7 @@ class Trainer:
     def _adam(self, network, lr, reg_every):
         """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
         ratio = reg_every / (reg_every + 1)
-        fused = self.place.device.type in ("cuda", "cpu")
+        fused = self.dist.device.type in ("cuda", "cpu")
         return torch.optim.Adam(self.weights_of(network), lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused)
 
     # -- one round ----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Trainer:
             self._path_mean.zero_()
             all_reduce_mean([self.mean_path_length])
         if settings.augment:
-            self.ada.update(all_reduce=torch.distributed.all_reduce if self.place.world_size > 1 else None)
+            self.ada.update(all_reduce=torch.distributed.all_reduce if self.dist.world_size > 1 else None)
         self.average()
         self.step += 1
 
@@ -193,7 +193,7 @@ class Trainer:
         """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
-            self._seed(name, self.place.rank * n_micro + k)
+            self._seed(name, self.dist.rank * n_micro + k)
             phase(self.prepare(micro), 1 / n_micro)
 
     def _seed(self, phase: str, micro_index: int):
@@ -201,7 +201,7 @@ class Trainer:
 
     def prepare(self, images):
         """uint8 [N, 3, S, S] -> float32 in [-1, 1], each image mirrored with probability one half."""
-        images = images.to(self.place.device).float().div_(127.5).sub_(1)
+        images = images.to(self.dist.device).float().div_(127.5).sub_(1)
         mirror = torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
         return torch.where(mirror, images.flip(3), images)
 
@@ -210,7 +210,7 @@ class Trainer:
 
         Both latents are mapped whether or not they are mixed, so that the shapes are the same in every step.
         """
-        g, config, device = self.g, self.config, self.place.device
+        g, config, device = self.g, self.config, self.dist.device
         z = torch.randn(n, *g.draw_z(0).shape[1:], device=device)
         codes = g.get_latent(z)
         if not config.w_space or not self.settings.mixing:
@@ -316,7 +316,7 @@ class Trainer:
         """Add up a scalar per name on the device, to be read at the next log tick."""
         for name, value in values.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros(2, device=self.place.device)
+                self._sums[name] = torch.zeros(2, device=self.dist.device)
             self._sums[name][0] += value.detach()
             self._sums[name][1] += 1
 
@@ -339,7 +339,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
-        reduce = torch.distributed.all_reduce if self.place.world_size > 1 else None
+        reduce = torch.distributed.all_reduce if self.dist.world_size > 1 else None
         return {
             "g": self.g.state_dict(),
             "d": self.d.state_dict(),
@@ -385,7 +385,7 @@ class Trainer:
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
         if "ada" in state:
             keep = float(self.ada.p)
-            self.ada.load_state_dict(state["ada"], is_main=self.place.is_main)
+            self.ada.load_state_dict(state["ada"], is_main=self.dist.is_main)
             if self.settings.augment_p:
                 self.ada.p.fill_(keep)
 

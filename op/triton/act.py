@@ -176,8 +176,8 @@ def second_kernel(
     if gg_bias is not None:
         tangent = tangent + tl.load(gg_bias + c, mask=c < n_channels, other=0.0).to(ACC)
     if gg_pixel is not None:
-        place = n.to(tl.int64) * n_pixels + p
-        tangent = tangent + tl.load(gg_pixel + place, mask=p < n_pixels, other=0.0).to(ACC)
+        dist = n.to(tl.int64) * n_pixels + p
+        tangent = tangent + tl.load(gg_pixel + dist, mask=p < n_pixels, other=0.0).to(ACC)
     tangent = tangent * SCALE
     tl.store(out_grad + offsets, tl.where(before > 0, tangent, tangent * SLOPE), mask=live)
     if grad_ptr is not None:

@@ -514,6 +514,6 @@ def any_kernel(
             tx = corner_x + kx
             mask = rows & (tx >= 0) & (tx % UP_X == 0) & (tx < width * UP_X)
             weight = tl.load(kernel + ((KH - 1 - ky) * KW + KW - 1 - kx if FLIP else ky * KW + kx)).to(ACC)
-            place = (ty // UP_Y * width + tx // UP_X) * column
-            total += weight * tl.load(x + place, mask=mask, other=0.0).to(ACC)
+            dist = (ty // UP_Y * width + tx // UP_X) * column
+            total += weight * tl.load(x + dist, mask=mask, other=0.0).to(ACC)
     tl.store(y + pixel * column, total, mask=live & (pixel < out_height * out_width))

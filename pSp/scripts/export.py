@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from model import load_generator
 from pSp.psp import export_encoder, load_psp
 
@@ -47,4 +47,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

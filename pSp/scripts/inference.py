@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 
-from common.cli import ArgumentParser, UsageError, UserError, leave, run
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
 from common.images import FITS, save_image
 from common.precision import DTYPES
@@ -125,10 +125,10 @@ def main(args) -> int:
     factor, layers = read_options(args)
     exp_dir = Path(args.exp_dir)
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
-        generator = load_generator(args.stylegan_weights, place.device) if args.stylegan_weights else None
-        net = load_psp(path, place.device, generator)
+        generator = load_generator(args.stylegan_weights, dist.device) if args.stylegan_weights else None
+        net = load_psp(path, dist.device, generator)
         if generator is not None and net.decoder.fingerprint != generator.fingerprint:
             raise UserError(
                 f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, {path} was "
@@ -145,26 +145,26 @@ def main(args) -> int:
             size,
             exp_dir,
             align=args.align,
-            place=place,
+            dist=dist,
             fit=args.fit,
             weights_dir=args.weights_dir,
             limit=args.n_images,
         )
         n = min(len(pictures), args.n_images or len(pictures))
         mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
-        perceptual = build_perceptual(args.lpips_net, place.device, args.weights_dir)
-        identity = identity_or_none(args.id_net, place.device, args.weights_dir)
+        perceptual = build_perceptual(args.lpips_net, dist.device, args.weights_dir)
+        identity = identity_or_none(args.id_net, dist.device, args.weights_dir)
         output_size = net.image_size if args.resize_outputs else net.decoder.config.size
         folders = Folders(exp_dir, pictures.names, couple=args.couple_outputs, factor=factor, output_size=output_size)
-        if place.is_main:
+        if dist.is_main:
             print(
-                f"{path}: {net.description}; {n} pictures of {args.data_path} on {place.device}, measured by "
+                f"{path}: {net.description}; {n} pictures of {args.data_path} on {dist.device}, measured by "
                 f"{perceptual.name}{', ' + identity.name if identity else ''}"
             )
         mine = invert(
             net,
             pictures,
-            shard(n, place.rank, place.world_size),
+            shard(n, dist.rank, dist.world_size),
             perceptual=perceptual,
             identity=identity,
             batch=args.test_batch_size,
@@ -179,11 +179,11 @@ def main(args) -> int:
         result = Inversion()
         for part in gather_list(mine):  # contiguous shards: the order of the pictures
             result.extend(part)
-        if place.is_main:
+        if dist.is_main:
             extra = {"checkpoint": path.name, "factor": factor, "latent_mask": layers}
             retrieved = {}
             if args.retrieval and result.shown:
-                retrieved = retrieve(result, args.retrieval, perceptual, identity, place.device)
+                retrieved = retrieve(result, args.retrieval, perceptual, identity, dist.device)
             line = save_inversion(
                 exp_dir,
                 net,
@@ -205,4 +205,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

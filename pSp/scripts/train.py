@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import Subset
 
 from common.checkpoint import latest_checkpoint, load_checkpoint, load_strictly
-from common.cli import ArgumentParser, UsageError, UserError, leave, require_one_start, run
+from common.cli import ArgumentParser, UsageError, UserError, require_one_start, run_script
 from common.distributed import add_device_flags, barrier, setup, shutdown
 from common.interrupt import StopSignal
 from common.precision import DTYPES
@@ -273,39 +273,39 @@ def main(args) -> int:
     settings, weights, schedule = read_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    place = setup(args.device)
+    dist = setup(args.device)
     try:
         state, source, continuing = find_start(args)
-        net, origin = build_network(args, state, source, continuing, place.device)
+        net, origin = build_network(args, state, source, continuing, dist.device)
         training, test = open_images(args, net)
         criterion = EncoderLoss(
             weights,
-            place.device,
+            dist.device,
             lpips_net=args.lpips_net,
             id_net=args.id_net,
             weights_dir=args.weights_dir,
             start_from_latent_avg=net.start_from_latent_avg,
         )
-        trainer = EncoderTrainer(net, criterion, settings, place)
-        sampler = InfiniteSampler(len(training), rank=place.rank, world_size=place.world_size, seed=args.seed)
+        trainer = EncoderTrainer(net, criterion, settings, dist)
+        sampler = InfiniteSampler(len(training), rank=dist.rank, world_size=dist.world_size, seed=args.seed)
         best = None
         if continuing:
             trainer.resume(state, source)
             sampler.load(state["sampler"])
             best = state.get("best_val_loss")
-        if args.use_wandb and place.is_main:
+        if args.use_wandb and dist.is_main:
             start_wandb(args)
         barrier()  # no rank writes before every rank has looked at the folder
-        opened = Run(args.exp_dir, args, main=place.is_main, resume_step=net.step + 1 if continuing else None)
-        batches = data_loader(training, args.batch_size, sampler, workers=args.workers, device=place.device)
+        opened = Run(args.exp_dir, args, main=dist.is_main, resume_step=net.step + 1 if continuing else None)
+        batches = data_loader(training, args.batch_size, sampler, workers=args.workers, device=dist.device)
         with opened:
             opts = vars(args) | {"output_size": net.decoder.config.size}
-            if place.is_main:
+            if dist.is_main:
                 write_json(opened.path("opt.json"), opts)
                 print(
                     f"{opened.folder}: {origin}; {net.description}; {len(training)} images, {len(test)} held out; "
                     f"{criterion.description}; step {net.step} of {args.max_steps}, batch {args.batch_size} x "
-                    f"{place.world_size} on {place.device}"
+                    f"{dist.world_size} on {dist.device}"
                 )
             best = train(
                 trainer,
@@ -319,7 +319,7 @@ def main(args) -> int:
                 keep=args.keep,
                 best=best,
             )
-        if place.is_main:
+        if dist.is_main:
             print(f"{opened.path('checkpoints', 'best_model.pt')}: best validation loss {best:.4f}")
     finally:
         shutdown()
@@ -327,4 +327,4 @@ def main(args) -> int:
 
 
 if __name__ == "__main__":
-    leave(run(main, build_parser()))
+    run_script(main, build_parser())

@@ -183,8 +183,8 @@ def test_ours_plays_the_schedule_of_train(monkeypatch):
     made, make = [], bench_train.make_trainer
     monkeypatch.setattr(bench_train, "make_trainer", lambda *args: made.append(make(*args)) or made[-1])
     args = bench_train.build_parser().parse_args(TINY)
-    place = bench_train.Distributed(0, 0, 1, torch.device("cpu"), None)
-    game = bench_train.our_round(bench_train.Row("ours", 8, 2, "fp32"), args, place)
+    dist = bench_train.Distributed(0, 0, 1, torch.device("cpu"), None)
+    game = bench_train.our_round(bench_train.Row("ours", 8, 2, "fp32"), args, dist)
     assert list(game.phases) == list(PHASES) and game.every == {"r1": 16, "path": 4}
     game.play(2)
     (trainer,) = made

@@ -135,11 +135,11 @@ def test_out_of_memory_of_torch(capsys):
 
 
 @pytest.mark.parametrize("world_size", ["1", "2"])
-def test_leave(world_size):
+def test_exit_process(world_size):
     """The status arrives, what was printed too, and what was to be done at exit is done; also for one of several."""
     program = (
-        "import atexit, sys; from common.cli import leave\n"
-        "atexit.register(lambda: print('at exit'))\nprint('out'); print('err', file=sys.stderr)\nleave(3)"
+        "import atexit, sys; from common.cli import exit_process\n"
+        "atexit.register(lambda: print('at exit'))\nprint('out'); print('err', file=sys.stderr)\nexit_process(3)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -63,7 +63,7 @@ def launch(program, world_size, **environment):
     }
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", f"{program}\nfrom common.cli import leave\nleave(0)"],
+            [sys.executable, "-c", f"{program}\nfrom common.cli import exit_process\nexit_process(0)"],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(distributed.__file__).parents[1],
             stdout=subprocess.PIPE,

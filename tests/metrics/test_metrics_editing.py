@@ -228,8 +228,8 @@ def test_two_processes_share_the_faces(inputs, tmp_path, root):
         """if True:
         import os, sys, test_metrics_editing as t
         from common.distributed import setup, shutdown
-        place = setup("cpu", timeout=240)
-        t.editing.setup, t.editing.shutdown = lambda device: place, lambda: None  # one process group for both commands
+        dist = setup("cpu", timeout=240)
+        t.editing.setup, t.editing.shutdown = lambda device: dist, lambda: None  # one process group for both commands
         t.editing.load_scorer = lambda *args, **kwargs: t.ColourScorer()
         swept, original = [], t.editing.edit_codes
         t.editing.edit_codes = lambda *args, **kwargs: swept.append(1) or original(*args, **kwargs)

@@ -114,9 +114,9 @@ from common import distributed as d
 from test_metrics_ppl import Linear, squared
 from metrics.ppl import path_lengths
 from model import GeneratorConfig
-place = d.setup("cpu", timeout=60)
+dist = d.setup("cpu", timeout=60)
 generator = Linear(GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8))
-print(path_lengths(generator, squared, space="w++", n=5, place=place).round(3).tolist())
+print(path_lengths(generator, squared, space="w++", n=5, dist=dist).round(3).tolist())
 d.shutdown()
 """
 

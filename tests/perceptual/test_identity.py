@@ -54,9 +54,9 @@ def test_landmarks_reach_the_template(size):
     )[:, None].expand(-1, 3, -1, -1)
     crops = crop_for_arcface(spots)[:, 0].double()
     assert crops.shape == (5, 112, 112)
-    place = torch.arange(112, dtype=torch.float64)
+    dist = torch.arange(112, dtype=torch.float64)
     total = crops.sum((1, 2))
-    found = torch.stack([(crops.sum(1) @ place) / total, (crops.sum(2) @ place) / total], 1).numpy()
+    found = torch.stack([(crops.sum(1) @ dist) / total, (crops.sum(2) @ dist) / total], 1).numpy()
     assert np.linalg.norm(found - ARCFACE, axis=1).max() < 2.9  # the residual of the best similarity: 2.5
     assert np.linalg.norm((found - ARCFACE).mean(0)) < 0.5
 

@@ -424,15 +424,15 @@ from common import distributed
 from test_training import TWO, pictures, record_phases
 from training import Trainer, TrainSettings
 from model import GeneratorConfig
-place = distributed.setup("cpu", timeout=120)
-trainer = Trainer(GeneratorConfig(**{config!r}), TrainSettings(batch=3, **TWO), place)
+dist = distributed.setup("cpu", timeout=120)
+trainer = Trainer(GeneratorConfig(**{config!r}), TrainSettings(batch=3, **TWO), dist)
 seen = record_phases(trainer)
-images = pictures(6)[3 * place.rank : 3 * place.rank + 3]
+images = pictures(6)[3 * dist.rank : 3 * dist.rank + 3]
 for _ in range(4):
     trainer.train_step(images)
 result = {{"grads": {{str(k): v for k, v in seen.items()}}, "metrics": trainer.read_metrics(),
           "mean": trainer.mean_path_length, "ada": trainer.ada.state_dict(torch.distributed.all_reduce)}}
-torch.save(result, {out!r} + str(place.rank))
+torch.save(result, {out!r} + str(dist.rank))
 distributed.shutdown()
 """
 TWO = {"augment": True, "augment_p": 0.5, "g_reg_every": 2, "d_reg_every": 3}

@@ -24,20 +24,20 @@ from metrics.extractors import Extractor
 from metrics.features import extract
 from metrics.protocol import PROTOCOLS
 from metrics.sources import Sampling, open_source
-place = d.setup("cpu", timeout=60)
+dist = d.setup("cpu", timeout=60)
 torch.manual_seed(3)
 network = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
 tiny = Extractor("tiny", network, 16, 12, (127.5,) * 3, (127.5,) * 3, "1" * 64, protocol=PROTOCOLS["tf-compat"])
 for path, n in (({lmdb!r}, 23), ({checkpoint!r}, 9)):
     source = open_source(path, size=16 if n == 23 else None, sampling=Sampling())
-    found = extract(source, tiny, n, seed=1, batch=4, place=place, cache_dir={cache!r}, progress=False)
-    assert (found.values is None) != place.is_main
-    again = extract(source, tiny, n, seed=1, batch=4, place=place, cache_dir={cache!r}, progress=False)
-    if place.is_main:
+    found = extract(source, tiny, n, seed=1, batch=4, dist=dist, cache_dir={cache!r}, progress=False)
+    assert (found.values is None) != dist.is_main
+    again = extract(source, tiny, n, seed=1, batch=4, dist=dist, cache_dir={cache!r}, progress=False)
+    if dist.is_main:
         assert torch.equal(again.values, found.values)
         torch.save(found.values, {out!r} + str(n))
 try:
-    extract(open_source({damaged!r}), tiny, 24, batch=4, place=place, progress=False)
+    extract(open_source({damaged!r}), tiny, 24, batch=4, dist=dist, progress=False)
 except ValueError as error:
     print("refused", error)
 d.shutdown()

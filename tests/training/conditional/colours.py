@@ -31,12 +31,12 @@ class ColourScorer(AttributeScorer):
         return torch.stack([50 + 40 * light, self.gain * (red - blue), self.gain * (green - blue), light], 1)
 
 
-def make_trainer(reader, *, table=None, batch=4, micro_batch=0, lr=0.01, place=ALONE, config=None, **asked):
+def make_trainer(reader, *, table=None, batch=4, micro_batch=0, lr=0.01, dist=ALONE, config=None, **asked):
     config = config or GeneratorConfig(**SMALL, condition_dim=len(reader.names))
     table = torch.rand(50, len(reader.names), generator=torch.Generator().manual_seed(5)) if table is None else table
     settings = TrainSettings(batch=batch, micro_batch=micro_batch, lr=lr)
     return ConditionalTrainer(
-        config, settings, place, reader=reader, table=table, scorer="colour", asked=ConditionSettings(**asked)
+        config, settings, dist, reader=reader, table=table, scorer="colour", asked=ConditionSettings(**asked)
     )
 
 

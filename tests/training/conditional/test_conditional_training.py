@@ -269,7 +269,7 @@ def test_processes_draw_what_micro_batches_draw(reader):
     """Gradients of two ranks, averaged, are those of one process over two micro-batches."""
     one = make_trainer(reader, batch=4, micro_batch=2)
     ranks = [
-        make_trainer(reader, batch=2, place=Distributed(rank, rank, 2, torch.device("cpu"), None)) for rank in range(2)
+        make_trainer(reader, batch=2, dist=Distributed(rank, rank, 2, torch.device("cpu"), None)) for rank in range(2)
     ]
     images = pictures(4)
     one.select(one.g)
