@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-import training.trainer.trainer
-from training.trainer.trainer import (
+import training.trainer
+from training.trainer import (
     EMA_DECAY,
     Trainer,
     TrainSettings,
