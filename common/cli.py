@@ -23,6 +23,27 @@ class UsageError(UserError):
     """Flags that parse one by one but not together (exit status 2)."""
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags; `given` holds the names of those on the command line (it is no part of `vars`)."""
+
+    __slots__ = ("given",)
+
+    def fill(self, values: dict) -> dict:
+        """Set flags that the user did not give to `values`, ignoring names that are no flags here.
+
+        Returns those whose value changed. One mechanism for what a continued run was started with and for the settings
+        that a model's file recommends: a flag given by hand always wins.
+        """
+        known = vars(self)
+        changed = {
+            name: value
+            for name, value in values.items()
+            if name in known and name not in self.given and known[name] != value
+        }
+        known.update(changed)
+        return changed
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the line breaks of the description; shows the defaults that say something."""
 
@@ -42,8 +63,17 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self._declared_spelling(args), namespace)
+        args = self._declared_spelling(list(sys.argv[1:] if args is None else args))
+        flags, rest = super().parse_known_args(args, Flags() if namespace is None else namespace)
+        if namespace is None:
+            spelt = {arg.partition("=")[0] for arg in args}
+            flags.given = {action.dest for action in self._actions if spelt.intersection(action.option_strings)}
+            flags.given |= {
+                action.dest
+                for action in self._actions
+                if not action.option_strings and getattr(flags, action.dest, None) != action.default
+            }
+        return flags, rest
 
     def _declared_spelling(self, args):
         """The same arguments, each `--long_flag[=value]` spelt as it was declared. Values are left alone."""

@@ -145,7 +145,20 @@ def test_exit_process(world_size):
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "WORLD_SIZE": world_size},
     )
     assert (done.returncode, done.stdout, done.stderr) == (3, "out\nat exit\n", "err\n")
+
+
+def test_a_flag_given_by_hand_wins_over_stored_settings():
+    parser = ArgumentParser()
+    parser.add_argument("path", nargs="?", help="h")
+    parser.add_argument("--r1", type=float, default=10, help="h")
+    parser.add_argument("--batch_size", type=int, default=4, help="h")
+    parser.add_argument("--augment", action="store_true", help="h")
+    args = parser.parse_args(["faces", "--batch-size=4"])  # the default's value, given by hand
+    assert args.given == {"path", "batch_size"} and "given" not in vars(args)
+    changed = args.fill({"r1": 0.1, "batch_size": 8, "augment": True, "path": "other", "of_another_version": 1})
+    assert changed == {"r1": 0.1, "augment": True}
+    assert (args.r1, args.batch_size, args.augment, args.path) == (0.1, 4, True, "faces")

@@ -12,7 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+
 import training.trainer
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common.distributed import Distributed
+from model import Discriminator, Generator, GeneratorConfig
 from training.trainer import (
     EMA_DECAY,
     Trainer,
@@ -22,10 +26,6 @@ from training.trainer import (
     path_lengths,
     r1_penalty,
 )
-
-from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from common.distributed import Distributed
-from model import Discriminator, Generator, GeneratorConfig
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
 
