@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.cli import ArgumentParser, UsageError, UserError, positive, run_script
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.grids import make_strip
 from common.images import save_image
@@ -114,7 +114,7 @@ def build_parser() -> ArgumentParser:
     )
     edit.add_argument("--no_frames", action="store_true", help="strips and tables only")
     edit.add_argument("--video", choices=("none", "mp4", "gif", "webp"), default="none", help="a video per face")
-    edit.add_argument("--fps", type=float, default=20, help="frames per second of the video")
+    edit.add_argument("--fps", type=positive, default=20, help="frames per second of the video")
     edit.add_argument(
         "--identity",
         choices=("auto", "none", *WEIGHTS),

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.cli import ArgumentParser, UsageError, UserError, positive, run_script
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
 from common.export import export_discriminator, export_ema
 from common.grids import save_grid
@@ -116,7 +116,7 @@ def build_parser() -> ArgumentParser:
     )
     modes.add_argument("--video", help="where: .mp4, .gif or .webp; default OUTPUT_DIR/interpolation.mp4")
     modes.add_argument("--frames", type=int, default=60, help="frames from one seed to the next")
-    modes.add_argument("--fps", type=float, default=30, help="frames per second")
+    modes.add_argument("--fps", type=positive, default=30, help="frames per second")
 
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", "--outdir", default="generated", help="folder of the pictures; made when absent")

@@ -1,7 +1,8 @@
 """Command lines: one parser class and one way to end a script, so that every script behaves alike.
 
 Exit status 0 on success, 1 on a user's mistake or a failing machine (one `error: ...` line on stderr, no traceback),
-2 on misuse of the flags, 130 on Ctrl-C. A bug keeps its traceback; WPP_TRACEBACK=1 keeps it for the rest as well.
+2 on misuse of the flags, 130 on Ctrl-C, 143 on SIGTERM. A bug keeps its traceback; WPP_TRACEBACK=1 keeps it for the
+rest as well.
 
     def build_parser(): parser = ArgumentParser(description=__doc__); ...; return parser
     def main(args): ...
@@ -11,8 +12,12 @@ Exit status 0 on success, 1 on a user's mistake or a failing machine (one `error
 
 import argparse
 import atexit
+import contextlib
+import math
 import os
+import signal
 import sys
+import threading
 
 
 class UserError(ValueError):
@@ -21,6 +26,10 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """Flags that parse one by one but not together (exit status 2)."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. No Exception, so that nothing on the way to `run` takes it for a failure of its own."""
 
 
 class Flags(argparse.Namespace):
@@ -55,25 +64,34 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse without abbreviations, where `--foo_bar` and `--foo-bar` are the same flag however it was declared."""
+    """argparse without abbreviations, where `--foo_bar` and `--foo-bar` are the same flag however it was declared.
+
+    Numbers are finite: `type=float` takes no nan or inf, `type=int` nothing beyond 64 bits.
+    """
 
     def __init__(self, *args, **kwargs):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.register("type", float, _finite)
+        self.register("type", int, _whole)
 
     def parse_known_args(self, args=None, namespace=None):
         args = self._declared_spelling(list(sys.argv[1:] if args is None else args))
         flags, rest = super().parse_known_args(args, Flags() if namespace is None else namespace)
         if namespace is None:
             spelt = {arg.partition("=")[0] for arg in args}
-            flags.given = {action.dest for action in self._actions if spelt.intersection(action.option_strings)}
+            flags.given = {action.dest for flag, action in self._option_string_actions.items() if flag in spelt}
             flags.given |= {
                 action.dest
                 for action in self._actions
                 if not action.option_strings and getattr(flags, action.dest, None) != action.default
             }
         return flags, rest
+
+    def add_hidden_alias(self, old, flag):
+        """Accept `old`, an earlier name of `flag`, without a word in the help."""
+        self._option_string_actions[old] = self._option_string_actions[flag]
 
     def _declared_spelling(self, args):
         """The same arguments, each `--long_flag[=value]` spelt as it was declared. Values are left alone."""
@@ -87,6 +105,36 @@ class ArgumentParser(argparse.ArgumentParser):
                 flag = declared.get(flag.replace("_", "-"), flag)
             spelt.append(flag + equals + value)
         return spelt
+
+
+def _finite(text):
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
+    return value
+
+
+def _whole(text):
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, not {text[:20]!r}...")
+    return value
+
+
+def positive(text):
+    """A `type` for flags: a finite number above 0."""
+    value = _finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return value
+
+
+def positive_int(text):
+    """A `type` for flags: a whole number from 1."""
+    value = _whole(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
+    return value
 
 
 def flags_without_help(parser):
@@ -120,9 +168,12 @@ def run(main, parser, argv=None):
     except SystemExit as stop:  # argparse: 0 after --help, 2 on misuse
         return stop.code or 0
     try:
-        return int(main(args) or 0)
+        with _sigterm_unwinds():
+            return int(main(args) or 0)
     except KeyboardInterrupt:
         return _report("interrupted", 130)
+    except Terminated:
+        return _report("terminated", 143)
     except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
         return 0
@@ -131,6 +182,31 @@ def run(main, parser, argv=None):
         if message is None or os.environ.get("WPP_TRACEBACK"):
             raise
         return _report(f"error: {message}", 2 if isinstance(error, UsageError) else 1)
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds():
+    """Let SIGTERM unwind the stack (files are closed, locks released); a second one ends the process at once.
+
+    Trainings replace this by a handler of their own (common/interrupt.py).
+    """
+    owner = os.getpid()
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != owner:  # a forked worker
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def run_script(main, parser):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import ArgumentParser, UsageError, UserError, flags_without_help, run
+from common.cli import ArgumentParser, UsageError, UserError, flags_without_help, positive, positive_int, run
 
 
 def build_parser():
@@ -162,3 +162,72 @@ def test_a_flag_given_by_hand_wins_over_stored_settings():
     changed = args.fill({"r1": 0.1, "batch_size": 8, "augment": True, "path": "other", "of_another_version": 1})
     assert changed == {"r1": 0.1, "augment": True}
     assert (args.r1, args.batch_size, args.augment, args.path) == (0.1, 4, True, "faces")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "x"])
+@pytest.mark.parametrize("where", ["parser", "group", "subcommand"])
+def test_no_number_is_other_than_finite(where, text, capsys):
+    parser = ArgumentParser(prog="tool")
+    holder, before = parser, []
+    if where == "group":
+        holder = parser.add_argument_group("g").add_mutually_exclusive_group()
+    elif where == "subcommand":
+        holder, before = parser.add_subparsers().add_parser("do"), ["do"]
+    holder.add_argument("--lr", type=float, help="h")
+    assert run(lambda args: pytest.fail("ran"), parser, [*before, f"--lr={text}"]) == 2
+    assert "--lr" in capsys.readouterr().err
+    assert parser.parse_args([*before, "--lr=-1e-3"]).lr == -0.001
+
+
+@pytest.mark.parametrize(
+    "flag, text", [("--fps", "0"), ("--fps", "-1"), ("--fps", "nan"), ("--n", "0"), ("--n", "1.5"), ("--n", "9" * 400)]
+)
+def test_positive_numbers(flag, text, capsys):
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--fps", type=positive, default=30, help="h")
+    parser.add_argument("--n", type=positive_int, default=1, help="h")
+    parser.add_argument("--seed", type=int, help="h")
+    assert run(lambda args: pytest.fail("ran"), parser, [f"{flag}={text}"]) == 2
+    assert f"argument {flag}" in capsys.readouterr().err
+    assert run(lambda args: pytest.fail("ran"), parser, ["--seed", str(2**63)]) == 2
+    args = parser.parse_args(["--fps", "0.5", "--n", "3", "--seed", str(2**63 - 1)])
+    assert (args.fps, args.n, args.seed) == (0.5, 3, 2**63 - 1)
+
+
+def test_a_hidden_alias_sets_the_new_flag_and_stands_in_no_help(capsys):
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--vision_aided", choices=("vgg", "squeeze"), help="h")
+    parser.add_hidden_alias("--aid", "--vision_aided")
+    args = parser.parse_args(["--aid", "vgg"])
+    assert args.vision_aided == "vgg" and args.given == {"vision_aided"}
+    assert parser.parse_args(["--vision-aided=squeeze"]).vision_aided == "squeeze"
+    assert "--aid" not in parser.format_help()
+
+
+@pytest.mark.parametrize("waiting", ["time.sleep(60)", "threading.Event().wait()"])
+def test_sigterm_ends_with_a_line_after_the_cleaning_up(tmp_path, waiting):
+    program = f"""
+import threading, time
+from pathlib import Path
+from common.cli import ArgumentParser, run_script
+def main(args):
+    try:
+        print("waiting", flush=True)
+        {waiting}
+    except Exception:
+        print("taken for a failure")
+    finally:
+        print("cleaned up")
+run_script(main, ArgumentParser())
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "waiting\n"
+    process.terminate()
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (143, "cleaned up\n", "terminated\n")
