@@ -21,10 +21,39 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write
+from common.checkpoint import CheckpointError, atomic_write
+from common.cli import Flags
 
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
+
+# Flags that belong to the machine or to one invocation: a continued run does not take them from its checkpoint.
+MACHINE = ("device", "ops", "local_rank", "threads", "workers", "test_workers", "weights_dir", "dist_timeout")
+INVOCATION = ("exp_name", "exp_dir", "out", "resume", "ckpt", "checkpoint_path", "init_from", "path_positional")
+
+
+def restore_options(args: Flags, stored: dict, source, *, keep=()) -> str:
+    """Give a continued run the options of its checkpoint; a flag on the command line wins.
+
+    args: the parsed flags, filled in place (in `main`, before anything is derived from them). stored: the options in
+    the checkpoint `source`. Names that are no flags any more are ignored; MACHINE, INVOCATION and `keep` are left as
+    they are. All else is restored: data, schedule (`iter`, intervals), losses, seed.
+    Returns a sentence on the given flags that differ from the file, for rank 0 to print; "" when there are none.
+    Raises CheckpointError for an option of the wrong type.
+
+        if changed := restore_options(args, state.get("options", {}), path):
+            print(changed)
+    """
+    flags, left = vars(args), {*MACHINE, *INVOCATION, *keep}
+    options = {name: value for name, value in stored.items() if name in flags and name not in left}
+    for name, value in options.items():
+        default = flags[name]
+        numbers = isinstance(default, (int, float)) and isinstance(value, (int, float))
+        if name not in args.given and None not in (default, value) and type(value) is not type(default) and not numbers:
+            raise CheckpointError(f"{source}: its option {name} is {value!r}, expected a {type(default).__name__}")
+    changed = [f"--{n} {flags[n]} (was {v})" for n, v in options.items() if n in args.given and flags[n] != v]
+    args.fill(options)
+    return f"options of {source}, but {', '.join(changed)}" if changed else ""
 
 
 def to_plain(value):

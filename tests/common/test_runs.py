@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.runs import Run, StepBar, format_duration, read_log, to_plain, truncate_log
+from common.checkpoint import CheckpointError
+from common.cli import ArgumentParser
+from common.runs import Run, StepBar, format_duration, read_log, restore_options, to_plain, truncate_log
 
 
 def steps(path):
@@ -138,3 +140,42 @@ def test_step_bar_without_a_terminal(capsys):
             bar.update()
             bar.note(3, "d 1.000")
     assert capsys.readouterr().err == "step 3 of 10: d 1.000\n"
+
+
+# -- options of a continued run ------------------------------------------------------------------------------------
+
+
+def parse(*argv):
+    parser = ArgumentParser()
+    parser.add_argument("--lr", type=float, default=0.002)
+    parser.add_argument("--iter", type=int, default=100)
+    parser.add_argument("--augment", action="store_true")
+    parser.add_argument("--condition")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--resume")
+    return parser.parse_args(argv)
+
+
+def test_a_continued_run_keeps_its_options():
+    stored = {"lr": 0.006, "iter": 40, "augment": True, "condition": "x", "workers": 9, "resume": None, "gone": 1}
+    args = parse("--resume", "auto")
+    assert restore_options(args, stored, "7.pt") == ""
+    restored = {"lr": 0.006, "iter": 40, "augment": True, "condition": "x"}
+    assert vars(args) == {**restored, "workers": 2, "resume": "auto"}, "machine and invocation stay"
+    args = parse()
+    restore_options(args, stored, "7.pt", keep=("condition",))
+    assert args.condition is None and args.augment
+
+
+def test_a_flag_given_by_hand_wins_and_is_announced():
+    args = parse("--lr", "0.002", "--iter", "60")
+    assert restore_options(args, {"lr": 0.006, "iter": 60, "augment": True}, "7.pt") == (
+        "options of 7.pt, but --lr 0.002 (was 0.006)"
+    )
+    assert (args.lr, args.iter, args.augment) == (0.002, 60, True)
+
+
+def test_an_option_of_another_type_is_refused():
+    for stored in ({"lr": "high"}, {"iter": [1]}, {"augment": "yes"}):
+        with pytest.raises(CheckpointError, match=f"7.pt: its option {next(iter(stored))}"):
+            restore_options(parse(), stored, "7.pt")
