@@ -8,25 +8,33 @@ OUT.safetensors the EMA generator alone. At the end the file is read again, and 
     python convert.py ffhq.pkl ffhq.pt
     python convert.py ffhq.pkl ffhq.safetensors --half
     python convert.py 550000.pt ffhq.safetensors
+    python convert.py face.safetensors face-with-settings.safetensors --recommended settings.json
+
+An exported generator keeps its number format and therefore its fingerprint, its step and its settings; the mean and the
+standard deviation of its latents are computed once and stored with it. settings.json names flags per script, such as
+{"projector": {"step": 300, "lr": 0.5}, "generate": {"truncation": 0.7}}: the scripts use them where no flag is given.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.checkpoint import load_checkpoint, load_safetensors, load_strictly, save_checkpoint
+from common.checkpoint import load_strictly, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.export import export_ema
 from common.images import save_image, to_uint8
 from interop.nvidia import differences, discriminator_tensors, generator_tensors, mean_latent
 from interop.nvidia_pickle import read_networks
-from model import Discriminator, Generator, GeneratorConfig, load_generator
+from model import Discriminator, Generator, GeneratorConfig, load_generator, read_generator
 
 PICKLES = (".pkl", ".pickle")
+SAMPLES = 10_000  # behind the stored statistics of w
+KEPT = ("step", "condition", "noise", "recommended")  # of the header of IN
 
 
 def build_parser() -> ArgumentParser:
@@ -35,6 +43,11 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("target", metavar="OUT", help="what to write: .pt (rosinality's layout) or .safetensors (EMA)")
     parser.add_argument(
         "--half", action="store_true", help="OUT.safetensors in 16 bits: half the file, a fingerprint of its own"
+    )
+    parser.add_argument(
+        "--recommended",
+        metavar="FILE.json",
+        help="settings to store in OUT.safetensors: per script, flag names and values (default: those of IN)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the picture drawn as a check; z is what NVIDIA's scripts draw for it"
@@ -52,10 +65,12 @@ def read_source(path: Path, *, alone: bool) -> tuple[dict, list[str]]:
     sentences on what will differ. alone: the EMA generator is all that is wanted."""
     if path.suffix.lower() in PICKLES:
         return read_pickle(path, alone=alone)
-    generator = load_generator(path)
-    state = {"g_ema": generator.state_dict(), "config": generator.config.to_dict()}
-    known = load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)
-    state |= {name: known[name] for name in ("step", "condition") if known.get(name) is not None}
+    weights, config, known = read_generator(path)
+    load_generator(path)  # refuses what does not fit or is damaged
+    weights = weights if alone else {name: tensor.float() for name, tensor in weights.items()}
+    state = {"g_ema": weights, "config": config.to_dict()}
+    state |= {name: known[name] for name in KEPT if known.get(name) is not None}
+    state |= {"noise": noise} if (noise := known.get("options", {}).get("noise")) else {}
     if path.suffix != ".safetensors" and not alone:
         for name in ("g", "d"):
             if name in known:
@@ -119,6 +134,25 @@ def draw(generator: Generator, seed: int) -> tuple[torch.Tensor, float]:
     return image, max(largest)
 
 
+@torch.no_grad()
+def latent_statistics(state: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Mean [1, L, style_dim] and standard deviation [L] of w, and the number of samples."""
+    generator = Generator(GeneratorConfig.from_dict(state["config"]))
+    load_strictly(generator, {name: tensor.float() for name, tensor in state["g_ema"].items()}, "g_ema")
+    return *generator.latent_statistics(SAMPLES), SAMPLES
+
+
+def read_settings(path: str) -> dict:
+    """The table {script: {flag: value}} of a JSON file. Raises UserError for another shape."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not a JSON file ({error})") from None
+    if not isinstance(settings, dict) or not all(isinstance(flags, dict) for flags in settings.values()):
+        raise UserError(f'{path}: expected flags per script, such as {{"projector": {{"step": 300}}}}')
+    return settings
+
+
 def check(path: Path, state: dict, seed: int, picture: str | None) -> None:
     """Read the file again, draw a picture with it and print what it is. Raises UserError when it is not finite."""
     generator = load_generator(path)
@@ -147,6 +181,8 @@ def read_options(args) -> tuple[Path, Path]:
         raise UsageError(f"{target}: expected a name that ends with .pt or .safetensors")
     if args.half and target.suffix != ".safetensors":
         raise UsageError(f"--half is for .safetensors, not for {target}")
+    if args.recommended and target.suffix != ".safetensors":
+        raise UsageError(f"--recommended is for .safetensors, not for {target}")
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed takes 0 to {2**32 - 1}, got {args.seed}")
     if target.exists() and source.exists() and target.samefile(source):
@@ -159,7 +195,8 @@ def main(args) -> int:
     alone = target.suffix == ".safetensors"
     state, notes = read_source(source, alone=alone)
     if alone:
-        export_ema(state, target, half=args.half)
+        recommended = state.get("recommended") if args.recommended is None else read_settings(args.recommended)
+        export_ema(state, target, half=args.half, recommended=recommended, statistics=latent_statistics(state))
     else:
         write_checkpoint(target, state)
     check(target, state, args.seed, args.picture)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +24,17 @@ from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, 
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
-CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2 (reference 8.2)
+CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2
+STATISTICS = ("latent_mean", "latent_std")  # tensors of an exported file: [L, style_dim] and [L] of w
+
+
+class Statistics(NamedTuple):
+    """Statistics of w that came with a file: mean [1, L, style_dim], std [L], and the number of samples behind them."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    samples: int
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -113,7 +124,10 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
-        self.fingerprint: str | None = None  # of the file it came from; set by load_generator
+        self.path: Path | None = None  # the file it came from: this and the next three are set by load_generator
+        self.fingerprint: str | None = None
+        self.recommended: dict[str, dict] = {}  # script -> flag -> value
+        self.statistics: Statistics | None = None
         self.compute_dtype = torch.float32  # of the convolutions; mapping and image sum stay in float32
         dim = config.style_dim + config.condition_dim
 
@@ -179,7 +193,10 @@ class Generator(nn.Module):
     @torch.no_grad()
     def latent_statistics(self, n: int = 10_000, seed: int = 0, batch: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean [1, L, 512] and per-token standard deviation [L] (the norm over channels, as the projector uses it:
-        sqrt(sum_c var_c)) of w over n seeded samples; accumulated in float64, so independent of the batch."""
+        sqrt(sum_c var_c)) of w over n seeded samples; accumulated in float64, so independent of the batch. Those of
+        the generator's file are returned instead where they stand for at least n samples, whatever the seed."""
+        if self.statistics is not None and n <= self.statistics.samples:
+            return self.statistics.mean.to(self.token.device), self.statistics.std.to(self.token.device)
         draw = torch.Generator().manual_seed(seed ^ STATISTICS_STREAM)
         total = square = 0
         for start in range(0, n, batch):
@@ -368,36 +385,74 @@ def infer_config(state: dict) -> GeneratorConfig:
     raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
 
 
-def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:
-    """EMA tensors and config in a generator file: `.safetensors` export, or a training checkpoint (`g_ema`).
+def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
+    """EMA tensors, config, and what else the file says: a `.safetensors` export, or a training checkpoint (`g_ema`).
 
+    Of an export that is its header, with `statistics` (if there) as a `Statistics`; else the whole checkpoint.
     Raises FileNotFoundError, or CheckpointError when the file holds no generator.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         state, metadata = load_export(path)
-        config = metadata.get("config")
     else:
-        checkpoint = load_checkpoint(path)
-        config = checkpoint.get("config")
-        state = checkpoint.get("g_ema", checkpoint)
+        metadata = load_checkpoint(path)
+        state = metadata.get("g_ema", metadata)
+    config = metadata.get("config")
     try:
         inferred = infer_config(state)
         config = inferred if config is None else GeneratorConfig.from_dict(config)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
     state.setdefault("token", torch.eye(config.n_tokens))  # rosinality's files have no token buffer
-    return state, config
+    tensors = {name: state.pop(name) for name in STATISTICS if name in state}
+    if "statistics" in metadata:  # a file that completes another has only those of its own header
+        metadata["statistics"] = _read_statistics(tensors, metadata["statistics"], config, path)
+    return state, config, metadata
 
 
-def load_generator(path: str | Path, device: str | torch.device = "cpu") -> Generator:
+def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:
+    """EMA tensors and config of a generator file; errors as in `read_generator`."""
+    return read_generator(path)[:2]
+
+
+def load_generator(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Generator:
     """The generator in a file, with EMA weights, in eval mode, gradients off, on `device`.
 
-    The architecture comes from the file (its config, or the tensors of rosinality's and TransStyleGAN's files). Raises
-    FileNotFoundError, or CheckpointError naming what does not fit. `generator.fingerprint` identifies the weights.
+    The architecture comes from the file (its config, or the tensors of rosinality's and TransStyleGAN's files). dtype:
+    of the convolutions. Beside the weights the generator keeps `path`, `fingerprint` (of the weights in float32),
+    `recommended` (the settings that suit it, per script flag names and values; {} when the file has none), and the
+    statistics of w that the file has. Raises FileNotFoundError, or CheckpointError naming what does not fit, or when
+    the weights are not those that the header's fingerprint names.
     """
-    state, config = generator_state(path)
+    state, config, metadata = read_generator(path)
     generator = Generator(config)
     load_strictly(generator, {k: v.float() for k, v in state.items()}, path)
     generator.fingerprint = fingerprint(generator.state_dict())
+    stated = metadata.get("fingerprint") if Path(path).suffix == ".safetensors" else None
+    if stated not in (None, generator.fingerprint):
+        raise CheckpointError(
+            f"{path} is damaged: its weights have the fingerprint {generator.fingerprint}, its header says "
+            f"{stated}; copy or download it again"
+        )
+    generator.path, generator.compute_dtype = Path(path), dtype
+    generator.recommended = _read_recommended(metadata.get("recommended", {}), path)
+    generator.statistics = metadata.get("statistics")
     return generator.eval().requires_grad_(False).to(device)
+
+
+def _read_recommended(settings, path) -> dict:
+    if not isinstance(settings, dict) or not all(isinstance(flags, dict) for flags in settings.values()):
+        raise CheckpointError(f"{path}: `recommended` is not a table of flags per script")
+    return settings
+
+
+def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path) -> Statistics:
+    """The stored statistics of w, if they are whole; CheckpointError otherwise."""
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != {"latent_mean": [config.n_tokens, config.style_dim], "latent_std": [config.n_tokens]}:
+        raise CheckpointError(f"{path}: statistics of w with the shapes {shapes} do not fit {config.n_tokens} tokens")
+    if fingerprint(tensors) != header.get("fingerprint"):
+        raise CheckpointError(f"{path} is damaged: its statistics of w are not those of its header; copy it again")
+    return Statistics(tensors["latent_mean"][None], tensors["latent_std"], int(header["samples"]))

@@ -9,12 +9,22 @@ import torch
 from common.checkpoint import fingerprint, load_safetensors, save_safetensors
 
 
-def export_ema(state: dict, path: str | Path, *, half: bool = False, base: str | Path | None = None) -> str:
+def export_ema(
+    state: dict,
+    path: str | Path,
+    *,
+    half: bool = False,
+    base: str | Path | None = None,
+    recommended: dict | None = None,
+    statistics: tuple[torch.Tensor, torch.Tensor, int] | None = None,
+) -> str:
     """The EMA generator of a training state (`g_ema`, `config`; `step`, `condition` when known) as .safetensors, with
     these and its fingerprint in the header; returns the fingerprint.
 
     half: 16-bit floats. The fingerprint is that of the weights as they will be read back, so a half export has its own.
     base: an export in the same folder, whose equal tensors are left out (common/checkpoint.py, `load_export`).
+    recommended: {script: {flag: value}}, the settings that suit this generator. statistics: mean [1, L, style_dim] and
+    std [L] of w with the number of samples, so that no start computes them again.
     Raises ValueError when a weight is beyond fp16's range, or for a base that is none.
     """
     weights = state["g_ema"]
@@ -23,18 +33,31 @@ def export_ema(state: dict, path: str | Path, *, half: bool = False, base: str |
         large = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if large:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
-    identity = fingerprint({name: tensor.float() for name, tensor in weights.items()})
-    known = {name: state[name] for name in ("step", "condition") if state.get(name) is not None}
-    known |= {"noise": noise} if (noise := state.get("options", {}).get("noise")) else {}
+    half = all(tensor.dtype == torch.float16 for tensor in weights.values())
+    header = {name: state[name] for name in ("step", "condition", "noise") if state.get(name) is not None}
+    header |= {"noise": noise} if (noise := state.get("options", {}).get("noise")) else {}
+    header |= {"config": state["config"], "fingerprint": generator_fingerprint(weights), "half": half}
+    if recommended:
+        header["recommended"] = recommended
     if base is not None:
         shared, of_base = load_safetensors(base)
         own, other = Path(path).resolve(), Path(base).resolve()
         if own == other or own.parent != other.parent or "base" in of_base or "fingerprint" not in of_base:
             raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {own.name}")
         weights = {name: tensor for name, tensor in weights.items() if not _same(tensor, shared.get(name))}
-        known["base"] = {"file": Path(base).name, "fingerprint": of_base["fingerprint"]}
-    save_safetensors(path, weights, {"config": state["config"], "fingerprint": identity, "half": half, **known})
-    return identity
+        header["base"] = {"file": Path(base).name, "fingerprint": of_base["fingerprint"]}
+    if statistics is not None:
+        mean, std, samples = statistics
+        tensors = {"latent_mean": mean[0].float().cpu(), "latent_std": std.float().cpu()}
+        header["statistics"] = {"samples": samples, "fingerprint": fingerprint(tensors)}
+        weights = weights | tensors
+    save_safetensors(path, weights, header)
+    return header["fingerprint"]
+
+
+def generator_fingerprint(weights: dict) -> str:
+    """The fingerprint of a generator's tensors as they are read back, in float32."""
+    return fingerprint({name: tensor.float() for name, tensor in weights.items()})
 
 
 def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:

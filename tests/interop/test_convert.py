@@ -5,6 +5,7 @@ The pickles here are written with stand-ins for NVIDIA's modules, which have the
 With $WPP_PEER_NVIDIA, a checkout of NVlabs/stylegan3 or NVlabs/stylegan2-ada-pytorch, NVIDIA's own code writes them.
 """
 
+import json
 import os
 import pickle
 import subprocess
@@ -364,6 +365,31 @@ def test_misuse_and_absent_files(flags, status, word, tmp_path, monkeypatch, cap
     assert command(*("in.pt" if flag == "IN" else flag for flag in flags)) == status
     assert word in capsys.readouterr().err and not Path("out.pt").exists()
     assert not flags_without_help(convert.build_parser())
+
+
+def test_recommended_settings_are_stored_and_kept(tmp_path, tiny_config, capsys):
+    """In 16 bits too, whose fingerprint stays; with the statistics of w."""
+    network = Generator(tiny_config)
+    save_checkpoint(tmp_path / "in.pt", {"g_ema": network.state_dict(), "config": tiny_config.to_dict()})
+    assert command(tmp_path / "in.pt", tmp_path / "half.safetensors", "--half") == 0
+    settings = {"projector": {"step": 300}, "generate": {"truncation": 0.7, "noise": "none"}}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    flags = ("--recommended", tmp_path / "settings.json")
+    assert command(tmp_path / "half.safetensors", tmp_path / "with.safetensors", *flags) == 0
+    assert command(tmp_path / "with.safetensors", tmp_path / "again.safetensors") == 0
+    half, again = load_generator(tmp_path / "half.safetensors"), load_generator(tmp_path / "again.safetensors")
+    assert again.recommended == settings and half.recommended == {}
+    assert again.fingerprint == half.fingerprint
+    assert {t.dtype for n, t in load_safetensors(tmp_path / "again.safetensors")[0].items() if "latent" not in n} == {
+        torch.float16
+    }
+    stored, half.statistics = again.latent_statistics(), None
+    for found, expected in zip(stored, half.latent_statistics(), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+    for text, word in (("[1]", "flags per script"), ('{"projector": 3}', "flags per script"), ("{", "not a JSON file")):
+        (tmp_path / "settings.json").write_text(text)
+        assert command(tmp_path / "half.safetensors", tmp_path / "no.safetensors", *flags) == 1
+        assert word in capsys.readouterr().err and not (tmp_path / "no.safetensors").exists()
 
 
 # -- NVIDIA's own code ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """model.py: generators read from files of ours and of others, and what is refused."""
 
+import json
 import math
 import pickle
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 from straight import meta
 
 from common.checkpoint import CheckpointError, save_checkpoint, save_safetensors
-from model import Discriminator, Generator, GeneratorConfig, infer_config, load_generator
+from common.export import export_ema
+from model import Discriminator, Generator, GeneratorConfig, generator_state, infer_config, load_generator
 
 
 def published_checkpoint(config):
@@ -158,3 +160,40 @@ def test_what_load_generator_refuses(tmp_path, tiny_config):
             load_generator(tmp_path / name)
         assert name in str(refusal.value) and "\n" not in str(refusal.value).strip(), str(refusal.value)
     assert not (tmp_path / "was run").exists()
+
+
+def exported(config, folder, **options):
+    torch.manual_seed(0)
+    generator = Generator(config)
+    path = folder / "face.safetensors"
+    export_ema({"g_ema": generator.state_dict(), "config": config.to_dict()}, path, **options)
+    return path, generator
+
+
+def test_settings_and_statistics_come_with_the_file(tmp_path, tiny_config):
+    settings = {"projector": {"step": 300, "init": "mean"}, "generate": {"truncation": 0.7}}
+    mean, std = torch.ones(1, 6, 32), torch.arange(6.0)
+    path, generator = exported(tiny_config, tmp_path, recommended=settings, statistics=(mean, std, 500))
+    loaded = load_generator(path, dtype=torch.bfloat16)
+    assert (loaded.recommended, loaded.path, loaded.compute_dtype) == (settings, path, torch.bfloat16)
+    assert_same_network(load_generator(path), generator)
+    found = loaded.latent_statistics(500)
+    assert torch.equal(found[0], mean) and torch.equal(found[1], std), "stored ones are read, not computed"
+    assert not torch.allclose(loaded.latent_statistics(501)[0], mean), "more samples than the file's: computed"
+    assert generator_state(path)[0].keys() == generator.state_dict().keys(), "training starts from weights alone"
+    bare, _ = exported(tiny_config, tmp_path)
+    assert load_generator(bare).recommended == {} and load_generator(bare).statistics is None
+
+
+def test_a_flipped_bit_is_refused(tmp_path, tiny_config):
+    """In any weight, and in the stored statistics."""
+    path, _ = exported(tiny_config, tmp_path, statistics=(torch.ones(1, 6, 32), torch.ones(6), 500))
+    whole = path.read_bytes()
+    header = int.from_bytes(whole[:8], "little") + 8
+    entries = {name: entry for name, entry in json.loads(whole[8:header]).items() if name != "__metadata__"}
+    for name in ("convs.1.conv.weight", "style.1.mlp.0.bias", "noises.noise_2", "latent_mean"):
+        damaged = bytearray(whole)
+        damaged[header + entries[name]["data_offsets"][0] + 2] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="face.safetensors is damaged"):
+            load_generator(path)
