@@ -27,9 +27,9 @@ from pathlib import Path
 from PIL import Image, ImageCms
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_rank_flag, setup, shutdown
+from common.files import atomic_write
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
 from faces.folder import AlignSettings, align_folder, count_outcomes, list_photos, require_faces

@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import atomic_write, latest_checkpoint, load_checkpoint, save_checkpoint
+from common.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, resolve_device
+from common.files import atomic_write
 from common.grids import make_strip, save_grid
 from common.images import check_header, fit_image, list_images, read_image, save_image
 from common.interrupt import StopSignal

@@ -5,20 +5,18 @@ An exported model (`.safetensors`) is a flat dictionary of tensors with JSON met
 """
 
 import argparse
-import errno
 import hashlib
 import json
-import os
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write, which names no file
+from common.files import atomic_write
+
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -27,54 +25,6 @@ class CheckpointError(ValueError):
 
 
 # -- writing ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def atomic_write(path):
-    """Binary file that appears under `path` only when the block ends well, complete and on the disk.
-
-    The bytes go to `.NAME.tmp` in the same folder (created when absent), are synced, and take the name in one step.
-    On any exception the temporary file is removed and what was under `path` stays. One writer per path.
-    Raises OSError naming `path` (full disk, no permission).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except Exception as error:
-        cause = _os_error(error)  # torch.save hides ENOSPC behind a RuntimeError of its own
-        unnamed = cause is not None and cause.filename is None and cause.errno in DISK_ERRORS
-        if not unnamed and getattr(cause, "filename", None) != str(temporary):
-            raise
-        raise OSError(cause.errno, f"could not be written: {cause.strerror}", str(path)) from error
-
-
-def _os_error(error):
-    """The OSError among `error` and the errors it was raised from, else None."""
-    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _sync_folder(folder):
-    """Make a rename in `folder` survive a power cut; Windows cannot open folders and needs no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_checkpoint(path, state):

@@ -16,8 +16,9 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 
-from common.checkpoint import atomic_write, load_checkpoint, require_file
+from common.checkpoint import load_checkpoint, require_file
 from common.cli import UsageError, UserError
+from common.files import atomic_write
 from common.runs import to_plain
 
 SPACES = ("w", "w+", "w++")

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.checkpoint import CheckpointError, atomic_write
+from common.checkpoint import CheckpointError
 from common.cli import Flags
+from common.files import atomic_write
 
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from common.checkpoint import atomic_write
+from common.files import atomic_write
 
 
 def write_table(path, rows: list[dict]) -> None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from common.checkpoint import atomic_write, require_file
+from common.checkpoint import require_file
 from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 

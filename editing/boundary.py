@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import atomic_write, require_file
+from common.checkpoint import require_file
+from common.files import atomic_write
 
 FITS = ("svc", "svm", "ridge")
 SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)

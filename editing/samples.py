@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write
 from common.distributed import Distributed, barrier, shard
+from common.files import atomic_write
 from common.images import to_tensor, to_uint8
 from sampling.render import noise_maps, seeded_z, select_noise
 from scorer.labels import read_labels

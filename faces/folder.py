@@ -27,9 +27,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write
 from common.cli import UserError
 from common.distributed import barrier, gather_list, shard
+from common.files import atomic_write
 from common.images import ImageError, list_images, read_image
 from common.runs import write_json
 from faces.align import PROFILE_YAW, AlignError, align, crop_aligned, estimate_yaw, parse_landmarks

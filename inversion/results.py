@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import atomic_write
 from common.cli import UserError
+from common.files import atomic_write
 from common.images import save_image
 from common.runs import write_json
 from inversion.sheets import PER_SHEET, comparison_sheet, curve_plot

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.checkpoint import atomic_write, load_safetensors, save_safetensors
+from common.checkpoint import load_safetensors, save_safetensors
 from common.cli import UserError
+from common.files import atomic_write
 from common.latents import save_latents
 from common.runs import to_plain, write_json
 from model import Generator

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import atomic_write, require_file
+from common.checkpoint import require_file
 from common.cli import UserError
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, shard
+from common.files import atomic_write
 from common.lmdb_store import DatasetError
 from metrics.extractors import Extractor, extractor_names
 from metrics.protocol import PROTOCOLS

@@ -22,8 +22,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # started by path: the root stands in for this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.files import atomic_write
 from perceptual.image_metrics import MEASURES, Measured, mean_and_std, read_measures
 
 SPACES = ("w", "w+", "w++")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.files import atomic_write
 from common.tables import cell, text_table
 from metrics.protocol import flat, read_records, require_alike
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from common.checkpoint import atomic_write
+from common.files import atomic_write
 from common.images import ImageError, save_image, to_tensor, to_uint8
 from common.latents import draw_z, save_latents
 from common.lmdb_store import DatasetError

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.checkpoint import atomic_write, require_file
+from common.checkpoint import require_file
+from common.files import atomic_write
 
 MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
 SSIM_SIGMA, SSIM_RADIUS = 1.5, 5  # Gaussian window of 11 pixels

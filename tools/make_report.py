@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.checkpoint import atomic_write
 from common.cli import ArgumentParser, UserError, run_script
+from common.files import atomic_write
 
 SECTIONS = (  # title, a sentence, patterns of pictures, table
     ("Faces by seed", "Drawn by the bundled W++ generator, truncation 0.8.", ["1-*.png", "2-*.png", "3-*.gif"], None),

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
+from common import files
 from common.checkpoint import (
     CheckpointError,
-    atomic_write,
     fingerprint,
     latest_checkpoint,
     load_checkpoint,
@@ -193,7 +192,7 @@ def no_space(*_):
 
 def test_full_disk_at_the_sync(tmp_path, monkeypatch):
     path = save_small(tmp_path / "000001.pt", 1)
-    monkeypatch.setattr(checkpoint.os, "fsync", no_space)
+    monkeypatch.setattr(files.os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left") as caught:
         save_small(path, 2)
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(path)
@@ -227,7 +226,7 @@ def test_full_disk_in_the_middle_of_a_write(tmp_path, monkeypatch, room):
             return getattr(self.file, name)
 
     path = save_small(tmp_path / "000001.pt", 1)
-    monkeypatch.setattr(checkpoint, "open", lambda *args: FullDisk(open(*args)), raising=False)
+    monkeypatch.setattr(files, "open", lambda *args: FullDisk(open(*args)), raising=False)
     with pytest.raises(OSError, match="No space left") as caught:
         save_small(path, 2)
     monkeypatch.undo()
@@ -248,23 +247,11 @@ try:
 except OSError as error:
     print(error.filename, error.strerror)
 """
-    root = Path(checkpoint.__file__).parents[1]
+    root = Path(files.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{path} could not be written")
     assert load_checkpoint(path)["step"] == 1 and names(tmp_path) == [path.name]
-
-
-def test_atomic_write_keeps_other_errors_and_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(KeyError), atomic_write(path) as file:
-        file.write(b"new")
-        raise KeyError("ours")
-    assert path.read_text() == "old" and names(tmp_path) == ["a.txt"]
-    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "b.txt"):
-        open(tmp_path / "absent")
-    assert caught.value.filename == str(tmp_path / "absent")
 
 
 def test_folder_that_cannot_be_made(tmp_path):

@@ -112,7 +112,7 @@ def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
     start(checkpoint, photos, out, expect=1)
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("error:") and "No space left on device" in err and ".npz" in err
-    assert len(list((out / "parts").glob("*.npz"))) == 2 and not list((out / "parts").glob(".*.tmp"))
+    assert len(list((out / "parts").glob("*.npz"))) == 2 and not list((out / "parts").glob(".tmp*"))
     monkeypatch.setattr(os, "fsync", fsync)
     start(checkpoint, photos, out)
     assert len(load_latents(out)) == 5

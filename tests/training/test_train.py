@@ -216,7 +216,7 @@ def test_resume_after_sigkill_is_exact(straight, face_lmdb, tiny_flags, root, tm
     assert found[-1] == "000010.pt", "killed too late to test anything"
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 11, "gro')  # a line torn by the crash
-    (folder / "checkpoint" / ".000020.pt.tmp").write_bytes(b"half a checkpoint")
+    (folder / "checkpoint" / ".tmp-0-1--0").write_bytes(b"half a checkpoint")
 
     ending = good(end(start(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)))
     assert "continuing" in ending.out and "step 10 of 20" in ending.out
@@ -296,7 +296,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(straight, face_lmdb, tiny_fl
     line = error_line(ending)
     assert "000021.pt" in line and "could not be written" in line
     assert kept.read_bytes() == before
-    assert not [p.name for p in (folder / "checkpoint").iterdir() if p.name.endswith(".tmp")]
+    assert not [p.name for p in (folder / "checkpoint").iterdir() if p.name.startswith(".tmp")]
     good(play("--path", face_lmdb, *EVENTFUL, "--workers", "0", "--exp_name", folder, "--iter", 21, "--resume", "auto"))
     assert load_checkpoint(folder / "checkpoint" / "000021.pt")["step"] == 21
 
