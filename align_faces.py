@@ -28,7 +28,7 @@ from PIL import Image, ImageCms
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import add_rank_flag, setup, shutdown
+from common.distributed import add_rank_flags, setup, shutdown
 from common.files import atomic_write
 from common.images import ImageError, list_images, read_image
 from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
@@ -76,7 +76,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes")
     parser.add_argument("--overwrite", action="store_true", help="do all photos again")
     parser.add_argument("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
-    add_rank_flag(parser)
+    add_rank_flags(parser)
     paste = parser.add_argument_group("pasting back")
     paste.add_argument("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
     paste.add_argument(
@@ -122,7 +122,7 @@ def main(args) -> None:
         )
         return
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
-    dist = setup("cpu")
+    dist = setup("cpu", timeout=args.dist_timeout)
     try:
         photos = list_photos([args.photos], args.output_dir)
         records = align_folder(

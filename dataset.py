@@ -18,10 +18,12 @@ our prepare_data.py, b"manifest" -> JSON. Stores made by rosinality's prepare_da
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -314,6 +316,8 @@ class BatchStream:
         self.loader, self.sampler, self.device = loader, sampler, device
         self._batches = iter(loader)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Python itself asks the workers to end by SIGTERM, which they ignore, and would wait for ever
+        atexit.register(_close, weakref.ref(self))
 
     def __iter__(self) -> BatchStream:
         return self
@@ -333,12 +337,21 @@ class BatchStream:
         return images
 
     def restart(self) -> None:
-        """Goes on from `sampler.position` after it was changed: drops what was fetched ahead."""
+        """Continue from `sampler.position` after it was changed: drop what was fetched ahead."""
+        self.close()
         self._batches = iter(self.loader)
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._batches = iter(())
+        """End the workers; at the end of the process this happens by itself."""
+        workers = getattr(self._batches, "_workers", ())
+        self._batches = iter(())  # by a message of the DataLoader, which waits some seconds for each
+        for worker in workers:
+            worker.kill()
+
+
+def _close(stream: weakref.ref[BatchStream]) -> None:
+    if (alive := stream()) is not None:
+        alive.close()
 
 
 def data_loader(
@@ -371,7 +384,7 @@ def data_loader(
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context=start_method if workers else None,
         generator=generator,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_ignore_signals,
     )
     return BatchStream(loader, sampler, device)
 
@@ -393,8 +406,9 @@ class _Fetch(Dataset):
             return DatasetError(str(error))
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Schedulers and Ctrl-C signal the whole process group; the workers must outlive the trainer's last step."""
+def _ignore_signals(worker: int) -> None:
+    """Schedulers and Ctrl-C signal the whole process group; the workers must outlive the trainer's last step. They end
+    by a message, or killed, by BatchStream.close; or by themselves when the trainer is gone."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
 

@@ -95,7 +95,7 @@ def default_encoder(generator, device):
 
 def read_tools(args) -> Tools:
     """Everything that the page works with; what is not here is None, with a note on stderr."""
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, ops=args.ops)
     tools = load_tools(args.ckpt or default_generator(), device, args.boundaries)
     generator = tools.generator
     if args.encoder:

@@ -139,7 +139,7 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     check_flags(args)
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         generator = load_generator(args.ckpt, dist.device)
         generator.compute_dtype = DTYPES[args.precision]

@@ -354,7 +354,7 @@ def summary(rows: list[dict], targets: list[Target], names) -> str:
 
 def main(args) -> int:
     check_flags(args)
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         known = read_condition(args.ckpt)
         generator = load_generator(args.ckpt, dist.device)

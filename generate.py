@@ -415,7 +415,7 @@ def ask_for(source: Source, args) -> Source:
 
 def main(args) -> int:
     task = read_options(args)
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         generator = load_generator(args.ckpt, dist.device)
         config = generator.config

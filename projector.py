@@ -18,7 +18,6 @@ perceptual.npy, noise.npy and mse.npy (the published sums and means over images,
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -39,7 +38,6 @@ from perceptual.identity import identity_or_none
 from perceptual.lpips import build_perceptual
 
 EARLY_STOP = 0.02  # when --early_stop is given without a number
-PATIENCE = timedelta(days=30)  # of a rank that waits for one with more work
 
 
 def build_parser() -> ArgumentParser:
@@ -237,7 +235,7 @@ def load_start(path: str, generator: Generator, space: str, names: list[str]):
 
 def main(args) -> int:
     settings = read_settings(args)
-    dist = setup(args.device, timeout=PATIENCE.total_seconds())
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         generator = load_generator(args.ckpt, dist.device)
         config = generator.config

@@ -385,7 +385,7 @@ def main(args) -> int:
     asked = read_condition_settings(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    dist: Distributed = setup(args.device)
+    dist: Distributed = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         state, source = find_start(args)
         stored = stored_architecture(args, state, source)

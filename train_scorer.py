@@ -284,7 +284,7 @@ def prepare(args, state: dict | None, source) -> tuple[ScorerTrainer, InfiniteSa
     settings = read_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, tables = resolve_device(args.device), read_data(args)
+    device, tables = resolve_device(args.device, ops=args.ops), read_data(args)
     config = ScorerConfig(tables[0].attributes, args.backbone, args.width, args.input_size)
     trainer = ScorerTrainer(config, settings, tables[0].weights.mean(0), device)
     sampler = InfiniteSampler(len(tables[0]), seed=args.seed)
@@ -363,7 +363,7 @@ def evaluate(args) -> None:
         raise UsageError(f"--sizes {args.sizes}: expected pixels separated by commas, 0 for as they are") from None
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, ops=args.ops)
     scorer = load_scorer(args.scorer, device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
     names, table = read_evaluation(args, scorer)
     paths = [Path(args.evaluate) / name for name in names]

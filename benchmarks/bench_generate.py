@@ -136,7 +136,7 @@ def calls_of(row: Row, args, device):
 
 @torch.no_grad()
 def measure_here(row: Row, args) -> dict:
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, ops=args.ops)
     if device.type == "cpu" and row.formulation == OURS:
         tune_allocator()  # as generate.py does
     forget_peak(device)
@@ -221,7 +221,7 @@ def main(args):
     if args.row:
         print(json.dumps(measure_here(Row(**json.loads(args.row)), args)))
         return
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, ops=args.ops)
     if args.ckpt:
         config = load_generator(args.ckpt).config
         args.sizes, args.spaces = [config.size], [config.space]

@@ -150,9 +150,11 @@ def our_round(row: Row, args, dist: Distributed) -> Round:
 def measure_here(row: Row, args) -> dict:
     """The row in this process: one of a group, or alone."""
     if row.formulation == ORIGINAL:
-        dist = Distributed(0, 0, 1, resolve_device(args.device), None)  # on a CPU without our allocator setting
+        dist = Distributed(
+            0, 0, 1, resolve_device(args.device, ops=args.ops), None
+        )  # on a CPU without our allocator setting
     else:
-        dist = setup(args.device)
+        dist = setup(args.device, ops=args.ops)
     forget_peak(dist.device)
     try:
         game = our_round(row, args, dist)
@@ -257,7 +259,7 @@ def main(args):
     if args.row:
         print(json.dumps(measure_here(Row(**json.loads(args.row)), args)))
         return
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, ops=args.ops)
     kind = "W" if args.w_space else "W++"
     print(
         f"{headline(device)}; {kind}, channel_max {args.channel_max}, "
@@ -273,7 +275,7 @@ def main(args):
         )
     if args.profile:
         first = next(row for row in rows_of(args) if row.formulation == OURS and row.processes == 1)
-        game = our_round(first, args, setup(args.device))
+        game = our_round(first, args, setup(args.device, ops=args.ops))
         for phase in game.phases.values():
             phase()  # warm
         write_trace(args.profile, game.phases)

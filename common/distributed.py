@@ -4,12 +4,14 @@ Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as both launcher
 here works as rank 0 of 1 and no process group exists.
 """
 
-import argparse
 import ctypes
+import itertools
 import os
 import platform
-import random
 import re
+import sys
+import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,9 +20,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.cli import UsageError
+from common.cli import UsageError, positive
 from op import dispatch
 
+TIMEOUT = 300.0  # seconds
+BEAT = 2.0  # seconds between two signs of life
+WORK = timedelta(days=7)  # how long ranks wait for each other's work, as long as all show signs of life
+_watch = None
 _control = None  # gloo group for barriers and Python objects: it names the missing rank, which nccl cannot
 
 
@@ -44,39 +50,38 @@ class Distributed:
 
 
 def add_device_flags(parser):
-    """Add `--device`, `--ops` and the `--local_rank` that `torch.distributed.launch` passes."""
+    """Add `--device` and `--ops`, and what several processes need: see `add_rank_flags`."""
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
     add_ops_flag(parser)
-    add_rank_flag(parser)
+    add_rank_flags(parser)
 
 
-def add_rank_flag(parser):
-    """Add the `--local_rank` that `torch.distributed.launch` passes."""
+def add_rank_flags(parser):
+    """Add `--dist_timeout`, for `setup`, and the `--local_rank` that `torch.distributed.launch` passes."""
     parser.add_argument("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
+    parser.add_argument(
+        "--dist_timeout",
+        type=positive,
+        default=TIMEOUT,
+        help="seconds that several processes wait for one that is silent; a collective that takes longer fails",
+    )
 
 
 def add_ops_flag(parser):
-    """Add `--ops`. It takes effect when it is parsed, for the whole process: op/dispatch.py is asked call by call."""
+    """Add `--ops`, for `setup` or `resolve_device`."""
     parser.add_argument(
         "--ops",
         choices=dispatch.OPS,
-        action=_ChooseOps,
         help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
         "| ref | triton; default: $WPP_OPS, else auto",
     )
 
 
-class _ChooseOps(argparse.Action):
-    def __call__(self, parser, namespace, value, option_string=None):
-        dispatch.choose(value)
-        setattr(namespace, self.dest, value)
-
-
-def resolve_device(name):
+def resolve_device(name, *, ops=None):
     """torch.device for 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'.
 
-    Raises UsageError for another name, ValueError for a device this machine lacks, or one that cannot run the `--ops`
-    asked for.
+    ops: kernels for the whole process from here on (`op.dispatch.choose`); None leaves the choice as it is.
+    Raises UsageError for another name, ValueError for a device this machine lacks, or one that cannot run these `ops`.
     """
     name = str(name)
     if name == "auto":
@@ -90,6 +95,8 @@ def resolve_device(name):
             raise ValueError(f"--device {name}: torch {torch.__version__} sees {found} CUDA devices; try --device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: this machine or PyTorch has no Metal support; try --device cpu")
+    if ops is not None:
+        dispatch.choose(ops)
     dispatch.require(torch.device(name))
     return torch.device(name)
 
@@ -108,17 +115,19 @@ def tune_allocator():
     libc.mallopt(mmap_max, 0)
 
 
-def setup(device="auto", *, timeout=1800.0):
-    """Join the other processes, if there are any, and return this one's Distributed.
+def setup(device="auto", *, ops=None, timeout=TIMEOUT):
+    """Join the other processes, if there are any, and return this one's Distributed. device, ops: of `resolve_device`.
 
-    A `cuda` without index becomes `cuda:LOCAL_RANK`. Backend: nccl on CUDA where PyTorch has it, else gloo. A
-    collective that waits for more than `timeout` seconds raises DistributedError. Call `shutdown()` at the end.
+    A `cuda` without index becomes `cuda:LOCAL_RANK`. Backend: nccl on CUDA where PyTorch has it, else gloo. An
+    all-reduce that waits for more than `timeout` seconds raises DistributedError. So does what waits for work (barrier,
+    gather, broadcast) when a rank has died; it may take long as long as all ranks live. A rank without a sign of life
+    for `timeout` seconds (a cut network) ends this process, with the line that names it. Call `shutdown()` at the end.
     """
-    global _control
+    global _control, _watch
     rank, world_size, local_rank = (
         _env_int(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    device = resolve_device(device)
+    device = resolve_device(device, ops=ops)
     if device.type == "cpu":
         tune_allocator()
     if device.type == "cuda":
@@ -132,8 +141,10 @@ def setup(device="auto", *, timeout=1800.0):
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     limit = timedelta(seconds=timeout)
     with _named("joining the process group"):
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=limit)
-        _control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo", timeout=limit)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=limit))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        _control = dist.new_group(backend="gloo", timeout=WORK)
+    _watch = _Watch(dist.PrefixStore("watch", store), rank, world_size, timeout)
     return Distributed(rank, local_rank, world_size, device, backend)
 
 
@@ -145,10 +156,58 @@ def _env_int(name, default):
         raise ValueError(f"environment variable {name}={text!r}: expected an integer") from error
 
 
+class _Watch:
+    """Signs of life of all ranks, exchanged by a thread through the store, and how many collectives each has entered.
+
+    A second thread ends the process when a rank is silent: gloo and nccl themselves wait for the packets of a cut
+    network for ever. A process that ends is no such case: its connections close, which the collectives notice.
+    """
+
+    def __init__(self, store, rank, world_size, timeout):
+        self.store, self.rank, self.timeout = store, rank, timeout
+        self.entered, self.ended = 0, threading.Event()
+        self.beats = [("", 0)] * world_size  # (last sign of life, collectives entered)
+        self.seen = [time.monotonic()] * world_size
+        for work in (self._exchange, self._guard):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _exchange(self):
+        keys = [str(rank) for rank in range(len(self.beats))]
+        for beat in itertools.count():
+            try:
+                self.store.set(str(self.rank), f"{beat} {self.entered}")
+                values = [value.decode() for value in self.store.multi_get(keys)]
+            except RuntimeError:  # the process that keeps the store has ended
+                return self.ended.set()
+            for rank, value in enumerate(values):
+                if value != self.beats[rank][0]:
+                    self.beats[rank], self.seen[rank] = (value, int(value.split()[1])), time.monotonic()
+            if self.ended.wait(BEAT):
+                return None
+
+    def _guard(self):
+        while not self.ended.wait(BEAT):
+            if silent := [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > self.timeout]:
+                if self.rank in silent:  # no answer from the store
+                    silent = [0]
+                names = ", ".join(map(str, silent))
+                print(f"error: no sign of life of rank {names} for {self.timeout:g} s", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def behind(self):
+        """Ranks that have not entered this rank's last collective, or have stopped to show signs of life."""
+        time.sleep(2 * BEAT)
+        late = [rank for rank, (_, entered) in enumerate(self.beats) if entered < self.entered]
+        return late or [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > 3 * BEAT]
+
+
 def shutdown():
     """Leave the process group; harmless when there is none or it has been left already."""
-    global _control
+    global _control, _watch
     _control = None
+    if _watch is not None:
+        _watch.ended.set()
+        _watch = None
     if _joined():
         dist.destroy_process_group()
 
@@ -160,15 +219,19 @@ def _joined():
 @contextmanager
 def _named(what):
     """Turn torch's error in a collective into one that says which rank stood where."""
+    if _watch is not None:
+        _watch.entered += 1
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        behind = _watch.behind() if _watch is not None else ()
+        who = f"rank {', '.join(map(str, behind))}" if behind else "another rank"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DistributedError(
-            f"rank {rank} of {world_size}: {what} failed, another rank has stopped or hangs ({reason})"
+            f"rank {rank} of {world_size}: {what} failed, {who} has stopped or hangs ({reason})"
         ) from error
 
 
@@ -235,11 +298,3 @@ def shard(n_items, rank, world_size):
 def mix_seeds(*numbers: int) -> int:
     """One seed, 63 bits, of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def seed_everything(seed, rank=0):
-    """Seed `random`, numpy and torch (all devices); another stream per rank, the same for the same (seed, rank)."""
-    seed = (seed + 1_000_003 * rank) % 2**32  # numpy takes 32 bits
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

@@ -252,7 +252,7 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
 
 def main(args) -> int:
     ckpts, boundaries, names = read_rows(args)
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         measure(args, ckpts, boundaries, names, dist)
     finally:

@@ -123,7 +123,7 @@ def run_command(args, metrics: tuple[str, ...]) -> int:
     nearest_k = getattr(args, "nearest_k", None)
     if nearest_k is not None and nearest_k < 1:
         raise UsageError(f"--nearest_k must be at least 1, got {nearest_k}")
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
         as_published = args.protocol == "paper" and metrics == ("prdc",)

@@ -36,7 +36,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> int:
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         extractor = build_extractor(
             args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=dist.device

@@ -157,7 +157,7 @@ def main(args) -> int:
 
     if args.n_sample < 2 or args.batch < 1 or not 0 < args.epsilon < 1 or not 0 <= args.seed < 2000:
         raise UsageError("--n_sample takes 2 or more, --batch 1 or more, --epsilon between 0 and 1, --seed 0 to 1999")
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         generator = load_generator(args.ckpt, dist.device)
         space = args.space or generator.config.space

@@ -5,6 +5,11 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
 
 import lmdb
 import numpy as np
@@ -428,3 +433,67 @@ def test_cuda_batches_are_copied_from_pinned_memory(store):
 
 def test_module_names():
     assert dataset.DatasetError is DatasetError
+
+
+# -- the end of a command ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def damaged_store(tmp_path_factory):
+    """200 items of 16 px, of which those that opening looks at are sound, and no other."""
+    sound = {*random.Random(16).sample(range(200), 3), 199}
+    items = {f"16-{i:05d}": encode(picture(i, 16)) if i in sound else b"\x89PNG damaged" for i in range(200)}
+    return write_lmdb(tmp_path_factory.mktemp("damaged") / "faces.lmdb", items, 200)
+
+
+def seconds_after_the_error(command, cwd):
+    """How long a command lives after its `error:` line, its status and all it printed on stderr."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    said, lines = None, []
+    killer = threading.Timer(120, process.kill)
+    killer.start()
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if said is None and "error: " in line:
+                said = time.monotonic()
+        status = process.wait()
+        return time.monotonic() - said, status, "".join(lines)
+    finally:
+        killer.cancel()
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]])
+def test_no_command_outlives_its_error_line(launcher, damaged_store, tiny_flags, root, tmp_path):
+    flags = ["--path", damaged_store, "--exp_name", tmp_path / "run", "--device", "cpu", "--batch", 4, "--workers", 2]
+    command = [sys.executable, *launcher, root / "train.py", *flags, *tiny_flags, "--iter", 9]
+    seconds, status, said = seconds_after_the_error(list(map(str, command)), tmp_path)
+    assert status == 1 and "is damaged" in said, said
+    assert seconds < (12 if launcher else 5), said  # the launcher itself looks after its processes every few seconds
+    if not launcher:
+        assert "Traceback" not in said
+
+
+def test_workers_end_with_the_process_whatever_it_holds(damaged_store, root):
+    """Also where the stream lives on in a traceback, a cycle or a global, and when SIGTERM comes first."""
+    program = f"""
+import os, signal, sys
+from dataset import InfiniteSampler, data_loader, open_dataset
+stream = data_loader(open_dataset({str(damaged_store)!r}, 16), 4, InfiniteSampler(200), workers=2)
+stream.itself = stream
+workers = [worker.pid for worker in stream._batches._workers]
+print(*workers, flush=True)
+for pid in workers:
+    os.kill(pid, signal.SIGTERM)
+sys.exit(3)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3, done.stderr
+    for pid in map(int, done.stdout.split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert time.monotonic() - began < 30

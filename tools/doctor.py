@@ -37,13 +37,13 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    for name, value in report(args.device, args.weights_dir):
+    for name, value in report(args.device, args.weights_dir, args.ops):
         print(f"{name + ':':16}{value}")
 
 
-def report(device, weights_dir=None) -> list[tuple[str, str]]:
+def report(device, weights_dir=None, ops=None) -> list[tuple[str, str]]:
     """(what, found) in words. Raises ValueError for a device that is not here."""
-    device = resolve_device(device)
+    device = resolve_device(device, ops=ops)
     here = {name: path for name in WEIGHTS if (path := find(name, weights_dir))}
     required = [re.match(r"[\w.-]+", line) for line in (ROOT / "requirements.txt").read_text().splitlines()]
     versions = package_versions([*(name[0] for name in required if name), "triton"])

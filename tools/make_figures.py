@@ -87,7 +87,7 @@ def beside(path: Path, kind: str) -> Path | None:
 
 def read_lab(args) -> Lab:
     """Raises ValueError or FileNotFoundError for models that are not there or do not fit together."""
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, ops=args.ops)
     tools = load_tools(args.ckpt, device, args.boundaries)
     if tools.generator.config.w_space:
         raise UserError(f"--ckpt {args.ckpt} is a W generator: a W++ generator is expected, W goes with --w_ckpt")

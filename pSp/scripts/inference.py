@@ -125,7 +125,7 @@ def main(args) -> int:
     factor, layers = read_options(args)
     exp_dir = Path(args.exp_dir)
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         generator = load_generator(args.stylegan_weights, dist.device) if args.stylegan_weights else None
         net = load_psp(path, dist.device, generator)

@@ -273,7 +273,7 @@ def main(args) -> int:
     settings, weights, schedule = read_options(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    dist = setup(args.device)
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         state, source, continuing = find_start(args)
         net, origin = build_network(args, state, source, continuing, dist.device)

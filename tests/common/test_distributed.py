@@ -1,13 +1,12 @@
 """common/distributed.py: one process, two processes over gloo, and a rank that does not come."""
 
 import os
-import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -155,10 +154,84 @@ def test_shard(n_items, world_size):
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_seed_everything():
-    def draw(seed, rank=0):
-        distributed.seed_everything(seed, rank)
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
+def start(program, world_size=2):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=Path(distributed.__file__).parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
 
-    assert draw(1) == draw(1)
-    assert len({draw(1), draw(2), draw(1, rank=1), draw(2**32 - 1, rank=1)}) == 4
+
+SILENT = """
+import os, signal, sys, time, torch
+from common import distributed as d
+from common.cli import ArgumentParser, run_script
+def main(args):
+    here = d.setup("cpu", timeout=4)
+    d.barrier()
+    if here.rank == 1:
+        {fault}
+    if here.rank == 0:
+        time.sleep({work})
+    {collective}
+    print("through", flush=True)
+    d.shutdown()
+run_script(main, ArgumentParser())
+"""
+
+
+@pytest.mark.parametrize(
+    "fault, collective, message",
+    [
+        # the whole process stops, as behind a cut cable: no packet comes, no connection closes
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "d.gather_list(1)", "error: no sign of life of rank 1 for 4 s"),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", "d.all_reduce_mean([torch.ones(3)])", "rank 1"),
+        # it lives and does something else
+        ("time.sleep(60)", "d.all_reduce_mean([torch.ones(3)])", "all-reduce failed, rank 1 has stopped or hangs"),
+        # it dies
+        ("os._exit(9)", "d.gather_list(1)", "error: rank 0 of 2: gather failed, "),
+    ],
+)
+def test_a_silent_rank_is_named_and_nobody_waits_for_ever(fault, collective, message):
+    workers = start(SILENT.format(fault=fault, collective=collective, work=0))
+    try:
+        began = time.monotonic()
+        out, err = workers[0].communicate(timeout=60)
+        assert workers[0].returncode == 1 and out == "", err
+        assert message in err and "Traceback" not in err
+        assert time.monotonic() - began < 30
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_ranks_wait_for_work_that_takes_longer_than_the_timeout():
+    workers = start(SILENT.format(fault="pass", collective="d.gather_list(1)", work=7))
+    try:
+        results = [worker.communicate(timeout=60) for worker in workers]
+        assert [out for out, _ in results] == ["through\n"] * 2, results
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_ops_are_chosen_for_the_process(monkeypatch):
+    from op import dispatch
+
+    monkeypatch.setattr(dispatch, "_mode", None)
+    parser = ArgumentParser()
+    distributed.add_device_flags(parser)
+    args = parser.parse_args(["--ops", "ref", "--dist_timeout", "60"])
+    assert dispatch._mode is None, "parsing changes nothing"
+    distributed.setup(args.device, ops=args.ops, timeout=args.dist_timeout)
+    assert dispatch.chosen() == "ref"

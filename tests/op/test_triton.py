@@ -88,7 +88,7 @@ def test_the_environment_decides_where_no_flag_does(undecided):
 def script(*flags):
     parser = ArgumentParser()
     add_device_flags(parser)
-    return run(lambda args: resolve_device(args.device) and None, parser, flags)
+    return run(lambda args: resolve_device(args.device, ops=args.ops) and None, parser, flags)
 
 
 def test_flag(undecided):
