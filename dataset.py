@@ -1,11 +1,11 @@
-"""Training pictures: from an LMDB or a plain folder to an endless stream of uint8 batches.
+"""Training images: from an LMDB or a plain folder to an endless stream of uint8 batches.
 
 `open_dataset` takes either by path and looks closely before the first step: what would end a run after hours (a
-missing resolution, a half-written store, a damaged file) is one sentence at the start. Pictures stay uint8
+missing resolution, a half-written store, a damaged file) is one sentence at the start. Images stay uint8
 [3, size, size] until they are on the device; the trainer normalises there.
 
 The order is a pure function of (seed, position): `InfiniteSampler` counts positions in global samples, so a checkpoint
-needs that one number to go on at exactly the next picture, on any number of processes.
+needs that one number to go on at exactly the next image, on any number of processes.
 
 LMDB layout (docs/formats.md): f"{size}-{index:05d}" -> encoded image, b"length" -> ascii integer, and, when written by
 our prepare_data.py, b"manifest" -> JSON. Stores made by rosinality's prepare_data open as they are.
@@ -49,7 +49,7 @@ ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
 def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None = None) -> Dataset:
     """Opens the LMDB or the folder of images at `path`, told apart by content.
 
-    Raises FileNotFoundError if the path is absent, DatasetError if it cannot give pictures of size x size.
+    Raises FileNotFoundError if the path is absent, DatasetError if it cannot give images of size x size.
     """
     path = Path(path)
     if not path.exists():
@@ -68,7 +68,7 @@ def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None 
 
 
 class MultiResolutionDataset(Dataset):
-    """The pictures of one resolution in an LMDB; item i is uint8 [3, size, size], through `transform` if given.
+    """The images of one resolution in an LMDB; item i is uint8 [3, size, size], through `transform` if given.
 
     The store is opened when the first item is read, in each process by itself, so that the object can be sent to
     workers by fork or spawn. Opening checks that the store is whole, holds the resolution, and decodes three items.

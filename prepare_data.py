@@ -1,11 +1,11 @@
-"""Stage 1: a folder of images becomes an LMDB with every picture at one or more sizes.
+"""Stage 1: a folder of images becomes an LMDB with every image at one or more sizes.
 
     python3 prepare_data.py --out faces.lmdb --size 128,256 photos/
 
 The folder may be of any depth, with any file names and image kinds (common/images.py). Files that cannot be read are
 left out and listed in OUT/skipped.csv, without a hole in the numbering. The result depends on the files and the flags
-alone, not on the number of workers. A run that was killed goes on where it stopped when it is started again; one that
-is up to date ends at once. Keys and manifest: common/lmdb_store.py.
+alone, not on the number of workers. A run that was killed leaves nothing that could be taken for an LMDB; one whose
+result is up to date ends at once. Keys and manifest: common/lmdb_store.py.
 
 Lossless by default: JPEG at quality 100 still halves the colour resolution in Pillow's default 4:2:0 (ADA#222).
 --compat gives the bytes of rosinality's tool, that loss included.
@@ -31,15 +31,17 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import PIL
-from PIL import Image
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.images import FITS, RESAMPLE, ImageError, fit_image, list_images, read_image
+from common.cli import ArgumentParser, UsageError, UserError, positive_int, run_script
+from common.files import atomic_write
+from common.images import FITS, RESAMPLE, ImageError, fit_image, list_images, open_image, read_image
 from common.lmdb_store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, sources_digest
+from common.lock import lock_folder
 
 SETTINGS_VERSION = 1
 CHUNK = 16  # files per task of a worker
+COMPAT_ASPECT = 64  # --compat scales the whole image before it takes the centre
 BATCH_BYTES, BATCH_FILES = 32 << 20, 256  # a transaction closes at either
 
 
@@ -49,16 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--path", dest="path_flag", metavar="PATH", help="the same, as a flag")
     parser.add_argument("--out", required=True, help="folder of the LMDB to write")
     parser.add_argument("--size", default="128,256,512,1024", help="sizes in pixels, separated by commas")
-    parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes that read and encode")
+    parser.add_argument("--n_worker", type=positive_int, default=_n_cores(), help="processes that read and encode")
     parser.add_argument("--resample", default="lanczos", choices=list(RESAMPLE), help="filter of the resizing")
     parser.add_argument(
         "--fit",
         default="crop",
         choices=FITS,
-        help="what to do with pictures that are not square: keep the centre, fill up with the background, distort",
+        help="what to do with images that are not square: keep the centre, fill up with the background, distort",
     )
     parser.add_argument("--background", default="255,255,255", help="R,G,B below transparent parts and in padding")
-    parser.add_argument("--format", default="png", choices=("png", "jpeg", "webp"), help="how pictures are stored")
+    parser.add_argument("--format", default="png", choices=("png", "jpeg", "webp"), help="how images are stored")
     parser.add_argument(
         "--quality", type=int, help="1..100 of jpeg (4:4:4; 95 when not given) or webp (lossless when not given)"
     )
@@ -76,8 +78,6 @@ def main(args: argparse.Namespace) -> None:
     path = _choose_path(args)
     settings = _settings(args)
     max_bad = _parse_max_bad(args.max_bad)
-    if args.n_worker < 1:
-        raise UsageError(f"--n_worker must be at least 1, not {args.n_worker}")
     start = time.monotonic()
     manifest = prepare(
         path, args.out, settings=settings, n_worker=args.n_worker, max_bad=max_bad, overwrite=args.overwrite
@@ -105,7 +105,7 @@ def _choose_path(args: argparse.Namespace) -> str:
 
 
 def _settings(args: argparse.Namespace) -> dict:
-    """The options that decide the bytes; stored in the manifest, compared when a run goes on."""
+    """The options that decide the bytes; stored in the manifest, compared with those of a finished LMDB."""
     try:
         sizes = sorted({int(size) for size in args.size.split(",")})
         background = [int(value) for value in args.background.split(",")]
@@ -183,12 +183,11 @@ def _codec_options(settings: dict) -> dict:
 def _encode_compat(path: Path, settings: dict) -> tuple[list[bytes], tuple[int, int]]:
     """rosinality's prepare_data.py: short side to size, then the centre, by torchvision's rounding; orientation,
     profile and alpha are not looked at. The same Pillow gives the same bytes."""
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as an image: {error}") from error
+    with open_image(path) as opened:
+        image = opened.convert("RGB")
     width, height = image.size
+    if max(width, height) > COMPAT_ASPECT * min(width, height):
+        raise ImageError(f"{path} cannot be read as an image: {width}x{height} pixels are too long for --compat")
     encoded = []
     for size in settings["sizes"]:
         scaled = (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
@@ -203,15 +202,15 @@ def _encode_compat(path: Path, settings: dict) -> tuple[list[bytes], tuple[int, 
 # -- workers -------------------------------------------------------------------------------------------------------
 
 
-def _encode_chunk(paths: list[Path], settings: dict) -> list:
-    """For each path what encode_file returns, or the reason why the file is left out."""
+def _encode_chunk(paths: list[Path], settings: dict) -> list[tuple]:
+    """For each path the result of encode_file, or (the reason why the file is left out, None)."""
     results = []
     for path in paths:
         try:
             results.append(encode_file(path, settings))
-        except (ImageError, OSError) as error:
+        except (ImageError, OSError, MemoryError) as error:
             reason = str(error).removeprefix(f"{path} ").removeprefix("cannot be read as an image: ")
-            results.append(" ".join(reason.split()))
+            results.append((" ".join(reason.split()) or "there is not enough memory for it", None))
     return results
 
 
@@ -279,19 +278,19 @@ def prepare(
     if not overwrite and (finished := _finished(out, settings, sources)):
         print(f"{out} is up to date", file=sys.stderr)
         return finished
-    out.mkdir(parents=True, exist_ok=True)
-
-    with StoreWriter(out, settings, sources) as writer:
-        if writer.manifest is None:
-            _fill(writer, files, settings, n_worker, progress)
-            _write_skipped(out, writer.skipped)
-            _refuse_bad(path, out, writer, max_bad)
+    with lock_folder(out, what="prepare_data.py"), StoreWriter(out, settings, sources) as writer:
+        _fill(writer, files, settings, n_worker, progress)
+        _write_skipped(out, writer.skipped)
+        _refuse_bad(path, out, writer, max_bad)
         return writer.finish(pillow=PIL.__version__)
 
 
 def _identify(file: Path, root: Path) -> list:
     """[name, bytes, seconds since 1970]: a file that has changed is told by these."""
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError:  # a link to nothing
+        status = file.lstat()
     return [file.relative_to(root).as_posix(), status.st_size, int(status.st_mtime)]
 
 
@@ -320,18 +319,13 @@ def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
 
 
 def _fill(writer: StoreWriter, files: list[Path], settings: dict, n_worker: int, progress: bool) -> None:
-    """Encodes what is not in the store yet, a transaction per batch."""
-    done = len(writer.records)
-    if done:
-        print(f"going on after {done} of {len(files)} files", file=sys.stderr)
-    results = encode_all(files[done:], settings, n_worker)
-    bar = tqdm(results, total=len(files), initial=done, unit="img", mininterval=1, disable=not progress)
+    """Encode all files, a transaction per batch."""
+    results = encode_all(files, settings, n_worker)
     batch, n_bytes = [], 0
     with contextlib.closing(results):
-        for source, result in zip(writer.sources[done:], bar, strict=True):
-            encoded, detail = ([], [result]) if isinstance(result, str) else (result[0], list(result[1]))
-            batch.append((source + detail, encoded))
-            n_bytes += sum(map(len, encoded))
+        for item in tqdm(results, total=len(files), unit="img", mininterval=1, disable=not progress):
+            batch.append(item)
+            n_bytes += sum(map(len, item[0]))
             if n_bytes >= BATCH_BYTES or len(batch) >= BATCH_FILES:
                 writer.write(batch)
                 batch, n_bytes = [], 0
@@ -340,19 +334,21 @@ def _fill(writer: StoreWriter, files: list[Path], settings: dict, n_worker: int,
 
 
 def _write_skipped(out: Path, skipped: list[list[str]]) -> None:
-    with (out / "skipped.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([("path", "reason"), *skipped])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("path", "reason"), *skipped])
+    with atomic_write(out / "skipped.csv") as file:
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _refuse_bad(path: Path, out: Path, writer: StoreWriter, max_bad: int | float) -> None:
-    n_bad, n_all = len(writer.skipped), len(writer.records)
+    n_bad, n_all = len(writer.skipped), len(writer.sources)
     listed = f"they are listed in {out / 'skipped.csv'}"
     if n_bad == n_all:
         raise UserError(f"none of the {n_all} image files in {path} can be read: {listed}")
     if n_bad > (max_bad * n_all if isinstance(max_bad, float) else max_bad):
         raise UserError(
             f"{n_bad} of {n_all} image files in {path} cannot be read, more than --max_bad {max_bad} allows: {listed};"
-            " repair them, or run the same command with a larger --max_bad, which ends at once"
+            " repair or remove them, or allow more"
         )
 
 

@@ -197,8 +197,7 @@ def measure_store(args, folder, sizes):
         out.mkdir()
         with StoreWriter(out, {"sizes": sizes}, records) as writer:
             for k in range(0, len(records), 256):
-                batch = zip(records[k : k + 256], pictures[k : k + 256], strict=True)
-                writer.write([([*record, args.photo_size, args.photo_size], encoded) for record, encoded in batch])
+                writer.write([(encoded, (args.photo_size,) * 2) for encoded in pictures[k : k + 256]])
             writer.finish()
 
     before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(pictures), sizes), args.repeats)

@@ -1,4 +1,4 @@
-"""The one place where pictures are read, fitted, converted and written.
+"""The one place where images are read, fitted, converted and written.
 
 Photos arrive in every form that phones, cameras and editors produce: turned by an EXIF tag, in the colour space of an
 ICC profile, with alpha, a palette, one channel, four inks or sixteen bits. `read_image` brings each to 8-bit sRGB,
@@ -16,20 +16,25 @@ import functools
 import importlib
 import io
 import os
-import struct
-import warnings
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from common.cli import UserError
+from common.files import atomic_write, open_regular
 
 # torch is imported where a tensor is made, not here: the encoding workers of prepare_data.py start without it.
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .tga .avif .jp2 .heic .heif".split()
 )
+# Of the formats that Pillow knows those that hold photos; not EPS, which it gives to Ghostscript, a program of its own.
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "HEIF")
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+MAX_PIXELS = 110_000_000  # reading such an image needs less than 1 GB
 FITS = ("crop", "pad", "squash")
 RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
@@ -44,116 +49,139 @@ WHITE = (255, 255, 255)
 
 # Keys of PIL's `info` that ask for more than a plain copy.
 _SPECIAL = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency", "icc_profile"))
-# What Pillow's decoders raise for damaged content, in its several formats.
-_DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 class ImageError(ValueError):
-    """A file is not a readable picture; the message is one sentence that names it."""
+    """A file is not a readable image; the message is one sentence that names it."""
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_image(source: str | os.PathLike | bytes, *, background: Sequence[int] = WHITE) -> Image.Image:
-    """Reads a picture file, or its bytes, as 8-bit sRGB.
-
-    EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on `background` (R, G, B in 0..255),
-    palette, grey and CMYK expanded, 16-bit grey scaled to 8 bits. Of an animation the first frame is taken.
-    Returns a PIL image of mode RGB without metadata.
-    Raises FileNotFoundError if the file is absent, ImageError if it is damaged, cut short, not a picture, larger than
-    Pillow's decompression-bomb limit (179 megapixels), or of a kind without a defined range (32-bit float).
-    """
-    is_bytes = isinstance(source, (bytes, bytearray, memoryview))
-    name = "the encoded image" if is_bytes else str(source)
+@contextmanager
+def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    """PIL's image of a file, or of its bytes, as it is: the one place that decodes. Raises as `read_image`, also for
+    what the decoder raises in the block."""
     try:
-        with _open(io.BytesIO(source) if is_bytes else Path(source)) as image:
+        with _open(source) as image:
             image.load()
-            return _to_srgb(image, tuple(background))
-    except FileNotFoundError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"{name} cannot be read as an image: {_reason(error)}") from error
+            yield image
+    except Exception as error:  # a damaged file makes Pillow's decoders raise anything at all
+        name = "the encoded image" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)
+        if isinstance(error, FileNotFoundError) and not os.path.islink(source):
+            raise
+        raise ImageError(f"{name} cannot be read as an image: {_reason(error, name)}") from error
+
+
+def read_image(source: str | os.PathLike | bytes, *, background: Sequence[int] | None = WHITE) -> Image.Image:
+    """Read an image file, or its bytes, as 8-bit sRGB.
+
+    EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on `background` (R, G, B in 0..255;
+    None: kept), palette, grey and CMYK expanded, 16-bit grey scaled to 8 bits. Of an animation the first frame is
+    taken; `reading_losses` tells of that. Returns a PIL image without metadata, of mode RGB, or RGBA with alpha kept.
+    Raises FileNotFoundError if the file is absent, ImageError, whatever the decoder raises, if it is damaged, cut
+    short, no image, no regular file, larger than MAX_PIXELS, or of a type without a defined range (32-bit float).
+    """
+    with open_image(source) as image:
+        return _to_srgb(image, None if background is None else tuple(background))
 
 
 def check_header(path: str | os.PathLike) -> str | None:
-    """Opens a file without decoding its pixels (about 0.1 ms). Returns None, or why it is not a picture."""
+    """Open a file without decoding its pixels (about 0.1 ms). Returns None, or why it is not an image."""
     try:
-        with _open(Path(path)):
+        with _open(path):
             return None
-    except _DECODE_ERRORS as error:
-        return _reason(error)
+    except Exception as error:
+        return _reason(error, str(path))
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Width and height as the header has them, before any EXIF orientation; None if it is no picture."""
+    """Width and height as the header has them, before any EXIF orientation; None if it is no image."""
     try:
-        with _open(Path(path)) as image:
+        with _open(path) as image:
             return image.size
-    except _DECODE_ERRORS:
+    except Exception:
         return None
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The picture files below a folder, at any depth, sorted by their POSIX path relative to it.
+def reading_losses(path: str | os.PathLike) -> list[str]:
+    """What `read_image` leaves out of a file, in words; alpha is no such thing, it can be asked for."""
+    with _open(path) as image:
+        losses = []
+        n_frames = getattr(image, "n_frames", 1)
+        if n_frames > 1 and image.format != "MPO":  # a phone's JPEG, whose further images are previews and depth
+            losses.append(f"only the first of its {n_frames} {'pages' if image.format == 'TIFF' else 'frames'}")
+        if image.mode[0] == "I" or any(";16" in str(tile[3]) for tile in image.tile):
+            losses.append("8 of its 16 bits per channel")
+        return losses
 
-    Told by suffix, in any case. Hidden files and folders are left out, links to folders followed once.
-    Raises FileNotFoundError if the folder is absent, ValueError if it is a file.
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """All that claims to be an image below a folder, at any depth, sorted by its POSIX path relative to it.
+
+    Told by suffix, in any case. Hidden files and folders are left out, links to folders followed once. Nothing else is:
+    links to nothing, pipes and sub-folders that may not be opened are listed too, and are reported by whoever tries to
+    read them. Raises FileNotFoundError if the folder is absent, ValueError if it is a file, OSError if it cannot be
+    opened.
     """
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist: a folder of images is expected")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file: a folder of images is expected")
-    found, visited = [], set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    found, visited, closed = [], set(), []
+    for parent, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
         seen = os.path.realpath(parent) in visited  # by a link that leads back up
         visited.add(os.path.realpath(parent))
         folders[:] = [] if seen else sorted(f for f in folders if not f.startswith("."))
         found += [] if seen else [Path(parent, f) for f in files if not f.startswith(".")]
-    found = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
+    found = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+    for error in closed:
+        if Path(error.filename) == folder:
+            raise error
+        found.append(Path(error.filename))
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _open(source: Path | io.BytesIO) -> Image.Image:
-    if isinstance(source, Path) and source.suffix.lower() in (".heic", ".heif"):
-        _register_heif()
-    if isinstance(source, Path) and source.is_file() and source.stat().st_size == 0:
-        raise ValueError("it is empty (0 bytes)")
-    return Image.open(source)
+@contextmanager
+def _open(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+    is_bytes = isinstance(source, (bytes, bytearray, memoryview))
+    with io.BytesIO(source) if is_bytes else open_regular(source) as file:
+        head = file.read(12)
+        file.seek(0)
+        if not head:
+            raise ValueError("it is empty (0 bytes)")
+        if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS and not _register_heif():
+            raise ValueError("it is a HEIC photo: pip install pillow-heif to read such, or export it as JPEG")
+        Image.init()
+        with Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            yield image
 
 
 @functools.cache
-def _register_heif() -> None:
+def _register_heif() -> bool:
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
-        warnings.warn("HEIC photos need the package pillow-heif; without it they are not read", stacklevel=2)
+        return False
+    return True
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, name: str) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "its content is not in a known image format"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        return f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UserError):
+        return str(error).removeprefix(f"{name} ")
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
+def _to_srgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode == "RGB" and image.format in ("PNG", "JPEG", "WEBP") and not (_SPECIAL & image.info.keys()):
         image.info = {}
@@ -172,7 +200,9 @@ def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
         image = image.convert("RGB")  # 1, P, YCbCr, LAB, HSV, RGBX
     transform = _icc_transform(profile, image.mode) if profile else None
     image = (image if transform is None else transform.apply(image)).convert("RGB")
-    if alpha is not None:
+    if alpha is not None and background is None:
+        image.putalpha(alpha)
+    elif alpha is not None:
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
     image.info = {}
     return image
@@ -181,7 +211,7 @@ def _to_srgb(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODE_ERRORS:
+    except Exception:
         return image  # a damaged EXIF block says nothing about orientation; the pixels are sound
 
 
@@ -206,7 +236,7 @@ def _icc_transform(profile: bytes, mode: str):
             return None
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return None  # damaged, or for another number of channels than the picture has: shown as plain RGB
+        return None  # damaged, or for another number of channels than the image has: shown as plain RGB
 
 
 # -- fitting -------------------------------------------------------------------------------------------------------
@@ -215,10 +245,10 @@ def _icc_transform(profile: bytes, mode: str):
 def fit_image(
     image: Image.Image, size: int, *, fit: str = "crop", resample: str = "lanczos", background: Sequence[int] = WHITE
 ) -> Image.Image:
-    """Makes a picture square: size x size pixels.
+    """Make an image square: size x size pixels.
 
     fit: `crop` keeps the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes
-    the aspect. resample: a name in RESAMPLE. A picture that has the size already comes back unchanged.
+    the aspect. resample: a name in RESAMPLE. An image that has the size already comes back unchanged.
     """
     if fit not in FITS:
         raise ValueError(f"fit is one of {', '.join(FITS)}, not {fit!r}")
@@ -274,23 +304,20 @@ def to_pil(image) -> Image.Image:
     return Image.fromarray(array).convert("RGB")
 
 
-# -- sheets --------------------------------------------------------------------------------------------------------
-
-
 # -- writing -------------------------------------------------------------------------------------------------------
 
 
 def save_image(image, path: str | os.PathLike, *, quality: int = 95) -> Path:
-    """Writes a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix.
+    """Write a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix.
 
-    quality: of JPEG (written without chroma subsampling) and WebP. The folder is made when absent.
-    Raises ValueError for a suffix that is no image format.
+    quality: of JPEG (written without chroma subsampling) and WebP. The folder is made when absent; the file appears
+    when it is complete. Raises ValueError for a suffix that is no image format, OSError naming the file (full disk).
     """
     path = Path(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format is None:
         raise ValueError(f"{path}: no image format has the suffix {path.suffix!r}; use .png, .jpg or .webp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     options = {"JPEG": {"quality": quality, "subsampling": 0}, "WEBP": {"quality": quality}}.get(image_format, {})
-    to_pil(image).save(path, image_format, **options)
+    with atomic_write(path, sync=False) as file:
+        to_pil(image).save(file, image_format, **options)
     return path

@@ -7,6 +7,7 @@ making, which becomes data.mdb by a rename, so that a half-written store is neve
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import lmdb
 
+from common.files import parse_json
+
 FIRST_MAP_SIZE = 64 << 20  # bytes; doubled whenever it is full
 DISK_RESERVE = 64 << 20  # bytes left free on the disk
-COMPACT_ABOVE = 0.02  # share of unused pages from which the finished store is copied compactly
 PREPARE = "python3 prepare_data.py"  # for messages that say what to run
 DATA_FILE, BUILDING_FILE = "data.mdb", "building.mdb"
 
@@ -28,7 +30,7 @@ class DatasetError(ValueError):
 
 
 def image_key(size: int, index: int) -> bytes:
-    """The key of one picture; five digits or more."""
+    """The key of one image; five digits or more."""
     return f"{size}-{index:05d}".encode()
 
 
@@ -48,7 +50,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_store(path: str | os.PathLike) -> lmdb.Environment:
-    """Opens an LMDB (folder or bare file) for reading, shared within this process.
+    """Open an LMDB (folder or bare file) for reading, shared within this process.
 
     Raises DatasetError if there is none, or if it is cut short or no LMDB at all.
     """
@@ -61,7 +63,7 @@ def open_store(path: str | os.PathLike) -> lmdb.Environment:
     again = f"run {PREPARE} --out {path} ... again"
     if not file.exists():
         if (path / BUILDING_FILE).exists():
-            raise DatasetError(f"{path} is unfinished: {again} with the same arguments, it continues where it stopped")
+            raise DatasetError(f"{path} is unfinished: {again}")
         raise DatasetError(f"{path} holds no {DATA_FILE}: {again.removesuffix(' again')}")
     try:
         store = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False, meminit=False)
@@ -78,10 +80,13 @@ def open_store(path: str | os.PathLike) -> lmdb.Environment:
 
 
 def read_manifest(store: lmdb.Environment) -> dict | None:
-    """What prepare_data.py wrote about the store; None in one made by another tool."""
+    """The JSON that prepare_data.py wrote about the store; None in one made by another tool."""
     with store.begin() as transaction:
         manifest = transaction.get(b"manifest")
-    return None if manifest is None else json.loads(manifest)
+    shape = {"length": int, "names": [str], "sizes": [int], "source_sizes?": [[int]], "skipped?": [[str]]}
+    return (
+        None if manifest is None else parse_json(manifest, shape, source=store.path(), what="LMDB of prepare_data.py")
+    )
 
 
 def sizes_present(store: lmdb.Environment) -> list[int]:
@@ -93,7 +98,7 @@ def sizes_present(store: lmdb.Environment) -> list[int]:
             size = cursor.key().partition(b"-")[0]
             if size.isdigit():
                 sizes.append(int(size))
-            found = cursor.set_range(size + b".")  # "." follows "-": past all pictures of this size
+            found = cursor.set_range(size + b".")  # "." follows "-": past all images of this size
     return sorted(sizes)
 
 
@@ -111,97 +116,62 @@ def sources_digest(sources: list[list]) -> str:
 
 
 class StoreWriter:
-    """Fills OUT/building.mdb with encoded pictures and makes it OUT/data.mdb at the end.
+    """Fills FOLDER/building.mdb with encoded images and makes it FOLDER/data.mdb at the end.
 
-    Built on a folder where a killed run with the same settings and files left a store, it goes on with that: `records`
-    holds what is done. A record is [name, bytes, mtime, width, height], or [name, bytes, mtime, reason] for a file that
-    is left out. The store keeps them, and `settings`, under keys of their own until it is finished; `manifest` is not
-    None if only the last rename is missing.
+    What a killed run left is begun anew: encoding is fast, and half a store is never taken for a whole one. settings:
+    go into the manifest; `sizes` among them. sources: [name, bytes, mtime] of every file, in order. One writer at a
+    time (common/lock.py is the caller's).
     """
 
     def __init__(self, folder: Path, settings: dict, sources: list[list]):
         self.folder, self.settings, self.sources = folder, settings, sources
         self.file = folder / BUILDING_FILE
-        self.records: list[list] = []
-        self.manifest: dict | None = None
-        if not (self.file.exists() and self._take_up()):
-            self._remove()
-            self.env = self._open()
-            with self.env.begin(write=True) as transaction:
-                transaction.put(b"settings", json.dumps(settings).encode())
-        self.n_good = sum(len(record) == 5 for record in self.records)
+        self.good: list[list] = []  # [name, width, height]
+        self.skipped: list[list[str]] = []  # [name, reason]
 
     def __enter__(self) -> StoreWriter:
+        self.file.unlink(missing_ok=True)
+        # Not synced before the end: until then the file is nobody's
+        self.env = lmdb.open(
+            str(self.file), subdir=False, map_size=FIRST_MAP_SIZE, meminit=False, lock=False, sync=False
+        )
         return self
 
     def __exit__(self, *_) -> None:
         self.env.close()
+        self.file.unlink(missing_ok=True)
 
-    @property
-    def skipped(self) -> list[list[str]]:
-        """[name, reason] of the files that are left out."""
-        return [[record[0], record[3]] for record in self.records if len(record) == 4]
-
-    def write(self, items: list[tuple[list, list[bytes]]]) -> None:
-        """One transaction: records with their encoded pictures, one per size (none for a file that is left out).
-
-        Raises ValueError if the disk is too full or another process writes to the same folder.
-        """
-        n_bytes = sum(len(data) for _, encoded in items for data in encoded)
-        if shutil.disk_usage(self.folder).free < 2 * n_bytes + DISK_RESERVE:
-            raise ValueError(f"the disk of {self.folder} is full: free some space and run the same command again")
+    def write(self, items: list[tuple[list[bytes] | str, tuple[int, int] | None]]) -> None:
+        """One transaction for the next sources: (encoded images, one per size; (width, height)), or (why the file is
+        left out, None). Raises OSError, early, if the disk will not do."""
+        n_bytes = sum(len(data) for encoded, size in items if size for data in encoded)
+        self._require_room(n_bytes)
         self._transact(lambda transaction: self._put(transaction, items), n_bytes)
-        self.records += [record for record, _ in items]
-        self.n_good += sum(bool(encoded) for _, encoded in items)
-        self._check_disk()
+        for encoded, size in items:
+            name = self.sources[len(self.good) + len(self.skipped)][0]
+            if size is None:
+                self.skipped.append([name, encoded])
+            else:
+                self.good.append([name, *size])
 
-    def finish(self, **facts) -> dict:
-        """Adds `length` and the manifest, and puts the store in place. Returns the manifest (with `facts` in it)."""
-        if self.manifest is None:
-            good = [record for record in self.records if len(record) == 5]
-            manifest = {
-                **self.settings,
-                **facts,
-                "length": len(good),
-                "names": [record[0] for record in good],
-                "source_sizes": [record[3:] for record in good],
-                "skipped": self.skipped,
-                "sources_digest": sources_digest(self.sources),
-            }
-            encoded = json.dumps(manifest).encode()
-            self._transact(lambda transaction: self._conclude(transaction, encoded), len(encoded))
-            self.manifest = manifest
-        self._put_in_place()
-        return self.manifest
-
-    def _open(self) -> lmdb.Environment:
-        size = max(FIRST_MAP_SIZE, 2 * self.file.stat().st_size if self.file.exists() else 0)
-        return lmdb.open(str(self.file), subdir=False, map_size=size, meminit=False, max_readers=8)
-
-    def _take_up(self) -> bool:
-        """Reads what a killed run left. False if it is damaged or was made with other settings or of other files."""
-        try:
-            self.env = self._open()
-        except lmdb.Error:
-            return False
-        if self.file.stat().st_size < _n_bytes(self.env):
-            self.env.close()
-            return False
-        with self.env.begin() as transaction:
-            settings, manifest = transaction.get(b"settings"), transaction.get(b"manifest")
-            for key in _batch_keys(transaction):
-                self.records += json.loads(transaction.get(key))
-        if manifest is not None:
-            self.manifest = json.loads(manifest)
-            same = {**self.manifest, **self.settings} == self.manifest
-            same = same and self.manifest["sources_digest"] == sources_digest(self.sources)
-        else:
-            same = settings is not None and json.loads(settings) == self.settings
-            same = same and [record[:3] for record in self.records] == self.sources[: len(self.records)]
-        if not same:
-            self.env.close()
-            self.records, self.manifest = [], None
-        return same
+    def finish(self, **info) -> dict:
+        """Add `length` and the manifest, and put the store in place. Returns the manifest (with `info` in it)."""
+        manifest = {
+            **self.settings,
+            **info,
+            "length": len(self.good),
+            "names": [name for name, _, _ in self.good],
+            "source_sizes": [size for _, *size in self.good],
+            "skipped": self.skipped,
+            "sources_digest": sources_digest(self.sources),
+        }
+        encoded = json.dumps(manifest).encode()
+        self._transact(lambda transaction: self._conclude(transaction, encoded), len(encoded))
+        self.env.close()
+        with open(self.file, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self.file, self.folder / DATA_FILE)
+        return manifest
 
     def _transact(self, change, n_bytes: int) -> None:
         while True:
@@ -210,59 +180,27 @@ class StoreWriter:
                     return change(transaction)
             except lmdb.MapFullError:  # rolled back: the same again in a larger map
                 self.env.set_mapsize(max(2 * self.env.info()["map_size"], 4 * n_bytes))
-
-    def _put(self, transaction, items) -> None:
-        records = json.dumps([record for record, _ in items]).encode()
-        if not transaction.put(f"batch-{len(self.records):010d}".encode(), records, overwrite=False):
-            raise ValueError(f"another prepare_data.py is writing to {self.folder}: wait for it or end it")
-        index = self.n_good
-        for _, encoded in items:
-            for size, data in zip(self.settings["sizes"], encoded, strict=False):  # none for a file left out
-                transaction.put(image_key(size, index), data)
-            index += bool(encoded)
+            except lmdb.Error as error:
+                text = f"could not be written: {str(error).rpartition(': ')[2]}"
+                raise OSError(errno.EIO, text, str(self.file)) from error
 
     def _conclude(self, transaction, manifest: bytes) -> None:
-        for key in [b"settings", *_batch_keys(transaction)]:
-            transaction.delete(key)
-        transaction.put(b"length", str(self.n_good).encode())
+        transaction.put(b"length", str(len(self.good)).encode())
         transaction.put(b"manifest", manifest)
 
-    def _check_disk(self) -> None:
-        """Stops early, judging by the rate so far (half as much again is forgiven), not when the disk is full."""
-        needed = _n_bytes(self.env) / len(self.records) * (len(self.sources) - len(self.records))
-        free = shutil.disk_usage(self.folder).free
-        if needed > 1.5 * free:
-            raise ValueError(
-                f"{self.folder} needs about {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB: free some"
-                " space and run the same command again, or choose fewer sizes or --format jpeg"
-            )
+    def _put(self, transaction, items) -> None:
+        index = len(self.good)
+        for encoded, image_size in items:
+            if image_size is not None:
+                for size, data in zip(self.settings["sizes"], encoded, strict=True):
+                    transaction.put(image_key(size, index), data)
+                index += 1
 
-    def _put_in_place(self) -> None:
-        """building.mdb becomes data.mdb; through a compact copy if it has unused pages and the disk has room."""
-        stat = self.env.stat()
-        n_used = stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"] + 2
-        n_bytes = n_used * stat["psize"]
-        wasteful = self.file.stat().st_size > n_bytes * (1 + COMPACT_ABOVE) + (1 << 20)
-        source = self.file
-        if wasteful and shutil.disk_usage(self.folder).free > n_bytes + DISK_RESERVE:
-            source = self.folder / "compact.mdb"
-            with source.open("wb") as copy:
-                self.env.copyfd(copy.fileno(), compact=True)
-                os.fsync(copy.fileno())
-        self.env.close()
-        os.replace(source, self.folder / DATA_FILE)
-        self._remove()
-
-    def _remove(self) -> None:
-        for name in (BUILDING_FILE, f"{BUILDING_FILE}-lock", "compact.mdb"):
-            (self.folder / name).unlink(missing_ok=True)
-
-
-def _batch_keys(transaction) -> list[bytes]:
-    keys = []
-    with transaction.cursor() as cursor:
-        found = cursor.set_range(b"batch-")
-        while found and cursor.key().startswith(b"batch-"):
-            keys.append(cursor.key())
-            found = cursor.next()
-    return keys
+    def _require_room(self, n_bytes: int) -> None:
+        """Stop early, by the rate so far (half as much again is forgiven), not when the disk is full."""
+        free, done = shutil.disk_usage(self.folder).free, len(self.good) + len(self.skipped)
+        needed = _n_bytes(self.env) / done * (len(self.sources) - done) if done else 0
+        if free < 2 * n_bytes + DISK_RESERVE or needed > 1.5 * free:
+            more = f"it needs about {needed / 1e9:.1f} GB more and " if needed else ""
+            text = f"the disk is full: {more}{free / 1e9:.1f} GB are free; choose fewer sizes or --format jpeg"
+            raise OSError(errno.ENOSPC, text, str(self.folder))

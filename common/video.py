@@ -1,53 +1,91 @@
-"""Frames to a video: .mp4 through imageio's ffmpeg, .gif and .webp through Pillow.
+"""Frames to a video: .mp4 through ffmpeg (of the package imageio-ffmpeg), .gif and .webp through Pillow.
 
 save_video(frames, "film.mp4", fps=25)
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
+import math
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from common.files import atomic_path
 from common.images import to_pil
+
+GIF_FPS = 50  # viewers play shorter pauses than two hundredths of a second at a tenth
 
 
 def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Path:
-    """Writes frames (tensors [3, H, W] in [-1, 1], uint8 arrays or PIL images, all of one size) as .mp4, .gif or .webp.
+    """Write frames (tensors [3, H, W] in [-1, 1], uint8 arrays or PIL images, all of one size) as .mp4, .gif or .webp.
 
-    Frames may be a generator: .mp4 is encoded while they come (H.264 through imageio and its own ffmpeg). An odd
-    height or width loses its last line, which H.264 cannot store.
-    Raises ValueError for another suffix, no frames, or .mp4 without the package imageio[ffmpeg].
+    Frames may be a generator: .mp4 is encoded while they come (H.264). An odd height or width loses its last line,
+    which H.264 cannot store. The file appears when it is complete.
+    Raises ValueError for another suffix, no frames, a frame rate that the format cannot hold, or .mp4 without the
+    package imageio[ffmpeg]; OSError naming the file when it cannot be written (full disk).
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".mp4", ".gif", ".webp"):
         raise ValueError(f"{path}: a video is written as .mp4, .gif or .webp, not {suffix or 'without a suffix'}")
-    pictures = (to_pil(frame) for frame in frames)
-    first = next(pictures, None)
+    if not (math.isfinite(fps) and fps > 0) or (suffix == ".gif" and fps > GIF_FPS):
+        limit = f"from above 0 to {GIF_FPS} (.mp4 and .webp can play faster)" if suffix == ".gif" else "above 0"
+        raise ValueError(f"{path}: the frames per second of a {suffix} are {limit}, not {fps:g}")
+    images = (to_pil(frame) for frame in frames)
+    first = next(images, None)
     if first is None:
         raise ValueError(f"{path}: a video needs at least one frame")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if suffix == ".mp4":
-        _save_mp4(first, pictures, path, fps)
-    else:
-        quality = {"quality": 90} if suffix == ".webp" else {}
-        first.save(path, save_all=True, append_images=pictures, duration=round(1000 / fps), loop=0, **quality)
+    with atomic_path(path, sync=False) as temporary:
+        if suffix == ".mp4":
+            _save_mp4(first, images, temporary, fps)
+        else:
+            durations = _Durations(1000 / fps, step=10 if suffix == ".gif" else 1)
+            quality = {"quality": 90} if suffix == ".webp" else {}
+            first.save(temporary, save_all=True, append_images=images, duration=durations, loop=0, **quality)
     return path
+
+
+class _Durations(list):
+    """Milliseconds per frame in whole steps, which add up to the exact time; Pillow asks for them one by one."""
+
+    def __init__(self, exact: float, step: int):
+        self.exact, self.step = exact, step
+
+    def __getitem__(self, frame: int) -> int:
+        start, end = (round(self.exact * i / self.step) for i in (frame, frame + 1))
+        return (end - start) * self.step
 
 
 def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: float) -> None:
     try:
-        imageio = importlib.import_module("imageio.v2")
-        importlib.import_module("imageio_ffmpeg")
-    except ImportError as error:
-        raise ValueError(f"{path}: writing .mp4 needs pip install 'imageio[ffmpeg]'; .gif and .webp do not") from error
+        ffmpeg = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise ValueError("writing .mp4 needs pip install 'imageio[ffmpeg]'; .gif and .webp do not") from error
     width, height = first.width // 2 * 2, first.height // 2 * 2
-    with imageio.get_writer(path, format="FFMPEG", fps=fps, codec="libx264", quality=8, macro_block_size=2) as writer:
-        for frame in itertools.chain([first], rest):
-            writer.append_data(np.asarray(frame)[:height, :width])
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6f}", "-i", "-"]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-f", "mp4", str(path)]
+    command = [ffmpeg, "-nostdin", "-v", "error", "-xerror", "-y", *source, *target]
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said) as process:
+        try:
+            for frame in itertools.chain([first], rest):
+                process.stdin.write(np.ascontiguousarray(np.asarray(frame)[:height, :width]))
+            process.stdin.close()
+            failed = process.wait() != 0
+        except BrokenPipeError:  # it has given up
+            process.wait()
+            failed = True
+        except BaseException:
+            process.kill()
+            raise
+        if failed:
+            said.seek(0)
+            lines = said.read().decode(errors="replace").replace(f"{path}: ", "").splitlines()
+            raise OSError(errno.EIO, next(iter(lines), f"ffmpeg ended with {process.returncode}"), str(path))

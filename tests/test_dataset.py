@@ -118,7 +118,7 @@ def test_building_store_is_unfinished(tmp_path):
     (tmp_path / "half.lmdb").mkdir()
     (tmp_path / "half.lmdb" / "building.mdb").write_bytes(b"")
     message = refused(tmp_path / "half.lmdb")
-    assert "unfinished" in message and "continues" in message
+    assert "is unfinished: run python3 prepare_data.py" in message
 
 
 @pytest.mark.parametrize("length", ["0", "x"])

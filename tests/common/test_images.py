@@ -1,23 +1,27 @@
 """common/images.py: every kind of picture is read rightly or refused in one sentence; conversions are exact."""
 
 import io
+import os
 import struct
+import subprocess
 import sys
-import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
 
-from common.grids import make_grid, make_heatmap, make_strip, save_grid
+from common import images
+from common.grids import make_grid, make_strip, save_grid, similarity_figure
 from common.images import (
     ImageError,
     check_header,
     fit_image,
     list_images,
     read_image,
+    reading_losses,
     save_image,
     to_pil,
     to_tensor,
@@ -25,6 +29,7 @@ from common.images import (
 )
 from common.video import save_video
 
+ROOT = Path(__file__).parents[2]
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 
 
@@ -287,10 +292,10 @@ def test_to_tensor_of_pil_and_grey():
 
 def test_grid():
     images = torch.stack([torch.full((3, 4, 4), v) for v in (-1.0, 0.0, 1.0)])
-    sheet = make_grid(images, nrow=2, padding=2, background=RED)
+    sheet = make_grid(images, nrow=2, padding=2)
     assert sheet.shape == (10, 10, 3) and sheet.dtype == np.uint8
     assert sheet[0, 0].tolist() == [0, 0, 0] and sheet[6, 0].tolist() == [255, 255, 255]
-    assert sheet[4, 0].tolist() == list(RED) and sheet[6, 6].tolist() == list(RED)
+    assert (sheet[4:6] == 255).all() and (sheet[:, 4:6] == 255).all() and (sheet[6:, 6:] == 255).all()
     assert make_grid(images, nrow=8).shape == (4, 16, 3)
     with pytest.raises(ValueError, match="at least one"):
         make_grid([])
@@ -312,19 +317,15 @@ def test_strip_and_captions():
         make_strip(images, ["a", "b"])
 
 
-def test_heatmap():
-    matrix = torch.eye(4)
-    figure = np.asarray(make_heatmap(matrix, cell=10))
-    assert figure.shape[1] == 40 and figure.shape[0] > 40
-    assert figure[5, 5].tolist() == [253, 231, 37] and figure[5, 15].tolist() == [68, 1, 84]
-    stack = make_heatmap(torch.rand(8, 4, 6), [f"head {i}" for i in range(8)], nrow=4)
-    assert stack.width > stack.height
-    assert make_heatmap(np.full((2, 2), 3.0)).size  # a constant has a colour, too
-    with_nan = np.asarray(make_heatmap(np.array([[np.nan, 1.0], [0.0, 1.0]]), cell=8))
-    assert with_nan[2, 2].tolist() == [128] * 3
-    assert make_heatmap(np.full((2, 2), np.nan)).size
-    with pytest.raises(ValueError, match="matrix"):
-        make_heatmap(np.zeros(3))
+def test_attention_maps_share_one_scale():
+    maps = torch.zeros(2, 3, 5, 5)
+    maps[0, 0], maps[1, 2] = 1.0, torch.eye(5)
+    figure = np.asarray(similarity_figure(maps))
+    high, low = (np.abs(figure.astype(int) - colour).sum(-1) < 12 for colour in ((253, 231, 37), (68, 1, 84)))
+    top, bottom = figure.shape[0] // 2, figure.shape[1] * 2 // 3
+    assert high[:top, : bottom // 2].sum() > 20 * high[:top, bottom // 2 : bottom].sum()  # the whole first map
+    assert 0.1 < high[top:, bottom // 2 : bottom].mean() / max(low[top:, bottom // 2 : bottom].mean(), 1e-9) + 0.2
+    assert similarity_figure(torch.full((1, 1, 2, 2), 3.0)).size  # a constant has a colour, too
 
 
 def test_save_image(tmp_path):
@@ -372,14 +373,195 @@ def test_mp4_without_imageio_says_what_to_install(tmp_path, monkeypatch):
         save_video([noise(8)], tmp_path / "a.mp4")
 
 
-def test_heic_without_its_package_warns(tmp_path, monkeypatch):
-    from common import images
-
+def test_heic_without_its_package_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     images._register_heif.cache_clear()
-    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert check_header(tmp_path / "a.heic")
-    assert any("pillow-heif" in str(w.message) for w in caught)
+    (tmp_path / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))  # as some phones' exports are named
+    assert "pip install pillow-heif" in check_header(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match="a.jpg cannot be read.*pip install pillow-heif"):
+        read_image(tmp_path / "a.jpg")
     images._register_heif.cache_clear()
+
+
+# -- what would stop or harm the reader ----------------------------------------------------------------------------
+
+
+def test_entries_that_are_no_files_are_listed_and_refused(tmp_path):
+    """Nothing is filtered before it is counted: a reader reports what it cannot read."""
+    (tmp_path / "good.png").write_bytes(encode(noise()))
+    (tmp_path / "dangling.png").symlink_to("gone.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = {path.name: check_header(path) for path in list_images(tmp_path)}
+    assert list(found) == ["dangling.png", "good.png", "loop.png", "pipe.png", "zero.png"]
+    assert found.pop("good.png") is None
+    assert found["dangling.png"] == "is a link to gone.png, which does not exist"
+    assert "pipe" in found["pipe.png"] and "device" in found["zero.png"] and "symbolic" in found["loop.png"]
+    for name, reason in found.items():
+        with pytest.raises(ImageError, match=f"{name} cannot be read as an image: {reason}"):
+            read_image(tmp_path / name)
+
+
+def test_a_folder_that_may_not_be_opened_is_listed(tmp_path):
+    program = """
+import os, sys
+from common.images import check_header, list_images
+check_header(sys.argv[1] + "/a.png")
+if os.getuid() == 0:
+    os.setuid(65534)
+for path in list_images(sys.argv[1]):
+    print(path.name, check_header(path))
+"""
+    tmp_path.chmod(0o755)
+    for parent in [tmp_path, *tmp_path.parents[:3]]:
+        if parent.stat().st_uid == os.getuid() and len(parent.parts) > 2:
+            parent.chmod(0o755)
+    (tmp_path / "a.png").write_bytes(encode(noise()))
+    (tmp_path / "locked").mkdir(mode=0o000)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "a.png None\nlocked Permission denied\n", done.stderr
+
+
+def test_whatever_a_decoder_raises_is_an_image_error(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(encode(noise()))
+    for error in (RuntimeError("Failed to decode image"), MemoryError(), AttributeError("x"), RecursionError()):
+
+        def load(self, error=error):
+            raise error
+
+        monkeypatch.setattr(Image.Image, "load", load)
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+        with pytest.raises(ImageError, match="a.png cannot be read"):
+            read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "image_format", ["AVIF", "JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "TGA"]
+)
+def test_flipped_and_cut_files_are_read_or_refused(image_format):
+    """Fuzz: 60 damaged files per format; nothing but an image or an ImageError comes out."""
+    data = encode(noise(24), image_format)
+    random = np.random.RandomState(0)
+    refused = 0
+    for case in range(60):
+        damaged = bytearray(data)
+        for _ in range(1 + case % 8):
+            damaged[random.randint(len(damaged))] = random.randint(256)
+        damaged = damaged[: random.randint(len(damaged))] if case % 3 == 0 else damaged
+        try:
+            assert read_image(bytes(damaged)).mode == "RGB"
+        except ImageError:
+            refused += 1
+    assert refused > 5
+
+
+def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: pytest.fail("a program was started"))
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+    for name in ("a.eps", "a.jpg"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ImageError, match="not in a known image format"):
+            read_image(tmp_path / name)
+    with pytest.raises(ImageError):
+        read_image(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_an_image_just_below_the_limit_needs_less_than_a_gigabyte(mode):
+    """A small file of 109 megapixels: more than any camera's but the largest phones'."""
+    channels = {"RGB": 3, "RGBA": 4, "L": 1}[mode]
+    program = f"""
+import io, resource, struct, zlib
+import numpy as np
+from common.images import ImageError, read_image
+def chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+def png(width, height):
+    pack = zlib.compressobj(1)
+    rows = b"".join(pack.compress(b"\\0" + bytes({channels} * width)) for _ in range(height)) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, {dict(RGB=2, RGBA=6, L=0)[mode]}, 0, 0, 0)
+    return b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+read_image(png(64, 64))
+data = png(11000, 9900)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image = read_image(data)
+print(image.size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    size, _, megabytes = done.stdout.strip().rpartition(" ")
+    assert size == "(11000, 9900)" and int(megabytes) < 1000, (done.stdout, done.stderr)
+
+
+def test_what_reading_leaves_out_is_told(tmp_path):
+    frames = [noise(8, seed) for seed in range(3)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    grey16(40000).save(tmp_path / "grey.png")
+    (tmp_path / "rgb16.png").write_bytes(raw_png(4, 4, 16, 2, bytes(4 * (1 + 24))))
+    noise(8).save(tmp_path / "plain.jpg")
+    assert {path.name: reading_losses(path) for path in list_images(tmp_path)} == {
+        "a.gif": ["only the first of its 3 frames"],
+        "a.tif": ["only the first of its 3 pages"],
+        "grey.png": ["8 of its 16 bits per channel"],
+        "rgb16.png": ["8 of its 16 bits per channel"],
+        "plain.jpg": [],
+    }
+
+
+def test_alpha_is_kept_where_it_is_asked_for():
+    image = read_image(encode(rgba((200, 10, 20), 128)), background=None)
+    assert image.mode == "RGBA" and image.getpixel((0, 0)) == (200, 10, 20, 128)
+    assert read_image(encode(noise(4)), background=None).mode == "RGB"
+    assert read_image(palette(transparency=0), background=None).mode == "RGBA"
+
+
+# -- what would leave half a file ----------------------------------------------------------------------------------
+
+FULL = """
+import resource, sys
+import numpy as np
+from common.images import save_image
+from common.video import save_video
+frames = [np.random.RandomState(i).randint(0, 256, (128, 128, 3), np.uint8) for i in range(20)]
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+try:
+    save_image(frames[0], sys.argv[1]) if sys.argv[1].endswith("png") else save_video(frames, sys.argv[1])
+except OSError as error:
+    print(error.filename, error.strerror, sep="|")
+"""
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.webp", "a.mp4"])
+def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, name):
+    if name == "a.mp4":
+        pytest.importorskip("imageio_ffmpeg", reason="the package imageio[ffmpeg] is not installed")
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", FULL, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith(f"{path}|could not be written: "), (done.stdout, done.stderr)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(("suffix", "step"), [(".gif", 10), (".webp", 1)])
+@pytest.mark.parametrize("fps", [3, 24, 25, 30, 33.3, 50])
+def test_an_animation_plays_at_its_rate(tmp_path, suffix, step, fps):
+    path = save_video([noise(8, seed) for seed in range(61)], tmp_path / f"a{suffix}", fps=fps)
+    shown = []
+    with Image.open(path) as image:
+        for frame in range(61):
+            image.seek(frame)
+            image.load()
+            shown.append(image.info["duration"])
+    assert abs(sum(shown) - 61 * 1000 / fps) <= step / 2 + 1e-6, shown
+    assert max(shown) - min(shown) <= step
+
+
+@pytest.mark.parametrize(("suffix", "fps"), [(".gif", 51), (".gif", 0), (".mp4", 0), (".mp4", -1), (".webp", np.nan)])
+def test_a_rate_that_cannot_be_is_refused(tmp_path, suffix, fps):
+    with pytest.raises(ValueError, match="frames per second"):
+        save_video([noise(8)], tmp_path / f"a{suffix}", fps=fps)
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""prepare_data.py again: up to date, finished stores, and that a killed run loses nothing."""
+"""prepare_data.py again: up to date, finished stores, and that a killed run leaves nothing in the way."""
 
 import os
 import signal
@@ -12,9 +12,10 @@ from preparing import ROOT, command, contents, noise
 
 import prepare_data
 from common.lmdb_store import DatasetError
+from common.lock import lock_folder
 from dataset import MultiResolutionDataset
 
-# -- again, and going on -------------------------------------------------------------------------------------------
+# -- again -------------------------------------------------------------------------------------------
 
 
 def test_up_to_date_ends_at_once(photos, tmp_path, monkeypatch, capsys):
@@ -59,7 +60,7 @@ def test_another_tools_finished_and_unfinished_lmdb(photos, tmp_path, capsys):
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import common.store, prepare_data
+import common.lmdb_store, prepare_data
 from common.cli import run
 prepare_data.BATCH_FILES, prepare_data.CHUNK = 2, 1
 {patch}
@@ -67,24 +68,14 @@ if __name__ == "__main__":
     sys.exit(run(prepare_data.main, prepare_data.build_parser(), sys.argv[1:]))
 """
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
-PATCHES = {
-    "before the third transaction": (
-        "write = common.store.StoreWriter.write\n"
-        "def die(self, items):\n"
-        f"    if len(self.records) >= 4: {DIE}\n"
-        "    write(self, items)\n"
-        "common.store.StoreWriter.write = die"
-    ),
-    "inside the third transaction": (
-        "put = common.store.StoreWriter._put\n"
-        "def die(self, transaction, items):\n"
-        "    put(self, transaction, items)\n"
-        f"    if len(self.records) >= 4: {DIE}\n"
-        "common.store.StoreWriter._put = die"
-    ),
-    "before the manifest": f"common.store.StoreWriter._conclude = lambda *args: {DIE}",
-    "before the rename": f"os.replace = lambda *args: {DIE}",
-}
+IN_A_WRITE = (
+    "put = common.lmdb_store.StoreWriter._put\n"
+    "def die(self, transaction, items):\n"
+    "    put(self, transaction, items)\n"
+    f"    if len(self.good) >= 4: {DIE}\n"
+    "common.lmdb_store.StoreWriter._put = die"
+)
+PATCHES = {"inside the third transaction": IN_A_WRITE, "before the rename": f"os.replace = lambda *args: {DIE}"}
 
 
 def killed(tmp_path, patch, *args, **options):
@@ -94,47 +85,45 @@ def killed(tmp_path, patch, *args, **options):
 
 
 @pytest.mark.parametrize("moment", PATCHES)
-def test_a_killed_run_goes_on_to_the_same_result(photos, tmp_path, monkeypatch, moment):
+def test_a_killed_run_started_again_ends_well(photos, tmp_path, moment):
     if not hasattr(signal, "SIGKILL"):
         pytest.skip("this platform has no SIGKILL")
     (photos / "bad.png").write_text("no image")
     args = ["--n_worker", 1, "--size", "8,16", "--max_bad", 1, photos]
     out = tmp_path / "out"
     assert killed(tmp_path, PATCHES[moment], "--out", out, *args).wait() == -signal.SIGKILL
-    with pytest.raises(DatasetError, match="unfinished.*continues"):
-        MultiResolutionDataset(out, 8)
-
-    encoded = []
-    encode_file = prepare_data.encode_file
-
-    def counted(path, settings):
-        encoded.append(path)
-        return encode_file(path, settings)
-
-    monkeypatch.setattr(prepare_data, "encode_file", counted)
+    if moment != "before the rename" or not (out / "skipped.csv").exists():
+        with pytest.raises(DatasetError, match="unfinished"):
+            MultiResolutionDataset(out, 8)
     assert command("--out", out, *args) == 0
-    assert len(encoded) == (6 if "third" in moment else 0)  # 10 files, 4 of them done
     assert command("--out", tmp_path / "whole", *args) == 0
     assert contents(out) == contents(tmp_path / "whole")
-    assert sorted(p.name for p in out.iterdir()) == ["data.mdb", "skipped.csv"]
+    assert sorted(p.name for p in out.iterdir()) == ["data.mdb", "skipped.csv"], "something is left of the killed run"
     assert (out / "skipped.csv").read_bytes() == (tmp_path / "whole" / "skipped.csv").read_bytes()
+
+
+def test_a_finished_lmdb_stays_until_its_successor_is_whole(photos, tmp_path):
+    out = tmp_path / "out"
+    args = ["--out", out, "--n_worker", 1, photos]
+    assert command(*args, "--size", 8) == 0
+    before = contents(out)
+    assert killed(tmp_path, IN_A_WRITE, *args, "--size", 16, "--overwrite").wait() == -signal.SIGKILL
+    assert contents(out) == before
+    assert command(*args, "--size", 16, "--overwrite") == 0
+    assert len(MultiResolutionDataset(out, 16)) == 9
+
+
+def test_two_runs_on_one_folder_are_told(photos, tmp_path, capsys):
+    with lock_folder(tmp_path / "out", what="prepare_data.py"):
+        assert command("--out", tmp_path / "out", "--n_worker", 1, "--size", 8, photos) == 1
+    assert "out is in use: prepare_data.py (process" in capsys.readouterr().err
 
 
 def test_workers_end_with_a_killed_parent(photos, tmp_path):
     if not hasattr(os, "killpg"):
         pytest.skip("this platform has no process groups")
-    process = killed(
-        tmp_path,
-        PATCHES["before the third transaction"],
-        "--out",
-        tmp_path / "out",
-        "--n_worker",
-        2,
-        "--size",
-        8,
-        photos,
-        start_new_session=True,
-    )
+    args = ["--out", tmp_path / "out", "--n_worker", 2, "--size", 8, photos]
+    process = killed(tmp_path, IN_A_WRITE, *args, start_new_session=True)
     assert process.wait() == -signal.SIGKILL
     for _ in range(100):
         try:
@@ -146,21 +135,17 @@ def test_workers_end_with_a_killed_parent(photos, tmp_path):
         pytest.fail("a worker is still alive 10 s after its parent was killed")
 
 
-@pytest.mark.parametrize("change", ["settings", "files", "damage"])
-def test_a_store_in_the_making_of_something_else_is_made_anew(photos, tmp_path, change):
-    out = tmp_path / "out"
-    assert (
-        killed(
-            tmp_path, PATCHES["before the third transaction"], "--out", out, "--n_worker", 1, "--size", 8, photos
-        ).wait()
-        < 0
+def test_sigterm_ends_with_a_line_and_without_workers(photos, tmp_path):
+    for i in range(200):
+        noise(i, 400, 400).save(photos / f"more{i}.png")
+    args = ["--out", tmp_path / "out", "--n_worker", 2, "--size", "256,512", photos]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "prepare_data.py"), *map(str, args)], stderr=subprocess.PIPE, text=True
     )
-    if change == "files":
-        noise(60).save(photos / "a" / "a.png")
-    if change == "damage":
-        building = out / "building.mdb"
-        building.write_bytes(building.read_bytes()[:9000])
-    size = 16 if change == "settings" else 8
-    assert command("--out", out, "--n_worker", 1, "--size", size, photos) == 0
-    assert command("--out", tmp_path / "whole", "--n_worker", 1, "--size", size, photos) == 0
-    assert contents(out) == contents(tmp_path / "whole")
+    while not (tmp_path / "out" / "building.mdb").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.terminate()
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 143 and said.splitlines()[-1] == "terminated", said
+    assert "Traceback" not in said and list((tmp_path / "out").iterdir()) == []

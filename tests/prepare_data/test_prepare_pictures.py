@@ -1,8 +1,10 @@
 """prepare_data.py: what is written, in which order, how it is fitted and encoded, what is left out."""
 
 import csv
+import os
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 from preparing import command, contents, decoded, manifest, noise
@@ -68,11 +70,47 @@ def test_max_bad(photos, tmp_path, capsys, max_bad, status):
     if status:
         message = capsys.readouterr().err.splitlines()[-1]
         assert message.startswith("error: 2 of 11") and "skipped.csv" in message and f"--max_bad {max_bad}" in message
-        with pytest.raises(DatasetError, match="unfinished"):
+        with pytest.raises(DatasetError, match="holds no data.mdb"):
             open_store(out)
-        # nothing is encoded twice when the limit is raised
+        assert sorted(path.name for path in out.iterdir()) == ["skipped.csv"]
         assert command("--out", out, "--n_worker", 4, "--size", 8, photos, "--max_bad", "0.9") == 0
         assert len(MultiResolutionDataset(out, 8)) == 9
+
+
+def test_entries_that_are_no_files_are_counted_and_listed(photos, tmp_path, capsys):
+    (photos / "dangling.png").symlink_to("gone.png")
+    (photos / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(photos / "pipe.png")
+    out = tmp_path / "out"
+    args = ["--out", out, "--n_worker", 1, "--size", 8, photos]
+    assert command(*args) == 1
+    assert "3 of 12 image files" in capsys.readouterr().err
+    for compat in ([], ["--compat", "--overwrite"]):
+        assert command(*args, "--max_bad", 3, *compat) == 0
+        assert "9 images" in (said := capsys.readouterr().out) and "3 skipped" in said
+        with (out / "skipped.csv").open(encoding="utf-8", newline="") as file:
+            rows = dict(csv.reader(file))
+        assert rows["dangling.png"] == "is a link to gone.png, which does not exist"
+        assert "pipe" in rows["pipe.png"] and "device" in rows["zero.png"]
+    assert command(*args, "--compat") == 0 and "up to date" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("compat", [[], ["--compat"]])
+def test_one_damaged_file_ends_nothing_whatever_the_decoder_raises(photos, tmp_path, monkeypatch, compat, capsys):
+    load = PIL.ImageFile.ImageFile.load
+
+    def fail(self):
+        if self.size == (72, 40):  # h.png
+            raise RuntimeError("Failed to decode image")
+        return load(self)
+
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", fail)
+    monkeypatch.setattr(PIL.PngImagePlugin.PngImageFile, "load", fail, raising=False)
+    Image.new("RGB", (1, 9000)).save(photos / "line.bmp")
+    out = tmp_path / "out"
+    assert command("--out", out, "--n_worker", 1, "--size", 8, photos, "--max_bad", 3, *compat) == 0
+    skipped = dict(manifest(out)["skipped"])
+    assert skipped["h.png"] == "Failed to decode image" and ("line.bmp" in skipped) == bool(compat)
 
 
 def test_nothing_readable(tmp_path, capsys):

@@ -15,7 +15,7 @@ from dataset import MultiResolutionDataset
 
 
 def test_the_map_grows(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.store, "FIRST_MAP_SIZE", 1 << 16)
+    monkeypatch.setattr(common.lmdb_store, "FIRST_MAP_SIZE", 1 << 16)
     monkeypatch.setattr(prepare_data, "BATCH_FILES", 2)
     assert command("--out", tmp_path / "small", "--n_worker", 1, "--size", "64,96", photos) == 0
     monkeypatch.undo()
@@ -30,39 +30,33 @@ def test_the_file_is_no_larger_than_its_content(photos, tmp_path):
     assert (tmp_path / "out" / "data.mdb").stat().st_size < n_bytes + (1 << 20)
 
 
-def test_wasteful_store_is_compacted(tmp_path, monkeypatch):
-    monkeypatch.setattr(common.store, "COMPACT_ABOVE", -1e9)
-    records = [[f"{i}.png", 1, 1] for i in range(3)]
-    with StoreWriter(tmp_path, {"sizes": [8]}, records) as writer:
-        writer.write([([*record, 8, 8], [bytes([i]) * 9000]) for i, record in enumerate(records)])
-        writer.finish()
-    assert [p.name for p in tmp_path.iterdir()] == ["data.mdb"]
-    assert contents(tmp_path)[b"8-00002"] == b"\2" * 9000
-
-
-@pytest.mark.parametrize(("free", "message"), [(1 << 20, "is full"), (200 << 20, "needs about")])
-def test_full_disk_stops_in_one_sentence_and_goes_on_later(tmp_path, monkeypatch, free, message):
-    records = [[f"{i}.png", 1, 1] for i in range(1000)]
-    settings = {"sizes": [8]}
+@pytest.mark.parametrize(("free", "message"), [(1 << 20, "the disk is full: 0.0 GB"), (200 << 20, "needs about")])
+def test_a_full_disk_stops_early_in_one_sentence(tmp_path, monkeypatch, free, message):
+    sources = [[f"{i}.png", 1, 1] for i in range(1000)]
     usage = type("usage", (), {"free": free})
-    with StoreWriter(tmp_path, settings, records) as writer:
-        monkeypatch.setattr(common.lmdb_store.shutil, "disk_usage", lambda _: usage)
-        with pytest.raises(ValueError, match=message):
-            writer.write([([*record, 8, 8], [bytes(4 << 20)]) for record in records[:4]])
-    monkeypatch.undo()
-    with StoreWriter(tmp_path, settings, records) as writer:
-        assert len(writer.records) == (0 if message == "is full" else 4)
-        writer.write([([*record, 8, 8], [b"x"]) for record in records[len(writer.records) :]])
-        assert writer.finish()["length"] == 1000
+    monkeypatch.setattr(common.lmdb_store.shutil, "disk_usage", lambda _: usage)
+    with StoreWriter(tmp_path, {"sizes": [8]}, sources) as writer:
+        with pytest.raises(OSError, match=f"{message}.*{tmp_path}"):
+            for _ in range(2):
+                writer.write([([bytes(4 << 20)], (8, 8))] * 4)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_two_runs_on_one_folder_are_told(tmp_path):
-    records = [["0.png", 1, 1], ["1.png", 1, 1]]
-    with StoreWriter(tmp_path, {"sizes": [8]}, records) as writer:
-        with writer.env.begin(write=True) as transaction:  # as the other process would
-            transaction.put(b"batch-0000000000", b"[]")
-        with pytest.raises(ValueError, match="another prepare_data.py"):
-            writer.write([([*records[0], 8, 8], [b"x"])])
+@pytest.mark.parametrize("limit", [40_000, 200_000])
+def test_a_full_disk_of_the_system_is_an_error(photos, tmp_path, limit):
+    program = f"""
+import resource, sys
+import prepare_data
+from common.cli import run
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+sys.exit(run(prepare_data.main, prepare_data.build_parser(), sys.argv[1:]))
+"""
+    args = ["--out", tmp_path / "out", "--n_worker", 1, "--size", "64,96", photos]
+    command = [sys.executable, "-c", program, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "out" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out" / "data.mdb").exists()
 
 
 def test_runs_from_another_folder(photos, tmp_path):
