@@ -1,7 +1,7 @@
 """Stage 0: photos become aligned square faces, framed as FFHQ frames them, and edited faces go back into their photos.
 
-    python3 align_faces.py --photos photos/ --output_dir faces/
-    python3 align_faces.py --paste_back older/edited --unedited older/unedited --alignment faces/alignment.json \\
+    python3 align_faces.py --photos photos/ --output_dir my-faces/
+    python3 align_faces.py --paste_back older/edited --unedited older/unedited --alignment my-faces/alignment.json \\
         --photos photos/ --output_dir pasted/
 
 Writes OUT/aligned/NAME.png, OUT/alignment.json (per face where it lies in its photo: all that pasting back needs) and

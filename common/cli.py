@@ -18,6 +18,10 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scripts write to
 
 
 class UserError(ValueError):
@@ -66,7 +70,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without abbreviations, where `--foo_bar` and `--foo-bar` are the same flag however it was declared.
 
-    Numbers are finite: `type=float` takes no nan or inf, `type=int` nothing beyond 64 bits.
+    Numbers are finite: `type=float` takes no nan or inf, `type=int` nothing beyond 64 bits. No result goes into a
+    folder of the project's own code.
     """
 
     def __init__(self, *args, **kwargs):
@@ -87,6 +92,11 @@ class ArgumentParser(argparse.ArgumentParser):
                 for action in self._actions
                 if not action.option_strings and getattr(flags, action.dest, None) != action.default
             }
+        for name in RESULT_FLAGS:
+            if (folder := getattr(flags, name, None)) and _holds_our_code(Path(folder)):
+                self.error(
+                    f"--{name} {Path(folder)} is a folder of this project's code: choose another, such as results/"
+                )
         return flags, rest
 
     def add_hidden_alias(self, old, flag):
@@ -105,6 +115,11 @@ class ArgumentParser(argparse.ArgumentParser):
                 flag = declared.get(flag.replace("_", "-"), flag)
             spelt.append(flag + equals + value)
         return spelt
+
+
+def _holds_our_code(folder):
+    folder = folder.resolve()
+    return ROOT in (folder, *folder.parents) and any(folder.glob("*.py"))
 
 
 def _finite(text):

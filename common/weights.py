@@ -4,11 +4,12 @@
     python -m common.weights get vgg16 --weights_dir checkpoints
     python -m common.weights verify
 
-Looked for in `--weights_dir`, $WPP_WEIGHTS, `checkpoints/`, torch's hub cache, and the development data beside the
-checkout ($WPP_DATA/weights, `../shared/data/weights`), in this order.
+Looked for in `--weights_dir`, $WPP_WEIGHTS, `checkpoints/` and torch's hub cache, in this order. The face detector and
+the identity network are bundled; no stage needs the others, and `list` says what it takes instead.
 """
 
 import hashlib
+import json
 import os
 import urllib.error
 import urllib.request
@@ -34,6 +35,7 @@ class Weight:
     size: float  # MiB
     licence: str
     used_for: str
+    without: str  # what works without it
     aliases: tuple[str, ...] = ()  # other file names of the same content
 
     @property
@@ -45,119 +47,11 @@ class Weight:
         return self.url.rpartition("/")[2] in self.files
 
 
-TORCHVISION = "https://download.pytorch.org/models/"
-DEX = "https://github.com/siriusdemon/pytorch-DEX/raw/master/dex/pth/"
-YUNET = "https://github.com/ShiqiYu/libfacedetection.train/raw/master/onnx/"
-BSD = "BSD-3-Clause (torchvision)"
-DEX_LICENCE = "academic research only (IMDB-WIKI)"
-
 # torchvision and pytorch-fid put the first 8 digits of the sha256 into the file name; DEX's digests are those of its
 # git-lfs pointers; the other digests were computed on the files that this project was developed with. That
 # MobileFaceNet comes from the page given is inferred from its layout and preprocessing, not confirmed.
 WEIGHTS = {
-    weight.name: weight
-    for weight in (
-        Weight(
-            "vgg16",
-            "vgg16-397923af.pth",
-            TORCHVISION + "vgg16-397923af.pth",
-            "397923af",
-            527.8,
-            BSD,
-            "LPIPS (vgg), PRDC features",
-        ),
-        Weight(
-            "alexnet",
-            "alexnet-owt-7be5be79.pth",
-            TORCHVISION + "alexnet-owt-7be5be79.pth",
-            "7be5be79",
-            233.1,
-            BSD,
-            "LPIPS (alex)",
-        ),
-        Weight(
-            "squeezenet1_1",
-            "squeezenet1_1-b8a52dc0.pth",
-            TORCHVISION + "squeezenet1_1-b8a52dc0.pth",
-            "b8a52dc0",
-            4.7,
-            BSD,
-            "LPIPS (squeeze)",
-        ),
-        Weight(
-            "squeezenet1_1_features",
-            "squeezenet1_1_features.pth",
-            TORCHVISION + "squeezenet1_1-b8a52dc0.pth",
-            "435cedb387e95bc8291893f61a3a64f0345b8c23a05139aceef43947efb3d52d",
-            2.8,
-            BSD,
-            "LPIPS (squeeze): the `features` part of squeezenet1_1 alone, rounded to fp16",
-        ),
-        Weight(
-            "mobilefacenet",
-            "mobilefacenet.pt",
-            "https://github.com/foamliu/MobileFaceNet",
-            "90a00ba1d8b0b688af3deb731ed53dca582e6106805d1bc3cfdef55f570493f4",
-            3.9,
-            "Apache-2.0",
-            "identity: 128-d face embedding",
-        ),
-        Weight(
-            "yunet_640",
-            "yunet_n_640_640.onnx",
-            YUNET + "yunet_n_640_640.onnx",
-            "25a606a145a5b6d7271ae138fbd00eba91dad8b83222ae3f2c7ecd0f4a7b0e31",
-            0.3,
-            "Apache-2.0",
-            "face detector with five landmarks",
-        ),
-        Weight(
-            "yunet_320",
-            "yunet_n_320_320.onnx",
-            YUNET + "yunet_n_320_320.onnx",
-            "81dbde155e982455488235acb8ec2dec5d647edf7cf7080d33e4abb69b93a0d2",
-            0.3,
-            "Apache-2.0",
-            "face detector with five landmarks, small input",
-        ),
-        Weight(
-            "inception",
-            "pt_inception-2015-12-05-6726825d.pth",
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-            "6726825d",
-            91.2,
-            "Apache-2.0",
-            "FID",
-            ("weights-inception-2015-12-05-6726825d.pth",),
-        ),
-        Weight(
-            "arcface_ir_se50",
-            "model_ir_se50.pth",
-            "https://drive.google.com/file/d/1KW7bjndL3QG3sxBbZxreGHigcCCpsDgn/view",
-            None,
-            167.2,
-            "research only (InsightFace_Pytorch)",
-            "identity loss of pSp: IR-SE50 ArcFace",
-        ),
-        Weight(
-            "dex_age",
-            "age_sd.pth",
-            DEX + "age_sd.pth",
-            "d754f06341792aecf1c5893269ae849892072532f161b63cd595d713897f5302",
-            513.7,
-            DEX_LICENCE,
-            "DEX apparent age",
-        ),
-        Weight(
-            "dex_gender",
-            "gender_sd.pth",
-            DEX + "gender_sd.pth",
-            "4e2bae5c6959145725c0152c6e5f0e65f0f2d176e3c2f7ff32b87813102767d1",
-            512.2,
-            DEX_LICENCE,
-            "DEX gender",
-        ),
-    )
+    row["name"]: Weight(**row) for row in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 }
 
 
@@ -173,10 +67,8 @@ def search_folders(weights_dir=None):
     """Folders in which weights are looked for, first to last; they need not exist."""
     import torch.hub
 
-    data = os.environ.get("WPP_DATA") or ROOT.parent / "shared" / "data"
-    given = [weights_dir, os.environ.get("WPP_WEIGHTS")]
-    fixed = [ROOT / "checkpoints", Path(torch.hub.get_dir()) / "checkpoints", Path(data) / "weights"]
-    return [Path(folder) for folder in given if folder] + fixed
+    given = [Path(folder) for folder in (weights_dir, os.environ.get("WPP_WEIGHTS")) if folder]
+    return [*given, ROOT / "checkpoints", Path(torch.hub.get_dir()) / "checkpoints"]
 
 
 def find(name, weights_dir=None):
@@ -199,7 +91,7 @@ def require(name, weights_dir=None):
         )
         raise FileNotFoundError(
             f"{weight.file} ({weight.used_for}; {weight.size:.0f} MiB, {weight.licence}) is not here: {action} "
-            f"{weight.url} and put it into {_home(weights_dir)}"
+            f"{weight.url} and put it into {_home(weights_dir)}; without it: {weight.without}"
         )
     return verify(weight, path)
 
@@ -298,7 +190,8 @@ def main(args):
                 state = f"{path}: {'ok' if weight.sha256 else 'present, its sha256 is not known'}"
             except ValueError as error:
                 state, status = f"error: {error}", 1
-        print(f"{weight.name:24}{weight.size:7.1f} MiB  {weight.licence:36}{weight.used_for}\n    {state}")
+        print(f"{weight.name:24}{weight.size:7.1f} MiB  {weight.licence:36}{weight.used_for}")
+        print(f"    {state}\n    without it: {weight.without}")
     return status
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from common.weights import find, require
+from common.weights import require
 
 GREY = (128, 128, 128)  # beyond the borders of a photo
 
@@ -54,10 +54,7 @@ class FaceDetector:
 
     def __init__(self, weights_dir=None, *, score_threshold: float = 0.6):
         self.cv2 = _import_cv2()
-        name = "yunet_640" if find("yunet_640", weights_dir) or not find("yunet_320", weights_dir) else "yunet_320"
-        model = require(name, weights_dir).read_bytes()  # bytes: OpenCV cannot open every path on every system
-        if len(model) < 1000:
-            raise DetectorError(f"{name} holds only {len(model)} bytes")
+        model = require("yunet_640", weights_dir).read_bytes()  # bytes: OpenCV cannot open every path on every system
         buffer, empty = np.frombuffer(model, np.uint8), np.empty(0, np.uint8)
         self.net = self.cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), score_threshold, 0.3, 5000)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("WPP_DATA") or ROOT.parent / "shared" / "data")  # real faces and third-party weights
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("WPP_WEIGHTS", str(DATA / "weights"))
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 AWKWARD_NAMES = ("ü 中文.png", "a b/two  spaces.PNG")  # every path in the toolkit must survive these
@@ -23,8 +25,7 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def real_faces() -> Path:
     """The folder of real 128 px faces beside the checkout, or below $WPP_DATA."""
-    data = Path(os.environ.get("WPP_DATA") or ROOT.parent / "shared" / "data")
-    faces = data / "faces"
+    faces = DATA / "faces"
     if not faces.is_dir():
         pytest.skip(f"no real faces: {faces} is absent; set WPP_DATA to a folder that holds faces/*.jpg")
     return faces
@@ -60,8 +61,7 @@ def _draw_face(draw: random.Random, index: int):
 @pytest.fixture(scope="session")
 def some_faces(face_folder, tmp_path_factory) -> Path:
     """A folder of 24 faces: real ones where there are any, else the generated ones."""
-    data = Path(os.environ.get("WPP_DATA") or ROOT.parent / "shared" / "data")
-    files = sorted((data / "faces").glob("*.jpg"))[::850][:24]
+    files = sorted((DATA / "faces").glob("*.jpg"))[::850][:24]
     if len(files) < 24:
         return face_folder
     folder = tmp_path_factory.mktemp("some faces")

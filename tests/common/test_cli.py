@@ -231,3 +231,18 @@ run_script(main, ArgumentParser())
     process.terminate()
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (143, "cleaned up\n", "terminated\n")
+
+
+@pytest.mark.parametrize("folder", ["faces", "faces/", "./common/../op", ".", "tests/common"])
+def test_no_result_goes_into_the_projects_own_folders(folder, root, tmp_path, monkeypatch, capsys):
+    import align_faces
+    import train
+
+    monkeypatch.chdir(root)
+    for script, flags in ((align_faces, ["--photos", "x", "--output_dir"]), (train, ["--path", "x", "--exp_name"])):
+        assert run(lambda args: pytest.fail("ran"), script.build_parser(), [*flags, folder]) == 2
+        assert f"{flags[-1]} {Path(folder)} is a folder of this project's code" in capsys.readouterr().err
+        assert run(lambda args: None, script.build_parser(), [*flags, "faces_of_mine/"]) == 0
+        monkeypatch.chdir(tmp_path)  # there the name is anybody's
+        assert run(lambda args: None, script.build_parser(), [*flags, "faces"]) == 0
+        monkeypatch.chdir(root)

@@ -21,11 +21,12 @@ def toy(tmp_path, monkeypatch):
     origin = tmp_path / "origin" / "toy.pth"
     origin.parent.mkdir()
     origin.write_bytes(CONTENT)
-    weight = Weight("toy", "toy.pth", origin.as_uri(), DIGEST[:8], 0.1, "MIT", "tests", ("old_toy.pth",))
+    weight = Weight(
+        "toy", "toy.pth", origin.as_uri(), DIGEST[:8], 0.1, "MIT", "tests", "all but tests", ("old_toy.pth",)
+    )
     monkeypatch.setattr(weights, "WEIGHTS", {"toy": weight})
     monkeypatch.setattr(weights, "ROOT", tmp_path / "root")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("WPP_DATA", str(tmp_path / "data"))
     monkeypatch.delenv("WPP_WEIGHTS", raising=False)
     return weight
 
@@ -49,7 +50,13 @@ def test_registry():
     files = [file for weight in WEIGHTS.values() for file in weight.files]
     assert len(files) == len(set(files))
     for name, weight in WEIGHTS.items():
-        assert weight.name == name and weight.url.startswith("https://") and weight.licence and weight.used_for
+        assert (
+            weight.name == name
+            and weight.url.startswith("https://")
+            and weight.licence
+            and weight.used_for
+            and weight.without
+        )
         assert weight.sha256 is None or (len(weight.sha256) in (8, 64) and int(weight.sha256, 16))
         if weight.sha256 is not None and len(weight.sha256) == 8:
             assert weight.sha256 in weight.file  # the publisher's promise, in the name
@@ -79,7 +86,7 @@ def test_names():
         get_weight("vgg17")
 
 
-@pytest.mark.parametrize("name", ["squeezenet1_1_features", "mobilefacenet", "yunet_640", "yunet_320"])
+@pytest.mark.parametrize("name", ["squeezenet1_1_features", "mobilefacenet", "yunet_640"])
 def test_development_weights(name):
     if find(name) is None:
         pytest.skip(f"{WEIGHTS[name].file} is not among the development data")
@@ -92,7 +99,7 @@ def test_development_weights(name):
 def test_order_of_folders(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("WPP_WEIGHTS", str(tmp_path / "env"))
     assert find("toy", tmp_path / "given") is None
-    for folder in ("data/weights", "torch/hub/checkpoints", "root/checkpoints", "env", "given"):
+    for folder in ("torch/hub/checkpoints", "root/checkpoints", "env", "given"):
         path = put(tmp_path / folder)  # last first: each one found takes precedence
         assert find("toy", tmp_path / "given") == path
     assert find("toy") == tmp_path / "env" / "toy.pth"
@@ -112,6 +119,7 @@ def test_absent(toy, tmp_path):
         "python -m common.weights get toy",
         toy.url,
         str(tmp_path / "given"),
+        "without it: all but tests",
     ):
         assert part in message
     assert "\n" not in message
@@ -202,7 +210,7 @@ def test_command_line(toy, tmp_path, capsys):
     assert flags_without_help(build_parser()) == []
     given = ("--weights-dir", str(tmp_path / "given"))
     status, shown = command("list", *given)
-    assert status == 0 and "absent" in shown.out
+    assert status == 0 and "absent" in shown.out and "without it: all but tests" in shown.out
     status, shown = command("get", "toy", *given)
     assert status == 0 and "licence MIT" in shown.out and str(tmp_path / "given" / "toy.pth") in shown.out
     status, shown = command("verify", *given)

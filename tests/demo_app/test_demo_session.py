@@ -71,7 +71,7 @@ def test_a_photo_is_aligned_and_inverted(tools, face):
 
 
 def test_the_detector_finds_the_same_face(tools, astronaut, face):
-    if not find("yunet_640") and not find("yunet_320"):
+    if not find("yunet_640"):
         pytest.skip("no weights of the face detector: python -m common.weights get yunet_640")
     found = take_photo(tools, astronaut)
     assert np.abs(np.subtract(found.alignment.quad, face.alignment.quad)).max() < 2
@@ -129,7 +129,7 @@ def test_pasting_touches_the_face_only(tools, face):
 @pytest.mark.parametrize("kind", ["text", "empty", "tiny", "large", "cut short", "small face", "no face"])
 def test_bad_uploads_get_a_sentence(kind, tools, tmp_path, astronaut):
     path = tmp_path / "up load.png"
-    if kind == "no face" and not find("yunet_640") and not find("yunet_320"):
+    if kind == "no face" and not find("yunet_640"):
         pytest.skip("no weights of the face detector: python -m common.weights get yunet_640")
     expected = {
         "text": "image format",
