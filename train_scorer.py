@@ -1,14 +1,14 @@
-"""Train a small network that scores faces (age, gender, smile, eyes open, mouth open, any column of a CSV); judge one.
+"""Train a small network that scores faces (age, gender, smile, eyes and mouth open, any column of a CSV); evaluate one.
 
 Labels may be missing in any row; no person is in both the training and the validation split. The run folder receives
 options.json, log.jsonl, checkpoints, and at the end scorer.safetensors (calibrated on the validation split, under 8 MB)
-with validation.json. A run stopped at any moment goes on with --resume auto as if it had not been.
+with validation.json. A run stopped at any moment continues with --resume auto as if it had not been.
 
     python train_scorer.py --labels faces/labels.csv --data faces --out runs/scorer
     python train_scorer.py --labels celeba.csv --data celeba --attributes age,Bald,Wearing_Hat --out runs/hats
     python train_scorer.py --out runs/scorer --export scorer.safetensors          # of the newest checkpoint
     python train_scorer.py --evaluate faces-heldout --scorer runs/scorer/scorer.safetensors --sizes 0,64,32
-    python train_scorer.py --evaluate pictures --scorer dex --dex_crop --scores scores.csv
+    python train_scorer.py --evaluate images --scorer dex --dex_crop --scores scores.csv
 """
 
 from __future__ import annotations
@@ -24,46 +24,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, resolve_device
 from common.files import atomic_write
-from common.grids import make_strip, save_grid
-from common.images import check_header, fit_image, list_images, read_image, save_image
+from common.images import check_header, list_images
 from common.interrupt import StopSignal
-from common.runs import Run, StepBar, write_json
+from common.lock import lock_folder
+from common.runs import Run, StepBar, restore_options, write_json
 from dataset import InfiniteSampler
 from scorer.evaluation import accuracy_report, format_report
 from scorer.labels import LabelTable, parse_trust, read_labels
-from scorer.network import (
-    BACKBONES,
-    Scorer,
-    ScorerConfig,
-    ScorerNetwork,
-    load_scorer,
-    round_half,
-    save_scorer,
-    score_files,
-)
-from scorer.training import FaceStore, ScorerSettings, ScorerTrainer, augment_faces, calibrate, network_outputs
+from scorer.network import Scorer, ScorerConfig, ScorerNetwork, load_scorer, round_half, save_scorer, score_files
+from scorer.training import FaceStore, ScorerSettings, ScorerTrainer, calibrate, network_outputs
 
-SHEET_FACES = 40
-SAVED_OPTIONS = (
-    "labels",
-    "data",
-    "attributes",
-    "trust",
-    "validation",
-    "split_seed",
-    "backbone",
-    "width",
-    "input_size",
-    "iter",
-    "batch",
-    "lr",
-    "weight_decay",
-    "seed",
-)  # what an export needs of a run
+EVERY = ("log_every", "val_every", "save_every")
+NOT_RESTORED = ("export", "full", "evaluate", "scorer", "sizes", "report", "scores", "dex_crop")  # of one invocation
 TERMS = "research and non-commercial use where the training faces are (see checkpoints/README.md)"
 
 
@@ -86,12 +62,15 @@ def build_parser() -> ArgumentParser:
     )
     data.add_argument("--validation", type=float, default=0.08, help="fraction of the people kept out of training")
     data.add_argument("--split_seed", type=int, default=0, help="of the split; another seed keeps out other people")
-    data.add_argument("--resume", metavar="auto|PATH", help="continue; auto: from the run folder's newest checkpoint")
+    data.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue with the run's own options; auto: from its newest checkpoint, if any",
+    )
 
     net = parser.add_argument_group("network and optimisation")
-    net.add_argument("--backbone", choices=tuple(BACKBONES), default="resnet", help="kind of network")
-    net.add_argument("--width", type=float, default=1.0, help="scales the channels of the backbone")
-    net.add_argument("--input_size", type=int, default=64, help="pixels; pictures of any size are resized to it")
+    net.add_argument("--width", type=float, default=1.0, help="scales the channels of the network")
+    net.add_argument("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
     net.add_argument("--iter", type=int, default=3000, help="training steps in all")
     net.add_argument("--batch", type=int, default=64, help="faces per step")
     net.add_argument("--lr", type=float, default=0.003, help="AdamW's peak learning rate")
@@ -104,9 +83,13 @@ def build_parser() -> ArgumentParser:
     add_device_flags(parser)
 
     done = parser.add_argument_group("export and evaluation")
-    done.add_argument("--export", metavar="FILE", help="write the scorer here too; without --data: do only that")
+    done.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write the scorer here too; without --data: of the newest checkpoint, no training",
+    )
     done.add_argument("--full", action="store_true", help="export float32 instead of float16 weights")
-    done.add_argument("--evaluate", metavar="FOLDER", help="judge --scorer on the labelled faces of a folder")
+    done.add_argument("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
     done.add_argument(
         "--scorer",
         default="face-scorer",
@@ -115,37 +98,17 @@ def build_parser() -> ArgumentParser:
     done.add_argument("--sizes", default="0", help="comma-separated pixels to show faces at; 0: as they are")
     done.add_argument("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     done.add_argument("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
-    done.add_argument("--sheet", metavar="FILE.png", help=f"write {SHEET_FACES} faces with score (and label) here")
     done.add_argument("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels, as the original")
     done.add_argument("--weights_dir", help="folder with third-party weights (DEX)")
     return parser
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From flags to plain objects
-
-
-def read_options(args) -> ScorerSettings:
-    """Settings from the flags. Raises UsageError for flags that are missing or cannot work."""
-    missing = [flag for flag in ("labels", "data", "out") if not getattr(args, flag)]
-    if missing:
-        raise UsageError(
-            f"training needs --labels CSV --data FOLDER --out RUN (missing: --{', --'.join(missing)}); "
-            "--evaluate FOLDER judges a scorer"
-        )
-    for name in ("val_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.validation < 1:
-        raise UsageError(f"--validation is a fraction between 0 and 1, got {args.validation}")
-    try:
-        return ScorerSettings(args.iter, args.batch, args.lr, args.weight_decay, args.seed)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+# Data and start
 
 
 def present_faces(table: LabelTable, folder) -> LabelTable:
-    """The rows whose file is a picture and that have at least one label; the others are counted and listed.
+    """The rows whose file is an image and that have at least one label; the others are counted and listed.
 
     Raises FileNotFoundError when no file of the table is in the folder, ValueError when nothing usable is left.
     """
@@ -168,10 +131,9 @@ def present_faces(table: LabelTable, folder) -> LabelTable:
     return table.select(labelled)
 
 
-def read_data(args) -> tuple[LabelTable, LabelTable]:
-    """(training, validation) faces that are there and labelled."""
-    table = read_labels(args.labels, args.attributes, trust=parse_trust(args.trust))
-    training, validation = present_faces(table, args.data).split(args.validation, args.split_seed)
+def split_faces(table: LabelTable, folder, fraction: float, seed: int) -> tuple[LabelTable, LabelTable]:
+    """(training, validation) faces that are there; ValueError for an attribute without a label to train on."""
+    training, validation = present_faces(table, folder).split(fraction, seed)
     for column, attribute in enumerate(table.attributes):
         if training.weights[:, column].sum() == 0:
             raise ValueError(
@@ -181,205 +143,171 @@ def read_data(args) -> tuple[LabelTable, LabelTable]:
     return training, validation
 
 
-def find_start(args) -> tuple[dict | None, Path | None]:
+def find_start(out, resume: str | None) -> tuple[dict | None, Path | None]:
     """The state to continue from, with its file; (None, None) for a new run, which never overwrites an earlier one."""
-    folder = Path(args.out) / "checkpoint"
-    newest = latest_checkpoint(folder) if folder.is_dir() else None
-    if args.resume and args.resume != "auto":
-        path = Path(args.resume)
+    folder = Path(out) / "checkpoint"
+    path = newest = latest_checkpoint(folder) if folder.is_dir() else None
+    if resume and resume != "auto":
+        path = Path(resume)
         if newest is not None and newest.resolve() != path.resolve():
-            raise UserError(f"{args.out} already holds a run, up to {newest.name}: continue {path} in another --out")
-        return load_checkpoint(path), path
-    if newest is not None and args.resume != "auto":
+            raise UserError(f"{out} already holds a run, up to {newest.name}: continue {path} in another --out")
+    elif newest is not None and not resume:
         raise UserError(
-            f"{args.out} already holds a run ({newest.name}): --resume auto continues it, another --out "
-            "starts a new one"
+            f"{out} already holds a run ({newest.name}): --resume auto continues it, another --out starts a new one"
         )
-    return (None, None) if newest is None else (load_checkpoint(newest), newest)
+    if path is None:
+        return None, None
+    state = load_checkpoint(path)
+    if not isinstance(state.get("options"), dict) or not isinstance(state.get("sampler"), dict):
+        raise CheckpointError(f"{path} is no checkpoint of train_scorer.py: it lacks options or sampler")
+    return state, path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, validation, sampler, run: Run, args) -> None:
-    """Steps trainer.step .. iter - 1, with logs, measurements and checkpoints at their intervals."""
-    stop, order, total = StopSignal(), iter(sampler), args.iter
+def train(trainer: ScorerTrainer, table, store, validation, sampler, run: Run, *, every: dict, options: dict) -> None:
+    """Steps trainer.step .. iter - 1 on a table and its FaceStore; validation is such a pair too.
+
+    every: steps between log lines, measurements and checkpoints, by flag (EVERY). options: saved in checkpoints.
+    Raises UserError for a loss that is not finite, before anything is saved, and after an orderly stop.
+    """
+    stop, order = StopSignal(), iter(sampler)
+    total, batch = trainer.settings.iter, trainer.settings.batch
     names = [attribute.name for attribute in table.attributes]
     sums, count, tick = torch.zeros(len(names)), 0, time.perf_counter()
     bar = StepBar(total, trainer.step)
     while trainer.step < total:
-        rows = list(islice(order, args.batch))
+        rows = list(islice(order, batch))
         values, weights = (torch.from_numpy(array[rows]) for array in (table.values, table.weights))
         sums += trainer.train_step(store.batch(rows), values, weights).cpu()
-        sampler.advance(args.batch)
+        sampler.advance(batch)
         count += 1
         bar.update()
 
         step, ending = trainer.step, stop.raised
-        due = {every: step == total or step % getattr(args, every) == 0 for every in ("log_every", "val_every")}
-        due["save_every"] = ending or step == total or step % args.save_every == 0
-        if any(due.values()) and count:
-            means = (sums / count).tolist()
-            bad = [f"loss of {name}" for name, mean in zip(names, means, strict=True) if not np.isfinite(mean)]
+        log, val, save = (step == total or step % every[name] == 0 for name in EVERY)
+        if log or val or save or ending:
+            means = (sums / count).tolist() if count else []
+            bad = [f"loss of {name}" for name, mean in zip(names, means, strict=False) if not np.isfinite(mean)]
             bad += [] if all(torch.isfinite(p).all() for p in trainer.network.parameters()) else ["network"]
             if bad:
                 raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")
-        if due["log_every"]:
-            speed = count * args.batch / (time.perf_counter() - tick)
+        if log:
+            speed = count * batch / (time.perf_counter() - tick)
             run.log(step, "Loss", **dict(zip(names, means, strict=True)))
             run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
             bar.note(step, f"loss {sum(means):.3f}, {speed:.0f} img/s")
             sums.zero_()
             count, tick = 0, time.perf_counter()
-        if due["val_every"]:
-            log_validation(trainer, validation, run)
+        if val:
+            log_validation(trainer, *validation, run)
             tick = time.perf_counter()
-        if due["save_every"]:
-            save(trainer, sampler, run, args)
+        if save or ending:
+            path = run.path("checkpoint", f"{step:06d}.pt")
+            save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": options})
+            for old in sorted(path.parent.glob("*.pt"))[:-2]:
+                old.unlink()
         if ending and step < total:
             bar.close()
-            raise UserError(f"stopped at step {step}, checkpoint written: --resume auto goes on")
+            raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
     bar.close()
 
 
-def save(trainer: ScorerTrainer, sampler: InfiniteSampler, run: Run, args) -> None:
-    """Write checkpoint/{step}.pt and remove all but the one before it."""
-    path = run.path("checkpoint", f"{trainer.step:06d}.pt")
-    save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": dict(vars(args))})
-    for old in sorted(path.parent.glob("*.pt"))[:-2]:
-        old.unlink()
-
-
-def log_validation(trainer: ScorerTrainer, validation, run: Run) -> None:
-    """The headline numbers of each attribute on the validation split, uncalibrated, to the log."""
-    table, store = validation
-    scores = Scorer(trainer.average).scores_of(network_outputs(trainer.average, store)).numpy()
+@torch.no_grad()
+def log_validation(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, run: Run) -> None:
+    """Log the headline numbers of each attribute on the validation split, uncalibrated."""
+    scorer = Scorer(trainer.average)
+    scores = scorer.to_scores(scorer.margins_of(network_outputs(trainer.average, store))).numpy()
     for name, numbers in accuracy_report(scores, table).items():
         kept = {key: value for key, value in numbers.items() if key in ("mae", "auc", "balanced_accuracy", "slope")}
         run.log(trainer.step, f"Validation {name}", **kept)
 
 
-def finish(trainer: ScorerTrainer, validation, folder: Path, args) -> Path:
-    """Calibrate on the validation split and measure the very weights that are written; print the table. The path."""
-    table, store = validation
+def export(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, paths: list[Path], *, half: bool) -> dict:
+    """Calibrate on the validation split, measure the very weights that are written, print and return the report."""
     network = ScorerNetwork(trainer.config).eval()
-    network.load_state_dict(trainer.average.state_dict() if args.full else round_half(trainer.average.state_dict()))
+    weights = trainer.average.state_dict()
+    network.load_state_dict(round_half(weights) if half else weights)
     outputs = network_outputs(network.to(trainer.device), store)
-    values, weights = torch.from_numpy(table.values), torch.from_numpy(table.weights)
-    scorer = Scorer(network.cpu(), calibrate(outputs, values, weights, table.attributes))
-    report = accuracy_report(scorer.scores_of(outputs).numpy(), table)
-    trained = {"steps": trainer.step, "batch": args.batch, "seed": args.seed, "validation_faces": len(table)}
-    paths = [folder / "scorer.safetensors", *([Path(args.export)] if args.export else [])]
+    labels = torch.from_numpy(table.values), torch.from_numpy(table.weights)
+    scorer = Scorer(network.cpu(), calibrate(outputs, *labels, table.attributes))
+    report = accuracy_report(scorer.to_scores(scorer.margins_of(outputs)).numpy(), table)
+    settings = trainer.settings
+    trained = {"steps": trainer.step, "batch": settings.batch, "seed": settings.seed, "validation_faces": len(table)}
     for path in paths:
-        save_scorer(path, scorer, half=not args.full, training=trained, validation=report, terms=TERMS)
-    write_json(folder / "validation.json", report)
+        save_scorer(path, scorer, half=half, training=trained, validation=report, terms=TERMS)
     print(format_report(report))
     print(f"{paths[-1]}: {paths[-1].stat().st_size / 1e6:.2f} MB, step {trainer.step}")
-    return paths[-1]
-
-
-def prepare(args, state: dict | None, source) -> tuple[ScorerTrainer, InfiniteSampler, list]:
-    """Trainer and sampler, new or as in `state`, and [(table, store) of training, of validation]."""
-    settings = read_options(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device, tables = resolve_device(args.device, ops=args.ops), read_data(args)
-    config = ScorerConfig(tables[0].attributes, args.backbone, args.width, args.input_size)
-    trainer = ScorerTrainer(config, settings, tables[0].weights.mean(0), device)
-    sampler = InfiniteSampler(len(tables[0]), seed=args.seed)
-    if state is not None:
-        trainer.load_state_dict(state, source)
-        sampler.load(state["sampler"])
-    folder = Path(args.data)
-    return (
-        trainer,
-        sampler,
-        [(table, FaceStore([folder / name for name in table.names], args.input_size)) for table in tables],
-    )
-
-
-def train_and_export(args) -> None:
-    """A run from its flags to its exported scorer."""
-    read_options(args)
-    state, source = find_start(args)
-    trainer, sampler, (training, validation) = prepare(args, state, source)
-    table, store = training
-    with Run(args.out, args, resume_step=trainer.step + 1 if state else None) as run:
-        start = f"continuing {source}" if state else "a new run"
-        print(
-            f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {len(table)} faces, "
-            f"{len(validation[0])} for validation; step {trainer.step} of {args.iter} on {trainer.device}",
-            flush=True,
-        )
-        if state is None:
-            seen = store.batch(range(min(SHEET_FACES, len(table)))).float() / 127.5 - 1
-            save_grid(augment_faces(seen, torch.Generator().manual_seed(0)), run.path("sample", "augmented.png"))
-        train(trainer, table, store, validation, sampler, run, args)
-    finish(trainer, validation, Path(args.out), args)
-
-
-def export(args) -> None:
-    """The scorer in a run's newest checkpoint, calibrated on the validation split of that run."""
-    state, source = find_start(type(args)(**{**vars(args), "resume": "auto"}))
-    if state is None:
-        raise FileNotFoundError(f"{args.out} holds no checkpoint to export")
-    chosen = type(args)(**{**vars(args), **{name: state["options"][name] for name in SAVED_OPTIONS}})
-    trainer, _, (_, validation) = prepare(chosen, state, source)
-    finish(trainer, validation, Path(args.out), chosen)
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
-def read_evaluation(args, scorer) -> tuple[list[str], LabelTable | None]:
-    """Names of the pictures in --evaluate, and their labels in the scorer's columns (None without a CSV)."""
-    folder = Path(args.evaluate)
-    names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
-    labels = Path(args.labels) if args.labels else folder / "labels.csv"
-    if not args.labels and not labels.is_file():
-        if not (args.scores or args.sheet):
-            raise UserError(f"{labels} is absent: pass --labels CSV, or --scores FILE.csv to score without labels")
+def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str], LabelTable | None]:
+    """Names of the images of a folder, and their labels in the scorer's columns.
+
+    labels: a CSV; None: labels.csv in the folder, or (all images, None) where there is none.
+    """
+    path = Path(labels) if labels else folder / "labels.csv"
+    if not labels and not path.is_file():
+        names = [image.relative_to(folder).as_posix() for image in list_images(folder)]
         if not names:
             raise UserError(f"{folder} holds no images")
         return names, None
-    known = read_labels(labels, "all")
-    shared = [name for name in scorer.names if name in (a.name for a in known.attributes)]
+    known = [attribute.name for attribute in read_labels(path, "all").attributes]
+    shared = [name for name in scorer.names if name in known]
     if not shared:
-        raise UserError(
-            f"{labels} has labels for {', '.join(a.name for a in known.attributes)}; the scorer predicts "
-            f"{', '.join(scorer.names)}"
-        )
-    table = present_faces(read_labels(labels, ",".join(shared)), folder)
+        raise UserError(f"{path} has labels for {', '.join(known)}; the scorer predicts {', '.join(scorer.names)}")
+    table = present_faces(read_labels(path, ",".join(shared)), folder)
     return list(table.names), table
 
 
-def evaluate(args) -> None:
-    """Print how good a scorer is on a folder, per size; the last line is JSON."""
+def evaluate(name: str, scorer, folder: Path, table, names, sizes: list[int], device) -> tuple[dict, np.ndarray]:
+    """Print how good a scorer is on images shown at each size. ({size: report}, scores [N, A] at the first size)."""
+    reports, scores = {}, None
+    for size in sizes:
+        at_size = score_files(scorer, [folder / image for image in names], size=size, device=device)
+        scores = at_size if scores is None else scores
+        if table is not None:
+            columns = [scorer.column(attribute.name) for attribute in table.attributes]
+            reports[str(size)] = accuracy_report(at_size[:, columns], table)
+            print(f"{name} on {len(names)} faces of {folder}, {f'{size} px' if size else 'as they are'}")
+            print(format_report(reports[str(size)]), end="\n\n")
+    return reports, scores
+
+
+def write_scores(path, names, attributes, scores) -> None:
+    """Write a CSV that read_labels understands: file, then one column per attribute."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", *attributes])
+    writer.writerows([name, *(f"{value:.6g}" for value in row)] for name, row in zip(names, scores, strict=True))
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def main_evaluate(args, device) -> None:
+    """`--evaluate`: print the tables, write what is asked for; the last line is JSON."""
     try:
         sizes = [int(size) for size in args.sizes.split(",")]
     except ValueError:
         raise UsageError(f"--sizes {args.sizes}: expected pixels separated by commas, 0 for as they are") from None
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = resolve_device(args.device, ops=args.ops)
+    folder = Path(args.evaluate)
     scorer = load_scorer(args.scorer, device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
-    names, table = read_evaluation(args, scorer)
-    paths = [Path(args.evaluate) / name for name in names]
-    reports, scores = {}, None
-    for size in sizes:
-        found = score_files(scorer, paths, size=size, device=device)
-        scores = found if scores is None else scores
-        if table is not None:
-            columns = [scorer.column(attribute.name) for attribute in table.attributes]
-            reports[str(size)] = accuracy_report(found[:, columns], table)
-            print(f"{args.scorer} on {len(names)} faces of {args.evaluate}, {f'{size} px' if size else 'as they are'}")
-            print(format_report(reports[str(size)]), end="\n\n")
+    names, table = read_evaluation(folder, args.labels, scorer)
+    if table is None and not args.scores:
+        raise UserError(f"{folder} has no labels.csv: pass --labels CSV, or --scores FILE.csv to score without labels")
+    reports, scores = evaluate(args.scorer, scorer, folder, table, names, sizes, device)
     if args.scores:
         write_scores(args.scores, names, scorer.names, scores)
-    if args.sheet:
-        write_sheet(args.sheet, paths, scorer.names, scores, table)
     if args.report:
         write_json(args.report, {"scorer": args.scorer, "folder": args.evaluate, "faces": len(names), "sizes": reports})
     brief = {
@@ -392,46 +320,79 @@ def evaluate(args) -> None:
     print(json.dumps({"scorer": args.scorer, "faces": len(names), "sizes": brief}))
 
 
-def write_scores(path, names, attributes, scores) -> None:
-    """CSV that read_labels and `csv:FILE` understand: file, then one column per attribute."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", *attributes])
-    writer.writerows([name, *(f"{value:.6g}" for value in row)] for name, row in zip(names, scores, strict=True))
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def write_sheet(path, paths, attributes, scores, table: LabelTable | None) -> None:
-    """Faces at random (one seed) with what was scored, and the label in brackets where there is one."""
-    rows = np.sort(np.random.RandomState(0).permutation(len(paths))[:SHEET_FACES])
-    labels = {a.name: table.values[:, i] for i, a in enumerate(table.attributes)} if table is not None else {}
-    cells = []
-    for row in rows:
-        lines = []
-        for column, name in enumerate(attributes):
-            digits = 0 if abs(scores[:, column]).max() > 1 else 2
-            label = labels[name][row] if name in labels else np.nan
-            known = f" ({label:.{digits}f})" if np.isfinite(label) else ""
-            lines.append(f"{name} {scores[row, column]:.{digits}f}{known}")
-        cells.append(make_captioned(fit_image(read_image(paths[row]), 128), lines))
-    save_image(make_strip(cells, nrow=8), path)
-
-
-def make_captioned(image, lines):
-    """A picture above lines of text."""
-    for line in lines:
-        image = make_strip([image], [line], font_size=11)
-    return image
+def check_options(args) -> ScorerSettings:
+    """Settings from the flags. Raises UsageError for flags that are missing or cannot work."""
+    missing = [flag for flag in ("labels", "data", "out") if not getattr(args, flag)]
+    if missing:
+        raise UsageError(
+            f"training needs --labels CSV --data FOLDER --out RUN (missing: --{', --'.join(missing)}); "
+            "--evaluate FOLDER evaluates a scorer"
+        )
+    for name in EVERY:
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 < args.validation < 1:
+        raise UsageError(f"--validation is a fraction between 0 and 1, got {args.validation}")
+    try:
+        return ScorerSettings(args.iter, args.batch, args.lr, args.weight_decay, args.seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def main(args) -> int:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = resolve_device(args.device, ops=args.ops)
     if args.evaluate:
-        evaluate(args)
-    elif args.export and args.out and not args.data:
-        export(args)
-    else:
-        train_and_export(args)
+        main_evaluate(args, device)
+        return 0
+
+    # Start: new, or the options and the state of a checkpoint.
+    only_export = bool(args.export and args.out and not args.data)
+    state, source = find_start(args.out, "auto" if only_export else args.resume) if args.out else (None, None)
+    if only_export and state is None:
+        raise FileNotFoundError(f"{args.out} holds no checkpoint to export")
+    if state and (changed := restore_options(args, state["options"], source, keep=NOT_RESTORED)):
+        print(changed)
+    settings = check_options(args)
+    scorer_file = Path(args.out) / "scorer.safetensors"
+    done = state is not None and isinstance(state.get("step"), int) and state["step"] >= args.iter
+    if done and scorer_file.is_file() and not args.export:
+        print(f"{args.out}: step {state['step']} of {args.iter}, nothing was left to do; the scorer is {scorer_file}")
+        return 0
+
+    # Data and networks.
+    table = read_labels(args.labels, args.attributes, trust=parse_trust(args.trust))
+    tables = split_faces(table, args.data, args.validation, args.split_seed)
+    stores = [FaceStore([Path(args.data) / name for name in part.names], args.input_size) for part in tables]
+    config = ScorerConfig(table.attributes, args.width, args.input_size)
+    trainer = ScorerTrainer(config, settings, tables[0].weights.mean(0), device)
+    sampler = InfiniteSampler(len(tables[0]), seed=args.seed)
+    if state is not None:
+        trainer.load_state_dict(state, source)
+        sampler.load(state["sampler"])
+
+    # Training, then the export.
+    if not (only_export or done):
+        with (
+            lock_folder(args.out, "training"),
+            Run(args.out, args, resume_step=trainer.step + 1 if state else None) as run,
+        ):
+            start = f"continuing {source}" if state else "a new run"
+            print(
+                f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {len(tables[0])} faces, "
+                f"{len(tables[1])} for validation; step {trainer.step} of {args.iter} on {trainer.device}",
+                flush=True,
+            )
+            every, options = {name: getattr(args, name) for name in EVERY}, dict(vars(args))
+            validation = tables[1], stores[1]
+            train(trainer, tables[0], stores[0], validation, sampler, run, every=every, options=options)
+    paths = [Path(args.export)] if args.export else []
+    if not (only_export or (done and scorer_file.is_file())):
+        paths.insert(0, scorer_file)
+    report = export(trainer, tables[1], stores[1], paths, half=not args.full)
+    if paths[0] == scorer_file:
+        write_json(scorer_file.with_name("validation.json"), report)
     return 0
 
 

@@ -46,6 +46,7 @@ RESAMPLE = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 WHITE = (255, 255, 255)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1, torchvision's
 
 # Keys of PIL's `info` that ask for more than a plain copy.
 _SPECIAL = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency", "icc_profile"))

@@ -21,10 +21,10 @@ from torch import nn
 from common import weights
 from common.checkpoint import load_checkpoint
 from common.cli import UsageError
+from common.images import IMAGENET_MEAN, IMAGENET_STD
 from metrics.protocol import Protocol
 
-IMAGENET_MEAN = tuple(255 * value for value in (0.485, 0.456, 0.406))
-IMAGENET_STD = tuple(255 * value for value in (0.229, 0.224, 0.225))
+PIXEL_MEAN, PIXEL_STD = (tuple(255 * value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
 AUTO = ("inception", "squeeze", "scorer")  # what `auto` takes: the first whose weights are at hand
 
 
@@ -123,7 +123,7 @@ def build_squeeze(protocol: Protocol, weights_dir) -> Extractor:
     features = squeezenet1_1(weights=None).features
     features.load_state_dict({name.removeprefix("features."): value.float() for name, value in state.items()})
     network = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Extractor("squeeze", network, 128, 512, IMAGENET_MEAN, IMAGENET_STD, sha256)
+    return Extractor("squeeze", network, 128, 512, PIXEL_MEAN, PIXEL_STD, sha256)
 
 
 @register_extractor("inception", standin=False)
@@ -152,7 +152,7 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     network = nn.Sequential(vgg.features, vgg.avgpool, nn.Flatten(), vgg.classifier[:6])
     if protocol.name == "paper":
         return Extractor("vgg16", network, None, 4096, (127.5,) * 3, (127.5,) * 3, sha256)
-    return Extractor("vgg16", network, 224, 4096, IMAGENET_MEAN, IMAGENET_STD, sha256)
+    return Extractor("vgg16", network, 224, 4096, PIXEL_MEAN, PIXEL_STD, sha256)
 
 
 @register_extractor("scorer")

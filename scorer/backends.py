@@ -8,27 +8,24 @@
 
   outputs: `sigmoid` (independent attributes), `softmax` (exclusive classes, each a probability) or `linear` (values).
   mean and std are of RGB in 0..1, torchvision's; "channels": "bgr" and "range": 255 for networks of Caffe's descent.
-- A CSV of labels: no network, scores by file name.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from pathlib import PurePosixPath
 
 import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, require_file
+from common.images import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import require
 from scorer.interface import AttributeScorer, expected_age, require_images, resize
-from scorer.labels import AGE_BINS, KNOWN, Attribute, read_labels
+from scorer.labels import AGE_BINS, KNOWN, Attribute
 
 DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels
 DEX_CLASSES = {"age": AGE_BINS, "gender": 2}
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OUTPUTS = {"sigmoid": "probability", "softmax": "probability", "linear": "value"}
 DESCRIPTION = ("arch", "weights", "attributes", "outputs", "input_size", "mean", "std", "channels", "range")
 
@@ -164,7 +161,7 @@ class ClassifierScorer(AttributeScorer):
         logits = self.network(x.flip(1) if self.bgr else x)
         if logits.ndim != 2 or logits.shape[1] != len(self.attributes):
             raise ValueError(
-                f"the classifier gives {list(logits.shape[1:])} numbers per picture for "
+                f"the classifier gives {list(logits.shape[1:])} numbers per image for "
                 f"{len(self.attributes)} attributes ({', '.join(self.names)})"
             )
         if self.outputs == "softmax":  # log-odds of each class against all others
@@ -214,33 +211,3 @@ def _build(path, arch: str, n_classes: int) -> nn.Module:
             raise ValueError(f"{path}: {arch} needs the package timm (pip install timm)") from error
         return timm.create_model(name, pretrained=False, num_classes=n_classes)
     raise ValueError(f"{path}: arch {arch!r} is neither torchvision:NAME nor timm:NAME")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A table of labels
-
-
-class TableScorer(AttributeScorer):
-    """A CSV of labels in the place of a network: pictures are looked up by name, not seen."""
-
-    def __init__(self, path, attributes: str = "all"):
-        super().__init__()
-        self.table = read_labels(path, attributes)
-        self.attributes = self.table.attributes
-        stems = [PurePosixPath(name).stem for name in self.table.names]
-        ambiguous = {stem for stem, count in Counter(stems).items() if count > 1}
-        self._rows = {stem: row for row, stem in enumerate(stems) if stem not in ambiguous}
-        self._rows |= {name: row for row, name in enumerate(self.table.names)}
-
-    def lookup(self, names) -> torch.Tensor:
-        """Names of pictures, as in the file or without folder and suffix -> [N, A] in `units`; NaN where unlabelled.
-
-        Raises ValueError naming the first that the table does not know.
-        """
-        unknown = [str(name) for name in names if str(name) not in self._rows]
-        if unknown:
-            raise ValueError(f"{self.table.path} has no line for {unknown[0]!r} ({len(unknown)} names are not in it)")
-        return torch.from_numpy(self.table.values[[self._rows[str(name)] for name in names]])
-
-    def margins(self, images: torch.Tensor) -> torch.Tensor:
-        raise ValueError(f"{self.table.path} is a table of labels: it scores pictures by name, not by their pixels")

@@ -1,4 +1,4 @@
-"""How good scores are, and how honest: errors, ranking, calibration. NumPy only; closed forms in tests/test_scorer.py.
+"""How good scores are, and how honest: errors, ranking, calibration. closed forms in tests/scorer.
 
 Labels here may be soft (another network's probabilities): above 0.5 counts as yes for ranking and accuracy, and
 calibration compares mean prediction with mean label.
@@ -15,13 +15,10 @@ AGE_BANDS = ((0, 10), (10, 20), (20, 40), (40, 60), (60, 101))
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive outranks a negative, ties half. NaN without both."""
-    scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
-    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
-    if not n_pos or not n_neg:
-        return float("nan")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # mean rank of ties, from 1
-    return float((ranks[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+    from sklearn.metrics import roc_auc_score  # a second to import
+
+    positive = np.asarray(positive, bool)
+    return float(roc_auc_score(positive, scores)) if positive.any() and not positive.all() else float("nan")
 
 
 def balanced_accuracy(predicted: np.ndarray, positive: np.ndarray) -> float:

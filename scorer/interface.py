@@ -1,4 +1,4 @@
-"""The interface of all attribute scorers."""
+"""The interface of all attribute scorers: images in, years and probabilities out, differentiable."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scorer.labels import AGE_BINS, Attribute
 
 
 def expected_age(logits: torch.Tensor) -> torch.Tensor:
-    """[N, 101] -> [N] years: sum over i = 0..100 of i p_i."""
+    """[N, 101] -> [N] years: sum over i = 0..100 of i p_i (DEX, Rothe et al. 2015)."""
     years = torch.arange(AGE_BINS, dtype=logits.dtype, device=logits.device)
     return logits.softmax(1) @ years
 
@@ -25,7 +25,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class AttributeScorer(nn.Module, ABC):
-    """What every scorer offers. A subclass sets `attributes` and implements `margins`."""
+    """Base of every scorer, frozen. A subclass sets `attributes` and implements `margins`."""
 
     attributes: tuple[Attribute, ...] = ()
 
@@ -46,12 +46,12 @@ class AttributeScorer(nn.Module, ABC):
 
     @abstractmethod
     def margins(self, images: torch.Tensor) -> torch.Tensor:
-        """As `forward`, but log-odds in place of probabilities: to rank pictures whose probabilities are all near 1."""
+        """Scores [N, A] with log-odds in place of probabilities: they rank images whose probabilities are near 1."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [-1, 1] (clamped to it), any size -> [N, A] in the units of `units`, columns `names`.
 
-        Differentiable in the pictures. Raises ValueError for another shape.
+        Differentiable in the images. Raises ValueError for another shape.
         """
         return self.to_scores(self.margins(images))
 
@@ -61,19 +61,19 @@ class AttributeScorer(nn.Module, ABC):
         return torch.stack([c.sigmoid() if a.kind == "probability" else c for c, a in columns], 1)
 
     def score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `forward`, by name: each [N]."""
+        """Scores of `forward` by name: each [N]."""
         return dict(zip(self.names, self(images).unbind(1), strict=True))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] in [-1, 1] -> [N, F], what the last layer sees: for distances between sets of pictures."""
+        """[N, 3, H, W] in [-1, 1] -> input of the last layer [N, F]: for distances between sets of images."""
         raise ValueError(f"{type(self).__name__} has no features")
 
     def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """[N, 3, H, W] in [-1, 1] -> maps [N, C_i, S_i, S_i], fine to coarse: for distances between pictures."""
+        """[N, 3, H, W] in [-1, 1] -> maps [N, C_i, S_i, S_i], fine to coarse: for distances between images."""
         raise ValueError(f"{type(self).__name__} has no feature maps")
 
     def train(self, mode: bool = True):
-        """Stays in evaluation mode, also inside a network that is being trained."""
+        """Stay in evaluation mode, also inside a network that is being trained."""
         return super().train(False)
 
     def freeze(self):
@@ -81,7 +81,7 @@ class AttributeScorer(nn.Module, ABC):
 
 
 def require_images(images: torch.Tensor) -> torch.Tensor:
-    """The pictures, clamped to [-1, 1] as saving clamps them. Raises ValueError for a shape other than [N, 3, H, W]."""
+    """The images, clamped to [-1, 1] as saving clamps them. Raises ValueError for a shape other than [N, 3, H, W]."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {images.dtype} {list(images.shape)}"

@@ -1,7 +1,8 @@
 """Labels of faces: a CSV becomes attributes, values in stated units, and a weight per label.
 
 Any label may be missing in any row. Where a column `<column>_src` says who made a label, TRUST weighs it: another
-network's guess counts less than the data set's own record. The validation split never parts the pictures of one person.
+network's guess counts less than the data set's own record. The validation split never parts the images of one person.
+What a -1 means is decided by the convention of the whole file (CelebA: -1 no, 1 yes), not by the values of one column.
 
     table = read_labels("faces/labels.csv")                    # age, gender, smile ...: those the file has labels for
     table = read_labels("list_attr_celeba.csv", "Young,Bald")  # any column, -1/1 included
@@ -13,6 +14,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,21 +27,11 @@ UNITS = {"years": "years", "probability": "probability", "value": "as labelled"}
 
 NAME_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "name", "path")
 UNKNOWN = frozenset(("", "nan", "na", "n/a", "none", "null", "unknown", "?"))
-WORDS = {
-    "m": 1.0,
-    "male": 1.0,
-    "man": 1.0,
-    "f": 0.0,
-    "female": 0.0,
-    "woman": 0.0,
-    "yes": 1.0,
-    "true": 1.0,
-    "no": 0.0,
-    "false": 0.0,
-}
+WORDS = dict.fromkeys(("m", "male", "man", "yes", "true"), 1.0) | dict.fromkeys(
+    ("f", "female", "woman", "no", "false"), 0.0
+)
 
-# Weight of a label by its maker, as far as the development data know them; others count fully. deepface's ages have
-# half the spread of real ones; Azure's are good (shared/data/README.md).
+# Weight of a label by its maker; others count fully. deepface's ages have half the spread of real ones.
 TRUST = {"deepface-pred": 0.1, "azure-dcgm": 0.7}
 # One column tells the maker of several.
 SHARED_SOURCE = {"mouth_open": "expression_src", "narrow_eyes": "expression_src", "eyeglasses": "expression_src"}
@@ -145,9 +137,9 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
 
     attributes: comma-separated names; of KNOWN ones by their usual columns, else of any column: values 0..1, yes/no or
     -1/1 become a probability, other numbers a `value`. `auto`: those of KNOWN that the file has labels for; `all`:
-    further every other column that holds nothing but numbers and yes/no.
+    further every other column that holds nothing but numbers and yes/no. A column without variety is warned of.
     Raises FileNotFoundError, or ValueError naming file, line and column for an unknown attribute, an attribute without
-    a single label, or a cell that cannot be read.
+    a single label, a cell that cannot be read, or a -1 that the file leaves ambiguous.
     """
     path = require_file(path, "CSV file of labels")
     columns, rows = _read_csv(path)
@@ -157,10 +149,15 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
             f"{path} has no column of file names: expected one of {', '.join(NAME_COLUMNS)}, "
             f"found {', '.join(columns.values())}"
         )
-    trust = TRUST if trust is None else trust
     read = []
-    for name in _wanted(path, columns, rows, attributes):
-        labels = _read_attribute(path, columns, rows, name, trust)
+    for name in _chosen(path, columns, rows, attributes):
+        try:
+            labels = _read_attribute(path, columns, rows, name, TRUST if trust is None else trust)
+        except ValueError as error:
+            if attributes != "all" or name in KNOWN:
+                raise
+            warnings.warn(f"{error}; the column is left out", stacklevel=2)  # nobody asked for it
+            continue
         if labels is not None:
             read.append(labels)
         elif attributes not in ("auto", "all"):
@@ -173,8 +170,8 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
     names = tuple(row[name_column] for row in rows)
     person = columns.get("identity")
     identities = tuple((row[person] if person else "") or name for row, name in zip(rows, names, strict=True))
-    found, values, weights, sources = zip(*read, strict=True)
-    return LabelTable(path, found, names, identities, np.stack(values, 1), np.stack(weights, 1), np.stack(sources, 1))
+    chosen, values, weights, sources = zip(*read, strict=True)
+    return LabelTable(path, chosen, names, identities, np.stack(values, 1), np.stack(weights, 1), np.stack(sources, 1))
 
 
 def _read_csv(path) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -190,12 +187,13 @@ def _read_csv(path) -> tuple[dict[str, str], list[dict[str, str]]]:
     return {name.strip().lower(): name for name in reader.fieldnames if name}, rows
 
 
-def _wanted(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
+def _chosen(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
+    """Names of the attributes to read."""
     if attributes in ("auto", "all"):
         names = [name for name, (_, sources) in KNOWN.items() if any(c.lstrip("!") in columns for c in sources)]
         taken = {*NAME_COLUMNS, "identity"}.union(*(KNOWN[name][1] for name in names))
         rest = [name for name in columns if name not in taken] if attributes == "all" else []
-        return names + [name for name in rest if all(_readable(row[columns[name]]) for row in rows)]
+        return names + [name for name in rest if None not in _distinct(rows, columns[name]).values()]
     names = list(dict.fromkeys(name.strip() for name in attributes.split(",") if name.strip()))
     for name in names:
         sources = KNOWN[name][1] if name in KNOWN else (name.lower(),)
@@ -214,23 +212,56 @@ def _read_attribute(path, columns, rows, name: str, trust) -> tuple | None:
     column = next(c for c in sources if c.lstrip("!") in columns)
     inverted, column = column.startswith("!"), column.lstrip("!")
     header = columns[column]
-    values = np.array([_number(path, line, header, row[header]) for line, row in enumerate(rows, 2)], np.float32)
-    known = np.isfinite(values)
-    if not known.any():
+    numbers = _distinct(rows, header)
+    for line, row in enumerate(rows, 2):
+        if numbers[row[header]] is None:
+            cell = row[header].lower()
+            raise ValueError(f"{path}, line {line}: {cell!r} in column {header!r} is neither a number nor yes/no")
+    values = np.array([numbers[row[header]] for row in rows], np.float32)
+    if not np.isfinite(values).any():
         return None
-    if set(np.unique(values[known])) == {-1.0, 1.0}:  # CelebA's no and yes
-        values = (values + 1) / 2
+    if attribute is None or attribute.kind == "probability":
+        values = _without_sign(path, columns, rows, header, values)
+    known = np.isfinite(values)
+    if known.sum() > 1 and np.ptp(values[known]) == 0:
+        same = f"{path}: column {header!r} has one value for all {known.sum()} labels ({values[known][0]:g})"
+        warnings.warn(f"{same}: nothing can be learnt from it", stacklevel=3)
     attribute = attribute or _describe(name, values[known])
+    if attribute.kind != "value":
+        _require_range(path, header, values, 1 if attribute.kind == "probability" else 150)
     if attribute.kind == "probability":
-        _require_range(path, header, values, 0, 1)
         values = 1 - values if inverted else values
     elif attribute.kind == "years":
-        _require_range(path, header, values, 0, 150)
         values = values.clip(None, AGE_BINS - 1)
     maker = columns.get(f"{column}_src") or columns.get(SHARED_SOURCE.get(column, ""))
     makers = np.array([row[maker] if maker else "" for row in rows])
     weights = np.array([trust.get(source, 1.0) for source in makers], np.float32) * known
     return attribute, values, weights, makers
+
+
+def _without_sign(path, columns, rows, header: str, values: np.ndarray) -> np.ndarray:
+    """Labels of a column in 0..1 where -1 may be a no (CelebA's convention) or mark what is not known.
+
+    A column of nothing but -1 and 1, or -1 alone, is in CelebA's convention. Where 0 and -1 both appear the other
+    columns decide: in a file of -1 and 1 a 0 is not known, in a file of 0 and 1 a -1 is. Raises ValueError otherwise.
+    """
+    found = set(np.unique(values[np.isfinite(values)]).tolist())
+    if -1.0 not in found or not found <= {-1.0, 0.0, 1.0}:
+        return values
+    if 0.0 not in found:
+        return (values + 1) / 2
+    cells = [_distinct(rows, other) for other in columns.values() if other != header]
+    others = [{n for cell, n in column.items() if n == n and cell.lower() not in WORDS} for column in cells]
+    signed, plain = {-1.0, 1.0} in others, {0.0, 1.0} in others
+    if signed == plain:
+        raise ValueError(
+            f"{path}: column {header!r} holds -1 and 0, and no other column tells which of them means no: "
+            "write 0 for no, 1 for yes and leave unknown cells empty"
+        )
+    unknown = 0.0 if signed else -1.0
+    warnings.warn(f"{path}: {unknown:g} in column {header!r} is read as not known", stacklevel=4)
+    values = np.where(values == unknown, np.float32(np.nan), values)
+    return (values + 1) / 2 if signed else values
 
 
 def _describe(name: str, values: np.ndarray) -> Attribute:
@@ -239,28 +270,23 @@ def _describe(name: str, values: np.ndarray) -> Attribute:
     return Attribute(name, "value", mean=float(values.mean()), std=float(values.std()) or 1.0)
 
 
-def _readable(cell: str) -> bool:
-    try:
-        return not math.isinf(_number("", 0, "", cell))
-    except ValueError:
-        return False
+def _distinct(rows, column: str) -> dict[str, float | None]:
+    """Every different cell of a column -> its number, NaN where unknown, None where it is no number."""
+    return {cell: _number(cell.lower()) for cell in {row[column] for row in rows}}
 
 
-def _number(path, line: int, column: str, cell: str) -> float:
-    cell = cell.strip().lower()
+def _number(cell: str) -> float | None:
     if cell in UNKNOWN:
         return math.nan
     try:
         value = WORDS[cell] if cell in WORDS else float(cell)
     except ValueError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise ValueError(f"{path}, line {line}: {cell!r} in column {column!r} is neither a number nor yes/no")
-    return value
+        return None
+    return value if math.isfinite(value) else None
 
 
-def _require_range(path, column: str, values: np.ndarray, low: float, high: float) -> None:
-    outside = np.flatnonzero((values < low) | (values > high))  # NaN is neither
+def _require_range(path, column: str, values: np.ndarray, high: float) -> None:
+    outside = np.flatnonzero((values < 0) | (values > high))  # NaN is neither
     if outside.size:
         row = int(outside[0])
-        raise ValueError(f"{path}, line {row + 2}: {values[row]:g} in column {column!r} is outside {low:g}..{high:g}")
+        raise ValueError(f"{path}, line {row + 2}: {values[row]:g} in column {column!r} is outside 0..{high:g}")

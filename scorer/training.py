@@ -33,12 +33,12 @@ AGE_SIGMA = 2.5  # years: width of the label distribution
 AGE_L1 = 0.1  # weight of the absolute error in years beside the divergence
 AGE_WEIGHT = 0.5  # of age beside one other attribute: its loss is larger by nature
 EMA_DECAY = 0.998
-LOW_SIZES = (24, 48)  # pixels of the randomly coarse pictures; a third of a batch is shown at 32
+LOW_SIZES = (24, 48)  # pixels of the randomly coarse images; a third of a batch is shown at 32
 
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """The names are train_scorer.py's flags. Raises ValueError for what cannot work."""
+    """Settings of an optimisation; the names are train_scorer.py's flags. Raises ValueError for what cannot work."""
 
     iter: int = 3000
     batch: int = 64
@@ -53,7 +53,7 @@ class ScorerSettings:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 class FaceStore:
@@ -83,7 +83,7 @@ class FaceStore:
 
 
 def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float [N, 3, S, S] in [-1, 1] -> the same, altered: mirrored, moved, coarse, sharp or soft, tinted, noisy, JPEG.
+    """Alter float images [N, 3, S, S] in [-1, 1]: mirrored, moved, coarse, sharp or soft, tinted, noisy, JPEG.
 
     A third of the batch is shown at 32 pixels and a sixth at 24 to 48, since generators may be that small.
     """
@@ -120,7 +120,7 @@ def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
 
 
 def _move(images, uniform):
-    """Each picture turned, scaled and shifted a little; the border is reflected."""
+    """Each image turned, scaled and shifted a little; the border is reflected."""
     n = len(images)
     angle, scale = uniform(-0.12, 0.12, n), uniform(-0.08, 0.08, n).exp()
     cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
@@ -197,7 +197,6 @@ class ScorerTrainer:
         self.network = ScorerNetwork(config).to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.mean_weights = torch.as_tensor(mean_weights, dtype=torch.float32, device=self.device)
-        self.mean, self.std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (config.mean, config.std))
         matrices = [p for p in self.network.parameters() if p.ndim > 1]
         vectors = [p for p in self.network.parameters() if p.ndim <= 1]  # biases and norms do not decay
         self.optimiser = torch.optim.AdamW(
@@ -217,7 +216,7 @@ class ScorerTrainer:
         """One step on uint8 [B, 3, S, S], labels [B, A] and their weights [B, A]. Returns the losses [A]."""
         generator = torch.Generator().manual_seed(mix_seeds(self.settings.seed, self.step))
         images = images.to(self.device).float().div_(127.5).sub_(1)
-        images = (augment_faces(images, generator) - self.mean) / self.std
+        images = augment_faces(images, generator)
         self.network.train()
         outputs = self.network(images.contiguous(memory_format=torch.channels_last))
         losses = attribute_losses(
@@ -265,18 +264,17 @@ class ScorerTrainer:
 
 @torch.no_grad()
 def network_outputs(network: ScorerNetwork, store: FaceStore, batch: int = 128) -> torch.Tensor:
-    """Outputs [N, K] of a network in evaluation mode on the pictures of a store, in order, on the CPU."""
-    device, config, chunks = network.head.weight.device, network.config, []
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.mean, config.std))
+    """Outputs [N, K] of a network in evaluation mode on the images of a store, in order, on the CPU."""
+    device, chunks = network.head.weight.device, []
     for start in range(0, len(store), batch):
         images = store.batch(range(start, min(start + batch, len(store)))).to(device)
-        chunks.append(network((images.float().div(127.5).sub(1) - mean) / std).cpu())
+        chunks.append(network(images.float().div(127.5).sub(1)).cpu())
     return torch.cat(chunks)
 
 
 def _describe(config: ScorerConfig) -> str:
     names = ",".join(attribute.name for attribute in config.attributes)
-    return f"--backbone {config.backbone} --width {config.width} --input_size {config.input_size} --attributes {names}"
+    return f"--width {config.width:g} --input_size {config.input_size} --attributes {names}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
