@@ -7,32 +7,36 @@
 Writes OUT/aligned/NAME.png, OUT/alignment.json (per face where it lies in its photo: all that pasting back needs) and
 OUT/report.csv (what became of every photo). A photo without a face, a profile beyond --max_yaw or a damaged file is
 reported and left out; the exit status is 0 unless no photo at all gave a face. Photos that are aligned already are
-taken as they are. A run that was killed goes on where it stopped; a finished one only does what is new or changed.
+taken as they are. A run that was killed continues where it stopped; a finished one only does what is new or changed.
 Faces that the detector misses can be given by hand: PHOTO.json beside the photo, or all in one file (--landmarks), as
 {"landmarks": [[x, y] x 5]}: right eye, left eye, nose, right and left mouth corner, in pixels of the upright photo.
 
 Edited faces are found by the NAME of the crop; they may have any size. With the same faces before the edit (--unedited)
 only what the edit changed goes into the photo, which so keeps its sharpness and all that the inversion had missed.
-Pasting keeps the photo's size, file format where it can hold a photo, and EXIF; colours are sRGB.
+Pasting keeps the photo's size, file format where it can hold a photo, alpha and EXIF; colours are sRGB. Of an animation
+or several pages the first is pasted into, of 16 bits per channel 8 are kept: it is said.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageCms
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.cli import ArgumentParser, UsageError, UserError, positive_int, run_script
 from common.distributed import add_rank_flags, setup, shutdown
 from common.files import atomic_write
-from common.images import ImageError, list_images, read_image
-from faces.align import DETAILS, FRAMINGS, AlignError, paste_back, read_alignment
-from faces.folder import AlignSettings, align_folder, count_outcomes, list_photos, require_faces
+from common.images import WHITE, list_images, open_image, read_image, reading_losses
+from common.lock import lock_folder
+from common.workers import n_cores
+from faces.align import DETAILS, FRAMINGS, paste_back, read_alignment
+from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
 
 KEPT_FORMATS = {
     ".jpg": "JPEG",
@@ -73,7 +77,7 @@ def build_parser() -> ArgumentParser:
         help="leave out heads that are turned further, in degrees (an estimate); 90: none",
     )
     parser.add_argument("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
-    parser.add_argument("--n_worker", type=int, default=_n_cores(), help="processes")
+    parser.add_argument("--n_worker", type=positive_int, default=n_cores(), help="processes")
     parser.add_argument("--overwrite", action="store_true", help="do all photos again")
     parser.add_argument("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
     add_rank_flags(parser)
@@ -99,8 +103,8 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    if args.size < 8 or args.n_worker < 1 or args.aligned_tolerance < 0:
-        raise UsageError("--size takes 8 or more, --n_worker 1 or more, --aligned_tolerance 0 or more")
+    if args.size < 8 or args.aligned_tolerance < 0:
+        raise UsageError("--size takes 8 or more, --aligned_tolerance 0 or more")
     if not 0 <= args.feather <= 0.5 or not 0 < args.score_threshold < 1:
         raise UsageError("--feather takes 0 to 0.5, --score_threshold above 0 and below 1")
     if not re.fullmatch(r"largest|all|\d+", args.faces):
@@ -124,30 +128,34 @@ def main(args) -> None:
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
     dist = setup("cpu", timeout=args.dist_timeout)
     try:
-        photos = list_photos([args.photos], args.output_dir)
-        records = align_folder(
-            photos,
-            args.output_dir,
-            settings,
-            dist=dist,
-            landmarks=args.landmarks,
-            n_worker=args.n_worker,
-            overwrite=args.overwrite,
-            weights_dir=args.weights_dir,
-        )
-        require_faces(records, args.output_dir)
+        with lock_folder(args.output_dir, "align_faces.py") if dist.is_main else contextlib.nullcontext():
+            records = align_folder(
+                list_photos([args.photos], args.output_dir),
+                args.output_dir,
+                settings,
+                dist=dist,
+                landmarks=args.landmarks,
+                n_worker=args.n_worker,
+                overwrite=args.overwrite,
+                weights_dir=args.weights_dir,
+            )
+            require_faces(records, args.output_dir)
     finally:
         shutdown()
     if dist.is_main:
-        n_faces = sum(len(record["faces"]) for record in records)
-        print(
-            f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {args.output_dir / 'aligned'}, "
-            f"{args.output_dir / 'report.csv'}"
-        )
+        report(records, args.output_dir)
 
 
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def report(records, output_dir) -> None:
+    """Summary on stdout; on stderr each photo that was cut so tightly that most of its frame is made up."""
+    for record in records:
+        if TIGHT_NOTE in record.note:
+            print(f"note: {record.photo}: {record.note}", file=sys.stderr)
+    n_faces = sum(len(record.faces) for record in records)
+    print(
+        f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {output_dir / 'aligned'}, "
+        f"{output_dir / 'report.csv'}"
+    )
 
 
 # -- pasting back --------------------------------------------------------------------------------------------------
@@ -168,43 +176,63 @@ def paste_folder(photos, edited, alignment_file, output_dir, *, unedited=None, *
             by_photo.setdefault(alignments[path.stem].source, []).append((path, alignments[path.stem]))
         else:
             problems.append(f"{path}: no face called {path.stem} in {alignment_file}")
-    pasted, n_faces = 0, 0
+    pasted, n_faces, notes = 0, 0, []
     for source, faces in tqdm(sorted(by_photo.items()), desc="pasting", unit="photo", disable=None):
         try:
             result = read_image(root / source)
             for path, alignment in faces:
                 before = read_image(unedited / path.relative_to(edited)) if unedited else None
                 result = paste_back(result, read_image(path), alignment, unedited=before, **options)
-            save_like(result, root / source, output_dir / source)
+            saved = save_like(result, root / source, output_dir / source)
+            notes += [f"{saved} has {loss} of {root / source}" for loss in reading_losses(root / source)]
             pasted, n_faces = pasted + 1, n_faces + len(faces)
-        except (ImageError, AlignError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError) as error:
             problems.append(f"{root / source}: {error}")
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
+    for line in [f"left out: {problem}" for problem in problems] + [f"note: {note}" for note in notes]:
+        print(line, file=sys.stderr)
     if pasted == 0:
         raise UserError(f"no face of {edited} could be pasted into a photo of {photos} ({len(problems)} left out)")
     print(f"{n_faces} faces pasted into {pasted} photos, {len(problems)} left out: {output_dir}")
 
 
 def save_like(image, photo, path) -> Path:
-    """Writes `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else PNG is added to
-    the name), its EXIF with the orientation set to upright, an sRGB profile if it had a profile, its resolution."""
-    with Image.open(photo) as original:
-        exif, info = original.getexif(), dict(original.info)
+    """Write `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else PNG is added to
+    the name), its alpha, its EXIF with the orientation set to upright, an sRGB profile if it had one, its resolution.
+    """
+    with open_image(photo) as original:
+        exif, info, has_alpha = original.getexif(), dict(original.info), original.has_transparency_data
     if ORIENTATION in exif:
         exif[ORIENTATION] = 1
-    kind = KEPT_FORMATS.get(path.suffix.lower())
-    if kind is None:
-        path, kind = path.with_name(path.name + ".png"), "PNG"
-    options = {"exif": exif} if len(exif) else {}
+    encoder = KEPT_FORMATS.get(path.suffix.lower())
+    if encoder is None:
+        path, encoder = path.with_name(path.name + ".png"), "PNG"
+    options = {"exif": exif.tobytes()} if len(exif) else {}
     if info.get("icc_profile"):
         options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     if info.get("dpi"):
         options["dpi"] = info["dpi"]
-    options |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}.get(kind, {})
+    options |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "exact": True}}.get(encoder, {})
+    if has_alpha and encoder != "JPEG":
+        image = with_alpha(image, read_image(photo, background=None))
     with atomic_write(path) as file:
-        image.save(file, kind, **options)
+        image.save(file, encoder, **options)
     return path
+
+
+def with_alpha(image, original) -> Image.Image:
+    """`image`, an edit of `original` (RGBA) as it looks on white, as RGBA that looks so on white: where nothing was
+    edited, the colours beneath the alpha are those of `original`."""
+    if original.mode != "RGBA":
+        return image
+    white = Image.new("RGBA", original.size, WHITE)
+    seen = np.asarray(Image.alpha_composite(white, original).convert("RGB"), np.float32)
+    colours, alpha = np.asarray(original, np.float32)[..., :3], np.asarray(original.getchannel("A"), np.float32) / 255
+    change = np.asarray(image, np.float32) - seen
+    change[np.abs(change) <= 1] = 0  # of rounding
+    result = np.clip(colours + change / np.maximum(alpha, 1 / 255)[..., None], 0, 255)
+    result = Image.fromarray(np.rint(result).astype(np.uint8))
+    result.putalpha(original.getchannel("A"))
+    return result
 
 
 if __name__ == "__main__":

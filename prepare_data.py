@@ -16,18 +16,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import io
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import PIL
@@ -38,6 +32,7 @@ from common.files import atomic_write
 from common.images import FITS, RESAMPLE, ImageError, fit_image, list_images, open_image, read_image
 from common.lmdb_store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, sources_digest
 from common.lock import lock_folder
+from common.workers import map_ordered, n_cores
 
 SETTINGS_VERSION = 1
 CHUNK = 16  # files per task of a worker
@@ -51,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--path", dest="path_flag", metavar="PATH", help="the same, as a flag")
     parser.add_argument("--out", required=True, help="folder of the LMDB to write")
     parser.add_argument("--size", default="128,256,512,1024", help="sizes in pixels, separated by commas")
-    parser.add_argument("--n_worker", type=positive_int, default=_n_cores(), help="processes that read and encode")
+    parser.add_argument("--n_worker", type=positive_int, default=n_cores(), help="processes that read and encode")
     parser.add_argument("--resample", default="lanczos", choices=list(RESAMPLE), help="filter of the resizing")
     parser.add_argument(
         "--fit",
@@ -92,10 +87,6 @@ def main(args: argparse.Namespace) -> None:
         f"{args.out}: {manifest['length']} images at {sizes} px ({manifest['format']}, {manifest['resample']},"
         f" {manifest['fit']}){skipped}, {megabytes:.1f} MB, {time.monotonic() - start:.1f} s"
     )
-
-
-def _n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose_path(args: argparse.Namespace) -> str:
@@ -217,39 +208,10 @@ def _encode_chunk(paths: list[Path], settings: dict) -> list[tuple]:
 def encode_all(paths: list[Path], settings: dict, n_worker: int) -> Iterator:
     """Results of _encode_chunk in the order of `paths`; a bounded number of chunks is in flight."""
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    if n_worker == 1 or len(chunks) <= 1:
-        for chunk in chunks:
-            yield from _encode_chunk(chunk, settings)
-        return
-    pending = deque()
-    # not fork: this process has an LMDB and a thread of tqdm's open
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    executor = ProcessPoolExecutor(min(n_worker, len(chunks)), context, initializer=_start_worker)
-    try:
-        for chunk in chunks:
-            pending.append(executor.submit(_encode_chunk, chunk, settings))
-            if len(pending) > 4 * n_worker:
-                yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker was killed, most likely for lack of memory: run the same command again with a smaller --n_worker"
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends instead of waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sentinel = multiprocessing.parent_process().sentinel
-
-    def watch():
-        multiprocessing.connection.wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    encode = functools.partial(_encode_chunk, settings=settings)
+    with contextlib.closing(map_ordered(encode, chunks, min(n_worker, len(chunks)), 4 * n_worker)) as results:
+        for result in results:
+            yield from result
 
 
 # -- the stage -----------------------------------------------------------------------------------------------------

@@ -77,7 +77,9 @@ def to_plain(value):
 def write_json(path, value):
     """Write `value` (see `to_plain`) as readable UTF-8 JSON, atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n").encode())
+        file.write(
+            (json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        )
 
 
 class Run:

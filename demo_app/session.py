@@ -27,7 +27,7 @@ from editing.boundary import Boundary, BoundaryError, load_boundary
 from editing.edit import edit_codes, reach, render_codes
 from editing.evaluate import score_frames
 from faces.align import TEMPLATE, Alignment, paste_back
-from faces.folder import AlignSettings, align_photo
+from faces.folder import AlignSettings, PhotoTask, align_photo
 from model import Generator, load_generator
 from sampling.render import map_latents, noise_maps, render, seeded_z
 
@@ -186,15 +186,7 @@ def take_photo(tools: Tools, path, *, landmarks=None) -> Face:
     check_size(path)
     if landmarks == "aligned":
         landmarks = aligned_landmarks(path)
-    task = {
-        "path": path,
-        "source": source,
-        "name": path.stem,
-        "stamp": "",
-        "settings": AlignSettings(),
-        "landmarks": landmarks,
-        "weights_dir": tools.weights_dir,
-    }
+    task = PhotoTask(path, source, path.stem, landmarks=landmarks, weights_dir=tools.weights_dir)
     try:
         with tools.detecting:
             record, crops = align_photo(task)
@@ -204,21 +196,20 @@ def take_photo(tools: Tools, path, *, landmarks=None) -> Face:
             "give the five points by hand, or a face that is aligned already"
         ) from None
     if not crops:
-        if record["outcome"] == "no face":
+        if record.outcome == "no face":
             raise SessionError(
                 f"no face was found in {source}: take a photo in which the face is larger and seen from "
                 "the front, or give its five points by hand"
             )
-        raise SessionError(record["note"].replace(str(path), source))
-    (fields,) = record["faces"]
-    alignment = Alignment(**fields)
+        raise SessionError(record.note.replace(str(path), source))
+    (alignment,) = record.faces
     if alignment.side < tools.size:
         raise SessionError(
             f"the face in {source} is too small: {alignment.side:.0f} pixels wide with its frame, at "
             f"least {tools.size} are needed"
         )
     crop = Image.open(io.BytesIO(crops[0][1])).convert("RGB")
-    return Face(safe_name(source), source, read_image(path), alignment, crop, record["note"], landmarks)
+    return Face(safe_name(source), source, read_image(path), alignment, crop, record.note, landmarks)
 
 
 def check_size(path: Path) -> None:

@@ -9,18 +9,20 @@ mapping with a feathered border, from the Alignment that was kept beside the cro
     photo = paste_back(photo, edited, alignment)
 
 Coordinates are pixels of the upright photo with pixel centres at whole numbers. Landmarks are in YuNet's order: right
-eye, left eye, nose, right and left mouth corner, where right is the person's right, the picture's left.
+eye, left eye, nose, right and left mouth corner, where right is the person's right, the image's left.
 """
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
 
+from common.cli import UserError
+from common.files import read_json
 from common.images import to_pil
 
 # Where eyes and mouth corners lie in an FFHQ frame, in units of the side. Solved from the development data's aligned
@@ -28,11 +30,12 @@ from common.images import to_pil
 # (47.81, 60.11), (79.82, 59.88), (50.02, 93.64), (78.45, 93.34), the mean of FFHQ's own faces to 0.2 pixels.
 TEMPLATE = (np.array([[47.809, 60.110], [79.820, 59.877], [50.022, 93.644], [78.452, 93.339]]) + 0.5) / 128
 FRAMINGS = ("ffhq", "template")
+MAX_SIZE = 1 << 14  # pixels of a crop's side
 PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 NOSE_PROTRUSION = 0.87  # of the nose tip before the eyes, in half eye distances, of an average head (27 of 31 mm)
 
 
-class AlignError(ValueError):
+class AlignError(UserError):
     """A face cannot be framed, cropped or pasted as asked; the message is one sentence."""
 
 
@@ -42,7 +45,7 @@ class Alignment:
 
     quad: corners upper left, lower left, lower right, upper right. whole: the crop is the whole photo, resized (it was
     aligned already). size: of the crop in pixels; photo_size: (width, height). yaw: degrees, an estimate, positive
-    towards the picture's right. name: of the crop without suffix; source: of the photo, relative to its folder.
+    towards the image's right. name: of the crop without suffix; source: of the photo, relative to its folder.
     """
 
     quad: list[list[float]]
@@ -65,19 +68,52 @@ class Alignment:
         return asdict(self)
 
 
+# A face in alignment.json, for read_json
+FACE = {
+    "quad": [[float]],
+    "photo_size": [int],
+    "size": int,
+    "landmarks": [[float]],
+    "whole?": bool,
+    "yaw?": float,
+    "box?": ([float], None),
+    "score?": (float, None),
+    "name?": str,
+    "source?": str,
+}
+
+
 def read_alignment(path) -> dict[str, Alignment]:
     """{name: Alignment} of an alignment.json. Raises FileNotFoundError, or AlignError when it is something else."""
-    path = Path(path)
-    known = {field.name for field in fields(Alignment)}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["faces"]
-        faces = [Alignment(**{key: value for key, value in entry.items() if key in known}) for entry in entries]
-        for face in faces:
-            if np.shape(face.quad) != (4, 2) or np.shape(face.photo_size) != (2,):
-                raise ValueError(f"the quad of {face.name} is not 4 points")
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AlignError(f"{path} is no alignment.json of align_faces.py: {type(error).__name__}: {error}") from error
+        state = read_json(path, {"faces": [FACE]}, what="alignment.json of align_faces.py")
+        faces = [alignment_of(face) for face in state["faces"]]
+    except UserError as error:
+        raise AlignError(str(error)) from error
     return {face.name: face for face in faces}
+
+
+def alignment_of(values: dict) -> Alignment:
+    """The Alignment of a dict of the shape FACE. Raises AlignError for one that frames nothing, and for names that are
+    paths to elsewhere: they become names of files."""
+    known = {field.name for field in fields(Alignment)}
+    face = Alignment(**{name: value for name, value in values.items() if name in known})
+    source = PurePosixPath(face.source.replace("\\", "/") if os.name == "nt" else face.source)
+    if face.name != PurePosixPath(face.name).name or source.is_absolute() or ".." in source.parts:
+        raise AlignError(f"the face {face.name!r} of {face.source!r} is no name in a folder of photos")
+    if np.shape(face.quad) != (4, 2) or np.shape(face.landmarks) != (5, 2) or np.shape(face.photo_size) != (2,):
+        raise AlignError(f"the face {face.name!r} has no quad of 4, landmarks of 5 or photo_size of 2 numbers")
+    if not 1 <= face.size <= MAX_SIZE:
+        raise AlignError(f"the face {face.name!r} has a size of {face.size} pixels")
+    _require_frame(np.array(face.quad), face.photo_size)
+    return face
+
+
+def _require_frame(quad, photo_size) -> None:
+    width, height = photo_size
+    inside = (quad.max(0) > 0) & (quad.min(0) < (width - 1, height - 1))
+    if not inside.all() or not 1 <= np.linalg.norm(quad[3] - quad[0]) <= 10 * max(photo_size):
+        raise AlignError(f"the landmarks frame nothing of a photo of {width}x{height} pixels")
 
 
 # -- framing -------------------------------------------------------------------------------------------------------
@@ -104,7 +140,7 @@ def parse_landmarks(value, where="landmarks") -> list[np.ndarray]:
         if across[0] * down[1] - across[1] * down[0] <= 0:
             raise AlignError(
                 f"{where}: the points must be right eye, left eye, nose, right and left mouth corner; the "
-                "right eye is the one on the left of the picture"
+                "right eye is the one on the left of the image"
             )
     return list(points)
 
@@ -142,7 +178,7 @@ def template_quad(landmarks) -> np.ndarray:
 def estimate_yaw(landmarks) -> float:
     """Degrees by which the head is turned, from how far the nose leaves the line from eyes to mouth; +-10 or so.
 
-    Positive: towards the right of the picture.
+    Positive: towards the right of the image.
     """
     right_eye, left_eye, nose, right_mouth, left_mouth = np.asarray(landmarks, np.float64)
     eyes, across = (right_eye + left_eye) / 2, left_eye - right_eye
@@ -161,8 +197,8 @@ def template_error(landmarks, photo_size) -> float:
     return float(np.linalg.norm(points - TEMPLATE, axis=1).mean())
 
 
-def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **facts) -> Alignment:
-    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; facts: score, box, name, source.
+def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **info) -> Alignment:
+    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; info: score, box, name, source.
 
     framing: ffhq (the published formula) or template (least squares to the mean face, as the development data were
     made). A square photo whose template_error is at most aligned_tolerance is taken as it is (0: never). Raises
@@ -176,9 +212,7 @@ def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04,
         quad = np.array([[0, 0], [0, height], [width, height], [width, 0]]) - 0.5
     else:
         quad = ffhq_quad(landmarks) if framing == "ffhq" else template_quad(landmarks)
-    inside = (quad.max(0) > 0) & (quad.min(0) < (width - 1, height - 1))
-    if not inside.all() or np.linalg.norm(quad[3] - quad[0]) > 10 * max(photo.size):
-        raise AlignError(f"the landmarks frame nothing of a photo of {width}x{height} pixels")
+    _require_frame(quad, photo.size)
     return Alignment(
         quad=np.round(quad, 3).tolist(),
         photo_size=[width, height],
@@ -186,8 +220,17 @@ def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04,
         whole=whole,
         landmarks=np.round(landmarks, 3).tolist(),
         yaw=round(estimate_yaw(landmarks), 1),
-        **facts,
+        **info,
     )
+
+
+def outside_share(alignment: Alignment) -> float:
+    """Share of the frame, 0..1, that lies outside the photo: `crop_aligned` fills it by mirroring."""
+    steps = (np.arange(64) + 0.5) / 64
+    quad = np.array(alignment.quad)
+    points = quad[0] + steps[:, None, None] * (quad[3] - quad[0]) + steps[None, :, None] * (quad[1] - quad[0])
+    inside = (points >= -0.5) & (points <= np.array(alignment.photo_size) - 0.5)
+    return 1 - float(inside.all(-1).mean())
 
 
 # -- cropping ------------------------------------------------------------------------------------------------------
@@ -246,7 +289,7 @@ def _to_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _extend(part: Image.Image, pad, side: float) -> Image.Image:
-    """Mirrors the picture over its borders by `pad` (left, top, right, bottom) pixels, and blurs it towards the
+    """Mirrors the image over its borders by `pad` (left, top, right, bottom) pixels, and blurs it towards the
     outside, down to its median colour: the recipe and constants of FFHQ."""
     from scipy import ndimage
 
@@ -271,9 +314,9 @@ STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps
 
 
 def add_change(crop, edited, unedited) -> np.ndarray:
-    """A crop of the photo plus what an edit changed in the generator's picture of it, so that what the inversion missed
-    stays the photo's. Three uint8 pictures [H, H, 3] of one size, arrays or PIL images; returns uint8 [H, H, 3]."""
-    crop, edited, unedited = (np.asarray(picture, np.int16) for picture in (crop, edited, unedited))
+    """A crop of the photo plus what an edit changed in the generator's image of it, so that what the inversion missed
+    stays the photo's. Three uint8 images [H, H, 3] of one size, arrays or PIL images; returns uint8 [H, H, 3]."""
+    crop, edited, unedited = (np.asarray(image, np.int16) for image in (crop, edited, unedited))
     return np.clip(crop + edited - unedited, 0, 255).astype(np.uint8)
 
 
@@ -358,7 +401,7 @@ def _match_colours(face, crop, mask) -> Image.Image:
 
 
 def _unchanged(face, crop) -> np.ndarray:
-    """[H, H]: 1 where the edit left the picture's structure alone (a tint is no structure), towards 0 where not."""
+    """[H, H]: 1 where the edit left the image's structure alone (a tint is no structure), towards 0 where not."""
     from scipy import ndimage
 
     change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)

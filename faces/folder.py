@@ -1,11 +1,11 @@
 """A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
 
-    photos = list_photos([Path("photos")], Path("faces"))
-    align_folder(photos, Path("faces"), AlignSettings(size=256), place=setup("cpu"), n_worker=8)
+    photos = list_photos([Path("photos")], Path("my-faces"))
+    align_folder(photos, Path("my-faces"), AlignSettings(size=256), dist=setup("cpu"), n_worker=8)
 
 OUT/aligned/NAME.png; OUT/alignment.json: {"version", "settings", "faces": [Alignment as a dict], "photos": [{"photo",
 "name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}; OUT/report.csv: the same for people. While a run
-is under way its records stand in OUT/.alignment-RANK.jsonl, one line per photo, from which a killed run goes on.
+is under way its records stand in OUT/.alignment-RANK.jsonl, one line per photo, from which a killed run continues.
 """
 
 from __future__ import annotations
@@ -14,36 +14,48 @@ import csv
 import functools
 import io
 import json
-import multiprocessing
 import os
 import re
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from common.cli import UserError
 from common.distributed import barrier, gather_list, shard
-from common.files import atomic_write
-from common.images import ImageError, list_images, read_image
+from common.files import atomic_write, open_regular, parse_json, read_json
+from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
-from faces.align import PROFILE_YAW, AlignError, align, crop_aligned, estimate_yaw, parse_landmarks
-from faces.detect import FaceDetector
+from common.workers import map_ordered
+from faces.align import (
+    FACE,
+    PROFILE_YAW,
+    Alignment,
+    align,
+    alignment_of,
+    crop_aligned,
+    estimate_yaw,
+    outside_share,
+    parse_landmarks,
+    template_error,
+)
+from faces.detect import DetectorError, FaceDetector
 
 VERSION = 1
 REPORT = ("photo", "outcome", "faces_found", "faces_aligned", "names", "score", "yaw", "note")
 PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
-AHEAD = 64  # photos handed to the workers before the first result is taken
+TIGHT_NOTE = "cut too tightly"
+TIGHT = 0.4  # share of a frame outside its photo from which it is said
+RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
+STATE = {"version": int, "settings": {str: object}, "faces": [FACE], "photos": [RECORD | {"faces": [str]}]}
 
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """What the crops depend on, beside the photos. faces: largest, all, or an index as text, 0 being the largest.
+    """All that the crops depend on, beside the photos. faces: largest, all, or an index as text, 0 being the largest.
 
     aligned_tolerance: % of the side; max_yaw: degrees. See align_faces.py --help.
     """
@@ -56,6 +68,38 @@ class AlignSettings:
     score_threshold: float = 0.6
 
 
+@dataclass(frozen=True)
+class PhotoTask:
+    """A photo to align. source: its path relative to the photos' folder; name: of its crop, without suffix.
+
+    landmarks: faces given by hand (see `parse_landmarks`), None to look for some; stamp: see `PhotoRecord`.
+    """
+
+    path: Path
+    source: str
+    name: str
+    settings: AlignSettings = field(default_factory=AlignSettings)
+    landmarks: object = None
+    stamp: str = ""
+    weights_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class PhotoRecord:
+    """The outcome of one photo: aligned, already aligned, no face, skipped, unreadable or bad landmarks.
+
+    stamp: changes when the photo or its landmarks change.
+    """
+
+    photo: str
+    name: str
+    stamp: str
+    outcome: str
+    faces_found: int = 0
+    note: str = ""
+    faces: list[Alignment] = field(default_factory=list)
+
+
 # -- one photo -----------------------------------------------------------------------------------------------------
 
 
@@ -64,64 +108,75 @@ def _detector(weights_dir, score_threshold):
     return FaceDetector(weights_dir, score_threshold=score_threshold)
 
 
-def align_photo(task: dict) -> tuple[dict, list[tuple[str, bytes]]]:
-    """What became of one photo: its record for alignment.json, and (name, PNG) of each crop. Runs in the workers."""
-    settings = task["settings"]
-    record = {"photo": task["source"], "name": task["name"], "stamp": task["stamp"], "faces": []}
-    crops: list[tuple[str, bytes]] = []
+def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
+    """The record of one photo, and (name, PNG) of each crop. Runs in the workers; nothing in a photo raises.
 
-    def end(outcome, note="", found=0):
-        return {**record, "outcome": outcome, "faces_found": found, "note": note}, crops
-
+    Raises FileNotFoundError without the detector's weights, DetectorError without OpenCV, where they are needed.
+    """
+    settings, record = task.settings, PhotoRecord(task.source, task.name, task.stamp, "no face")
     try:
-        photo = read_image(task["path"])
+        photo = read_image(task.path)
     except (ImageError, OSError) as error:
-        return end("unreadable", str(error))
+        return replace(record, outcome="unreadable", note=str(error)), []
     try:
-        given = _given_landmarks(task)
-        if given is None:
-            detector = _detector(task["weights_dir"], settings.score_threshold)
-            seen = detector.detect(photo, many=settings.faces == "all")
+        faces = _given_faces(task)
+        if faces is None:
+            detector = _detector(task.weights_dir, settings.score_threshold)
+            try:
+                seen = detector.detect(photo, many=settings.faces == "all")
+            except DetectorError as error:
+                return replace(record, outcome="unreadable", note=str(error)), []
             faces = [(f.landmarks, {"box": [round(v, 2) for v in f.box], "score": round(f.score, 4)}) for f in seen]
-        else:
-            faces = [(points, {}) for points in given]
         if not faces:
-            return end("no face")
+            return record, []
         chosen, notes = _choose(faces, settings)
-        for i, (points, facts) in enumerate(chosen):
-            name = task["name"] if len(chosen) == 1 else f"{task['name']}_face{i}"
+        alignments, crops = [], []
+        for i, (points, info) in enumerate(chosen):
             alignment = align(
                 photo,
                 points,
                 size=settings.size,
                 framing=settings.framing,
-                name=name,
-                source=task["source"],
+                name=task.name if len(chosen) == 1 else f"{task.name}_face{i}",
+                source=task.source,
                 aligned_tolerance=settings.aligned_tolerance / 100,
-                **facts,
+                **info,
             )
-            buffer = io.BytesIO()
-            crop_aligned(photo, alignment).save(buffer, "PNG")
-            crops.append((name, buffer.getvalue()))
-            record["faces"].append(alignment.to_dict())
-    except AlignError as error:
-        crops, record["faces"] = [], []
-        return end("bad landmarks", str(error))
-    if any(abs(face["yaw"]) > PROFILE_YAW for face in record["faces"]):
-        notes.append("profile")
-    if any(_is_cut_off(face) for face in record["faces"]):
-        notes.append("partly outside the photo")
-    whole = bool(crops) and all(face["whole"] for face in record["faces"])
-    return end("skipped" if not crops else "already aligned" if whole else "aligned", ", ".join(notes), len(faces))
+            crop_aligned(photo, alignment).save(buffer := io.BytesIO(), "PNG")
+            crops.append((alignment.name, buffer.getvalue()))
+            alignments.append(alignment)
+    except UserError as error:
+        return replace(record, outcome="bad landmarks", note=str(error)), []
+    whole = bool(crops) and all(alignment.whole for alignment in alignments)
+    outcome = "skipped" if not crops else "already aligned" if whole else "aligned"
+    note = ", ".join(notes + _remarks(alignments))
+    return replace(record, outcome=outcome, faces_found=len(faces), note=note, faces=alignments), crops
 
 
-def _is_cut_off(face) -> bool:
-    """An eye, the nose or a mouth corner lies beyond the photo's border: what the crop shows there is mirrored."""
-    return any(
-        not 0 <= value <= size - 1
-        for point in face["landmarks"]
-        for value, size in zip(point, face["photo_size"], strict=True)
-    )
+def _remarks(alignments: list[Alignment]) -> list[str]:
+    remarks = []
+    if any(abs(face.yaw) > PROFILE_YAW for face in alignments):
+        remarks.append("profile")
+    # an eye, the nose or a mouth corner beyond the border: what the crop shows there is mirrored
+    if any(not (0 <= np.array(face.landmarks)).all() for face in alignments) or any(
+        (np.array(face.landmarks) > np.array(face.photo_size) - 1).any() for face in alignments
+    ):
+        remarks.append("partly outside the photo")
+    if (share := max(map(outside_share, alignments), default=0.0)) > TIGHT:
+        remarks.append(f"{TIGHT_NOTE}: {share:.0%} of the frame lies outside the photo and is filled by mirroring")
+    return remarks
+
+
+def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> bool | None:
+    """Whether the centre square of an image shows a face framed as FFHQ frames it, to `tolerance` of the side; None
+    where that cannot be told: no face is seen, or no detector is here."""
+    try:
+        image = read_image(path)
+        image = fit_image(image, min(image.size))
+        faces = _detector(weights_dir, AlignSettings.score_threshold).detect(image)
+    except (ImageError, OSError, DetectorError):
+        return None
+    return template_error(faces[0].landmarks, image.size) <= tolerance if faces else None
 
 
 def _choose(faces, settings):
@@ -142,52 +197,39 @@ def _choose(faces, settings):
     return kept, notes
 
 
-def _given_landmarks(task):
+def _given_faces(task: PhotoTask) -> list[tuple] | None:
     """Faces given by hand: in the --landmarks file, or in a JSON file beside the photo with an entry "landmarks"."""
-    if task["landmarks"] is not None:
-        return parse_landmarks(task["landmarks"], f"--landmarks, {task['source']}")
-    beside = Path(task["path"]).with_suffix(".json")
+    if task.landmarks is not None:
+        return [(points, {}) for points in parse_landmarks(task.landmarks, f"--landmarks, {task.source}")]
+    beside = task.path.with_suffix(".json")
     if not beside.is_file():
         return None
-    try:
-        value = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AlignError(f"{beside} is not JSON: {error}") from error
+    value = read_json(beside, object, what="file of landmarks")
     if isinstance(value, dict) and "landmarks" not in value:
         return None  # some other program's
-    return parse_landmarks(value, beside)
+    return [(points, {}) for points in parse_landmarks(value, beside)]
 
 
 # -- a folder ------------------------------------------------------------------------------------------------------
 
 
 def align_folder(photos, output_dir, settings, *, dist, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
-    """Aligns photos, as `list_photos` gives them; each process of `dist` does its share.
+    """Align photos, as `list_photos` gives them; each process of `dist` does its share.
 
     photos: {source: path}; records of faces and photos bear the source. landmarks: JSON file {photo: landmarks} of
-    faces given by hand. Returns the records, in the order of the photos; `require_faces` tells whether any has a face.
+    faces given by hand. Returns PhotoRecords, in the order of the photos; `require_faces` tells whether any has a face.
     """
     output_dir = Path(output_dir)
-    by_hand = _read_by_hand(landmarks)
+    by_hand = {} if landmarks is None else read_json(landmarks, {str: object}, what="object {photo: landmarks}")
     earlier = {} if overwrite else _read_records(output_dir, settings)
-    names = choose_names(photos, {source: record["name"] for source, record in earlier.items()})
+    names = choose_names(photos, {source: record.name for source, record in earlier.items()})
     tasks = []
     for source, path in photos.items():
         given = _lookup(by_hand, source)
-        tasks.append(
-            {
-                "path": path,
-                "source": source,
-                "name": names[source],
-                "landmarks": given,
-                "stamp": _stamp(path, given),
-                "settings": settings,
-                "weights_dir": weights_dir,
-            }
-        )
+        tasks.append(PhotoTask(path, source, names[source], settings, given, _stamp(path, given), weights_dir))
     barrier()  # every process has read the earlier records before one writes
-    mine = [tasks[i] for i in shard(len(tasks), dist.rank, dist.world_size)]
-    parts = gather_list(_align_all(mine, earlier, output_dir, n_worker, dist))
+    share = [tasks[i] for i in shard(len(tasks), dist.rank, dist.world_size)]
+    parts = gather_list(_align_all(share, earlier, output_dir, n_worker, dist))
     records = [record for part in parts for record in part]
     if dist.is_main:
         _write_results(output_dir, settings, records)
@@ -196,8 +238,8 @@ def align_folder(photos, output_dir, settings, *, dist, landmarks=None, n_worker
 
 
 def require_faces(records, output_dir: Path) -> None:
-    """Raises UserError when not one of the photos gave a face."""
-    if not any(record["faces"] for record in records):
+    """Raise UserError when not one of the photos gave a face."""
+    if not any(record.faces for record in records):
         raise UserError(
             f"none of {len(records)} photos gave a face ({count_outcomes(records)}): see {output_dir / 'report.csv'}"
         )
@@ -206,7 +248,7 @@ def require_faces(records, output_dir: Path) -> None:
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
     """{path relative to what they have in common: path} of single photos and those in folders, sorted; not our own
     results: what lies below output_dir, or where the photos do so themselves, our crops there. Raises
-    FileNotFoundError for a path that is absent, UserError when there is no picture."""
+    FileNotFoundError for a path that is absent, UserError when there is no image."""
     photos = [Path(path) for path in photos]
     for path in photos:
         if not path.exists():
@@ -216,63 +258,44 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
     for folder in (path for path in photos if path.is_dir()):
         below = output_dir.resolve() in (folder.resolve(), *folder.resolve().parents)
         ours = (output_dir / "aligned" if below else output_dir).resolve()
-        found += [path for path in list_images(folder) if ours not in path.resolve().parents]
+        found += [path for path in list_images(folder) if ours not in Path(os.path.realpath(path)).parents]
     if not found:
-        raise UserError(f"{', '.join(map(str, photos))} holds no pictures")
+        raise UserError(f"{', '.join(map(str, photos))} holds no images")
     return dict(sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in found))
 
 
 def count_outcomes(records) -> str:
     """'12 aligned, 1 no face'"""
-    outcomes = sorted(record["outcome"] for record in records)
+    outcomes = sorted(record.outcome for record in records)
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
 
 
-def _align_all(tasks, earlier, output_dir, n_worker, dist) -> list[dict]:
+def _align_all(tasks, earlier, output_dir, n_worker, dist) -> list[PhotoRecord]:
     """Records in the order of the tasks; each crop is written, then its record appended to the journal."""
-    done = {task["source"]: earlier[task["source"]] for task in tasks if _is_done(task, earlier, output_dir)}
-    todo = [task for task in tasks if task["source"] not in done]
+    done = {task.source: earlier[task.source] for task in tasks if _is_done(task, earlier, output_dir)}
+    todo = [task for task in tasks if task.source not in done]
     if not todo:
-        return [done[task["source"]] for task in tasks]
+        return [done[task.source] for task in tasks]
     journal = output_dir / f".alignment-{dist.rank}.jsonl"
     journal.parent.mkdir(parents=True, exist_ok=True)
     results = align_photos(todo, n_worker)
-    results = tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None if dist.is_main else True)
+    bar = tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None if dist.is_main else True)
     with open(journal, "a", encoding="utf-8") as log:
         # The empty line ends one that a kill may have torn
-        log.write("\n" + json.dumps({"settings": asdict(todo[0]["settings"]), "version": VERSION}) + "\n")
-        for task, (record, crops) in zip(todo, results, strict=True):
+        log.write("\n" + json.dumps({"settings": asdict(todo[0].settings), "version": VERSION}) + "\n")
+        for task, (record, crops) in zip(todo, bar, strict=True):
             for name, png in crops:
                 with atomic_write(output_dir / "aligned" / f"{name}.png") as file:
                     file.write(png)
-            done[task["source"]] = record
-            log.write(json.dumps(record, ensure_ascii=False) + "\n")
+            done[task.source] = record
+            log.write(json.dumps(asdict(record)) + "\n")
             log.flush()
-    return [done[task["source"]] for task in tasks]
+    return [done[task.source] for task in tasks]
 
 
-def align_photos(tasks: list[dict], n_worker: int = 1) -> Iterable[tuple[dict, list]]:
+def align_photos(tasks: list[PhotoTask], n_worker: int = 1) -> Iterator[tuple[PhotoRecord, list]]:
     """`align_photo` of every task, in their order, in up to n_worker processes."""
-    n_worker = min(n_worker, -(-len(tasks) // PHOTOS_PER_WORKER))
-    return map(align_photo, tasks) if n_worker <= 1 else _from_workers(tasks, n_worker)
-
-
-def _from_workers(tasks, n_worker) -> Iterator[tuple[dict, list]]:
-    # not fork: this process may have threads
-    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
-    with ProcessPoolExecutor(n_worker, context) as executor:
-        waiting: deque = deque()
-        try:
-            for task in tasks:
-                waiting.append(executor.submit(align_photo, task))
-                if len(waiting) >= AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError("a worker process died (out of memory?): what was done is kept, start again") from error
-        finally:
-            executor.shutdown(cancel_futures=True)
+    return map_ordered(align_photo, tasks, min(n_worker, -(-len(tasks) // PHOTOS_PER_WORKER)))
 
 
 def choose_names(sources, taken) -> dict[str, str]:
@@ -296,18 +319,6 @@ def choose_names(sources, taken) -> dict[str, str]:
     return names
 
 
-def _read_by_hand(path):
-    if path is None:
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"--landmarks {path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"--landmarks {path}: expected an object {{photo: landmarks}}, got a {type(value).__name__}")
-    return value
-
-
 def _lookup(by_hand, source):
     """Landmarks under the photo's relative path, file name or stem, in this order."""
     keys = (source, Path(source).name, Path(source).stem)
@@ -325,73 +336,67 @@ def _stamp(path, given) -> str:
 
 
 def _is_done(task, earlier, output_dir) -> bool:
-    record = earlier.get(task["source"])
+    record = earlier.get(task.source)
     return (
-        bool(record)
-        and record["stamp"] == task["stamp"]
-        and all((output_dir / "aligned" / f"{face['name']}.png").is_file() for face in record["faces"])
+        record is not None
+        and record.stamp == task.stamp
+        and all((output_dir / "aligned" / f"{face.name}.png").is_file() for face in record.faces)
     )
 
 
-def _read_records(output_dir, settings) -> dict[str, dict]:
+def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
     """{photo: record} of earlier runs with these settings: alignment.json, and the journals of a killed run."""
-    records: dict[str, dict] = {}
+    records: dict[str, PhotoRecord] = {}
     final = output_dir / "alignment.json"
     if final.is_file():
         try:
-            state = json.loads(final.read_text(encoding="utf-8"))
+            state = read_json(final, {"version": int, "settings": {str: object}}, what="alignment.json")
             if state["version"] == VERSION and state["settings"] == asdict(settings):
-                faces = {face["name"]: face for face in state["faces"]}
+                state = read_json(final, STATE, what="alignment.json")
+                faces = {face["name"]: alignment_of(face) for face in state["faces"]}
                 for row in state["photos"]:
-                    records[row["photo"]] = {**row, "faces": [faces[name] for name in row["faces"]]}
+                    records[row["photo"]] = PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]})
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{final} is damaged ({type(error).__name__}): delete it, or use --overwrite") from error
+            raise UserError(f"{final} is damaged ({error}): delete it, or use --overwrite") from error
     for journal in sorted(output_dir.glob(".alignment-*.jsonl")):
         same = False
-        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # the line that a kill tore, or an empty one
-            if "settings" in entry:
-                same = entry == {"settings": asdict(settings), "version": VERSION}
-            elif same:
-                records[entry["photo"]] = entry
+        with open_regular(journal) as file:
+            for line in file:
+                try:
+                    entry = parse_json(line, {}, source=journal, what="journal")
+                    if "settings" in entry:
+                        same = entry == {"settings": asdict(settings), "version": VERSION}
+                    elif same:
+                        entry = parse_json(line, RECORD | {"faces": [FACE]}, source=journal, what="journal")
+                        record = PhotoRecord(**entry | {"faces": [alignment_of(face) for face in entry["faces"]]})
+                        records[record.photo] = record
+                except (ValueError, TypeError):
+                    continue  # the line that a kill tore, or an empty one
     return records
 
 
-def _write_results(output_dir, settings, records):
-    faces = [face for record in records for face in record["faces"]]
-    photos = [{**record, "faces": [face["name"] for face in record["faces"]]} for record in records]
-    write_json(
-        output_dir / "alignment.json",
-        {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos},
-    )
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer)
+def _write_results(output_dir, settings, records) -> None:
+    faces = [face.to_dict() for record in records for face in record.faces]
+    photos = [{**vars(record), "faces": [face.name for face in record.faces]} for record in records]
+    state = {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos}
+    write_json(output_dir / "alignment.json", state)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
     writer.writerow(REPORT)
     for record in records:
-        named = record["faces"]
-        scores, yaws = ([face[key] for face in named if face[key] is not None] for key in ("score", "yaw"))
-        writer.writerow(
-            [
-                record["photo"],
-                record["outcome"],
-                record["faces_found"],
-                len(named),
-                " | ".join(face["name"] for face in named),
-                " ".join(f"{v:.2f}" for v in scores),
-                " ".join(f"{v:.0f}" for v in yaws),
-                record["note"],
-            ]
-        )
+        names = " | ".join(face.name for face in record.faces)
+        scores = " ".join(f"{face.score:.2f}" for face in record.faces if face.score is not None)
+        yaws = " ".join(f"{face.yaw:.0f}" for face in record.faces)
+        row = (record.photo, record.outcome, record.faces_found, len(record.faces), names, scores, yaws, record.note)
+        writer.writerow(row)
     with atomic_write(output_dir / "report.csv") as file:
-        file.write(buffer.getvalue().encode("utf-8-sig"))  # the mark that spreadsheets need to read UTF-8
+        # The mark lets spreadsheets read UTF-8; a name may hold bytes that are none
+        file.write(text.getvalue().encode("utf-8-sig", "surrogateescape"))
     listed = {face["name"] for face in faces}
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
         print(
-            f"note: {len(others)} pictures in {output_dir / 'aligned'} are of no photo of this run, the first is "
+            f"note: {len(others)} images in {output_dir / 'aligned'} are of no photo of this run, the first is "
             f"{others[0]}; they are not in alignment.json",
             file=sys.stderr,
         )

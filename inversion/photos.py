@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.distributed import Distributed
 from common.images import image_size
-from faces.folder import AlignSettings, align_folder, list_photos, require_faces
+from faces.folder import AlignSettings, align_folder, list_photos, looks_aligned, require_faces
 from inversion.inputs import Pictures, StoredPictures, open_pictures
 
 LOOKED_AT = 64  # pictures, for the warning: enough to know a folder by
@@ -70,17 +70,13 @@ def open_faces(
         n_worker=n_worker,
         weights_dir=weights_dir,
     )
-    crops = {
-        record["photo"]: [folder / "aligned" / f"{face['name']}.png" for face in record["faces"]] for record in records
-    }
+    crops = {record.photo: [folder / "aligned" / f"{face.name}.png" for face in record.faces] for record in records}
     faces = [face for path, aligned in known for face in ([path] if aligned else crops[source_of[path]])]
     if not faces:
         require_faces(records, folder)
     pictures = open_pictures(faces, size, fit=fit)
     pictures.left_out = {
-        record["photo"]: ": ".join(filter(None, (record["outcome"], record["note"])))
-        for record in records
-        if not record["faces"]
+        record.photo: ": ".join(filter(None, (record.outcome, record.note))) for record in records if not record.faces
     }
     return pictures
 
@@ -94,7 +90,8 @@ def warn_of_photos(known: list[tuple[Path, dict | None]], size: int) -> None:
     """One line on stderr if a picture looks like a photo: not square, or far larger than the generator's pictures."""
     for path, record in known:
         width, height = image_size(path) or (size, size)
-        if (width != height or width > 2 * size) and not is_crop(path, record):
+        suspicious = (width != height or width > 2 * size) and not is_crop(path, record)
+        if suspicious and looks_aligned(path) is not True:
             print(
                 f"warning: {path} has {width}x{height} pixels and seems not to be aligned, as faces must be: --align "
                 "auto, or align_faces.py before",

@@ -9,15 +9,16 @@ import subprocess
 import sys
 
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 from points import ASTRONAUT, FRONTAL, difference
 
 import align_faces
 import faces.folder
 from common.cli import run
 from common.images import read_image
-from faces.align import Alignment, crop_aligned, read_alignment
-from faces.folder import choose_names
+from common.lock import lock_folder
+from faces.align import Alignment, align, crop_aligned, read_alignment
+from faces.folder import choose_names, looks_aligned
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_crops_are_those_of_the_library(photos, tmp_path, astronaut):
 def test_a_finished_run_only_does_what_is_new(photos, tmp_path, monkeypatch):
     out, done = tmp_path / "out", []
     original = faces.folder.align_photo
-    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task["source"]) or original(task))
+    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task.source) or original(task))
     align_cli(photos, out)
     assert len(done) == 10
     before = (out / "alignment.json").read_bytes()
@@ -120,7 +121,7 @@ def test_a_killed_run_goes_on(photos, tmp_path, monkeypatch):
     def dies_at_the_sixth(task):
         if len(done) == 5:
             raise KeyboardInterrupt
-        done.append(task["source"])
+        done.append(task.source)
         return original(task)
 
     monkeypatch.setattr(faces.folder, "align_photo", dies_at_the_sixth)
@@ -129,7 +130,7 @@ def test_a_killed_run_goes_on(photos, tmp_path, monkeypatch):
     with open(journal, "a", encoding="utf-8") as file:
         file.write('{"photo": "torn')
     first = list(done)
-    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task["source"]) or original(task))
+    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task.source) or original(task))
     assert align_cli(photos, out) == 0
     assert len(done) == 10 and len(set(done)) == 10 and done[:5] == first
     for name in ("alignment.json", "report.csv"):
@@ -212,7 +213,7 @@ def test_faces_that_are_cut_off_are_reported(tmp_path, astronaut):
         (folder / f"{name}.json").write_text(json.dumps((ASTRONAUT - (left, 0)).tolist()))
     assert align_cli(folder, tmp_path / "out") == 0
     rows = read_report(tmp_path / "out")
-    assert rows["whole.png"]["note"] == "" and rows["half.png"]["note"] == "partly outside the photo"
+    assert rows["whole.png"]["note"] == "" and rows["half.png"]["note"].startswith("partly outside the photo")
 
 
 def test_pictures_of_another_run_are_pointed_out(photos, tmp_path, capsys):
@@ -220,7 +221,7 @@ def test_pictures_of_another_run_are_pointed_out(photos, tmp_path, capsys):
     assert "note:" not in capsys.readouterr().err
     (photos / "same.jpg").unlink()
     assert align_cli(photos, tmp_path / "out") == 0
-    assert "1 pictures in" in (said := capsys.readouterr().err) and "same_jpg.png; they are not in" in said
+    assert "1 images in" in (said := capsys.readouterr().err) and "same_jpg.png; they are not in" in said
     assert (tmp_path / "out/aligned/same_jpg.png").is_file()
 
 
@@ -243,7 +244,7 @@ def test_names_never_collide():
         (["--unedited", "x"], 2, "goes with --paste_back"),
         (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
         (["--photos", "absent"], 1, "absent does not exist"),
-        (["--photos", "."], 1, "holds no pictures"),
+        (["--photos", "."], 1, "holds no images"),
         (["--landmarks", "absent.json"], 1, "absent.json"),
     ],
 )
@@ -318,3 +319,153 @@ def test_formats_that_cannot_hold_a_photo_become_png(tmp_path, astronaut):
     astronaut.resize((40, 40)).quantize(16).save(tmp_path / "old.gif")
     path = align_faces.save_like(astronaut, tmp_path / "old.gif", tmp_path / "out" / "old.gif")
     assert path.name == "old.gif.png" and Image.open(io.BytesIO(path.read_bytes())).format == "PNG"
+
+
+# -- what would stop a folder, escape from it, or be lost ----------------------------------------------------------
+
+
+def test_nothing_in_a_folder_ends_it_or_is_lost(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    (photos / "dangling.jpg").symlink_to("gone.jpg")
+    (photos / "loop.jpg").symlink_to("loop.jpg")
+    (photos / "zero.png").symlink_to("/dev/zero")
+    os.mkfifo(photos / "pipe.png")
+    for name, text in {"deep": "[" * 100_000, "huge": f"[{'9' * 400}]", "null": "null", "nan": "[NaN]"}.items():
+        (photos / f"{name}.png").write_bytes((photos / "same.png").read_bytes())
+        (photos / f"{name}.json").write_text(text)
+    os.mkfifo(photos / "fifo.json")
+    (photos / "fifo.png").write_bytes((photos / "same.png").read_bytes())
+    odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
+    shutil.copy(photos / "same.png", odd)
+    assert align_cli(photos, out) == 0
+    outcomes = {photo: row["outcome"] for photo, row in read_report_bytes(out).items()}
+    assert len(outcomes) == 20
+    for name in ("dangling.jpg", "loop.jpg", "zero.png", "pipe.png"):
+        assert outcomes[name] == "unreadable"
+    for name in ("deep.png", "huge.png", "null.png", "nan.png"):
+        assert outcomes[name] == "bad landmarks", name
+    assert outcomes["same.png"] == "aligned" and outcomes["fifo.png"] == "no face"
+    before = (out / "alignment.json").read_bytes()
+    done = []
+    original = faces.folder.align_photo
+    monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task.source) or original(task))
+    assert align_cli(photos, out) == 0 and done == [] and (out / "alignment.json").read_bytes() == before
+
+
+def read_report_bytes(out):
+    with open(out / "report.csv", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        return {row["photo"]: row for row in csv.DictReader(file)}
+
+
+def test_a_decoder_that_raises_anything_costs_one_photo(photos, tmp_path, monkeypatch):
+    load = ImageFile.ImageFile.load
+
+    def fail(self):
+        if self.size == (60, 50):  # nobody.png
+            raise RuntimeError("Failed to decode image")
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert align_cli(photos, tmp_path / "out") == 0
+    row = read_report(tmp_path / "out")["nobody.png"]
+    assert row["outcome"] == "unreadable" and "Failed to decode image" in row["note"]
+
+
+def test_two_runs_on_one_folder_are_told(photos, tmp_path, capsys):
+    with lock_folder(tmp_path / "out", what="align_faces.py"):
+        assert align_cli(photos, tmp_path / "out") == 1
+    assert "out is in use: align_faces.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("left", "tight"), [(0, False), (100, False), (190, True)])
+def test_a_crop_that_is_mostly_made_up_is_said(tmp_path, astronaut, capsys, left, tight):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    middle = ASTRONAUT.mean(0)
+    box = (
+        (left, max(0, int(middle[1]) - 60), min(512, int(2 * middle[0]) - left), int(middle[1]) + 60) if tight else None
+    )
+    astronaut.crop(box or (left, 0, 512, 512)).save(folder / "face.png")
+    points = ASTRONAUT - (box[:2] if tight else (left, 0))
+    (folder / "face.json").write_text(json.dumps(points.tolist()))
+    assert align_cli(folder, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert ("face.png: cut too tightly: " in said) == tight
+    assert ("% of the frame lies outside the photo" in read_report(tmp_path / "out")["face.png"]["note"]) == tight
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/x"])
+@pytest.mark.parametrize("field", ["name", "source"])
+def test_no_string_of_an_alignment_leads_out_of_the_folder(photos, tmp_path, capsys, field, name):
+    out = tmp_path / "out"
+    assert align_cli(photos, out) == 0
+    state = json.loads((out / "alignment.json").read_text(encoding="utf-8"))
+    state["faces"][0][field] = name
+    (out / "alignment.json").write_text(json.dumps(state))
+    capsys.readouterr()
+    flags = ["--paste_back", out / "aligned", "--alignment", out / "alignment.json"]
+    status = align_cli(photos, tmp_path / "pasted", *flags)
+    if (field, name) == ("source", "a/b"):
+        assert status == 0  # a name in a sub-folder, where there is no photo
+    else:
+        assert status == 1 and "is no name in a folder of photos" in capsys.readouterr().err
+
+
+def paste_one(tmp_path, photo, astronaut, edit=True):
+    """Paste a face that is edited in its middle back into `photo`; the resulting file."""
+    folder, out = photo.parent, tmp_path / "out"
+    photo.with_suffix(".json").write_text(json.dumps(ASTRONAUT.tolist()))
+    assert align_cli(folder, out) == 0
+    face = Image.open(out / "aligned" / f"{photo.stem}.png").convert("RGB")
+    if edit:
+        face.paste((200, 30, 30), (24, 24, 40, 40))
+    face.save(out / "aligned" / f"{photo.stem}.png")
+    flags = ["--paste_back", out / "aligned", "--alignment", out / "alignment.json", "--detail", "drop"]
+    assert align_cli(folder, tmp_path / "pasted", *flags) == 0
+    (result,) = (path for path in (tmp_path / "pasted").iterdir() if path.suffix != ".lock")
+    return result
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
+@pytest.mark.parametrize("edit", [False, True])
+def test_pasting_keeps_alpha(tmp_path, astronaut, no_detector, suffix, edit):
+    photo = tmp_path / "photos" / f"a{suffix}"
+    photo.parent.mkdir()
+    image = astronaut.convert("RGBA")
+    alpha = Image.linear_gradient("L").resize((512, 512)).rotate(90)  # 0 on one side, 255 on the other
+    image.putalpha(alpha)
+    image.save(photo, **({"lossless": True, "exact": True} if suffix == ".webp" else {}))
+    with Image.open(paste_one(tmp_path, photo, astronaut, edit)) as result:
+        assert result.mode == "RGBA" and result.size == (512, 512)
+        assert difference(result.getchannel("A"), alpha).max() == 0
+        change = difference(result.convert("RGB"), astronaut).max(-1)
+    outside = change[:, 400:]
+    assert outside.mean() <= (4 if suffix == ".webp" else 0), "the colours beneath are those of the photo"
+    if edit:
+        seen = Image.alpha_composite(
+            Image.new("RGBA", (512, 512), (255,) * 4), Image.open(tmp_path / "pasted" / photo.name)
+        )
+        middle = tuple(int(v) for v in ASTRONAUT.mean(0))
+        assert seen.getpixel(middle)[0] > seen.getpixel(middle)[1] + 40
+
+
+def test_what_pasting_cannot_keep_is_said(tmp_path, astronaut, no_detector, capsys):
+    photo = tmp_path / "photos" / "a.gif"
+    photo.parent.mkdir()
+    frames = [astronaut.quantize(64), astronaut.rotate(5).quantize(64), astronaut.rotate(9).quantize(64)]
+    frames[0].save(photo, save_all=True, append_images=frames[1:])
+    assert paste_one(tmp_path, photo, astronaut).name == "a.gif.png"
+    assert "a.gif.png has only the first of its 3 frames" in capsys.readouterr().err
+
+
+def test_whether_a_face_is_framed_is_seen_in_the_image(tmp_path, astronaut, detector):
+    quad = align(astronaut, ASTRONAUT, size=300, aligned_tolerance=0)
+    crop_aligned(astronaut, quad).save(tmp_path / "framed.png")
+    astronaut.save(tmp_path / "photo.png")
+    wide = Image.new("RGB", (500, 300), (90, 90, 90))
+    wide.paste(crop_aligned(astronaut, quad), (100, 0))
+    wide.save(tmp_path / "wide.png")
+    Image.new("RGB", (300, 300)).save(tmp_path / "empty.png")
+    assert looks_aligned(tmp_path / "framed.png") is True and looks_aligned(tmp_path / "wide.png") is True
+    assert looks_aligned(tmp_path / "photo.png") is False
+    assert looks_aligned(tmp_path / "empty.png") is None and looks_aligned(tmp_path / "absent.png") is None

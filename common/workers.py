@@ -1,0 +1,57 @@
+"""Work for several processes, results in order; the workers end with whoever started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from common.cli import UserError
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_ordered(function: Callable, items: Iterable, n_worker: int, ahead: int = 64) -> Iterator:
+    """`function` of each item, in their order, in `n_worker` processes (1: in this one), each at most `ahead` items
+    before the first result is taken. function and items are pickled. Raises UserError when a worker dies."""
+    if n_worker <= 1:
+        yield from map(function, items)
+        return
+    # not fork: this process may have threads
+    context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
+    executor = ProcessPoolExecutor(n_worker, context, initializer=_start_worker)
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, most likely for lack of memory: start again with a smaller --n_worker"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends instead of waiting for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sentinel = multiprocessing.parent_process().sentinel
+
+    def watch():
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
