@@ -29,8 +29,9 @@ from common.distributed import add_device_flags, barrier, broadcast_object, gath
 from common.images import FITS, read_image, save_image
 from common.tables import write_table
 from editing.attributes import AttributeReader, Condition, load_reader, read_condition
-from editing.evaluate import Judges, judge, score_frames
-from editing.transfer import Face, Target, asked, caption, condition_path, pair_up, render_path, transfer_sheet
+from editing.edit import InvertedFace
+from editing.evaluate import evaluate, score_frames
+from editing.transfer import Target, caption, condition_path, pair_up, render_path, target_path, transfer_grid
 from inversion.photos import add_align_flag, open_faces
 from inversion.projection import ProjectionSettings, choose_space
 from inversion.results import conclude, write_skipped
@@ -201,14 +202,14 @@ def original_file(folder: Path, i: int) -> Path:
     return folder / f"origin_{i}.png"
 
 
-def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, start: str) -> Face:
+def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, start: str) -> InvertedFace:
     """A face of saved latents. One without recorded attributes was found under the neutral 0.5."""
     (code,) = source.codes([i])
     noise = select_noise(source.noise, [i])
     own = torch.full((len(reader.names),), 0.5) if source.condition is None else source.condition[i]
     path = original_file(folder, i)
     original = np.asarray(read_image(path)) if path.is_file() else None
-    face = Face(source.names[i], code, noise, own, own, original)
+    face = InvertedFace(source.names[i], code, noise, own, own, original)
     if source.condition is None or start == "inversion":
         (picture,) = render_path(generator, face, own[None])
         scores = torch.from_numpy(score_frames(reader.scorer, [picture]))
@@ -247,27 +248,28 @@ def columns_of(scorer, scores: np.ndarray, names) -> np.ndarray:
 class Editor:
     """Renders and judges the path of a face to a target; writes frames and strips."""
 
-    def __init__(self, args, generator, known: Condition, judges: Judges, evaluator, *, single: bool):
-        """single: one target per face, whose picture is also written under the face's own name."""
+    def __init__(self, args, generator, known: Condition, networks, evaluator, *, single: bool):
+        """networks: scorer, identity. single: one target per face, written under its name too."""
         self.args, self.generator, self.known = args, generator, known
-        self.judges, self.evaluator, self.single = judges, evaluator, single
+        self.networks, self.evaluator, self.single = networks, evaluator, single
+        self.scorer = networks[0]
         self.ts = np.linspace(0, args.strength, args.steps)
 
     def caption(self, scores: np.ndarray, target: Target) -> str:
         """What the scorer reads, [A], of the attributes that are asked for."""
         chosen = sorted(target.values)
         names = [self.known.attributes[k] for k in chosen]
-        values = columns_of(self.judges.scorer, scores[None], names)[0]
+        values = columns_of(self.scorer, scores[None], names)[0]
         return caption(values, names, [self.known.kinds[k] for k in chosen])
 
-    def edit(self, i: int, face: Face, target: Target) -> tuple[list[dict], dict[str, str]]:
+    def edit(self, i: int, face: InvertedFace, target: Target) -> tuple[list[dict], dict[str, str]]:
         """Rows of edits.csv, and the captions of the pictures in the sheet."""
         names = self.known.attributes
         frames = render_path(self.generator, face, condition_path(face, target, self.ts))
-        found = judge(self.judges, frames)
+        found = evaluate(frames, *self.networks)
         columns = {
-            "asked": asked(face, target, self.ts).numpy() * np.array(self.known.units),
-            "read": columns_of(self.judges.scorer, found.scores, names),
+            "asked": target_path(face, target, self.ts).numpy() * np.array(self.known.units),
+            "read": columns_of(self.scorer, found.scores, names),
         }
         if self.evaluator is not None:
             columns["eval"] = columns_of(self.evaluator, score_frames(self.evaluator, frames), names)
@@ -298,12 +300,12 @@ class Editor:
                 save_image(frame, self.args.output_dir / folder / f"{face.name}.png")
         captions = [self.caption(scores, target) for scores in found.scores]
         if len(frames) > 2:
-            strip = transfer_sheet([list(zip(frames, captions, strict=True))])
+            strip = transfer_grid([list(zip(frames, captions, strict=True))])
             save_image(strip, self.args.output_dir / "strips" / f"origin_{i}_{target.label}.png")
         shown = {"inverted": captions[0], "edited": captions[-1]}
-        for kind, picture in (("original", face.original), ("reference", target.picture)):
+        for kind, picture in (("original", face.original), ("reference", target.image)):
             if picture is not None:
-                shown[kind] = self.caption(score_frames(self.judges.scorer, [picture])[0], target)
+                shown[kind] = self.caption(score_frames(self.scorer, [picture])[0], target)
         return rows, shown
 
 
@@ -316,7 +318,7 @@ class Column:
     captions: dict[str, str]
 
     def cell(self, kind: str) -> tuple[np.ndarray, str]:
-        picture = self.target.picture if kind == "reference" else np.asarray(read_image(self.files[kind]))
+        picture = self.target.image if kind == "reference" else np.asarray(read_image(self.files[kind]))
         return picture, self.captions[kind]
 
 
@@ -334,7 +336,7 @@ def write_sheets(folder: Path, columns: list[Column], paired: bool) -> None:
         ]
         for start in range(0, len(group), PER_SHEET):
             block = group[start : start + PER_SHEET]
-            sheet = transfer_sheet([[column.cell(kind) for column in block] for kind in kinds])
+            sheet = transfer_grid([[column.cell(kind) for column in block] for kind in kinds])
             save_image(sheet, folder / "sheets" / f"{label}_{start // PER_SHEET:03d}.png")
 
 
@@ -374,7 +376,7 @@ def main(args) -> int:
             args,
             generator,
             known,
-            Judges(reader.scorer, identity),
+            (reader.scorer, identity),
             evaluator,
             single=len({i for i, _ in pairs}) == len(pairs),
         )

@@ -27,8 +27,8 @@ from benchmarks.measuring import child, circumstances, write_trace  # noqa: E402
 from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
-from editing.boundary import fit_boundary, pick_extremes, separate  # noqa: E402
 from editing.edit import render_codes  # noqa: E402
+from editing.fit import fit_boundary, fit_svm, pick_extremes  # noqa: E402
 from model import Generator, GeneratorConfig  # noqa: E402
 
 PARTS = ("memory", "svm", "sweep")
@@ -147,7 +147,7 @@ def compare_svm(args):
         seconds = []
         for _ in range(args.repeats):
             start = time.perf_counter()
-            normals[fit], bias = separate(train, side, fit)
+            normals[fit], bias = fit_svm(train, side, kernel=fit == "svc")
             seconds.append(time.perf_counter() - start)
         accuracy = float(np.mean((held @ normals[fit] + bias > 0) == held_side))
         found[fit] = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import atomic_write
+from common.files import atomic_write, open_regular
 
 PLAIN = (str, int, float, bool, type(None))
 
@@ -80,7 +80,7 @@ def require_file(path, what="file"):
         raise FileNotFoundError(f"{path}: no such {what}")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; expected a {what}")
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise CheckpointError(f"{path} is empty; expected a {what}, save or download it again")

@@ -1,4 +1,4 @@
-"""Latent codes: drawn from seeds, kept in files that say what they are.
+"""Latents: drawn from seeds, kept in files that say what they are.
 
 A folder of latents holds `latents.npy` (float32 [N, L, D], the file of the published projector) and `latents.json`
 (names, space, image size, fingerprint of the generator, losses per image, alignment), and `noise.npz` when the noise
@@ -8,7 +8,6 @@ the projections of rosinality (`.pt`) and of NVIDIA (`projected_w.npz`).
 
 import json
 import re
-import zipfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -16,12 +15,31 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 
+from common.arrays import read_npy, read_npz, require_floats
 from common.checkpoint import load_checkpoint, require_file
 from common.cli import UsageError, UserError
-from common.files import atomic_write
+from common.files import atomic_write, read_json
 from common.runs import to_plain
 
 SPACES = ("w", "w+", "w++")
+LATENTS_FILE = "latents file (.npy)"
+SCHEMA = {  # of latents.json (common/files.py)
+    "names": [str],
+    "shape": [int],
+    "size": int,
+    "space?": (str, None),
+    "fingerprint?": (str, None),
+    "losses?": ({str: [(float, None)]}, None),
+    "alignment?": ([object], None),
+    "noise?": (bool, None),
+    "extra?": (
+        {
+            "condition?": {"values": [[float]]},
+            "rendering?": {"seeds?": [int], "noise?": (str, None), "noise_seed?": (int, None)},
+        },
+        None,
+    ),
+}
 
 
 # -- drawing ---------------------------------------------------------------------------------------
@@ -70,8 +88,8 @@ def draw_z(seeds, n_tokens, dim, *, w_space=False):
 
 @dataclass
 class Latents:
-    """What `load_latents` returns; files of other programs have no fingerprint, losses, alignment or extra, and
-    only a `.pt` has noise."""
+    """Latents and what their file says of them; those of other programs have no fingerprint, losses, alignment or
+    extra, and only a `.pt` has noise."""
 
     latents: torch.Tensor  # float32 [N, L, D], CPU
     names: list[str]  # N, in the order of the latents
@@ -89,7 +107,7 @@ class Latents:
 
 
 def n_tokens(size):
-    """Latent codes per image of a generator for `size` x `size`: 2 (log2(size) - 1). ValueError off powers of two."""
+    """Latents per image of a generator for `size` x `size`: 2 (log2(size) - 1). ValueError off powers of two."""
     if size < 8 or size & (size - 1):
         raise ValueError(f"image size {size}: expected a power of two from 8")
     return 2 * (size.bit_length() - 2)
@@ -172,108 +190,115 @@ def _check_latents(latents, path, size):
 
 
 def load_latents(path, *, expect_space=None, expect_shape=None, expect_fingerprint=None):
-    """Latents from a folder, its `latents.npy`, or an upstream file: a bare `.npy` ([N, L, D]; [N, D] with
-    `expect_shape`), `w` of NVIDIA's `projected_w.npz`, or rosinality's projection, a `.pt`.
+    """Latents from a folder, its `latents.npy`, or another program's file: a bare `.npy` (see `_bare`), `w` of NVIDIA's
+    `projected_w.npz`, or rosinality's projection, a `.pt`.
 
-    expect_space: a space or several; expect_shape: (L, D) of one image; expect_fingerprint: the generator's. What a
-    bare file does not tell is taken as expected. Raises FileNotFoundError, or ValueError naming both sides.
+    expect_space: a space or several; expect_shape: (L, D) of one image; expect_fingerprint: the generator's, or several
+    that will do. What a bare file does not tell is taken as expected. Raises FileNotFoundError, or ValueError naming
+    both sides.
     """
     path = Path(path)
     file = path / "latents.npy" if path.is_dir() else path
     sidecar = file.with_name("latents.json")
     if file.name == "latents.npy" and sidecar.exists():
-        latents = _described(_read_array(file), file, sidecar)
+        latents = _described(require_floats(read_npy(file, LATENTS_FILE), file), file, sidecar)
     elif file.suffix == ".pt":
         latents = _projected(file, expect_space, expect_shape)
+    elif file.suffix == ".npz":  # of stylegan2-ada-pytorch's and stylegan3's projector.py: [1, L, D]
+        arrays = read_npz(file, "latents file (.npz)")
+        if "w" not in arrays:
+            raise ValueError(f"{file} is no projected_w.npz: expected floating-point latents under the name w")
+        latents = _bare(require_floats(arrays["w"], file), file, expect_space, expect_shape)
     else:
-        array = _read_npz(file) if file.suffix == ".npz" else _read_array(file)
-        latents = _bare(array, file, expect_space, expect_shape)
+        latents = _bare(require_floats(read_npy(file, LATENTS_FILE), file), file, expect_space, expect_shape)
     latents.path = path
     _expect(latents, expect_space, expect_shape, expect_fingerprint)
     return latents
 
 
-def _read_array(file):
-    require_file(file, "latents file (.npy)")
-    try:
-        array = np.load(file, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{file} is truncated, damaged or not a .npy file ({error})") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
-        raise ValueError(f"{file} holds {kind}; expected one array of floating-point latents")
-    return array.astype(np.float32, copy=False)
-
-
-def _read_npz(file):
-    """`w` [1, L, D] of stylegan2-ada-pytorch's and stylegan3's projector.py."""
-    require_file(file, "latents file (.npz)")
-    try:
-        arrays = np.load(file, allow_pickle=False)
-        array = arrays["w"] if isinstance(arrays, np.lib.npyio.NpzFile) and "w" in arrays.files else None
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is truncated, damaged or not a .npz file ({error})") from error
-    if array is None or array.dtype.kind != "f":
-        raise ValueError(f"{file} is no projected_w.npz: expected floating-point latents under the name w")
-    return array.astype(np.float32, copy=False)
-
-
 def _projected(file, expect_space, expect_shape):
-    """rosinality's projector.py: {path of a picture: {"latent": [L, D] or, of W, [D], "noise": [1, 1, r, r] each}}."""
-    pictures = load_checkpoint(require_file(file, "latents file (.pt)"))
-    codes = [entry.get("latent") if isinstance(entry, dict) else None for entry in pictures.values()]
-    if not codes or not all(torch.is_tensor(code) and code.is_floating_point() for code in codes):
+    """rosinality's projector.py: {path of an image: {"latent": [L, D] or, of W, [D], "noise": [1, 1, r, r] each}}."""
+    images = load_checkpoint(require_file(file, "latents file (.pt)"))
+    ws = [entry.get("latent") if isinstance(entry, dict) else None for entry in images.values()]
+    if not ws or not all(torch.is_tensor(w) and w.is_floating_point() for w in ws):
         raise ValueError(
-            f"{file} is no projection of rosinality's projector.py: expected the latent of each picture "
-            "under the picture's path"
+            f"{file} is no projection of rosinality's projector.py: expected the latent of each image under its path"
         )
-    maps = [entry.get("noise") for entry in pictures.values()]
+    maps = [entry.get("noise") for entry in images.values()]
     try:
-        array = _array(torch.stack(codes))
+        array = _array(torch.stack(ws))
         noise = None if None in maps else [torch.cat(layer).detach().float() for layer in zip(*maps, strict=True)]
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file}: latents or noise maps of different shapes ({error})") from error
+    array = require_floats(array, file)
+    if array.ndim == 2:  # one vector per image, whatever their number
+        array = array[:, None]
     latents = _bare(array, file, expect_space, expect_shape)
-    latents.names = [PureWindowsPath(str(path)).name for path in pictures]  # takes either kind of slash
-    latents.space = "w" if array.ndim == 2 else latents.space
-    latents.noise = noise
+    latents.names = [PureWindowsPath(str(path)).name for path in images]  # takes either kind of slash
+    latents.noise = _finite_noise(noise, file)
     return latents
 
 
 def _described(array, file, sidecar):
-    try:
-        known = json.loads(sidecar.read_text(encoding="utf-8"))
-        shape, names, size = known["shape"], known["names"], known["size"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{sidecar} is damaged ({type(error).__name__}: {error}); save the latents again") from error
-    if list(array.shape) != shape or len(names) != len(array):
+    info = read_json(sidecar, SCHEMA, what="description of latents")
+    if list(array.shape) != info["shape"] or len(info["names"]) != len(array):
         raise ValueError(
-            f"{file} has the shape {list(array.shape)}, but {sidecar.name} describes {shape} with {len(names)} names"
+            f"{file} has the shape {list(array.shape)}, but {sidecar.name} describes {info['shape']} with "
+            f"{len(info['names'])} names"
         )
-    _check_latents(array, file, size)
+    _check_latents(array, file, info["size"])
     noise = None
-    if known.get("noise"):
-        with np.load(require_file(file.with_name("noise.npz"), "noise file"), allow_pickle=False) as layers:
-            noise = [torch.from_numpy(layers[name]) for name in sorted(layers.files)]
+    if info.get("noise"):
+        path = file.with_name("noise.npz")
+        layers = read_npz(path, "noise file")
+        noise = _finite_noise([torch.from_numpy(require_floats(layers[name], path)) for name in sorted(layers)], path)
     return Latents(
         torch.from_numpy(array),
-        names,
-        known.get("space"),
-        size,
-        known.get("fingerprint"),
-        known.get("losses") or {},
-        known.get("alignment"),
+        info["names"],
+        info.get("space"),
+        info["size"],
+        info.get("fingerprint"),
+        info.get("losses") or {},
+        info.get("alignment"),
         noise,
-        known.get("extra") or {},
+        info.get("extra") or {},
     )
 
 
+def _finite_noise(noise, source):
+    if noise is not None and not all(bool(torch.isfinite(layer).all()) for layer in noise):
+        raise ValueError(f"{source}: noise maps with values that are not finite")
+    return noise
+
+
 def _bare(array, file, expect_space, expect_shape):
-    if array.ndim == 2 and expect_shape is not None and array.shape[1] == expect_shape[1]:
-        array = np.repeat(array[:, None], expect_shape[0], axis=1)  # rosinality's W: [N, D] -> [N, L, D]
+    """Latents of a file that says nothing: [N, L, D]; [N, 1, D], one vector per image (W); or two axes.
+
+    [L, D] is how this field saves one face, [N, D] how it saves N vectors of W. L rows are one face to a W++ generator;
+    where W codes and a W+ face are both expected they could be either, and are refused.
+    """
     length = array.shape[1] if array.ndim == 3 else 0
+    if expect_shape is not None and array.shape[-1:] == tuple(expect_shape[1:]):
+        length, spaces = expect_shape[0], (expect_space,) if isinstance(expect_space, str) else expect_space
+        one_face = array.ndim == 2 and len(array) == length
+        takes_w = spaces is None or "w" in spaces
+        if one_face and spaces is None or one_face and takes_w and len(spaces) > 1:
+            raise ValueError(
+                f"{file}: {list(array.shape)} may be one face in W+ or {length} faces in W: save the former as "
+                f"[1, {length}, {array.shape[1]}], the latter as [{length}, 1, {array.shape[1]}]"
+            )
+        if one_face and not takes_w:
+            array = array[None]  # [L, D] -> [1, L, D]
+        elif array.ndim == 2 or array.shape[1:2] == (1,):
+            array, expect_space = np.repeat(array.reshape(len(array), 1, -1), length, axis=1), "w"
+        length = array.shape[1] if array.ndim == 3 else 0
     if length < 4 or length % 2:
-        raise ValueError(f"{file}: latents of shape {list(array.shape)}; expected [N, L, D], L even and at least 4")
+        expected = "[N, L, D], L even and at least 4"
+        if expect_shape is not None:
+            expected = (
+                f"[N, {expect_shape[0]}, {expect_shape[1]}], or [{expect_shape[0]}, {expect_shape[1]}] of one face"
+            )
+        raise ValueError(f"{file}: latents of shape {list(array.shape)}; expected {expected}")
     size = 2 ** (length // 2 + 1)
     _check_latents(array, file, size)
     space = expect_space if isinstance(expect_space, str) else None
@@ -291,7 +316,9 @@ def _expect(latents, spaces, shape, fingerprint):
             f"{latents.path}: latents of shape {list(found)} per image (size {latents.size}); the generator takes "
             f"{list(shape)}"
         )
-    if fingerprint is not None and latents.fingerprint not in (None, fingerprint):
+    accepted = (fingerprint,) if fingerprint is None or isinstance(fingerprint, str) else tuple(fingerprint)
+    if None not in accepted and latents.fingerprint not in (None, *accepted):
+        given = accepted[0] + "".join(f", trained from {other}" for other in accepted[1:])
         raise ValueError(
-            f"{latents.path}: latents of the generator {latents.fingerprint}; the checkpoint given is {fingerprint}"
+            f"{latents.path}: latents of the generator {latents.fingerprint}; the checkpoint given is {given}"
         )

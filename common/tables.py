@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 from common.files import atomic_write
 
@@ -18,6 +19,16 @@ def write_table(path, rows: list[dict]) -> None:
     writer.writerows(rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode("utf-8-sig"))
+
+
+def append_table(path, rows: list[dict], *, start: bool) -> None:
+    """Add rows to a CSV that grows while a run goes on; start: begin it anew, with a header."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w" if start else "a", encoding="utf-8-sig" if start else "utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        if start:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def cell(value) -> str:

@@ -228,7 +228,7 @@ def save_cast(tools: Tools, cast: Cast, folder, paste_mode: str = "change") -> l
     parts = Path(folder) / "parts"
     paths = _save_pictures(face, cast.view, Path(folder), parts, paste_mode, [face, cast.reference])
     names = list(tools.conditional.known.attributes)
-    for name, condition in (("inverted", inverted.own), ("edited", cast.condition)):
+    for name, condition in (("inverted", inverted.condition), ("edited", cast.condition)):
         about = {
             "method": "projector",
             "steps": cast.steps,

@@ -16,8 +16,8 @@ from common.images import fit_image, to_tensor
 from demo_app.refinement import Background, refine_settings, target_picture
 from demo_app.session import MEAN_SAMPLES, Face, SessionError, Tools, View
 from editing.attributes import AttributeReader, Condition, load_reader, read_condition
+from editing.edit import InvertedFace
 from editing.evaluate import score_frames
-from editing.transfer import Face as Inverted
 from editing.transfer import Target, condition_path, render_path
 from inversion.inputs import pixel_seed
 from inversion.projection import Task, choose_space, project_each
@@ -40,7 +40,7 @@ class Cast:
 
     face: Face
     reference: Face
-    inverted: Inverted
+    inverted: InvertedFace
     asked: torch.Tensor
     condition: torch.Tensor
     view: View
@@ -57,7 +57,7 @@ def load_conditional(path, device="cpu", weights_dir=None) -> Conditional:
 
 
 class ConditionalInversion(Background):
-    """Finds a face's code and noise in the conditional generator, its own attributes held fixed. result: Inverted.
+    """Finds a face's code and noise in the conditional generator, its own attributes held fixed. result: InvertedFace.
 
     Raises SessionError when it cannot be.
     """
@@ -68,7 +68,7 @@ class ConditionalInversion(Background):
         self.conditional, self.perceptual, self.face = conditional, perceptual, face
         super().__init__(refine_settings(conditional.tools, steps))
 
-    def _project(self) -> Inverted:
+    def _project(self) -> InvertedFace:
         tools, face = self.conditional.tools, self.face
         picture = target_picture(face, tools.size)
         image = picture.float() / 127.5 - 1
@@ -85,17 +85,17 @@ class ConditionalInversion(Background):
         )
         if not torch.isfinite(found.latents).all():
             raise ValueError("the optimisation diverged")
-        return Inverted(face.name, found.latents, [layer[None] for layer in found.noise], own, own)
+        return InvertedFace(face.name, found.latents, [layer[None] for layer in found.noise], own, own)
 
 
-def cast_expression(conditional: Conditional, face: Face, inverted: Inverted, reference: Face, steps: int) -> Cast:
+def cast_expression(conditional: Conditional, face: Face, inverted: InvertedFace, reference: Face, steps: int) -> Cast:
     """The attributes that are read in the reference, asked of the face's code. steps: those that the code took."""
     tools = conditional.tools
     image = to_tensor(fit_image(reference.crop, tools.size))[None].to(tools.mean)
     asked = conditional.reader.read(image)[0]
     conditions = condition_path(inverted, Target("", reference.source, dict(enumerate(asked.tolist()))), [0.0, 1.0])
     inversion, edited = render_path(tools.generator, inverted, conditions)
-    view = View(inverted.code.numpy(), inversion, edited)
+    view = View(inverted.w.numpy(), inversion, edited)
     return Cast(face, reference, inverted, asked, conditions[-1], view, steps)
 
 

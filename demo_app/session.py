@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from common.images import check_header, fit_image, read_image, to_tensor
 from editing.boundary import Boundary, BoundaryError, load_boundary
-from editing.edit import edit_codes, reach, render_codes
+from editing.edit import InvertedFace, edit_codes, render_codes, score_along, search_distance
 from editing.evaluate import score_frames
 from faces.align import TEMPLATE, Alignment, paste_back
 from faces.folder import AlignSettings, PhotoTask, align_photo
@@ -300,18 +300,9 @@ def transfer_smile(tools: Tools, face: Face, reference: Face, edit: Edit) -> tup
     column, boundary = tools.scorer.column("smile"), tools.boundaries["smile"][1]
     picture = np.asarray(fit_image(reference.crop, tools.size))
     wanted = float(score_frames(tools.scorer, [picture])[0, column])
-    distance, reached = reach(
-        tools.generator,
-        face.code,
-        face.noise,
-        boundary,
-        tools.scorer,
-        column,
-        wanted,
-        limit=REACH * boundary.std,
-        near=NEAR,
-        layers=moving_layers(tools, edit),
-    )
+    inverted = InvertedFace(face.name, face.code, face.noise)
+    score = score_along(tools.generator, inverted, boundary, tools.scorer, column, moving_layers(tools, edit))
+    distance, reached = search_distance(score, wanted, limit=REACH * boundary.std, near=NEAR)
     return round(distance / boundary.std, 2), wanted, reached
 
 

@@ -70,7 +70,7 @@ class AttributeReader:
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
-        """As a call, without gradients, on the CPU, `batch` images at a time."""
+        """The attributes [N, d] without gradients, on the CPU, `batch` images at a time."""
         return torch.cat([self(block).cpu() for block in images.split(batch)])
 
 
@@ -168,7 +168,7 @@ class Condition:
 
     @property
     def units(self) -> tuple[float, ...]:
-        """What 1 stands for, per attribute."""
+        """Scorer units that a condition of 1 stands for, per attribute."""
         return tuple(UNIT_OF[kind] for kind in self.kinds)
 
     def index(self, name: str) -> int:

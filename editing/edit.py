@@ -1,98 +1,134 @@
-"""One face along one or several boundaries: codes, frames, and the distance at which a scorer sees a value.
+"""One inverted face along one or several boundaries: latents, frames, and the distance at which a scorer sees a value.
 
-for frame in sweep(generator, code, noise, [boundary], distances): ...      # uint8 [size, size, 3]
-distance = reach(generator, code, noise, boundary, scorer, column, 60.0)    # the scorer's age becomes 60
+frames = edit_face(generator, face, [boundary], np.linspace(-3, 3, 7) * boundary.std)      # the inversion first
+score = score_along(generator, face, boundary, scorer, scorer.column("age"))
+distance, found = search_distance(score, 60.0, limit=6 * boundary.std)                      # the scorer's age is 60
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from common.images import to_uint8
-from editing.boundary import Boundary, BoundaryError, walk
+from editing.boundary import Boundary, BoundaryError, move_along
 from editing.evaluate import score_frames
+from sampling.render import Source, select_condition, select_noise
 
 SCAN = 6  # steps from 0 to the limit, each way, in which a target is looked for before it is bisected
-BLOCK = 8  # frames per forward pass: the fastest at 256 px on a CPU; fixed, since it moves the last bits of a picture
+BATCH = 8  # frames per forward pass: the fastest at 256 px on a CPU
 
 
-def edit_codes(code, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
-    """Codes [K, L, 512] of `code` [L, 512] moved along several boundaries at once.
+@dataclass(frozen=True)
+class InvertedFace:
+    """A face as a generator holds it.
 
-    distances: [K] along the first boundary, or [K, number of boundaries].
+    condition, scored: of a conditional generator, [d] in [0, 1]: the attributes under which w was found, and those that
+    the scorer reads in it. original: uint8 [S, S, 3].
     """
-    code = np.asarray(code, np.float32)
-    steps = np.asarray(distances, np.float64)
+
+    name: str
+    w: np.ndarray | torch.Tensor  # float32 [L, C]
+    noise: list[torch.Tensor]  # per layer [1, 1, r, r]
+    condition: torch.Tensor | None = None
+    scored: torch.Tensor | None = None
+    original: np.ndarray | None = None
+
+
+def face_at(source: Source, i: int) -> InvertedFace:
+    """The face at position i of saved latents."""
+    (w,) = source.codes([i])
+    condition = select_condition(source.condition, [i])
+    return InvertedFace(
+        source.names[i], w.numpy(), select_noise(source.noise, [i]), None if condition is None else condition[0]
+    )
+
+
+def edit_codes(w, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
+    """Latents [K, L, C] of `w` [L, C] moved along several boundaries at once.
+
+    distances: [K] along the first boundary, or [K, number of boundaries], latent units. distance, layers: see
+    `move_along`.
+    """
+    w, steps = np.asarray(w, np.float32), np.asarray(distances, np.float64)
     steps = steps[:, None] if steps.ndim == 1 else steps
     if steps.shape[1] != len(boundaries):
         raise BoundaryError(f"{steps.shape[1]} distances per frame for {len(boundaries)} boundaries")
-    moved = np.zeros((len(steps), *code.shape), np.float64)
+    moved = np.zeros((len(steps), *w.shape), np.float64)
     for boundary, along in zip(boundaries, steps.T, strict=True):
-        moved += walk(code, boundary, along, distance=distance, layers=layers).astype(np.float64) - code
-    return (code + moved).astype(np.float32)
+        moved += move_along(w, boundary, along, distance=distance, layers=layers).astype(np.float64) - w
+    return (w + moved).astype(np.float32)
 
 
 @torch.no_grad()
-def render_codes(generator, codes, noise, *, dtype=None, condition=None) -> Iterator[np.ndarray]:
-    """Frames uint8 [size, size, 3] of codes [K, L, 512] with the noise maps of one picture, [1, 1, r, r] each.
+def render_codes(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray]:
+    """Frames uint8 [size, size, 3] of ws [K, L, C] with the noise maps of one image, [1, 1, r, r] each.
 
-    condition: attributes [1, d] of that picture, of a conditional generator (default: the neutral 0.5).
+    condition: attributes [1, d] or [K, d] of a conditional generator (default: the neutral 0.5). Raises ValueError for
+    an image that is not finite.
     """
     device = generator.token.device
     maps = [layer.to(device) for layer in noise]
-    condition = None if condition is None else condition.to(device)
-    for start in range(0, len(codes), BLOCK):
-        block = torch.from_numpy(np.array(codes[start : start + BLOCK], np.float32)).to(device)  # [B, L, 512]
-        asked = None if condition is None else condition.expand(len(block), -1)  # [B, d]
-        images, _ = generator(block, input_is_latent=True, noise=maps, dtype=dtype, condition=asked)  # [B, 3, S, S]
+    condition = None if condition is None else condition.to(device).expand(len(ws), -1)
+    for start in range(0, len(ws), BATCH):
+        part = slice(start, start + BATCH)
+        block = torch.as_tensor(ws[part], dtype=torch.float32, device=device)  # [B, L, C]
+        images, _ = generator(
+            block, input_is_latent=True, noise=maps, condition=None if condition is None else condition[part]
+        )  # [B, 3, S, S]
+        if not torch.isfinite(images).all():
+            raise ValueError(f"the generator's output is not finite at frame {start + 1} to {start + len(block)}")
         yield from to_uint8(images)
 
 
-def reach(
-    generator,
-    code,
-    noise,
-    boundary,
-    scorer,
-    column: int,
-    target: float,
-    *,
-    limit,
-    near=0.0,
-    steps=8,
-    layers=None,
-    condition=None,
-):
-    """Relative distance at which the scorer's `column` is nearest to `target`: (distance, score there).
+def edit_face(
+    generator, face: InvertedFace, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None
+) -> list[np.ndarray]:
+    """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_codes`)."""
+    ws = edit_codes(face.w, boundaries, distances, distance=distance, layers=layers)
+    return list(_render_face(generator, face, np.concatenate((np.asarray(face.w, np.float32)[None], ws))))
 
-    Bisection of the crossing that lies nearest to the face as it is, among 2 * SCAN steps from -limit to +limit (in
-    units of the boundary): far out a face may break, and the score turn back. A target that is crossed nowhere, such
-    as 1 of a probability, gives the least of the steps that come within `near`, else the one that comes nearest.
-    condition: see render_codes.
-    """
+
+def _render_face(generator, face: InvertedFace, ws):
+    condition = None if face.condition is None else face.condition[None]
+    return render_codes(generator, ws, face.noise, condition=condition)
+
+
+# -- targets -------------------------------------------------------------------------------------------------------
+
+
+def score_along(generator, face: InvertedFace, boundary, scorer, column: int, layers=None) -> Callable:
+    """The function distances [K] (relative, latent units) -> what the scorer's `column` sees there, [K]."""
 
     def score(distances):
-        codes = edit_codes(code, [boundary], np.asarray(distances, np.float64), layers=layers)
-        frames = list(render_codes(generator, codes, noise, condition=condition))
-        return score_frames(scorer, frames)[:, column]
+        ws = edit_codes(face.w, [boundary], distances, layers=layers)
+        return score_frames(scorer, list(_render_face(generator, face, ws)))[:, column]
 
-    stops = np.linspace(-limit, limit, 2 * SCAN + 1)
-    seen = score(stops)
-    tried = [(max(near, abs(value - target)), abs(at), at, value) for at, value in zip(stops, seen, strict=True)]
-    crossings = [k for k in range(2 * SCAN) if (seen[k] - target) * (seen[k + 1] - target) < 0]
-    if crossings:
-        k = min(crossings, key=lambda k: abs(stops[k] + stops[k + 1]))
-        (low, high), at_low, tried = stops[k : k + 2], seen[k], tried[k : k + 2]
+    return score
+
+
+def search_distance(score: Callable, target: float, *, limit: float, near: float = 0.0, steps: int = 8):
+    """Distance at which `score` (distances [K] -> values [K]) is nearest to `target`: (distance, value there).
+
+    Of the 2 * SCAN steps from -limit to +limit, the crossing of the target nearest to 0 is bisected: far out a face may
+    break, and the score turn back. A target that is crossed nowhere, such as 1 of a probability, gives the least of the
+    steps that come within `near`, else the one that comes nearest.
+    """
+    at = np.linspace(-limit, limit, 2 * SCAN + 1)
+    values = np.asarray(score(at), np.float64)
+    crossings = np.flatnonzero((values[:-1] - target) * (values[1:] - target) < 0)
+    if len(crossings):
+        k = min(crossings, key=lambda k: abs(at[k] + at[k + 1]))
+        at, values = at[k : k + 2], values[k : k + 2]
+        low, high = at
         for _ in range(steps):
             middle = (low + high) / 2
-            (at_middle,) = score([middle])
-            tried.append((abs(at_middle - target), abs(middle), middle, at_middle))
-            if (at_low - target) * (at_middle - target) <= 0:
-                high = middle
-            else:
-                low, at_low = middle, at_middle
-    _, _, distance, reached = min(tried)
-    return float(distance), float(reached)
+            (value,) = score(np.array([middle]))
+            at, values = np.append(at, middle), np.append(values, value)
+            low, high = (low, middle) if (values[0] - target) * (value - target) <= 0 else (middle, high)
+        near = 0.0
+    best = np.lexsort((np.abs(at), np.maximum(near, np.abs(values - target))))[0]
+    return float(at[best]), float(values[best])

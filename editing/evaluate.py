@@ -1,7 +1,8 @@
-"""What judges an edited frame: attribute scores, and how alike it is to the picture that was edited.
+"""Evaluation of edited frames: attribute scores, how alike they are to the inversion, whether they still are faces.
 
-judges = Judges(scorer, identity, perceptual)
-found = judge(judges, frames)                # frames[0] is the inversion, the others are compared with it
+found = evaluate(frames, scorer, identity, perceptual)    # frames[0] is the inversion, the others are compared with it
+realism = Realism.of(scorer, drawn_frames)
+realism(scorer, frames)                                                                # [K] bool
 """
 
 from __future__ import annotations
@@ -13,22 +14,13 @@ import torch
 
 from common.images import to_tensor
 
-BLOCK = 16  # frames per forward pass: fixed, since on a CPU the size of a batch moves the last bits of a number
+BATCH = 16  # frames per forward pass
 
 
 @dataclass(frozen=True)
-class Judges:
-    """An AttributeScorer; optionally an Identity and a Perceptual, all frozen and on one device."""
-
-    scorer: object
-    identity: object | None = None
-    perceptual: object | None = None
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Of K frames: scores float32 [K, A]; identity (cosine similarity, -1..1), perceptual (0 is equal) and change
-    (mean absolute difference of pixels in [-1, 1]) to the first frame, float32 [K]; None where no network judges."""
+class Evaluation:
+    """Measures of K frames: scores float32 [K, A]; identity (cosine similarity, -1..1), perceptual (0 is equal) and
+    change (mean absolute difference of pixels in [-1, 1]) to the first frame, float32 [K]; None without the network."""
 
     scores: np.ndarray
     identity: np.ndarray | None
@@ -39,24 +31,25 @@ class Judgement:
 @torch.no_grad()
 def score_frames(scorer, frames) -> np.ndarray:
     """Scores float32 [K, A] of frames uint8 [K, size, size, 3] as they are saved."""
-    return np.concatenate([scorer(block).cpu().numpy() for block in _blocks(frames, scorer)]).astype(np.float32)
+    return np.concatenate([scorer(block).cpu().numpy() for block in image_batches(frames, scorer)]).astype(np.float32)
 
 
 @torch.no_grad()
-def judge(judges: Judges, frames) -> Judgement:
-    """frames: uint8 [K, size, size, 3], the first of them the one that the others are compared with."""
+def evaluate(frames, scorer, identity=None, perceptual=None) -> Evaluation:
+    """frames: uint8 [K, size, size, 3], the first of them the one that the others are compared with. scorer: an
+    AttributeScorer; identity, perceptual: networks of perceptual/, or None; all frozen and on one device."""
     scores, embeddings, distances, first = [], [], [], None
-    for block in _blocks(frames, judges.scorer):
-        scores.append(judges.scorer(block).cpu())
-        if judges.identity is not None:
-            embeddings.append(judges.identity.embed(block).cpu())
-        if judges.perceptual is not None:
-            features = judges.perceptual.features(block)
+    for block in image_batches(frames, scorer):
+        scores.append(scorer(block).cpu())
+        if identity is not None:
+            embeddings.append(identity.embed(block).cpu())
+        if perceptual is not None:
+            features = perceptual.features(block)
             first = first or [layer[:1] for layer in features]
-            distances.append(judges.perceptual.distance(features, first).cpu())
+            distances.append(perceptual.distance(features, first).cpu())
     alike = torch.cat(embeddings) if embeddings else None
     pixels = np.asarray(frames, np.float32)
-    return Judgement(
+    return Evaluation(
         torch.cat(scores).numpy().astype(np.float32),
         None if alike is None else (alike @ alike[0]).numpy(),
         torch.cat(distances).numpy() if distances else None,
@@ -64,8 +57,8 @@ def judge(judges: Judges, frames) -> Judgement:
     )
 
 
-def _blocks(frames, network):
+def image_batches(frames, network):
     """float32 [B, 3, size, size] in [-1, 1] on the network's device."""
     device = next((t.device for t in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
-    for start in range(0, len(frames), BLOCK):
-        yield torch.stack([to_tensor(frame) for frame in frames[start : start + BLOCK]]).to(device)
+    for start in range(0, len(frames), BATCH):
+        yield torch.stack([to_tensor(frame) for frame in frames[start : start + BATCH]]).to(device)

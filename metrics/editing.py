@@ -1,4 +1,4 @@
-"""How well attributes of inverted faces can be edited: curves and a table over spaces, against distance.
+"""Edits of inverted faces measured: curves and a table over spaces, against distance.
 
 Every face is moved along a boundary in equal steps to both sides of its inversion, in standard deviations of the
 samples that the boundary was fitted on, with the noise it was inverted with. A scorer that took no part in the fit
@@ -32,29 +32,30 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started by path: the root stands in for this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
+from common.cli import ArgumentParser, UsageError, UserError, positive, run_script
 from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
 from common.files import atomic_write
 from common.latents import parse_layers
 from common.runs import write_json
 from common.tables import text_table, write_table
 from editing.boundary import Boundary, load_boundary
-from editing.edit import edit_codes, render_codes
-from editing.evaluate import Judges, judge
+from editing.edit import edit_face, face_at
+from editing.evaluate import evaluate
+from editing.samples import Samples
 from model import load_generator
 from perceptual.identity import WEIGHTS, identity_or_none
 from perceptual.lpips import perceptual_or_none
-from sampling.render import latents_source, select_condition, select_noise
+from sampling.render import latents_source
 from scorer.network import load_scorer
 
 DEFAULT_AT = {"years": 15.0, "probability": 0.5}
-KEPT = ("identity", "perceptual", "others")
+N_MEASURED = 10_000  # samples over which the deviation along a bare direction is taken
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Of N faces at K distances: scores [N, K, A], identity and perceptual [N, K] or None. distances: [K] in standard
-    deviations, 0 among them."""
+    """Scores [N, K, A], identity and perceptual [N, K] or None, of N faces at K distances: [K] in standard deviations,
+    0 among them. column: of the attribute that is edited; kinds: of the attributes."""
 
     name: str
     faces: list[str]
@@ -62,158 +63,142 @@ class Sweep:
     scores: np.ndarray
     identity: np.ndarray | None
     perceptual: np.ndarray | None
+    column: int
+    kinds: list[str]
 
     @property
     def origin(self) -> int:
-        """Column of the unedited inversion."""
+        """Position of the unedited inversion among the distances."""
         return int(np.argmin(np.abs(self.distances)))
 
+    @property
+    def attribute(self) -> np.ndarray:
+        return self.scores[:, :, self.column]  # [N, K]
 
-def build_parser() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", required=True, nargs="+", help="generator of each row (one for all rows will do)")
-    parser.add_argument("--latent", required=True, nargs="+", help="inverted faces of each row: folders of latents")
-    parser.add_argument("--boundary", required=True, nargs="+", help="boundary of each row, all of one attribute")
-    parser.add_argument("--names", nargs="+", help="names of the rows (default: the spaces of the latents)")
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the results")
-    parser.add_argument("--scorer", default="face-scorer-eval", help="judges the edits; not the one of the boundary")
-    parser.add_argument("--reach", type=float, default=4, help="end of the sweep to both sides, standard deviations")
-    parser.add_argument("--steps", type=int, default=17, help="distances, an odd number: the middle is the inversion")
-    parser.add_argument("--at", type=float, help="change at which rows are compared (default: 15 years, 0.5)")
-    parser.add_argument("--layers", default="", help="layers that move, such as 0-7 (default: all)")
-    parser.add_argument("--faces", type=int, default=0, help="only the first so many faces; 0: all")
-    parser.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto", help="identity network")
-    parser.add_argument("--perceptual", default="auto-up64", help="perceptual distance: auto-up64, vgg ... or none")
-    parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
-    add_device_flags(parser)
-    return parser
+    @property
+    def others(self) -> np.ndarray:
+        """[N, K]: mean absolute change of the other attributes; age counts in years / 100."""
+        scale = np.array([0.01 if kind == "years" else 1.0 for kind in self.kinds])
+        change = np.abs(self.scores - self.scores[:, [self.origin]]) * scale  # [N, K, A]
+        return np.delete(change, self.column, 2).mean(2)
+
+    def kept(self) -> dict[str, np.ndarray | None]:
+        return {"identity": self.identity, "perceptual": self.perceptual, "others": self.others}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Measuring
+# Measures
 
 
-def sweep_faces(
-    name, generator, source, boundary: Boundary, judges: Judges, distances, *, dist: Distributed, layers=None, n=0
-) -> Sweep:
-    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion, on every rank."""
-    count = min(n, len(source.names)) if n else len(source.names)
-    kept = {"scores": [], "identity": [], "perceptual": []}
-    mine = shard(count, dist.rank, dist.world_size)
-    for i in tqdm(mine, desc=name, unit="face", disable=None if dist.is_main else True):
-        (code,) = source.codes([i])
-        codes = edit_codes(code.numpy(), [boundary], distances * boundary.std, layers=layers)
-        codes = np.concatenate((code.numpy()[None], codes))  # the inversion first: what all are compared with
-        frames = render_codes(
-            generator, codes, select_noise(source.noise, [i]), condition=select_condition(source.condition, [i])
-        )
-        found = judge(judges, list(frames))
-        for what, values in kept.items():
-            measured = getattr(found, what)
-            if measured is not None:
-                values.append(measured[1:])
-    shares = gather_list(kept)  # contiguous: the order of the faces
-    arrays = {what: sum((share[what] for share in shares), []) for what in kept}
-    stacked = {what: np.stack(values) if values else None for what, values in arrays.items()}
-    return Sweep(name, source.names[:count], distances, **stacked)
-
-
-def rise(sweep: Sweep, column: int) -> np.ndarray:
+def rise(sweep: Sweep) -> np.ndarray:
     """Spearman correlation of distance and attribute per face, [N]; 0 where the attribute stays the same."""
     from scipy.stats import spearmanr
 
-    values = [spearmanr(sweep.distances, face[:, column]).statistic for face in sweep.scores]
-    return np.nan_to_num(np.array(values))
+    return np.nan_to_num([spearmanr(sweep.distances, face).statistic for face in sweep.attribute])
 
 
-def crossed(sweep: Sweep, column: int) -> np.ndarray:
+def crossed(sweep: Sweep) -> np.ndarray:
     """bool [N]: some frame lies on the other side of 0.5 than the inversion."""
-    above = sweep.scores[:, :, column] > 0.5  # [N, K]
+    above = sweep.attribute > 0.5  # [N, K]
     return (above != above[:, [sweep.origin]]).any(1)
 
 
-def others_change(sweep: Sweep, column: int, kinds) -> np.ndarray:
-    """[N, K]: mean absolute change of the attributes other than `column`; age counts in years / 100."""
-    scale = np.array([0.01 if kind == "years" else 1.0 for kind in kinds])
-    change = np.abs(sweep.scores - sweep.scores[:, [sweep.origin]]) * scale  # [N, K, A]
-    return np.delete(change, column, 2).mean(2)
-
-
-def position_of_change(sweep: Sweep, column: int, amount: float) -> np.ndarray:
-    """[N]: fractional column where the attribute first differs by `amount` from the inversion, walking outwards to the
-    side with the larger room (towards the farther end of the attribute's change); NaN where it never does."""
+def position_of_change(sweep: Sweep, amount: float) -> np.ndarray:
+    """[N]: fractional position among the distances where the attribute first differs by `amount` from the inversion,
+    outwards to the side on which it changes more in the end; NaN where it never does."""
     origin, found = sweep.origin, []
-    for face in sweep.scores[:, :, column]:
-        ends = np.abs(face[[0, -1]] - face[origin])
-        path = range(origin, len(face)) if ends[1] >= ends[0] else range(origin, -1, -1)
-        change = np.abs(face[list(path)] - face[origin])
+    for face in np.abs(sweep.attribute - sweep.attribute[:, [sweep.origin]]):
+        side = 1 if face[-1] >= face[0] else -1
+        change = face[origin:] if side > 0 else face[origin::-1]
         beyond = np.flatnonzero(change >= amount)
-        if not len(beyond):
-            found.append(np.nan)
-            continue
-        k = beyond[0]
-        part = (amount - change[k - 1]) / (change[k] - change[k - 1])
-        found.append(path[k - 1] + (path[k] - path[k - 1]) * part)
+        k = beyond[0] if len(beyond) else 0
+        part = (amount - change[k - 1]) / (change[k] - change[k - 1]) if k else np.nan
+        found.append(origin + side * (k - 1 + part))
     return np.array(found)
 
 
 def at_position(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """values [N, K] at fractional columns [N], linear between the columns."""
-    columns = np.arange(values.shape[1])
-    return np.array([np.interp(p, columns, row) for p, row in zip(positions, values, strict=True)])
+    """values [N, K] at fractional positions [N], linear between them."""
+    return np.array([np.interp(p, np.arange(len(row)), row) for p, row in zip(positions, values, strict=True)])
 
 
-def summarise(sweeps: list[Sweep], column: int, kinds, amount: float) -> list[dict]:
+def summarise(sweeps: list[Sweep], amount: float) -> list[dict]:
     """A row of the table per sweep; see the module's docstring for the measures."""
-    positions = [position_of_change(sweep, column, amount) for sweep in sweeps]
+    positions = [position_of_change(sweep, amount) for sweep in sweeps]
     shared = np.isfinite(positions).all(0)
+
+    def mean_at(values, position):
+        return None if values is None or not shared.any() else float(at_position(values, position)[shared].mean())
+
     rows = []
     for sweep, position in zip(sweeps, positions, strict=True):
-        change = sweep.scores[:, -1, column] - sweep.scores[:, 0, column]
-        kept = {
-            "identity": sweep.identity,
-            "perceptual": sweep.perceptual,
-            "others": others_change(sweep, column, kinds),
-        }
-        at = {
-            what: None
-            if values is None or not shared.any()
-            else float(at_position(values[shared], position[shared]).mean())
-            for what, values in kept.items()
-        }
-        distance = np.abs(np.interp(position[shared], np.arange(len(sweep.distances)), sweep.distances))
+        change = sweep.attribute[:, -1] - sweep.attribute[:, 0]
+        distances = np.broadcast_to(np.abs(sweep.distances), sweep.attribute.shape)
         rows.append(
             {
                 "name": sweep.name,
                 "faces": len(sweep.faces),
-                "rise": float(np.median(rise(sweep, column))),
+                "rise": float(np.median(rise(sweep))),
                 "change": float(change.mean()),
                 "change_std": float(change.std()),
-                "crossed": float(crossed(sweep, column).mean()) if kinds[column] == "probability" else None,
+                "crossed": float(crossed(sweep).mean()) if sweep.kinds[sweep.column] == "probability" else None,
                 "reached": float(np.isfinite(position).mean()),
                 "compared": int(shared.sum()),
-                "distance": float(distance.mean()) if shared.any() else None,
-                **at,
+                "distance": mean_at(distances, position),
+                **{what: mean_at(values, position) for what, values in sweep.kept().items()},
             }
         )
     return rows
 
 
-def curves(sweep: Sweep, column: int, kinds) -> dict:
-    """Means over faces at every distance: attribute, others, identity, perceptual; each [K] or None."""
-    change = sweep.scores[:, :, column] - sweep.scores[:, [sweep.origin], column]
-    mean = {
-        "change": change,
-        "others": others_change(sweep, column, kinds),
-        "identity": sweep.identity,
-        "perceptual": sweep.perceptual,
-    }
-    mean = {what: None if values is None else values.mean(0).tolist() for what, values in mean.items()}
-    return {"distance": sweep.distances.tolist(), **mean}
+def curves(sweep: Sweep) -> dict:
+    """Means over faces at every distance: change of the attribute, identity, perceptual, others; each [K] or None."""
+    means = {"change": sweep.attribute - sweep.attribute[:, [sweep.origin]], **sweep.kept()}
+    means = {what: None if values is None else values.mean(0).tolist() for what, values in means.items()}
+    return {"distance": sweep.distances.tolist(), **means}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# Results
+
+
+def sweep_faces(
+    name, generator, source, boundary: Boundary, networks, distances, *, dist: Distributed, layers=None, n=0
+):
+    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion: a Sweep, on every
+    rank. networks: scorer, identity, perceptual."""
+    count = min(n, len(source.names)) if n else len(source.names)
+    kept = {"scores": [], "identity": [], "perceptual": []}
+    for i in tqdm(
+        shard(count, dist.rank, dist.world_size), desc=name, unit="face", disable=None if dist.is_main else True
+    ):
+        frames = edit_face(generator, face_at(source, i), [boundary], distances * boundary.std, layers=layers)
+        found = evaluate(frames, *networks)
+        for what, values in kept.items():
+            measured = getattr(found, what)
+            if measured is not None:
+                values.append(measured[1:])  # without the inversion, with which all are compared
+    shares = gather_list(kept)  # contiguous: the order of the faces
+    stacked = {what: sum((share[what] for share in shares), []) for what in kept}
+    stacked = {what: np.stack(values) if values else None for what, values in stacked.items()}
+    column, kinds = networks[0].column(boundary.attribute), [a.kind for a in networks[0].attributes]
+    return Sweep(name, source.names[:count], distances, **stacked, column=column, kinds=kinds)
+
+
+def face_rows(sweep: Sweep) -> list[dict]:
+    """Rows of faces.csv."""
+    return [
+        {
+            "name": sweep.name,
+            "face": face,
+            "origin": round(float(values[sweep.origin]), 4),
+            "first": round(float(values[0]), 4),
+            "last": round(float(values[-1]), 4),
+            "rise": round(float(spearman), 4),
+            "crossed": int(cross),
+        }
+        for face, values, spearman, cross in zip(sweep.faces, sweep.attribute, rise(sweep), crossed(sweep), strict=True)
+    ]
 
 
 def format_rows(rows: list[dict]) -> str:
@@ -227,18 +212,19 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window system, no global state
     from matplotlib.figure import Figure
 
-    panels = [
-        ("distance", "change", "distance (standard deviations)", f"change of {attribute} ({unit})"),
-        ("distance", "others", "distance (standard deviations)", "change of other attributes"),
-        ("distance", "identity", "distance (standard deviations)", "identity similarity"),
-        ("change", "identity", f"change of {attribute} ({unit})", "identity similarity"),
-    ]
+    labels = {
+        "distance": "distance (standard deviations)",
+        "change": f"change of {attribute} ({unit})",
+        "others": "change of other attributes",
+        "identity": "identity similarity",
+    }
+    panels = [("distance", "change"), ("distance", "others"), ("distance", "identity"), ("change", "identity")]
     panels = [panel for panel in panels if all(c[panel[1]] is not None for c in all_curves.values())]
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
-    for axes, (x, y, x_label, y_label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (x, y) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name, values in all_curves.items():
             axes.plot(values[x], values[y], marker="o", markersize=3, linewidth=1.4, label=name)
-        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.set(xlabel=labels[x], ylabel=labels[y])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     FigureCanvasAgg(figure)
@@ -250,110 +236,100 @@ def draw(path, attribute: str, unit: str, all_curves: dict[str, dict]) -> None:
 # Command line
 
 
-def main(args) -> int:
-    ckpts, boundaries, names = read_rows(args)
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
-        measure(args, ckpts, boundaries, names, dist)
-    finally:
-        shutdown()
-    return 0
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--ckpt", required=True, nargs="+", help="generator of each row (one for all rows will do)")
+    parser.add_argument("--latent", required=True, nargs="+", help="inverted faces of each row: folders of latents")
+    parser.add_argument("--boundary", required=True, nargs="+", help="boundary of each row, all of one attribute")
+    parser.add_argument("--names", nargs="+", help="names of the rows (default: the spaces of the latents)")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder of the results")
+    parser.add_argument("--scorer", default="face-scorer-eval", help="evaluates the edits; not that of the boundary")
+    parser.add_argument("--reach", type=positive, default=4, help="end of the sweep to both sides, standard deviations")
+    parser.add_argument("--steps", type=int, default=17, help="distances, an odd number: the middle is the inversion")
+    parser.add_argument("--at", type=float, help="change at which rows are compared (default: 15 years, 0.5)")
+    parser.add_argument("--layers", default="", help="layers that move, such as 0-7 (default: all)")
+    parser.add_argument("--faces", type=int, default=0, help="only the first so many faces; 0: all")
+    parser.add_argument("--identity", choices=("auto", "none", *WEIGHTS), default="auto", help="identity network")
+    parser.add_argument("--perceptual", default="auto-up64", help="perceptual distance: auto-up64, vgg ... or none")
+    parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
+    add_device_flags(parser)
+    return parser
 
 
-def measure(args, ckpts, boundaries, names, dist: Distributed) -> None:
-    """Every row, its faces shared among the ranks; rank 0 writes."""
+def one_each(values: list | None, flag: str, n: int) -> list:
+    """A value per row: one serves all. Raises UsageError."""
+    if values and len(values) not in (1, n):
+        raise UsageError(f"--{flag} has {len(values)} entries for {n} of --latent")
+    return values * n if values and len(values) == 1 else values or [None] * n
+
+
+def main(args) -> None:
+    n = len(args.latent)
+    if args.steps < 3 or args.steps % 2 == 0:
+        raise UsageError(f"--steps {args.steps}: expected an odd number from 3 on")
+    if args.names and len(args.names) != n:
+        raise UsageError(f"--names has {len(args.names)} entries for {n} of --latent")
+    ckpts, paths = one_each(args.ckpt, "ckpt", n), one_each(args.boundary, "boundary", n)
     distances = np.linspace(-args.reach, args.reach, args.steps)
     distances[args.steps // 2] = 0  # the inversion itself, whatever was rounded
-    judges = Judges(
-        load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir),
-        identity_or_none(args.identity, dist.device, args.weights_dir),
-        perceptual_or_none(args.perceptual, dist.device, args.weights_dir),
-    )
-    attribute, column, kinds = None, None, [a.kind for a in judges.scorer.attributes]
-    sweeps, facts = [], []
-    for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, boundaries, strict=True)):
-        generator = load_generator(ckpt, dist.device)
-        boundary = load_boundary(path, fingerprint=generator.fingerprint)
-        if attribute not in (None, boundary.attribute):
-            raise UserError(f"{path} is a boundary of {boundary.attribute}, {boundaries[0]} of {attribute}")
-        attribute, column = boundary.attribute, judges.scorer.column(boundary.attribute)
-        source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
-        layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
-        name = names[k] if names else (source.about["space"] or generator.config.space).upper()
-        sweep = sweep_faces(
-            name, generator, source, boundary, judges, distances, layers=layers, n=args.faces, dist=dist
+    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
+    try:
+        networks = (
+            load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir),
+            identity_or_none(args.identity, dist.device, args.weights_dir),
+            perceptual_or_none(args.perceptual, dist.device, args.weights_dir),
         )
-        if sweeps and sweep.faces != sweeps[0].faces:
-            raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
-        sweeps.append(sweep)
-        facts.append(
-            {
-                "ckpt": str(ckpt),
-                "latent": str(latent),
-                "boundary": str(path),
-                "fit": boundary.fit,
-                "n_samples": boundary.n_samples,
-                "fingerprint": generator.fingerprint,
-            }
-        )
-    if not dist.is_main:
-        return
-    amount = args.at or DEFAULT_AT.get(kinds[column], float(np.std(sweeps[0].scores[:, sweeps[0].origin, column])))
-    rows = summarise(sweeps, column, kinds, amount)
-    write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, facts)
-
-
-def read_rows(args):
-    """(ckpts, boundaries, names or None), as many as latents. Raises UsageError."""
-    n = len(args.latent)
-    if args.steps < 3 or args.steps % 2 == 0 or args.reach <= 0:
-        raise UsageError(f"--steps {args.steps} --reach {args.reach:g}: expected an odd number from 3 on, and above 0")
-    for flag in ("ckpt", "boundary", "names"):
-        given = getattr(args, flag)
-        if given and len(given) not in ((1, n) if flag != "names" else (n,)):
-            raise UsageError(f"--{flag} has {len(given)} entries for {n} of --latent")
-    ckpts, boundaries = (given * n if len(given) == 1 else given for given in (args.ckpt, args.boundary))
-    return ckpts, boundaries, args.names
-
-
-def write_results(args, attribute, judges, rows, sweeps, column, kinds, amount, facts) -> None:
-    unit = judges.scorer.units[attribute]
-    all_curves = {sweep.name: curves(sweep, column, kinds) for sweep in sweeps}
-    about = {
-        "attribute": attribute,
-        "unit": unit,
-        "at": amount,
-        "scorer": args.scorer,
-        "identity": getattr(judges.identity, "name", None),
-        "perceptual": getattr(judges.perceptual, "name", None),
-    }
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(args.output_dir / "editing.json", {**about, "rows": rows, "inputs": facts, "curves": all_curves})
-    write_table(args.output_dir / "table.csv", rows)
-    per_face = []
-    for sweep in sweeps:
-        for face, scores, spearman, cross in zip(
-            sweep.faces, sweep.scores[:, :, column], rise(sweep, column), crossed(sweep, column), strict=True
-        ):
-            per_face.append(
-                {
-                    "name": sweep.name,
-                    "face": face,
-                    "origin": round(float(scores[sweep.origin]), 4),
-                    "first": round(float(scores[0]), 4),
-                    "last": round(float(scores[-1]), 4),
-                    "rise": round(float(spearman), 4),
-                    "crossed": int(cross),
-                }
+        sweeps, inputs, attribute = [], [], None
+        for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, paths, strict=True)):
+            generator = load_generator(ckpt, dist.device)
+            boundary = load_boundary(path, fingerprint=generator.fingerprint)
+            if not boundary.std:
+                boundary = boundary.measured_on(Samples(generator, range(N_MEASURED)))
+            if attribute not in (None, boundary.attribute):
+                raise UserError(f"{path} is a boundary of {boundary.attribute}, {paths[0]} of {attribute}")
+            attribute = boundary.attribute
+            source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
+            layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
+            name = args.names[k] if args.names else (source.about["space"] or generator.config.space).upper()
+            sweep = sweep_faces(
+                name, generator, source, boundary, networks, distances, layers=layers, n=args.faces, dist=dist
             )
-    write_table(args.output_dir / "faces.csv", per_face)
-    draw(args.output_dir / "curves.png", attribute, unit, all_curves)
+            if sweeps and sweep.faces != sweeps[0].faces:
+                raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
+            sweeps.append(sweep)
+            files = {"ckpt": str(ckpt), "latent": str(latent), "boundary": str(path)}
+            inputs.append(
+                files | {"fit": boundary.fit, "n_samples": boundary.n_samples, "fingerprint": generator.fingerprint}
+            )
+        if dist.is_main:
+            default = DEFAULT_AT.get(sweeps[0].kinds[sweeps[0].column], sweeps[0].attribute[:, sweeps[0].origin].std())
+            info = {
+                "attribute": attribute,
+                "unit": networks[0].units[attribute],
+                "at": args.at or float(default),
+                "scorer": args.scorer,
+                "identity": getattr(networks[1], "name", None),
+                "perceptual": getattr(networks[2], "name", None),
+            }
+            write_results(args.output_dir, sweeps, inputs, info)
+    finally:
+        shutdown()
+
+
+def write_results(folder: Path, sweeps: list[Sweep], inputs: list[dict], info: dict) -> None:
+    """Files of the folder, and the table on stdout; its last line is JSON."""
+    rows = summarise(sweeps, info["at"])
+    all_curves = {sweep.name: curves(sweep) for sweep in sweeps}
+    write_json(folder / "editing.json", {**info, "rows": rows, "inputs": inputs, "curves": all_curves})
+    write_table(folder / "table.csv", rows)
+    write_table(folder / "faces.csv", [row for sweep in sweeps for row in face_rows(sweep)])
+    draw(folder / "curves.png", info["attribute"], info["unit"], all_curves)
     print(format_rows(rows))
     print(
-        f"{attribute} ({unit}), compared where it has changed by {amount:g}; judged by {args.scorer}, identity: "
-        f"{about['identity']}, perceptual: {about['perceptual']}; {args.output_dir}"
+        f"{info['attribute']} ({info['unit']}), compared where it has changed by {info['at']:g}; evaluated by "
+        f"{info['scorer']}, identity: {info['identity']}, perceptual: {info['perceptual']}; {folder}"
     )
-    print(json.dumps({**about, "rows": rows}))
+    print(json.dumps({**info, "rows": rows}))
 
 
 if __name__ == "__main__":

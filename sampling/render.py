@@ -12,7 +12,6 @@ is computed at once, and pictures of different batch sizes agree up to that roun
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from common.grids import make_grid
 from common.images import IMAGE_SUFFIXES, to_uint8
 from common.latents import Latents, draw_z, load_latents
+from common.names import safe_path
 from model import Generator
 
 NOISE_MODES = ("const", "random", "none")
@@ -188,16 +188,17 @@ def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch)
     return Source(names, codes, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), about)
 
 
-def latents_source(generator, path, *, truncation, mean, noise, noise_seed) -> Source:
+def latents_source(generator, path, *, truncation, mean, noise, noise_seed, accept: Sequence[str] = ()) -> Source:
     """Saved latents. Noise, unless a mode is given: the maps saved with them; else as `--save_latents` recorded it;
-    else the stored maps. Raises ValueError for latents of another generator, space, shape or size."""
+    else the stored maps. accept: fingerprints of generators whose latents are those of this one as well. Raises
+    ValueError for latents of another generator, space, shape or size."""
     config = generator.config
     spaces = ("w", "w+") if config.w_space else ("w++",)
     saved = load_latents(
         path,
         expect_space=spaces,
         expect_shape=(config.n_tokens, config.style_dim),
-        expect_fingerprint=generator.fingerprint,
+        expect_fingerprint=(generator.fingerprint, *accept),
     )
     if not len(saved):
         raise ValueError(f"{path} holds no latents")
@@ -212,7 +213,13 @@ def latents_source(generator, path, *, truncation, mean, noise, noise_seed) -> S
     def codes(positions):
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
 
-    return Source(file_names(saved.names), codes, maps, {"space": saved.space}, saved_condition(saved, generator))
+    return Source(
+        file_names(saved.names),
+        codes,
+        maps,
+        {"space": saved.space, "fingerprint": saved.fingerprint},
+        saved_condition(saved, generator),
+    )
 
 
 def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:
@@ -237,10 +244,7 @@ def file_names(names: Sequence[str]) -> list[str]:
     The suffix of an image goes; where that makes two names equal ('a.jpg', 'a.png') it stays, then a number is added.
     Letters of either case count as equal, as they do on Windows and macOS.
     """
-    whole = [
-        "/".join(part.replace(":", "_") for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")) or "image"
-        for name in names
-    ]
+    whole = [safe_path(name, "image") for name in names]
     short = [str(Path(name).with_suffix("")) if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in whole]
     counts: dict[str, int] = {}
     for name in short:

@@ -1,4 +1,4 @@
-"""common/latents.py: pictures that depend on their seed alone; files that are refused when they are of another kind."""
+"""common/latents.py: images that depend on their seed alone; files that are refused when they are of another kind."""
 
 import errno
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
+from common import files
 from common.latents import draw_z, load_latents, n_tokens, parse_seeds, save_latents
 
 
@@ -159,7 +159,7 @@ def test_full_disk_leaves_the_previous_save(tmp_path, monkeypatch, failing_write
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    monkeypatch.setattr(checkpoint, "open", lambda *args: FullDisk(open(*args)), raising=False)
+    monkeypatch.setattr(files, "open", lambda *args: FullDisk(open(*args)), raising=False)
     with pytest.raises(OSError, match="] could not be written: No space left"):
         save(folder, before + 1, names=["x", "y", "z"], noise=[np.ones((3, 1, 4, 4))])
     monkeypatch.undo()
@@ -182,9 +182,32 @@ def test_bare_upstream_file(tmp_path):
 def test_bare_two_dimensional_file(tmp_path):
     path = tmp_path / "w.npy"
     np.save(path, np.ones((2, 512), np.float32))
-    assert load_latents(path, expect_shape=(8, 512)).latents.shape == (2, 8, 512)
+    for space in (None, "w", ("w", "w+")):
+        read = load_latents(path, expect_space=space, expect_shape=(8, 512))
+        assert read.latents.shape == (2, 8, 512) and read.space == "w"
     with pytest.raises(ValueError, match=r"shape \[2, 512\]; expected \[N, L, D\]"):
         load_latents(path)
+    with pytest.raises(ValueError, match=r"latents of space w; expected w\+\+"):
+        load_latents(path, expect_space=("w++",), expect_shape=(8, 512))
+    np.save(path, np.ones((3, 1, 512), np.float32))
+    assert load_latents(path, expect_space=("w", "w+"), expect_shape=(8, 512)).latents.shape == (3, 8, 512)
+
+
+def test_one_face_saved_alone(tmp_path):
+    """[L, 512] is one face to a W++ or W+ generator, L vectors where W alone is expected, and else not guessed at."""
+    path, face = tmp_path / "face.npy", some_latents(1, 8, 16)
+    np.save(path, face[0].numpy())
+    for space in ("w++", ("w++",), "w+"):
+        read = load_latents(path, expect_space=space, expect_shape=(8, 16))
+        assert torch.equal(read.latents, face) and read.names == ["00000"]
+    assert load_latents(path, expect_space="w", expect_shape=(8, 16)).latents.shape == (8, 8, 16)
+    for space in (("w", "w+"), None):
+        with pytest.raises(
+            ValueError, match=r"may be one face in W\+ or 8 faces in W: save the former as \[1, 8, 16\]"
+        ):
+            load_latents(path, expect_space=space, expect_shape=(8, 16))
+    with pytest.raises(ValueError, match=r"shape \[8, 16\]; expected \[N, 10, 32\], or \[10, 32\] of one face"):
+        load_latents(path, expect_space="w++", expect_shape=(10, 32))
 
 
 def rosinality_projection(latents, noise=(4, 8, 8)):
@@ -299,12 +322,36 @@ def test_unreadable_files(tmp_path):
         load_latents(path)
 
 
+def test_noise_is_finite(tmp_path):
+    save(tmp_path / "a", noise=[np.full((3, 1, 4, 4), np.nan)])
+    with pytest.raises(ValueError, match=r"noise\.npz has values that are not finite"):
+        load_latents(tmp_path / "a")
+    saved = rosinality_projection(some_latents(1))
+    saved["faces/people/ü 0.jpg"]["noise"][1][0, 0, 0, 0] = torch.inf
+    torch.save(saved, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: noise maps with values that are not finite"):
+        load_latents(tmp_path / "a.pt", expect_shape=(8, 16))
+    (tmp_path / "a" / "noise.npz").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(ValueError, match=r"noise\.npz is truncated, damaged"):
+        load_latents(tmp_path / "a")
+
+
 def test_description_of_another_file(tmp_path):
     save(tmp_path)
     np.save(tmp_path / "latents.npy", some_latents(2).numpy())
     with pytest.raises(ValueError, match=r"shape \[2, 8, 16\], but latents\.json describes \[3, 8, 16\]"):
         load_latents(tmp_path)
-    for text in ('{"names": [', "[]", json.dumps({"names": []})):
+    save(tmp_path)
+    good = json.loads((tmp_path / "latents.json").read_text(encoding="utf-8"))
+    wrong = (
+        {"names": []},
+        {"names": [1, 2, 3]},
+        {"size": "32"},
+        {"shape": None},
+        {"losses": []},
+        {"extra": {"condition": 3}},
+    )
+    for text in ('{"names": [', "[]", "[" * 100_000, *(json.dumps(good | change) for change in wrong)):
         (tmp_path / "latents.json").write_text(text)
-        with pytest.raises(ValueError, match=r"latents\.json is damaged"):
+        with pytest.raises(ValueError, match=r"latents\.json"):
             load_latents(tmp_path)

@@ -10,8 +10,8 @@ from photos import CGAN, CKPT, ENCODER, POINTS, SIZE, ColourScorer, demo_generat
 from common.images import save_image
 from demo_app.expression import load_conditional
 from demo_app.session import invert, load_tools, take_photo
-from editing.boundary import fit_boundary
-from editing.samples import SampledCodes
+from editing.fit import fit_boundary
+from editing.samples import Samples
 from perceptual.lpips import build_perceptual, perceptual_or_none
 from pSp.psp import load_psp
 from sampling.render import noise_maps, render
@@ -22,7 +22,7 @@ def boundary_folder(tmp_path_factory):
     """Boundaries of brightness and redness for the bundled generator, one of another generator, and another file."""
     folder = tmp_path_factory.mktemp("boundaries ü")
     generator = demo_generator()
-    codes = SampledCodes(generator, range(60))
+    codes = Samples(generator, range(60))
     pictures = np.stack(
         list(
             render(
@@ -33,7 +33,14 @@ def boundary_folder(tmp_path_factory):
     scores = ColourScorer()(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
     for column, name in ((1, "smile"), (0, "age")):
         boundary = fit_boundary(
-            codes, scores[:, column], ratio=0.3, fit="svm", attribute=name, size=SIZE, fingerprint=generator.fingerprint
+            codes,
+            scores[:, column],
+            ratio=0.3,
+            fit="svm",
+            attribute=name,
+            space="w++",
+            size=SIZE,
+            fingerprint=generator.fingerprint,
         )
         boundary.save(folder / f"{name}.npz")
     replace(boundary, fingerprint="0" * 16, attribute="hat").save(folder / "other.npz")

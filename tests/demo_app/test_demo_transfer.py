@@ -50,7 +50,7 @@ def smiling(tools, tmp_path_factory):
 
 def test_its_own_expression_changes_nothing(tools, face, inverted):
     cast = cast_expression(tools.conditional, face, inverted, face, 4)
-    assert np.allclose(cast.condition, inverted.own, atol=1e-6)
+    assert np.allclose(cast.condition, inverted.condition, atol=1e-6)
     assert np.abs(cast.view.edited.astype(int) - cast.view.inversion).max() <= 1
     other = cast_expression(tools.conditional, face, inverted, draw_face(tools, SERIOUS), 4)
     assert np.abs(other.view.edited.astype(int) - other.view.inversion).mean() > 1
@@ -62,7 +62,7 @@ def test_a_smile_is_cast(tools, smiling):
     inverted = invert(tools, face, 60).result
     cast = cast_expression(tools.conditional, face, inverted, smiling[1], 60)
     conditional = tools.conditional.tools
-    (start,) = render(conditional.generator, conditional.mean, noise=inverted.noise, condition=inverted.own[None])
+    (start,) = render(conditional.generator, conditional.mean, noise=inverted.noise, condition=inverted.condition[None])
     before, after = (np.square(picture - np.asarray(face.crop, int)).mean() for picture in (start, cast.view.inversion))
     assert after < 0.3 * before, "the inversion has come closer to the face"
     rows = read_out(replace(tools, scorer=tools.conditional.reader.scorer), face, cast.view)

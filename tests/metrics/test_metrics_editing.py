@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.latents import save_latents
 from editing.boundary import Boundary
-from editing.evaluate import Judges, judge
-from metrics.editing import Sweep, at_position, crossed, others_change, position_of_change, rise, summarise
+from editing.evaluate import evaluate
+from metrics.editing import Sweep, at_position, crossed, position_of_change, rise, summarise
 from model import Generator, GeneratorConfig, load_generator
 from sampling.render import CONDITION, render
 from scorer.interface import AttributeScorer, require_images
@@ -45,11 +46,11 @@ class MeanColour(torch.nn.Module):
 
 
 def sweep_of(ages, smiles, identity=None, name="a"):
-    """Sweep over -2 .. 2 from lists [N][5]."""
+    """Sweep of age over -2 .. 2 from lists [N][5]."""
     scores = np.stack([np.array(ages, float), np.array(smiles, float)], 2)
     faces = [f"{i}.png" for i in range(len(scores))]
     identity = None if identity is None else np.array(identity, float)
-    return Sweep(name, faces, np.linspace(-2, 2, 5), scores, identity, None)
+    return Sweep(name, faces, np.linspace(-2, 2, 5), scores, identity, None, 0, KINDS)
 
 
 def test_measures_by_hand():
@@ -59,17 +60,17 @@ def test_measures_by_hand():
         [[0.6, 0.8, 1, 0.9, 0.7], [0.5, 0.9, 1, 0.9, 0.8]],
     )
     assert sweep.origin == 2
-    assert rise(sweep, 0) == pytest.approx([1.0, -0.4])
-    assert crossed(sweep, 1).tolist() == [True, False]
-    others = others_change(sweep, 1, KINDS)  # of age, in years / 100
-    assert others[0] == pytest.approx([0.1, 0.05, 0, 0.1, 0.2])
-    assert others_change(sweep, 0, KINDS)[1] == pytest.approx([0.1, 0.1, 0, 0.1, 0.3])
+    smiles = replace(sweep, column=1)
+    assert rise(sweep) == pytest.approx([1.0, -0.4])
+    assert crossed(smiles).tolist() == [True, False]
+    assert smiles.others[0] == pytest.approx([0.1, 0.05, 0, 0.1, 0.2]), "age, in years / 100"
+    assert sweep.others[1] == pytest.approx([0.1, 0.1, 0, 0.1, 0.3])
     # 15 years: the first face half-way between +1 (10 years) and +2 (20); the second never changes by more than 5
-    positions = position_of_change(sweep, 0, 15)
+    positions = position_of_change(sweep, 15)
     assert positions[0] == pytest.approx(3.5) and np.isnan(positions[1])
     assert at_position(sweep.identity[:1], positions[:1]) == pytest.approx([0.8])
     # towards the lower end when the attribute changes more on that side
-    assert position_of_change(sweep_of([[0, 20, 30, 32, 33]], [[0.5] * 5]), 0, 20)[0] == pytest.approx(0.5)
+    assert position_of_change(sweep_of([[0, 20, 30, 32, 33]], [[0.5] * 5]), 20)[0] == pytest.approx(0.5)
 
 
 def test_rows_are_compared_on_the_faces_that_all_of_them_reach():
@@ -80,7 +81,7 @@ def test_rows_are_compared_on_the_faces_that_all_of_them_reach():
         [[0.1] * 5, [0.2, 0.6, 1, 0.6, 0.2]],
         "weak",
     )
-    first, second = summarise([strong, weak], 0, KINDS, 15)
+    first, second = summarise([strong, weak], 15)
     assert (first["reached"], second["reached"], first["compared"], second["compared"]) == (1.0, 0.5, 1, 1)
     assert first["change"] == 40 and second["change"] == pytest.approx((8 + 60) / 2)
     assert first["identity"] == pytest.approx(0.7) and second["identity"] == pytest.approx(0.6)
@@ -90,10 +91,10 @@ def test_rows_are_compared_on_the_faces_that_all_of_them_reach():
     assert "crossed" not in text and "0.700" in text and "strong" in text
 
 
-def test_judgement_compares_with_the_first_frame():
+def test_evaluation_compares_with_the_first_frame():
     frames = np.zeros((20, 16, 16, 3), np.uint8)
     frames[1:, ..., 0] = 255
-    found = judge(Judges(ColourScorer(), MeanColour()), frames)
+    found = evaluate(frames, ColourScorer(), MeanColour())
     assert found.scores.shape == (20, 2) and found.perceptual is None
     assert found.scores[0] == pytest.approx([10, 0.5]) and found.scores[1, 1] > 0.99
     assert found.identity[0] == pytest.approx(1) and np.all(found.identity[1:] < 0.9)
@@ -196,7 +197,7 @@ def test_misuse(inputs, tmp_path, capsys):
     assert "different faces" in capsys.readouterr().err
 
 
-def test_faces_of_a_conditional_generator_are_judged_under_their_attributes(inputs, tmp_path):
+def test_faces_of_a_conditional_generator_are_scored_under_their_attributes(inputs, tmp_path):
     torch.manual_seed(4)
     config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2)
     ckpt, folder, path = tmp_path / "cgan.pt", tmp_path / "own", tmp_path / "age.npz"
@@ -218,7 +219,7 @@ def test_faces_of_a_conditional_generator_are_judged_under_their_attributes(inpu
     with open(tmp_path / "out" / "faces.csv", encoding="utf-8-sig", newline="") as file:
         found = [float(row["origin"]) for row in csv.DictReader(file)]
     pictures = list(render(generator, codes, condition=own))
-    assert found == pytest.approx(judge(Judges(ColourScorer()), pictures).scores[:, 0], abs=0.1)
+    assert found == pytest.approx(evaluate(pictures, ColourScorer()).scores[:, 0], abs=0.1)
 
 
 def test_two_processes_share_the_faces(inputs, tmp_path, root):
@@ -229,10 +230,10 @@ def test_two_processes_share_the_faces(inputs, tmp_path, root):
         import os, sys, test_metrics_editing as t
         from common.distributed import setup, shutdown
         dist = setup("cpu", timeout=240)
-        t.editing.setup, t.editing.shutdown = lambda device: dist, lambda: None  # one process group for both commands
+        t.editing.setup, t.editing.shutdown = lambda *args, **kwargs: dist, lambda: None  # one group for both
         t.editing.load_scorer = lambda *args, **kwargs: t.ColourScorer()
-        swept, original = [], t.editing.edit_codes
-        t.editing.edit_codes = lambda *args, **kwargs: swept.append(1) or original(*args, **kwargs)
+        swept, original = [], t.editing.edit_face
+        t.editing.edit_face = lambda *args, **kwargs: swept.append(1) or original(*args, **kwargs)
         for n in "01":
             assert t.command(t.read_inputs(sys.argv[1]), f"{sys.argv[1]}/two {n}", "--at", "0.001", "--faces", n) == 0
         open(f"{sys.argv[1]}/swept {os.environ['RANK']}", "w").write(str(len(swept)))
@@ -240,7 +241,7 @@ def test_two_processes_share_the_faces(inputs, tmp_path, root):
         encoding="utf-8",
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    path = os.pathsep.join((str(root), str(root / "tests")))
+    path = os.pathsep.join((str(root), str(root / "tests" / "metrics")))
     done = subprocess.run(
         [*launch, str(tmp_path)],
         capture_output=True,

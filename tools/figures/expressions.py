@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from editing.edit import InvertedFace
 from editing.evaluate import score_frames
-from editing.transfer import Face, Target, condition_path, render_path
+from editing.transfer import Target, condition_path, render_path
 from sampling.render import select_noise
 from tools.figures.lab import Lab, draw
 from tools.figures.sheet import draw_sheet, readings
@@ -15,12 +16,12 @@ ABSENT = "no conditional generator: name one with --cgan"
 CANDIDATES = 60  # drawn faces among which the references are found: those that smile most and least
 
 
-def conditional_faces(lab: Lab) -> list[Face]:
+def conditional_faces(lab: Lab) -> list[InvertedFace]:
     """The faces, inverted under their own attributes."""
     found = lab.inversion("conditional")
     own = lab.attributes()  # [N, d]
     return [
-        Face(name, found.codes[i], select_noise(found.noise, [i]), own[i], own[i], lab.pictures[i])
+        InvertedFace(name, found.codes[i], select_noise(found.noise, [i]), own[i], own[i], lab.pictures[i])
         for i, name in enumerate(lab.names)
     ]
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from common.grids import similarity_figure
 from demo_app.session import Tools, draw_face
-from editing.boundary import Boundary, fit_boundary
+from editing.boundary import Boundary
 from editing.edit import edit_codes, render_codes
-from editing.samples import SampledCodes, score_samples
+from editing.fit import fit_boundary
+from editing.samples import Samples, score_samples
 from inversion.sheets import DIFFERENCE_GAIN, difference_map
 from perceptual.image_metrics import measure
 from sampling.render import mix, render, seeded_z, select_noise
@@ -96,17 +97,13 @@ def age_boundary(lab: Lab, tools: Tools) -> Boundary:
     if "age" not in tools.boundaries:
         generator, seeds = tools.generator, range(TWIN_SAMPLES)
         with tempfile.TemporaryDirectory() as folder:
-            scores = score_samples(generator, lab.scorer, len(seeds), folder=folder, noise="none")
+            samples = Samples(generator, seeds, noise="none")
+            scores = score_samples(samples, lab.scorer, folder=folder)
         column = scores[:, lab.scorer.column("age")]
         tools.boundaries["age"] = (
             tools.ckpt,
             fit_boundary(
-                SampledCodes(generator, seeds),
-                column,
-                fit="ridge",
-                space=generator.config.space,
-                attribute="age",
-                fingerprint=generator.fingerprint,
+                samples, column, space=generator.config.space, attribute="age", fingerprint=generator.fingerprint
             ),
         )
     return tools.boundaries["age"][1]

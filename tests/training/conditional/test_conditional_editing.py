@@ -20,7 +20,7 @@ from common.cli import run
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
 from editing.attributes import AttributeReader, Condition
-from editing.transfer import Face
+from editing.edit import InvertedFace
 from model import GeneratorConfig, load_generator
 from training.transfer import add_condition_columns
 
@@ -56,7 +56,7 @@ def faces(face_folder, tmp_path):
 @pytest.fixture
 def edit(cgan, unconditional, monkeypatch, capfd):
     """edit_conditional.py's command line: (status, stdout, error line)."""
-    for module in (edit_conditional, editing.conditional):
+    for module in (edit_conditional, editing.attributes):
         monkeypatch.setattr(module, "load_scorer", training.conditional.load_scorer)
 
     def edit(*flags, ckpt=cgan):
@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, m
     whole = edit_conditional.Editor.edit
 
     def watched(*args):
-        held.append(sum(type(thing) is Face for thing in gc.get_objects()))
+        held.append(sum(type(thing) is InvertedFace for thing in gc.get_objects()))
         kept.append(len(pickle.dumps(result := whole(*args))))
         return result
 

@@ -1,0 +1,190 @@
+"""Fits of a boundary to scored samples: the published SVM, and ridge regression given the other attributes.
+
+InterFaceGAN (Shen et al. 2020, arXiv 2005.09635, section 3.1) separates the highest and the lowest scores by a linear
+SVM. Ridge regression of the score uses every sample, through sums, so that no latents are kept. The scores of other
+attributes can take part in the regression: the direction is then that of the attribute with the others held fixed,
+where the plain one takes along what goes together in the data (older faces wear glasses).
+
+    boundary = fit_boundary(latents, table[:, 0], others=table[:, 1:], attribute="age", space="w++")
+    boundary.save("age.npz")
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from editing.boundary import Boundary, BoundaryError, project_all
+
+FITS = ("ridge", "svm", "svc")
+SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)
+RIDGE = 1.0  # strength of the penalty, in units of the mean variance of a latent's coordinates times the samples
+BLOCK = 512  # rows in memory at a time
+
+
+# -- extremes ------------------------------------------------------------------------------------------------------
+
+
+def pick_extremes(scores, ratio: float, *, others=None, n_bins: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the `ratio` lowest and highest of scores [N], each sorted by score: (low, high).
+
+    others: [N, K] scores of attributes to balance: both ends get the same number of samples from every cell of their
+    joint quantiles (`n_bins` each), so that what the two ends differ in is this attribute alone. Raises BoundaryError
+    when fewer than two samples per end remain.
+    """
+    scores = np.asarray(scores, np.float64)
+    if not 0 < ratio <= 0.5:
+        raise BoundaryError(f"--ratio {ratio}: expected above 0, at most 0.5")
+    n, count = len(scores), int(len(scores) * ratio)
+    order = np.argsort(scores, kind="stable")
+    if others is None:
+        low, high = order[:count], order[n - count :]
+    else:
+        cell = np.zeros(n, np.int64)
+        for column in np.asarray(others, np.float64).T:
+            cell = cell * n_bins + np.searchsorted(np.quantile(column, np.arange(1, n_bins) / n_bins), column)
+        rank = np.argsort(order)
+        chosen = np.zeros(n, np.int64)  # -1 low, 1 high
+        for value in np.unique(cell):
+            members = order[cell[order] == value]
+            share = min(max(1, round(count * len(members) / n)), len(members) // 2)
+            chosen[members[:share]], chosen[members[len(members) - share :]] = -1, 1
+        low = order[(chosen[order] < 0) & (rank[order] < n // 2)]
+        high = order[(chosen[order] > 0) & (rank[order] >= n // 2)]
+    if min(len(low), len(high)) < 2:
+        raise BoundaryError(
+            f"{n} samples at --ratio {ratio:g} leave {len(low)} and {len(high)} extremes; at least 2 and 2 are needed"
+        )
+    if scores[low[-1]] >= scores[high[0]]:
+        raise BoundaryError(f"the scores do not tell the extremes apart: both ends reach {scores[high[0]]:g}")
+    return low, high
+
+
+# -- fits ----------------------------------------------------------------------------------------------------------
+
+
+def fit_svm(latents, side, *, C: float = 1.0, kernel: bool = False) -> tuple[np.ndarray, float]:
+    """Unit normal [D] (float64) and intercept of the hyperplane between latents [N, D] of side 0 and side 1.
+
+    kernel: scikit-learn's SVC, as published; else liblinear, which solves the same problem much faster.
+    """
+    from sklearn import svm  # a second to import
+
+    if kernel:
+        machine = svm.SVC(kernel="linear", C=C)
+    else:
+        machine = svm.LinearSVC(C=C, dual=True, loss="hinge", max_iter=20_000, random_state=0)
+    machine.fit(latents, side)
+    return _unit(machine.coef_[0], machine.intercept_[0], "the latents of the two ends do not differ")
+
+
+def fit_ridge(latents, scores, *, others=None, rows=None, penalty: float = RIDGE) -> tuple[np.ndarray, float]:
+    """Unit normal [D] (float64) and intercept of the ridge regression of scores [N] on latents [N, D].
+
+    others: [N, K], scores that are held fixed: they are regressors beside the latent, without penalty, so that the
+    normal is the part of the score that they do not explain (Frisch and Waugh 1933). rows: those that are used (default
+    all), read BLOCK at a time; memory is [D, D] in float64 (411 MB at D = 7,168). The hyperplane goes through the mean
+    of the latents used. Raises BoundaryError for fewer than two rows, or latents or scores that do not differ.
+    """
+    from scipy import linalg
+
+    rows = np.arange(len(latents)) if rows is None else rows
+    n, width = len(rows), latents.shape[1]
+    if n < 2:
+        raise BoundaryError(f"{n} samples are too few for a regression")
+    targets = np.asarray(scores, np.float64)[:, None]
+    targets = targets if others is None else np.concatenate((targets, np.asarray(others, np.float64)), 1)
+    y = targets[rows] - targets[rows].mean(0)  # [n, 1 + K]
+    gram, sum_x, sum_xy, shift = torch.zeros(width, width, dtype=torch.float64), 0, 0, None
+    for start in range(0, n, BLOCK):
+        block = np.asarray(latents[rows[start : start + BLOCK]])
+        shift = np.mean(block, 0, dtype=np.float64) if shift is None else shift  # sums about it lose no digits
+        x = torch.from_numpy(block - shift)
+        gram.addmm_(x.t(), x)  # in place: a product of its own would double the memory
+        sum_x, sum_xy = sum_x + x.sum(0).numpy(), sum_xy + x.numpy().T @ y[start : start + BLOCK]
+    mean = torch.from_numpy(sum_x / n)
+    covariance = gram.addr_(mean, mean, alpha=-n).numpy().T  # times n; in place, symmetric
+    strength = penalty * np.trace(covariance) / width
+    if not strength > 0:
+        raise BoundaryError("the latents of the samples do not differ")
+    score, sums = y[:, 0], sum_xy[:, 0]
+    if others is not None:  # the others leave latents and scores alike
+        inverse = np.linalg.pinv(y[:, 1:].T @ y[:, 1:], hermitian=True)  # [K, K]
+        sums = sums - sum_xy[:, 1:] @ (inverse @ (y[:, 1:].T @ score))
+        covariance -= sum_xy[:, 1:] @ inverse @ sum_xy[:, 1:].T
+    covariance[np.diag_indices(width)] += strength
+    weights = linalg.solve(covariance, sums, assume_a="pos", overwrite_a=True)
+    return _unit(weights, -weights @ (shift + mean.numpy()), "the scores of the samples do not differ")
+
+
+def _unit(weights, intercept, complaint):
+    length = np.linalg.norm(weights)
+    if not length > 0:
+        raise BoundaryError(complaint)
+    return np.asarray(weights, np.float64) / length, float(intercept) / length
+
+
+# -- a boundary ----------------------------------------------------------------------------------------------------
+
+
+def fit_boundary(
+    latents,  # [N, D]: an array, or what gives rows when indexed by an array of them (editing/samples.py)
+    scores,  # [N]
+    *,
+    fit: str = "ridge",  # ridge | svm | svc (published)
+    ratio: float = 0.02,  # share of the samples at either end: svm and svc are fitted on them, ridge is validated
+    others=None,  # [N, K]: scores of attributes to hold fixed (ridge) or to balance at the two ends (svm, svc)
+    seed: int = 0,  # of the split into training and validation
+    **info,  # further fields of the Boundary: attribute, space, fingerprint, size ...
+) -> Boundary:
+    """The boundary of an attribute; the normal points to higher scores.
+
+    svm, svc: the extremes, split 70/30 into training and validation; only these rows are read into memory. ridge: all
+    samples but the validation extremes and a tenth of those between. Accuracies are reported on the training and
+    validation extremes and on the remaining samples (of ridge: those it did not see) against their median score.
+    Raises BoundaryError for too few samples, scores that are not finite, or an unknown `fit`.
+    """
+    scores = np.asarray(scores, np.float64)
+    if fit not in FITS:
+        raise BoundaryError(f"--fit {fit}: expected one of {', '.join(FITS)}")
+    if len(latents) != len(scores):
+        raise BoundaryError(f"{len(latents)} latents, but {len(scores)} scores")
+    if not np.isfinite(scores).all():
+        worst = int(np.argmin(np.isfinite(scores)))
+        raise BoundaryError(f"score {worst} of {info.get('attribute') or 'the attribute'} is not finite")
+    extremes = pick_extremes(scores, ratio, others=None if fit == "ridge" else others)
+    draw = np.random.default_rng(seed)
+    train, held = [], []
+    for end in map(draw.permutation, extremes):
+        cut = max(1, int(len(end) * SPLIT))
+        train.append(end[:cut])
+        held.append(end[cut:])
+    rest = np.setdiff1d(np.arange(len(scores)), np.concatenate(extremes))
+    if fit == "ridge":
+        rest = draw.permutation(rest)[: len(rest) // 10]
+        used = np.setdiff1d(np.arange(len(scores)), np.concatenate((rest, *held)))
+        normal, intercept = fit_ridge(latents, scores, others=others, rows=used)
+    else:
+        rows, side = np.concatenate(train), np.repeat([0, 1], [len(end) for end in train])
+        order = np.argsort(rows)  # ascending: a memory-mapped file is read once through
+        normal, intercept = fit_svm(np.asarray(latents[rows[order]]), side[order], kernel=fit == "svc")
+    along = project_all(latents, normal)
+    above, median = along + intercept > 0, np.median(scores)
+    sides = {"train": (train[0], train[1]), "validation": (held[0], held[1])}
+    sides["remaining"] = (rest[scores[rest] <= median], rest[scores[rest] > median])
+    return Boundary(
+        normal=normal[None].astype(np.float32),
+        intercept=intercept,
+        mean=float(along.mean()),
+        std=float(along.std()),
+        fit=fit,
+        ratio=float(ratio),
+        n_samples=len(scores),
+        accuracies={name: _accuracy(above, *ends) for name, ends in sides.items()},
+        **{"attribute": "", "space": None} | info,
+    )
+
+
+def _accuracy(above, low, high) -> float | None:
+    hits = np.concatenate((~above[low], above[high]))
+    return float(hits.mean()) if len(hits) else None

@@ -1,0 +1,71 @@
+"""The range of a sweep: distances along a boundary up to which samples still are faces.
+
+Realism (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 3): on features of a network, how near an image lies to
+the manifold of reference images, spanned by the spheres that reach to their k-th neighbours. Here the references are
+unedited samples, the features those of the scorer, and a face is what is at least as real as 95 % of the references
+are to each other. (The logit of the discriminator does not serve: it rises along edits that melt heads, docs/log.md.)
+
+    low, high = edit_range(samples, boundary, scorer)                                     # standard deviations
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from editing.boundary import Boundary
+from editing.evaluate import image_batches
+from editing.samples import Samples
+from scorer.interface import AttributeScorer
+
+REFERENCES, EDITED = 500, 50  # samples that span the manifold; others that are moved
+NEIGHBOUR = 3  # k, published
+PASSING, SHARE = 0.95, 0.9  # of the references, by which a face is told; of the edited samples that must be faces
+STEP, LIMIT = 0.5, 6.0  # standard deviations
+
+
+class Realism:
+    """Realism scores against reference features [N, F], N above 2 * NEIGHBOUR."""
+
+    def __init__(self, references: torch.Tensor):
+        distance = torch.cdist(references, references).fill_diagonal_(torch.inf)
+        radius = distance.kthvalue(NEIGHBOUR, 1).values  # [N]
+        keep = radius <= radius.median()  # published: half of the spheres, the smaller ones
+        self.centres, self.radius = references[keep], radius[keep]
+        self.threshold = (self.radius / distance[:, keep]).amax(1).quantile(1 - PASSING)
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, F] -> [M], at least 1 on the manifold."""
+        return (self.radius / torch.cdist(features, self.centres)).amax(1)
+
+    def are_faces(self, features: torch.Tensor) -> torch.Tensor:
+        """[M, F] -> [M] bool."""
+        return self(features) >= self.threshold
+
+
+@torch.no_grad()
+def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, float] | None:
+    """(lowest, highest) distance in standard deviations up to which at least SHARE of the moved samples are faces.
+
+    Looked for outwards from 0 in steps of STEP, to LIMIT at most. None for a scorer without features, and for fewer
+    than 20 samples.
+    """
+    if len(samples) < 20 or type(scorer).features is AttributeScorer.features:
+        return None
+    n_edited = min(EDITED, len(samples) // 4)
+    n_references = min(REFERENCES, len(samples) - n_edited)
+    rows = np.arange(n_references, n_references + n_edited)
+    config = samples.generator.config
+    normal = torch.from_numpy(boundary.normal).view(-1, config.style_dim).to(samples.generator.token.device)  # [1|L, C]
+
+    def features(rows, distance=0.0):
+        frames = list(samples.frames(rows, offset=distance * boundary.std * normal))
+        return torch.cat([scorer.features(block).cpu() for block in image_batches(frames, scorer)])
+
+    realism, ends = Realism(features(np.arange(n_references))), []
+    for sign in (-1.0, 1.0):
+        reached = 0.0
+        while reached < LIMIT and realism.are_faces(features(rows, sign * (reached + STEP))).float().mean() >= SHARE:
+            reached += STEP
+        ends.append(sign * reached)
+    return (ends[0], ends[1]) if ends[0] < ends[1] else None
