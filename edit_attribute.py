@@ -8,14 +8,16 @@ Random samples are scored, a boundary is fitted to them with the other attribute
 --orthogonal_to, and saved (OUT/boundary-ATTRIBUTE.npz) with the range in which edits still are faces; then every latent
 of --latent is moved along it. The scores are kept (--samples, default OUT/samples) and serve other attributes; a killed
 run resumes. --boundary FILE edits at once: files of this script, or bare directions (.npy, .pt) such as InterFaceGAN's.
-Per face as it is done: OUT/frames/NAME_ATTRIBUTE+3.png; a strip with what the scorer reads below (OUT/strips); its rows
-of OUT/edits.csv: every score, the identity similarity, perceptual distance and mean change of the pixels per frame.
-With one frame per face (--at, --target, --steps 1), OUT/edited/NAME.png has it under the face's own name and
-OUT/unedited/NAME.png the inversion, as align_faces.py --paste_back --unedited takes them.
+Per face as it is done: OUT/frames/NAME_ATTRIBUTE+3.png (--preset published: origin_I_edit_J_ATTRIBUTE_VALUE.png); a
+strip with what the scorer reads below (OUT/strips); its rows of OUT/edits.csv: every score, the identity similarity,
+perceptual distance and mean change of the pixels per frame. With one frame per face (--at, --target, --steps 1),
+OUT/edited/NAME.png has it under the face's own name and OUT/unedited/NAME.png the inversion, as align_faces.py
+--paste_back --unedited takes them.
 """
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
@@ -70,10 +72,8 @@ def build_parser() -> ArgumentParser:
     add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels (published)")
     add(
         "--preset",
-        choices=("recommended", "published"),
-        default="recommended",
-        help="settings where no flag is given: those in the files of generator and boundary, or the paper's, with its "
-        "file names (origin_I_edit_J_ATTRIBUTE_VALUE.png)",
+        choices=("published",),
+        help="the paper's settings and file names, whatever generator and boundary say",
     )
     add("--precision", choices=list(DTYPES), default="fp32", help="of the generator's convolutions")
     add = parser.add_argument_group("boundary").add_argument
@@ -169,75 +169,56 @@ def _check(args) -> None:
 def main(args) -> None:
     _check(args)
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
+    say = print if dist.is_main else lambda *_, **__: None
     try:
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         if args.size and args.size != generator.config.size:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
-        published = args.preset == "published"
-        filled = args.fill(PUBLISHED if published else generator.recommended.get("edit", {}))
-        if filled and dist.is_main:
-            print(f"{'paper' if published else args.ckpt}: {', '.join(f'--{k} {v}' for k, v in filled.items())}")
-        layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
+        filled = args.fill(PUBLISHED if args.preset else generator.recommended.get("edit", {}))
+        if filled and not args.preset:
+            flags = " ".join(f"--{flag} {value}" for flag, value in filled.items())
+            say(f"{args.ckpt} recommends {flags} (--preset published: the paper's settings)", file=sys.stderr)
         source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
-        scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
-
-        # Boundaries: given, or fitted to samples.
-        orthogonal_to = [read_boundary(path, generator) for path in args.orthogonal_to.split(",") if path]
-        seeds = range(args.seed, args.seed + args.num_sample)
-        samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
-        if args.boundary:
-            samples = Samples(generator, seeds[:N_MEASURED], truncation=args.truncation)
-            boundaries = [read_boundary(path, generator) for path in args.boundary]
-            boundaries = [b if b.std else b.measured_on(samples) for b in boundaries]
-            if orthogonal_to:
-                boundaries = [orthogonalise(boundary, orthogonal_to, samples) for boundary in boundaries]
-        else:
-            attribute, ratio, given, others = args.attribute or "age", args.ratio, [], None
-            if attribute.startswith("csv:"):
-                seeds, scores, attribute = labelled_seeds(attribute.removeprefix("csv:"))
-                samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
-                ratio = separable_ratio(scores)
-            else:
-                folder = args.samples or args.output_dir / "samples"
-                scorer.column(attribute)  # it knows it, before the hours of scoring
-                given = held_fixed(args.conditional_fit, attribute, scorer, args.fit)
-                table = score_samples(samples, scorer, folder=folder, batch=args.batch_size, dist=dist)
-                scores = table[:, scorer.column(attribute)]
-                others = table[:, [scorer.column(name) for name in given]] if given else None
-            boundary = None
-            if dist.is_main:
-                settings = {"fit": args.fit, "ratio": ratio, "seed": args.seed, "attribute": attribute, "given": given}
-                boundary = make_boundary(samples, scores, others, scorer, orthogonal_to, **settings)
-                path = boundary.save(args.output_dir / f"boundary-{safe_name(attribute)}.npz")
-                print(f"{path}: one standard deviation is {boundary.std:.3g}")
-            boundaries = [broadcast_object(boundary)]
-
-        # The frames of every face: distances along the boundaries, or targets.
-        shown = args.attribute if args.boundary and args.attribute else boundaries[0].attribute
-        targets = pair_targets(dict(args.target or {}), boundaries)
-        bounds = common_range(boundaries)
-        if (
-            bounds
-            and not published
-            and not args.at
-            and not targets
-            and not {"start_distance", "end_distance"} & args.given
-        ):
-            args.fill({"start_distance": bounds[0], "end_distance": bounds[1], "distance": "relative"})
-            args.unit = "std"
-            if dist.is_main:
-                print(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
-        line = (
-            np.array([args.at]) if args.at else np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
-        )
-        distances = in_latent_units(line, boundaries, args.unit, args.distance)
-        suffixes = name_frames(line, boundaries, shown, targets)
+        layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         networks = (
-            scorer,
+            load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop),
             identity_or_none(args.identity, dist.device, args.weights_dir),
             perceptual_or_none(args.perceptual, dist.device, args.weights_dir),
         )
-        table_path, rows = args.output_dir / "edits.csv", []
+        scorer, folder = networks[0], args.output_dir
+
+        # Boundaries: given, or fitted to samples.
+        free_of = [read_boundary(path, generator) for path in args.orthogonal_to.split(",") if path]
+        seeds = range(args.seed, args.seed + args.num_sample)
+        samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
+        if args.boundary:
+            boundaries = [measured(read_boundary(path, generator), free_of, samples) for path in args.boundary]
+            shown = args.attribute or boundaries[0].attribute
+        else:
+            names = {"attribute": args.attribute or "age", "conditional": args.conditional_fit, "fit": args.fit}
+            table = {"folder": args.samples or folder / "samples", "batch": args.batch_size, "dist": dist}
+            samples, scores, others, names = score_attribute(samples, scorer, **names, **table)
+            boundary, shown = None, names["attribute"]
+            if dist.is_main:
+                ratio = separable_ratio(scores) if (args.attribute or "").startswith("csv:") else args.ratio
+                names |= {"fit": args.fit, "ratio": ratio, "seed": args.seed}
+                boundary = make_boundary(samples, scores, others, scorer, free_of, **names)
+                path = boundary.save(folder / f"boundary-{safe_name(shown)}.npz")
+                print(f"{path}: one standard deviation is {boundary.std:.3g}")
+            boundaries = [broadcast_object(boundary)]
+
+        # Distances: along the boundaries for all faces, or searched for the targets of each.
+        targets, bounds = pair_targets(dict(args.target or ()), boundaries), common_range(boundaries)
+        if bounds and not (args.preset or args.at or targets or {"start_distance", "end_distance"} & args.given):
+            args.fill({"start_distance": bounds[0], "end_distance": bounds[1], "distance": "relative"})
+            args.unit = "std"
+            say(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
+        sweep = np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
+        line = np.array([args.at]) if args.at else sweep  # [K, 1 or number of boundaries]
+        distances = in_latent_units(line, boundaries, args.unit, args.distance)
+        suffixes, rows = name_frames(line, boundaries, shown, targets), []
+
+        # Frames, strip, video and rows of each face.
         for i in tqdm(shard(len(source.names), dist.rank, dist.world_size), desc="editing", unit="face", disable=None):
             face, how = face_at(source, i), "relative" if targets else args.distance
             if targets:
@@ -245,25 +226,24 @@ def main(args) -> None:
             frames = edit_face(generator, face, boundaries, distances, distance=how, layers=layers)
             found = evaluate(frames, *networks)
             captions = caption_frames(scorer, shown, found.scores, distances)
-            names = [f"{face.name}_{suffix}" for suffix in suffixes]
-            strip = f"{face.name}_{safe_name(shown)}"
-            if published:
+            names, strip = [f"{face.name}_{suffix}" for suffix in suffixes], f"{face.name}_{safe_name(shown)}"
+            if args.preset:
                 names = [f"origin_{i}_edit_{j}_{safe_name(shown)}_{text}" for j, text in enumerate(captions[1:])]
                 strip = f"origin_{i}_{safe_name(shown)}"
-            save_frames(args.output_dir, face.name, frames, [] if args.no_frames else names)
-            save_image(draw_strip(frames, captions), args.output_dir / "strips" / f"{strip}.png")
+            save_frames(folder, face.name, frames, [] if args.no_frames else names)
+            save_image(draw_strip(frames, captions), folder / "strips" / f"{strip}.png")
             if args.video != "none":
-                save_video(frames[1:], args.output_dir / "videos" / f"{strip}.{args.video}", args.fps)
+                save_video(frames[1:], folder / "videos" / f"{strip}.{args.video}", args.fps)
             new = table_rows(i, face.name, names, distances, found, scorer.names)
-            rows += new
             if dist.is_main:
-                append_table(table_path, new, start=len(rows) == len(new))
+                append_table(folder / "edits.csv", new, start=not rows)
+            rows += new
         rows = [row for share in gather_list(rows) for row in share]
         if dist.is_main:
-            write_table(table_path, rows)
-            print(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {args.output_dir}")
-            for name, value in targets.values():
-                print(describe_target(scorer, name, value, [row[name] for row in rows]))
+            write_table(folder / "edits.csv", rows)
+        say(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {folder}")
+        for name, value in targets.values():
+            say(describe_target(scorer, name, value, [row[name] for row in rows]))
     finally:
         shutdown()
 
@@ -277,33 +257,40 @@ def read_boundary(path, generator) -> Boundary:
     return load_boundary(path, space=config.space, width=width, fingerprint=generator.fingerprint)
 
 
-def held_fixed(names: str, attribute: str, scorer, fit: str) -> list[str]:
-    """Attributes of --conditional_fit. Raises ValueError for one that the scorer does not know."""
-    if names == "auto":
-        return [name for name in scorer.names if name != attribute] if fit == "ridge" else []
-    chosen = [] if names == "none" else [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
-        scorer.column(name)
-    return [name for name in chosen if name != attribute]
+def measured(boundary: Boundary, free_of, samples: Samples) -> Boundary:
+    """A given boundary with the directions `free_of` projected out, and its standard deviation over the samples."""
+    samples = Samples(samples.generator, samples.seeds[:N_MEASURED], truncation=samples.truncation)
+    boundary = boundary if boundary.std else boundary.measured_on(samples)
+    return orthogonalise(boundary, free_of, samples) if free_of else boundary
 
 
-def make_boundary(samples: Samples, scores, others, scorer, orthogonal_to, **settings) -> Boundary:
-    """Fit (settings: see `fit_boundary`), project out the boundaries `orthogonal_to`, measure the range."""
-    generator = samples.generator
-    boundary = fit_boundary(
-        samples,
-        scores,
-        others=others,
-        space=generator.config.space,
-        truncation=samples.truncation,
-        fingerprint=generator.fingerprint,
-        size=generator.config.size,
-        **settings,
-    )
+def score_attribute(samples: Samples, scorer, *, attribute: str, conditional: str, fit: str, **table):
+    """(samples, scores [n], others [n, K] or None, {attribute, given}) of an attribute of the scorer, or of labels.
+
+    conditional: the attributes to hold fixed, see --conditional_fit. table: see `score_samples`. Raises ValueError for
+    an attribute that the scorer does not know.
+    """
+    if attribute.startswith("csv:"):
+        seeds, scores, name = labelled_seeds(attribute.removeprefix("csv:"))
+        samples = Samples(samples.generator, seeds, truncation=samples.truncation, noise=samples.noise)
+        return samples, scores, None, {"attribute": name, "given": []}
+    names = {"auto": scorer.names if fit == "ridge" else (), "none": ()}.get(conditional, conditional.split(","))
+    given = [name.strip() for name in names if name.strip() != attribute]
+    columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
+    scores = score_samples(samples, scorer, **table)[:, columns]
+    return samples, scores[:, 0], scores[:, 1:] if given else None, {"attribute": attribute, "given": given}
+
+
+def make_boundary(samples: Samples, scores, others, scorer, free_of, **settings) -> Boundary:
+    """Fit (settings: see `fit_boundary`), project out the boundaries `free_of`, measure the range."""
+    config = samples.generator.config
+    info = {"space": config.space, "size": config.size, "fingerprint": samples.generator.fingerprint}
+    info["truncation"] = samples.truncation
+    boundary = fit_boundary(samples, scores, others=others, **info, **settings)
     shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
     given = f" given {', '.join(boundary.given)}" if boundary.given else ""
-    if orthogonal_to:
-        boundary, shown = orthogonalise(boundary, orthogonal_to, samples), f"{shown} before the projection"
+    if free_of:
+        boundary, shown = orthogonalise(boundary, free_of, samples), f"{shown} before the projection"
     print(f"{boundary.attribute}: {boundary.fit} on {len(samples)} samples{given}, accuracy {shown}")
     bounds = edit_range(samples, boundary, scorer)
     if bounds:

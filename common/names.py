@@ -7,7 +7,6 @@ path_inside(output_dir, alignment.source)
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
 
 LENGTH = 120  # characters; with suffix and numbers a name stays below the 255 bytes that file systems take
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # of Windows
@@ -30,15 +29,3 @@ def safe_path(text: str, fallback: str = "unnamed") -> str:
     """Like `safe_name`, of a relative path: its folders stay, upwards it does not go."""
     parts = [safe_name(part) for part in re.split(r"[/\\]", str(text)) if part.strip() not in ("", ".", "..")]
     return "/".join(parts) or fallback
-
-
-def path_inside(folder, text: str) -> Path:
-    """folder / text. Raises ValueError when that lies outside the folder or cannot be a path."""
-    kinds = PurePosixPath(text), PureWindowsPath(text)
-    if (
-        "\0" in text
-        or any(path.is_absolute() or path.drive or ".." in path.parts for path in kinds)
-        or not kinds[0].name
-    ):
-        raise ValueError(f"{text!r} is no path inside {folder}")
-    return Path(folder) / text

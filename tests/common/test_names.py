@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.names import path_inside, safe_name, safe_path
+from common.names import safe_name, safe_path
 
 HOSTILE = (
     "../evil",
@@ -36,10 +36,3 @@ def test_ordinary_names_stay():
         assert safe_name(name) == safe_path(name) == name
     assert safe_path("people/ü 1") == "people/ü 1" and safe_name("people/ü 1") == "people_ü 1"
     assert safe_path("../../a/./b") == "a/b" and safe_name("") == "unnamed"
-
-
-def test_paths_that_must_stay_are_checked(tmp_path):
-    assert path_inside(tmp_path, "photos/ü 1.jpg") == tmp_path / "photos" / "ü 1.jpg"
-    for text in ("../a.jpg", "a/../../b.jpg", "/a.jpg", "C:\\a.jpg", "..\\a.jpg", "", "a\0.jpg"):
-        with pytest.raises(ValueError, match="is no path inside"):
-            path_inside(tmp_path, text)

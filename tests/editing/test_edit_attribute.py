@@ -396,7 +396,7 @@ def test_recommended_settings_of_the_generator(ckpt, latents, scorer, tmp_path, 
     monkeypatch.setattr(edit_attribute, "load_generator", lambda *args: generator)
     for flags, steps in (((), 3), (("--steps", "2"), 2), (("--preset", "published", "--steps", "4"), 4)):
         assert command(ckpt, latents, tmp_path / "out", "--boundary", path, *flags) == 0
-        said = capsys.readouterr().out
+        said = capsys.readouterr().err
         assert len(table(tmp_path / "out")) == 3 * steps and ("--truncation 0.8" in said) == (steps < 4)
 
 
