@@ -91,7 +91,6 @@ def build_parser() -> ArgumentParser:
     )
     paste.add_argument("--alignment", type=Path, help="alignment.json that was written with the crops")
     paste.add_argument("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
-    paste.add_argument("--colour_match", action="store_true", help="bring the border's colours to those of the photo")
     paste.add_argument(
         "--detail",
         default="auto",
@@ -121,7 +120,6 @@ def main(args) -> None:
             args.output_dir,
             unedited=args.unedited,
             feather=args.feather,
-            colour_match=args.colour_match,
             detail=args.detail,
         )
         return

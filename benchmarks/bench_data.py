@@ -1,9 +1,9 @@
 """Data preparation and loading: images/s, ours beside rosinality's way.
 
-Parts: `prepare`: a folder of --photos drawn JPEG pictures of --photo_size pixels becomes an LMDB of --sizes, by
+Parts: `prepare`: a folder of --photos drawn JPEG images of --photo_size pixels becomes an LMDB of --sizes, by
 prepare_data.py --compat (a process of its own, its start counts) and by the formulation of rosinality's
 prepare_data.py, which makes the same bytes (JPEG of quality 100) with the same number of processes, but commits every
-picture of every size in a transaction of its own; `store`: the same without the resizing and encoding; `loader`:
+image of every size in a transaction of its own; `store`: the same without the resizing and encoding; `loader`:
 batches of --batch from that LMDB at the smallest size, by number of worker processes; `wait`: the share of a training
 step spent waiting for a batch, from a short training at that size (train.py's data_wait). Medians of --repeats runs.
 The last line is everything as JSON.
@@ -47,7 +47,7 @@ MAP_SIZE = 4 << 30  # bytes
 def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
-    parser.add_argument("--photos", type=int, default=3000, help="pictures")
+    parser.add_argument("--photos", type=int, default=3000, help="images")
     parser.add_argument("--photo_size", type=int, default=256, help="their side in pixels")
     parser.add_argument("--sizes", default="64,128", help="sizes in the LMDB, separated by commas")
     parser.add_argument("--n_worker", type=int, default=os.cpu_count(), help="processes that read and encode")
@@ -90,14 +90,14 @@ def main(args):
 
 
 def draw_photos(folder, n, size):
-    """Smooth coloured pictures with some grain, whose JPEGs are about as large as those of photos."""
+    """Smooth coloured images with some grain, whose JPEGs are about as large as those of photos."""
     folder.mkdir()
     draw = np.random.default_rng(0)
     for i in range(n):
         coarse = Image.fromarray(draw.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize((size, size), Image.BICUBIC)
         grain = draw.integers(-6, 7, (size, size, 1))
-        picture = np.clip(np.asarray(coarse, np.int16) + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"{i:05d}.jpg", quality=92)
+        image = np.clip(np.asarray(coarse, np.int16) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i:05d}.jpg", quality=92)
 
 
 def timed(call, repeats):
@@ -110,21 +110,21 @@ def timed(call, repeats):
 
 
 def commit_each(out, encoded, sizes):
-    """rosinality's way to write: `encoded` gives (number, a picture per size); a transaction per picture and size."""
+    """Write as rosinality does: `encoded` gives (number, an image per size); a transaction per image and size."""
     shutil.rmtree(out, ignore_errors=True)
     n = 0
     with lmdb.open(str(out), map_size=MAP_SIZE, readahead=False) as store:
-        for i, pictures in encoded:
-            for size, picture in zip(sizes, pictures, strict=True):
+        for i, images in encoded:
+            for size, image in zip(sizes, images, strict=True):
                 with store.begin(write=True) as transaction:
-                    transaction.put(image_key(size, i), picture)
+                    transaction.put(image_key(size, i), image)
             n += 1
         with store.begin(write=True) as transaction:
             transaction.put(b"length", str(n).encode())
 
 
 def encode(path, sizes):
-    """rosinality's way to make the pictures of one file, a JPEG of quality 100 per size."""
+    """Encode one file as rosinality does: a JPEG of quality 100 per size."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     encoded = []
@@ -169,7 +169,7 @@ def measure_prepare(args, folder, sizes):
     after = timed(lambda: prepare(args, folder, "ours.lmdb"), args.repeats)
     require_equal(folder / "original.lmdb", folder / "ours.lmdb", len(files), sizes)
     return {
-        "prepare, commit per picture, images/s": len(files) / before,
+        "prepare, commit per image, images/s": len(files) / before,
         "prepare, ours, images/s": len(files) / after,
         "prepare, ratio": before / after,
     }
@@ -181,15 +181,15 @@ def require_equal(first, second, n, sizes):
         with a.begin() as one, b.begin() as two:
             for size, i in itertools.product(sizes, range(n)):
                 if one.get(image_key(size, i)) != two.get(image_key(size, i)):
-                    raise RuntimeError(f"picture {i} at {size} px differs between the two ways")
+                    raise RuntimeError(f"image {i} at {size} px differs between the two writers")
 
 
 def measure_store(args, folder, sizes):
-    """Writing alone: pictures that are encoded already."""
+    """Writing alone: images that are encoded already."""
     from common.lmdb_store import StoreWriter
 
-    pictures = [encode(file, sizes) for file in list_images(folder / "photos")]
-    records = [[f"{i:05d}.jpg", len(p[0]), 0] for i, p in enumerate(pictures)]
+    images = [encode(file, sizes) for file in list_images(folder / "photos")]
+    records = [[f"{i:05d}.jpg", len(p[0]), 0] for i, p in enumerate(images)]
 
     def ours():
         out = folder / "store.lmdb"
@@ -197,14 +197,14 @@ def measure_store(args, folder, sizes):
         out.mkdir()
         with StoreWriter(out, {"sizes": sizes}, records) as writer:
             for k in range(0, len(records), 256):
-                writer.write([(encoded, (args.photo_size,) * 2) for encoded in pictures[k : k + 256]])
+                writer.write([(encoded, (args.photo_size,) * 2) for encoded in images[k : k + 256]])
             writer.finish()
 
-    before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(pictures), sizes), args.repeats)
+    before = timed(lambda: commit_each(folder / "each.lmdb", enumerate(images), sizes), args.repeats)
     after = timed(ours, args.repeats)
-    puts = len(pictures) * len(sizes)
+    puts = len(images) * len(sizes)
     return {
-        "store, commit per picture, puts/s": puts / before,
+        "store, commit per image, puts/s": puts / before,
         "store, ours, puts/s": puts / after,
         "store, ratio": before / after,
     }
@@ -212,7 +212,7 @@ def measure_store(args, folder, sizes):
 
 def measure_loader(args, folder, sizes):
     size = sizes[0]
-    found, n_batches = {}, max(20, 3200 // args.batch)
+    results, n_batches = {}, max(20, 3200 // args.batch)
     for workers in args.workers:
         dataset = open_dataset(folder / "faces.lmdb", size)
         batches = data_loader(dataset, args.batch, InfiniteSampler(len(dataset)), workers=workers)
@@ -222,11 +222,11 @@ def measure_loader(args, folder, sizes):
             for _ in range(n_batches):
                 next(batches)
 
-        found[f"loader {size} px, {workers} workers, images/s"] = n_batches * args.batch / timed(call, args.repeats)
+        results[f"loader {size} px, {workers} workers, images/s"] = n_batches * args.batch / timed(call, args.repeats)
         if args.profile and not workers:
             write_trace(args.profile, {"loader": lambda batches=batches: [next(batches) for _ in range(20)]})
         batches.close()
-    return found
+    return results
 
 
 def measure_wait(args, folder, sizes):

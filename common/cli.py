@@ -25,7 +25,7 @@ RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scri
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message is one sentence naming the file or flag, what was expected and found."""
+    """A mistake of the user's: its message is one sentence naming the file or flag, what is expected and what is there."""
 
 
 class UsageError(UserError):
@@ -104,7 +104,7 @@ class ArgumentParser(argparse.ArgumentParser):
         self._option_string_actions[old] = self._option_string_actions[flag]
 
     def _declared_spelling(self, args):
-        """The same arguments, each `--long_flag[=value]` spelt as it was declared. Values are left alone."""
+        """`args`, each `--long_flag[=value]` spelt as it was declared. Values are left alone."""
         declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions if flag.startswith("--")}
         spelt = []
         for position, arg in enumerate(args):
@@ -165,8 +165,8 @@ def flags_without_help(parser):
 
 
 def require_one_start(args, published):
-    """Of a training's --resume, its `published` flag and --init_from one alone is given, or --resume auto with
-    --init_from: weights for where there is no run to continue yet. Raises UsageError."""
+    """Raise UsageError unless a training's --resume, its `published` flag and --init_from are given one alone, or
+    --resume auto with --init_from: weights for where there is no run to continue yet."""
     given = [flag for flag in ("resume", published, "init_from") if getattr(args, flag)]
     if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
@@ -226,6 +226,8 @@ def _sigterm_unwinds():
 
 def run_script(main, parser):
     """Parse the command line, call `main(args)`, and end the process with the status of `run`."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file name need not be valid UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     exit_process(run(main, parser))
 
 
@@ -262,7 +264,8 @@ def _one_line(error):
 
 
 def is_out_of_memory(error) -> bool:
-    """Of a GPU, or of the machine: there PyTorch raises a plain RuntimeError that names its allocator."""
+    """Whether an error is lack of memory: of a GPU, or of the machine, for which PyTorch raises a RuntimeError that
+    names its allocator."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without importing torch
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

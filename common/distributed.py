@@ -52,7 +52,12 @@ class Distributed:
 def add_device_flags(parser):
     """Add `--device` and `--ops`, and what several processes need: see `add_rank_flags`."""
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
-    add_ops_flag(parser)
+    parser.add_argument(
+        "--ops",
+        choices=dispatch.OPS,
+        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
+        "| ref | triton; default: $WPP_OPS, else auto",
+    )
     add_rank_flags(parser)
 
 
@@ -64,16 +69,6 @@ def add_rank_flags(parser):
         type=positive,
         default=TIMEOUT,
         help="seconds that several processes wait for one that is silent; a collective that takes longer fails",
-    )
-
-
-def add_ops_flag(parser):
-    """Add `--ops`, for `setup` or `resolve_device`."""
-    parser.add_argument(
-        "--ops",
-        choices=dispatch.OPS,
-        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
-        "| ref | triton; default: $WPP_OPS, else auto",
     )
 
 

@@ -106,7 +106,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def reading_losses(path: str | os.PathLike) -> list[str]:
-    """What `read_image` leaves out of a file, in words; alpha is no such thing, it can be asked for."""
+    """In words, all that `read_image` leaves out of a file; alpha is not among it, `background=None` keeps it."""
     with _open(path) as image:
         losses = []
         n_frames = getattr(image, "n_frames", 1)

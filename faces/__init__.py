@@ -1,1 +1,1 @@
-"""Images to facts: attributes, identity, alignment."""
+"""Photos to aligned faces: detect, align, paste back."""

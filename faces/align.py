@@ -41,7 +41,7 @@ class AlignError(UserError):
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a crop lies in its photo: all that `crop_aligned` and `paste_back` need, as plain values.
+    """Geometry of a crop in its photo: all that `crop_aligned` and `paste_back` need, as plain values.
 
     quad: corners upper left, lower left, lower right, upper right. whole: the crop is the whole photo, resized (it was
     aligned already). size: of the crop in pixels; photo_size: (width, height). yaw: degrees, an estimate, positive
@@ -320,16 +320,15 @@ def add_change(crop, edited, unedited) -> np.ndarray:
     return np.clip(crop + edited - unedited, 0, 255).astype(np.uint8)
 
 
-def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, colour_match=False, detail="auto") -> Image.Image:
+def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
     """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
 
     photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
     any size. unedited: the same face before the edit, as the generator draws it: then only what the edit changed is
-    added, and all detail of the photo is kept. feather: width of the soft border, of the face's side. colour_match:
-    bring mean and spread of the colours in that border to the photo's. detail: a crop is often coarser than the photo,
-    and pasting it would blur; `keep` changes the photo only by what was edited, so that its fine detail stays, `drop`
-    pastes the face as it is, `auto` keeps the detail where the edit left the structure alone. Pixels outside the frame
-    are not touched.
+    added, and all detail of the photo is kept. feather: width of the soft border, of the face's side. detail: a crop is
+    often coarser than the photo, and pasting it would blur; `keep` changes the photo only by what was edited, so that
+    its fine detail stays, `drop` pastes the face as it is, `auto` keeps the detail where the edit left the structure
+    alone. Pixels outside the frame are not touched.
     Raises AlignError when the photo has another size than the one that was aligned, the face is not square, or not as
     large as the unedited one.
     """
@@ -350,8 +349,6 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, colour_mat
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
         face, detail = Image.fromarray(add_change(crop, face, unedited)), "keep"
     mask = _feather_mask(face.width, 0.0 if alignment.whole else feather)
-    if colour_match:
-        face = _match_colours(face, crop, _feather_mask(face.width, feather))
     keep = _unchanged(face, crop) if detail == "auto" else np.full(mask.shape, float(detail == "keep"))
     layers = [face, crop, *(Image.fromarray(plane.astype(np.float32)) for plane in (mask, keep))]
     return _composite(photo, layers, alignment)
@@ -388,16 +385,6 @@ def _feather_mask(size, feather) -> np.ndarray:
     ramp = np.clip(np.minimum(dist, 1 - dist) / max(feather, 1e-9), 0, 1)
     ramp = ramp * ramp * (3 - 2 * ramp)
     return np.outer(ramp, ramp)
-
-
-def _match_colours(face, crop, mask) -> Image.Image:
-    """`face` with the mean and standard deviation per channel that `crop` has where the mask is in between."""
-    ring = mask < 1 if (mask < 1).any() else np.ones(mask.shape, bool)
-    pixels, wanted = np.asarray(face, np.float64), np.asarray(crop, np.float64)[ring]
-    found = pixels[ring]
-    gain = np.clip(wanted.std(0) / np.maximum(found.std(0), 1e-3), 0.5, 2.0)
-    pixels = (pixels - found.mean(0)) * gain + wanted.mean(0)
-    return Image.fromarray(_to_bytes(pixels))
 
 
 def _unchanged(face, crop) -> np.ndarray:

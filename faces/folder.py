@@ -180,7 +180,7 @@ def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> b
 
 
 def _choose(faces, settings):
-    """The faces to align and, in words, what was left out. faces: (landmarks, facts), largest first."""
+    """The faces to align and, in words, what was left out. faces: (landmarks, info), largest first."""
     notes, which = [], settings.faces
     if which == "all":
         chosen = faces
@@ -191,7 +191,7 @@ def _choose(faces, settings):
             notes.append(f"there is no face {index}, only {len(faces)}")
         elif len(faces) > 1:
             notes.append(f"{len(faces)} faces, {'the largest' if index == 0 else f'number {index}'} taken")
-    kept = [(points, facts) for points, facts in chosen if abs(estimate_yaw(points)) <= settings.max_yaw]
+    kept = [(points, info) for points, info in chosen if abs(estimate_yaw(points)) <= settings.max_yaw]
     if len(kept) < len(chosen):
         notes.append(f"{len(chosen) - len(kept)} turned by more than {settings.max_yaw:g} degrees")
     return kept, notes

@@ -246,3 +246,14 @@ def test_no_result_goes_into_the_projects_own_folders(folder, root, tmp_path, mo
         monkeypatch.chdir(tmp_path)  # there the name is anybody's
         assert run(lambda args: None, script.build_parser(), [*flags, "faces"]) == 0
         monkeypatch.chdir(root)
+
+
+def test_any_file_name_can_be_printed(root):
+    program = (
+        "from common.cli import ArgumentParser, run_script\n"
+        "run_script(lambda args: print('caf\\udce9 \u4e2d'), ArgumentParser())"
+    )
+    for encoding in ("utf-8", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True)
+        assert done.returncode == 0 and done.stdout.startswith(b"caf\\udce9 "), done.stderr
