@@ -25,7 +25,7 @@ RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scri
 
 
 class UserError(ValueError):
-    """A mistake of the user's: its message is one sentence naming the file or flag, what is expected and what is there."""
+    """A mistake of the user's. Its message is one sentence: the file or flag, what is expected, what is there."""
 
 
 class UsageError(UserError):
