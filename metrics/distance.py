@@ -20,7 +20,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> float:
 
 
 def compute_fid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, list[str]]:
-    """FID of features [N, D] and [M, D], with what there is to be said against it (too few samples).
+    """FID of features [N, D] and [M, D], and warnings about it (too few samples).
 
     Raises ValueError on other shapes, fewer than two samples, or values that are not finite.
     """
@@ -30,47 +30,38 @@ def compute_fid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, list[str
     sides = [fid_features_to_statistics(features) for features in (real, fake)]
     value = frechet_distance(*(side[name] for side in sides for name in ("mu", "sigma")))
     dim, fewer = real.shape[1], min(len(real), len(fake))
-    if fewer > dim:
-        return value, []
-    return value, [
+    few = (
         f"{fewer:,} samples cannot fill a covariance of {dim:,} dimensions: the value is far too high, "
         "compare it only with values from as many samples, or take KID"
-    ]
+    )
+    return value, [] if fewer > dim else [few]
 
 
-def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> dict:
-    """KID of features [N, D] and [M, D]: value and std over subsets, their number and size, notes. Raises as FID."""
+def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, dict]:
+    """KID of features [N, D] and [M, D], and its std over subsets, their number and size, notes. Raises as FID does."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     real, fake = check_features(real, fake)
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
-    found = kid_features_to_metric(
+    result = kid_features_to_metric(
         fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
     )
     notes = [] if size == KID_SUBSET_SIZE else [f"KID on subsets of {size}, not {KID_SUBSET_SIZE}: too few samples"]
-    return {
-        "value": found[KEY_METRIC_KID_MEAN],
-        "std": found[KEY_METRIC_KID_STD],
-        "subsets": KID_SUBSETS,
-        "subset_size": size,
-        "notes": notes,
-    }
+    details = {"std": result[KEY_METRIC_KID_STD], "subsets": KID_SUBSETS, "subset_size": size, "notes": notes}
+    return result[KEY_METRIC_KID_MEAN], details
 
 
 def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as CPU float32 tensors, or ValueError."""
+    """Both as CPU float32 tensors. Raises ValueError for other shapes, one row, or values that are not finite."""
     sides = []
     for name, features in (("real", real), ("fake", fake)):
         features = torch.as_tensor(features).detach().cpu().float()
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name} features have the shape {list(features.shape)}; expected [N, D], N at least 2")
         if not torch.isfinite(features).all():
-            raise ValueError(
-                f"{name} features hold values that are not finite (NaN or infinite): broken images or weights?"
-            )
+            raise ValueError(f"{name} features have values that are not finite (NaN, infinite): broken images, weights?")
         sides.append(features)
-    if sides[0].shape[1] != sides[1].shape[1]:
-        raise ValueError(
-            f"real features have {sides[0].shape[1]} dimensions, fake ones {sides[1].shape[1]}: two extractors?"
-        )
+    dims = [side.shape[1] for side in sides]
+    if dims[0] != dims[1]:
+        raise ValueError(f"real features have {dims[0]} dimensions, fake ones {dims[1]}: two extractors?")
     return tuple(sides)

@@ -14,21 +14,21 @@ from common.cli import ArgumentParser, run_script
 from common.distributed import setup, shutdown
 from metrics.evaluation import parse_truncations
 from metrics.extractors import build_extractor
-from metrics.features import add_extractor_flags, add_sampling_flags, cache_folder, extract, save_features
+from metrics.features import add_extractor_flags, add_sampling_flags, cache_folder, features_of, save_features
 from metrics.protocol import PROTOCOLS
-from metrics.sources import Sampling, open_source
+from metrics.sources import Sampling
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("source", help="folder of images, LMDB, checkpoint, or folder of latents")
-    parser.add_argument("--out", required=True, help="features file to write (.npz)")
+    parser.add_argument("--out", type=Path, help="features file to write (.npz; default: features-NAME.npz here)")
     parser.add_argument("--ckpt", help="generator of the latents")
     parser.add_argument(
         "--order",
         choices=("first", "drawn"),
-        help="which images of a larger set: the first, or drawn by --seed (fid.py and prdc.py draw "
-        "reals by seed 1); default: drawn, for --protocol paper the first",
+        help="which images of a larger set: the first, or drawn by --seed (fid.py and prdc.py draw reals by seed 1); "
+        "default: drawn, for --protocol paper the first",
     )
     add_extractor_flags(parser)
     add_sampling_flags(parser)
@@ -36,28 +36,30 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> int:
+    path = Path(args.source)
+    sampling = Sampling(parse_truncations(args.truncation)[0], args.truncation_mean, args.noise, args.seed)
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         extractor = build_extractor(
             args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=dist.device
         )
-        sampling = Sampling(parse_truncations(args.truncation)[0], args.truncation_mean, args.noise, args.seed)
-        source = open_source(
-            args.source, size=args.size, ckpt=args.ckpt, sampling=sampling, device=dist.device, workers=args.workers
-        )
-        found = extract(
-            source,
+        features = features_of(
+            path,
             extractor,
             args.n_sample,
-            seed=args.seed,
+            size=args.size,
+            ckpt=args.ckpt,
+            sampling=sampling,
+            workers=args.workers,
             batch=args.batch,
             dist=dist,
-            cache_dir=cache_folder(args),
+            cache_dir=cache_folder(args.cache_dir),
             order=args.order,
         )
         if dist.is_main:
-            save_features(Path(args.out), found)
-            print(f"{args.out}: {list(found.values.shape)} {extractor.name} features of {args.source}")
+            out = args.out or Path(f"features-{path.resolve().stem}.npz")
+            save_features(out, features)
+            print(f"{out}: {list(features.values.shape)} {extractor.name} features of {path}")
     finally:
         shutdown()
     return 0

@@ -2,8 +2,8 @@
 
 Every rank takes a contiguous share of the images; rank 0 ends with all features in order. The cache file of a set goes
 by the sha256 of its images (of the weights and the draw, for a generator), of the extractor's weights and of the
-protocol: a changed image, filter or extractor is another file, a moved folder is not. The same `.npz` is accepted
-wherever images are, and says itself what it holds.
+protocol: a changed image, filter or extractor is another file, a moved folder is not. A cache that cannot be written or
+read costs time, never a result. The same `.npz` is accepted wherever images are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,23 +24,23 @@ from tqdm import tqdm
 from common.checkpoint import require_file
 from common.cli import UserError
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, shard
-from common.files import atomic_write
+from common.files import atomic_write, parse_json
 from common.lmdb_store import DatasetError
 from metrics.extractors import Extractor, extractor_names
 from metrics.protocol import PROTOCOLS
-from metrics.sources import ImageSource
+from metrics.sources import ImageSource, Sampling, open_source
 
 FORMAT = 1  # raised when the same inputs give other features
-GATHER = 64  # MiB of features collected from all ranks at a time
+GATHER_BYTES = 64 << 20  # features collected from all ranks at a time
 HERE = Distributed(0, 0, 1, torch.device("cpu"), None)
 
 
 @dataclass
 class Features:
-    """Features of a set of images, and what they are of. `values` is None on ranks other than 0."""
+    """Features of a set of images, and how they were computed. `values` is None on ranks other than 0."""
 
     values: torch.Tensor | None  # float32 [N, D]
-    about: dict  # of the source, with n and digest
+    info: dict  # of the source, with n and digest
     extractor: dict  # name, sha256, size, dim
     protocol: dict
 
@@ -47,61 +49,97 @@ def describe(extractor: Extractor) -> dict:
     return {"name": extractor.name, "sha256": extractor.sha256, "size": extractor.size, "dim": extractor.dim}
 
 
+def features_of(
+    path: Path, extractor: Extractor, n: int, *, size=None, ckpt=None, sampling: Sampling, workers: int = 2, **options
+) -> Features:
+    """Features of whatever lies at `path`: read from a .npz, else extracted (see `open_source`; options of `extract`).
+
+    Raises FileNotFoundError or ValueError in one sentence.
+    """
+    if path.suffix == ".npz":
+        source = require_same(load_features(path), extractor, path)
+    else:
+        device = options["dist"].device
+        source = open_source(path, size=size, ckpt=ckpt, sampling=sampling, device=device, workers=workers)
+    if sampling.truncation not in (1, source.info.get("truncation")):
+        raise UserError(f"{path} holds images: --truncation {sampling.truncation:g} is for images yet to be made")
+    return source if isinstance(source, Features) else extract(source, extractor, n, seed=sampling.seed, **options)
+
+
 def extract(
     source,
     extractor: Extractor,
     n: int,
     *,
-    seed: int = 0,
-    batch: int = 64,
+    seed: int = 0,  # of the choice among more images than n
+    batch: int = 64,  # images per forward pass and rank
     dist: Distributed = HERE,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,  # None: no cache
     progress: bool = True,
-    order: str | None = None,
+    order: str | None = None,  # of a larger set: `first` or `drawn`; None: as the protocol has it for FID
 ) -> Features:
-    """Features of n images of a source (all there are, when fewer), chosen without replacement.
+    """Features of n images of a source (all there are, when fewer), chosen without replacement. All ranks must call it.
 
-    batch: images per forward pass and rank. cache_dir: folder of the cache; None: no cache. order: which images of a
-    larger set, `first` or `drawn`; None: as the protocol has it for FID. All ranks must call it.
     Raises DatasetError for a damaged image, ValueError when features are not finite.
     """
     protocol = extractor.protocol
     order = order or ("first" if protocol.name == "paper" else "drawn")
     positions = source.choose(n, order, seed)
-    about = {**source.about, "n": len(positions)}
+    info = {**source.info, "n": len(positions)}
     if isinstance(source, ImageSource):
-        about["chosen"] = "all" if len(positions) == source.n else order
-        about["seed"] = seed if about["chosen"] == "drawn" else None
-    about["digest"] = broadcast_object(source.digest(positions) if dist.is_main else None)
-    found = Features(None, about, describe(extractor), asdict(protocol))
-    path = None if cache_dir is None else Path(cache_dir) / f"{_key(found)}.npz"
-    if broadcast_object(path is not None and path.exists() if dist.is_main else None):
-        found.values = load_features(path).values if dist.is_main else None
-        return found
-    found.values = _compute(source, extractor, positions, batch, dist, progress)
-    if path is not None and dist.is_main:
-        save_features(path, found)
-    return found
+        info["chosen"] = "all" if len(positions) == source.n else order
+        info["seed"] = seed if info["chosen"] == "drawn" else None
+    info["digest"] = broadcast_object(source.digest(positions) if dist.is_main else None)
+    features = Features(None, info, describe(extractor), asdict(protocol))
+    path = None if cache_dir is None else Path(cache_dir) / f"{_key(features)}.npz"
+    if dist.is_main and path is not None:
+        features.values = _read_cache(path, (len(positions), extractor.dim))
+    if not broadcast_object(features.values is not None):
+        features.values = _compute(source, extractor, positions, batch, dist, progress)
+        if dist.is_main and path is not None:
+            _write_cache(path, features)
+    return features
 
 
 def _key(features: Features) -> str:
-    facts = [FORMAT, features.about["digest"], features.extractor, features.protocol]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    settings = [FORMAT, features.info["digest"], features.extractor, features.protocol]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
+    """The cached values; None when there are none, or with a warning when the file is damaged."""
+    try:
+        values = load_features(path).values
+        if values.shape != shape:
+            raise UserError(f"{path} holds {list(values.shape)} features, expected {list(shape)}")
+        return values
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(f"cached features are not used: {error}", stacklevel=2)
+        return None
+
+
+def _write_cache(path: Path, features: Features) -> None:
+    try:
+        save_features(path, features)
+    except OSError as error:
+        warnings.warn(f"features are not cached (--cache_dir): {error}", stacklevel=2)
 
 
 def _compute(source, extractor, positions, batch, dist, progress) -> torch.Tensor | None:
-    """This rank's share, sent to rank 0 in blocks, so that no other rank ever holds the whole."""
+    """All features on rank 0, to which the others send theirs in blocks, so that none of them holds the whole."""
     n, dim = len(positions), extractor.dim
     shares = [shard(n, rank, dist.world_size) for rank in range(dist.world_size)]
-    rows = max(batch, (GATHER << 20) // (4 * dim * dist.world_size) // batch * batch)  # per rank and block
+    rows = max(batch, GATHER_BYTES // (4 * dim * dist.world_size) // batch * batch)  # per rank and block
     n_blocks = max(1, -(-max(len(share) for share in shares) // rows))
     result = torch.empty(n, dim) if dist.is_main else None
-    mine = [positions[i] for i in shares[dist.rank]]
-    batches = source.batches(mine, batch, dist.device)
-    title = f"{extractor.name} of {Path(source.about['path']).name}"
+    local = [positions[i] for i in shares[dist.rank]]
+    batches = source.batches(local, batch, dist.device)
+    title = f"{extractor.name} of {Path(source.info['path']).name}"
     with tqdm(total=n, desc=title, unit="img", disable=None if progress and dist.is_main else True) as bar:
         for block in range(n_blocks):
-            values, error = _block(batches, extractor, min(rows, max(0, len(mine) - block * rows)), bar, dist)
+            values, error = _block(batches, extractor, min(rows, max(0, len(local) - block * rows)), bar, dist)
             answers = gather_list((values, error))  # an error on one rank ends all, in its words
             if error := next((error for _, error in answers if error), None):
                 raise DatasetError(error)
@@ -114,25 +152,24 @@ def _compute(source, extractor, positions, batch, dist, progress) -> torch.Tenso
 
 def _block(batches, extractor, n: int, bar, dist) -> tuple[torch.Tensor, str | None]:
     """Features of the next n images, on the CPU; or the sentence that says why there are none."""
-    values, done = torch.empty(n, extractor.dim), 0
+    values, filled = torch.empty(n, extractor.dim), 0
     try:
-        while done < n:
+        while filled < n:
             images = next(batches)
-            found = extractor(images.to(dist.device)).cpu()
-            if found.shape[1] != extractor.dim:
-                raise UserError(f"{extractor.name} gives {found.shape[1]} features, {extractor.dim} were declared")
-            if not torch.isfinite(found).all():
+            features = extractor(images.to(dist.device)).cpu()  # [B, D]
+            if features.shape[1] != extractor.dim:
+                raise UserError(f"{extractor.name} gives {features.shape[1]} features, {extractor.dim} were declared")
+            if not torch.isfinite(features).all():
                 raise UserError(f"{extractor.name} gives features that are not finite: broken images or weights?")
-            values[done : done + len(images)] = found
-            done += len(images)
+            values[filled : filled + len(images)] = features
+            filled += len(images)
             bar.update(len(images) * dist.world_size)
     except (ValueError, OSError) as error:
         return values, str(error)
     return values, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
+# -- files ---------------------------------------------------------------------------------------------------------
 
 
 def default_cache() -> Path:
@@ -142,10 +179,10 @@ def default_cache() -> Path:
 
 
 def save_features(path: Path, features: Features) -> None:
-    """Write features [N, D] with all that is known of them, atomically."""
-    known = json.dumps({"about": features.about, "extractor": features.extractor, "protocol": features.protocol})
+    """Write features [N, D] with their metadata, atomically."""
+    metadata = {"about": features.info, "extractor": features.extractor, "protocol": features.protocol}
     with atomic_write(path) as file:
-        np.savez(file, features=features.values.numpy(), known=np.array(known))
+        np.savez(file, features=features.values.numpy(), known=np.array(json.dumps(metadata)))
 
 
 def load_features(path: str | os.PathLike) -> Features:
@@ -153,31 +190,36 @@ def load_features(path: str | os.PathLike) -> Features:
     path = require_file(path, "features file (.npz)")
     try:
         with np.load(path, allow_pickle=False) as file:
-            values, known = file["features"], json.loads(str(file["known"]))
+            values, text = file["features"], str(file["known"])
     except KeyError as error:
         raise UserError(
             f"{path} has no entry {error}: features made elsewhere do not say how: "
             "compute them anew from the images with metrics/extract_features.py"
         ) from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, TypeError, IndexError) as error:
         raise UserError(f"{path} is truncated, damaged or no features file ({error})") from error
-    return Features(torch.from_numpy(values.astype(np.float32, copy=False)), **known)
+    schema = {"about": {"n": int}, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}
+    metadata = parse_json(text, schema, source=path, what="features file")
+    shape = (metadata["about"]["n"], metadata["extractor"]["dim"])
+    if values.shape != shape or values.dtype.kind != "f":
+        raise UserError(f"{path}: its features are {values.dtype} {list(values.shape)}, expected float {list(shape)}")
+    values = torch.from_numpy(values.astype(np.float32, copy=False))
+    return Features(values, metadata["about"], metadata["extractor"], metadata["protocol"])
 
 
 def require_same(features: Features, extractor: Extractor, path) -> Features:
     """The features of a file, if they are this extractor's under this protocol; ValueError naming both sides."""
-    wanted = (describe(extractor), asdict(extractor.protocol))
-    if (features.extractor, features.protocol) != wanted:
+    target = (describe(extractor), asdict(extractor.protocol))
+    if (features.extractor, features.protocol) != target:
         sides = [
-            f"{e['name']} (weights {str(e['sha256'])[:8]}), protocol {p['name']}"
-            for e, p in ((features.extractor, features.protocol), wanted)
+            f"{e['name']} (weights {str(e.get('sha256'))[:8]}), protocol {p['name']}"
+            for e, p in ((features.extractor, features.protocol), target)
         ]
-        raise UserError(f"{path} holds features of {sides[0]}; asked for are those of {sides[1]}")
+        raise UserError(f"{path} holds features of {sides[0]}; expected those of {sides[1]}")
     return features
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+# -- command line --------------------------------------------------------------------------------------------------
 
 
 def add_extractor_flags(parser) -> None:
@@ -187,22 +229,22 @@ def add_extractor_flags(parser) -> None:
         "--extractor",
         default="auto",
         metavar="NAME",
-        help=f"{', '.join(extractor_names())}; auto: Inception (for the paper's precision and recall "
-        "VGG-16), else the stand-in squeeze or scorer",
+        help=f"{', '.join(extractor_names())}; auto: Inception (for the paper's precision and recall VGG-16), else the "
+        "fallback squeeze or scorer",
     )
     group.add_argument(
         "--protocol",
         choices=list(PROTOCOLS),
         default="tf-compat",
-        help="how images reach the extractor: paper (and pytorch-fid), tf-compat (torch-fidelity, most "
-        "papers), clean (clean-fid)",
+        help="how images reach the extractor: paper (and pytorch-fid), tf-compat (torch-fidelity, most papers), clean "
+        "(clean-fid)",
     )
     group.add_argument("--n_sample", type=int, default=50_000, help="images of each side; all there are, when fewer")
     group.add_argument(
         "--size",
         type=int,
-        help="pixels: which size of an LMDB, or what to fit the images of a folder to; default: as they "
-        "are, or that of the generated images",
+        help="pixels: which size of an LMDB, or what to fit the images of a folder to; default: as they are, or that "
+        "of the generated images",
     )
     group.add_argument("--batch", type=int, default=64, help="images per forward pass and process")
     group.add_argument("--workers", type=int, default=2, help="threads that decode images")
@@ -221,8 +263,9 @@ def add_sampling_flags(parser) -> None:
     )
     group.add_argument("--truncation_mean", type=int, default=10_000, help="samples for the mean of w")
     group.add_argument("--noise", default="random", help="random (drawn for each image), const (the stored maps), none")
-    group.add_argument("--seed", type=int, default=0, help="of the images drawn")
+    group.add_argument("--seed", type=int, default=0, help="seed of the images")
 
 
-def cache_folder(args) -> Path | None:
-    return None if args.cache_dir == "none" else Path(args.cache_dir or default_cache())
+def cache_folder(cache_dir: str | None) -> Path | None:
+    """Folder of the flag --cache_dir."""
+    return None if cache_dir == "none" else Path(cache_dir or default_cache())

@@ -2,7 +2,7 @@
 
 FID: Heusel et al. 2017 (arXiv 1706.08500); KID, unbiased and so better for small sets: Binkowski et al. 2018
 (arXiv 1801.01401). Extractor and statistics are torch-fidelity's (metrics/distance.py). `fid` is
-Inception's; where its weights are not at hand the stand-in is named: `fid-squeeze` compares with no published FID.
+Inception's; where its weights are absent the fallback is named: `fid-squeeze` compares with no published FID.
 
     python metrics/fid.py --real ffhq.lmdb --size 256 --fake runs/ffhq/checkpoint/230000.pt
     python metrics/fid.py --real faces.lmdb --fake runs/faces/checkpoint --extractor squeeze --n_sample 5000
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import run_script
 from metrics.distance import compute_fid, compute_kid, frechet_distance
-from metrics.evaluation import evaluation_parser, run_command
+from metrics.evaluation import evaluation_main, evaluation_parser
 
 __all__ = ["build_parser", "compute_fid", "compute_kid", "frechet_distance", "main"]
 
@@ -29,7 +29,7 @@ def build_parser():
 
 
 def main(args) -> int:
-    return run_command(args, ("fid", "kid"))
+    return evaluation_main(args, ("fid", "kid"))
 
 
 if __name__ == "__main__":

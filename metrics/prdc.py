@@ -6,6 +6,7 @@ replacement. Density is not capped at 1: above it, fakes crowd where reals are d
 
     python metrics/prdc.py --real faces.lmdb --fake runs/faces/checkpoint/230000.pt --protocol paper
     python metrics/prdc.py --real faces.lmdb --fake faces.safetensors --truncation 0.5,0.7,1
+    python metrics/prdc.py --dataset faces.lmdb --ckpt runs/faces/checkpoint --protocol paper --start_num 200000
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import run_script
-from metrics.evaluation import evaluation_parser, run_command
+from common.cli import UsageError, run_script
+from metrics.evaluation import evaluation_main, evaluation_parser
 from metrics.manifold import compute_prdc
 
 __all__ = ["build_parser", "compute_prdc", "main"]
@@ -31,7 +32,9 @@ def build_parser():
 
 
 def main(args) -> int:
-    return run_command(args, ("prdc",))
+    if args.nearest_k is not None and args.nearest_k < 1:
+        raise UsageError(f"--nearest_k must be at least 1, got {args.nearest_k}")
+    return evaluation_main(args, ("prdc",), args.nearest_k)
 
 
 if __name__ == "__main__":
