@@ -49,6 +49,12 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Bina
             os.fsync(file.fileno())
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike, *, suffix: str | None = None, sync: bool = True) -> Iterator[Path]:
     """A temporary path for the block to write to, which takes the name `path` when the block ends well.

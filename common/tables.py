@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from common.files import atomic_write
@@ -29,6 +30,13 @@ def append_table(path, rows: list[dict], *, start: bool) -> None:
         if start:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def csv_text(rows: Iterable[Sequence]) -> str:
+    """Rows as CSV; None as an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def cell(value) -> str:

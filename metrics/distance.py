@@ -59,7 +59,9 @@ def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name} features have the shape {list(features.shape)}; expected [N, D], N at least 2")
         if not torch.isfinite(features).all():
-            raise ValueError(f"{name} features have values that are not finite (NaN, infinite): broken images, weights?")
+            raise ValueError(
+                f"{name} features have values that are not finite (NaN, infinite): broken images, weights?"
+            )
         sides.append(features)
     dims = [side.shape[1] for side in sides]
     if dims[0] != dims[1]:

@@ -15,10 +15,10 @@ from common.cli import ArgumentParser, UsageError, UserError
 from common.distributed import setup, shutdown
 from metrics.distance import compute_fid, compute_kid
 from metrics.extractors import AUTO, build_extractor, metric_name
-from metrics.features import Features, add_extractor_flags, add_sampling_flags, cache_folder, features_of
+from metrics.features import Features, add_extractor_flags, add_sampling_flags, cache_folder, extract, open_images
 from metrics.manifold import PRDC, compute_prdc
 from metrics.protocol import PROTOCOLS, append_records, make_record
-from metrics.sources import CHECKPOINTS, Sampling, is_checkpoint, is_lmdb
+from metrics.sources import Sampling, is_checkpoint, is_lmdb
 
 METRICS = ("fid", "kid", "prdc")
 
@@ -56,7 +56,9 @@ def evaluate(
     general = find_warnings(real, fake)
     sides = {"protocol": protocol, "extractor": extractor, "real": real.info, "fake": fake.info}
     return [
-        make_record(metric_name(name, extractor["name"]), value, **{**details, "notes": details["notes"] + general}, **sides)
+        make_record(
+            metric_name(name, extractor["name"]), value, **{**details, "notes": details["notes"] + general}, **sides
+        )
         for name, value, details in results
     ]
 
@@ -120,9 +122,8 @@ def evaluation_main(args, metrics: tuple[str, ...], nearest_k: int | None = None
             device=dist.device,
             preferred=("vgg16", *AUTO[1:]) if as_published else AUTO,
         )
+        opening = {"ckpt": args.ckpt, "device": dist.device, "workers": args.workers}
         options = {
-            "ckpt": args.ckpt,
-            "workers": args.workers,
             "batch": args.batch,
             "dist": dist,
             "cache_dir": cache_folder(args.cache_dir),
@@ -132,13 +133,13 @@ def evaluation_main(args, metrics: tuple[str, ...], nearest_k: int | None = None
         for path, truncation in itertools.product(fakes, truncations):
             path = exported_meanwhile(path)
             sampling = Sampling(truncation, args.truncation_mean, args.noise, args.seed)
-            fake = features_of(path, extractor, args.n_sample, size=args.size, sampling=sampling, **options)
-            size = args.size or size_for(Path(args.real), fake.info["size"])
+            source = open_images(path, extractor, sampling=sampling, size=args.size, **opening)
+            size = args.size or size_for(Path(args.real), source.info["size"])
             if size not in reals:  # drawn from another seed than the fakes, if it is a generator as well
-                sampling = Sampling(seed=args.seed + 1)
-                reals[size] = features_of(
-                    Path(args.real), extractor, args.n_sample, size=size, sampling=sampling, **options
-                )
+                seed = args.seed + 1
+                real = open_images(Path(args.real), extractor, sampling=Sampling(seed=seed), size=size, **opening)
+                reals[size] = extract(real, extractor, args.n_sample, seed=seed, **options)
+            fake = extract(source, extractor, args.n_sample, seed=args.seed, **options)
             if dist.is_main:
                 records = evaluate(reals[size], fake, metrics, nearest_k=nearest_k, device=dist.device, progress=True)
                 report(path, records)

@@ -14,7 +14,7 @@ from common.cli import ArgumentParser, run_script
 from common.distributed import setup, shutdown
 from metrics.evaluation import parse_truncations
 from metrics.extractors import build_extractor
-from metrics.features import add_extractor_flags, add_sampling_flags, cache_folder, features_of, save_features
+from metrics.features import add_extractor_flags, add_sampling_flags, cache_folder, extract, open_images, save_features
 from metrics.protocol import PROTOCOLS
 from metrics.sources import Sampling
 
@@ -43,14 +43,15 @@ def main(args) -> int:
         extractor = build_extractor(
             args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=dist.device
         )
-        features = features_of(
-            path,
+        device = dist.device
+        source = open_images(
+            path, extractor, sampling=sampling, size=args.size, ckpt=args.ckpt, device=device, workers=args.workers
+        )
+        features = extract(
+            source,
             extractor,
             args.n_sample,
-            size=args.size,
-            ckpt=args.ckpt,
-            sampling=sampling,
-            workers=args.workers,
+            seed=args.seed,
             batch=args.batch,
             dist=dist,
             cache_dir=cache_folder(args.cache_dir),

@@ -1,11 +1,10 @@
 """Feature extractors, by name: images in, one vector per image out.
 
 `inception` is torch-fidelity's network (FID), `vgg16` torchvision's up to fc2 (the paper's PRDC), `squeeze` the
-pooled features of SqueezeNet 1.1 and `scorer` those of the bundled face scorer: stand-ins where the others' weights are
-not at hand (`auto` takes the first there is). A number from a stand-in carries its name (`fid-squeeze`) and compares
-with no published one. Another extractor is one function:
+pooled features of SqueezeNet 1.1 and `scorer` those of the bundled face scorer: fallbacks where the weights of the
+others are absent (`auto` takes the first there is). A number from a fallback carries its name (`fid-squeeze`) and
+compares with no published one. Another extractor is one function in EXTRACTORS:
 
-    @register_extractor("mine")
     def build_mine(protocol, weights_dir):
         return Extractor("mine", network, size=64, dim=128, mean=(127.5,) * 3, std=(127.5,) * 3, sha256=digest)
 """
@@ -25,7 +24,9 @@ from common.images import IMAGENET_MEAN, IMAGENET_STD
 from metrics.protocol import Protocol
 
 PIXEL_MEAN, PIXEL_STD = (tuple(255 * value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-AUTO = ("inception", "squeeze", "scorer")  # what `auto` takes: the first whose weights are at hand
+HALF = (127.5,) * 3  # mean and standard deviation that map 0..255 to [-1, 1]
+AUTO = ("inception", "squeeze", "scorer")  # `auto` takes the first whose weights are at hand
+PUBLISHED = ("inception", "vgg16")  # published numbers are made of these: metrics go by their plain names
 
 
 @dataclass
@@ -39,12 +40,7 @@ class Extractor:
     mean: tuple[float, ...]  # per channel, of images in 0..255
     std: tuple[float, ...]
     sha256: str | None  # of the weights file
-    standin: bool = True  # its name belongs into the name of every number
     protocol: Protocol = field(default_factory=Protocol)
-
-    def to(self, device) -> Extractor:
-        self.network = self.network.eval().requires_grad_(False).to(device)
-        return self
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -54,57 +50,38 @@ class Extractor:
         return self.network((x - mean) / std).flatten(1).float()
 
 
-Builder = Callable[[Protocol, "str | None"], Extractor]
-_builders: dict[str, tuple[Builder, bool]] = {}
-
-
-def register_extractor(name: str, *, standin: bool = True) -> Callable[[Builder], Builder]:
-    """Decorator: `build(protocol, weights_dir)` makes the extractor called `name`. standin=False is for the extractors
-    that the published numbers are made of; theirs go by the plain name of the metric."""
-
-    def register(build: Builder) -> Builder:
-        _builders[name] = (build, standin)
-        return build
-
-    return register
-
-
-def extractor_names() -> list[str]:
-    return sorted(_builders)
-
-
 def build_extractor(
     name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred: tuple[str, ...] = AUTO
 ) -> Extractor:
     """The extractor `name` on `device`; `auto` takes the first of `preferred` whose weights are at hand.
 
-    Raises ValueError for an unknown name, FileNotFoundError with the URL when its weights are not at hand (for `auto`:
-    what the first of `preferred` lacks).
+    Raises UsageError for an unknown name, FileNotFoundError with the URL when its weights are not at hand (for `auto`:
+    those of the first of `preferred`).
     """
-    if name == "auto":
-        return _first_at_hand(preferred, protocol, weights_dir, device)
-    if name not in _builders:
+    if name not in ("auto", *EXTRACTORS):
         raise UsageError(f"--extractor {name}: expected auto, {', '.join(extractor_names())}")
-    build, standin = _builders[name]
-    extractor = build(protocol, weights_dir)
-    extractor.name, extractor.standin, extractor.protocol = name, standin, protocol
-    return extractor.to(device)
-
-
-def _first_at_hand(names: tuple[str, ...], protocol: Protocol, weights_dir, device) -> Extractor:
     absent = []
-    for name in names:
+    for candidate in preferred if name == "auto" else (name,):
         try:
-            return build_extractor(name, protocol, weights_dir=weights_dir, device=device)
+            extractor = EXTRACTORS[candidate](protocol, weights_dir)
         except FileNotFoundError as error:
             absent.append(error)
-    raise FileNotFoundError(f"{absent[0]}; nor is there any of the stand-ins {', '.join(names[1:])}")
+            continue
+        extractor.name, extractor.protocol = candidate, protocol
+        extractor.network = extractor.network.eval().requires_grad_(False).to(device)
+        return extractor
+    if name == "auto":
+        raise FileNotFoundError(f"{absent[0]}; nor is there any of the fallbacks {', '.join(preferred[1:])}")
+    raise absent[0]
+
+
+def extractor_names() -> list[str]:
+    return sorted(EXTRACTORS)
 
 
 def metric_name(metric: str, extractor: str) -> str:
-    """`fid` for Inception, `fid-squeeze` for a stand-in; FID on VGG is none that anybody publishes: `fid-vgg16`."""
-    standin = _builders[extractor][1] if extractor in _builders else True
-    plain = not standin and (metric not in ("fid", "kid") or extractor == "inception")
+    """`fid` for Inception, `fid-squeeze` for a fallback, `fid-vgg16`, since nobody publishes FID on VGG."""
+    plain = extractor in PUBLISHED and (metric not in ("fid", "kid") or extractor == "inception")
     return metric if plain else f"{metric}-{extractor}"
 
 
@@ -114,7 +91,6 @@ def _state(name: str, weights_dir) -> tuple[dict, str]:
     return load_checkpoint(path), weights.file_sha256(path)
 
 
-@register_extractor("squeeze")
 def build_squeeze(protocol: Protocol, weights_dir) -> Extractor:
     """SqueezeNet 1.1 (arXiv 1602.07360), the last Fire module averaged over the image: [N, 512]."""
     from torchvision.models import squeezenet1_1
@@ -126,7 +102,6 @@ def build_squeeze(protocol: Protocol, weights_dir) -> Extractor:
     return Extractor("squeeze", network, 128, 512, PIXEL_MEAN, PIXEL_STD, sha256)
 
 
-@register_extractor("inception", standin=False)
 def build_inception(protocol: Protocol, weights_dir) -> Extractor:
     """The Inception-v3 of FID (arXiv 1706.08500) as torch-fidelity defines it, pooled features: [N, 2048]."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -135,15 +110,17 @@ def build_inception(protocol: Protocol, weights_dir) -> Extractor:
     _, sha256 = _state("inception", weights_dir)  # the library unpickles it: a file that passes here holds no code
     inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     layers = list(inception.children())[:-1]  # in order of execution; without fc, which comes after the features
-    # TensorFlow's graph subtracts 128 and divides by 128; pytorch-fid, of which the paper's code is, maps to [-1, 1]
-    centre = (127.5,) * 3 if protocol.name == "paper" else (128.0,) * 3
+    # TensorFlow's graph subtracts 128 and divides by 128; pytorch-fid, which the paper's code uses, maps to [-1, 1]
+    centre = HALF if protocol.name == "paper" else (128.0,) * 3
     return Extractor("inception", nn.Sequential(*layers, nn.Flatten()), 299, 2048, centre, centre, sha256)
 
 
-@register_extractor("vgg16", standin=False)
 def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
-    """torchvision's VGG-16 up to fc2 and its ReLU: [N, 4096]. The paper's code feeds [-1, 1] at the images' own size;
-    the other protocols resize to 224 and normalise as the network was trained."""
+    """torchvision's VGG-16 up to fc2 and its ReLU: [N, 4096].
+
+    The paper's code feeds [-1, 1] at the images' own size; the other protocols resize to 224 and normalise as the
+    network was trained.
+    """
     from torchvision.models import vgg16
 
     state, sha256 = _state("vgg16", weights_dir)
@@ -151,19 +128,18 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     vgg.load_state_dict(state)
     network = nn.Sequential(vgg.features, vgg.avgpool, nn.Flatten(), vgg.classifier[:6])
     if protocol.name == "paper":
-        return Extractor("vgg16", network, None, 4096, (127.5,) * 3, (127.5,) * 3, sha256)
+        return Extractor("vgg16", network, None, 4096, HALF, HALF, sha256)
     return Extractor("vgg16", network, 224, 4096, PIXEL_MEAN, PIXEL_STD, sha256)
 
 
-@register_extractor("scorer")
 def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
-    """What the last layer of the bundled attribute scorer sees (scorer/network.py): a network that knows faces."""
+    """The last features of the bundled attribute scorer (scorer/network.py), a network that knows faces: [N, F]."""
     from scorer.network import load_scorer
 
     scorer = load_scorer("face-scorer", weights_dir=weights_dir)
     network, size = _ScorerFeatures(scorer), scorer.input_size
     dim = network(torch.zeros(1, 3, size, size)).shape[1]
-    return Extractor("scorer", network, size, dim, (127.5,) * 3, (127.5,) * 3, scorer.fingerprint)
+    return Extractor("scorer", network, size, dim, HALF, HALF, scorer.fingerprint)
 
 
 class _ScorerFeatures(nn.Module):
@@ -174,4 +150,12 @@ class _ScorerFeatures(nn.Module):
         self.scorer = scorer
 
     def forward(self, images):
-        return self.scorer.features(images)
+        return self.scorer.features(images)  # [N, F]
+
+
+EXTRACTORS: dict[str, Callable[[Protocol, str | None], Extractor]] = {
+    "inception": build_inception,
+    "vgg16": build_vgg16,
+    "squeeze": build_squeeze,
+    "scorer": build_scorer,
+}

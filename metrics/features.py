@@ -49,21 +49,18 @@ def describe(extractor: Extractor) -> dict:
     return {"name": extractor.name, "sha256": extractor.sha256, "size": extractor.size, "dim": extractor.dim}
 
 
-def features_of(
-    path: Path, extractor: Extractor, n: int, *, size=None, ckpt=None, sampling: Sampling, workers: int = 2, **options
-) -> Features:
-    """Features of whatever lies at `path`: read from a .npz, else extracted (see `open_source`; options of `extract`).
+def open_images(path: Path, extractor: Extractor, *, sampling: Sampling, size=None, ckpt=None, device="cpu", workers=2):
+    """The source of images at `path` (see `open_source`), or the Features in a .npz, for `extract`.
 
     Raises FileNotFoundError or ValueError in one sentence.
     """
     if path.suffix == ".npz":
         source = require_same(load_features(path), extractor, path)
     else:
-        device = options["dist"].device
         source = open_source(path, size=size, ckpt=ckpt, sampling=sampling, device=device, workers=workers)
     if sampling.truncation not in (1, source.info.get("truncation")):
         raise UserError(f"{path} holds images: --truncation {sampling.truncation:g} is for images yet to be made")
-    return source if isinstance(source, Features) else extract(source, extractor, n, seed=sampling.seed, **options)
+    return source
 
 
 def extract(
@@ -80,8 +77,10 @@ def extract(
 ) -> Features:
     """Features of n images of a source (all there are, when fewer), chosen without replacement. All ranks must call it.
 
-    Raises DatasetError for a damaged image, ValueError when features are not finite.
+    Features are returned as they are. Raises DatasetError for a damaged image, ValueError when features are not finite.
     """
+    if isinstance(source, Features):
+        return source
     protocol = extractor.protocol
     order = order or ("first" if protocol.name == "paper" else "drawn")
     positions = source.choose(n, order, seed)

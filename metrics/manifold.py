@@ -34,7 +34,9 @@ def compute_prdc(real, fake, *, nearest_k: int, device="cpu", progress: bool = F
     real, fake = check_features(real, fake)
     for name, points in (("real", real), ("fake", fake)):
         if not 1 <= nearest_k < len(points):
-            raise ValueError(f"nearest_k {nearest_k}: expected at least 1 and fewer than the {len(points)} {name} points")
+            raise ValueError(
+                f"nearest_k {nearest_k}: expected at least 1 and fewer than the {len(points)} {name} points"
+            )
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # Metal has no float64
     in_real_balls = torch.zeros(len(fake), dtype=torch.int64, device=device)  # of each fake: real balls around it
     covered, recalled = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))

@@ -19,7 +19,7 @@ from metrics.protocol import PROTOCOLS, append_records
 from metrics.sources import GeneratorSource, Sampling, open_source
 
 FEWEST = {"fid": 2, "kid": 2, "prdc": 6}  # images of each side that a metric is defined for (prdc: k = 5)
-SEED = 0  # of every evaluation, so that steps and runs are judged by the same draws; the same as of metrics/fid.py
+SEED = 0  # the same draws for every step and run, and for metrics/fid.py
 BEST = "best.safetensors"
 
 
@@ -33,12 +33,12 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 
 
 class Monitor:
-    """Judges a generator against the training images, always by the same draws.
+    """Evaluates a generator against the training images, always by the same draws.
 
     Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
     so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
-    computed at once: what is missing shows before the training begins. start_step: later results of an earlier start
-    are dropped. header: what the exported weights say besides. Raises UsageError for too few images,
+    computed at once: what is missing shows before the training starts. start_step: later results of an earlier start
+    are dropped. header: further metadata of the exported weights. Raises UsageError for too few images,
     FileNotFoundError when the extractor's weights are not at hand.
     """
 
@@ -62,9 +62,9 @@ class Monitor:
         self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir, device=dist.device)
         self.real = self._extract(open_source(path, size=size), SEED + 1, default_cache())
         for name in metrics:
-            if (found := min(n, self.real.about["n"])) < FEWEST[name]:
+            if (n_images := self.real.info["n"]) < FEWEST[name]:
                 raise UsageError(
-                    f"--metric {name} needs at least {FEWEST[name]} images: there are {found} (--eval_samples {n})"
+                    f"--metric {name} needs at least {FEWEST[name]} images: there are {n_images} (--eval_samples {n})"
                 )
         self.output = run.folder / "metrics.jsonl"
         if dist.is_main and self.output.exists():
@@ -86,16 +86,17 @@ class Monitor:
 
     def _best_so_far(self) -> float:
         try:
-            _, known = load_safetensors(self.run.path("checkpoint", BEST))
+            _, header = load_safetensors(self.run.path("checkpoint", BEST))
         except (FileNotFoundError, CheckpointError):
             return float("inf")
-        return known["value"] if (known.get("metric"), known.get("n_fake")) == (self.fid, self.n) else float("inf")
+        value, same = header.get("value"), (header.get("metric"), header.get("n_fake")) == (self.fid, self.n)
+        return value if same and isinstance(value, (int, float)) else float("inf")
 
     @torch.no_grad()
     def evaluate(self, generator, step: int, images: int) -> dict[str, float]:
         """Values by name on rank 0 ({} elsewhere) of a generator after `step` steps and `images` images seen."""
         weights = generator.state_dict()
-        about = {
+        info = {
             "kind": "training",
             "path": str(self.run.folder),
             "step": step,
@@ -103,18 +104,16 @@ class Monitor:
             "ema": True,
             "fingerprint": fingerprint(weights),
         }
-        fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), about), SEED)
+        fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), info), SEED)
         if not self.dist.is_main:
             return {}
         records = evaluate(self.real, fake, self.metrics, device=self.dist.device)
         append_records(self.output, records)
-        values = {record["metric"]: record["value"] for record in records}
+        values = {record["metric"]: record["value"] for record in records}  # None: not finite
         self.run.log(step, "Metrics", **values)
-        if values.get(self.fid, self.best) < self.best:
-            self.best = values[self.fid]
-            facts = {"metric": self.fid, "value": self.best, "n_fake": self.n}
-            config = generator.config.to_dict()
-            save_safetensors(
-                self.run.path("checkpoint", BEST), weights, {**self.header, **about, **facts, "config": config}
-            )
+        fid = values.get(self.fid)
+        if fid is not None and fid < self.best:
+            self.best = fid
+            result = {"metric": self.fid, "value": fid, "n_fake": self.n, "config": generator.config.to_dict()}
+            save_safetensors(self.run.path("checkpoint", BEST), weights, {**self.header, **info, **result})
         return values

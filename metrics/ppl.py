@@ -1,8 +1,8 @@
-"""Perceptual path length of a generator, in z, w or w++: how much the picture changes along a short step in a latent.
+"""Perceptual path length of a generator, in z, w or w++: how much the image changes along a short step.
 
-Karras et al. 2019 (arXiv 1812.04948, section 4.1): mean of d(G(a), G(b)) / epsilon² over pairs epsilon apart on the way
-between two random latents, spherical in z, straight in w; the lowest and the highest percent are left out, the noise
-maps are the stored ones. `ppl-w` is LPIPS with VGG; another perceptual network is named: `ppl-w++-squeeze`.
+Karras et al. 2019 (arXiv 1812.04948, section 4.1): mean of d(G(a), G(b)) / epsilon² over pairs epsilon apart on the
+path between two random latents, spherical in z, straight in w; the lowest and the highest percent are left out, the
+noise maps are the stored ones. `ppl-w` is LPIPS with VGG; another perceptual network is named: `ppl-w++-squeeze`.
 
     python metrics/ppl.py --ckpt runs/faces/checkpoint/230000.pt
     python metrics/ppl.py --ckpt faces.safetensors --space z --perceptual squeeze --n_sample 5000
@@ -27,11 +27,11 @@ from common.latents import draw_z
 from metrics.evaluation import default_output
 from metrics.features import HERE
 from metrics.protocol import append_records, make_record
-from metrics.sources import SEED_STRIDE, checkpoint_facts
+from metrics.sources import SEED_STRIDE, Sampling, checkpoint_source
 from model import Generator, load_generator
 from sampling.render import slerp
 
-EPSILON = 1e-4  # step, as a share of the way
+EPSILON = 1e-4  # step, as a share of the path
 LARGEST = 256  # pixels; larger images are averaged down to it, as the published programs do
 SPACES = ("z", "w", "w++")
 
@@ -54,7 +54,7 @@ def path_lengths(
     """n path lengths, float64 [n], on every rank; pair i is drawn from its own seed, so no batch or rank changes it.
 
     distance(a, b): images [B, 3, S, S] in [-1, 1] -> [B], a squared distance such as LPIPS. space: z, or w or w++, as
-    the generator has. sampling: `full` takes pairs anywhere on the way, `end` at its beginning. crop: the centre of a
+    the generator has. sampling: `full` takes pairs anywhere on the path, `end` at its start. crop: the centre of a
     face as FFHQ frames it. Raises ValueError for another space, or when a length is not finite.
     """
     config = generator.config
@@ -62,24 +62,20 @@ def path_lengths(
         raise UserError(f"--space {space}: this generator has z and {config.space}")
     if sampling not in ("full", "end") or n < 1:
         raise UserError(f"expected sampling full or end and n from 1, got {sampling} and {n}")
-    mine, lengths = shard(n, dist.rank, dist.world_size), []
+    local, lengths = shard(n, dist.rank, dist.world_size), [torch.empty(0, dtype=torch.float64)]
     noise, device = generator.fixed_noise(), generator.token.device
-    for start in tqdm(
-        range(mine.start, mine.stop, batch),
-        desc=f"path length in {space}",
-        disable=None if progress and dist.is_main else True,
-    ):
-        chosen = range(start, min(start + batch, mine.stop))
+    silent = None if progress and dist.is_main else True
+    for start in tqdm(range(local.start, local.stop, batch), desc=f"path length in {space}", disable=silent):
+        chosen = range(start, min(start + batch, local.stop))
         first, second = (_draw(generator, [(2 * seed + end) * SEED_STRIDE + i for i in chosen]) for end in (0, 1))
-        way = torch.tensor([_position(seed, i) if sampling == "full" else 0.0 for i in chosen])
-        way = way.double().view(-1, *[1] * (first.ndim - 1))
-        ends = [_between(generator, first, second, t, space) for t in (way, way + epsilon)]
-        styles = torch.cat(ends).to(device)  # both pictures of a pair in one batch
+        t = [np.random.default_rng([seed, i]).random() if sampling == "full" else 0.0 for i in chosen]
+        t = torch.tensor(t, dtype=torch.float64).view(-1, *[1] * (first.ndim - 1))
+        ends = [_interpolate(generator, first, second, at, space) for at in (t, t + epsilon)]
+        styles = torch.cat(ends).to(device)  # both images of a pair in one batch
         images, _ = generator(styles, input_is_latent=space != "z", noise=noise)
-        images = _prepare(images, crop)
-        a, b = images.chunk(2)
-        lengths.append((distance(a, b).flatten().double() / epsilon**2).cpu())
-    values = np.concatenate([part.numpy() for part in gather_list(torch.cat(lengths) if lengths else torch.empty(0))])
+        a, b = crop_and_shrink(images, crop).chunk(2)
+        lengths.append((distance(a, b).flatten().double() / epsilon**2).cpu())  # [B]
+    values = torch.cat(gather_list(torch.cat(lengths))).numpy()
     if not np.isfinite(values).all():
         raise UserError(f"path length {int(np.argmin(np.isfinite(values)))} is not finite: diverged weights?")
     return values
@@ -87,16 +83,12 @@ def path_lengths(
 
 def _draw(generator: Generator, seeds: list[int]) -> torch.Tensor:
     config = generator.config
-    z = draw_z(seeds, config.n_tokens, config.style_dim, w_space=config.w_space)
+    z = draw_z(seeds, config.n_tokens, config.style_dim, w_space=config.w_space)  # [B, L, D]
     return z[:, 0] if config.w_space else z
 
 
-def _position(seed: int, index: int) -> float:
-    return float(np.random.default_rng([seed, index]).random())
-
-
-def _between(generator, first, second, t, space) -> torch.Tensor:
-    """Latents at the share t of the way; float64 in between, since epsilon is close to float32's last digits."""
+def _interpolate(generator, first, second, t, space) -> torch.Tensor:
+    """Latents at the share t of the path; float64 in between, since epsilon is close to float32's last digits."""
     if space == "z":
         return slerp(first.double(), second.double(), t).float()
     device = generator.token.device
@@ -104,7 +96,8 @@ def _between(generator, first, second, t, space) -> torch.Tensor:
     return torch.lerp(first, second, t.view(-1, 1, 1)).float()
 
 
-def _prepare(images: torch.Tensor, crop: bool) -> torch.Tensor:
+def crop_and_shrink(images: torch.Tensor, crop: bool) -> torch.Tensor:
+    """[N, 3, S, S] -> the centre of the face if `crop`, at most LARGEST pixels high."""
     if crop:  # eyes to mouth of FFHQ's framing, arXiv 1812.04948
         eighth = images.shape[2] // 8
         images = images[:, :, 3 * eighth : 7 * eighth, 2 * eighth : 6 * eighth]
@@ -128,7 +121,7 @@ def build_parser() -> ArgumentParser:
         "--sampling",
         choices=("full", "end"),
         default="full",
-        help="pairs anywhere on the way between two latents, or at its beginning",
+        help="pairs anywhere on the path between two latents, or at its start",
     )
     parser.add_argument(
         "--perceptual",
@@ -137,11 +130,11 @@ def build_parser() -> ArgumentParser:
         help="perceptual network of perceptual/lpips.py: vgg as published, squeeze, alex, "
         "discriminator:CHECKPOINT, scorer:FILE; auto: the first LPIPS at hand",
     )
-    parser.add_argument("--epsilon", type=float, default=EPSILON, help="step, as a share of the way")
+    parser.add_argument("--epsilon", type=float, default=EPSILON, help="step, as a share of the path")
     parser.add_argument("--crop", action="store_true", help="compare the centre of the face only, as for FFHQ")
     parser.add_argument("--n_sample", type=int, default=50_000, help="pairs")
     parser.add_argument("--batch", type=int, default=16, help="pairs per forward pass and process")
-    parser.add_argument("--seed", type=int, default=0, help="of the latents drawn")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the latents")
     parser.add_argument("--weights_dir", help="folder with the network's weights, looked into first")
     parser.add_argument(
         "--output",
@@ -178,29 +171,24 @@ def main(args) -> int:
         if dist.is_main:
             value, std = trimmed_mean(lengths)
             network = perceptual.name.removeprefix("lpips-")
-            config = generator.config
-            fake = {
-                "kind": "checkpoint",
-                "path": args.ckpt,
-                "n": args.n_sample,
-                **checkpoint_facts(Path(args.ckpt)),
-                "size": config.size,
-                "space": config.space,
-                "fingerprint": generator.fingerprint,
-                "truncation": 1.0,
-                "noise": "const",
-                "seed": args.seed,
-            }
-            how = {"name": args.sampling, "epsilon": args.epsilon, "crop": args.crop, "percentiles": "1 to 99"}
             name = f"ppl-{space}" + ("" if network == "vgg" else f"-{network}")
-            record = make_record(
-                name, value, real=None, fake=fake, protocol=how, extractor={"name": perceptual.name}, std=std
-            )
-            append_records(args.output or default_output(Path(args.ckpt)), [record])
             print(
                 f"{args.ckpt}  {args.n_sample} pairs, {perceptual.name}, {args.sampling}:  {name} {value:.5g} "
-                f"(std {std:.5g})"
+                f"(std {std:.5g})",
+                flush=True,
             )
+            source = checkpoint_source(Path(args.ckpt), Sampling(noise="const", seed=args.seed), generator)
+            protocol = {"name": args.sampling, "epsilon": args.epsilon, "crop": args.crop, "percentiles": "1 to 99"}
+            record = make_record(
+                name,
+                value,
+                real=None,
+                fake={**source.info, "n": args.n_sample},
+                protocol=protocol,
+                extractor={"name": perceptual.name},
+                std=std,
+            )
+            append_records(args.output or default_output(Path(args.ckpt)), [record])
     finally:
         shutdown()
     return 0

@@ -1,4 +1,4 @@
-"""How a number was computed: what is done to images before the extractor, and the stamp that every result carries.
+"""Evaluation protocols: what is done to images before the extractor, and the stamp that every result carries.
 
 One FID in four in the literature cannot be reproduced because the resize, the codec or the sample count went unsaid
 (Parmar et al. 2022, arXiv 2104.11222). Each result here is one JSON line in `metrics.jsonl` that says all of it, and
@@ -28,39 +28,34 @@ import torch
 import torch.nn.functional as F
 
 from common.cli import UserError
+from common.files import open_regular, parse_json
 from common.runs import git_commit, to_plain
 
-# What may differ between numbers set side by side: where things lie, what is being compared, and when
+# Entries that may differ between numbers set side by side: where things lie, what is being compared, and when
 FREE = {
-    "value",
-    "std",
-    "time",
-    "code",
-    "notes",
-    "step",
-    "images",
-    "device",
-    "real.path",
-    "real.seed",
-    "real.kind",
-    "real.fingerprint",
-    "real.space",
-    "real.step",
-    "fake.path",
-    "fake.seed",
-    "fake.kind",
-    "fake.fingerprint",
-    "fake.space",
-    "fake.step",
-    "fake.images",
-    "fake.digest",
+    *("value", "std", "time", "code", "notes", "step", "images", "device", "fake.images", "fake.digest"),
+    *(
+        f"{side}.{name}"
+        for side in ("real", "fake")
+        for name in ("path", "seed", "kind", "fingerprint", "space", "step")
+    ),
     "fake.noise_seed",
+}
+
+# The entries of a record that are read again; others are only compared
+RECORD = {
+    "metric": str,
+    "value": (float, None),
+    "n_fake": (int, None),
+    "step?": (int, None),
+    "real?": ({}, None),
+    "fake": {"truncation?": (float, None), "images?": (float, None)},
 }
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What happens to an image on its way to the extractor."""
+    """Steps between an image and the extractor."""
 
     name: str = "tf-compat"
     quantised: bool = True  # generated images rounded and clamped to 8 bits, as a file holds them
@@ -97,9 +92,10 @@ PROTOCOLS = {
 # Results
 
 
-def make_record(metric: str, value: float, *, real: dict | None, fake: dict, protocol: dict, extractor: dict, **facts):
-    """One result as `metrics.jsonl` holds it. real, fake: `about` of the sources, `n` among it; real None: there is
-    none (path length)."""
+def make_record(
+    metric: str, value: float, *, real: dict | None, fake: dict, protocol: dict, extractor: dict, **details
+):
+    """One result as a line of `metrics.jsonl`. real, fake: `info` of the sources with `n`; real None: path length."""
     real = dict(real) if real else {}
     fake = dict(fake)
     counts = {"n_real": real.pop("n", None), "n_fake": fake.pop("n")}
@@ -110,7 +106,7 @@ def make_record(metric: str, value: float, *, real: dict | None, fake: dict, pro
             "metric": metric,
             "value": value,
             **counts,
-            **facts,
+            **details,
             "protocol": protocol,
             "extractor": extractor,
             "real": real,
@@ -142,20 +138,17 @@ def append_records(path: str | Path, records: Iterable[dict]) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Records of a metrics.jsonl. Raises ValueError naming the line that is none."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            record = json.loads(line)
-            record["metric"], record["value"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: not a result of metrics/ ({error})") from error
-        records.append(record)
-    return records
+    """Records of a metrics.jsonl; values that are not finite are None. Raises ValueError naming a line that is none."""
+    with open_regular(path) as file:
+        lines = file.read().splitlines()
+    return [
+        parse_json(line, RECORD, source=f"{path}, line {number}", what="result of metrics/")
+        for number, line in enumerate(lines, 1)
+    ]
 
 
 def unlike(first: dict, second: dict, vary: Iterable[str] = ()) -> list[str]:
-    """What keeps two results from being comparable, as 'extractor.name squeeze against inception'; empty if nothing.
+    """Differences that make two results incomparable, as 'extractor.name squeeze against inception'.
 
     vary: dotted names that may differ, such as `fake.truncation` along a sweep.
     """
@@ -179,8 +172,7 @@ def _shown(value) -> str:
 
 
 def require_alike(records: list[dict], *, vary: Iterable[str] = (), allow: bool = False) -> list[str]:
-    """The differences in protocol between results of one metric, each with the first; raises ValueError if there are
-    any, unless `allow`."""
+    """Differences in protocol between results of one metric, each with the first. Raises ValueError unless `allow`."""
     vary = tuple(vary)
     differences = list(dict.fromkeys(line for record in records[1:] for line in unlike(records[0], record, vary)))
     if differences and not allow:

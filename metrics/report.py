@@ -12,15 +12,14 @@ listed with --allow_unlike.
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.files import atomic_write
-from common.tables import cell, text_table
+from common.files import atomic_write, write_text
+from common.tables import cell, csv_text, text_table
 from metrics.protocol import flat, read_records, require_alike
 
 LOWER_IS_BETTER = ("fid", "kid", "ppl")
@@ -50,42 +49,37 @@ def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dic
             )
         if name in runs:
             raise UserError(f"two runs are called {name}: name them as in A={path}")
-        records = [record for record in read_records(file) if _fulfils(record, where)]
-        latest = {(record["metric"], _subject(record), *_yardstick(record)): record for record in records}
+        latest = {}
+        for record in read_records(file):
+            if _matches(record, where):
+                real = (record.get("real") or {}).get("digest")  # another real set or protocol is another result
+                key = (record["metric"], _subject(record), record["n_fake"], str(record.get("protocol")), real)
+                latest[key] = record
         runs[name] = list(latest.values())
         if not runs[name]:
             raise UserError(f"{file} holds no results" + (f" where {' '.join(where)}" if where else ""))
     return runs
 
 
-def _fulfils(record: dict, where: list[str]) -> bool:
+def _matches(record: dict, where: list[str]) -> bool:
     entries = flat(record)
     for condition in where:
-        name, equals, value = condition.partition("=")
+        name, equals, text = condition.partition("=")
         if not equals or name not in entries:
             raise UsageError(f"--where {condition}: expected NAME=VALUE with one of {', '.join(entries)}")
-        found = entries[name]
-        if str(found) != value and not (isinstance(found, (int, float)) and _number(value) == found):
+        try:
+            same = float(text) == entries[name]
+        except ValueError:
+            same = text == str(entries[name])
+        if not same:
             return False
     return True
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def _subject(record: dict) -> tuple:
-    """What was judged: the same for all metrics of one checkpoint and truncation, however many samples each took."""
+    """The generator or images and the truncation: the same for all metrics of one checkpoint."""
     fake = record["fake"]
     return fake.get("fingerprint") or fake.get("digest"), fake.get("truncation")
-
-
-def _yardstick(record: dict) -> tuple:
-    """What it was judged by: results that differ here are not one computed twice, and `check` has to see both."""
-    return record["n_fake"], str(record.get("protocol")), (record.get("real") or {}).get("digest")
 
 
 def metric_names(runs: dict[str, list[dict]]) -> list[str]:
@@ -102,15 +96,14 @@ def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[s
     rows = []
     for name, records in runs.items():
         candidates = [r for r in records if r["metric"] == leading] or records
-        sign = 1 if family(candidates[0]["metric"]) in LOWER_IS_BETTER else -1
-        chosen = min(candidates, key=lambda r: sign * r["value"]) if pick == "best" else candidates[-1]
+        finite = [r for r in candidates if r["value"] is not None]
+        best = min if family(candidates[0]["metric"]) in LOWER_IS_BETTER else max
+        chosen = best(finite, key=lambda r: r["value"]) if finite and pick == "best" else candidates[-1]
         values = {r["metric"]: r["value"] for r in records if _subject(r) == _subject(chosen)}
         images = chosen["fake"].get("images")
         rows.append(
             [
-                name,
-                chosen.get("step"),
-                None if images is None else images / 1000,
+                *(name, chosen.get("step"), None if images is None else images / 1000),
                 *(values.get(metric) for metric in metrics),
             ]
         )
@@ -128,11 +121,11 @@ def by_truncation(runs: dict[str, list[dict]]) -> dict[str, list[dict]]:
 
 
 def build_curve(records: list[dict], metric: str, against: str) -> list[tuple[float, float]]:
-    """(x, value) of a metric in order of x: images (thousands), step or truncation."""
+    """(x, value) of a metric, where both are known, in order of x: images (thousands), step or truncation."""
     points = []
     for record in records:
         x = record.get("step") if against == "step" else record["fake"].get(against)
-        if record["metric"] == metric and x is not None:
+        if record["metric"] == metric and None not in (x, record["value"]):
             points.append((x / 1000 if against == "images" else x, record["value"]))
     return sorted(points)
 
@@ -171,14 +164,6 @@ def latex_table(header: list[str], rows: list[list]) -> str:
 
 def _latex(text: str) -> str:
     return "".join(rf"\{c}" if c in "&%$#_{}" else c for c in text)
-
-
-def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", *header[1:]])
-        writer.writerows([["" if value is None else value for value in row] for row in rows])
 
 
 def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, against: str, path: Path) -> None:
@@ -244,23 +229,22 @@ def main(args) -> int:
     header, rows = build_table(by_truncation(runs) if args.against == "truncation" else runs, args.pick)
     print(text_table(header, rows))
     for line in differences:
-        print(f"note: not computed alike: {line}", file=sys.stderr)
+        print(f"warning: not computed alike: {line}", file=sys.stderr)
     if args.csv:
-        write_csv(args.csv, header, rows)
+        write_text(args.csv, csv_text([["name", *header[1:]], *rows]))
     if args.latex:
-        with atomic_write(args.latex) as file:
-            file.write(latex_table(header, rows).encode())
+        write_text(args.latex, latex_table(header, rows))
     if args.png or args.curve_csv:
         metric = args.metric or header[3]
         curves = {name: build_curve(records, metric, args.against) for name, records in runs.items()}
         curves = {name: points for name, points in curves.items() if points}
         if not curves:
-            raise UserError(f"no {metric} with a known number of {args.against}; there are {', '.join(header[3:])}")
+            raise UserError(f"no finite {metric} at a known {args.against}; the metrics are {', '.join(header[3:])}")
         if args.png:
             draw_curve(curves, metric, args.against, args.png)
         if args.curve_csv:
             points = [[name, *point] for name, points in curves.items() for point in points]
-            write_csv(args.curve_csv, ["", args.against, metric], points)
+            write_text(args.curve_csv, csv_text([["name", args.against, metric], *points]))
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Where images come from: folder, LMDB, generator checkpoint or saved latents; each told by what lies at the path.
+"""Sources of images: a folder, an LMDB, a generator checkpoint or saved latents, told apart by content.
 
-A source knows how many images it has, gives any selection of them in order, and has a digest of their content, which
-is what the feature cache goes by. Generated image i of seed s is the one of `generate.py --seeds S --noise random` with
+A source knows how many images it has, gives any selection of them in order, and has a digest of their content, the
+key of the feature cache. Generated image i of seed s is the one of `generate.py --seeds S --noise random` with
 S = s * 1,000,000 + i, whatever the batch size, device or number of processes.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
+from common.files import read_json
 from common.images import read_image
 from common.latents import draw_z, load_latents
 from common.lmdb_store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
@@ -32,7 +34,7 @@ SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next
 
 @dataclass
 class Sampling:
-    """How generated images are drawn; what a source of files has no use for."""
+    """Settings of generated images; a source of files has no use for them."""
 
     truncation: float = 1.0
     truncation_mean: int = 10_000  # samples for the mean of w
@@ -49,8 +51,8 @@ class Sampling:
 class ImageSource:
     """Images of files: a folder or an LMDB."""
 
-    def __init__(self, dataset, about: dict, workers: int = 2):
-        self.dataset, self.about, self.workers = dataset, about, workers
+    def __init__(self, dataset, info: dict, workers: int = 2):
+        self.dataset, self.info, self.workers = dataset, info, workers
         self.n = len(dataset)
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:
@@ -61,7 +63,7 @@ class ImageSource:
 
     def digest(self, positions: Sequence[int]) -> str:
         """sha256 of the encoded images, and of how they are fitted."""
-        digest = hashlib.sha256(json.dumps([self.about.get(name) for name in ("size", "filter", "fit")]).encode())
+        digest = hashlib.sha256(json.dumps([self.info.get(name) for name in ("size", "filter", "fit")]).encode())
         for data in self._encoded(positions):
             digest.update(hashlib.sha256(data).digest())
         return digest.hexdigest()
@@ -75,16 +77,14 @@ class ImageSource:
 
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """uint8 [B, 3, H, W] on `device`; threads read the next batch meanwhile. DatasetError for a damaged image."""
-        chunks = [positions[i : i + batch] for i in range(0, len(positions), batch)]
-        if chunks:
-            self.dataset[chunks[0][0]]  # opens an LMDB here: two threads at once would open it twice
+        batches = [positions[i : i + batch] for i in range(0, len(positions), batch)]
+        if batches:
+            self.dataset[batches[0][0]]  # opens an LMDB here: two threads at once would open it twice
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            ahead = [pool.submit(self.dataset.__getitem__, i) for i in chunks[0]] if chunks else []
-            for position in range(len(chunks)):
-                current = ahead
-                following = chunks[position + 1] if position + 1 < len(chunks) else []
-                ahead = [pool.submit(self.dataset.__getitem__, i) for i in following]
-                yield torch.stack([item.result() for item in current]).to(device)
+            ahead = pool.map(self.dataset.__getitem__, batches[0] if batches else ())
+            for following in [*batches[1:], ()] if batches else ():
+                images, ahead = ahead, pool.map(self.dataset.__getitem__, following)
+                yield torch.stack(list(images)).to(device)
 
 
 class NativeFolder(FolderDataset):
@@ -100,10 +100,10 @@ class NativeFolder(FolderDataset):
         except (ValueError, FileNotFoundError) as error:
             raise DatasetError(f"{error}: repair or remove it") from error
         if image.size != self.expected:
-            first, found = ("x".join(map(str, size)) for size in (self.expected, image.size))
+            first, other = ("x".join(map(str, size)) for size in (self.expected, image.size))
             raise DatasetError(
                 f"{self.path}: images of different sizes, {self.files[0].name} has {first} and "
-                f"{self.files[index].name} {found} pixels: --size N fits them all"
+                f"{self.files[index].name} {other} pixels: --size N fits them all"
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -112,15 +112,15 @@ class GeneratorSource:
     """Images of a generator, from seeds or from saved latents with their attributes [N, d], where it takes any."""
 
     def __init__(
-        self, generator: Generator, sampling: Sampling, about: dict, *, latents=None, saved_noise=None, condition=None
+        self, generator: Generator, sampling: Sampling, info: dict, *, latents=None, saved_noise=None, condition=None
     ):
         self.generator, self.sampling, self.latents, self.condition = generator, sampling, latents, condition
         self.saved_noise: Noise | None = saved_noise
         self.n = SEED_STRIDE if latents is None else len(latents)
         config, truncation = generator.config, sampling.truncation
-        self.about = {
+        self.info = {
             "fingerprint": generator.fingerprint,
-            **about,
+            **info,
             "size": config.size,
             "space": config.space,
             "truncation": truncation,
@@ -129,8 +129,8 @@ class GeneratorSource:
             "seed": sampling.seed,
         }
         if config.condition_dim:
-            self.about["condition"] = "neutral" if condition is None else "saved"  # neutral: 0.5 for every attribute
-        self._mean = None
+            self.info["condition"] = "neutral" if condition is None else "saved"  # neutral: 0.5 for every attribute
+        self._mean = None  # of w, computed when it is needed
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:
         if self.latents is None and n > SEED_STRIDE:
@@ -139,7 +139,7 @@ class GeneratorSource:
 
     def digest(self, positions: Sequence[int]) -> str:
         names = ("size", "fingerprint", "truncation", "truncation_mean", "noise", "seed")
-        digest = hashlib.sha256(json.dumps([self.about[name] for name in names] + [len(positions)]).encode())
+        digest = hashlib.sha256(json.dumps([self.info[name] for name in names] + [len(positions)]).encode())
         if self.latents is not None:
             digest.update(self.latents.numpy().tobytes())
             for layer in self.saved_noise or []:
@@ -166,18 +166,18 @@ class GeneratorSource:
             else:
                 styles = self.latents[list(chosen)]
             maps = [layer.to(device) for layer in select_noise(noise, chosen)]
-            asked = select_condition(self.condition, chosen)
+            condition = select_condition(self.condition, chosen)
             images, _ = generator(
                 styles.to(device),
                 input_is_latent=self.latents is not None,
                 noise=maps,
                 truncation=truncation,
                 truncation_latent=self._mean,
-                condition=None if asked is None else asked.to(device),
+                condition=None if condition is None else condition.to(device),
             )
             if not torch.isfinite(images).all():
                 raise UserError(
-                    f"{self.about['path']}: generated images {chosen[0]} to {chosen[-1]} are not finite: "
+                    f"{self.info['path']}: generated images {chosen[0]} to {chosen[-1]} are not finite: "
                     "diverged weights?"
                 )
             yield images
@@ -217,7 +217,7 @@ def open_source(
             "themselves, their features are cached"
         )
     if is_checkpoint(path):
-        return checkpoint_source(path, sampling, device)
+        return checkpoint_source(path, sampling, load_generator(path, device))
     if path.suffix == ".npy" or (path / "latents.npy").exists():
         return latents_source(path, ckpt, sampling, device)
     if is_lmdb(path):
@@ -228,7 +228,7 @@ def open_source(
 def folder_source(path: Path, size: int | None, workers: int) -> ImageSource:
     dataset = NativeFolder(path) if size is None else open_dataset(path, size)
     codecs = sorted({file.suffix.lower().lstrip(".") for file in dataset.files})
-    about = {
+    info = {
         "kind": "folder",
         "path": str(path),
         "size": size or "x".join(map(str, dataset.expected)),
@@ -237,7 +237,7 @@ def folder_source(path: Path, size: int | None, workers: int) -> ImageSource:
         "codec": ",".join(codecs),
         "skipped": len(dataset.skipped),
     }
-    return ImageSource(dataset, about, workers)
+    return ImageSource(dataset, info, workers)
 
 
 def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
@@ -247,23 +247,23 @@ def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
             raise UserError(f"{path} has the sizes {', '.join(map(str, sizes))}: choose one with --size")
         size = sizes[0]
     dataset = MultiResolutionDataset(path, size)
-    made = dataset.manifest or {}  # rosinality's tool leaves none: filter and codec are unknown
-    about = {
+    manifest = dataset.manifest or {}  # rosinality's tool leaves none: filter and codec are unknown
+    info = {
         "kind": "lmdb",
         "path": str(path),
         "size": size,
-        "filter": made.get("resample"),
-        "fit": made.get("fit"),
-        "codec": made.get("format"),
-        "quality": made.get("quality"),
-        "skipped": len(made.get("skipped", [])),
+        "filter": manifest.get("resample"),
+        "fit": manifest.get("fit"),
+        "codec": manifest.get("format"),
+        "quality": manifest.get("quality"),
+        "skipped": len(manifest.get("skipped", [])),
     }
-    return ImageSource(dataset, about, workers)
+    return ImageSource(dataset, info, workers)
 
 
-def checkpoint_source(path: Path, sampling: Sampling, device) -> GeneratorSource:
-    generator = load_generator(path, device)
-    return GeneratorSource(generator, sampling, {"kind": "checkpoint", "path": str(path), **checkpoint_facts(path)})
+def checkpoint_source(path: Path, sampling: Sampling, generator: Generator) -> GeneratorSource:
+    """`generator`, which was loaded from `path`."""
+    return GeneratorSource(generator, sampling, {"kind": "checkpoint", "path": str(path), **checkpoint_info(path)})
 
 
 def latents_source(path: Path, ckpt, sampling: Sampling, device) -> GeneratorSource:
@@ -273,27 +273,23 @@ def latents_source(path: Path, ckpt, sampling: Sampling, device) -> GeneratorSou
     config = generator.config
     shape, spaces = (config.n_tokens, config.style_dim), ("w", "w+") if config.w_space else "w++"
     saved = load_latents(path, expect_space=spaces, expect_shape=shape, expect_fingerprint=generator.fingerprint)
-    about = {"kind": "latents", "path": str(path), **checkpoint_facts(Path(ckpt))}
+    info = {"kind": "latents", "path": str(path), **checkpoint_info(Path(ckpt))}
+    condition = saved_condition(saved, generator)
     return GeneratorSource(
-        generator,
-        sampling,
-        about,
-        latents=saved.latents,
-        saved_noise=saved.noise,
-        condition=saved_condition(saved, generator),
+        generator, sampling, info, latents=saved.latents, saved_noise=saved.noise, condition=condition
     )
 
 
-def checkpoint_facts(path: Path) -> dict:
+def checkpoint_info(path: Path) -> dict:
     """Step, images seen and whether the weights are the average (None: the file does not tell), without its tensors."""
     if path.suffix == ".safetensors":
-        _, known = load_safetensors(path)
-        step, ours = known.get("step"), "config" in known
+        _, header = load_safetensors(path)
+        step, ours = header.get("step"), "config" in header
         return {"step": step, "images": _images_at(path, step), "ema": True if ours else None}
-    known = load_checkpoint(path, map_location="meta")
-    step = known.get("step", int(path.stem) if path.stem.isdigit() and "g_ema" in known else None)
-    images = known["sampler"]["position"] if isinstance(known.get("sampler"), dict) else _images_at(path, step)
-    return {"step": step, "images": images, "ema": True if "g_ema" in known else None}
+    state = load_checkpoint(path, map_location="meta")
+    step = state.get("step", int(path.stem) if path.stem.isdigit() and "g_ema" in state else None)
+    images = state["sampler"].get("position") if isinstance(state.get("sampler"), dict) else _images_at(path, step)
+    return {"step": step, "images": images, "ema": True if "g_ema" in state else None}
 
 
 def _images_at(path: Path, step: int | None) -> int | None:
@@ -301,6 +297,11 @@ def _images_at(path: Path, step: int | None) -> int | None:
     options = path.resolve().parent.parent / "options.json"
     if step is None or path.resolve().parent.name != "checkpoint" or not options.exists():
         return None
-    known = json.loads(options.read_text(encoding="utf-8"))
-    batch = known.get("options", {}).get("batch")
-    return None if batch is None else step * batch * known.get("world_size", 1)
+    schema = {"options?": {"batch?": (int, None)}, "world_size?": int}
+    try:
+        settings = read_json(options, schema, what="options.json of a training")
+    except (OSError, UserError) as error:  # no reason to lose a result
+        warnings.warn(f"how many images the generator has seen is unknown: {error}", stacklevel=2)
+        return None
+    batch = settings.get("options", {}).get("batch")
+    return None if batch is None else step * batch * settings.get("world_size", 1)

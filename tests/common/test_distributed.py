@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 
 from common import distributed
 from common.cli import ArgumentParser, UsageError
@@ -45,39 +46,6 @@ d.shutdown()
 d.shutdown()
 print("done", here.rank)
 """
-
-
-def launch(program, world_size, **environment):
-    """Output of `world_size` processes that run `program`, as the launchers start them and as our scripts end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(world_size),
-        **environment,
-    }
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"{program}\nfrom common.cli import exit_process\nexit_process(0)"],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(distributed.__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        results = [worker.communicate(timeout=120) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * world_size, results
-    return [output for output, _ in results]
 
 
 def test_two_processes():

@@ -12,7 +12,7 @@ from common.images import to_uint8
 from metrics import extractors
 from metrics.distance import compute_fid, compute_kid, frechet_distance
 from metrics.evaluation import evaluate
-from metrics.extractors import Extractor, build_extractor, metric_name, register_extractor
+from metrics.extractors import Extractor, build_extractor, metric_name
 from metrics.features import extract
 from metrics.protocol import PROTOCOLS
 from metrics.sources import open_source
@@ -37,12 +37,12 @@ def random_network(dim=24):
 
 @pytest.fixture
 def random_extractor(monkeypatch):
-    """An extractor of our registry with random weights; taken out again."""
-    monkeypatch.setattr(extractors, "_builders", dict(extractors._builders))
+    """Name of an extractor of random weights."""
 
-    @register_extractor(NAME)
     def build(protocol, weights_dir):
         return Extractor(NAME, random_network(), 48, 24, (128.0,) * 3, (128.0,) * 3, "0" * 64)
+
+    monkeypatch.setitem(extractors.EXTRACTORS, NAME, build)
 
     return NAME
 
@@ -92,14 +92,14 @@ def test_closed_form_of_rotated_gaussians():
 def test_a_set_has_no_distance_to_itself():
     features = gaussian_with(np.zeros(8), np.eye(8), 1200, 0)
     assert abs(compute_fid(features, features)[0]) < 1e-4
-    assert abs(compute_kid(features, features)["value"]) < 0.05
+    assert abs(compute_kid(features, features)[0]) < 0.05
 
 
 def test_too_few_samples_are_said():
     features = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     value, notes = compute_fid(features, features[:15] + 1)
     assert np.isfinite(value) and "15 samples cannot fill a covariance of 32 dimensions" in notes[0]
-    found = compute_kid(features, features[:15])
+    _, found = compute_kid(features, features[:15])
     assert found["subset_size"] == 15 and "subsets of 15, not 1000" in found["notes"][0]
 
 
@@ -108,7 +108,7 @@ def test_refusals():
     broken = features.clone()
     broken[3, 1] = torch.nan
     for compute in (compute_fid, compute_kid):
-        with pytest.raises(ValueError, match="fake features hold values that are not finite"):
+        with pytest.raises(ValueError, match="fake features have values that are not finite"):
             compute(features, broken)
         with pytest.raises(ValueError, match="real features have 4 dimensions, fake ones 3"):
             compute(features, features[:, :3])
@@ -210,7 +210,7 @@ def test_inception_is_torch_fidelitys(inception_file, monkeypatch):
     (expected,) = theirs(images)
     ours = build_extractor("inception", PROTOCOLS["tf-compat"])
     torch.testing.assert_close(ours(images), expected, rtol=1e-5, atol=1e-6)
-    assert not ours.standin and ours.dim == expected.shape[1] and len(ours.sha256) == 64
+    assert ours.dim == expected.shape[1] and len(ours.sha256) == 64
     paper = build_extractor("inception", PROTOCOLS["paper"])
     as_floats = images.float() / 127.5 - 1
     resized = F.interpolate(as_floats, (299, 299), mode="bilinear", align_corners=False)  # pytorch-fid
@@ -288,7 +288,7 @@ def test_protocols_differ_where_they_should():
     assert all(torch.equal(protocol.resize_to(x, None), x) for protocol in PROTOCOLS.values())
 
 
-def test_standins_are_named(random_extractor):
+def test_fallbacks_are_named(random_extractor):
     assert metric_name("fid", "inception") == "fid" and metric_name("fid", "squeeze") == "fid-squeeze"
     assert metric_name("precision", "vgg16") == "precision" and metric_name("fid", "vgg16") == "fid-vgg16"
     assert metric_name("recall", "scorer") == "recall-scorer" and metric_name("fid", NAME) == f"fid-{NAME}"
@@ -305,7 +305,7 @@ def test_absent_weights_are_one_sentence(tmp_path, monkeypatch):
 
 
 def test_auto_takes_the_first_at_hand(monkeypatch, random_extractor):
-    """Inception, else a stand-in, never under the plain name; with nothing at all, the sentence names the first."""
+    """Inception, else a fallback, never under the plain name; with nothing at all, the sentence names the first."""
 
     def absent(protocol, weights_dir):
         raise FileNotFoundError("no such weights here")
@@ -317,12 +317,12 @@ def test_auto_takes_the_first_at_hand(monkeypatch, random_extractor):
     for at_hand, name in (("inception", "fid"), ("squeeze", "fid-squeeze"), ("scorer", "fid-scorer")):
         for candidate in extractors.AUTO:
             build = present if candidate == at_hand else absent
-            monkeypatch.setitem(extractors._builders, candidate, (build, candidate != "inception"))
+            monkeypatch.setitem(extractors.EXTRACTORS, candidate, build)
         assert metric_name("fid", build_extractor("auto", protocol).name) == name
-    monkeypatch.setitem(extractors._builders, "vgg16", (present, False))
+    monkeypatch.setitem(extractors.EXTRACTORS, "vgg16", present)
     assert build_extractor("auto", protocol, preferred=("vgg16", "scorer")).name == "vgg16"
-    monkeypatch.setitem(extractors._builders, "scorer", (absent, True))
-    with pytest.raises(FileNotFoundError, match="no such weights here; nor .* any of the stand-ins squeeze, scorer"):
+    monkeypatch.setitem(extractors.EXTRACTORS, "scorer", absent)
+    with pytest.raises(FileNotFoundError, match="no such weights here; nor .* any of the fallbacks squeeze, scorer"):
         build_extractor("auto", protocol)
 
 
@@ -353,5 +353,5 @@ def test_scorer_features(monkeypatch, tmp_path):
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     expected = scorer.features(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2) / 127.5 - 1)
     torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-5)
-    assert extractor.dim == expected.shape[1] and extractor.sha256 == scorer.fingerprint and extractor.standin
+    assert extractor.dim == expected.shape[1] and extractor.sha256 == scorer.fingerprint
     assert extractor(images[:, :, ::2, ::2]).shape == expected.shape

@@ -12,7 +12,7 @@ from common.checkpoint import latest_checkpoint, load_safetensors
 from common.cli import run
 from common.runs import read_log
 from metrics import extractors, fid
-from metrics.extractors import Extractor, register_extractor
+from metrics.extractors import Extractor
 from metrics.protocol import read_records
 from model import load_generator
 
@@ -21,14 +21,14 @@ Ending = namedtuple("Ending", "status out err")
 
 @pytest.fixture(autouse=True)
 def tiny_extractor(monkeypatch, tmp_path):
-    monkeypatch.setattr(extractors, "_builders", dict(extractors._builders))
     monkeypatch.setenv("WPP_CACHE", str(tmp_path / "cache"))
 
-    @register_extractor("tiny")
     def build(protocol, weights_dir):
         torch.manual_seed(3)
         network = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         return Extractor("tiny", network, 16, 12, (127.5,) * 3, (127.5,) * 3, "1" * 64)
+
+    monkeypatch.setitem(extractors.EXTRACTORS, "tiny", build)
 
 
 @pytest.fixture

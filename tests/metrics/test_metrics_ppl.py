@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_distributed import launch
-from torch import nn
+from linear_generator import Linear, squared
+from processes import launch
 
 from common.cli import run
 from common.export import export_ema
@@ -12,33 +12,6 @@ from metrics import ppl
 from metrics.ppl import EPSILON, path_lengths, trimmed_mean
 from metrics.protocol import read_records
 from model import Generator
-
-
-class Linear(nn.Module):
-    """A "generator" whose picture is a linear map of w, and whose w is 3 z: lengths are known."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.fingerprint = config, "linear"
-        self.register_buffer("token", torch.eye(config.n_tokens))
-        pixels = 3 * config.size**2
-        draw = torch.Generator().manual_seed(0)
-        self.matrix = torch.randn(config.n_tokens * config.style_dim, pixels, generator=draw) / pixels**0.5
-
-    def get_latent(self, z):
-        return 3 * (z[:, None].expand(-1, self.config.n_tokens, -1) if z.ndim == 2 else z)
-
-    def fixed_noise(self):
-        return []
-
-    def forward(self, styles, *, input_is_latent=False, noise=None):
-        w = styles if input_is_latent else self.get_latent(styles)
-        size = self.config.size
-        return (w.flatten(1) @ self.matrix).view(-1, 3, size, size), w
-
-
-def squared(a, b):
-    return (a - b).square().sum((1, 2, 3))
 
 
 def test_straight_in_w(tiny_config):
@@ -88,8 +61,8 @@ def test_crop_and_size(tiny_config):
 
     path_lengths(Linear(tiny_config), distance, space="z", n=2, crop=True)
     assert sizes == [(8, 8)]
-    assert ppl._prepare(torch.zeros(1, 3, 1024, 1024), False).shape == (1, 3, 256, 256)
-    assert ppl._prepare(torch.zeros(1, 3, 1024, 1024), True).shape == (1, 3, 256, 256)
+    assert ppl.crop_and_shrink(torch.zeros(1, 3, 1024, 1024), False).shape == (1, 3, 256, 256)
+    assert ppl.crop_and_shrink(torch.zeros(1, 3, 1024, 1024), True).shape == (1, 3, 256, 256)
 
 
 def test_diverged_generator(tiny_config):
@@ -109,9 +82,9 @@ def test_trimmed_mean():
 
 WORKER = """
 import sys, torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/metrics")
 from common import distributed as d
-from test_metrics_ppl import Linear, squared
+from linear_generator import Linear, squared
 from metrics.ppl import path_lengths
 from model import GeneratorConfig
 dist = d.setup("cpu", timeout=60)

@@ -87,7 +87,25 @@ def test_a_record_says_everything(tmp_path):
 def test_lines_that_are_none(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps(record()) + "\nnot json\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2: not a result of metrics/"):
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is no result of metrics/"):
+        read_records(file)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"value": "10"}, "`value` is a text, not a number or null"),
+        ({"metric": None}, "`metric` is null, not a text"),
+        ({"fake": None}, "`fake` is null, not an object"),
+        ({"fake": {"images": "many"}}, "`fake.images` is a text"),
+        ({"real": [1]}, "`real` is a list"),
+        ({"n_fake": 1e400}, "is not finite"),
+    ],
+)
+def test_results_of_the_wrong_shape(change, sentence, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps(record() | change).replace("Infinity", "1e400") + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"metrics.jsonl, line 1 is no result of metrics/: .*{sentence}"):
         read_records(file)
 
 
@@ -165,6 +183,23 @@ def test_curve(play, runs, tmp_path):
     assert play(*runs, "--png", png, "--metric", "kid")[0] == 1
 
 
+@pytest.mark.parametrize("pick", ["best", "last"])
+def test_values_that_are_not_finite(pick, play, tmp_path):
+    """`null` in metrics.jsonl: never the best, no point of the curve, a dash in the table."""
+    folder = write_run(tmp_path / "run", [(1000, 90.0), (2000, float("nan")), (3000, 95.0)])
+    files = {name: tmp_path / f"t.{name}" for name in ("csv", "latex", "png", "curve_csv")}
+    flags = [part for name, file in files.items() for part in (f"--{name}", file)]
+    status, out, err = play(folder, "--pick", pick, *flags)
+    assert status == 0, err
+    assert out.splitlines()[2].split()[1] == ("1000" if pick == "best" else "3000")
+    assert [line.split(",")[1] for line in files["curve_csv"].read_text().splitlines()[1:]] == ["16.0", "48.0"]
+    alone = write_run(tmp_path / "alone", [(1000, float("nan"))])
+    status, out, err = play(alone, folder, "--latex", files["latex"])
+    assert status == 0 and out.splitlines()[2].split() == ["alone", "1000", "16.0", "-", "0.600", "0.400"], err
+    status, _, err = play(alone, "--png", files["png"])
+    assert status == 1 and "no finite fid-squeeze at a known images" in err
+
+
 def test_sweep(play, tmp_path):
     file = tmp_path / "sweep.jsonl"
     append_records(file, [record("recall", psi / 2, truncation=psi) for psi in (0.5, 1.0, 0.7)])
@@ -189,10 +224,10 @@ def test_unlike_runs_only_when_told(play, runs, tmp_path):
     status, _, err = play(*runs, f"C={other}")
     assert status == 1 and "n_fake 500 against 600" in err and err.count("error: ") == 1
     status, out, err = play(*runs, f"C={other}", "--allow_unlike")
-    assert status == 0 and "note: not computed alike: fid-squeeze: n_fake 500 against 600" in err and "\nC " in out
+    assert status == 0 and "warning: not computed alike: fid-squeeze: n_fake 500 against 600" in err and "\nC " in out
 
 
-def test_one_checkpoint_judged_by_two_real_sets_is_refused(play, tmp_path):
+def test_one_checkpoint_against_two_real_sets_is_refused(play, tmp_path):
     """The later result must not push the earlier one out of sight."""
     other = record(value=20.0)
     other["real"] = {**REAL, "digest": "d2"}

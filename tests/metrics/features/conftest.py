@@ -8,7 +8,7 @@ from features_of import DIM, Counted
 
 from common.export import export_ema
 from metrics import extractors
-from metrics.extractors import Extractor, build_extractor, register_extractor
+from metrics.extractors import Extractor, build_extractor
 from metrics.protocol import PROTOCOLS
 from model import Generator
 
@@ -16,12 +16,12 @@ from model import Generator
 @pytest.fixture(autouse=True)
 def tiny_extractor(monkeypatch, tmp_path):
     """`tiny` in the registry; the cache in a folder of this test."""
-    monkeypatch.setattr(extractors, "_builders", dict(extractors._builders))
     monkeypatch.setenv("WPP_CACHE", str(tmp_path / "cache"))
 
-    @register_extractor("tiny")
     def build(protocol, weights_dir):
         return Extractor("tiny", Counted(), 16, DIM, (127.5,) * 3, (127.5,) * 3, "1" * 64)
+
+    monkeypatch.setitem(extractors.EXTRACTORS, "tiny", build)
 
 
 @pytest.fixture

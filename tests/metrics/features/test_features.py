@@ -1,5 +1,6 @@
 """metrics/features.py and sources.py: features of folders, LMDBs and generators, damaged ones, the cache."""
 
+import json
 import os
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from features_of import DIM, copy_of, values
 from PIL import Image
+from processes import launch
 
 from common.checkpoint import save_checkpoint
 from common.latents import save_latents
@@ -21,16 +23,16 @@ from model import Generator, GeneratorConfig, load_generator
 
 def test_folder_as_it_is_and_fitted(face_folder, tiny):
     as_is = extract(open_source(face_folder), tiny, 1000, progress=False)
-    assert as_is.values.shape == (24, DIM) and as_is.about["size"] == "40x40" and as_is.about["filter"] is None
-    assert (as_is.about["n"], as_is.about["chosen"], as_is.about["codec"]) == (24, "all", "png")
+    assert as_is.values.shape == (24, DIM) and as_is.info["size"] == "40x40" and as_is.info["filter"] is None
+    assert (as_is.info["n"], as_is.info["chosen"], as_is.info["codec"]) == (24, "all", "png")
     fitted = extract(open_source(face_folder, size=16), tiny, 1000, progress=False)
-    assert (fitted.about["size"], fitted.about["filter"], fitted.about["fit"]) == (16, "lanczos", "crop")
-    assert fitted.about["digest"] != as_is.about["digest"] and not torch.equal(fitted.values, as_is.values)
+    assert (fitted.info["size"], fitted.info["filter"], fitted.info["fit"]) == (16, "lanczos", "crop")
+    assert fitted.info["digest"] != as_is.info["digest"] and not torch.equal(fitted.values, as_is.values)
 
 
 def test_lmdb(face_lmdb, tiny):
     found = extract(open_source(face_lmdb, size=16), tiny, 1000, progress=False)
-    assert (found.about["kind"], found.about["size"], found.about["filter"], found.about["codec"]) == (
+    assert (found.info["kind"], found.info["size"], found.info["filter"], found.info["codec"]) == (
         "lmdb",
         16,
         "lanczos",
@@ -49,7 +51,7 @@ def test_reals_are_drawn_without_replacement(face_lmdb, tiny):
     all_of_them = values(source, tiny)
     assert torch.equal(values(source, tiny, 10, seed=4), all_of_them[chosen])
     paper = build_extractor("tiny", PROTOCOLS["paper"])
-    assert extract(source, paper, 10, seed=4, progress=False).about["chosen"] == "first"
+    assert extract(source, paper, 10, seed=4, progress=False).info["chosen"] == "first"
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -82,11 +84,11 @@ def test_truncation_and_noise_modes(checkpoint, tiny):
 
 
 def test_facts_of_a_checkpoint(checkpoint, tmp_path):
-    about = open_source(checkpoint).about
+    about = open_source(checkpoint).info
     assert (about["step"], about["images"], about["ema"]) == (20, 20 * 4 * 2, True)
     assert about["fingerprint"] == load_generator(checkpoint).fingerprint and about["space"] == "w++"
     alone = shutil.copy(checkpoint, tmp_path / "g.safetensors")
-    assert open_source(alone).about["images"] is None
+    assert open_source(alone).info["images"] is None
 
 
 def test_latents(checkpoint, tiny, tmp_path):
@@ -118,7 +120,7 @@ def test_latents_of_a_conditional_generator_keep_their_attributes(tmp_path):
     )
     images = torch.cat(list(source.batches([0, 1, 2], 2, "cpu")))
     torch.testing.assert_close(images, generator(w, input_is_latent=True, randomize_noise=False, condition=own)[0])
-    assert (source.about["condition"], neutral.about["condition"]) == ("saved", "neutral")
+    assert (source.info["condition"], neutral.info["condition"]) == ("saved", "neutral")
     assert source.digest([0, 1, 2]) != neutral.digest([0, 1, 2]), "their features are cached apart"
 
 
@@ -137,7 +139,7 @@ def test_damaged_images(face_folder, tiny, tmp_path):
     with pytest.warns(UserWarning, match="1 of 25 image files are left out: .*note.png"):
         source = open_source(folder)
     found = extract(source, tiny, 1000, progress=False)
-    assert (found.about["n"], found.about["skipped"]) == (24, 1)
+    assert (found.info["n"], found.info["skipped"]) == (24, 1)
     whole = (folder / "face 03.png").read_bytes()
     (folder / "face 03.png").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning), pytest.raises(DatasetError, match="face 03.png"):
@@ -181,7 +183,7 @@ def test_cache_goes_by_content_and_protocol(face_folder, tmp_path):
     assert seen == 24 and len(list(cache.iterdir())) == 1
     moved = folder.rename(tmp_path / "elsewhere")
     again, seen = look(moved)
-    assert seen == 0 and torch.equal(again.values, first.values) and again.about["path"] == str(moved)
+    assert seen == 0 and torch.equal(again.values, first.values) and again.info["path"] == str(moved)
     assert [look(moved, n=20)[1], look(moved, protocol="clean")[1], look(moved, size=16)[1]] == [20, 24, 24]
     picture = next(iter(moved.glob("face 05.png")))
     times = picture.stat()
@@ -205,7 +207,7 @@ def test_features_file(face_folder, tiny, tmp_path):
     path = tmp_path / "ü f.npz"
     save_features(path, found)
     again = load_features(path)
-    assert torch.equal(again.values, found.values) and again.about == found.about and again.protocol == found.protocol
+    assert torch.equal(again.values, found.values) and again.info == found.info and again.protocol == found.protocol
     assert require_same(again, tiny, path) is again
     with pytest.raises(ValueError, match=r"of tiny \(weights 11111111\), protocol tf-compat; .* protocol clean"):
         require_same(again, build_extractor("tiny", PROTOCOLS["clean"]), path)
@@ -215,3 +217,76 @@ def test_features_file(face_folder, tiny, tmp_path):
     (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated, damaged or no features file"):
         load_features(tmp_path / "cut.npz")
+
+
+@pytest.mark.parametrize(
+    "features, known, sentence",
+    [
+        (np.zeros((3, 4)), '{"about": {"n": 3}', "is no features file: not JSON"),
+        (np.zeros((3, 4)), "[1]", "it is a list, not an object"),
+        (np.zeros((3, 4)), '{"about": {"n": "3"}}', "`about.n` is a text, not a whole number"),
+        (np.zeros((3, 4)), None, r"its features are float64 \[3, 4\], expected float \[3, 12\]"),
+        (np.zeros(3), None, r"float64 \[3\]"),
+        (np.full((3, 12), "x"), None, r"<U1 \[3, 12\]"),
+    ],
+)
+def test_features_files_of_the_wrong_shape(features, known, sentence, tmp_path):
+    whole = {"about": {"n": 3}, "extractor": {"name": "tiny", "dim": 12}, "protocol": {"name": "clean"}}
+    np.savez(tmp_path / "f.npz", features=features, known=np.array(known or json.dumps(whole)))
+    with pytest.raises(ValueError, match=f"f.npz.*{sentence}"):
+        load_features(tmp_path / "f.npz")
+
+
+def test_damaged_features_files(face_folder, tiny, tmp_path):
+    """Cut or with a flipped byte anywhere: one sentence that names the file, or the same values."""
+    found = extract(open_source(face_folder), tiny, 10, progress=False)
+    save_features(tmp_path / "whole.npz", found)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for position in range(0, len(whole), 37):
+        flipped = whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :]
+        for damaged in (whole[:position], flipped):
+            (tmp_path / "f.npz").write_bytes(damaged)
+            try:
+                assert load_features(tmp_path / "f.npz").values.shape == found.values.shape
+            except ValueError as error:
+                assert "f.npz" in str(error)
+
+
+def test_a_cache_that_fails_loses_nothing(face_folder, tiny, tmp_path):
+    """The cache folder cannot be made; a cached file is damaged; it holds something else: computed, with a warning."""
+    source, cache = open_source(face_folder), tmp_path / "cache"
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="features are not cached"):
+        found = extract(source, tiny, 10, cache_dir=tmp_path / "file", progress=False)
+    assert found.values.shape == (10, DIM)
+    extract(source, tiny, 10, cache_dir=cache, progress=False)
+    (path,) = cache.iterdir()
+    for content in (path.read_bytes()[:300], b"", b"no features"):
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match=f"cached features are not used: .*{path.name}"):
+            assert torch.equal(extract(source, tiny, 10, cache_dir=cache, progress=False).values, found.values)
+    assert load_features(path).values.shape == (10, DIM), "written anew"
+
+
+def test_two_writers_of_one_cache(face_folder, tiny, tmp_path):
+    """Processes that compute the same features at once all succeed, and the file is whole at every moment."""
+    found = extract(open_source(face_folder), tiny, 10, progress=False)
+    save_features(tmp_path / "given.npz", found)
+    program = f"""
+from metrics.features import load_features, save_features
+features = load_features({str(tmp_path / "given.npz")!r})
+for _ in range(40):
+    save_features({str(tmp_path / "cache" / "f.npz")!r}, features)
+    assert load_features({str(tmp_path / "cache" / "f.npz")!r}).values.equal(features.values)
+"""
+    launch(program, 2)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["f.npz"]
+
+
+def test_run_folders_with_damaged_options(checkpoint, tmp_path):
+    """options.json only tells how many images were seen: a damaged one costs that number, not the evaluation."""
+    folder = copy_of(checkpoint.parent.parent, tmp_path / "run")
+    for text in ("{", "[]", '{"options": {"batch": "four"}}', '{"options": {"batch": 4}, "world_size": null}'):
+        (folder / "options.json").write_text(text)
+        with pytest.warns(UserWarning, match="options.json is no options.json"):
+            assert open_source(folder / "checkpoint" / checkpoint.name).info["images"] is None

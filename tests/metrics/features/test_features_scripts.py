@@ -6,11 +6,11 @@ import pytest
 import torch
 from features_of import copy_of, values
 from PIL import Image
-from test_distributed import launch
+from processes import launch
 
 from common.cli import run
 from metrics import evaluation, extract_features, fid, prdc
-from metrics.features import load_features
+from metrics.features import Features, load_features
 from metrics.protocol import read_records
 from metrics.sources import open_source
 from model import load_generator
@@ -90,7 +90,7 @@ def test_fid_of_a_folder_of_checkpoints(play, face_lmdb, checkpoint):
         ("fid-tiny", 20),
         ("kid-tiny", 20),
     ]
-    assert out.count("fid-tiny") == 2 and "note: KID on subsets of 16" in err
+    assert out.count("fid-tiny") == 2 and "warning: KID on subsets of 16" in err
     record = records[0]
     assert (record["n_real"], record["n_fake"], record["fake"]["images"]) == (16, 16, 80)
     assert record["real"]["size"] == 16 and record["real"]["filter"] == "lanczos" and record["real"]["codec"] == "png"
@@ -159,7 +159,7 @@ def test_published_precision_draws_its_reals(play, face_lmdb, checkpoint, tmp_pa
     }
     flags = [face_lmdb, "--size", 16, "--n_sample", 12, "--protocol", "paper", "--seed", 1, "--out", tmp_path / "r.npz"]
     assert play(extract_features, *flags, "--order", "drawn")[0] == 0
-    assert load_features(tmp_path / "r.npz").about["digest"] == read_records(output)[-1]["real"]["digest"]
+    assert load_features(tmp_path / "r.npz").info["digest"] == read_records(output)[-1]["real"]["digest"]
 
 
 def test_repeated_images_and_unlike_sizes_are_said(play, face_folder, tmp_path):
@@ -171,8 +171,8 @@ def test_repeated_images_and_unlike_sizes_are_said(play, face_folder, tmp_path):
             image.resize((20, 20)).save(small / f"{i}.png")
     status, out, err = play(prdc, "--real", face_folder, "--fake", small, "--output", output, "--nearest_k", 3)
     assert status == 0, err
-    assert "note: 7 of 8 generated images have the very features of another" in err
-    assert "note: real images have 40x40 pixels, generated ones 20x20" in err and err.count("note: ") == 2
+    assert "warning: 7 of 8 generated images have exactly the features of another" in err
+    assert "warning: real images have 40x40 pixels, generated ones 20x20" in err and err.count("warning: ") == 2
     assert "tf-compat, tiny features, k = 3:" in out and "truncation" not in out
     found = {r["metric"]: r for r in read_records(output)}
     assert found["recall-tiny"]["value"] == 0 and len(found["recall-tiny"]["notes"]) == 2
@@ -200,13 +200,55 @@ def test_features_files_stand_for_images(play, face_lmdb, checkpoint, tmp_path):
     assert first == second
 
 
+def test_the_published_flags(play, face_lmdb, checkpoint, tmp_path, monkeypatch):
+    """calc_prdc.py --dataset, fid.py --inception, calc_inception.py PATH; --ckpt ./checkpoint where none is given."""
+    monkeypatch.chdir(checkpoint.parent.parent)
+    flags = ["--n_sample", 16, "--size", 16, "--output", tmp_path / "m.jsonl"]
+    status, _, err = play(prdc, "--dataset", face_lmdb, *flags, "--start_num", 11)
+    assert status == 0, err
+    monkeypatch.chdir(tmp_path)
+    assert play(extract_features, face_lmdb, "--n_sample", 16, "--size", 16, "--seed", 1)[0] == 0
+    assert load_features(tmp_path / "features-faces ü.npz").values.shape[0] == 16
+    assert play(fid, "--inception", "features-faces ü.npz", "--ckpt", checkpoint, *flags)[0] == 0
+    assert {r["step"] for r in read_records(tmp_path / "m.jsonl")} == {20}
+
+
+def test_a_checkpoint_exported_meanwhile_is_named(play, face_lmdb, checkpoint, tmp_path):
+    with pytest.warns(UserWarning, match=r"000020.pt does not exist any more: .*000020.safetensors, .* is read"):
+        status, out, _ = play(
+            fid,
+            *("--real", face_lmdb, "--fake", checkpoint.with_suffix(".pt")),
+            *("--n_sample", 12, "--output", tmp_path / "m.jsonl"),
+        )
+    assert status == 0 and "000020.safetensors" in out
+    assert read_records(tmp_path / "m.jsonl")[0]["fake"]["path"].endswith("000020.safetensors")
+
+
+def test_results_that_cannot_be_kept_are_printed(play, face_lmdb, checkpoint, tmp_path):
+    """Neither the cache nor the results file can be written: the number is on stdout all the same."""
+    (tmp_path / "file").write_text("no folder")
+    flags = ["--real", face_lmdb, "--fake", checkpoint, "--n_sample", 12]
+    with pytest.warns(UserWarning, match="features are not cached"):
+        status, out, err = play(
+            fid, *flags, "--cache_dir", tmp_path / "file" / "cache", "--output", tmp_path / "file" / "m.jsonl"
+        )
+    assert status == 1 and "fid-tiny" in out and str(tmp_path / "file") in err
+
+
+def test_values_that_are_not_finite_are_printed(capsys):
+    features = Features(torch.zeros(8, 2), {"n": 8}, {"name": "squeeze"}, {"name": "clean"})
+    (record,) = evaluation.evaluate(features, features, ["fid"])
+    evaluation.report("x.pt", [record | {"value": None}])
+    assert "fid-squeeze nan" in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(play, face_folder, checkpoint, tmp_path):
     status, _, err = play(fid, "--real", face_folder)
-    assert status == 2 and "which images are to be judged?" in err
+    assert status == 2 and "which images are to be evaluated?" in err
     status, _, err = play(fid, "--real", tmp_path / "none", "--fake", checkpoint, "--n_sample", 5)
     assert status == 1 and err.count("error: ") == 1 and "does not exist" in err
     status, _, err = play(prdc, "--real", face_folder, "--fake", checkpoint, "--n_sample", 4, "--cache_dir", "none")
-    assert status == 1 and "nearest_k 5 needs at least 6 real points" in err
+    assert status == 1 and "nearest_k 5: expected at least 1 and fewer than the 4 real points" in err
     assert not (tmp_path / "cache").exists() or not any((tmp_path / "cache").iterdir())
     assert play(fid, "--real", face_folder, "--fake", checkpoint, "--n_sample", 0)[0] == 2
     status, _, err = play(fid, "--real", face_folder, "--fake", face_folder, "--truncation", "0.7")
@@ -216,7 +258,5 @@ def test_mistakes_are_one_line(play, face_folder, checkpoint, tmp_path):
 
 def test_unknown_metric():
     with pytest.raises(ValueError, match="--metric is: expected fid, kid, prdc"):
-        from metrics.features import Features
-
         one = Features(torch.zeros(3, 2), {"n": 3}, {}, {"name": "clean"})
         evaluation.evaluate(one, one, ["is"])
