@@ -15,7 +15,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 
 # The main job on CPU, in minutes, with the bundled models: faces by seed; a photo (scikit-image's astronaut) and drawn faces
 # are aligned, inverted, edited, given another face's expression, pasted back; then the drawn faces become a data set, on
-# which a training starts, is stopped and goes on. Pictures land in demo/, and report.html with them.
+# which a training starts, is stopped and goes on. Images land in demo/.
 SIZE       ?= 64
 NAME       ?= face-wpp-$(SIZE)
 MODEL      ?= checkpoints/$(NAME).safetensors
@@ -57,9 +57,7 @@ demo: $(VENV)/.installed
 	$(PY) train.py $(DEMO_TRAIN) --resume auto --iter 20 --sample_every 20 --save_every 20
 	cp $(DEMO)/training/sample/000020.png $(DEMO)/4-training-sample.png
 	cp $(DEMO)/training/similarity/000020.png $(DEMO)/5-attention-maps.png
-	$(PY) tools/make_report.py --folder $(DEMO)
 	@echo
-	@echo "$(DEMO)/report.html            all of it on one page"
 	@echo "$(DEMO)/1-faces-by-seed.png    100 faces drawn by the bundled W++ model, truncation 0.8"
 	@echo "$(DEMO)/inverted               the astronaut and three drawn faces in W++: encoder start, then optimised"
 	@echo "$(DEMO)/edits/*/strips         them along age, gender and smile, with what the scorer sees"
