@@ -1,4 +1,4 @@
-"""What this machine has and what the scripts will use of it: the first thing to put into a bug report.
+"""Report on this machine and what the scripts will use of it: the first thing to put into a bug report.
 
 Prints the checkout, Python and packages, processor and GPUs, which kernels run and why others do not, bundled models
 and third-party weights. Computes nothing, downloads nothing, needs no GPU and no compiler.
@@ -42,11 +42,14 @@ def main(args) -> None:
 
 
 def report(device, weights_dir=None, ops=None) -> list[tuple[str, str]]:
-    """(what, found) in words. Raises ValueError for a device that is not here."""
+    """(name, description) pairs. Raises ValueError for a device that is not here."""
     device = resolve_device(device, ops=ops)
     here = {name: path for name in WEIGHTS if (path := find(name, weights_dir))}
     required = [re.match(r"[\w.-]+", line) for line in (ROOT / "requirements.txt").read_text().splitlines()]
     versions = package_versions([*(name[0] for name in required if name), "triton"])
+    compilers = ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc"))
+    present = ", ".join(name + unusable(path) for name, path in here.items())
+    absent = [name for name in WEIGHTS if name not in here]
     bundled = sorted(path.name for path in (ROOT / "checkpoints").glob("face-*"))
     return [
         ("checkout", f"{ROOT}, commit {git_commit() or 'unknown'}"),
@@ -57,22 +60,10 @@ def report(device, weights_dir=None, ops=None) -> list[tuple[str, str]]:
         ("CUDA of torch", torch.version.cuda or "none: a build for CPUs, or for other GPUs"),
         ("device", f"{device} (what --device says; auto: cuda, then mps, then cpu)"),
         ("operations", operations(device)),
-        (
-            "compilers",
-            ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc"))
-            + "; only Triton wants gcc, nothing wants nvcc",
-        ),
+        ("compilers", f"{compilers}; only Triton needs gcc, nothing needs nvcc"),
         ("bundled", ", ".join(bundled) or "no models in checkpoints/: was the checkout complete?"),
-        (
-            "weights here",
-            ", ".join(name + unusable(path) for name, path in here.items())
-            or "none: each stage names the stand-in that it uses",
-        ),
-        (
-            "not here",
-            f"{', '.join(name for name in WEIGHTS if name not in here)}; looked into "
-            f"{', '.join(map(str, search_folders(weights_dir)))}",
-        ),
+        ("weights here", present or "none: each stage names the fallback that it uses"),
+        ("not here", f"{', '.join(absent)}; looked into {', '.join(map(str, search_folders(weights_dir)))}"),
     ]
 
 
@@ -90,8 +81,8 @@ def processor() -> str:
     flags, name = set(), platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         pairs = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        known = {key.strip(): value.strip() for key, _, value in pairs}
-        flags, name = set(known.get("flags", "").split()), known.get("model name", name)
+        info = {key.strip(): value.strip() for key, _, value in pairs}
+        flags, name = set(info.get("flags", "").split()), info.get("model name", name)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bf16 = "pays" if flags & {"avx512_bf16", "amx_bf16"} else "does not pay, as far as can be seen"
     return (
@@ -101,12 +92,12 @@ def processor() -> str:
 
 
 def gpu(index: int) -> str:
-    found = torch.cuda.get_device_properties(index)
-    return f"cuda:{index} {found.name}, {found.total_memory / 2**30:.0f} GiB, capability {found.major}.{found.minor}"
+    gpu = torch.cuda.get_device_properties(index)
+    return f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
 
 
 def operations(device: torch.device) -> str:
-    """Which kernels --ops takes on this device, and what keeps Triton's away."""
+    """Kernels that --ops chooses on this device, and the obstacle to Triton's."""
     reason = dispatch.obstacle(device)
     mode = dispatch.chosen()
     if mode == "ref" or (mode == "auto" and device.type != "cuda") or reason:
