@@ -10,8 +10,8 @@ One FID in four in the literature cannot be reproduced because the resize, the c
 | tf-compat | rounded to 8 bits         | TensorFlow 1's bilinear, no antialias       | torch-fidelity, most papers    |
 | clean     | rounded to 8 bits         | bicubic, antialiased, as Pillow in float    | clean-fid's `clean` mode       |
 
-Of more real images than asked for, `paper` takes the first for FID, as the published code does; everything else draws,
-without replacement (the published PRDC drew with it, which shrinks the radii: not repeated here).
+From more real images than --n_sample, `paper` takes the first for FID, as the published code does; everything else
+draws, without replacement (the published PRDC drew with it, which shrinks the radii: not repeated here).
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def read_inversion(folder: Path, method: str | None = None) -> Inversion:
 
 
 def comparable(inversions: list[Inversion], measures: list[str], *, common: bool = False) -> list[Inversion]:
-    """The same inversions, restricted to their common images if `common`; ValueError when they cannot be compared."""
+    """The inversions, restricted to their common images if `common`; ValueError when they cannot be compared."""
     first = inversions[0]
     cells: dict[tuple[str, str], Inversion] = {}
     for inversion in inversions:
@@ -122,10 +122,10 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
             (f"with images of {i.size} pixels", *(f"by {getattr(i.measured, m)}" for m in networks))
             for i in (first, inversion)
         ]
-        for mine, theirs in zip(*sides, strict=True):
-            if mine != theirs:
+        for left, right in zip(*sides, strict=True):
+            if left != right:
                 raise UserError(
-                    f"{first.folder} was measured {mine}, {inversion.folder} {theirs}: the numbers cannot be compared"
+                    f"{first.folder} was measured {left}, {inversion.folder} {right}: the numbers cannot be compared"
                 )
     require_same_originals(inversions)
     names = set(first.measured.names).intersection(*(i.measured.names for i in inversions))

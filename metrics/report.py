@@ -83,7 +83,7 @@ def _subject(record: dict) -> tuple:
 
 
 def metric_names(runs: dict[str, list[dict]]) -> list[str]:
-    """Metrics found, in the order of the paper's table."""
+    """Names of the metrics, in the order of the paper's table."""
     names = dict.fromkeys(record["metric"] for records in runs.values() for record in records)
     rank = {name: index for index, name in enumerate(ORDER)}
     return sorted(names, key=lambda name: (rank.get(family(name), len(ORDER)), name))

@@ -134,7 +134,7 @@ class GeneratorSource:
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:
         if self.latents is None and n > SEED_STRIDE:
-            raise UserError(f"at most {SEED_STRIDE:,} images can be generated, {n:,} were asked for")
+            raise UserError(f"at most {SEED_STRIDE:,} images can be generated, not {n:,}")
         return list(range(min(n, self.n)))
 
     def digest(self, positions: Sequence[int]) -> str:

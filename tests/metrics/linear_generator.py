@@ -5,7 +5,7 @@ from torch import nn
 
 
 class Linear(nn.Module):
-    """A "generator" whose picture is a linear map of w, and whose w is 3 z: lengths are known."""
+    """A "generator" whose image is a linear map of w, and whose w is 3 z: lengths are known."""
 
     def __init__(self, config):
         super().__init__()

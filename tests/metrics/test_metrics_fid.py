@@ -49,7 +49,7 @@ def random_extractor(monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two folders of 60 and 50 noisy 40x40 pictures, the second one darker."""
+    """Two folders of 60 and 50 noisy 40x40 images, the second one darker."""
     draw = np.random.default_rng(0)
     result = []
     for name, n, level in (("real", 60, 140), ("fake", 50, 100)):
@@ -99,8 +99,8 @@ def test_too_few_samples_are_said():
     features = torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
     value, notes = compute_fid(features, features[:15] + 1)
     assert np.isfinite(value) and "15 samples cannot fill a covariance of 32 dimensions" in notes[0]
-    _, found = compute_kid(features, features[:15])
-    assert found["subset_size"] == 15 and "subsets of 15, not 1000" in found["notes"][0]
+    _, result = compute_kid(features, features[:15])
+    assert result["subset_size"] == 15 and "subsets of 15, not 1000" in result["notes"][0]
 
 
 def test_refusals():

@@ -32,10 +32,10 @@ def tiny_extractor(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def play(capfd, tiny_flags, tmp_path, face_lmdb):
+def command(capfd, tiny_flags, tmp_path, face_lmdb):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def play(name, *flags):
+    def command(name, *flags):
         base = [
             *tiny_flags,
             "--path",
@@ -58,13 +58,13 @@ def play(capfd, tiny_flags, tmp_path, face_lmdb):
         status = run(train.main, train.build_parser(), [*base, "--exp_name", str(tmp_path / name), *map(str, flags)])
         return Ending(status, *capfd.readouterr())
 
-    yield play
+    yield command
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_curve_best_and_resume(play, tmp_path, face_lmdb):
-    ending = play("run", "--iter", 4, "--eval_every", 2, "--save_every", 2)
+def test_curve_best_and_resume(command, tmp_path, face_lmdb):
+    ending = command("run", "--iter", 4, "--eval_every", 2, "--save_every", 2)
     assert ending.status == 0, ending.err
     folder = tmp_path / "run"
     records = read_records(folder / "metrics.jsonl")
@@ -81,11 +81,11 @@ def test_curve_best_and_resume(play, tmp_path, face_lmdb):
 
     # the best weights by FID, which no --resume takes for a checkpoint
     best = folder / "checkpoint" / "best.safetensors"
-    _, known = load_safetensors(best)
+    _, header = load_safetensors(best)
     step = min(values, key=values.get)
-    assert (known["step"], known["value"], known["metric"]) == (step, values[step], "fid-tiny")
+    assert (header["step"], header["value"], header["metric"]) == (step, values[step], "fid-tiny")
     trained = load_generator(folder / "checkpoint" / f"{step:06d}.pt")
-    assert load_generator(best).fingerprint == trained.fingerprint == known["fingerprint"]
+    assert load_generator(best).fingerprint == trained.fingerprint == header["fingerprint"]
     assert latest_checkpoint(folder / "checkpoint").name == "000004.pt"
 
     # the script gives the same number for the same checkpoint
@@ -111,7 +111,7 @@ def test_curve_best_and_resume(play, tmp_path, face_lmdb):
 
     # resumed: earlier results stay, none comes twice; the best is remembered
     (folder / "checkpoint" / "000004.pt").unlink()
-    ending = play("run", "--iter", 6, "--eval_every", 2, "--save_every", 2, "--resume", "auto")
+    ending = command("run", "--iter", 6, "--eval_every", 2, "--save_every", 2, "--resume", "auto")
     assert ending.status == 0, ending.err
     resumed = read_records(folder / "metrics.jsonl")
     assert [r["step"] for r in resumed if r["metric"] == "fid-tiny"] == [2, 4, 6]
@@ -120,21 +120,21 @@ def test_curve_best_and_resume(play, tmp_path, face_lmdb):
     assert load_safetensors(best)[1]["value"] == lowest
 
 
-def test_training_is_not_touched(play, tmp_path):
+def test_training_is_not_touched(command, tmp_path):
     for name, flags in (("with", ("--eval_every", 1, "--metric", "kid")), ("without", ())):
-        assert play(name, "--iter", 3, *flags).status == 0
+        assert command(name, "--iter", 3, *flags).status == 0
     first, second = (load_generator(tmp_path / name / "checkpoint" / "000003.pt") for name in ("with", "without"))
     assert first.fingerprint == second.fingerprint
     assert not (tmp_path / "with" / "checkpoint" / "best.safetensors").exists()  # no FID, no best
     assert not (tmp_path / "without" / "metrics.jsonl").exists()
 
 
-def test_mistakes_show_before_the_first_step(play, tmp_path):
-    ending = play("run", "--iter", 2, "--eval_every", 1, "--metric", "fid,is")
+def test_mistakes_show_before_the_first_step(command, tmp_path):
+    ending = command("run", "--iter", 2, "--eval_every", 1, "--metric", "fid,is")
     assert ending.status == 2 and "--metric fid,is: 'is' is none of fid, kid, prdc" in ending.err
-    ending = play("other", "--iter", 2, "--eval_every", 1, "--extractor", "resnet")
+    ending = command("other", "--iter", 2, "--eval_every", 1, "--extractor", "resnet")
     assert ending.status == 2 and "--extractor resnet: expected auto" in ending.err
     assert "Traceback" not in ending.err and not list((tmp_path / "other").glob("sample/000001*"))
-    assert play("third", "--iter", 2, "--eval_every", -1).status == 2
-    ending = play("fourth", "--iter", 2, "--eval_every", 2, "--eval_samples", 5)
+    assert command("third", "--iter", 2, "--eval_every", -1).status == 2
+    ending = command("fourth", "--iter", 2, "--eval_every", 2, "--eval_samples", 5)
     assert ending.status == 2 and "--metric prdc needs at least 6 images: there are 5 (--eval_samples 5)" in ending.err

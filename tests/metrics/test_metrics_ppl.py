@@ -15,7 +15,7 @@ from model import Generator
 
 
 def test_straight_in_w(tiny_config):
-    """Linear: (d picture / epsilon)² = |M (w2 - w1)|², wherever on the way; the mean is |M|² * 18 per entry."""
+    """Linear: (d image / epsilon)² = |M (w2 - w1)|², wherever on the way; the mean is |M|² * 18 per entry."""
     generator = Linear(tiny_config)
     full = path_lengths(generator, squared, space="w++", n=200)
     end = path_lengths(generator, squared, space="w++", n=200, sampling="end")

@@ -55,12 +55,12 @@ def runs(tmp_path):
 
 
 @pytest.fixture
-def play(capfd):
-    def play(*flags):
+def command(capfd):
+    def command(*flags):
         status = run(report.main, report.build_parser(), list(map(str, flags)))
         return status, *capfd.readouterr()
 
-    return play
+    return command
 
 
 # -- stamp and comparison ------------------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def test_protocols_are_three():
 # -- report --------------------------------------------------------------------------------------------------------
 
 
-def test_table_of_w_against_wpp(play, runs, tmp_path):
-    status, out, err = play(*runs, "--csv", tmp_path / "t.csv", "--latex", tmp_path / "t.tex")
+def test_table_of_w_against_wpp(command, runs, tmp_path):
+    status, out, err = command(*runs, "--csv", tmp_path / "t.csv", "--latex", tmp_path / "t.tex")
     assert status == 0, err
     lines = out.splitlines()
     assert lines[0].split() == ["step", "k", "images", "fid-squeeze", "precision-squeeze", "recall-squeeze"]
@@ -170,9 +170,9 @@ def test_pick_last(runs):
     assert [row[1] for row in rows] == [3000, 3000] and rows[0][3] == 130.0
 
 
-def test_curve(play, runs, tmp_path):
+def test_curve(command, runs, tmp_path):
     png, points = tmp_path / "c.png", tmp_path / "c.csv"
-    status, _, err = play(*runs, "--png", png, "--curve_csv", points)
+    status, _, err = command(*runs, "--png", png, "--curve_csv", points)
     assert status == 0, err
     with Image.open(png) as image:
         image.load()
@@ -180,82 +180,82 @@ def test_curve(play, runs, tmp_path):
     with open(points, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["name", "images", "fid-squeeze"] and rows[1] == ["W", "16.0", "300.0"] and len(rows) == 7
-    assert play(*runs, "--png", png, "--metric", "kid")[0] == 1
+    assert command(*runs, "--png", png, "--metric", "kid")[0] == 1
 
 
 @pytest.mark.parametrize("pick", ["best", "last"])
-def test_values_that_are_not_finite(pick, play, tmp_path):
+def test_values_that_are_not_finite(pick, command, tmp_path):
     """`null` in metrics.jsonl: never the best, no point of the curve, a dash in the table."""
     folder = write_run(tmp_path / "run", [(1000, 90.0), (2000, float("nan")), (3000, 95.0)])
     files = {name: tmp_path / f"t.{name}" for name in ("csv", "latex", "png", "curve_csv")}
     flags = [part for name, file in files.items() for part in (f"--{name}", file)]
-    status, out, err = play(folder, "--pick", pick, *flags)
+    status, out, err = command(folder, "--pick", pick, *flags)
     assert status == 0, err
     assert out.splitlines()[2].split()[1] == ("1000" if pick == "best" else "3000")
     assert [line.split(",")[1] for line in files["curve_csv"].read_text().splitlines()[1:]] == ["16.0", "48.0"]
     alone = write_run(tmp_path / "alone", [(1000, float("nan"))])
-    status, out, err = play(alone, folder, "--latex", files["latex"])
+    status, out, err = command(alone, folder, "--latex", files["latex"])
     assert status == 0 and out.splitlines()[2].split() == ["alone", "1000", "16.0", "-", "0.600", "0.400"], err
-    status, _, err = play(alone, "--png", files["png"])
+    status, _, err = command(alone, "--png", files["png"])
     assert status == 1 and "no finite fid-squeeze at a known images" in err
 
 
-def test_sweep(play, tmp_path):
+def test_sweep(command, tmp_path):
     file = tmp_path / "sweep.jsonl"
     append_records(file, [record("recall", psi / 2, truncation=psi) for psi in (0.5, 1.0, 0.7)])
-    status, _, err = play(file)
+    status, _, err = command(file)
     assert status == 1 and "fake.truncation 0.5 against 1.0" in err
     points = tmp_path / "s.csv"
-    status, out, _ = play(file, "--against", "truncation", "--curve_csv", points)
+    status, out, _ = command(file, "--against", "truncation", "--curve_csv", points)
     assert status == 0 and [" ".join(line.split()) for line in out.splitlines()[2:]] == [
         "sweep, psi 0.5 100 1.600 0.250",
         "sweep, psi 0.7 100 1.600 0.350",
         "sweep, psi 1 100 1.600 0.500",
     ]
     assert points.read_text().splitlines()[1:] == ["sweep,0.5,0.25", "sweep,0.7,0.35", "sweep,1.0,0.5"]
-    assert play(file, "--where", "fake.truncation=1")[0] == 0
-    assert play(file, "--where", "fake.truncation=0.9")[0] == 1
-    status, _, err = play(file, "--where", "psi=1")
+    assert command(file, "--where", "fake.truncation=1")[0] == 0
+    assert command(file, "--where", "fake.truncation=0.9")[0] == 1
+    status, _, err = command(file, "--where", "psi=1")
     assert status == 2 and "expected NAME=VALUE with one of metric, value" in err
 
 
-def test_unlike_runs_only_when_told(play, runs, tmp_path):
+def test_unlike_runs_only_when_told(command, runs, tmp_path):
     other = write_run(tmp_path / "other", [(1000, 50.0)], n=600)
-    status, _, err = play(*runs, f"C={other}")
+    status, _, err = command(*runs, f"C={other}")
     assert status == 1 and "n_fake 500 against 600" in err and err.count("error: ") == 1
-    status, out, err = play(*runs, f"C={other}", "--allow_unlike")
+    status, out, err = command(*runs, f"C={other}", "--allow_unlike")
     assert status == 0 and "warning: not computed alike: fid-squeeze: n_fake 500 against 600" in err and "\nC " in out
 
 
-def test_one_checkpoint_against_two_real_sets_is_refused(play, tmp_path):
+def test_one_checkpoint_against_two_real_sets_is_refused(command, tmp_path):
     """The later result must not push the earlier one out of sight."""
     other = record(value=20.0)
     other["real"] = {**REAL, "digest": "d2"}
     append_records(tmp_path / "metrics.jsonl", [record(), other])
-    status, _, err = play(tmp_path / "metrics.jsonl")
+    status, _, err = command(tmp_path / "metrics.jsonl")
     assert status == 1 and "were not computed alike" in err
 
 
-def test_the_last_of_repeated_results_counts(play, tmp_path):
+def test_the_last_of_repeated_results_counts(command, tmp_path):
     folder = write_run(tmp_path / "run", [(1000, 90.0)])
     append_records(folder / "metrics.jsonl", [record("fid", 70.0, step=1000, fingerprint="run")])
-    assert " 70.0" in play(folder)[1]
+    assert " 70.0" in command(folder)[1]
 
 
-def test_mistakes(play, runs, tmp_path):
-    status, _, err = play(tmp_path / "none")
+def test_mistakes(command, runs, tmp_path):
+    status, _, err = command(tmp_path / "none")
     assert status == 1 and "metrics.jsonl does not exist" in err or "none does not exist" in err
-    status, _, err = play(runs[0], runs[0])
+    status, _, err = command(runs[0], runs[0])
     assert status == 1 and "two runs are called W" in err
 
 
-def test_metrics_of_one_checkpoint_make_one_row(play, tmp_path):
+def test_metrics_of_one_checkpoint_make_one_row(command, tmp_path):
     """Path length takes other numbers of samples than FID, and has no real images: still the same row."""
     folder = write_run(tmp_path / "run", [(1000, 90.0), (2000, 80.0)])
     lengths = record("fid", 55.0, step=2000, fingerprint="run", n=9)
     lengths |= {"metric": "ppl-w++-squeeze", "n_real": None, "real": {}}
     append_records(folder / "metrics.jsonl", [lengths])
-    status, out, err = play(folder)
+    status, out, err = command(folder)
     assert status == 0, err
     assert out.splitlines()[0].split()[-1] == "ppl-w++-squeeze"
     assert out.splitlines()[2].split() == ["run", "2000", "32.0", "80.0", "0.700", "0.400", "55.0"]

@@ -31,8 +31,8 @@ def test_folder_as_it_is_and_fitted(face_folder, tiny):
 
 
 def test_lmdb(face_lmdb, tiny):
-    found = extract(open_source(face_lmdb, size=16), tiny, 1000, progress=False)
-    assert (found.info["kind"], found.info["size"], found.info["filter"], found.info["codec"]) == (
+    result = extract(open_source(face_lmdb, size=16), tiny, 1000, progress=False)
+    assert (result.info["kind"], result.info["size"], result.info["filter"], result.info["codec"]) == (
         "lmdb",
         16,
         "lanczos",
@@ -57,8 +57,8 @@ def test_reals_are_drawn_without_replacement(face_lmdb, tiny):
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_batch_size_changes_nothing(batch, face_lmdb, checkpoint, tiny):
     for source in (open_source(face_lmdb, size=16), open_source(checkpoint, sampling=Sampling(0.7))):
-        found = values(source, tiny, 20, batch=batch)
-        torch.testing.assert_close(found, values(source, tiny, 20), rtol=1e-3, atol=1e-3)
+        result = values(source, tiny, 20, batch=batch)
+        torch.testing.assert_close(result, values(source, tiny, 20), rtol=1e-3, atol=1e-3)
 
 
 def test_generated_images_are_those_of_generate(checkpoint):
@@ -78,7 +78,7 @@ def test_truncation_and_noise_modes(checkpoint, tiny):
     full, half, none = (values(open_source(checkpoint, sampling=Sampling(psi)), tiny, 12) for psi in (1, 0.5, 0))
     assert full.std(0).mean() > half.std(0).mean() > none.std(0).mean()
     still = open_source(checkpoint, sampling=Sampling(0, noise="const"))
-    assert values(still, tiny, 4).std(0).max() < 1e-4  # one mean code, one noise: one picture
+    assert values(still, tiny, 4).std(0).max() < 1e-4  # one mean code, one noise: one image
     with pytest.raises(ValueError, match="--noise loud: expected one of const, random, none"):
         Sampling(noise="loud")
 
@@ -133,13 +133,13 @@ def test_mixed_sizes_are_refused_in_words(face_folder, tiny, tmp_path):
 
 
 def test_damaged_images(face_folder, tiny, tmp_path):
-    """No picture at all: left out, counted, listed. Sound header but cut short: refused, naming the file."""
+    """No image: left out, counted, listed. Sound header but cut short: refused, naming the file."""
     folder = copy_of(face_folder, tmp_path / "damaged")
-    (folder / "note.png").write_text("no picture")
+    (folder / "note.png").write_text("no image")
     with pytest.warns(UserWarning, match="1 of 25 image files are left out: .*note.png"):
         source = open_source(folder)
-    found = extract(source, tiny, 1000, progress=False)
-    assert (found.info["n"], found.info["skipped"]) == (24, 1)
+    result = extract(source, tiny, 1000, progress=False)
+    assert (result.info["n"], result.info["skipped"]) == (24, 1)
     whole = (folder / "face 03.png").read_bytes()
     (folder / "face 03.png").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning), pytest.raises(DatasetError, match="face 03.png"):
@@ -175,8 +175,8 @@ def test_cache_goes_by_content_and_protocol(face_folder, tmp_path):
 
     def look(folder, n=1000, protocol="tf-compat", size=None):
         extractor = build_extractor("tiny", PROTOCOLS[protocol])
-        found = extract(open_source(folder, size=size), extractor, n, cache_dir=cache, progress=False)
-        return found, extractor.network.seen
+        result = extract(open_source(folder, size=size), extractor, n, cache_dir=cache, progress=False)
+        return result, extractor.network.seen
 
     folder = copy_of(face_folder, tmp_path / "one")
     first, seen = look(folder)
@@ -185,10 +185,10 @@ def test_cache_goes_by_content_and_protocol(face_folder, tmp_path):
     again, seen = look(moved)
     assert seen == 0 and torch.equal(again.values, first.values) and again.info["path"] == str(moved)
     assert [look(moved, n=20)[1], look(moved, protocol="clean")[1], look(moved, size=16)[1]] == [20, 24, 24]
-    picture = next(iter(moved.glob("face 05.png")))
-    times = picture.stat()
-    Image.new("RGB", (40, 40), (9, 9, 9)).save(picture)
-    os.utime(picture, ns=(times.st_atime_ns, times.st_mtime_ns))
+    image = next(iter(moved.glob("face 05.png")))
+    times = image.stat()
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(image)
+    os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert look(moved)[1] == 24
 
 
@@ -203,11 +203,11 @@ def test_cache_of_a_generator(checkpoint, tmp_path):
 
 
 def test_features_file(face_folder, tiny, tmp_path):
-    found = extract(open_source(face_folder), tiny, 10, progress=False)
+    result = extract(open_source(face_folder), tiny, 10, progress=False)
     path = tmp_path / "ü f.npz"
-    save_features(path, found)
+    save_features(path, result)
     again = load_features(path)
-    assert torch.equal(again.values, found.values) and again.info == found.info and again.protocol == found.protocol
+    assert torch.equal(again.values, result.values) and again.info == result.info and again.protocol == result.protocol
     assert require_same(again, tiny, path) is again
     with pytest.raises(ValueError, match=r"of tiny \(weights 11111111\), protocol tf-compat; .* protocol clean"):
         require_same(again, build_extractor("tiny", PROTOCOLS["clean"]), path)
@@ -239,15 +239,15 @@ def test_features_files_of_the_wrong_shape(features, known, sentence, tmp_path):
 
 def test_damaged_features_files(face_folder, tiny, tmp_path):
     """Cut or with a flipped byte anywhere: one sentence that names the file, or the same values."""
-    found = extract(open_source(face_folder), tiny, 10, progress=False)
-    save_features(tmp_path / "whole.npz", found)
+    result = extract(open_source(face_folder), tiny, 10, progress=False)
+    save_features(tmp_path / "whole.npz", result)
     whole = (tmp_path / "whole.npz").read_bytes()
     for position in range(0, len(whole), 37):
         flipped = whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :]
         for damaged in (whole[:position], flipped):
             (tmp_path / "f.npz").write_bytes(damaged)
             try:
-                assert load_features(tmp_path / "f.npz").values.shape == found.values.shape
+                assert load_features(tmp_path / "f.npz").values.shape == result.values.shape
             except ValueError as error:
                 assert "f.npz" in str(error)
 
@@ -257,21 +257,21 @@ def test_a_cache_that_fails_loses_nothing(face_folder, tiny, tmp_path):
     source, cache = open_source(face_folder), tmp_path / "cache"
     (tmp_path / "file").write_text("no folder")
     with pytest.warns(UserWarning, match="features are not cached"):
-        found = extract(source, tiny, 10, cache_dir=tmp_path / "file", progress=False)
-    assert found.values.shape == (10, DIM)
+        result = extract(source, tiny, 10, cache_dir=tmp_path / "file", progress=False)
+    assert result.values.shape == (10, DIM)
     extract(source, tiny, 10, cache_dir=cache, progress=False)
     (path,) = cache.iterdir()
     for content in (path.read_bytes()[:300], b"", b"no features"):
         path.write_bytes(content)
         with pytest.warns(UserWarning, match=f"cached features are not used: .*{path.name}"):
-            assert torch.equal(extract(source, tiny, 10, cache_dir=cache, progress=False).values, found.values)
+            assert torch.equal(extract(source, tiny, 10, cache_dir=cache, progress=False).values, result.values)
     assert load_features(path).values.shape == (10, DIM), "written anew"
 
 
 def test_two_writers_of_one_cache(face_folder, tiny, tmp_path):
     """Processes that compute the same features at once all succeed, and the file is whole at every moment."""
-    found = extract(open_source(face_folder), tiny, 10, progress=False)
-    save_features(tmp_path / "given.npz", found)
+    result = extract(open_source(face_folder), tiny, 10, progress=False)
+    save_features(tmp_path / "given.npz", result)
     program = f"""
 from metrics.features import load_features, save_features
 features = load_features({str(tmp_path / "given.npz")!r})
