@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import warnings
-import zipfile
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import require_file
+from common.arrays import read_npz, require_floats
 from common.cli import UserError
 from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, shard
 from common.files import atomic_write, parse_json
@@ -186,23 +184,18 @@ def save_features(path: Path, features: Features) -> None:
 
 def load_features(path: str | os.PathLike) -> Features:
     """Features from a file of `save_features`. Raises FileNotFoundError, or ValueError when it is not one."""
-    path = require_file(path, "features file (.npz)")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            values, text = file["features"], str(file["known"])
-    except KeyError as error:
+    arrays = read_npz(path, "features file (.npz)")
+    if not {"features", "known"} <= set(arrays):
         raise UserError(
-            f"{path} has no entry {error}: features made elsewhere do not say how: "
-            "compute them anew from the images with metrics/extract_features.py"
-        ) from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, TypeError, IndexError) as error:
-        raise UserError(f"{path} is truncated, damaged or no features file ({error})") from error
+            f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how: compute them anew from "
+            "the images with metrics/extract_features.py"
+        )
     schema = {"about": {"n": int}, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}
-    metadata = parse_json(text, schema, source=path, what="features file")
+    metadata = parse_json(str(arrays["known"]), schema, source=path, what="features file")
+    values = torch.from_numpy(require_floats(arrays["features"], path))
     shape = (metadata["about"]["n"], metadata["extractor"]["dim"])
-    if values.shape != shape or values.dtype.kind != "f":
-        raise UserError(f"{path}: its features are {values.dtype} {list(values.shape)}, expected float {list(shape)}")
-    values = torch.from_numpy(values.astype(np.float32, copy=False))
+    if values.shape != shape:
+        raise UserError(f"{path}: its features have the shape {list(values.shape)}, expected {list(shape)}")
     return Features(values, metadata["about"], metadata["extractor"], metadata["protocol"])
 
 
