@@ -187,8 +187,8 @@ def load_features(path: str | os.PathLike) -> Features:
     arrays = read_npz(path, "features file (.npz)")
     if not {"features", "known"} <= set(arrays):
         raise UserError(
-            f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how: compute them anew from "
-            "the images with metrics/extract_features.py"
+            f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how: compute them "
+            "anew from the images with metrics/extract_features.py"
         )
     schema = {"about": {"n": int}, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}
     metadata = parse_json(str(arrays["known"]), schema, source=path, what="features file")
