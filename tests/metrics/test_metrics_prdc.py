@@ -146,7 +146,7 @@ def test_memory_is_bounded(monkeypatch):
                     self.n_entries = max(self.n_entries, tensor.numel())
             return result
 
-    monkeypatch.setattr(manifold, "BLOCK", 64)
+    monkeypatch.setattr(manifold, "BLOCK", 256)
     monkeypatch.setattr(manifold, "ENTRIES", 20_000)
     for n in (300, 900):
         with Largest() as seen:

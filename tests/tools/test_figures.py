@@ -10,11 +10,12 @@ from common.cli import run
 from common.export import export_ema
 from editing.attributes import AttributeReader, Condition
 from editing.boundary import Boundary
-from inversion.sheets import DIFFERENCE_GAIN, difference_map
 from model import Generator, GeneratorConfig, load_generator
+from sampling.render import render
 from scorer.network import load_scorer
-from tools.figures.plates import inversion_plate
-from tools.figures.sheet import CELL, GAP, LINE, draw_sheet
+from tools.figures import plots
+from tools.figures.grid import CELL, draw_grid
+from tools.figures.models import inversion_of
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 
@@ -48,22 +49,18 @@ def models(tmp_path_factory):
 @pytest.fixture
 def flags(models, tmp_path):
     return [
-        "--ckpt",
-        str(models / "face-wpp-16.safetensors"),
-        "--boundaries",
-        str(models),
-        "--step",
-        "2",
-        "--seeds",
-        "5",
-        "--scorer",
-        "face-scorer-eval",
-        "--perceptual",
-        "scorer:face-scorer-eval",
-        "--device",
-        "cpu",
-        "--output_dir",
-        str(tmp_path / "figures ü"),
+        *(
+            "--ckpt",
+            str(models / "face-wpp-16.safetensors"),
+            "--boundaries",
+            str(models),
+            "--step",
+            "2",
+            "--seeds",
+            "5",
+        ),
+        *("--scorer", "face-scorer-eval", "--perceptual", "scorer:face-scorer-eval", "--device", "cpu"),
+        *("--output_dir", str(tmp_path / "figures ü")),
     ]
 
 
@@ -71,17 +68,21 @@ def command(flags):
     return run(tools.make_figures.main, tools.make_figures.build_parser(), flags)
 
 
+def read_models(flags):
+    return tools.make_figures.read_models(tools.make_figures.build_parser().parse_args(flags))
+
+
 def test_all_figures_are_written(flags, tmp_path, capsys):
     assert command(flags) == 0
     told = capsys.readouterr().out
     written = {path.stem: Image.open(path) for path in (tmp_path / "figures ü").iterdir()}
     assert set(written) == set(tools.make_figures.FIGURES) - {"gender", "smile"}
-    assert "gender is left out: no boundary of gender for face-wpp-16.safetensors" in told
-    rows = {"inversion": 6, "age": 3, "spaces": 9, "mixing": 5, "expressions": 3, "transfer": 4}  # the twin draws one
+    assert "gender is left out: no boundary of gender for this generator" in told
+    rows = {"inversion": 6, "age": 3, "spaces": 9, "mixing": 5, "expressions": 3, "transfer": 4}  # W draws one face
     columns = {"inversion": 4, "age": 8, "spaces": 6, "mixing": 7, "expressions": 6, "transfer": 6}
     for name, count in rows.items():
-        assert count * CELL < written[name].height < (count + 1) * (CELL + 2 * LINE), name
-        assert columns[name] * CELL < written[name].width < (columns[name] + 1) * (CELL + 2 * GAP), name
+        assert 100 * CELL * count < written[name].height < 100 * CELL * (count + 2), name
+        assert written[name].width == round(100 * CELL * (columns[name] + 1)), name
         assert np.asarray(written[name]).std() > 20, name
 
 
@@ -94,7 +95,7 @@ def test_the_same_command_gives_the_same_files(flags, tmp_path):
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_has_no_model_is_left_out(flags, models, tmp_path, capsys):
+def test_figures_without_their_model_are_left_out(flags, models, tmp_path, capsys):
     alone = tmp_path / "alone.safetensors"
     alone.write_bytes((models / "face-wpp-16.safetensors").read_bytes())
     assert command([*flags, "--ckpt", str(alone), "--only", "spaces", "expressions", "transfer", "inversion"]) == 0
@@ -116,65 +117,50 @@ def test_what_has_no_model_is_left_out(flags, models, tmp_path, capsys):
 # -- inversion -----------------------------------------------------------------------------------------------------
 
 
-def test_the_difference_of_equal_pictures_is_black():
-    draw = np.random.default_rng(0)
-    a, b = draw.integers(0, 256, (2, 8, 8, 3), np.uint8)
-    assert difference_map(a, a).max() == 0
-    expected = np.minimum(DIFFERENCE_GAIN * np.abs(a.astype(int) - b), 255)
-    assert np.array_equal(difference_map(a, b), expected) and np.array_equal(difference_map(b, a), expected)
-
-
 def test_perfect_reconstructions_have_black_maps_and_no_error(flags, monkeypatch):
-    """The plate itself: below a picture that equals the original the map is black, and both numbers are 0."""
-    lab = tools.make_figures.read_lab(tools.make_figures.build_parser().parse_args(flags))
-    lab.twin = None
-    lab.made["W++"] = type("Found", (), {"pictures": list(lab.pictures)})
+    """Below an image that equals the original the map is black, and both numbers are 0."""
+    models = read_models(flags)
+    models.w = None
+    models.inversions["W++"] = type("Found", (), {"images": list(models.faces)})
     shown = []
-    monkeypatch.setattr("tools.figures.plates.draw_sheet", lambda rows, **words: shown.append((rows, words)))
-    inversion_plate(lab)
+    monkeypatch.setattr(plots, "draw_grid", lambda rows, **words: shown.append((rows, words)))
+    plots.inversion_figure(models)
     ((rows, words),) = shown
-    assert words["columns"] == ["original", "W++"] and len(rows) == 2 * len(lab.pictures)
-    for original, (above, below) in zip(lab.pictures, zip(rows[::2], rows[1::2], strict=True), strict=True):
+    assert words["columns"] == ["original", "W++"] and len(rows) == 2 * len(models.faces)
+    for original, (above, below) in zip(models.faces, zip(rows[::2], rows[1::2], strict=True), strict=True):
         assert np.array_equal(above[0][0], original) and above[1][1] == "0.000 / 0.000"
         assert below[0][0] is None and below[1][0].max() == 0
 
 
 def test_optimisation_comes_closer(flags):
-    """More steps, a smaller error, in W, W+ and W++; noise and code give the picture again."""
-    from sampling.render import render
-
+    """More steps, a smaller error, in W, W+ and W++; noise and w give the image again."""
     errors = {}
     for steps in ("1", "12"):
-        lab = tools.make_figures.read_lab(tools.make_figures.build_parser().parse_args([*flags, "--step", steps]))
+        models = read_models([*flags, "--step", steps])
         for space in ("W", "W+", "W++"):
-            found = lab.inversion(space)
-            pairs = zip(found.pictures, lab.pictures, strict=True)
+            inverted = inversion_of(models, space)
+            pairs = zip(inverted.images, models.faces, strict=True)
             errors[space, steps] = np.mean([np.square(a.astype(float) - b).mean() for a, b in pairs])
-            generator = (lab.tools if space == "W++" else lab.twin).generator
-            assert np.array_equal(list(render(generator, found.codes, noise=found.noise)), found.pictures)
+            generator = models.wpp if space == "W++" else models.w
+            assert np.array_equal(list(render(generator, inverted.ws, noise=inverted.noise)), inverted.images)
     for space in ("W", "W+", "W++"):
         assert errors[space, "12"] < 0.9 * errors[space, "1"], (space, errors)
 
 
-# -- sheets --------------------------------------------------------------------------------------------------------
+# -- layout --------------------------------------------------------------------------------------------------------
 
 
 def test_cells_lie_where_they_belong():
+    """Red in the first row and column, blue in the second; words above, before and below them, nothing cut."""
     red, blue = (np.full((4, 4, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255)))
-    sheet = np.asarray(draw_sheet([[(red, "a"), (None, "")], [(None, ""), (blue, "")]], columns=["one", "two"]))
-    top = LINE + GAP
-    middle = CELL // 2
-    assert sheet[top + middle, GAP + middle].tolist() == [255, 0, 0]
-    assert sheet[top + middle, GAP + CELL + GAP + middle].tolist() == [255, 255, 255]
-    second = top + CELL + GAP + LINE  # the first row has a caption
-    assert sheet[second + middle, GAP + CELL + GAP + middle].tolist() == [0, 0, 255]
-    assert (sheet[:top] < 128).any() and (sheet[top + CELL : second] < 128).any(), "words above and below"
-
-
-def test_long_words_widen_their_column():
-    picture = np.zeros((4, 4, 3), np.uint8)
-    narrow = draw_sheet([[(picture, "0.1")]])
-    wide = draw_sheet([[(picture, "a caption that is much longer than the picture is wide")]])
-    assert wide.width > narrow.width + 100
-    edge = np.asarray(wide)[CELL:, [0, -1]]
-    assert (edge > 200).all(), "nothing is cut"
+    cells = [[(red, "a"), (None, "")], [(None, ""), (blue, "")]]
+    grid = np.asarray(draw_grid(cells, columns=["one", "two"], labels=["first", "second"], note="a note")).astype(int)
+    inks = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+    where = {name: np.argwhere(np.abs(grid - ink).sum(-1) < 30) for name, ink in inks.items()}
+    (top, left), (bottom, right) = where["red"].mean(0), where["blue"].mean(0)
+    assert bottom - top > 100 and right - left > 100
+    assert all(len(points) > 8000 for points in where.values())
+    assert (grid[[0, -1]] > 200).all() and (grid[:, [0, -1]] > 200).all(), "nothing is cut"
+    height, width = grid.shape[:2]
+    words = np.argwhere(grid.sum(-1) < 300 * 1 + 0)
+    assert (words[:, 1] < where["red"][:, 1].min()).any() and (words[:, 0] < where["red"][:, 0].min()).any()

@@ -1,2 +1,1 @@
-"""Figures like the paper's: sheet.py lays pictures out with words around them, lab.py holds networks, faces and their
-inversions, plates.py and expressions.py are the figures. tools/make_figures.py is the command line."""
+"""Figures like the paper's: networks, faces and inversions (models.py), layout (grid.py), the figures (plots.py)."""
