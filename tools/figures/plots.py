@@ -85,7 +85,7 @@ def edited_rows(
 
 
 def spaces_figure(models: Models) -> Image.Image | str:
-    """The same edit in W, W+ and W++, each face optimised from the mean of w."""
+    """One edit in W, W+ and W++, each face optimised from the mean of w."""
     if models.w is None:
         return "no W generator: name one with --w_ckpt"
     boundary = find_boundary(models.boundaries, models.wpp, "age")
