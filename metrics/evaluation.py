@@ -85,22 +85,14 @@ def find_warnings(real: Features, fake: Features) -> list[str]:
 
 def evaluation_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument(
-        "--real",
-        "--dataset",
-        "--inception",
-        required=True,
-        help="folder of images, LMDB, checkpoint, folder of latents, or features (.npz)",
-    )
-    parser.add_argument("--fake", help="like --real, or a folder of checkpoints: each of them (default: ./checkpoint)")
-    parser.add_argument("--ckpt", help="the same as --fake; with a --fake of latents: their generator")
-    parser.add_argument("--start_num", type=int, default=0, help="first step of a folder of checkpoints")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="file that results are added to, a JSON line each; default: metrics.jsonl of the checkpoint's run folder, "
-        "else here",
-    )
+    add = parser.add_argument
+    real = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
+    add("--real", "--dataset", "--inception", required=True, help=real)
+    add("--fake", help="like --real, or a folder of checkpoints: each of them (default: ./checkpoint)")
+    add("--ckpt", help="the same as --fake; with a --fake of latents: their generator")
+    add("--start_num", type=int, default=0, help="first step of a folder of checkpoints")
+    output = "file to add a JSON line per result to; default: metrics.jsonl of the checkpoint's run folder, else here"
+    add("--output", type=Path, help=output)
     add_extractor_flags(parser)
     add_sampling_flags(parser)
     return parser

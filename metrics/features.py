@@ -216,32 +216,18 @@ def require_same(features: Features, extractor: Extractor, path) -> Features:
 
 def add_extractor_flags(parser) -> None:
     """Flags of everything that extracts features."""
-    group = parser.add_argument_group("features")
-    group.add_argument(
-        "--extractor",
-        default="auto",
-        metavar="NAME",
-        help=f"{', '.join(extractor_names())}; auto: Inception (for the paper's precision and recall VGG-16), else the "
-        "fallback squeeze or scorer",
-    )
-    group.add_argument(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="tf-compat",
-        help="how images reach the extractor: paper (and pytorch-fid), tf-compat (torch-fidelity, most papers), clean "
-        "(clean-fid)",
-    )
-    group.add_argument("--n_sample", type=int, default=50_000, help="images of each side; all there are, when fewer")
-    group.add_argument(
-        "--size",
-        type=int,
-        help="pixels: which size of an LMDB, or what to fit the images of a folder to; default: as they are, or that "
-        "of the generated images",
-    )
-    group.add_argument("--batch", type=int, default=64, help="images per forward pass and process")
-    group.add_argument("--workers", type=int, default=2, help="threads that decode images")
-    group.add_argument("--weights_dir", help="folder with the extractor's weights, looked into first")
-    group.add_argument(
+    add = parser.add_argument_group("features").add_argument
+    names = f"{', '.join(extractor_names())}; auto: Inception (paper's precision and recall: VGG-16), else a fallback"
+    add("--extractor", default="auto", metavar="NAME", help=names)
+    protocols = "images to extractor: paper (pytorch-fid), tf-compat (torch-fidelity, most papers), clean (clean-fid)"
+    add("--protocol", choices=list(PROTOCOLS), default="tf-compat", help=protocols)
+    add("--n_sample", type=int, default=50_000, help="images of each side; all there are, when fewer")
+    sizes = "pixels: size of an LMDB, or to fit a folder to; default: as they are, or those of the generated images"
+    add("--size", type=int, help=sizes)
+    add("--batch", type=int, default=64, help="images per forward pass and process")
+    add("--workers", type=int, default=2, help="threads that decode images")
+    add("--weights_dir", help="folder with the extractor's weights, looked into first")
+    add(
         "--cache_dir",
         help="folder of the feature cache; none: no cache; default $WPP_CACHE, else ~/.cache/wpp/features",
     )
@@ -249,13 +235,11 @@ def add_extractor_flags(parser) -> None:
 
 
 def add_sampling_flags(parser) -> None:
-    group = parser.add_argument_group("generated images")
-    group.add_argument(
-        "--truncation", default="1", metavar="PSI[,PSI...]", help="w = mean + psi (w - mean); several values: a sweep"
-    )
-    group.add_argument("--truncation_mean", type=int, default=10_000, help="samples for the mean of w")
-    group.add_argument("--noise", default="random", help="random (drawn for each image), const (the stored maps), none")
-    group.add_argument("--seed", type=int, default=0, help="seed of the images")
+    add = parser.add_argument_group("generated images").add_argument
+    add("--truncation", default="1", metavar="PSI[,PSI...]", help="w = mean + psi (w - mean); several values: a sweep")
+    add("--truncation_mean", type=int, default=10_000, help="samples for the mean of w")
+    add("--noise", default="random", help="random (drawn for each image), const (the stored maps), none")
+    add("--seed", type=int, default=0, help="seed of the images")
 
 
 def cache_folder(cache_dir: str | None) -> Path | None:

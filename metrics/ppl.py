@@ -115,32 +115,24 @@ def trimmed_mean(lengths: np.ndarray) -> tuple[float, float]:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", required=True, help="checkpoint (.pt) or exported generator (.safetensors)")
-    parser.add_argument("--space", choices=SPACES, help="z, or the generator's own w or w++ (default)")
-    parser.add_argument(
-        "--sampling",
-        choices=("full", "end"),
-        default="full",
-        help="pairs anywhere on the path between two latents, or at its start",
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint (.pt) or exported generator (.safetensors)")
+    add("--space", choices=SPACES, help="z, or the generator's own w or w++ (default)")
+    sampling = "pairs anywhere on the path between two latents, or at its start"
+    add("--sampling", choices=("full", "end"), default="full", help=sampling)
+    perceptual = (
+        "perceptual network of perceptual/lpips.py: vgg as published, squeeze, alex, discriminator:CHECKPOINT, "
+        "scorer:FILE; auto: the first LPIPS at hand"
     )
-    parser.add_argument(
-        "--perceptual",
-        default="auto",
-        metavar="NAME",
-        help="perceptual network of perceptual/lpips.py: vgg as published, squeeze, alex, "
-        "discriminator:CHECKPOINT, scorer:FILE; auto: the first LPIPS at hand",
-    )
-    parser.add_argument("--epsilon", type=float, default=EPSILON, help="step, as a share of the path")
-    parser.add_argument("--crop", action="store_true", help="compare the centre of the face only, as for FFHQ")
-    parser.add_argument("--n_sample", type=int, default=50_000, help="pairs")
-    parser.add_argument("--batch", type=int, default=16, help="pairs per forward pass and process")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the latents")
-    parser.add_argument("--weights_dir", help="folder with the network's weights, looked into first")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help="file that the result is added to; default: metrics.jsonl of the checkpoint's run folder, else here",
-    )
+    add("--perceptual", default="auto", metavar="NAME", help=perceptual)
+    add("--epsilon", type=float, default=EPSILON, help="step, as a share of the path")
+    add("--crop", action="store_true", help="compare the centre of the face only, as for FFHQ")
+    add("--n_sample", type=int, default=50_000, help="pairs")
+    add("--batch", type=int, default=16, help="pairs per forward pass and process")
+    add("--seed", type=int, default=0, help="seed of the latents")
+    add("--weights_dir", help="folder with the network's weights, looked into first")
+    output = "file to add the result to; default: metrics.jsonl of the checkpoint's run folder, else here"
+    add("--output", type=Path, help=output)
     add_device_flags(parser)
     return parser
 

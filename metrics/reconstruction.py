@@ -63,19 +63,14 @@ class Row:
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "folders",
-        nargs="+",
-        metavar="[ROW=]FOLDER",
-        help="folders written by projector.py or pSp's inference; ROW: its name there",
-    )
-    parser.add_argument("--method", help="of all folders, where latents.json does not tell (projector, pSp)")
-    parser.add_argument("--measures", default="perceptual,mse", help=f"comma-separated, of {', '.join(MEASURES)}")
-    parser.add_argument("--format", choices=("text", "csv", "latex"), default="text", help="of the table")
-    parser.add_argument(
-        "--common", action="store_true", help="of folders with different images, compare those that all of them have"
-    )
-    parser.add_argument("--output", type=Path, help="file for the table (default: stdout)")
+    add = parser.add_argument
+    folders = "folders written by projector.py or pSp's inference; ROW: its name in the table"
+    add("folders", nargs="+", metavar="[ROW=]FOLDER", help=folders)
+    add("--method", help="method of all folders whose latents.json does not tell it (projector, pSp)")
+    add("--measures", default="perceptual,mse", help=f"comma-separated, of {', '.join(MEASURES)}")
+    add("--format", choices=("text", "csv", "latex"), default="text", help="format of the table")
+    add("--common", action="store_true", help="of folders with different images, compare those that all of them have")
+    add("--output", type=Path, help="file for the table (default: stdout)")
     return parser
 
 

@@ -197,29 +197,19 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="[NAME=]PATH", help="run folders or metrics.jsonl files")
-    parser.add_argument(
-        "--pick",
-        choices=("best", "last"),
-        default="best",
-        help="checkpoint of each run that makes the row: the best by FID, or the last",
-    )
-    parser.add_argument("--metric", help="metric of the curve; default: the first of the table")
-    parser.add_argument("--against", choices=list(AXES), default="images", help="horizontal axis of the curve")
-    parser.add_argument("--csv", type=Path, help="write the table as CSV")
-    parser.add_argument("--latex", type=Path, help="write the table as a LaTeX tabular")
-    parser.add_argument("--png", type=Path, help="draw the curve")
-    parser.add_argument("--curve_csv", type=Path, help="write the points of the curve as CSV")
-    parser.add_argument(
-        "--where",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUE",
-        help="only results with these entries, such as n_fake=50000 fake.truncation=1",
-    )
-    parser.add_argument(
-        "--allow_unlike", action="store_true", help="show results that were not computed alike, and say how they differ"
-    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="[NAME=]PATH", help="run folders or metrics.jsonl files")
+    add("--pick", choices=("best", "last"), default="best", help="checkpoint of each row: the best by FID, or the last")
+    add("--metric", help="metric of the curve; default: the first of the table")
+    add("--against", choices=list(AXES), default="images", help="horizontal axis of the curve")
+    add("--csv", type=Path, help="write the table as CSV")
+    add("--latex", type=Path, help="write the table as a LaTeX tabular")
+    add("--png", type=Path, help="draw the curve")
+    add("--curve_csv", type=Path, help="write the points of the curve as CSV")
+    where = "only results with these entries, such as n_fake=50000 fake.truncation=1"
+    add("--where", nargs="+", default=[], metavar="NAME=VALUE", help=where)
+    unlike = "show results that were not computed alike, and say how they differ"
+    add("--allow_unlike", action="store_true", help=unlike)
     return parser
 
 
