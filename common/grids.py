@@ -70,7 +70,7 @@ def similarity_figure(maps: torch.Tensor) -> Image.Image:
     """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as heat maps of one scale, a row per block."""
     from matplotlib.figure import Figure
 
-    maps = maps.detach().float().cpu()
+    maps = maps.detach().float().cpu().numpy()
     n_blocks, n_heads = maps.shape[:2]
     figure = Figure(figsize=(1.8 * n_heads + 0.8, 1.9 * n_blocks), dpi=100, layout="compressed")
     axes = figure.subplots(n_blocks, n_heads, squeeze=False)
