@@ -13,7 +13,7 @@ training (training/conditional.py) and editing (edit_conditional.py) share is he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,23 @@ import torch.nn.functional as F
 
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
+from common.files import check_shape
 from editing.samples import scorer_identity
 from model import CONDITION_GAIN
 from scorer.network import load_scorer
 
 DEFAULT_ATTRIBUTES = ("smile", "eyes_open", "mouth_open")
 UNIT_OF = {"probability": 1.0, "years": 100.0}  # kind -> what 1 stands for
+SCHEMA = {  # of the entry `condition` of a checkpoint (common/files.py)
+    "attributes": [str],
+    "kinds": [str],
+    "means": [float],
+    "scorer": str,
+    "scorer_fingerprint": str,
+    "gain?": float,
+    "light?": bool,
+}
+LISTS = ("attributes", "kinds", "means")
 TABLE = 5000  # real faces whose attributes stand for the data set
 SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
 
@@ -156,9 +167,14 @@ class Condition:
     @classmethod
     def from_dict(cls, values: dict, source) -> Condition:
         try:
-            lists = {name: tuple(values[name]) for name in ("attributes", "kinds", "means")}
-            known = cls(**{**values, **lists})
-        except (KeyError, TypeError) as error:
+            check_shape(values, SCHEMA)
+            known = cls(
+                **{f.name: values[f.name] for f in fields(cls) if f.name in values}
+                | {n: tuple(values[n]) for n in LISTS}
+            )
+            if len({len(getattr(known, name)) for name in LISTS}) > 1 or set(known.kinds) - set(UNIT_OF):
+                raise ValueError(f"{len(known.attributes)} attributes of the kinds {', '.join(known.kinds)}")
+        except ValueError as error:
             raise ConditionError(f"{source}: its condition is described in a way unknown here ({error})") from None
         if known.gain != CONDITION_GAIN:
             raise ConditionError(

@@ -111,7 +111,8 @@ def fit_ridge(latents, scores, *, others=None, rows=None, penalty: float = RIDGE
     if others is not None:  # the others leave latents and scores alike
         inverse = np.linalg.pinv(y[:, 1:].T @ y[:, 1:], hermitian=True)  # [K, K]
         sums = sums - sum_xy[:, 1:] @ (inverse @ (y[:, 1:].T @ score))
-        covariance -= sum_xy[:, 1:] @ inverse @ sum_xy[:, 1:].T
+        for start in range(0, width, BLOCK):  # a [D, D] product of its own would double the memory
+            covariance[start : start + BLOCK] -= (sum_xy[start : start + BLOCK, 1:] @ inverse) @ sum_xy[:, 1:].T
     covariance[np.diag_indices(width)] += strength
     weights = linalg.solve(covariance, sums, assume_a="pos", overwrite_a=True)
     return _unit(weights, -weights @ (shift + mean.numpy()), "the scores of the samples do not differ")

@@ -18,7 +18,7 @@ from editing.evaluate import image_batches
 from editing.samples import Samples
 from scorer.interface import AttributeScorer
 
-REFERENCES, EDITED = 500, 50  # samples that span the manifold; others that are moved
+REFERENCES, EDITED = 500, 150  # samples that span the manifold; others that are moved
 NEIGHBOUR = 3  # k, published
 PASSING, SHARE = 0.95, 0.9  # of the references, by which a face is told; of the edited samples that must be faces
 STEP, LIMIT = 0.5, 6.0  # standard deviations

@@ -96,7 +96,7 @@ def labelled_seeds(source: str) -> tuple[list[int], np.ndarray, str]:
     labels, seeds = table.values[:, 0], []
     labelled = np.isfinite(labels)
     for row in np.flatnonzero(labelled):
-        match = re.fullmatch(r"seed(\d+)", PurePosixPath(table.names[row]).stem)
+        match = re.fullmatch(r"seed(\d{1,10})", PurePosixPath(table.names[row]).stem)
         if match is None:
             raise SamplesError(
                 f"{path}: {table.names[row]!r} is no image of generate.py (seed0012.png ...): "

@@ -33,7 +33,7 @@ if __package__ in (None, ""):  # started by path: the root stands in for this fo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import ArgumentParser, UsageError, UserError, positive, run_script
-from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
+from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
 from common.files import atomic_write
 from common.latents import parse_layers
 from common.runs import write_json
@@ -49,6 +49,7 @@ from sampling.render import latents_source
 from scorer.network import load_scorer
 
 DEFAULT_AT = {"years": 15.0, "probability": 0.5}
+FACE_COLUMNS = ("origin", "first", "last", "rise")
 N_MEASURED = 10_000  # samples over which the deviation along a bare direction is taken
 
 
@@ -162,42 +163,30 @@ def curves(sweep: Sweep) -> dict:
 # Results
 
 
-def sweep_faces(
-    name, generator, source, boundary: Boundary, networks, distances, *, dist: Distributed, layers=None, n=0
-):
-    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion: a Sweep, on every
-    rank. networks: scorer, identity, perceptual."""
-    count = min(n, len(source.names)) if n else len(source.names)
-    kept = {"scores": [], "identity": [], "perceptual": []}
-    for i in tqdm(
-        shard(count, dist.rank, dist.world_size), desc=name, unit="face", disable=None if dist.is_main else True
-    ):
+def sweep_faces(name, generator, source, boundary: Boundary, networks, distances, *, dist, layers=None, n=0) -> Sweep:
+    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion, on every rank.
+    networks: scorer, identity, perceptual."""
+    faces = source.names[: n or None]
+    local, hidden = shard(len(faces), dist.rank, dist.world_size), None if dist.is_main else True
+    found = []
+    for i in tqdm(local, desc=name, unit="face", disable=hidden):
         frames = edit_face(generator, face_at(source, i), [boundary], distances * boundary.std, layers=layers)
-        found = evaluate(frames, *networks)
-        for what, values in kept.items():
-            measured = getattr(found, what)
-            if measured is not None:
-                values.append(measured[1:])  # without the inversion, with which all are compared
-    shares = gather_list(kept)  # contiguous: the order of the faces
-    stacked = {what: sum((share[what] for share in shares), []) for what in kept}
-    stacked = {what: np.stack(values) if values else None for what, values in stacked.items()}
-    column, kinds = networks[0].column(boundary.attribute), [a.kind for a in networks[0].attributes]
-    return Sweep(name, source.names[:count], distances, **stacked, column=column, kinds=kinds)
+        found.append(evaluate(frames, *networks))
+    found = sum(gather_list(found), [])  # contiguous: the order of the faces
+    kept = {what: [getattr(face, what) for face in found] for what in ("scores", "identity", "perceptual")}
+    # without the inversion, with which all are compared
+    kept = {what: None if values[0] is None else np.stack(values)[:, 1:] for what, values in kept.items()}
+    kinds = [attribute.kind for attribute in networks[0].attributes]
+    return Sweep(name, faces, distances, **kept, column=networks[0].column(boundary.attribute), kinds=kinds)
 
 
 def face_rows(sweep: Sweep) -> list[dict]:
     """Rows of faces.csv."""
+    columns = (sweep.attribute[:, [sweep.origin, 0, -1]].T, rise(sweep)[None])
+    rows = zip(sweep.faces, np.concatenate(columns).T.round(4).tolist(), crossed(sweep), strict=True)
     return [
-        {
-            "name": sweep.name,
-            "face": face,
-            "origin": round(float(values[sweep.origin]), 4),
-            "first": round(float(values[0]), 4),
-            "last": round(float(values[-1]), 4),
-            "rise": round(float(spearman), 4),
-            "crossed": int(cross),
-        }
-        for face, values, spearman, cross in zip(sweep.faces, sweep.attribute, rise(sweep), crossed(sweep), strict=True)
+        {"name": sweep.name, "face": face, **dict(zip(FACE_COLUMNS, row, strict=True)), "crossed": int(cross)}
+        for face, row, cross in rows
     ]
 
 
