@@ -67,19 +67,24 @@ def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Ima
 
 
 def similarity_figure(maps: torch.Tensor) -> Image.Image:
-    """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as heat maps of one scale, a row per block."""
+    """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as heat maps of one scale.
+
+    A row per block; of one head, four blocks per row.
+    """
     from matplotlib.figure import Figure
 
     maps = maps.detach().float().cpu().numpy()
     n_blocks, n_heads = maps.shape[:2]
-    figure = Figure(figsize=(1.8 * n_heads + 0.8, 1.9 * n_blocks), dpi=100, layout="compressed")
-    axes = figure.subplots(n_blocks, n_heads, squeeze=False)
-    for block in range(n_blocks):
-        for head in range(n_heads):
-            axis = axes[block, head]
-            drawn = axis.imshow(maps[block, head], vmin=float(maps.min()), vmax=float(maps.max()))
-            axis.set_title(f"block {block + 1} head {head + 1}", fontsize=8)
-            axis.set_axis_off()
+    n_columns = n_heads if n_heads > 1 else min(4, n_blocks)
+    n_rows = -(-n_blocks * n_heads // n_columns)
+    figure = Figure(figsize=(1.8 * n_columns + 0.8, 1.9 * n_rows), dpi=100, layout="compressed")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for i, axis in enumerate(axes.flat[: n_blocks * n_heads]):
+        block, head = divmod(i, n_heads)
+        drawn = axis.imshow(maps[block, head], vmin=float(maps.min()), vmax=float(maps.max()))
+        axis.set_title(f"block {block + 1} head {head + 1}", fontsize=8)
     figure.colorbar(drawn, ax=axes)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
