@@ -126,7 +126,7 @@ def evaluation_main(args, metrics: tuple[str, ...], nearest_k: int | None = None
             path = exported_meanwhile(path)
             sampling = Sampling(truncation, args.truncation_mean, args.noise, args.seed)
             source = open_images(path, extractor, sampling=sampling, size=args.size, **opening)
-            size = args.size or size_for(Path(args.real), source.info["size"])
+            size = args.size or size_for(Path(args.real), source.info.get("size"))
             if size not in reals:  # drawn from another seed than the fakes, if it is a generator as well
                 seed = args.seed + 1
                 real = open_images(Path(args.real), extractor, sampling=Sampling(seed=seed), size=size, **opening)
@@ -150,14 +150,14 @@ def exported_meanwhile(path: Path) -> Path:
     return exported
 
 
-def size_for(real: Path, size: int | str) -> int | None:
+def size_for(real: Path, size: int | str | None) -> int | None:
     """Pixels that the real images are taken at, given those of the generated ones.
 
     '32x32' are images of a folder as they are: an LMDB gives its images of that size, a folder its own as they are.
     """
     if isinstance(size, str):
         width, _, height = size.partition("x")
-        return int(width) if width == height and is_lmdb(real) else None
+        return int(width) if width == height and width.isdecimal() and is_lmdb(real) else None
     return size
 
 

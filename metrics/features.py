@@ -121,7 +121,8 @@ def _write_cache(path: Path, features: Features) -> None:
     try:
         save_features(path, features)
     except OSError as error:
-        warnings.warn(f"features are not cached (--cache_dir): {error}", stacklevel=2)
+        text = f"features are not cached in {path.parent} (--cache_dir): {error.strerror or error}"
+        warnings.warn(text, stacklevel=2)  # without the name of the file: shown once per folder
 
 
 def _compute(source, extractor, positions, batch, dist, progress) -> torch.Tensor | None:
@@ -190,7 +191,8 @@ def load_features(path: str | os.PathLike) -> Features:
             f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how: compute them "
             "anew from the images with metrics/extract_features.py"
         )
-    schema = {"about": {"n": int}, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}
+    about = {"n": int, "size?": (int, str, None), "truncation?": (float, None)}
+    schema = {"about": about, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}
     metadata = parse_json(str(arrays["known"]), schema, source=path, what="features file")
     values = torch.from_numpy(require_floats(arrays["features"], path))
     shape = (metadata["about"]["n"], metadata["extractor"]["dim"])

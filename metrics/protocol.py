@@ -48,8 +48,11 @@ RECORD = {
     "value": (float, None),
     "n_fake": (int, None),
     "step?": (int, None),
-    "real?": ({}, None),
-    "fake": {"truncation?": (float, None), "images?": (float, None)},
+    "real?": ({"digest?": (str, None)}, None),
+    "fake": {
+        **{"truncation?": (float, None), "images?": (float, None)},
+        **{"fingerprint?": (str, None), "digest?": (str, None)},
+    },
 }
 
 

@@ -98,6 +98,8 @@ def test_lines_that_are_none(tmp_path):
         ({"metric": None}, "`metric` is null, not a text"),
         ({"fake": None}, "`fake` is null, not an object"),
         ({"fake": {"images": "many"}}, "`fake.images` is a text"),
+        ({"fake": {"fingerprint": []}}, "`fake.fingerprint` is a list"),
+        ({"real": {"digest": {}}}, "`real.digest` is an object"),
         ({"real": [1]}, "`real` is a list"),
         ({"n_fake": 1e400}, "is not finite"),
     ],

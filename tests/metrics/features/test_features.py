@@ -225,6 +225,7 @@ def test_features_file(face_folder, tiny, tmp_path):
         (np.zeros((3, 4)), '{"about": {"n": 3}', "is no features file: not JSON"),
         (np.zeros((3, 4)), "[1]", "it is a list, not an object"),
         (np.zeros((3, 4)), '{"about": {"n": "3"}}', "`about.n` is a text, not a whole number"),
+        (np.zeros((3, 4)), '{"about": {"n": 3, "size": [8]}}', "`about.size` is a list"),
         (np.zeros((3, 4)), None, r"its features have the shape \[3, 4\], expected \[3, 12\]"),
         (np.zeros(3), None, r"the shape \[3\]"),
         (np.full((3, 12), np.nan), None, "values that are not finite"),
