@@ -21,7 +21,6 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 
 from common.cli import UserError
 from common.files import open_regular, parse_json
-from common.runs import git_commit, to_plain
+from common.runs import git_commit, package_versions, to_plain
 
 # Entries that may differ between numbers set side by side: where things lie, what is being compared, and when
 FREE = {
@@ -122,13 +121,8 @@ def make_record(
 
 @functools.cache
 def _code_version() -> dict:
-    versions = {"git": git_commit()}
-    for name in ("torch", "torchvision", "torch-fidelity", "lpips", "pillow"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    versions = package_versions(("torch", "torchvision", "torch-fidelity", "lpips", "pillow"))
+    return {"git": git_commit(), **{name: version for name, version in versions.items() if version}}
 
 
 def append_records(path: str | Path, records: Iterable[dict]) -> None:
