@@ -17,7 +17,7 @@ align_faces.py --paste_back --unedited takes them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +25,21 @@ import torch
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import add_device_flags, barrier, broadcast_object, gather_list, setup, shard, shutdown
+from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
 from common.images import FITS, read_image, save_image
-from common.tables import write_table
+from common.tables import write_skipped, write_table
 from editing.attributes import AttributeReader, Condition, load_reader, read_condition
 from editing.edit import InvertedFace
 from editing.evaluate import evaluate, score_frames
 from editing.transfer import Target, caption, condition_path, pair_up, render_path, target_path, transfer_grid
-from inversion.photos import add_align_flag, open_faces
-from inversion.projection import ProjectionSettings, choose_space
-from inversion.results import conclude, write_skipped
-from inversion.store import Store
-from inversion.work import Shard
+from inversion.inputs import add_align_flag, open_faces
+from inversion.projector import check_settings
+from inversion.report import ORIGINALS
+from inversion.runner import invert_images
 from model import load_generator
 from perceptual.identity import WEIGHTS, identity_or_none
 from perceptual.lpips import build_perceptual
-from sampling.render import CONDITION, latents_source, select_noise
+from sampling.render import latents_source, select_noise
 from scorer.network import load_scorer
 
 PER_SHEET = 8  # columns
@@ -134,72 +133,37 @@ def read_picture(pictures, position: int) -> torch.Tensor:
 
 
 def invert(args, generator, reader: AttributeReader, identity, dist) -> Path:
-    """Codes and noise of the pictures, each under its own attributes, into OUTPUT_DIR/inverted. Goes on where an
-    earlier run ended."""
-    config, space = generator.config, choose_space(generator, None)
-    pictures = open_aligned(args, args.source, config.size, args.output_dir, dist)
+    """w and noise of the images, each under its own attributes, into OUTPUT_DIR/inverted. Resumes an earlier run."""
+    images = open_aligned(args, args.source, generator.config.size, args.output_dir, dist)
+    settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
     try:
-        settings = ProjectionSettings(steps=args.step, lr=args.lr, noise=args.noise, mse=args.mse)
+        check_settings(**settings)
     except ValueError as error:
         raise UsageError(f"--{error}".replace("--steps", "--step")) from None
-    perceptual = build_perceptual(args.perceptual, dist.device, args.weights_dir)
-    by = {"perceptual": perceptual.name, "identity": identity and identity.name}
-    depends = (
-        asdict(settings)
-        | by
-        | {
-            "space": space,
-            "generator": generator.fingerprint,
-            "size": config.size,
-            "fit": args.fit,
-            "seed": args.seed,
-            "mean_samples": args.mean_samples,
-            "attributes": reader.names,
-        }
-    )
-    store = Store(args.output_dir / "inverted", depends, overwrite=args.overwrite, main=dist.is_main)
-    barrier()
-    statistics = broadcast_object(store.statistics(generator, args.mean_samples) if dist.is_main else None)
-
-    def own(image):  # alone, so that its company does not matter
-        return reader.read(image.to(dist.device))[0]
-
-    work = Shard(
+    folder = args.output_dir / "inverted"
+    invert_images(
         generator,
-        pictures,
-        store,
-        dist,
+        images,
+        folder,
+        dist=dist,
         settings=settings,
-        space=space,
-        perceptual=perceptual,
+        perceptual=build_perceptual(args.perceptual, dist.device, args.weights_dir),
         identity=identity,
+        start=lambda _, images: {"condition": reader.read(images)},
+        attributes=reader.names,
+        recorded={"fit": args.fit, "attributes": reader.names},
+        batch=args.batch,
         seed=args.seed,
-        start=lambda _, image: {"condition": own(image[None])},
+        mean_samples=args.mean_samples,
+        overwrite=args.overwrite,
     )
-    work.run(args.batch, statistics, torch.float32)
-    reports = gather_list(work.report())
-    if dist.is_main:
-        conclude(
-            store,
-            pictures,
-            reports,
-            space=space,
-            fingerprint=generator.fingerprint,
-            by=by,
-            about=lambda done: {
-                CONDITION: {
-                    "attributes": reader.names,
-                    "values": [own(read_picture(pictures, i)).tolist() for i in done],
-                }
-            },
-        )
-    barrier()
-    return store.folder
+    return folder
 
 
-def original_file(folder: Path, i: int) -> Path:
-    """Where the projector puts the picture behind latent i."""
-    return folder / f"origin_{i}.png"
+def original_file(folder: Path, name: str, i: int) -> Path:
+    """Where the projector puts (or put) the image behind latent i, which is called `name`."""
+    named = folder / ORIGINALS / f"{name}.png"
+    return named if named.is_file() else folder / f"origin_{i}.png"
 
 
 def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, start: str) -> InvertedFace:
@@ -207,7 +171,7 @@ def read_face(folder: Path, generator, reader: AttributeReader, source, i: int, 
     (code,) = source.codes([i])
     noise = select_noise(source.noise, [i])
     own = torch.full((len(reader.names),), 0.5) if source.condition is None else source.condition[i]
-    path = original_file(folder, i)
+    path = original_file(folder, source.names[i], i)
     original = np.asarray(read_image(path)) if path.is_file() else None
     face = InvertedFace(source.names[i], code, noise, own, own, original)
     if source.condition is None or start == "inversion":
@@ -395,7 +359,7 @@ def main(args) -> int:
                 Column(
                     pairs[number][1],
                     {
-                        "original": original_file(folder, pairs[number][0]),
+                        "original": original_file(folder, source.names[pairs[number][0]], pairs[number][0]),
                         "inverted": frames / rows[0]["frame"],
                         "edited": frames / rows[-1]["frame"],
                     },

@@ -24,8 +24,7 @@ from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
-from inversion.projection import mean_squared_error, project  # noqa: E402
-from inversion.state import Clock, ProjectionSettings  # noqa: E402
+from inversion.projector import learning_rate, mean_squared_error, project  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig, load_generator  # noqa: E402
 from perceptual.image_metrics import average_down  # noqa: E402
 from perceptual.lpips import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
@@ -75,29 +74,29 @@ def whole_batch_regularisation(maps):
     return loss
 
 
-def original(generator, images, *, perceptual, statistics, settings: ProjectionSettings, seed: int = 0):
+def original(generator, images, *, perceptual, statistics, steps: int, mse: float = 0.0, seed: int = 0):
     """Codes [N, L, D] and maps of one batch; random numbers from the global generator, as published."""
     torch.manual_seed(seed)
     mean, std = statistics
-    n, clock = len(images), Clock(settings)
+    n = len(images)
     latent = mean.repeat(n, 1, 1).requires_grad_()
     maps = [torch.randn(n, *noise.shape[1:], device=noise.device).requires_grad_() for noise in generator.fixed_noise()]
-    optimiser = torch.optim.Adam([latent, *maps], lr=settings.lr)
-    for _ in range(settings.steps):
-        optimiser.param_groups[0]["lr"] = clock.lr
-        strength = clock.perturbation * std[:, None]
+    optimiser = torch.optim.Adam([latent, *maps])
+    for step in range(steps):
+        lr = learning_rate(step, steps, lr=0.1, rise=0.05 * steps, fall=0.25 * steps)
+        optimiser.param_groups[0]["lr"] = lr
+        strength = 0.05 * max(0.0, 1 - step / (0.75 * steps)) ** 2 * std[:, None]
         picture, _ = generator(latent + torch.randn_like(latent) * strength, input_is_latent=True, noise=maps)
         loss = perceptual(average_down(picture), average_down(images)).sum()
-        loss = loss + settings.noise_regularize * whole_batch_regularisation(maps)
+        loss = loss + 1e5 * whole_batch_regularisation(maps)
         # Published: the mean over the batch, beside a sum over its images. Times n, as here, both weigh an image alike
-        loss = loss + settings.mse * n * torch.nn.functional.mse_loss(picture, images)
+        loss = loss + mse * n * torch.nn.functional.mse_loss(picture, images)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         with torch.no_grad():
             for noise in maps:
                 noise.sub_(noise.mean()).div_(noise.std())
-        clock.step += 1
     return latent.detach(), [noise.detach() for noise in maps]
 
 
@@ -135,9 +134,9 @@ def distance(args, size, device):
 
 def targets(args, generator, device):
     if args.dataset:
-        from inversion.inputs import open_pictures  # needs lmdb, which a bare GPU machine lacks
+        from inversion.inputs import open_images  # needs lmdb, which a bare GPU machine lacks
 
-        pictures = open_pictures(args.dataset, generator.config.size)
+        pictures = open_images(args.dataset, generator.config.size)
         if len(pictures) < args.images:
             raise UsageError(f"--images {args.images}, but there are {len(pictures)} pictures")
         return torch.stack([pictures.read(i) for i in range(args.images)]).to(device).float() / 127.5 - 1
@@ -166,7 +165,7 @@ def main(args):
         f"{perceptual.name}"
     )
 
-    original(baseline, images[:BATCH], settings=ProjectionSettings(steps=2), **common)  # warm up
+    original(baseline, images[:BATCH], steps=2, **common)  # warm up
     project(generator, images, steps=2, **common)
     rows = []
 
@@ -188,9 +187,9 @@ def main(args):
             flush=True,
         )
 
-    settings = ProjectionSettings(steps=args.steps, mse=args.mse)
+    settings = {"steps": args.steps, "mse": args.mse}
     batches = images.split(BATCH)
-    results, *seconds = timed(lambda: [original(baseline, b, settings=settings, **common) for b in batches], device)
+    results, *seconds = timed(lambda: [original(baseline, b, **settings, **common) for b in batches], device)
     noise = [torch.cat(layer) for layer in zip(*(maps for _, maps in results), strict=True)]
     add("original", args.steps, torch.cat([latents for latents, _ in results]), noise, *seconds)
     faster = {"lr": args.faster_lr, "noise": 0}

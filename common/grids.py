@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from common.files import atomic_write
 from common.images import WHITE, save_image, to_pil
+
+SMALLEST = 128  # pixels: smaller images are enlarged in comparisons, so that the captions have room
+DIFFERENCE_GAIN = 2  # |difference| is shown twice as bright
 
 
 def make_grid(images, nrow: int = 8, *, padding: int = 2) -> np.ndarray:
@@ -88,3 +93,42 @@ def similarity_figure(maps: torch.Tensor) -> Image.Image:
     figure.colorbar(drawn, ax=axes)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
+
+
+# -- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def comparison_grid(originals: Sequence, images: Sequence, captions: Sequence[str]) -> Image.Image:
+    """Columns of original, |difference| and reconstruction (the paper's inversion.png has the last two).
+
+    Images are uint8 arrays [S, S, 3] of one size. The difference of 8-bit values is shown DIFFERENCE_GAIN times.
+    """
+    factor = -(-SMALLEST // originals[0].shape[0])
+    differences = [difference_map(a, b) for a, b in zip(originals, images, strict=True)]
+    cells = [cell.repeat(factor, 0).repeat(factor, 1) for cell in (*originals, *differences, *images)]
+    n, label = len(captions), f"|difference| x {DIFFERENCE_GAIN}"
+    return make_strip(cells, ["original"] * n + [label] * n + list(captions), nrow=n)
+
+
+def difference_map(original: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """|original - image| per channel, brightened; uint8 [S, S, 3], black where they agree."""
+    difference = np.abs(original.astype(np.int16) - image)
+    return np.minimum(difference * DIFFERENCE_GAIN, 255).astype(np.uint8)
+
+
+def plot_curves(curves: dict[str, np.ndarray], every: int, path: Path) -> None:
+    """One panel per loss, [N, T] at steps 0, every, ..., on a log scale: at most 200 images in pale blue, their mean in
+    red. NaN ends a curve."""
+    from matplotlib.figure import Figure  # half a second
+
+    figure = Figure(figsize=(4.2 * len(curves), 2.6), layout="constrained")
+    for axes, (name, values) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        steps, positive = np.arange(values.shape[1]) * every, np.where(values > 0, values, np.nan)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing, after the last early stop
+            mean = np.nanmean(positive, 0)
+        axes.plot(steps, positive[:200].T, color="lightsteelblue", linewidth=0.8)
+        axes.plot(steps, mean, color="firebrick")
+        axes.set(title=name, xlabel="step", yscale="log" if np.isfinite(mean).any() else "linear")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")

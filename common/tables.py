@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +39,18 @@ def csv_text(rows: Iterable[Sequence]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
+
+
+def write_skipped(folder: str | os.PathLike, skipped: dict[str, str]) -> None:
+    """skipped.csv: path, reason; absent when nothing was skipped."""
+    path = Path(folder) / "skipped.csv"
+    if not skipped:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path) as file:
+        file.write(csv_text([("path", "reason"), *skipped.items()]).encode())
+    first = next(iter(skipped.items()))
+    print(f"note: {len(skipped)} images were left out ({path}); the first: {': '.join(first)}", file=sys.stderr)
 
 
 def cell(value) -> str:

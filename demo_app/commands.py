@@ -158,13 +158,13 @@ def _pasting(face: Face, paste_mode: str, folder: str) -> list[str]:
 def _projection(tools: Tools, settings) -> list:
     return [
         "--step",
-        settings.steps,
+        settings["steps"],
         "--lr",
-        f"{settings.lr:g}",
+        f"{settings['lr']:g}",
         "--mse",
-        f"{settings.mse:g}",
+        f"{settings['mse']:g}",
         "--noise",
-        f"{settings.noise:g}",
+        f"{settings['noise']:g}",
         "--mean_samples",
         MEAN_SAMPLES,
         *_named("--perceptual", tools.perceptual_name, "auto"),

@@ -7,7 +7,7 @@ cast = cast_expression(conditional, face, work.result, reference)               
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from editing.edit import InvertedFace
 from editing.evaluate import score_frames
 from editing.transfer import Target, condition_path, render_path
 from inversion.inputs import pixel_seed
-from inversion.projection import Task, choose_space, project_each
+from inversion.projector import project
 from model import load_generator
 
 
@@ -72,20 +72,20 @@ class ConditionalInversion(Background):
         tools, face = self.conditional.tools, self.face
         picture = target_picture(face, tools.size)
         image = picture.float() / 127.5 - 1
-        own = self.conditional.reader.read(image[None].to(tools.mean))[0]
-        ((_, found),) = project_each(
+        own = self.conditional.reader.read(image[None].to(tools.mean))
+        found = project(
             tools.generator,
-            [Task(image, pixel_seed(picture, 0), condition=own)],
+            image[None],
             perceptual=self.perceptual,
-            batch=1,
-            space=choose_space(tools.generator, None),
             statistics=(tools.mean, tools.std),
-            watch=self._watch,
-            **asdict(self.settings),
+            seeds=[pixel_seed(picture, 0)],
+            condition=own,
+            callback=self._watch,
+            **self.settings,
         )
         if not torch.isfinite(found.latents).all():
             raise ValueError("the optimisation diverged")
-        return InvertedFace(face.name, found.latents, [layer[None] for layer in found.noise], own, own)
+        return InvertedFace(face.name, found.latents[0], found.noise, own[0], own[0])
 
 
 def cast_expression(conditional: Conditional, face: Face, inverted: InvertedFace, reference: Face, steps: int) -> Cast:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,20 +17,19 @@ import torch
 from common.images import fit_image, to_uint8
 from demo_app.session import Face, SessionError, Tools
 from inversion.inputs import pixel_seed
-from inversion.projection import Task, choose_space, project_each
-from inversion.state import ProjectionSettings
+from inversion.projector import project
 
 MOST_STEPS = 1000
 LR_RATIO = 0.01  # step size of Adam in deviations of the codes: what served W++ best of those tried (docs/results.md)
 SHOW_EVERY = 5  # steps between two pictures of the progress
 
 
-def refine_settings(tools: Tools, steps: int) -> ProjectionSettings:
-    """Of projector.py --mse 1 --noise 0 --lr ... . SessionError for too many steps."""
+def refine_settings(tools: Tools, steps: int) -> dict:
+    """Keywords of `project`: projector.py --mse 1 --noise 0 --lr ... . SessionError for too many steps."""
     if not 1 <= steps <= MOST_STEPS:
         raise SessionError(f"{steps} steps: expected 1 to {MOST_STEPS}")
     lr = float(f"{LR_RATIO * float(tools.std.mean()):.2g}")
-    return ProjectionSettings(steps=int(steps), lr=lr, mse=1.0, noise=0.0)
+    return {"steps": int(steps), "lr": lr, "mse": 1.0, "noise": 0.0}
 
 
 class Cancelled(Exception):
@@ -41,7 +40,7 @@ class Background(ABC):
     """A thread that projects one face. step of steps, loss and picture (uint8 [size, size, 3]) tell how far it is;
     result is None while it works and when it was cancelled, error says what went wrong. What it does is _project."""
 
-    def __init__(self, settings: ProjectionSettings):
+    def __init__(self, settings: dict):
         self.settings = settings
         self.step, self.loss = 0, float("nan")
         self.picture: np.ndarray | None = None
@@ -57,7 +56,7 @@ class Background(ABC):
 
     @property
     def steps(self) -> int:
-        return self.settings.steps
+        return self.settings["steps"]
 
     @property
     def running(self) -> bool:
@@ -81,11 +80,11 @@ class Background(ABC):
         except (ValueError, RuntimeError) as error:  # RuntimeError: out of memory
             self.error = f"refining failed: {str(error).splitlines()[0]}"
 
-    def _watch(self, positions, steps, images, losses) -> None:
+    def _watch(self, step, active, images, losses) -> None:
         if self._stop.is_set():
             raise Cancelled
-        self.step, self.loss = steps[0] + 1, float(losses[0])
-        if steps[0] % SHOW_EVERY == 0:
+        self.step, self.loss = step + 1, float(losses[0])
+        if step % SHOW_EVERY == 0:
             self.picture = to_uint8(images[0])
 
 
@@ -114,23 +113,20 @@ class Refinement(Background):
         image, start = picture.float() / 127.5 - 1, None
         if tools.encoder is not None:
             with torch.no_grad():
-                start = tools.encoder.encode(tools.encoder.fit(image[None].to(tools.mean)))[0]
-        ((_, found),) = project_each(
+                start = tools.encoder.encode(tools.encoder.fit(image[None].to(tools.mean)))
+        found = project(
             tools.generator,
-            [Task(image, pixel_seed(picture, 0), start)],
+            image[None],
             perceptual=tools.perceptual,
-            batch=1,
-            space=choose_space(tools.generator, tools.space),
+            space=tools.space,
+            w_start=start,
             statistics=(tools.mean, tools.std),
-            watch=self._watch,
-            **asdict(self.settings),
+            seeds=[pixel_seed(picture, 0)],
+            callback=self._watch,
+            **self.settings,
         )
         if not torch.isfinite(found.latents).all():
             raise ValueError("the optimisation diverged")
         return replace(
-            face,
-            code=found.latents.numpy(),
-            noise=[layer[None] for layer in found.noise],
-            method="projector",
-            steps=int(found.steps),
+            face, code=found.latents[0].numpy(), noise=found.noise, method="projector", steps=int(found.steps[0])
         )

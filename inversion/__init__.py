@@ -1,6 +1,5 @@
-"""Inversion by optimisation: the pure function, and what its command line and pSp's share around it.
+"""Inversion by optimisation: the pure function, and what surrounds it.
 
-projection.py  project(): images -> codes and noise maps      pictures.py  folder, files or LMDB -> named pictures
-measures.py    how close a reconstruction is, per image       sheets.py    sheets with difference maps, loss curves
-store.py       finished images on disk, merged at the end
+projector.py  project(): images -> w and noise maps    runner.py  invert_images(): a folder of results, resumable
+inputs.py     folder, files or LMDB -> named images    report.py  tables, grids and loss curves of a finished run
 """

@@ -1,149 +1,186 @@
-"""Pictures to invert, by position: from a folder, single files or an LMDB, in an order that is always the same.
+"""Images to invert, by position: from folders, single files or an LMDB, in a fixed order; photos are aligned first.
 
-pictures = open_pictures(["photos/", "another face.jpg"], 256)
-picture = pictures.read(0)                                              # uint8 [3, 256, 256]
+    images = open_faces(["photos/", "another face.jpg"], 256, Path("inverted"), align="auto", dist=setup())
+    image = images.read(0)                                                  # uint8 [3, 256, 256]
+
+Used by projector.py, pSp/scripts/inference.py and edit_conditional.py. Encoders and generators of aligned faces cannot
+represent a face that lies elsewhere in the image: raw photos without `--align auto` are worth a warning.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.cli import UserError
-from common.images import ImageError, fit_image, list_images, read_image
-from common.lmdb_store import BUILDING_FILE, DATA_FILE, open_store, sizes_present
+from common.distributed import Distributed
+from common.images import ImageError, fit_image, image_size, list_images, read_image
+from common.lmdb_store import BUILDING_FILE, DATA_FILE
 from dataset import MultiResolutionDataset
 from faces.align import read_alignment
+from faces.folder import AlignSettings, align_folder, list_photos, looks_aligned, require_faces
+
+LOOKED_AT = 64  # images checked for the warning about photos
 
 
-class Pictures:
-    """Files, each fitted to size x size as it is read. `names` are unique: relative POSIX paths, or as given."""
+class Images:
+    """Images by position. names: unique; paths: their files, none for an LMDB; load: position -> uint8 image."""
 
-    def __init__(self, entries: Sequence[tuple[str, Path]], size: int, fit: str = "crop"):
-        self.paths = [path for _, path in entries]
-        self.names = _unique([_readable(name) for name, _ in entries])
-        self.size, self.fit = size, fit
-        self.enlarged: list[str] = []  # names of those read so far that have fewer pixels than asked for
-        self.left_out: dict[str, str] = {}  # photo -> why it is not among the pictures (inversion/photos.py)
+    def __init__(
+        self, names: Iterable[str], size: int, load: Callable[[int], torch.Tensor], paths: Sequence[Path] = ()
+    ):
+        self.names, self.size, self.load, self.paths = _unique_names(names), size, load, list(paths)
+        self.left_out: dict[str, str] = {}  # photo -> why it gave no image (`open_faces`)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, position: int) -> torch.Tensor:
-        """uint8 [3, size, size]. ImageError, in one sentence, for a file that is no readable picture."""
-        path = self.paths[position]
-        try:
-            image = read_image(path)
-        except FileNotFoundError as error:  # it was there when the folder was listed
-            raise ImageError(f"{path} is gone") from error
-        side = max(image.size) if self.fit == "pad" else min(image.size)
-        if side < self.size:
-            self.enlarged.append(self.names[position])
-        image = fit_image(image, self.size, fit=self.fit)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+        """uint8 [3, size, size]. ImageError or DatasetError, in one sentence, for what is no readable image."""
+        return self.load(position)
 
     def alignment(self) -> list[dict | None]:
-        """Per picture what align_faces.py recorded (alignment.json beside it or one folder up), or None."""
-        found: dict[Path, dict] = {}
-        return [_find_alignment(path, found) for path in self.paths]
+        """Per image the record of align_faces.py (alignment.json beside it or one folder up), or None."""
+        records: dict[Path, dict] = {}
+        for folder in {folder for path in self.paths for folder in (path.parent, path.parent.parent)}:
+            file = folder / "alignment.json"
+            records[folder] = read_alignment(file) if file.is_file() else {}
+        found = (
+            records[path.parent].get(path.stem) or records[path.parent.parent].get(path.stem) for path in self.paths
+        )
+        return [None if record is None else record.to_dict() for record in found] or [None] * len(self)
 
 
-class StoredPictures:
-    """The same, from an LMDB."""
-
-    def __init__(self, path: Path, size: int):
-        self.dataset = MultiResolutionDataset(path, size)
-        self.names = _unique([_readable(name) for name in self.dataset.names])
-        self.size = size
-        self.enlarged: list[str] = []
-        self.left_out: dict[str, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, position: int) -> torch.Tensor:
-        """uint8 [3, size, size]; DatasetError, a ValueError, for a damaged item."""
-        return self.dataset[position]
-
-    def alignment(self) -> list[None]:
-        return [None] * len(self)
+def read_file(paths: Sequence[Path], size: int, fit: str, position: int) -> torch.Tensor:
+    """An image file fitted to size x size, uint8 [3, size, size]."""
+    try:
+        image = fit_image(read_image(paths[position]), size, fit=fit)
+    except FileNotFoundError as error:  # it was there when the folder was listed
+        raise ImageError(f"{paths[position]} is gone") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def open_pictures(sources: Sequence[str | os.PathLike], size: int, *, fit: str = "crop") -> Pictures | StoredPictures:
-    """The pictures of one LMDB, or of folders (any depth, sorted) and files in the order given.
+def open_images(sources: Sequence[str | os.PathLike], size: int, *, fit: str = "crop") -> Images:
+    """The images of one LMDB, or of folders (any depth, sorted) and files in the order given.
 
-    fit: what to do with pictures that are not square (common/images.py). Raises FileNotFoundError for a path that is
-    absent, ValueError when there is no picture or an LMDB has none of this size.
+    fit: what to do with images that are not square (common/images.py). Raises FileNotFoundError for a path that is
+    absent, ValueError when there is no image or an LMDB has none of this size.
     """
     entries: list[tuple[str, Path]] = []
     for source in map(Path, sources):
         if not source.exists():
             raise FileNotFoundError(f"{source} does not exist: a folder of images, an image or an LMDB is expected")
-        if _is_store(source):
+        if source.suffix.lower() == ".mdb" or (source / DATA_FILE).exists() or (source / BUILDING_FILE).exists():
             if len(sources) > 1:
                 raise UserError(f"{source} is an LMDB: give it alone, here {len(sources)} data sets are given")
-            _require_size(source, size)
-            return StoredPictures(source, size)
-        if source.is_dir():
-            found = list_images(source)
-            if not found:
-                raise UserError(f"{source} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
-            entries += [(path.relative_to(source).as_posix(), path) for path in found]
-        else:
-            entries.append((source.name, source))
-    return Pictures(entries, size, fit)
+            dataset = MultiResolutionDataset(source, size)
+            return Images(dataset.names, size, dataset.__getitem__)
+        files = list_images(source) if source.is_dir() else [source]
+        if not files:
+            raise UserError(f"{source} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
+        entries += [(path.relative_to(source).as_posix() if source.is_dir() else path.name, path) for path in files]
+    names, paths = zip(*entries, strict=True)
+    return Images(names, size, functools.partial(read_file, paths, size, fit), paths)
 
 
-def _is_store(path: Path) -> bool:
-    if path.is_dir():
-        return (path / DATA_FILE).exists() or (path / BUILDING_FILE).exists()
-    return path.suffix.lower() == ".mdb"
-
-
-def _require_size(path: Path, size: int) -> None:
-    present = sizes_present(open_store(path))
-    if present and size not in present:
-        raise UserError(
-            f"{path} has images of size {', '.join(map(str, present))}, the generator makes {size}: give a folder of "
-            f"pictures, which are fitted, or run python3 prepare_data.py --size {size} --out ANOTHER_LMDB ..."
-        )
-
-
-def _readable(name: str) -> str:
-    """A name that any text file can hold: bytes that are no UTF-8 are shown as such."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _unique(names: list[str]) -> list[str]:
-    """Later ones of equal names (a.jpg of two folders) get a number."""
-    taken: set[str] = set()
-    result = []
-    for name in names:
+def _unique_names(names) -> list[str]:
+    """Names that any text file can hold; later ones of equal names (a.jpg of two folders) get a number."""
+    result: dict[str, None] = {}
+    for name in (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names):
         unique, number = name, 1
-        while unique in taken:
+        while unique in result:
             number += 1
             unique = f"{name} ({number})"
-        taken.add(unique)
-        result.append(unique)
-    return result
+        result[unique] = None
+    return list(result)
 
 
-def _find_alignment(path: Path, known: dict[Path, dict]) -> dict | None:
-    for folder in (path.parent, path.parent.parent):
-        file = folder / "alignment.json"
-        if file not in known:
-            known[file] = read_alignment(file) if file.is_file() else {}
-        if path.stem in known[file]:
-            return known[file][path.stem].to_dict()
-    return None
-
-
-def pixel_seed(picture: torch.Tensor, seed: int) -> int:
-    """Seed of a picture's draws, 63 bits of its pixels and `seed`: neither its name nor its company matters."""
-    digest = hashlib.sha256(f"{seed}:".encode() + picture.numpy().tobytes()).digest()
+def pixel_seed(image: torch.Tensor, seed: int) -> int:
+    """Seed of an image's draws: 63 bits of its pixels (uint8) and `seed`, whatever its name and position."""
+    digest = hashlib.sha256(f"{seed}:".encode() + image.numpy().tobytes()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+# -- alignment -----------------------------------------------------------------------------------------------------
+
+
+def add_align_flag(parser) -> None:
+    parser.add_argument(
+        "--align",
+        choices=("auto", "off"),
+        default="off",
+        help="auto: images that align_faces.py has not aligned yet are aligned first, into OUTPUT_DIR/aligned; "
+        "off: all are taken as they are",
+    )
+
+
+def open_faces(
+    sources,
+    size: int,
+    folder: Path,
+    *,
+    align: str,
+    dist: Distributed,
+    fit: str = "crop",
+    weights_dir: Path | None = None,
+    limit: int | None = None,
+) -> Images:
+    """`open_images` of the sources; align "auto": of their faces, the largest of each photo, which `align_folder`
+    puts into folder/aligned with folder/alignment.json, in the order of the photos. LMDBs and crops of align_faces.py
+    stay as they are. limit: only the first images are looked at and aligned.
+
+    `left_out` of the result: {photo: why it gave no face}. All ranks must call it. Raises as `open_images`;
+    FileNotFoundError without the detector's weights, UserError when no photo gives a face.
+    """
+    images = open_images(sources, size, fit=fit)
+    if not images.paths:  # an LMDB
+        return images
+    records = list(zip(images.paths, images.alignment(), strict=True))[:limit]
+    if align == "off":
+        if dist.is_main:
+            warn_of_photos(records[:LOOKED_AT], size)
+        return images
+    source_of = {path: source for source, path in list_photos(sources, folder).items()}
+    chosen = [(path, is_crop(path, record)) for path, record in records if path in source_of]
+    raw = {source_of[path]: path for path, aligned in chosen if not aligned}
+    if not raw:
+        return images
+    n_worker = max(1, (os.cpu_count() or 1) // dist.world_size)
+    settings = AlignSettings(size=size)
+    photos = align_folder(
+        dict(sorted(raw.items())), folder, settings, dist=dist, n_worker=n_worker, weights_dir=weights_dir
+    )
+    crops = {photo.photo: [folder / "aligned" / f"{face.name}.png" for face in photo.faces] for photo in photos}
+    faces = [face for path, aligned in chosen for face in ([path] if aligned else crops[source_of[path]])]
+    if not faces:
+        require_faces(photos, folder)
+    images = open_images(faces, size, fit=fit)
+    without = (photo for photo in photos if not photo.faces)
+    images.left_out = {photo.photo: ": ".join(filter(None, (photo.outcome, photo.note))) for photo in without}
+    return images
+
+
+def is_crop(path: Path, record: dict | None) -> bool:
+    """Whether an image is the crop recorded in alignment.json; the photo itself may have the same name."""
+    return record is not None and image_size(path) == (record["size"], record["size"])
+
+
+def warn_of_photos(records: list[tuple[Path, dict | None]], size: int) -> None:
+    """One line on stderr if an image looks like a photo: not square, or far larger than the generator's images."""
+    for path, record in records:
+        width, height = image_size(path) or (size, size)
+        suspicious = (width != height or width > 2 * size) and not is_crop(path, record)
+        if suspicious and looks_aligned(path) is not True:
+            print(
+                f"warning: {path} has {width}x{height} pixels and seems not to be aligned, as faces must be: use "
+                "--align auto, or align_faces.py before",
+                file=sys.stderr,
+            )
+            return

@@ -20,21 +20,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from common.files import atomic_write
+from common.grids import comparison_grid
 from common.images import ImageError, save_image, to_tensor, to_uint8
 from common.latents import draw_z, save_latents
 from common.lmdb_store import DatasetError
-from common.runs import write_json
-from inversion.results import write_skipped
-from inversion.sheets import PER_SHEET, comparison_sheet
-from inversion.store import remove_numbered
-from perceptual.image_metrics import mean_and_std, measure, picture_digest, summary, write_measures
+from common.tables import write_skipped
+from inversion.report import PER_GRID, remove_numbered, write_summary
+from perceptual.image_metrics import measure, picture_digest, summary, write_measures
 from pSp.data_configs import normalise, shrink
 from pSp.psp import pSp
 from sampling.render import forward_size
 
 COUPLED_EVERY = 100  # pictures coupled with their original even without --couple_outputs, as published
-SHEETS = 8  # comparison sheets at most
-SHOWN = SHEETS * PER_SHEET  # pictures kept for them
+GRIDS = 8  # comparison grids at most
+SHOWN = GRIDS * PER_GRID  # pictures kept for them
 
 
 @dataclass
@@ -226,30 +225,26 @@ def save_inversion(
     for name in ("perceptual", "mse"):  # the published files, one value per picture
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array(result.values[name]))
-    statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in result.values.items()}
-    write_json(
-        folder / "reconstruction.json",
-        {
-            "method": "pSp",
-            "space": net.space,
-            "count": len(kept),
-            "perceptual_by": perceptual,
-            "identity_by": identity,
-            "measures": statistics,
-            "settings": extra or {},
-            **({"retrieval": retrieved} if retrieved else {}),
-        },
+    write_summary(
+        folder,
+        "pSp",
+        result.values,
+        space=net.space,
+        settings=extra or {},
+        perceptual=perceptual,
+        identity=identity,
+        **({"retrieval": retrieved} if retrieved else {}),
     )
     line = summary(result.values, perceptual=perceptual, identity=identity)
     runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
     (folder / "stats.txt").write_text(f"{runtime}\n{line}\n", encoding="utf-8")
-    for index in range(0, min(len(result.shown), SHOWN), PER_SHEET):
-        originals, pictures = zip(*result.shown[index : index + PER_SHEET], strict=True)
+    for index in range(0, min(len(result.shown), SHOWN), PER_GRID):
+        originals, pictures = zip(*result.shown[index : index + PER_GRID], strict=True)
         captions = [
             f"{kept[i]}: {result.values['perceptual'][i]:.3f}, mse {result.values['mse'][i]:.4f}"
             for i in range(index, index + len(originals))
         ]
-        sheet = comparison_sheet(originals, pictures, captions)
-        save_image(sheet, folder / f"sheet_{index // PER_SHEET:03d}.png")
-    remove_numbered(folder, ("sheet_*.png",), -(-min(len(result.shown), SHOWN) // PER_SHEET))
+        grid = comparison_grid(originals, pictures, captions)
+        save_image(grid, folder / f"grid_{index // PER_GRID:03d}.png")
+    remove_numbered(folder, ("grid_*.png",), -(-min(len(result.shown), SHOWN) // PER_GRID))
     return line

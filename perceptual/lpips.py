@@ -13,7 +13,6 @@ tells which distance it is, and belongs beside every number.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -33,6 +32,7 @@ from scorer.network import load_scorer
 LPIPS_WEIGHTS = {"vgg": ("vgg16",), "squeeze": ("squeezenet1_1", "squeezenet1_1_features"), "alex": ("alexnet",)}
 SMALLEST = {"vgg": 16, "squeeze": 17, "alex": 31}  # pixels that the backbones' strides leave anything of; tested
 COMFORTABLE = 64  # pixels: the learnt weights come from patches of this size
+FALLBACK = "face-scorer"  # bundled: its features are compared where no weights of LPIPS are here
 UPSAMPLE = "-up64"  # ends the name of an LPIPS that enlarges smaller images to that
 NORM_EPSILON = 1e-10  # the lpips package's
 
@@ -233,10 +233,11 @@ def load_discriminator(path):
 def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch.float32):
     """The distance called `name`, a frozen Perceptual on `device`.
 
-    name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found); any of the
-    four with `-up64`, to enlarge images below 64 pixels; discriminator:CHECKPOINT (of train.py); scorer:NAME (a name or
-    file that scorer/network.py reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError naming the
-    file and where it is to be had, UsageError for another name, CheckpointError for a file that is something else.
+    name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found, else the
+    features of the bundled scorer); any of the four with `-up64`, to enlarge images below 64 pixels;
+    discriminator:CHECKPOINT (of train.py); scorer:NAME (a name or file that scorer/network.py reads). dtype: float32 or
+    bfloat16, of the network. Raises FileNotFoundError naming the file and where it is to be had, UsageError for another
+    name, CheckpointError for a file that is something else.
     """
     kind, _, path = name.partition(":")
     if kind in ("discriminator", "scorer"):
@@ -250,6 +251,8 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
     nets = tuple(LPIPS_WEIGHTS) if base == "auto" else (base,)
     found = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS[net] if find(weights, weights_dir))
     net, weights = next(found, (nets[0], LPIPS_WEIGHTS[nets[0]][0]))
+    if base == "auto" and find(weights, weights_dir) is None:
+        return _build_feature_distance("scorer", FALLBACK, weights_dir, dtype).to(device)
     try:
         path = require(weights, weights_dir)
     except FileNotFoundError as error:
@@ -259,16 +262,10 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
 
 
 def perceptual_or_none(name, device="cpu", weights_dir=None):
-    """As `build_perceptual`; None for 'none', and, with a note on stderr, for 'auto' when no weights are here."""
+    """`build_perceptual`; None for 'none'."""
     if name == "none":
         return None
-    try:
-        return build_perceptual(name, device, weights_dir)
-    except FileNotFoundError as error:
-        if name.removesuffix(UPSAMPLE) != "auto":
-            raise
-        print(f"note: perceptual distance is not measured: {error}", file=sys.stderr)
-        return None
+    return build_perceptual(name, device, weights_dir)
 
 
 def _build_feature_distance(kind, path, weights_dir, dtype):

@@ -1,7 +1,7 @@
 """Stage 3b: invert a folder of faces with a trained pSp encoder: one forward pass per picture.
 
 Writes below --exp_dir: latents.npy and latents.json (for generate.py and edit_attribute.py), inference_results/ (the
-reconstructions under the pictures' names), inference_coupled/ (input beside output), sheet_{k}.png (original,
+reconstructions under the pictures' names), inference_coupled/ (input beside output), grid_{k}.png (original,
 |difference|, reconstruction), reconstruction.csv and .json, perceptual.npy, mse.npy (one value per picture), stats.txt,
 and skipped.csv when a file could not be read. Several processes under torchrun share the pictures among them.
 
@@ -23,7 +23,7 @@ from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
 from common.images import FITS, save_image
 from common.precision import DTYPES
-from inversion.photos import add_align_flag, open_faces
+from inversion.inputs import add_align_flag, open_faces
 from model import load_generator
 from perceptual.identity import identity_or_none
 from perceptual.lpips import build_perceptual

@@ -119,7 +119,7 @@ def test_the_downloaded_latents_render_the_picture(tools, face, smiling, inverte
         (rendered,) = render(
             generator, source.codes([0]), noise=source.noise, condition=select_condition(source.condition, [0])
         )
-        assert np.array_equal(rendered, picture)
+        assert np.abs(rendered.astype(int) - picture).max() <= 1, "rounding"
 
 
 # -- the buttons ---------------------------------------------------------------------------------------------------

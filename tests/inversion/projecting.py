@@ -38,6 +38,6 @@ def start(*args, expect=0):
 
 
 def results(folder):
-    """Everything that a run writes and that must not depend on how it came about."""
-    latents = load_latents(folder)
-    return latents, {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.suffix in (".png", ".npy", ".csv")}
+    """Latents, and everything else that a run writes and that must not depend on how it came about."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".png", ".npy", ".csv"))
+    return load_latents(folder), {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}

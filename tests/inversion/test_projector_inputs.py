@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import weakref
 
 import numpy as np
 import pytest
@@ -13,12 +12,9 @@ from PIL import Image
 from projecting import start
 
 import inversion.inputs
-import inversion.store
 from common.images import save_image
 from common.latents import load_latents
-from inversion.inputs import open_pictures, pixel_seed
-from inversion.projection import rows_on_cpu
-from inversion.results import PER_SHEET
+from inversion.inputs import open_images, pixel_seed
 
 # -- awkward inputs ------------------------------------------------------------------------------------------------
 
@@ -45,10 +41,10 @@ def test_awkward_pictures(checkpoint, tmp_path, capsys):
     with open(tmp_path / "out" / "skipped.csv", encoding="utf-8", newline="") as file:
         skipped = dict(list(csv.reader(file))[1:])
     assert set(skipped) == {"cut.png", "text.jpg"} and "not in a known image format" in skipped["text.jpg"]
-    assert "2 pictures were left out" in err and "1 pictures are smaller than 16 px" in err
-    origin = np.asarray(Image.open(tmp_path / "out" / "origin_2.png"))
+    assert "2 images were left out" in err
+    origin = np.asarray(Image.open(tmp_path / "out" / "origin" / "exif.png"))
     assert origin[0, 0].tolist() == [250, 0, 0] and origin[-1, 0].tolist() == [0, 0, 250], "turned upside down"
-    sixteen = np.asarray(Image.open(tmp_path / "out" / "origin_0.png"))
+    sixteen = np.asarray(Image.open(tmp_path / "out" / "origin" / "16bit.png"))
     assert sixteen.std() > 50, "16 bits are scaled, not cut off"
 
 
@@ -68,17 +64,17 @@ def test_nothing_to_do(checkpoint, tmp_path, capsys):
         assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
     (empty / "a.png").write_bytes(b"")
     start(checkpoint, empty, tmp_path / "out", expect=1)
-    assert "none of the 1 pictures could be projected" in capsys.readouterr().err
+    assert "none of the 1 images could be inverted" in capsys.readouterr().err
 
 
 def test_lmdb(checkpoint, face_lmdb, tmp_path, capsys):
     start(checkpoint, face_lmdb, tmp_path / "out", "--step", 2)
     saved = load_latents(tmp_path / "out")
-    assert len(saved) == 24 and saved.names == open_pictures([face_lmdb], 16).names
-    with pytest.raises(ValueError, match="has images of size 8, 16, 32, the generator makes 64"):
-        open_pictures([face_lmdb], 64)
+    assert len(saved) == 24 and saved.names == open_images([face_lmdb], 16).names
+    with pytest.raises(ValueError, match=r"has no images of size 64 \(present: 8, 16, 32\)"):
+        open_images([face_lmdb], 64)
     with pytest.raises(ValueError, match="give it alone"):
-        open_pictures([face_lmdb, face_lmdb], 16)
+        open_images([face_lmdb, face_lmdb], 16)
 
 
 def test_wrong_size_and_checkpoint(checkpoint, photos, tmp_path, capsys):
@@ -98,13 +94,13 @@ def test_an_unknown_name_is_misuse(checkpoint, photos, tmp_path, mistake):
 
 
 def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
-    """The disk fills at the third picture: one line, finished parts whole, and the same command goes on."""
+    """The disk fills at the third image: one line, finished results whole, and the same command resumes."""
     out, synced, fsync = tmp_path / "out", [], os.fsync
 
     def full(descriptor):
-        if ".npz" in os.readlink(f"/proc/self/fd/{descriptor}"):
-            synced.append(descriptor)
-            if len(synced) == 3:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{out / 'inversions'}/"):
+            synced.append(descriptor)  # settings.json is the first
+            if len(synced) == 4:
                 raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
@@ -112,46 +108,10 @@ def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
     start(checkpoint, photos, out, expect=1)
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("error:") and "No space left on device" in err and ".npz" in err
-    assert len(list((out / "parts").glob("*.npz"))) == 2 and not list((out / "parts").glob(".tmp*"))
+    assert len(list((out / "inversions").glob("*.npz"))) == 2 and not list((out / "inversions").glob(".tmp*"))
     monkeypatch.setattr(os, "fsync", fsync)
     start(checkpoint, photos, out)
     assert len(load_latents(out)) == 5
-
-
-def test_memory_does_not_grow_with_the_folder(checkpoint, tmp_path, monkeypatch):
-    """Counted are the living pictures, latents and noise maps, at every picture read, written and merged.
-
-    Not the memory of the process: its peaks in two equal runs differ by more than 40 pictures of 256 px would weigh.
-    """
-    seen, alive = {"read": [], "written": [], "merged": []}, {"read": 0, "written": 0, "merged": 0}
-
-    def watch(kind, owner, name, tensors):
-        original = getattr(owner, name)
-
-        def watched(*args):
-            result = original(*args)
-            seen[kind].append([weakref.ref(x) for x in tensors(args, result)])
-            for other, pictures in seen.items():
-                alive[other] = max(alive[other], sum(any(x() is not None for x in picture) for picture in pictures))
-            return result
-
-        monkeypatch.setattr(owner, name, watched)
-
-    def of(part):
-        return [part, part.latents, part.original, part.picture, *part.noise]
-
-    watch("read", inversion.inputs.Pictures, "read", lambda args, result: [result])
-    watch("written", inversion.store.Store, "write", lambda args, result: of(args[2]))
-    watch("merged", inversion.store.Store, "read", lambda args, result: of(result))
-    folder, batch = tmp_path / "photos", rows_on_cpu(16)
-    n = 3 * batch
-    folder.mkdir()
-    draw = np.random.RandomState(0)
-    for i in range(n):
-        save_image(Image.fromarray(draw.randint(0, 255, (16, 16, 3), np.uint8)), folder / f"{i:03d}.png")
-    start(checkpoint, folder, tmp_path / "out", "--step", 2)
-    assert {kind: len(pictures) for kind, pictures in seen.items()} == dict.fromkeys(seen, n)
-    assert alive["read"] <= 2 * batch and alive["written"] <= 2 and alive["merged"] <= PER_SHEET + 1 < n, alive
 
 
 def test_seed_is_of_the_pixels():
@@ -172,7 +132,7 @@ def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
     face = Alignment([[0, 0], [0, 9], [9, 9], [9, 0]], [30, 20], 16, [[1, 2]] * 5, name="anna", source="anna.jpg")
     (faces / "alignment.json").write_text(json.dumps({"faces": [face.to_dict()]}), encoding="utf-8")
     times = []
-    monkeypatch.setattr(inversion.pictures, "read_alignment", lambda path: times.append(path) or read_alignment(path))
+    monkeypatch.setattr(inversion.inputs, "read_alignment", lambda path: times.append(path) or read_alignment(path))
     start(checkpoint, faces / "aligned", tmp_path / "out")
     anna, *others = load_latents(tmp_path / "out").alignment
     assert anna["source"] == "anna.jpg" and others == [None] * 3

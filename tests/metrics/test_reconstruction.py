@@ -13,7 +13,6 @@ import projector
 from common.cli import run
 from common.images import read_image
 from common.latents import save_latents
-from inversion.sheets import comparison_sheet, curve_plot, difference_map
 from metrics import reconstruction
 from model import Discriminator, Generator
 from perceptual.image_metrics import (
@@ -127,28 +126,6 @@ def test_table_on_disk(tmp_path):
         read_measures(path)
     with pytest.raises(FileNotFoundError, match=r"table of reconstructions"):
         read_measures(tmp_path / "absent.csv")
-
-
-# -- sheets --------------------------------------------------------------------------------------------------------
-
-
-def test_difference_map_and_sheet():
-    a = np.full((16, 16, 3), 100, np.uint8)
-    b = a.copy()
-    b[0, 0], b[1, 1] = (90, 100, 255), (0, 0, 0)
-    difference = difference_map(a, b)
-    assert difference[0, 0].tolist() == [20, 0, 255] and difference[1, 1].tolist() == [200] * 3
-    assert not difference[2:].any()
-    sheet = comparison_sheet([a, a], [b, a], ["ü one", "a very long name that has to be cut.png"])
-    assert sheet.width == 2 * 128 + 2 and sheet.height > 3 * 128
-
-
-def test_curve_plot():
-    curves = {"perceptual": np.geomspace(1, 0.1, 20)[None].repeat(3, 0), "mse": np.zeros((3, 20))}
-    curves["perceptual"][1, 10:] = np.nan
-    plot = np.asarray(curve_plot(curves, 10))
-    assert plot.shape[1] == 840 and (plot[:, :420] == (200, 40, 40)).all(-1).any()
-    assert np.asarray(curve_plot({"noise": np.full((1, 1), np.nan)}, 10)).shape[1] == 420
 
 
 # -- the paper's table ---------------------------------------------------------------------------------------------
@@ -318,13 +295,11 @@ def test_table_of_what_the_projector_writes(tmp_path, tiny_config, tiny_w_config
     rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     assert [row["inversion"] for row in rows] == ["projector Perceptual", "projector MSE"]
     for folder, space in zip(folders, ("w++", "w", "w+"), strict=True):
-        mse = np.square(
-            [
-                np.asarray(read_image(folder / f"origin_{i}.png"), float) / 127.5
-                - np.asarray(read_image(folder / f"project_{i}.png"), float) / 127.5
-                for i in range(2)
-            ]
-        ).mean((1, 2, 3))
+        originals, images = (
+            np.stack([np.asarray(read_image(path), float) for path in sorted((folder / kind).iterdir())]) / 127.5
+            for kind in ("origin", "project")
+        )
+        mse = np.square(originals - images).mean((1, 2, 3))
         assert float(rows[1][f"{space}_mean"]) == pytest.approx(mse.mean(), rel=1e-4)
         assert float(rows[1][f"{space}_std"]) == pytest.approx(mse.std(), rel=1e-2)
     Image.new("RGB", (40, 40), (200, 0, 0)).save(photos / "face 02.png")

@@ -476,7 +476,7 @@ def test_inference_keeps_every_picture_and_its_name(trained, faces_to_invert, ge
     assert (tmp_path / "stats.txt").read_text().startswith("Runtime ")
     rows = list(csv.reader((tmp_path / "skipped.csv").read_text().splitlines()))
     assert [row[0] for row in rows] == ["path", "broken.jpg"]
-    assert Image.open(tmp_path / "sheet_000.png").size[0] > 5 * 128
+    assert Image.open(tmp_path / "grid_000.png").size[0] > 5 * 128
     assert "5 pictures inverted into w++" in capsys.readouterr().out
 
     rendered = tmp_path / "rendered"  # generate.py makes the same pictures of the saved codes, to the bit

@@ -304,7 +304,7 @@ def test_auto_takes_the_first_at_hand(squeeze_file, no_weights):
 @pytest.mark.parametrize(
     "name, file",
     [
-        ("auto", "vgg16-397923af.pth"),
+        ("vgg", "vgg16-397923af.pth"),
         ("alex", "alexnet-owt-7be5be79.pth"),
         ("squeeze-up64", "squeezenet1_1-b8a52dc0.pth"),
     ],
@@ -312,6 +312,13 @@ def test_auto_takes_the_first_at_hand(squeeze_file, no_weights):
 def test_absent_weights_are_named(no_weights, name, file):
     with pytest.raises(FileNotFoundError, match=f"{file} .*common.weights get .*discriminator:CHECKPOINT"):
         build_perceptual(name)
+
+
+def test_auto_without_weights_is_the_bundled_scorer(no_weights):
+    distance = build_perceptual("auto")
+    assert distance.name == "scorer-features(face-scorer)"
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert distance(images, images).abs().max() < 1e-6 and (distance(images, -images) > 0).all()
 
 
 @pytest.mark.parametrize("name", ["lpips", "vgg19", "", "discriminator", "scorer:"])

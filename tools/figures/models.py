@@ -19,7 +19,7 @@ from common.images import fit_image, to_tensor
 from editing.attributes import AttributeReader
 from editing.boundary import Boundary, BoundaryError, load_boundary
 from faces.align import align, crop_aligned, parse_landmarks
-from inversion.projection import project
+from inversion.projector import project
 from model import Generator, load_generator
 from pSp.psp import pSp
 from sampling.render import render, seed_source
@@ -165,7 +165,7 @@ def invert_refined(models: Models) -> Inversion:
     """Optimised from the encoder's result, or from the mean without an encoder."""
     if models.encoder is None:
         return inversion_of(models, "W++")
-    return optimise(models, models.wpp, WPP_RATIO, start=inversion_of(models, "encoder").ws)
+    return optimise(models, models.wpp, WPP_RATIO, w_start=inversion_of(models, "encoder").ws)
 
 
 def invert_conditional(models: Models) -> Inversion:

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.grids import similarity_figure
+from common.grids import DIFFERENCE_GAIN, difference_map, similarity_figure
 from editing.boundary import Boundary
 from editing.edit import edit_codes, render_codes
 from editing.evaluate import score_frames
 from editing.fit import fit_boundary
 from editing.samples import Samples, score_samples
-from inversion.sheets import DIFFERENCE_GAIN, difference_map
 from model import Generator
 from perceptual.image_metrics import measure
 from sampling.render import mix, render, seeded_z, select_noise

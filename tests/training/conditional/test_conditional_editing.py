@@ -112,7 +112,7 @@ def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
     assert saved.names == ["face 01.png", "face 02.png", "ü 中文.png"] and saved.noise is not None
     own = torch.tensor(saved.extra["condition"]["values"])
     reader = AttributeReader(ColourScorer(), NAMES)
-    originals = [to_tensor(read_image(out / "inverted" / f"origin_{i}.png")) for i in range(3)]
+    originals = [to_tensor(read_image(out / "inverted" / "origin" / name)) for name in saved.names]
     assert torch.allclose(own, reader.read(torch.stack(originals)), atol=1e-6), "each under its own attributes"
 
     rows = table(out)
@@ -136,7 +136,7 @@ def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
         )
         assert np.abs(to_uint8(image)[0].astype(int) - np.asarray(frame)).max() <= 1, "code, noise, condition"
         if t == 0:
-            inversion = read_image(out / "inverted" / f"project_{i}.png")
+            inversion = read_image(out / "inverted" / "project" / saved.names[i])
             assert (np.asarray(inversion) == np.asarray(frame)).all() and row["change"] == "0.0"
     for i in range(3):
         moved = [row for row in rows if row["origin"] == str(i) and row["target"] == "face 02.png"]
@@ -233,10 +233,11 @@ def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, 
     assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
     assert edit("--source", tmp_path / "projected", "--set", "smile=0", "--output_dir", tmp_path / "out")[0] == 0
     rows = [row for row in table(tmp_path / "out") if row["t"] == "0.0"]
+    names = load_latents(tmp_path / "projected").names
     for i, row in enumerate(rows):
         assert row["asked_smile"] == row["read_smile"]
         frame = np.asarray(read_image(tmp_path / "out" / "frames" / row["frame"]))
-        assert (frame == np.asarray(read_image(tmp_path / "projected" / f"project_{i}.png"))).all()
+        assert (frame == np.asarray(read_image(tmp_path / "projected" / "project" / names[i]))).all()
 
 
 def test_generate_asks_for_attributes(cgan, tmp_path, capfd):

@@ -1,0 +1,230 @@
+"""The projector: find w, and the noise maps, with which a generator reproduces given images.
+
+Adam on w and on one set of noise maps per image (Karras et al. 2020, arXiv 1912.04958, appendix D), with the constants
+of the official projector. In W one vector serves all layers; in W+ (Abdal et al. 2019, arXiv 1904.03189) every layer
+has its own; in W++ (Li et al. 2024, arXiv 2105.14230) that is what the mapping network itself gives.
+
+Losses, noise normalisation, draws and early stopping are per image, so that the images of a batch are independent up
+to rounding. (The published program averages the noise terms over the batch; for one image both are the same.)
+
+    perceptual = build_perceptual("squeeze", "cpu")
+    result = project(generator, images, perceptual=perceptual, steps=300)         # images [N, 3, S, S] in [-1, 1]
+    images, _ = generator(result.latents, input_is_latent=True, noise=result.noise)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from model import Generator
+from perceptual.image_metrics import average_down
+
+SPACES = {"w": ("w", "w+"), "w++": ("w++",)}  # space of a generator -> spaces to invert into, the default first
+CURVE_EVERY = 10  # steps between two points of a loss curve: the published interval
+CURVES = ("perceptual", "noise", "mse")
+FRACTIONS = ("lr_rampup", "lr_rampdown", "noise_ramp", "early_stop")
+
+
+@dataclass
+class Projection:
+    """Result for N images, on the CPU. Values are not finite where the optimisation diverged."""
+
+    latents: torch.Tensor  # float32 [N, L, D]
+    noise: list[torch.Tensor]  # per layer, float32 [N, 1, r, r]
+    curves: dict[str, torch.Tensor]  # CURVES, each [N, T]: values at steps 0, 10, 20 ...; NaN after an early stop
+    steps: torch.Tensor  # int64 [N], taken
+    space: str
+
+
+def choose_space(generator: Generator, space: str | None) -> str:
+    """`space`, or the generator's default. ValueError for a space that the generator does not have."""
+    native = generator.config.space
+    if space is None:
+        return SPACES[native][0]
+    if space not in SPACES[native]:
+        raise ValueError(
+            f"space {space} does not exist in a {native.upper()} generator, whose spaces are "
+            f"{' or '.join(SPACES[native])}: W and W+ need a W generator, W++ a W++ generator"
+        )
+    return space
+
+
+def check_settings(*, steps: int, **settings: float) -> None:
+    """Raises ValueError for settings of `project` that cannot work."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    for name, value in settings.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+        if name in FRACTIONS and value > 1:
+            raise ValueError(f"{name} is a fraction from 0 to 1, got {value}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses, each [N]: one value per image
+
+
+def noise_regularisation(maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared autocorrelation at a shift of one pixel, over all maps [N, 1, r, r] and scales down to 8 -> [N].
+
+    Keeps the maps from carrying the image (arXiv 1912.04958, eq. 11).
+    """
+    total = 0
+    for noise in maps:
+        while True:
+            for axis in (2, 3):
+                total = total + (noise * noise.roll(1, axis)).mean((1, 2, 3)).square()
+            if noise.shape[-1] <= 8:
+                break
+            noise = F.avg_pool2d(noise, 2)
+    return total
+
+
+def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Images [N, 3, H, W] -> [N]."""
+    return (a - b).square().mean((1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+def learning_rate(step: int, end: int, *, lr: float, rise: float, fall: float) -> float:
+    """Linear over the first `rise` steps (from 0, as published), then constant, a cosine over the last `fall`."""
+    up = min(1.0, step / rise) if rise else 1.0
+    down = min(1.0, (end - step) / fall) if fall else 1.0
+    return lr * up * (0.5 - 0.5 * math.cos(down * math.pi))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The optimisation
+
+
+def project(
+    generator: Generator,
+    images: torch.Tensor,  # [N, 3, S, S] in [-1, 1]
+    *,
+    perceptual,  # distance of perceptual/lpips.py, on the generator's device
+    space: str | None = None,  # w, w+ or w++; default: w for a W generator
+    steps: int = 1000,  # optimisation steps; this and the following defaults are the published ones
+    lr: float = 0.1,  # step size of Adam
+    lr_rampup: float = 0.05,  # fraction of the steps in which the step size rises from 0
+    lr_rampdown: float = 0.25,  # fraction in which it falls back, as a cosine
+    noise: float = 0.05,  # perturbation of w at the first step, in standard deviations of w (norm, per token)
+    noise_ramp: float = 0.75,  # fraction of the steps in which it falls to 0
+    noise_regularize: float = 1e5,  # weight of the autocorrelation of the noise maps
+    mse: float = 0.0,  # weight of the mean squared error on [-1, 1]; reported in any case
+    early_stop: float = 0.0,  # relative improvement per window below which an image starts its ramp-down; 0: never
+    w_start: torch.Tensor | None = None,  # [N or 1, L, D]; default: the mean of w
+    noise_start: Sequence[torch.Tensor] | None = None,  # per layer [N or 1, 1, r, r]; default: drawn
+    statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean [1, L, D] and deviation [L] of w
+    seeds: Sequence[int] | None = None,  # of each image's draws; default 0, 1, ...
+    condition: torch.Tensor | None = None,  # [N, condition_dim] of a conditional generator; stays fixed
+    dtype: torch.dtype | None = None,  # of the generator's convolutions
+    callback: Callable | None = None,  # callback(step, active, images [A, 3, S, S], losses [A]) at every step
+) -> Projection:
+    """Find w and noise maps for images. Raises ValueError for settings, a space or shapes that do not fit.
+
+    An image is on a plateau when its loss, averaged over a twentieth of the steps, is less than `early_stop` below the
+    average before: it goes on as if its run had been planned to end soon. Images that have ended leave the batch;
+    `active` holds the positions of the others.
+    """
+    fractions = {"lr_rampup": lr_rampup, "lr_rampdown": lr_rampdown, "noise_ramp": noise_ramp, "early_stop": early_stop}
+    check_settings(steps=steps, lr=lr, noise=noise, noise_regularize=noise_regularize, mse=mse, **fractions)
+    space, config, n = choose_space(generator, space), generator.config, len(images)
+    if n == 0 or images.shape[1:] != (3, config.size, config.size):
+        raise ValueError(f"this generator makes images [N, 3, {config.size}, {config.size}], got {list(images.shape)}")
+    images = images.to(generator.token)
+    if w_start is None or noise:
+        mean, std = (value.to(images) for value in statistics or generator.latent_statistics())
+
+    # Leaf tensors per image, as each has its own step size: w [C, D], C = 1 in W, else L, and noise maps [1, r, r].
+    draws = [torch.Generator().manual_seed(int(seed)) for seed in (range(n) if seeds is None else seeds)]
+    shapes = [(1, config.noise_size(i), config.noise_size(i)) for i in range(config.n_noise)]
+    drawn = [[torch.randn(shape, generator=draw) for shape in shapes] for draw in draws]
+    maps = [torch.stack(layer) for layer in zip(*drawn, strict=True)] if noise_start is None else noise_start
+    try:
+        w_start = (mean if w_start is None else w_start.to(images)).expand(n, config.n_tokens, config.style_dim)
+        maps = [layer.expand(n, *shape) for layer, shape in zip(maps, shapes, strict=True)]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"w_start or noise_start does not fit {n} images of this generator: {error}") from None
+    w_start = w_start.mean(1, keepdim=True) if space == "w" else w_start
+    leaves = [[leaf.to(images, copy=True) for leaf in image] for image in zip(w_start, *maps, strict=True)]
+    optimizer = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves], lr=lr)
+
+    active, window = list(range(n)), max(CURVE_EVERY, steps // 20)
+    end, fall = [steps] * n, [lr_rampdown * steps] * n
+    window_loss, last_loss = images.new_zeros(n), [math.inf] * n
+    curves = {name: torch.full((n, len(range(0, steps, CURVE_EVERY))), math.nan) for name in CURVES}
+    with torch.no_grad():
+        target = perceptual.features(average_down(images))
+
+    for step in range(steps):
+        # Images that have ended leave the batch.
+        if any(end[i] <= step for i in active):
+            keep = [position for position, i in enumerate(active) if end[i] > step]
+            active, images, target = [active[k] for k in keep], images[keep], [layer[keep] for layer in target]
+            if not active:
+                break
+
+        # Synthesis from perturbed w.
+        ws, *maps = (torch.stack(layer) for layer in zip(*(leaves[i] for i in active), strict=True))  # [A, C, D]
+        strength = noise * max(0.0, 1 - step / (noise_ramp * steps)) ** 2 if noise_ramp else 0.0
+        if strength:
+            drawn = [torch.randn(ws.shape[1:], generator=draws[i]) * (end[i] == steps) for i in active]
+            ws = ws + torch.stack(drawn).to(ws) * strength * std[: ws.shape[1], None]
+        synth, _ = generator(
+            ws.expand(-1, config.n_tokens, -1),
+            input_is_latent=True,
+            noise=maps,
+            dtype=dtype,
+            condition=None if condition is None else condition[active].to(images),
+        )  # [A, 3, S, S]
+
+        # Losses [A], and the gradient of their sum: every image by itself, the weights not at all.
+        losses = {
+            "perceptual": perceptual.distance(perceptual.features(average_down(synth)), target),
+            "noise": noise_regularisation(maps),
+            "mse": mean_squared_error(synth, images),
+        }
+        visible = losses["perceptual"] + mse * losses["mse"]
+        optimizer.zero_grad()
+        (visible + noise_regularize * losses["noise"]).sum().backward(
+            inputs=[leaf for i in active for leaf in leaves[i]]
+        )
+        synth, visible = synth.detach(), visible.detach()
+        window_loss[active] += visible
+        if callback is not None:
+            callback(step, active, synth, visible)
+        if step % CURVE_EVERY == 0:
+            for name in CURVES:
+                curves[name][active, step // CURVE_EVERY] = losses[name].detach().float().cpu()
+
+        # Step; then every noise map back to mean 0 and deviation 1.
+        for i in active:
+            rate = learning_rate(step, end[i], lr=lr, rise=lr_rampup * steps, fall=fall[i])
+            optimizer.param_groups[i]["lr"] = rate
+        optimizer.step()
+        with torch.no_grad():
+            for layer in (layer for i in active for layer in leaves[i][1:]):
+                layer.sub_(layer.mean()).div_(layer.std())
+
+        # Plateaus, at the end of a window: the fall takes the same fraction of the image's own total.
+        if early_stop and (step + 1) % window == 0:
+            for i in active:
+                average, rest = (
+                    float(window_loss[i]) / window,
+                    math.ceil((step + 1) * lr_rampdown / max(1 - lr_rampdown, 1e-9)),
+                )
+                if end[i] == steps and last_loss[i] - average < early_stop * last_loss[i] < math.inf:
+                    end[i], fall[i] = min((step + 1 + rest, rest), (steps, fall[i]))
+                last_loss[i] = average
+            window_loss.zero_()
+
+    ws, *maps = (torch.stack(layer).detach().float().cpu() for layer in zip(*leaves, strict=True))
+    return Projection(ws.expand(-1, config.n_tokens, -1).contiguous(), maps, curves, torch.tensor(end), space)

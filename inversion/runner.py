@@ -1,0 +1,166 @@
+"""Invert many images into one folder of results: in batches, shared among ranks, resumable.
+
+Every image is written as soon as it is finished: inversions/NAME.npz (w, noise maps, curves, measures), origin/NAME.png
+and project/NAME.png. The same command resumes an interrupted run; tables, grids and latents.npy follow at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.distributed import Distributed, barrier, gather_list, shard
+from common.files import read_json
+from common.images import save_image, to_tensor, to_uint8
+from common.lock import lock_folder
+from common.runs import to_plain, write_json
+from common.video import save_video
+from inversion.inputs import pixel_seed
+from inversion.projector import choose_space, project
+from inversion.report import ORIGINALS, PROJECTED, RESULTS, load_result, save_result, write_report
+from perceptual.image_metrics import average_down, measure
+from sampling.render import blocks, file_names, render
+
+FRAMES = 100  # of a video, at most
+DIVERGED = "the optimisation diverged: try a smaller --lr, or --precision fp32"
+
+
+def invert_images(
+    generator,
+    images,  # of inversion/inputs.py
+    folder: Path,
+    *,
+    dist: Distributed,
+    settings: dict,  # keywords of project(): steps, lr ...
+    perceptual,  # distance of perceptual/lpips.py that is minimised and reported
+    identity=None,  # network of perceptual/identity.py that is reported
+    space: str | None = None,
+    start: Callable | None = None,  # start(positions, images [B, 3, S, S]) -> w_start, noise_start, condition
+    attributes: Sequence[str] | None = None,  # names of what `condition` holds
+    recorded: dict | None = None,  # what else the results depend on, such as where w starts
+    batch: int = 8,  # images at once; on a CPU at most 512 / size
+    seed: int = 0,  # of noise maps and perturbations, with the pixels
+    mean_samples: int = 10_000,  # for mean and deviation of w
+    dtype: torch.dtype | None = None,  # of the convolutions while optimising
+    video: str | None = None,  # suffix of videos of the optimisation
+    overwrite: bool = False,  # remove the results of other settings
+    published_names: bool = False,  # also origin_I.png and project_I.png
+) -> None:
+    """Project all images and write the report; all ranks must call it.
+
+    An image that cannot be read, or diverges, is listed in skipped.csv. Raises ValueError when the folder holds results
+    of other settings or another process writes to it, and when no image could be inverted.
+    """
+    space, device, size = choose_space(generator, space), generator.token.device, generator.config.size
+    config = {**settings, "perceptual": perceptual.name, "identity": identity and identity.name, "space": space}
+    config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}
+    config = json.loads(json.dumps(to_plain(config | (recorded or {}))))
+    batch = min(batch, max(1, 512 // size)) if device.type == "cpu" else batch
+    stems, steps, statistics, failures, frames = file_names(images.names), settings["steps"], None, {}, {}
+    positions = shard(len(images), dist.rank, dist.world_size)
+    bar = tqdm(total=len(positions) * steps, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
+
+    def pending() -> Iterator[tuple[int, torch.Tensor, str]]:
+        """(position, uint8 image, digest) of the images that are not finished yet."""
+        for position in positions:
+            try:
+                image = images.read(position)
+            except Exception as error:  # libraries raise anything on damaged files, which must not end the run
+                failures[position] = str(error) or type(error).__name__
+            else:
+                digest = hashlib.sha256(json.dumps(config).encode() + image.numpy().tobytes()).hexdigest()
+                finished = load_result(folder / RESULTS / f"{stems[position]}.npz")
+                if not finished or finished["digest"] != digest:
+                    yield position, image, digest
+                    continue
+            bar.update(steps)
+
+    def watch(step, active, synth, losses) -> None:
+        bar.update(len(active))
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {float(losses.mean()):.4f}")
+        if video and step % max(1, steps // FRAMES) == 0:
+            for i, image in zip(active, to_uint8(average_down(synth)), strict=True):
+                frames.setdefault(i, []).append(image)
+
+    with lock_folder(folder, "an inversion") if dist.is_main else contextlib.nullcontext(), bar:
+        if dist.is_main:
+            prepare_folder(folder, config, overwrite)
+        barrier()
+        for block in blocks(pending(), batch):
+            where, pixels, digests = zip(*block, strict=True)
+            target = torch.stack(pixels).to(device).float() / 127.5 - 1  # [B, 3, S, S]
+            begin = start(where, target) if start else {}
+            if statistics is None and (settings.get("noise", 1) or "w_start" not in begin):
+                statistics = generator.latent_statistics(mean_samples)
+            common = {"perceptual": perceptual, "space": space, "statistics": statistics, "dtype": dtype}
+            seeds = [pixel_seed(image, seed) for image in pixels]
+            projection = project(generator, target, seeds=seeds, callback=watch, **common, **begin, **settings)
+            for i, position in enumerate(where):
+                bar.update(steps - int(projection.steps[i]))
+                condition = begin["condition"][i : i + 1] if "condition" in begin else None
+                result = {
+                    "latents": projection.latents[i].numpy(),
+                    "noise": [layer[i].numpy() for layer in projection.noise],
+                    "curves": {name: curve[i].numpy() for name, curve in projection.curves.items()},
+                    "steps": int(projection.steps[i]),
+                    "condition": None if condition is None else condition[0].tolist(),
+                    "digest": digests[i],
+                }
+                synth = reconstruct(generator, result, condition)
+                if synth is None:
+                    failures[position] = DIVERGED
+                    continue
+                original = to_uint8(target[i])
+                pair = (to_tensor(image)[None].to(device) for image in (original, synth))
+                values = measure(*pair, perceptual=perceptual, identity=identity)
+                result["measures"] = {name: float(value) for name, value in values.items()}
+                save_image(original, folder / ORIGINALS / f"{stems[position]}.png")
+                save_image(synth, folder / PROJECTED / f"{stems[position]}.png")
+                if video:
+                    last = frames[i][-1:] * (FRAMES // 4)
+                    save_video(frames[i] + last, folder / "video" / f"{stems[position]}.{video}", fps=25)
+                save_result(folder / RESULTS / f"{stems[position]}.npz", result)
+            frames.clear()
+        failures = {position: reason for part in gather_list(failures) for position, reason in part.items()}
+        if dist.is_main:
+            bar.close()
+            names = {"attributes": attributes, "published_names": published_names}
+            write_report(folder, images, failures, config=config, **names)
+        barrier()
+
+
+def reconstruct(generator, result: dict, condition: torch.Tensor | None) -> np.ndarray | None:
+    """uint8 [S, S, 3] of w and noise maps; None when any of them is not finite."""
+    w, *noise = (torch.from_numpy(values)[None] for values in (result["latents"], *result["noise"]))
+    if not all(values.isfinite().all() for values in (w, *noise)):
+        return None
+    try:
+        return next(render(generator, w, noise=noise, condition=condition))
+    except ValueError:  # the image is not finite
+        return None
+
+
+def prepare_folder(folder: Path, config: dict, overwrite: bool) -> None:
+    """Record the settings of a folder of results. UserError when it holds results of others, unless `overwrite`."""
+    for name in (RESULTS, ORIGINALS, PROJECTED) if overwrite else ():
+        shutil.rmtree(folder / name, ignore_errors=True)
+    file = folder / RESULTS / "settings.json"
+    earlier = read_json(file, dict, what="settings of an inversion") if file.exists() else config
+    changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
+    if changed:
+        changes = "; ".join(f"{name} {earlier.get(name)}, now {config.get(name)}" for name in changed[:3])
+        raise UserError(
+            f"{folder} holds results made with other settings ({changes}): choose another --output_dir, or start anew "
+            "with --overwrite"
+        )
+    write_json(file, config)
