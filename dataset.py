@@ -40,6 +40,7 @@ from common.lmdb_store import (
     image_key,
     open_store,
     read_manifest,
+    reading,
     sizes_present,
 )
 
@@ -82,6 +83,9 @@ class MultiResolutionDataset(Dataset):
         self._length = self._read_length(store)
         self._check(store)
         self.manifest = read_manifest(store)
+        if self.manifest is not None and len(self.manifest["names"]) != self._length:
+            n_names, again = len(self.manifest["names"]), f"run {PREPARE} --overwrite --out {self.path} ... again"
+            raise DatasetError(f"{self.path} has {self._length} images and names of {n_names}: {again}")
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +102,7 @@ class MultiResolutionDataset(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         """Several items in one transaction; the DataLoader calls this."""
-        with self._reader().begin() as transaction:
+        with reading(self._reader()) as transaction:
             encoded = [transaction.get(image_key(self.size, self._position(i))) for i in indices]
         return [self._decode(index, data) for index, data in zip(indices, encoded, strict=True)]
 
@@ -130,7 +134,7 @@ class MultiResolutionDataset(Dataset):
         return _as_tensor(image, self.transform)
 
     def _read_length(self, store) -> int:
-        with store.begin() as transaction:
+        with reading(store) as transaction:
             length = transaction.get(b"length")
         if length is None:
             again = f"run {PREPARE} --out {self.path} ... again"
@@ -148,7 +152,7 @@ class MultiResolutionDataset(Dataset):
                 f" or run {PREPARE} --size {self.size} --out ANOTHER_LMDB ..."
             )
         picked = random.Random(self.size).sample(range(self._length), min(3, self._length))
-        with store.begin() as transaction:
+        with reading(store) as transaction:
             for index in {*picked, self._length - 1}:
                 self._decode(index, transaction.get(image_key(self.size, index)))
 
@@ -317,7 +321,7 @@ class BatchStream:
         self._batches = iter(loader)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Python itself asks the workers to end by SIGTERM, which they ignore, and would wait for ever
-        atexit.register(_close, weakref.ref(self))
+        atexit.register(_kill_workers, weakref.ref(self))
 
     def __iter__(self) -> BatchStream:
         return self
@@ -349,9 +353,13 @@ class BatchStream:
             worker.kill()
 
 
-def _close(stream: weakref.ref[BatchStream]) -> None:
-    if (alive := stream()) is not None:
-        alive.close()
+def _kill_workers(stream: weakref.ref[BatchStream]) -> None:
+    """At the end of the process, when nobody waits for a batch any more."""
+    workers = getattr(getattr(stream(), "_batches", None), "_workers", ())
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler takes it for an accident
+    for worker in workers:
+        worker.kill()
 
 
 def data_loader(

@@ -30,12 +30,13 @@ from tqdm import tqdm
 from common.cli import ArgumentParser, UsageError, UserError, positive_int, run_script
 from common.files import atomic_write
 from common.images import FITS, RESAMPLE, ImageError, fit_image, list_images, open_image, read_image
-from common.lmdb_store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, sources_digest
+from common.lmdb_store import DATA_FILE, DatasetError, StoreWriter, open_store, read_manifest, reading, sources_digest
 from common.lock import lock_folder
 from common.workers import map_ordered, n_cores
 
 SETTINGS_VERSION = 1
 CHUNK = 16  # files per task of a worker
+MAX_SIZE = 1 << 14  # pixels
 COMPAT_ASPECT = 64  # --compat scales the whole image before it takes the centre
 BATCH_BYTES, BATCH_FILES = 32 << 20, 256  # a transaction closes at either
 
@@ -102,34 +103,22 @@ def _settings(args: argparse.Namespace) -> dict:
         background = [int(value) for value in args.background.split(",")]
     except ValueError as error:
         raise UsageError(f"--size and --background are whole numbers separated by commas: {error}") from error
-    if sizes[0] < 1:
-        raise UsageError(f"--size must be positive, not {args.size}")
+    if not 1 <= sizes[0] <= sizes[-1] <= MAX_SIZE:
+        raise UsageError(f"--size takes sizes of 1 to {MAX_SIZE} pixels, not {args.size}")
     if len(background) != 3 or not all(0 <= value <= 255 for value in background):
         raise UsageError(f"--background is R,G,B with values 0..255, not {args.background}")
-    quality = args.quality
+    codec, quality, subsampling = args.format, args.quality, "4:4:4" if args.format == "jpeg" else None
     if args.compat:
-        if (args.format, args.fit, quality, args.background) != ("png", "crop", None, "255,255,255"):
+        if (codec, args.fit, quality, args.background) != ("png", "crop", None, "255,255,255"):
             raise UsageError("--compat fixes --format, --quality, --fit and --background: leave them out")
-        return _described(sizes, args.resample, "crop", "jpeg", 100, "4:2:0", background, compat=True)
-    if quality is not None and (args.format == "png" or not 1 <= quality <= 100):
+        codec, quality, subsampling = "jpeg", 100, "4:2:0"
+    elif quality is not None and (codec == "png" or not 1 <= quality <= 100):
         raise UsageError("--quality is 1..100, with --format jpeg or webp; png is lossless")
-    if args.format == "jpeg":
-        return _described(sizes, args.resample, args.fit, "jpeg", quality or 95, "4:4:4", background)
-    return _described(sizes, args.resample, args.fit, args.format, quality, None, background)
-
-
-def _described(sizes, resample, fit, codec, quality, subsampling, background, compat=False) -> dict:
-    return {
-        "version": SETTINGS_VERSION,
-        "sizes": sizes,
-        "resample": resample,
-        "fit": fit,
-        "format": codec,
-        "quality": quality,
-        "subsampling": subsampling,
-        "background": background,
-        "compat": compat,
-    }
+    elif codec == "jpeg":
+        quality = quality or 95
+    settings = {"version": SETTINGS_VERSION, "sizes": sizes, "resample": args.resample, "fit": args.fit}
+    settings |= {"format": codec, "quality": quality, "subsampling": subsampling}
+    return settings | {"background": background, "compat": args.compat}
 
 
 def _parse_max_bad(text: str) -> int | float:
@@ -265,7 +254,7 @@ def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
         store = open_store(out)
     except DatasetError:
         return None  # nothing there, unfinished, or damaged: to be made
-    with store.begin() as transaction:
+    with reading(store) as transaction:
         length = transaction.get(b"length")
     if length is None:
         return None

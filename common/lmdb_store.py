@@ -13,6 +13,8 @@ import json
 import os
 import shutil
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lmdb
@@ -79,9 +81,22 @@ def open_store(path: str | os.PathLike) -> lmdb.Environment:
     return store
 
 
+@contextmanager
+def reading(store: lmdb.Environment) -> Iterator[lmdb.Transaction]:
+    """A transaction that only reads. Raises DatasetError where the store is damaged."""
+    try:
+        with store.begin() as transaction:
+            yield transaction
+    except lmdb.Error as error:
+        reason = str(error).rpartition(": ")[2]
+        raise DatasetError(
+            f"{store.path()} is damaged ({reason}): run {PREPARE} --overwrite ... to make it anew"
+        ) from error
+
+
 def read_manifest(store: lmdb.Environment) -> dict | None:
     """The JSON that prepare_data.py wrote about the store; None in one made by another tool."""
-    with store.begin() as transaction:
+    with reading(store) as transaction:
         manifest = transaction.get(b"manifest")
     shape = {"length": int, "names": [str], "sizes": [int], "source_sizes?": [[int]], "skipped?": [[str]]}
     return (
@@ -92,10 +107,12 @@ def read_manifest(store: lmdb.Environment) -> dict | None:
 def sizes_present(store: lmdb.Environment) -> list[int]:
     """The resolutions that a store holds, by one look-up per resolution."""
     sizes = []
-    with store.begin() as transaction, transaction.cursor() as cursor:
+    with reading(store) as transaction, transaction.cursor() as cursor:
         found = cursor.set_range(b"0")
         while found and cursor.key()[:1].isdigit():
             size = cursor.key().partition(b"-")[0]
+            if size.isdigit() and int(size) in sizes:
+                raise lmdb.CorruptedError("keys out of order")
             if size.isdigit():
                 sizes.append(int(size))
             found = cursor.set_range(size + b".")  # "." follows "-": past all images of this size

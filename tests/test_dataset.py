@@ -470,11 +470,13 @@ def seconds_after_the_error(command, cwd):
 def test_no_command_outlives_its_error_line(launcher, damaged_store, tiny_flags, root, tmp_path):
     flags = ["--path", damaged_store, "--exp_name", tmp_path / "run", "--device", "cpu", "--batch", 4, "--workers", 2]
     command = [sys.executable, *launcher, root / "train.py", *flags, *tiny_flags, "--iter", 9]
-    seconds, status, said = seconds_after_the_error(list(map(str, command)), tmp_path)
-    assert status == 1 and "is damaged" in said, said
-    assert seconds < (12 if launcher else 5), said  # the launcher itself looks after its processes every few seconds
-    if not launcher:
-        assert "Traceback" not in said
+    limit = 12 if launcher else 5  # the launcher itself looks after its processes every few seconds
+    for _ in range(3):  # a busy machine is given another chance; what waits for ever fails at each
+        seconds, status, said = seconds_after_the_error(list(map(str, command)), tmp_path)
+        assert status == 1 and "is damaged" in said and ("Traceback" not in said or launcher), said
+        if seconds < limit:
+            break
+    assert seconds < limit, said
 
 
 def test_workers_end_with_the_process_whatever_it_holds(damaged_store, root):
@@ -497,3 +499,41 @@ sys.exit(3)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert time.monotonic() - began < 30
+
+
+FLIPS = """
+import os, random, signal, sys, warnings
+from pathlib import Path
+from dataset import open_dataset
+warnings.simplefilter("ignore")
+folder, data = Path(sys.argv[1]), Path(sys.argv[2], "data.mdb").read_bytes()
+for seed in range(40):
+    if os.fork() == 0:
+        signal.alarm(20)
+        draw, damaged, status = random.Random(seed), bytearray(data), 3
+        for _ in range(draw.choice([1, 3, 20])):
+            spot = draw.randrange(len(damaged) if draw.random() < 0.5 else 16384)
+            damaged[spot] = draw.randrange(256)
+        (folder / "data.mdb").write_bytes(damaged)
+        try:
+            images = open_dataset(folder, 8)
+            status = 0 * len([images[i] for i in range(len(images))])
+        except ValueError as error:
+            status = 1
+        finally:
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_flipped_bytes_in_a_store_are_read_or_refused(tmp_path, root):
+    """Fuzz: no hang and no other error than a DatasetError, at opening or reading. LMDB has no checksums, so a flip may
+    also change an image's pixels, or lead beyond the mapped file (SIGBUS: at most one case in a hundred)."""
+    items = {f"{size}-{i:05d}": encode(picture(i, size)) for size in (8, 16) for i in range(40)}
+    store = write_lmdb(tmp_path / "a.lmdb", items, 40)
+    (tmp_path / "case").mkdir()
+    command = [sys.executable, "-c", FLIPS, str(tmp_path / "case"), str(store)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    endings = [int(line) for line in done.stdout.split()]
+    assert len(endings) == 40 and {0, 1} <= set(endings), (endings, done.stderr)
+    assert sum(status not in (0, 1) for status in endings) <= 1, (endings, done.stderr)

@@ -132,6 +132,7 @@ def test_nothing_readable(tmp_path, capsys):
         ["a", "--path", "b"],
         ["a", "--size", "x"],
         ["a", "--size", "0"],
+        ["a", "--size", "64,1000000"],
         ["a", "--background", "1,2"],
         ["a", "--background", "1,2,300"],
         ["a", "--quality", "90"],
