@@ -86,16 +86,17 @@ class Run:
     """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written.
 
     `options`: dict or argparse.Namespace. `resume_step`: what an earlier start logged from this step on is dropped, in
-    log.jsonl and in TensorBoard, so that a resumed run shows every step once. Raises OSError naming the folder.
+    log.jsonl and in TensorBoard, so that a resumed run shows every step once. `folders`: created inside. Raises OSError
+    naming the folder.
     """
 
-    def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None):
+    def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None, folders=FOLDERS):
         self.folder = Path(folder)
         self.main = main
         self._log = self._board = None
         if not main:
             return
-        for name in FOLDERS:
+        for name in folders:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._keep_earlier_options()
         self.write_json("options.json", _circumstances(options))

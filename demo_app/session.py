@@ -259,7 +259,7 @@ def invert(tools: Tools, face: Face) -> Face:
         return replace(face, code=tools.mean[0].cpu().numpy(), noise=noise, method="mean", steps=0)
     net = tools.encoder
     image = to_tensor(fit_image(face.crop, max(net.config.input_size, net.image_size)))[None]
-    code = net.encode_images(net.fit(image.to(tools.mean)))[0]  # [L, D]
+    code = net.encode(net.fit(image.to(tools.mean)))[0]  # [L, D]
     return replace(face, code=code.float().cpu().numpy(), noise=noise, method="encoder", steps=0)
 
 

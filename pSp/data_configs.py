@@ -1,5 +1,5 @@
-"""What an encoder learns from: the published data-set types, where their images lie, and how the source picture differs
-from the target that the encoder shall reproduce.
+"""Data of an encoder: the published data-set types, where their images lie, and how the source image differs from the
+target that the encoder shall reproduce.
 
 Paths are looked for in this order: the flag of pSp/scripts/train.py, the environment variable, the table below.
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.cli import UserError
+from common.cli import Flags, UserError
 
 # name: (environment variable, folder of images or LMDB; fill in your own)
 PATHS = {
@@ -26,6 +26,7 @@ PATHS = {
     "celeba_test": ("WPP_CELEBA_TEST", ""),
     "stylegan_weights": ("WPP_STYLEGAN", ""),
 }
+BUNDLED_GENERATOR = Path(__file__).resolve().parents[1] / "checkpoints" / "face-wpp-64.safetensors"
 RESIZE_FACTORS = (1, 2, 4, 8, 16, 32)  # of super-resolution, when --resize_factors gives none
 
 
@@ -75,7 +76,8 @@ def training_path(given: str | None, name: str) -> str:
 
 
 def generator_path(given: str | None, exp_dir: str | Path) -> Path:
-    """The generator to invert into: the flag, $WPP_STYLEGAN, the table, or generator.{safetensors,pt} in --exp_dir.
+    """The generator to invert into: the flag, $WPP_STYLEGAN, the table, generator.{safetensors,pt} in --exp_dir, or the
+    bundled one.
 
     Raises UserError naming these places when it is in none.
     """
@@ -83,13 +85,28 @@ def generator_path(given: str | None, exp_dir: str | Path) -> Path:
     if path is not None:
         return Path(path)
     inside = [Path(exp_dir) / f"generator{suffix}" for suffix in (".safetensors", ".pt")]
-    for candidate in inside:
+    for candidate in (*inside, BUNDLED_GENERATOR):
         if candidate.is_file():
             return candidate
     raise UserError(
         "which generator? pass --stylegan_weights FILE (a checkpoint of train.py, an export or a published "
         f"one), set $WPP_STYLEGAN, or put it at {inside[0]}"
     )
+
+
+def add_preset_flag(parser) -> None:
+    help = "recommended: the settings in the generator's file, where it has any; published: the paper's. Flags win"
+    parser.add_argument("--preset", choices=("recommended", "published"), default="recommended", help=help)
+
+
+def recommended_settings(args: Flags, generator, path) -> str:
+    """Fill in the flags that the generator's file recommends for its encoder, unless --preset is published.
+
+    Returns a sentence that names them, "" when nothing changed.
+    """
+    changed = args.fill(generator.recommended.get("encoder", {})) if args.preset == "recommended" else {}
+    flags = " ".join(f"--{name} {value}" for name, value in changed.items())
+    return f"settings recommended by {path}: {flags}" if flags else ""
 
 
 def resize_factors(text: str | None) -> tuple[int, ...]:

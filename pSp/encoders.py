@@ -1,37 +1,40 @@
-"""The pSp encoders: image [N, 3, S, S] -> style codes, relative to the average code (Richardson et al. 2021, 3.1).
+"""The pSp encoders: image [N, 3, S, S] -> w, relative to the average w (Richardson et al. 2021, section 3.1).
 
-GradualStyleEncoder                      feature pyramid, one small network per code           -> [N, L, 512]
-BackboneEncoderUsingLastLayerIntoW       one code from the last feature map, for all layers    -> [N, 512]
-BackboneEncoderUsingLastLayerIntoWPlus   all codes from the last feature map                   -> [N, L, 512]
+GradualStyleEncoder                      feature pyramid, one small network per token          -> [N, L, 512]
+BackboneEncoderUsingLastLayerIntoW       one w from the last feature map, for all layers       -> [N, 512]
+BackboneEncoderUsingLastLayerIntoWPlus   all tokens from the last feature map                  -> [N, L, 512]
+Encoder4Editing                          the first with w_i = w_0 + delta_i (e4e)              -> [N, L, 512]
 
-Names of classes and tensors are those of eladrich/pixel2style2pixel. The number of codes follows from the generator, so
-that every size from 32 to 1024 works; `EncoderConfig.for_generator` chooses a narrower, shallower network on a smaller
-picture for generators below 256 px, where the published 256 px input would be an enlargement.
+Names of classes and tensors are those of eladrich/pixel2style2pixel and omertov/encoder4editing (the last, which has
+the tensors of the first). With `input_nc` 6 an encoder sees its own reconstruction beside the image (ReStyle; see
+pSp/psp.py). The number of tokens follows from the generator, so that every size from 32 to 1024 works;
+`EncoderConfig.for_generator` chooses a narrower, shallower network on a smaller image for generators below 256 px,
+which the published 256 px input would enlarge.
 
     encoder = build_encoder(EncoderConfig.for_generator(generator.config))
-    offsets = encoder(images)                                    # add generator.mean_latent() for codes
+    offsets = encoder(images)                                    # add generator.mean_latent() for w
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoint import CheckpointError
+from common.checkpoint import CheckpointError, load_strictly
+from common.cli import UserError
+from common.weights import find
 from layers import EqualLinear
-from perceptual.arcface import DEPTHS, MODES, STRIDES, build_body, input_layer
+from perceptual.arcface import DEPTHS, MODES, STRIDES, arcface_state, build_body, input_layer
 
-GRADUAL, INTO_W, INTO_W_PLUS = (
-    "GradualStyleEncoder",
-    "BackboneEncoderUsingLastLayerIntoW",
-    "BackboneEncoderUsingLastLayerIntoWPlus",
-)
+GRADUAL, E4E = "GradualStyleEncoder", "Encoder4Editing"
+INTO_W, INTO_W_PLUS = "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus"
 PUBLISHED_INPUT = 256  # pixels
-COARSE, MIDDLE = 3, 7  # codes below 3 come from the coarsest tap, below 7 from the middle, the rest from the finest
+COARSE, MIDDLE = 3, 7  # tokens below 3 come from the coarsest tap, below 7 from the middle, the rest from the finest
 POOL = 7  # the side to which IntoWPlus pools its last map
 
 
@@ -40,10 +43,10 @@ class EncoderConfig:
     """All that is needed to rebuild an encoder. Raises ValueError for what cannot be built."""
 
     encoder_type: str = GRADUAL
-    n_styles: int = 14  # codes per image, L of the generator
+    n_styles: int = 14  # tokens per image, L of the generator
     style_dim: int = 512
     input_size: int = PUBLISHED_INPUT  # pixels, a power of two
-    input_nc: int = 3
+    input_nc: int = 3  # 6: image and reconstruction (ReStyle)
     width: int = 64  # feature maps of the first stage; the others have 2, 4 and 8 times as many
     depth: int = 50
     mode: str = "ir_se"  # or ir: without squeeze and excitation
@@ -52,16 +55,17 @@ class EncoderConfig:
         for name, allowed in (("encoder_type", tuple(ENCODERS)), ("depth", tuple(DEPTHS)), ("mode", MODES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is one of {', '.join(map(str, allowed))}, not {getattr(self, name)}")
+        for name, most in (("n_styles", 32), ("style_dim", 4096), ("input_nc", 512), ("width", 512)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"the encoder's {name} is a number from 1 to {most}, not {value!r}")
         size = self.input_size
-        if size < 16 or size > 1024 or size & (size - 1):
+        if not isinstance(size, int) or size < 16 or size > 1024 or size & (size - 1):
             raise ValueError(f"the encoder's input_size is a power of two from 16 to 1024, not {size}")
-        for name in ("n_styles", "style_dim", "input_nc", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"the encoder's {name} must be positive, got {getattr(self, name)}")
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of the four stages. A small picture keeps its resolution in the first, or the taps would be 2 px small."""
+        """Strides of the four stages. A small image keeps its resolution in the first: else the taps have 2 px."""
         return STRIDES if self.input_size > 64 else (1, *STRIDES[1:])
 
     @property
@@ -81,7 +85,7 @@ class EncoderConfig:
         return tuple(self.input_size // math.prod(self.strides[: stage + 1]) for stage in (1, 2, 3))
 
     def tap_of(self, style: int) -> int:
-        """Which tap (0 fine, 1 middle, 2 coarse) code number `style` is computed from."""
+        """The tap (0 fine, 1 middle, 2 coarse) that token `style` is computed from."""
         return 2 if style < COARSE else 1 if style < MIDDLE else 0
 
     def to_dict(self) -> dict:
@@ -139,16 +143,16 @@ class Backbone(nn.Module):
         if images.shape[1:] != expected:
             raise ValueError(f"the encoder takes images [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
         x = self.input_layer(images.contiguous(memory_format=torch.channels_last))
-        found = []
+        taps = []
         for index, unit in enumerate(self.body):
             x = unit(x)
             if index in self.config.taps:
-                found.append(x)
-        return found
+                taps.append(x)
+        return taps
 
 
 class GradualStyleEncoder(Backbone):
-    """images [N, 3, S, S] in [-1, 1] -> codes [N, L, style_dim], each from the pyramid level of its resolution."""
+    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim], each token from the pyramid level of its resolution."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -168,12 +172,20 @@ class GradualStyleEncoder(Backbone):
         return torch.stack(codes, 1)  # [N, L, style_dim]
 
 
+class Encoder4Editing(GradualStyleEncoder):
+    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim]: w_0, and w_i = w_0 + delta_i (Tov et al. 2021, 4.1)."""
+
+    def forward(self, images):
+        first, deltas = super().forward(images).split((1, self.config.n_styles - 1), 1)
+        return torch.cat([first, first + deltas], 1)  # [N, L, style_dim]
+
+
 def enlarge(x, like):
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=True)
 
 
 class BackboneEncoderUsingLastLayerIntoW(Backbone):
-    """images [N, 3, S, S] in [-1, 1] -> one code [N, style_dim] for all layers (space W)."""
+    """images [N, 3, S, S] in [-1, 1] -> one w [N, style_dim] for all layers (space W)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -185,7 +197,7 @@ class BackboneEncoderUsingLastLayerIntoW(Backbone):
 
 
 class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
-    """images [N, 3, S, S] in [-1, 1] -> codes [N, L, style_dim] from the last feature map alone."""
+    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim] from the last feature map alone."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -202,6 +214,7 @@ class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
 
 ENCODERS = {
     GRADUAL: GradualStyleEncoder,
+    E4E: Encoder4Editing,
     INTO_W: BackboneEncoderUsingLastLayerIntoW,
     INTO_W_PLUS: BackboneEncoderUsingLastLayerIntoWPlus,
 }
@@ -212,25 +225,58 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     return ENCODERS[config.encoder_type](config)
 
 
-def infer_encoder_config(state: dict) -> EncoderConfig:
+def init_backbone(encoder: Backbone, init: str, weights_dir=None) -> str:
+    """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published; returns what was loaded.
+
+    init: auto (where the file is found and fits), none, or a file, which must fit (UserError, CheckpointError). Of six
+    input channels the first three get ArcFace's, as in ReStyle.
+    """
+    if init == "none":
+        return "random weights"
+    config = encoder.config
+    fits = (config.width, config.depth, config.mode) == (64, 50, "ir_se")
+    path = find("arcface_ir_se50", weights_dir) if init == "auto" else Path(init)
+    if init == "auto" and not (path and fits):
+        return f"random weights (IR-SE50 ArcFace {'has another shape' if path else 'is not here'})"
+    if not fits:
+        raise UserError(
+            f"--encoder_init {path} is an IR-SE50 of width 64, this encoder has the depth {config.depth}, "
+            f"the width {config.width} and the mode {config.mode}"
+        )
+    state = arcface_state(path)
+    if config.input_nc > 3:
+        rest = encoder.input_layer[0].weight[:, 3:].detach()
+        state["input_layer.0.weight"] = torch.cat([state["input_layer.0.weight"], rest], 1)
+    for name in ("input_layer", "body"):
+        tensors = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        load_strictly(getattr(encoder, name), tensors, path)
+    return str(path)
+
+
+def infer_encoder_config(state: dict, stated: str | None = None) -> EncoderConfig:
     """The config of an encoder from its tensors: those of a published checkpoint, which holds none, have 256 px input.
 
-    Raises CheckpointError when they are no pSp encoder's.
+    stated: the encoder_type in the file's opts, which alone tells Encoder4Editing from GradualStyleEncoder. Raises
+    CheckpointError when the tensors are no pSp encoder's, or not those of `stated`.
     """
+    if stated is not None and stated not in ENCODERS:
+        raise CheckpointError(f"it holds an encoder of type {stated!r}; supported are {', '.join(ENCODERS)}")
     try:
         width, input_nc = state["input_layer.0.weight"].shape[:2]
         n_units = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("body."))
         depth = next(depth for depth, units in DEPTHS.items() if sum(units) == n_units)
         mode = "ir_se" if "body.0.res_layer.5.fc1.weight" in state else "ir"
         if "styles.0.linear.weight" in state:
-            kind, style_dim = GRADUAL, state["styles.0.linear.weight"].shape[0]
+            kind, style_dim = E4E if stated == E4E else GRADUAL, state["styles.0.linear.weight"].shape[0]
             n_styles = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("styles."))
         elif "output_layer_2.3.weight" in state:
             kind, style_dim = INTO_W_PLUS, 512
             n_styles = state["linear.weight"].shape[0] // style_dim
         else:
             kind, style_dim, n_styles = INTO_W, state["linear.weight"].shape[0], 1
-    except (KeyError, StopIteration, ValueError, IndexError) as error:
+    except (KeyError, StopIteration, ValueError, IndexError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else "its layers are numbered or counted otherwise"
         raise CheckpointError(f"these tensors are no pSp encoder's: {what}") from None
+    if stated not in (None, kind):
+        raise CheckpointError(f"its opts say {stated}, but the tensors are those of {kind}")
     return EncoderConfig(kind, n_styles, style_dim, PUBLISHED_INPUT, input_nc, width, depth, mode)

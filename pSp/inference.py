@@ -112,7 +112,7 @@ def invert(
             where = [position for position, _, _ in block]
             original = normalise(torch.stack([image for _, image, _ in block]), device)  # [n, 3, S, S]
             source = shrink(original, factor)
-            codes = net.encode_images(net.fit(source), dtype)
+            codes = net.encode(net.fit(source), dtype)
             if mix is not None:
                 codes = torch.stack([mix(position, code) for position, code in zip(where, codes, strict=True)])
             output, _ = net.decoder(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)

@@ -1,11 +1,11 @@
-"""What a pSp encoder minimises (Richardson et al. 2021, arXiv 2008.00951, section 3.2).
+"""Losses of a pSp encoder (Richardson et al. 2021, arXiv 2008.00951, section 3.2).
 
     loss = l2 ||y - x||^2 + lpips LPIPS(y, x) + id (1 - cos(R(y), R(x))) + w_norm ||w - w_avg||
 
 and the same L2 and LPIPS on the inner face alone (the crops). A part whose weight is 0 loads nothing.
 
-    criterion = EncoderLoss(LossWeights(lpips=0.8, l2=1, id=0.1), "cpu", lpips_net="alex")
-    loss, parts = criterion(output, target, source, codes, latent_avg)
+    criterion = EncoderLoss(LossWeights(lpips=0.8, l2=1, id=0.1), "cpu")
+    loss, parts = criterion(output, target, source, w, latent_avg)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
+from common.weights import find
 from perceptual.identity import build_identity
 
 CROP = (35 / 256, 223 / 256, 32 / 256, 220 / 256)  # top, bottom, left, right of the inner face in an FFHQ crop
@@ -46,7 +47,7 @@ def flag(name: str) -> str:
 
 
 def crop(images):
-    """The inner face [35:223, 32:220] of a 256 px picture, in proportion for other sizes."""
+    """The inner face [35:223, 32:220] of a 256 px image, in proportion for other sizes."""
     side = images.shape[-1]
     top, bottom, left, right = (round(edge * side) for edge in CROP)
     return images[..., top:bottom, left:right]
@@ -60,7 +61,7 @@ class EncoderLoss:
         weights: LossWeights,
         device="cpu",
         *,
-        lpips_net: str = "alex",
+        lpips_net: str = "auto",
         id_net: str = "auto",
         weights_dir=None,
         start_from_latent_avg: bool = True,
@@ -70,12 +71,12 @@ class EncoderLoss:
         if weights.lpips or weights.lpips_crop:
             from perceptual.lpips import build_perceptual  # with lpips and torchvision: only where it is used
 
+            if lpips_net == "auto" and find("alexnet", weights_dir):
+                lpips_net = "alex"  # as published
             try:
                 self.perceptual = build_perceptual(lpips_net, device, weights_dir)
             except FileNotFoundError as error:
-                raise FileNotFoundError(
-                    f"{error}; --lpips_net auto takes a backbone that is here, --lpips_lambda 0 trains without"
-                ) from None
+                raise FileNotFoundError(f"{error}; --lpips_net auto takes the best distance that is here") from None
         if weights.id:
             self.identity = build_identity(id_net, device, weights_dir)
 
@@ -86,10 +87,10 @@ class EncoderLoss:
         networks = [network.name for network in (self.perceptual, self.identity) if network is not None]
         return ", ".join(used) + (f" ({', '.join(networks)})" if networks else "")
 
-    def __call__(self, output, target, source, codes, latent_avg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, output, target, source, w, latent_avg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss, and its parts detached under the published names (loss_l2, loss_lpips, loss_id, id_improve, ..., loss).
 
-        output, target, source: [N, 3, H, H] in [-1, 1]; codes [N, L, D]; latent_avg [1, L, D]. Means over the batch.
+        output, target, source: [N, 3, H, H] in [-1, 1]; w [N, L, D]; latent_avg [1, L, D]. Means over the batch.
         """
         weights = self.weights
         parts: dict[str, torch.Tensor] = {}
@@ -105,7 +106,7 @@ class EncoderLoss:
                     parts[f"loss_{name}{suffix}"] = value
                     total = total + weight * value
         if weights.w_norm:
-            offset = codes - latent_avg if self.start_from_latent_avg else codes
+            offset = w - latent_avg if self.start_from_latent_avg else w
             parts["loss_w_norm"] = offset.flatten(1).norm(dim=1).mean()
             total = total + weights.w_norm * parts["loss_w_norm"]
         parts["loss"] = total
@@ -113,7 +114,7 @@ class EncoderLoss:
 
     def identity_loss(self, output, target, source):
         """1 - cosine similarity of output and target; and by how much the output is more alike than the source is."""
-        wanted = self.identity.embed(target).detach()
-        similarity = (self.identity.embed(output) * wanted).sum(1)
-        before = 1.0 if source is target else (self.identity.embed(source).detach() * wanted).sum(1)
+        reference = self.identity.embed(target).detach()
+        similarity = (self.identity.embed(output) * reference).sum(1)
+        before = 1.0 if source is target else (self.identity.embed(source).detach() * reference).sum(1)
         return (1 - similarity).mean(), (similarity.detach() - before).mean()

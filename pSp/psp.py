@@ -1,12 +1,15 @@
-"""The pSp network: an encoder that gives codes for the generator it carries, and the file that holds both.
+"""The pSp network: an encoder that gives w for the generator it carries, and the file that holds both.
 
     net = load_psp("checkpoints/best_model.pt", "cpu")
-    images, codes = net(net.fit(photos), randomize_noise=False)     # [N, 3, S, S], [N, L, 512]
+    images, w = net(net.fit(photos), randomize_noise=False)     # [N, 3, S, S], [N, L, 512]
+
+An encoder of six input channels refines its answer in the manner of ReStyle (Alaluf et al. 2021, arXiv 2104.02699,
+equations 1 and 2): it sees image and reconstruction, at first that of the average w, and w_t+1 = w_t + E(x, y_t).
 
 The published checkpoint, {"state_dict": encoder.* and decoder.*, "latent_avg", "opts"}, is what is written, with the
-configs of both networks, the step and the training state beside it; files of eladrich/pixel2style2pixel and of
-TransStyleGAN are read, their architecture from their tensors. An exported encoder (.safetensors) is the encoder alone,
-in half precision, and names the generator that it was trained for.
+configs of both networks, the step and the training state beside it; files of eladrich/pixel2style2pixel, ReStyle, e4e
+and TransStyleGAN are read, their architecture from their tensors and opts. An exported encoder (.safetensors) is the
+encoder alone, in half precision, and names the generator that it was trained for.
 """
 
 from __future__ import annotations
@@ -28,16 +31,26 @@ from common.checkpoint import (
 from model import Generator, GeneratorConfig, infer_config, load_generator
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
 
+RESTYLE_PASSES = 5  # as published
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)  # what building from a wrong file raises
+
 
 class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpoint
-    """encoder(images) + latent_avg -> codes -> decoder. `space` is w++ with a W++ generator, else w or w+.
+    """encoder(images) + latent_avg -> w -> decoder. `space` is w++ with a W++ generator, else w or w+.
 
-    latent_avg: [1, L, D], the generator's mean code per token. Raises ValueError for an encoder and a generator that do
-    not fit, or a W encoder on a W++ generator, whose codes differ from token to token by construction.
+    latent_avg: [1, L, D], the generator's mean w per token. n_iters: passes of an encoder of six channels; others have
+    one. Raises ValueError for an encoder and a generator that do not fit, or a W encoder on a W++ generator, whose w
+    differs from token to token by construction.
     """
 
     def __init__(
-        self, config: EncoderConfig, decoder: Generator, latent_avg: torch.Tensor, *, start_from_latent_avg: bool = True
+        self,
+        config: EncoderConfig,
+        decoder: Generator,
+        latent_avg: torch.Tensor,
+        *,
+        start_from_latent_avg: bool = True,
+        n_iters: int = RESTYLE_PASSES,
     ):
         super().__init__()
         generator = decoder.config
@@ -54,7 +67,11 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
             )
         if generator.condition_dim:
             raise ValueError("pSp inverts into an unconditional generator, this one is conditional")
-        self.config, self.start_from_latent_avg = config, start_from_latent_avg
+        self.refines = config.input_nc == 6
+        if not isinstance(n_iters, int) or not 1 <= n_iters <= 100:
+            raise ValueError(f"--n_iters_per_batch is a number of passes from 1 to 100, not {n_iters!r}")
+        self.n_iters = n_iters if self.refines else 1
+        self.config, self.start_from_latent_avg = config, start_from_latent_avg or self.refines
         self.encoder, self.decoder = build_encoder(config), decoder
         self.register_buffer("latent_avg", shape_average(latent_avg, generator), persistent=False)
         self.step = 0  # of the training it comes from
@@ -70,55 +87,70 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
 
     @property
     def description(self) -> str:
-        config = self.config
+        config, passes = self.config, f", {self.n_iters} passes" if self.refines else ""
         return (
-            f"{config.encoder_type} (depth {config.depth}, width {config.width}, {config.input_size} px) into "
+            f"{config.encoder_type} (depth {config.depth}, width {config.width}, {config.input_size} px{passes}) into "
             f"{self.space} of a {self.decoder.config.size} px generator"
         )
 
     def fit(self, images):
-        """Images [N, C, H, H] of any size -> the encoder's input size, shrunk by area or enlarged bilinearly."""
-        return resize_square(images, self.config.input_size)
+        """Square images [N, C, H, H] of any size -> the encoder's input size, bilinear, antialiased where they shrink.
+
+        The filter of upstream's Resize((256, 256)) on a PIL image, up to its rounding to 8 bits.
+        """
+        size = self.config.input_size
+        if images.shape[-1] == size:
+            return images
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
 
     def face_pool(self, images):
         """Output of the generator -> [N, 3, image_size, image_size], shrunk by area (256 from 512 and 1024)."""
-        return resize_square(images, self.image_size)
+        return F.adaptive_avg_pool2d(images, self.image_size) if images.shape[-1] > self.image_size else images
 
-    def encode(self, images) -> torch.Tensor:
-        """Images [N, 3, input_size, input_size] in [-1, 1] -> codes [N, L, D] of the generator."""
-        codes = self.encoder(images).float()
+    def render(self, w, *, randomize_noise: bool = False, dtype: torch.dtype | None = None):
+        """w [N, L, D] -> images [N, 3, size, size] of the generator, its convolutions in `dtype`."""
+        return self.decoder(w, input_is_latent=True, randomize_noise=randomize_noise, dtype=dtype)[0]
+
+    def encode_once(self, images, w=None, previous=None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One pass: images [N, 3, input_size, input_size] in [-1, 1] -> w [N, L, D].
+
+        w, previous: of the pass before and its reconstruction at the encoder's input size, for an encoder of six
+        channels; None: the average. dtype: of the convolutions (autocast), None or float32 for none.
+        """
+        if self.refines:
+            if previous is None:
+                with torch.no_grad():
+                    previous = self.fit(self.face_pool(self.render(self.latent_avg))).expand_as(images)
+            images = torch.cat([images, previous], 1)  # [N, 6, input_size, input_size]
+        half = dtype not in (None, torch.float32)
+        with torch.autocast(images.device.type, dtype if half else None, enabled=half):
+            offsets = self.encoder(images)
+        offsets = offsets.float()
         if self.learn_in_w:
-            codes = codes[:, None].expand(-1, self.decoder.config.n_tokens, -1)
-        return codes + self.latent_avg if self.start_from_latent_avg else codes
+            offsets = offsets[:, None].expand(-1, self.decoder.config.n_tokens, -1)  # [N, L, D]
+        if w is not None:
+            return w + offsets
+        return offsets + self.latent_avg if self.start_from_latent_avg else offsets
 
-    def encode_images(self, images, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`encode`, its convolutions in `dtype` (autocast) unless that is None or float32; codes in float32."""
-        if dtype in (None, torch.float32):
-            return self.encode(images)
-        with torch.autocast(images.device.type, dtype):
-            return self.encode(images)
+    def encode(self, images, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Images [N, 3, input_size, input_size] in [-1, 1] -> w [N, L, D] of the generator, after all passes."""
+        w = self.encode_once(images, dtype=dtype)
+        for _ in range(self.n_iters - 1):
+            previous = self.fit(self.face_pool(self.render(w, dtype=dtype)))
+            w = self.encode_once(images, w, previous, dtype)
+        return w
 
     def forward(self, images, *, resize: bool = True, randomize_noise: bool = True, dtype: torch.dtype | None = None):
-        """Reconstructions [N, 3, image_size | size, ...] (`resize`: face_pool) and their codes [N, L, D].
-
-        dtype: of the convolutions.
-        """
-        codes = self.encode_images(images, dtype)
-        output, _ = self.decoder(codes, input_is_latent=True, randomize_noise=randomize_noise, dtype=dtype)
-        return (self.face_pool(output) if resize else output), codes
-
-
-def resize_square(images, size: int):
-    """Square images to size x size: by area when they shrink, bilinearly when they grow, as they are when they fit."""
-    if images.shape[-1] == size:
-        return images
-    if images.shape[-1] > size:
-        return F.adaptive_avg_pool2d(images, size)
-    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+        """Reconstructions [N, 3, image_size | size, ...] (`resize`: face_pool) and their w [N, L, D]."""
+        w = self.encode(images, dtype)
+        output = self.render(w, randomize_noise=randomize_noise, dtype=dtype)
+        return (self.face_pool(output) if resize else output), w
 
 
 def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Tensor:
-    """An average code as any of the published tools stores it, [D], [1, D], [L, D] or [1, L, D], as [1, L, D]."""
+    """An average w as any of the published tools stores it, [D], [1, D], [L, D] or [1, L, D], as [1, L, D]."""
+    if not isinstance(latent_avg, torch.Tensor):
+        raise ValueError(f"latent_avg is a {type(latent_avg).__name__}, expected a tensor")
     shape = list(latent_avg.shape)
     if latent_avg.ndim == 3 and shape[0] == 1:
         latent_avg = latent_avg[0]
@@ -136,7 +168,7 @@ def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Te
 
 
 def psp_state(net: pSp, opts: dict) -> dict:
-    """What a checkpoint needs to rebuild `net`, under the published keys; the trainer adds its own state."""
+    """The entries that rebuild `net`, under the published keys; the coach adds its own state."""
     return {
         "state_dict": net.state_dict(),
         "latent_avg": net.latent_avg,
@@ -146,6 +178,8 @@ def psp_state(net: pSp, opts: dict) -> dict:
             "encoder_type": net.config.encoder_type,
             "start_from_latent_avg": net.start_from_latent_avg,
             "learn_in_w": net.learn_in_w,
+            "input_nc": net.config.input_nc,
+            "n_iters_per_batch": net.n_iters,
         },
         "encoder_config": net.config.to_dict(),
         "config": net.decoder.config.to_dict(),
@@ -177,22 +211,23 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
         if "encoder_config" in checkpoint:
             config = EncoderConfig.from_dict(checkpoint["encoder_config"])
         else:
-            config = infer_encoder_config(encoder)
+            config = infer_encoder_config(encoder, opts.get("encoder_type"))
             if config.encoder_type == INTO_W:
                 config = EncoderConfig.from_dict(config.to_dict() | {"n_styles": generator.config.n_tokens})
-        average = checkpoint.get("latent_avg")
-        if average is None and opts.get("start_from_latent_avg"):
+        average, from_average = checkpoint.get("latent_avg"), bool(opts.get("start_from_latent_avg"))
+        if average is None and (from_average or config.input_nc == 6):
             raise CheckpointError("it was trained with --start_from_latent_avg but lacks latent_avg")
         if average is None:
             average = torch.zeros(1, generator.config.style_dim)
-        net = pSp(config, generator, average, start_from_latent_avg=bool(opts.get("start_from_latent_avg")))
-    except ValueError as error:
+        n_iters = opts.get("n_iters_per_batch", RESTYLE_PASSES)
+        net = pSp(config, generator, average, start_from_latent_avg=from_average, n_iters=n_iters)
+        net.step = int(checkpoint.get("step", 0))
+    except MALFORMED as error:
         raise CheckpointError(f"{path}: {error}") from None
     decoder.setdefault("token", torch.eye(generator.config.n_tokens))  # absent from eladrich's files
     load_strictly(net.decoder, decoder, f"{path} (decoder)")
     load_strictly(net.encoder, encoder, f"{path} (encoder)")
     net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
-    net.step = int(checkpoint.get("step", 0))
     return net.eval().requires_grad_(False)
 
 
@@ -226,6 +261,7 @@ def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
         {
             "encoder_config": net.config.to_dict(),
             "start_from_latent_avg": net.start_from_latent_avg,
+            "n_iters": net.n_iters,
             "generator": generator,
             "fingerprint": net.decoder.fingerprint,
             "step": net.step,
@@ -234,33 +270,35 @@ def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
 
 
 def load_exported(path: Path, generator: Generator | None = None) -> pSp:
-    """What export_encoder wrote, with its generator. Raises as load_psp does."""
-    tensors, about = load_safetensors(path)
-    missing = [name for name in ("encoder_config", "generator", "fingerprint") if name not in about]
+    """Read the file of export_encoder, with its generator. Raises as load_psp does."""
+    tensors, header = load_safetensors(path)
+    missing = [name for name in ("encoder_config", "generator", "fingerprint") if name not in header]
     if missing or "latent_avg" not in tensors:
         raise CheckpointError(f"{path} is no exported pSp encoder: it has no {(missing or ['latent_avg'])[0]}")
     if generator is None:
-        beside = path.parent / Path(about["generator"]).name
+        beside = path.parent / Path(str(header["generator"])).name
         if not beside.is_file():
             raise FileNotFoundError(
-                f"{path} is an encoder for the generator {beside.name} ({about['fingerprint']}), which is not beside it"
+                f"{path} is an encoder for the generator {beside.name} ({header['fingerprint']}), which is not beside "
+                "it: name it with --stylegan_weights"
             )
         generator = load_generator(beside)
-    if generator.fingerprint != about["fingerprint"]:
+    if generator.fingerprint != header["fingerprint"]:
         raise CheckpointError(
-            f"{path} is an encoder for the generator {about['fingerprint']} ({about['generator']}), "
+            f"{path} is an encoder for the generator {header['fingerprint']} ({header['generator']}), "
             f"this one is {generator.fingerprint}"
         )
     try:
         net = pSp(
-            EncoderConfig.from_dict(about["encoder_config"]),
+            EncoderConfig.from_dict(header["encoder_config"]),
             generator,
             tensors.pop("latent_avg"),
-            start_from_latent_avg=bool(about.get("start_from_latent_avg")),
+            start_from_latent_avg=bool(header.get("start_from_latent_avg")),
+            n_iters=header.get("n_iters", 1),
         )
-    except ValueError as error:
+        net.step = int(header.get("step", 0))
+    except MALFORMED as error:
         raise CheckpointError(f"{path}: {error}") from None
     state = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     load_strictly(net.encoder, part(state, "encoder"), path)
-    net.step = int(about.get("step", 0))
     return net.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model import Generator, GeneratorConfig
-from pSp.encoders import GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
+from pSp.encoders import E4E, GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
 from pSp.psp import pSp
 
 # sha256 over "name:shape" of every tensor, sorted, of eladrich/pixel2style2pixel at commit 5cfff38 (its own classes,
@@ -16,6 +16,7 @@ UPSTREAM = {
     INTO_W: (18, 387, "b0c43296d9c29127137a94d0c96872a1"),
     INTO_W_PLUS: (14, 394, "1775a0954e296ab664af1a0930fc7fba"),
 }
+UPSTREAM[E4E] = UPSTREAM[GRADUAL]  # omertov/encoder4editing: the same tensors
 UPSTREAM_ARCFACE = (397, "0924528f7e8ffaf24bffd496ec78af4e")
 LIGHT = {"width": 2, "depth": 18}
 
@@ -31,10 +32,10 @@ def tiny_generator(**options) -> Generator:
     return Generator(config).eval().requires_grad_(False)
 
 
-def tiny_net(encoder_type=GRADUAL, generator=None, **options) -> pSp:
+def tiny_net(encoder_type=GRADUAL, generator=None, *, input_nc=3, **options) -> pSp:
     generator = generator or tiny_generator(w_space=encoder_type == INTO_W)
     torch.manual_seed(2)
-    config = EncoderConfig.for_generator(generator.config, encoder_type=encoder_type, **LIGHT)
+    config = EncoderConfig.for_generator(generator.config, encoder_type=encoder_type, input_nc=input_nc, **LIGHT)
     return pSp(config, generator, generator.mean_latent(50), **options)
 
 

@@ -1,6 +1,7 @@
 """The pSp encoders: names, shapes, the config from the tensors, refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from psp_networks import LIGHT, UPSTREAM, UPSTREAM_ARCFACE, digest, tiny_generat
 from common.checkpoint import CheckpointError, save_checkpoint
 from model import GeneratorConfig
 from perceptual.arcface import ArcFace, Unit, arcface_state
-from pSp.encoders import ENCODERS, INTO_W, EncoderConfig, build_encoder, infer_encoder_config
+from pSp.encoders import E4E, ENCODERS, GRADUAL, INTO_W, EncoderConfig, build_encoder, infer_encoder_config
 
 # -- encoders ------------------------------------------------------------------------------------------------------
 
@@ -69,7 +70,15 @@ def test_encoder_refuses_another_size_in_words():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"depth": 34}, {"mode": "se"}, {"input_size": 100}, {"width": 0}, {"encoder_type": "Encoder4Editing"}]
+    "wrong",
+    [
+        {"depth": 34},
+        {"mode": "se"},
+        {"input_size": 100},
+        {"width": 0},
+        {"width": 10**9},
+        {"encoder_type": "BackboneEncoder"},
+    ],
 )
 def test_impossible_configs_are_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
@@ -82,7 +91,31 @@ def test_config_is_inferred_from_published_tensors(kind, mode):
     n_styles = 1 if kind == INTO_W else 18
     config = EncoderConfig(kind, n_styles, width=4, depth=50, mode=mode)
     with torch.device("meta"):
-        assert infer_encoder_config(build_encoder(config).state_dict()) == config
+        assert infer_encoder_config(build_encoder(config).state_dict(), kind) == config
+
+
+def test_the_stated_type_decides_and_must_fit():
+    """e4e's tensors are named as GradualStyleEncoder's: only the file's opts tell them apart."""
+    with torch.device("meta"):
+        state = build_encoder(EncoderConfig(width=4)).state_dict()
+    assert infer_encoder_config(state).encoder_type == GRADUAL
+    assert infer_encoder_config(state, E4E).encoder_type == E4E
+    with pytest.raises(CheckpointError, match="its opts say BackboneEncoderUsingLastLayerIntoW, but.*GradualStyle"):
+        infer_encoder_config(state, INTO_W)
+    with pytest.raises(CheckpointError, match="type 'BackboneEncoder'; supported are GradualStyleEncoder"):
+        infer_encoder_config(state, "BackboneEncoder")  # ReStyle's, which has the same names but for two
+
+
+def test_e4e_adds_the_first_token_to_the_others():
+    config = EncoderConfig(E4E, 8, 32, 32, width=2, depth=18)
+    e4e = build_encoder(config).eval()
+    gradual = build_encoder(replace(config, encoder_type=GRADUAL)).eval()
+    gradual.load_state_dict(e4e.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    w, offsets = e4e(images), gradual(images)
+    assert torch.equal(w[:, 0], offsets[:, 0])
+    for i in range(1, 8):  # w_i = w_0 + delta_i
+        torch.testing.assert_close(w[:, i], offsets[:, 0] + offsets[:, i])
 
 
 def test_other_tensors_are_no_encoder():

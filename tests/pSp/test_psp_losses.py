@@ -30,8 +30,8 @@ def test_a_lambda_of_zero_loads_nothing(monkeypatch):
 
 def test_absent_backbone_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("common.weights.find", lambda *_: None)
-    with pytest.raises(FileNotFoundError, match="alexnet.*--lpips_net auto.*--lpips_lambda 0"):
-        EncoderLoss(LossWeights(id=0), weights_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="alexnet.*--lpips_net auto"):
+        EncoderLoss(LossWeights(id=0), lpips_net="alex", weights_dir=tmp_path)
 
 
 def test_parts_of_the_loss(fake_networks):
@@ -138,6 +138,8 @@ def test_where_paths_come_from(monkeypatch, tmp_path):
     assert data_configs.training_path(None, "ffhq_encode") == "from the environment"
     assert data_configs.training_path("flag", "ffhq_encode") == "flag"
     monkeypatch.delenv("WPP_STYLEGAN", raising=False)
+    assert data_configs.generator_path(None, tmp_path) == data_configs.BUNDLED_GENERATOR
+    monkeypatch.setattr(data_configs, "BUNDLED_GENERATOR", tmp_path / "absent.safetensors")
     with pytest.raises(UserError, match="--stylegan_weights.*generator.safetensors"):
         data_configs.generator_path(None, tmp_path)
     (tmp_path / "generator.pt").touch()

@@ -1,12 +1,14 @@
 """The network around the encoder: spaces, average code, files."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from psp_networks import LIGHT, tiny_generator, tiny_net
 
 from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
-from pSp.encoders import GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
+from pSp.encoders import E4E, GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
 from pSp.psp import export_encoder, load_psp, pSp, psp_state
 
 # -- the network around ---------------------------------------------------------------------------------------------
@@ -87,6 +89,104 @@ def test_published_checkpoints_are_read(tmp_path, w_space):
     save_checkpoint(tmp_path / "no_average.pt", {"state_dict": state, "opts": opts})
     with pytest.raises(CheckpointError, match="no_average.pt.*lacks latent_avg"):
         load_psp(tmp_path / "no_average.pt")
+
+
+def test_e4e_files_are_read_as_such(tmp_path):
+    """omertov's: the tensors of a GradualStyleEncoder, told by opts alone."""
+    generator = tiny_generator(w_space=True)
+    net = pSp(EncoderConfig(E4E, 8, 32, 256, **LIGHT), generator, generator.mean_latent(10)).eval()
+    opts = {"stylegan_size": 32, "start_from_latent_avg": True, "encoder_type": E4E}
+    file = {"state_dict": net.state_dict(), "opts": opts, "latent_avg": net.latent_avg[0]}
+    save_checkpoint(tmp_path / "e4e.pt", file)
+    images = torch.randn(1, 3, 256, 256)
+    with torch.no_grad():
+        assert torch.equal(load_psp(tmp_path / "e4e.pt").encode(images), net.encode(images))
+        save_checkpoint(tmp_path / "psp.pt", file | {"opts": opts | {"encoder_type": GRADUAL}})
+        assert not torch.allclose(load_psp(tmp_path / "psp.pt").encode(images), net.encode(images), atol=0.01)
+    save_checkpoint(tmp_path / "other.pt", file | {"opts": opts | {"encoder_type": "ResNetBackboneEncoder"}})
+    with pytest.raises(CheckpointError, match="other.pt: .*type 'ResNetBackboneEncoder'; supported are"):
+        load_psp(tmp_path / "other.pt")
+
+
+def test_fit_is_upstreams_resize():
+    """transforms.Resize((256, 256)) of a PIL image: bilinear with antialiasing, which rounds to 8 bits."""
+    net = pSp(EncoderConfig(GRADUAL, 8, 32, 256, **LIGHT), tiny_generator(), torch.zeros(1, 32))
+    pixels = np.random.RandomState(0).randint(0, 256, (300, 300, 3), np.uint8)
+    pixels = np.asarray(Image.fromarray(pixels).resize((1024, 1024), Image.Resampling.BICUBIC))
+    published = np.asarray(Image.fromarray(pixels).resize((256, 256), Image.Resampling.BILINEAR), np.float32)
+    ours = net.fit(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    assert (ours - (torch.from_numpy(published).permute(2, 0, 1)[None] / 127.5 - 1)).abs().max() < 1.05 / 127.5
+
+
+# -- iterative refinement -----------------------------------------------------------------------------------------
+
+
+def test_each_pass_sees_the_reconstruction_of_the_one_before():
+    net = tiny_net(input_nc=6, n_iters=3, start_from_latent_avg=False).eval()
+    assert net.start_from_latent_avg and "3 passes" in net.description
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        w = net.latent_avg.expand(2, -1, -1)
+        for _ in range(3):  # w <- w + E(x, G(w)), from the average w
+            seen = net.decoder(w, input_is_latent=True, randomize_noise=False)[0]
+            w = w + net.encoder(torch.cat([images, seen], 1))
+        torch.testing.assert_close(net.encode(images), w)
+        net.n_iters = 1
+        assert not torch.allclose(net.encode(images), w)
+    assert tiny_net(n_iters=3).n_iters == 1  # an encoder that sees the image alone has nothing to refine
+
+
+def test_refining_encoders_round_trip(tmp_path):
+    net = tiny_net(input_nc=6, n_iters=4).eval()
+    net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    save_checkpoint(tmp_path / "a.pt", psp_state(net, {}))
+    save_safetensors(tmp_path / "g.safetensors", net.decoder.state_dict(), {"config": net.decoder.config.to_dict()})
+    export_encoder(net, tmp_path / "a.safetensors", "g.safetensors")
+    with torch.no_grad():
+        expected = net.encode(images)
+        assert load_psp(tmp_path / "a.pt").n_iters == 4
+        assert torch.equal(load_psp(tmp_path / "a.pt").encode(images), expected)
+        torch.testing.assert_close(load_psp(tmp_path / "a.safetensors").encode(images), expected, atol=0.02, rtol=0.02)
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("encoder_config", [1]),
+        ("encoder_config", {"width": 10**12}),
+        ("config", {"size": "large"}),
+        ("config", 7),
+        ("latent_avg", "none"),
+        ("latent_avg", torch.zeros(3, 3)),
+        ("step", "many"),
+        ("opts", {"n_iters_per_batch": "x"}),
+        ("state_dict", {"encoder.a": torch.zeros(1)}),
+    ],
+)
+def test_entries_that_are_something_else_are_one_sentence(tmp_path, entry, value):
+    state = psp_state(tiny_net(input_nc=6), {}) | {entry: value}
+    save_checkpoint(tmp_path / "x.pt", state)
+    with pytest.raises(CheckpointError, match="x.pt"):
+        load_psp(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_torn_files_are_one_sentence(tmp_path, name):
+    net = tiny_net().eval()
+    net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
+    if name == "x.pt":
+        save_checkpoint(tmp_path / name, psp_state(net, {}))
+    else:
+        export_encoder(net, tmp_path / name, "g.safetensors")
+    whole = (tmp_path / name).read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:9], b"garbage" * 99, b"\0" * 4096):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=name):
+            load_psp(tmp_path / name)
 
 
 def test_files_that_are_no_encoders(tmp_path):

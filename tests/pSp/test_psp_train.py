@@ -23,13 +23,13 @@ from common.latents import load_latents
 from common.runs import read_log
 from model import Generator, GeneratorConfig, load_generator
 from perceptual.image_metrics import read_measures
+from pSp.coach import Coach, TrainSettings
 from pSp.inference import retrieval
 from pSp.losses import EncoderLoss, LossWeights
 from pSp.psp import export_encoder, load_psp
 from pSp.scripts import export as export_script
 from pSp.scripts import inference as inference_script
 from pSp.scripts import train as train_script
-from pSp.trainer import EncoderSettings, EncoderTrainer
 
 # The commands of the published README, word for word (E, C and I are filled in)
 TRAIN = """--dataset_type ffhq_encode --exp_dir E --workers 8 --batch_size 8 --test_batch_size 8 --test_workers 8
@@ -118,10 +118,10 @@ def test_gradients_reach_the_encoder_and_a_decoder_only_on_request(train_decoder
     net = tiny_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     criterion = EncoderLoss(LossWeights(lpips=0, id=0))
-    settings = EncoderSettings(batch_size=4, learning_rate=0.01, optim_name="adam", train_decoder=train_decoder)
-    trainer = EncoderTrainer(net, criterion, settings, setup("cpu"))
+    settings = TrainSettings(batch_size=4, learning_rate=0.01, optim_name="adam", train_decoder=train_decoder)
+    coach = Coach(net, criterion, settings, setup("cpu"))
     for _ in range(2):
-        trainer.train_step(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
+        coach.train_step(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
     moved = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     weights = {f"encoder.{name}" for name, _ in net.encoder.named_parameters()}
     assert weights <= moved
@@ -134,10 +134,10 @@ def test_gradients_reach_the_encoder_and_a_decoder_only_on_request(train_decoder
 def test_steps_do_not_depend_on_the_global_random_state():
     losses = []
     for seed in (1, 2):
-        trainer = EncoderTrainer(tiny_net(), EncoderLoss(LossWeights(lpips=0, id=0)), EncoderSettings(), setup("cpu"))
+        coach = Coach(tiny_net(), EncoderLoss(LossWeights(lpips=0, id=0)), TrainSettings(), setup("cpu"))
         torch.manual_seed(seed)
-        trainer.train_step(torch.arange(4 * 3 * 32 * 32, dtype=torch.uint8).view(4, 3, 32, 32))
-        losses.append(trainer.read_metrics()["loss"])
+        coach.train_step(torch.arange(4 * 3 * 32 * 32, dtype=torch.uint8).view(4, 3, 32, 32))
+        losses.append(coach.read_metrics()["loss"])
     assert losses[0] == losses[1]
 
 
@@ -196,6 +196,50 @@ def test_resuming_is_exact(trained, generators, face_folder, tmp_path):
         if line["group"] != "Speed"
     ]
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+
+def test_resuming_keeps_the_options_and_a_finished_run_is_left_alone(trained, face_folder, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert train("--exp_dir", folder, "--resume", "auto", "--device", "cpu") == 0
+    assert "step 4 of 4, nothing was left to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    more = ("--resume", "auto", "--max_steps", 5, "--workers", 0, "--test_workers", 0, "--device", "cpu")
+    assert train("--exp_dir", folder, *more) == 0  # data, losses, batch and intervals as they were
+    assert "--max_steps 5 (was 4)" in capsys.readouterr().out
+    opts = load_checkpoint(folder / "checkpoints" / "iteration_5.pt")["opts"]
+    assert opts["lpips_lambda"] == 0 and opts["batch_size"] == 3 and opts["train_path"] == str(face_folder)
+
+
+def test_a_refining_encoder_is_trained_and_used(generators, face_folder, tmp_path, capsys):
+    flags = ("--exp_dir", tmp_path, "--stylegan_weights", generators["w++"], "--train_path", face_folder)
+    assert train(*flags, *SMALL, *PLAIN, "--n_iters_per_batch", 3, "--max_steps", 2) == 0
+    assert "3 passes" in capsys.readouterr().out
+    net = load_psp(tmp_path / "checkpoints" / "iteration_2.pt")
+    assert net.config.input_nc == 6 and net.n_iters == 3
+    assert train("--exp_dir", tmp_path, "--resume", "auto", "--max_steps", 3, "--workers", 0, "--device", "cpu") == 0
+    assert load_psp(tmp_path / "checkpoints" / "iteration_3.pt").n_iters == 3
+    assert infer("--exp_dir", tmp_path, "--data_path", face_folder, "--n_images", 2, "--test_workers", 0) == 0
+    assert load_latents(tmp_path).latents.shape == (2, 8, 32)
+
+
+def test_passes_add_their_gradients_and_are_data_to_each_other():
+    """Gradient of a step = sum over passes of the gradient of each pass's loss with the one before held fixed."""
+    net = tiny_net(input_nc=6, n_iters=2)
+    coach = Coach(net, EncoderLoss(LossWeights(lpips=0, id=0)), TrainSettings(), setup("cpu"))
+    net.eval()  # running statistics: the passes are comparable one by one
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    for loss, _ in coach.passes(images, images, randomize_noise=False):
+        loss.backward()
+    ours = net.encoder.input_layer[0].weight.grad.clone()
+    net.zero_grad()
+    seen = net.render(net.latent_avg).expand_as(images)
+    first = net.encoder(torch.cat([images, seen], 1)) + net.latent_avg
+    output = net.render(first)
+    second = net.encoder(torch.cat([images, output.detach()], 1)) + first.detach()
+    (F.mse_loss(output, images) + F.mse_loss(net.render(second), images)).backward()
+    torch.testing.assert_close(ours, net.encoder.input_layer[0].weight.grad, atol=1e-6, rtol=1e-4)
 
 
 def assert_same(a, b, name="state"):
@@ -316,7 +360,6 @@ def test_super_resolution_and_frontalisation(generators, face_folder, tmp_path):
 
 
 ERRORS = [
-    ([], "--stylegan_weights FILE", 1),
     (["--stylegan_weights", "G"], r"--train_path FOLDER|LMDB", 1),
     (["--stylegan_weights", "G", "--output_size", "1024"], "is a generator of 32 px", 1),
     (["--stylegan_weights", "G", "--learn_in_w"], "needs a W generator, this one is W++", 1),
