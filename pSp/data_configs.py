@@ -95,18 +95,18 @@ def generator_path(given: str | None, exp_dir: str | Path) -> Path:
 
 
 def add_preset_flag(parser) -> None:
-    help = "recommended: the settings in the generator's file, where it has any; published: the paper's. Flags win"
-    parser.add_argument("--preset", choices=("recommended", "published"), default="recommended", help=help)
+    help = "the paper's settings, whatever the generator's file recommends"
+    parser.add_argument("--preset", choices=("published",), help=help)
 
 
-def recommended_settings(args: Flags, generator, path) -> str:
-    """Fill in the flags that the generator's file recommends for its encoder, unless --preset is published.
+def fill_recommended(args: Flags, generator, path) -> str:
+    """Set the flags that were not given to what the generator's file recommends for its encoder.
 
-    Returns a sentence that names them, "" when nothing changed.
+    Returns a sentence that names them; "" when nothing changed, or with --preset published.
     """
-    changed = args.fill(generator.recommended.get("encoder", {})) if args.preset == "recommended" else {}
+    changed = {} if args.preset else args.fill(generator.recommended.get("encoder", {}))
     flags = " ".join(f"--{name} {value}" for name, value in changed.items())
-    return f"settings recommended by {path}: {flags}" if flags else ""
+    return f"{path} recommends {flags} (--preset published: the paper's settings)" if flags else ""
 
 
 def resize_factors(text: str | None) -> tuple[int, ...]:

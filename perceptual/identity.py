@@ -1,18 +1,17 @@
-"""Who is it? Face embeddings of aligned pictures, differentiable: identity loss, and how alike two faces are.
+"""Who is it? Face embeddings of aligned images, differentiable: identity loss, and how alike two faces are.
 
-Pictures are framed as FFHQ frames them (faces/align.py), so that eyes and mouth lie at fixed places and one fixed box
+Images are framed as FFHQ frames them (faces/align.py), so that eyes and mouth lie at fixed places and one fixed box
 leads to the framing that a recognition network was trained with. MobileFaceNet (Chen et al. 2018, arXiv 1804.07573,
 Apache-2.0 weights) is small and may be used freely; IR-SE50 ArcFace is that of pSp, for research only.
 
     identity = build_identity("auto", "cuda")
     loss = (1 - identity.similarity(images, photos)).mean()         # [N, 3, H, H] in [-1, 1], any size, -> [N]
-    wanted = identity.embed(photos)                                 # [N, 128], length 1: compute once, use often
+    reference = identity.embed(photos)                              # [N, 128], length 1: compute once, use often
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +19,11 @@ from torch import nn
 
 from common.checkpoint import load_checkpoint, load_strictly
 from common.cli import UsageError
+from common.images import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import find, require
 from perceptual.arcface import load_arcface
 
 INPUT_SIZE = 112  # pixels, of both networks
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The part of an FFHQ frame that MobileFaceNet sees: left, top, right, bottom in units of the side. The ArcFace template
 # for 112 pixels has its five landmarks (eyes, nose, mouth corners) at (38.29, 51.70), (73.53, 51.50), (56.03, 71.74),
@@ -170,9 +169,9 @@ def load_mobilefacenet(weights_dir=None):
 
 
 class Identity(nn.Module):
-    """Frozen recognition network: FFHQ-framed pictures [N, 3, H, H] in [-1, 1], any H, -> embeddings of length 1.
+    """Frozen recognition network: FFHQ-framed images [N, 3, H, H] in [-1, 1], any H, -> embeddings of length 1.
 
-    network: faces [N, 3, 112, 112] -> [N, D]. crop: pictures -> such faces, in [-1, 1]. mean, std: of pixels in [0, 1],
+    network: faces [N, 3, 112, 112] -> [N, D]. crop: images -> such faces, in [-1, 1]. mean, std: of pixels in [0, 1],
     per channel, by which the network's input is normalised; None for [-1, 1]. flip: add the embedding of the mirrored
     face, as recognition is usually measured (twice the work, and blind to left and right).
     """
@@ -188,7 +187,7 @@ class Identity(nn.Module):
     def embed(self, images):
         """[N, 3, H, H] in [-1, 1] -> float32 [N, D], each of length 1; the dot product of two is their similarity."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
-            raise ValueError(f"{self.name} takes aligned square pictures [N, 3, H, H], got {list(images.shape)}")
+            raise ValueError(f"{self.name} takes aligned square images [N, 3, H, H], got {list(images.shape)}")
         with torch.autocast(images.device.type, enabled=False):
             faces = (self.crop(images.float()) / 2 + 0.5 - self.mean) / self.std  # [N, 3, 112, 112]
             embedding = self.network(faces)
@@ -207,7 +206,7 @@ class Identity(nn.Module):
         return super().train(False)  # stays in eval mode inside a model that trains
 
 
-# Best first: pSp's own, then the one that may be used freely
+# Best first: pSp's own, then the one that may be used freely and is bundled
 WEIGHTS = {"ir_se50": "arcface_ir_se50", "mobilefacenet": "mobilefacenet"}
 
 
@@ -227,13 +226,5 @@ def build_identity(name="auto", device="cpu", weights_dir=None, *, flip=False):
 
 
 def identity_or_none(name, device="cpu", weights_dir=None):
-    """As `build_identity`; None for 'none', and, with a note on stderr, for 'auto' when no weights are here."""
-    if name == "none":
-        return None
-    try:
-        return build_identity(name, device, weights_dir)
-    except FileNotFoundError as error:
-        if name != "auto":
-            raise
-        print(f"note: identity is not measured: {error}", file=sys.stderr)
-        return None
+    """`build_identity`; None for 'none'."""
+    return None if name == "none" else build_identity(name, device, weights_dir)

@@ -1,8 +1,8 @@
-"""Perceptual distance between pictures: LPIPS where a backbone is at hand, else the features of a network of ours.
+"""Perceptual distance between images: LPIPS where a backbone is at hand, else the features of a network of ours.
 
 LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares the activations of a classification network, unit length over
 channels, with learnt weights per channel. Networks and learnt weights are the `lpips` package's; the backbone is looked
-for by common/weights.py and nothing is ever downloaded here. Offline stand-ins compare the activations of a trained
+for by common/weights.py and nothing is ever downloaded here. Offline fallbacks compare the activations of a trained
 discriminator or scorer in the same way without learnt weights: useful as a loss, not comparable with LPIPS. `.name`
 tells which distance it is, and belongs beside every number.
 
@@ -169,7 +169,7 @@ def _take(state, name, shape, source):
     return state[name].float().contiguous()
 
 
-# -- stand-ins -----------------------------------------------------------------------------------------------------
+# -- fallbacks -----------------------------------------------------------------------------------------------------
 
 
 class FeatureDistance(Perceptual):
@@ -200,7 +200,7 @@ class FeatureDistance(Perceptual):
 
 
 class DiscriminatorFeatures(nn.Module):
-    """The activations of a discriminator at every resolution, from the picture's own down to 4 x 4."""
+    """The activations of a discriminator at every resolution, from the image's own down to 4 x 4."""
 
     def __init__(self, discriminator):
         super().__init__()

@@ -134,7 +134,7 @@ def main(args) -> int:
                 f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, {path} was "
                 f"trained for {net.decoder.fingerprint}"
             )
-        if net.config.input_nc != 3:
+        if net.config.input_nc not in (3, 6):
             raise UserError(
                 f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
                 "pictures are supported"

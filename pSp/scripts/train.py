@@ -38,9 +38,9 @@ from pSp.coach import OPTIMISERS, Coach, HeldOut, TrainSettings
 from pSp.data_configs import (
     add_preset_flag,
     dataset_type,
+    fill_recommended,
     find_path,
     generator_path,
-    recommended_settings,
     resize_factors,
     training_path,
 )
@@ -298,8 +298,8 @@ def build_network(args, state, source, continuing: bool, device) -> tuple[pSp, s
                 f"--output_size {args.output_size}, but {path} is a generator of {generator.config.size} px; leave "
                 "the flag out"
             )
-        if line := recommended_settings(args, generator, path):
-            print(line)
+        if recommends := fill_recommended(args, generator, path):
+            print(recommends, file=sys.stderr)
     if continuing:
         return net, f"continuing {source}"
     if state is not None and given is None:

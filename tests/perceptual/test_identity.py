@@ -140,7 +140,7 @@ def test_gradients_reach_the_picture_only(random_identity):
 
 @pytest.mark.parametrize("shape", [(1, 3, 40, 50), (3, 40, 40), (1, 1, 40, 40)])
 def test_other_shapes_are_refused(random_identity, shape):
-    with pytest.raises(ValueError, match="aligned square pictures"):
+    with pytest.raises(ValueError, match="aligned square images"):
         random_identity(torch.zeros(shape))
 
 
