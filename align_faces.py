@@ -25,29 +25,16 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageCms
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, positive_int, run_script
 from common.distributed import add_rank_flags, setup, shutdown
-from common.files import atomic_write
-from common.images import WHITE, list_images, open_image, read_image, reading_losses
+from common.images import list_images, read_image, reading_losses
 from common.lock import lock_folder
 from common.workers import n_cores
 from faces.align import DETAILS, FRAMINGS, paste_back, read_alignment
 from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
-
-KEPT_FORMATS = {
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jfif": "JPEG",
-    ".png": "PNG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-}
-ORIENTATION = 0x0112  # EXIF tag
+from faces.photo_file import save_like
 
 
 def build_parser() -> ArgumentParser:
@@ -191,46 +178,6 @@ def paste_folder(photos, edited, alignment_file, output_dir, *, unedited=None, *
     if pasted == 0:
         raise UserError(f"no face of {edited} could be pasted into a photo of {photos} ({len(problems)} left out)")
     print(f"{n_faces} faces pasted into {pasted} photos, {len(problems)} left out: {output_dir}")
-
-
-def save_like(image, photo, path) -> Path:
-    """Write `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else PNG is added to
-    the name), its alpha, its EXIF with the orientation set to upright, an sRGB profile if it had one, its resolution.
-    """
-    with open_image(photo) as original:
-        exif, info, has_alpha = original.getexif(), dict(original.info), original.has_transparency_data
-    if ORIENTATION in exif:
-        exif[ORIENTATION] = 1
-    encoder = KEPT_FORMATS.get(path.suffix.lower())
-    if encoder is None:
-        path, encoder = path.with_name(path.name + ".png"), "PNG"
-    options = {"exif": exif.tobytes()} if len(exif) else {}
-    if info.get("icc_profile"):
-        options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    if info.get("dpi"):
-        options["dpi"] = info["dpi"]
-    options |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "exact": True}}.get(encoder, {})
-    if has_alpha and encoder != "JPEG":
-        image = with_alpha(image, read_image(photo, background=None))
-    with atomic_write(path) as file:
-        image.save(file, encoder, **options)
-    return path
-
-
-def with_alpha(image, original) -> Image.Image:
-    """`image`, an edit of `original` (RGBA) as it looks on white, as RGBA that looks so on white: where nothing was
-    edited, the colours beneath the alpha are those of `original`."""
-    if original.mode != "RGBA":
-        return image
-    white = Image.new("RGBA", original.size, WHITE)
-    seen = np.asarray(Image.alpha_composite(white, original).convert("RGB"), np.float32)
-    colours, alpha = np.asarray(original, np.float32)[..., :3], np.asarray(original.getchannel("A"), np.float32) / 255
-    change = np.asarray(image, np.float32) - seen
-    change[np.abs(change) <= 1] = 0  # of rounding
-    result = np.clip(colours + change / np.maximum(alpha, 1 / 255)[..., None], 0, 255)
-    result = Image.fromarray(np.rint(result).astype(np.uint8))
-    result.putalpha(original.getchannel("A"))
-    return result
 
 
 if __name__ == "__main__":

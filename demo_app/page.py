@@ -1,465 +1,379 @@
-"""The page of demo.py: what its buttons do (Page), how it looks (build_page), and how it is served (serve).
+"""The page of demo.py: a photo, sliders, the edited photo. What the controls do is Page; build_page is how it looks.
 
-All of the work is in demo_app/session.py, refinement.py and commands.py; gradio is imported where a page is built.
+All work on photos is done by demo_app/editor.py. gradio is imported where a page is built.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote
 
+import numpy as np
 from PIL import Image
 
-from demo_app.commands import cast_lines, command_lines, save_cast, save_results
-from demo_app.expression import Cast, ConditionalInversion, cast_expression, compare
-from demo_app.refinement import MOST_STEPS, Background, Refinement
-from demo_app.session import (
-    PASTES,
-    REACH,
-    Edit,
-    Face,
-    SessionError,
-    Tools,
-    draw_face,
-    invert,
-    paste,
-    read_out,
-    render_edit,
-    take_photo,
-    transfer_smile,
-)
-from faces.align import AlignError, parse_landmarks
+from common.cli import ROOT, UserError
+from common.images import ImageError, fit_image, image_size, read_image
+from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, Target
+from demo_app.models import Models
+from faces.align import TEMPLATE, AlignError, parse_landmarks
+from faces.photo_file import save_like
 
-DRAWN = 9  # faces to pick from
-SHOWN = 288  # pixels at which faces are shown
-PREVIEW = 900  # longest side of the photo as it is shown
-FIRST = "first take a face: upload a photo or pick one"
-POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser asks no other server
-
-CSS = """
-#message { border: 1px solid #bbb; border-radius: 6px; padding: 6px 12px; }
-#readout th, #readout td { padding: 3px 10px; white-space: nowrap; }
-#readout table { width: 100%; }
-#readout td:first-child { white-space: normal; width: 80%; }
-"""
-
-
-# -- what the buttons do -------------------------------------------------------------------------------------------
+SAMPLES = 6  # drawn faces to click
+PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
+MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
+STEPS, CHUNK = 60, 15  # of the refinement that follows the encoder, and between two looks at it
+STILL = 0.02  # a slider moved by less asks for nothing
+NOSE = (0.506, 0.623)  # where it lies in an FFHQ frame (perceptual/identity.py), of the side
+SLIDERS = {  # attribute -> label, least, most; years are a change, the others what the photo shall show
+    "age": ("Age: years younger or older", -20, 30),
+    "smile": ("Smile: none to broad", 0, 1),
+    "gender": ("Gender: feminine to masculine", 0, 1),
+    "eyeglasses": ("Glasses", 0, 1),
+}
+EXPRESSION = ("smile", "mouth_open", "eyes_open")  # taken from a reference photo
+HELP = "Upload a photo with a face, or click a drawn one."
 
 
 @dataclass
-class Sitting:
-    """What one visitor works on."""
+class Session:
+    """What one visitor works on. rest: readings of the photo before any edit; values: of the sliders."""
 
-    face: Face | None = None
-    work: Background | None = None  # a projector in the background
-    inverted: ConditionalInversion | None = None  # of the face, in the conditional generator; done
-    cast: Cast | None = None  # what is shown instead of the sliders' edit
-
-    def take(self, face: Face) -> None:
-        self.stop()
-        self.face, self.cast, self.inverted = face, None, None
-
-    def stop(self) -> None:
-        if self.work is not None:
-            self.work.cancel()
-
-
-def enlarged(picture) -> Image.Image:
-    """A picture at the size in which faces are shown."""
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    return picture.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
-
-
-def table(rows) -> str:
-    """The read-outs as Markdown."""
-    if not rows:
-        return "*Neither a scorer nor an identity network is here: nothing is read.*"
-    lines = ["| | photo | inversion | edited |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| **{what}** ({unit}) | {photo} | {inversion} | {edited} |" for what, unit, photo, inversion, edited in rows
-    ]
-    return "\n".join(lines)
+    editor: PhotoEditor
+    name: str
+    file: Path | None = None  # the upload; None for a drawn face
+    rest: dict[str, float] = field(default_factory=dict)
+    values: list[float] = field(default_factory=list)
+    like: dict[str, Target] = field(default_factory=dict)
+    layers: range | None = None
+    result: Edited | None = None
 
 
 class Page:
-    """The functions behind the buttons. Settings arrive as (first layer, last layer, paste mode, one value per
-    boundary); a user's mistake becomes the message, and everything else stays as it is."""
+    """The functions behind the controls; each returns or yields {component name: value} for `build_page`."""
 
-    def __init__(self, tools: Tools, folder: Path):
-        import gradio
+    def __init__(self, models: Models, folder: Path):
+        self.models, self.folder = models, folder
+        self.names = [name for name in SLIDERS if name in models.attributes]
 
-        self.tools, self.folder, self.skip = tools, folder, gradio.skip
-        self.update = gradio.update
+    # -- a photo ------------------------------------------------------------------------------------------------------
 
-    def edit_of(self, settings) -> tuple[Edit, str]:
-        first, last, paste_mode, *values = settings
-        distances = {name: round(float(value), 2) for name, value in zip(self.tools.boundaries, values, strict=True)}
-        return Edit(distances, (int(first), int(last))), paste_mode
-
-    def mistake(self, error) -> list:
-        return [f"**{error}**", *[self.skip()] * 7]
-
-    def show(self, sitting: Sitting, *settings, message: str | None = None) -> list:
-        """Message, aligned face, inversion, edit, photo, read-outs, commands, files (which are out of date)."""
-        face, tools, cast = sitting.face, self.tools, sitting.cast
-        if face is None:
-            return self.mistake(FIRST)
-        try:
-            edit, paste_mode = self.edit_of(settings)
-            view = cast.view if cast else render_edit(tools, face, edit)
-            photo = paste(face, view, paste_mode, longest=PREVIEW)
-        except SessionError as error:
-            return self.mistake(error)
-        commands = cast_lines(tools, cast, paste_mode) if cast else command_lines(tools, face, edit, paste_mode)
-        photo = self.update(value=photo, visible=bool(face.source))
-        return [
-            self.skip() if message is None else message,
-            enlarged(face.crop),
-            enlarged(view.inversion),
-            enlarged(view.edited),
-            photo,
-            table(read_out(tools, face, view)),
-            commands,
-            self.update(value=None, visible=False),
-        ]
-
-    def move(self, sitting: Sitting, *settings) -> list:
-        """As `show`, of the sliders: the expression of a reference is let go."""
-        sitting.cast = None
-        return self.show(sitting, *settings)
-
-    def upload(self, sitting: Sitting, path, aligned, points, *settings) -> list:
+    def upload(self, path, aligned, points):
+        """Yields the stages from an uploaded file to its first edit by the encoder."""
         if path is None:
-            return [self.skip()] * 8
-        try:
-            by_hand = "aligned" if aligned else parse_points(points) if (points or "").strip() else None
-            face = invert(self.tools, take_photo(self.tools, path, landmarks=by_hand))
-        except (SessionError, AlignError) as error:
-            return self.mistake(error)
-        sitting.take(face)
-        how = "inverted by the encoder" if face.method == "encoder" else "there is no encoder: refine the mean face"
-        note = f" ({face.note})" if face.note else ""
-        return self.show(sitting, *settings, message=f"{face.source}: aligned{note}, {how}.")
-
-    def pick(self, sitting: Sitting, seed: int, *settings) -> list:
-        sitting.take(draw_face(self.tools, seed))
-        return self.show(sitting, *settings, message=f"Seed {seed}: drawn by the generator, so its code is exact.")
-
-    def drawn(self, first: int) -> list:
-        """Faces to pick from."""
-        return [enlarged(draw_face(self.tools, seed).photo) for seed in range(first, first + DRAWN)]
-
-    def refine(self, sitting: Sitting, steps):
-        """Yields (message, picture of the inversion) until the projector is done."""
-        if sitting.face is None:
-            yield f"**{FIRST}**", self.skip()
             return
-        sitting.stop()
+        yield {"message": "Finding the face ..."}
         try:
-            work = sitting.work = Refinement(self.tools, sitting.face, int(steps))
-        except SessionError as error:
-            yield f"**{error}**", self.skip()
+            path = Path(path)
+            size = image_size(path)
+            if size and size[0] * size[1] > MEGAPIXELS * 1e6:
+                raise PhotoError(f"it has more than {MEGAPIXELS} megapixels: make it smaller")
+            photo = read_image(path)
+            shown = shrink(photo, PREVIEW)
+            landmarks = aligned_landmarks(shown.size) if aligned else parse_points(points, shown.width / photo.width)
+            editor = PhotoEditor(self.models)
+            editor.set_photo(shown, landmarks=landmarks)
+        except (ImageError, UserError, AlignError, ValueError) as error:
+            yield {"message": f"**{Path(path).name}: {self.tell(error, path)}**"}
             return
-        yield from self.follow(work, "Refining")
-        if work.result is not None and sitting.face is work.face:
-            sitting.face, sitting.cast = work.result, None
-            yield f"Refined in {work.result.steps} steps, loss {work.loss:.3f}.", self.skip()
+        yield self.begin(Session(editor, Path(path).name, path))
 
-    def follow(self, work: Background, doing: str):
-        """Yields (message, picture) while a projector works; it is called off when the visitor leaves."""
-        try:
-            while work.running:
-                work.join(0.4)
-                text = f"{doing}: step {work.step} of {work.steps}, loss {work.loss:.3f}" if work.step else doing
-                yield text, self.skip() if work.picture is None or work.cancelled else enlarged(work.picture)
-        finally:
-            work.cancel()  # the visitor has left; too late for one that is done
-        if work.error:
-            yield f"**{work.error}**", self.skip()
-        elif work.result is None:
-            yield f"{doing} was stopped; the inversion is as it was before.", self.skip()
+    def pick(self, seed: int) -> dict:
+        editor = PhotoEditor(self.models)
+        editor.set_drawn(seed)
+        return self.begin(Session(editor, f"seed{seed:04d}.png"))
 
-    def lender(self, sitting: Sitting, path, aligned) -> Face:
-        """The reference face. SessionError when there is none, or none to lend to."""
-        if sitting.face is None:
-            raise SessionError("first take a face, then a reference for its expression")
-        if path is None:
-            raise SessionError("first upload a reference: a photo of the face that lends its expression")
-        return take_photo(self.tools, path, landmarks="aligned" if aligned else None)
+    def begin(self, session: Session) -> dict:
+        """Sliders to what the photo shows."""
+        (scores,) = session.editor.read([session.editor.faces[0].crop])
+        session.rest = {name: float(scores[self.models.reader.column(name)]) for name in self.names}
+        session.values = [0.0 if name == "age" else round(session.rest[name], 2) for name in self.names]
+        values = dict(zip(self.names, session.values, strict=True))
+        return {"session": session, **values, **self.show(session)}
 
-    def transfer(self, sitting: Sitting, path, aligned, *settings) -> list:
-        """The smile slider, then as `show`."""
-        try:
-            reference = self.lender(sitting, path, aligned)
-            edit, _ = self.edit_of(settings)
-            found, wanted, reached = transfer_smile(self.tools, sitting.face, reference, edit)
-        except SessionError as error:
-            return [self.skip(), *self.mistake(error)]
-        settings = list(settings)
-        settings[3 + list(self.tools.boundaries).index("smile")] = found
-        message = f"The reference smiles at {wanted:.2f}; at {found:+.2f} the face smiles at {reached:.2f}."
-        sitting.cast = None
-        return [found, *self.show(sitting, *settings, message=message)]
-
-    def cast(self, sitting: Sitting, path, aligned, steps):
-        """Yields (message, picture of the inversion) until the reference's expression is on the face; a face is
-        inverted in the conditional generator once, for all references."""
-        sitting.stop()
-        try:
-            reference, face = self.lender(sitting, path, aligned), sitting.face
-            work = sitting.inverted
-            if work is None or work.face.crop is not face.crop or work.steps != int(steps):
-                work = sitting.work = ConditionalInversion(
-                    self.tools.conditional, self.tools.perceptual, face, int(steps)
-                )
-                yield from self.follow(work, "Inverting in the conditional generator")
-        except SessionError as error:
-            yield f"**{error}**", self.skip()
+    def refine(self, session: Session | None, steps):
+        """Yields the photo, better each time, until the inversion has had `steps` steps of refinement."""
+        if session is None or session.editor.faces[0].exact:
             return
-        if work.result is None or sitting.face is not face:
+        while session.editor.faces[0].steps < int(steps):
+            yield {"message": f"Refining: {session.editor.faces[0].steps} of {int(steps)} steps ..."}
+            try:
+                session.editor.refine(min(CHUNK, int(steps) - session.editor.faces[0].steps))
+            except PhotoError as error:
+                yield {"message": f"**{error}**"}
+                return
+            yield self.show(session)
+        yield self.show(session, message="Refined. Move a slider.")
+
+    # -- an edit ------------------------------------------------------------------------------------------------------
+
+    def move(self, session: Session | None, first, last, *values, rounds: int = 0) -> dict:
+        """While a slider is dragged (rounds 0), or when it was let go."""
+        if session is None:
+            return {"message": f"**{HELP}**"}
+        session.values = [float(value) for value in values]
+        first, last = int(first), int(last)
+        if first > last:
+            return {"message": f"**layers {first} to {last}: the first must not come after the last**"}
+        every = (first, last) == (0, self.models.generator.config.n_tokens - 1)
+        session.layers = None if every else range(first, last + 1)
+        return self.show(session, rounds=rounds)
+
+    def reset(self, session: Session | None) -> dict:
+        if session is None:
+            return {"message": f"**{HELP}**"}
+        session.like, session.layers = {}, None
+        return self.begin(session)
+
+    def take_expression(self, session: Session | None, path):
+        """Yields until the expression of a reference photo is on the face."""
+        if session is None or path is None:
+            yield {"message": "**first choose a photo, then one of the face whose expression is taken over**"}
             return
-        sitting.inverted = work
-        cast = sitting.cast = cast_expression(self.tools.conditional, face, work.result, reference, work.steps)
-        yield f"The expression of {reference.source} was cast: {compare(self.tools.conditional, cast)}.", self.skip()
-
-    def settle(self, sitting: Sitting, *values) -> list:
-        """The sliders: at rest when a cast is shown, which they have no part in."""
-        return [0] * len(values) if sitting.cast else list(values)
-
-    def files(self, sitting: Sitting, *settings) -> list:
-        """Message and files to download."""
-        if sitting.face is None:
-            return [f"**{FIRST}**", self.skip()]
-        folder = tempfile.mkdtemp(dir=self.folder)
+        yield {"message": "Inverting the face once more, for its expression ..."}
         try:
-            edit, paste_mode = self.edit_of(settings)
-            if sitting.cast:
-                paths = save_cast(self.tools, sitting.cast, folder, paste_mode)
-            else:
-                view = render_edit(self.tools, sitting.face, edit)
-                paths = save_results(self.tools, sitting.face, edit, view, folder, paste_mode)
-        except SessionError as error:
-            return [f"**{error}**", self.skip()]
-        return [self.skip(), self.update(value=[str(path) for path in paths], visible=True)]
+            reference = PhotoEditor(self.models)
+            reference.set_photo(shrink(read_image(path), PREVIEW))
+            (scores,) = reference.read([reference.faces[0].crop])
+        except (ImageError, UserError, AlignError) as error:
+            yield {"message": f"**{Path(path).name}: {self.tell(error, path)}**"}
+            return
+        names = [name for name in EXPRESSION if name in self.models.attributes]
+        session.like = {name: Target(float(scores[self.models.reader.column(name)])) for name in names}
+        yield self.show(session, rounds=ROUNDS)
+
+    def targets(self, session: Session) -> dict[str, Target]:
+        """What the sliders ask for; those at rest ask for nothing."""
+        targets = dict(session.like)
+        for name, value in zip(self.names, session.values, strict=True):
+            if name == "age" and value:
+                targets[name] = Target(value, relative=True)
+            elif name != "age" and abs(value - session.rest[name]) > STILL:
+                targets[name] = Target(value)
+        return targets
+
+    def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
+        """The photo before and after, the read-outs, the aligned face as the generator draws it."""
+        try:
+            targets = self.targets(session)
+            session.result = session.editor.edit(targets, layers=session.layers, rounds=rounds)
+        except PhotoError as error:
+            return {"message": f"**{error}**"}
+        face = session.result.faces[0]
+        crops = [session.editor.faces[0].crop, *(Image.fromarray(image) for image in face.changes[0])]
+        return {
+            "message": message or f"{session.name}: move a slider.",
+            "compare": (session.editor.photo, session.result.photo),
+            "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
+            "readout": self.readout(face),
+            "command": command_of(session.name, targets) if session.file else "",
+        }
+
+    def readout(self, face) -> str:
+        lines = []
+        for name, reading in face.readings.items():
+            digits = 0 if reading.kind == "years" else 2
+            text = f"**{name.replace('_', ' ')}** {reading.before:.{digits}f} → {reading.photo:.{digits}f}"
+            text += f", asked {reading.goal:.{digits}f}, {reading.drawn:.{digits}f} in the drawn face"
+            text += f" (at {face.positions.get(name, 0):+.1f})"
+            lines.append(text if reading.visible else f"{text}: **no visible effect**")
+        error = self.models.reader_error("age")
+        return "  \n".join(lines) + (f"  \n*ages are read to ±{error:.0f} years*" if error and lines else "")
+
+    def save(self, session: Session | None) -> dict:
+        """The photo at its full size with the edit, as a file to download."""
+        if session is None or session.result is None:
+            return {}
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        original = session.file or folder / session.name
+        if session.file is None:
+            session.editor.photo.save(original)
+        photo = read_image(original)
+        for face in session.result.faces:
+            photo = face.paste(photo)
+        target = folder / f"{Path(session.name).stem}-edited{Path(session.name).suffix}"
+        return {"download": str(save_like(photo, original, target))}
+
+    def tell(self, error: Exception, path) -> str:
+        """One sentence without paths of this machine."""
+        return str(error).replace(str(path), "the file").replace(str(ROOT) + os.sep, "")
 
 
-def parse_points(text: str) -> list:
-    """Five points typed in any form: ten numbers."""
-    numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
-    if len(numbers) != 10:
-        raise SessionError(
-            f"five points are ten numbers (right eye, left eye, nose, right and left mouth corner), got {len(numbers)}"
-        )
-    return parse_landmarks(numbers, "the five points")[0].tolist()
+def shrink(photo: Image.Image, longest: int) -> Image.Image:
+    """At most `longest` pixels on the longer side."""
+    scale = min(1.0, longest / max(photo.size))
+    size = [max(1, round(scale * value)) for value in photo.size]
+    return photo.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0) if scale < 1 else photo
 
 
-# -- how it looks --------------------------------------------------------------------------------------------------
+def aligned_landmarks(size: tuple[int, int]) -> np.ndarray:
+    """Five points [5, 2] of a face that fills the centre square of an image as FFHQ frames it."""
+    side = min(size)
+    return np.insert(TEMPLATE, 2, NOSE, axis=0) * side - 0.5 + (np.array(size) - side) / 2
 
 
-def build_page(tools: Tools, folder: Path):
+def parse_points(text: str | None, scale: float) -> np.ndarray | None:
+    """Five points typed in any form, ten numbers, in pixels of the photo; None for nothing. Raises AlignError."""
+    if not (text or "").strip():
+        return None
+    numbers = np.fromstring("".join(c if c in "-.0123456789" else " " for c in text), sep=" ").tolist()
+    return parse_landmarks(numbers, "the five points")[0] * scale
+
+
+def command_of(name: str, targets: dict[str, Target]) -> str:
+    """The edit as a command line, for the folder that holds the photo."""
+    flags = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glasses", "mouth_open": "mouth_open"}
+    words = [
+        f"--{flags[key]} {target.value:{'+' if target.relative else ''}.3g}"
+        for key, target in targets.items()
+        if key in flags
+    ]
+    return f"python edit_photos.py {name!r} {' '.join(words)}" if words else ""
+
+
+# -- how it looks ------------------------------------------------------------------------------------------------------
+
+CSS = """
+.gradio-container { padding: 8px 16px !important; max-width: 1700px !important; }
+#message { min-height: 1.6em; }
+#title h1 { font-size: 1.1rem; margin: 0; }
+#compare { height: calc(100vh - 190px); min-height: 300px; }
+#compare img { object-fit: contain; }
+#controls { gap: 8px; }
+#samples { min-height: 0; }
+@media (max-width: 760px) {
+  #main { flex-direction: column-reverse; }
+  #compare { height: 44vh; min-height: 220px; }
+}
+"""
+
+
+def build_page(models: Models, folder: Path):
     """The Gradio page, not yet served. folder: for the files to download."""
     import gradio as gr
 
-    page, config = Page(tools, folder), tools.generator.config
-    n_layers = tools.n_layers
-    lends = tools.conditional is not None, "smile" in tools.boundaries and tools.scorer is not None
+    page, n_tokens = Page(models, folder), models.generator.config.n_tokens
+    seeds = list(range(SAMPLES))
     with gr.Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown(
-            f"# W++ faces\nTake a face, move its age, gender and smile, put it back. The generator ({tools.ckpt.stem}) "
-            f"draws {config.size}x{config.size} pixels; its models are for research and non-commercial use."
-        )
-        message = gr.Markdown("Upload a photo, or pick a face that the generator has drawn.", elem_id="message")
-        sitting, first_seed = gr.State(Sitting(), delete_callback=Sitting.stop), gr.State(0)
-        names = list(tools.boundaries)
-        with gr.Row():
-            with gr.Column(scale=2, min_width=280):
-                photo = gr.File(label="Photo", type="filepath", height=140, elem_id="upload")
-                with gr.Accordion("The face is not found?", open=False, elem_id="byhand"):
-                    aligned = gr.Checkbox(label="the picture is an aligned face already")
-                    points = gr.Textbox(
-                        label="five points by hand, in pixels",
-                        elem_id="points",
-                        placeholder="x y of right eye, left eye, nose, right and left mouth corner",
-                    )
-                    again = gr.Button("Take the photo again", size="sm", elem_id="again")
-                drawn = gr.Gallery(
-                    page.drawn(0),
-                    label="Or a drawn face (nobody's)",
-                    columns=3,
-                    height=370,
+        parts = {"session": gr.State(None)}
+        gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=2, min_width=300, elem_id="controls"):
+                photo = gr.File(label="Photo", type="filepath", file_types=["image"], height=100, elem_id="upload")
+                samples = gr.Gallery(
+                    [sample(models, seed) for seed in seeds],
+                    label="or a drawn face (nobody's)",
+                    columns=SAMPLES,
+                    height=96,
                     allow_preview=False,
                     buttons=[],
-                    elem_id="drawn",
+                    elem_id="samples",
                 )
-                others = gr.Button("Other faces", size="sm", elem_id="others")
-                reference = gr.File(
-                    label="Reference: a face that lends its expression",
-                    type="filepath",
-                    height=140,
-                    visible=any(lends),
-                    elem_id="reference",
-                )
-                framed = gr.Checkbox(
-                    label="the reference is an aligned face already", visible=any(lends), elem_id="framed"
-                )
-                cast = gr.Button("Cast its expression", size="sm", visible=lends[0], elem_id="cast")
-                smile_only = gr.Button("Only its smile, by the slider", size="sm", visible=lends[1], elem_id="lend")
-                mode = gr.Radio(
-                    [("only what the edit changed", PASTES[0]), ("the face as drawn", PASTES[1])],
-                    value=PASTES[0],
-                    label="Put back into the photo",
-                    elem_id="mode",
-                )
-                prepare = gr.Button("Prepare downloads", variant="primary", elem_id="prepare")
-                files = gr.File(
-                    label="Picture, photo, latents with commands",
-                    file_count="multiple",
-                    visible=False,
+                for name in page.names:
+                    label, low, high = SLIDERS[name]
+                    step = 1 if name == "age" else 0.01
+                    value = 0 if name == "age" else 0.5
+                    parts[name] = gr.Slider(low, high, value, step=step, label=label, elem_id=name)
+                with gr.Row():
+                    reset = gr.Button("Reset", size="sm", elem_id="reset")
+                    parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
+            with gr.Column(scale=5, min_width=320):
+                parts["message"] = gr.Markdown(HELP, elem_id="message")
+                parts["compare"] = gr.ImageSlider(
+                    label="before | after",
+                    show_label=False,
+                    type="pil",
                     interactive=False,
-                    elem_id="files",
-                )
-            with gr.Column(scale=5):
-                with gr.Row():
-                    pictures = [
-                        gr.Image(
-                            label=label,
-                            height=SHOWN,
-                            buttons=[],
-                            interactive=False,
-                            format="png",
-                            elem_id=label.lower(),
-                        )
-                        for label in ("Aligned", "Inversion", "Edited")
-                    ]
-                with gr.Row(equal_height=True):
-                    steps = gr.Slider(
-                        50, min(500, MOST_STEPS), 250, step=10, label="steps of the projector", scale=2, elem_id="steps"
-                    )
-                    refine = gr.Button("Refine the inversion", elem_id="refine")
-                    stop = gr.Button("Stop", elem_id="stop")
-                gr.Markdown(
-                    "How far to go, in standard deviations of the generator's faces, and in which layers (0 is "
-                    "the coarsest):"
-                    if names
-                    else f"*No boundaries for {tools.ckpt.name} are here: edit_attribute.py fits them.*"
-                )
-                with gr.Row():
-                    sliders = [gr.Slider(-REACH, REACH, 0, step=0.5, elem_id=name, label=name) for name in names]
-                with gr.Row(equal_height=True):
-                    first = gr.Slider(0, n_layers - 1, 0, step=1, label="from layer", elem_id="first")
-                    last = gr.Slider(0, n_layers - 1, n_layers - 1, step=1, label="to layer", elem_id="last")
-                    reset = gr.Button("Reset", elem_id="reset")
-                readout = gr.Markdown(elem_id="readout")
-                pasted = gr.Image(
-                    label="The photo with the edited face",
-                    height=420,
                     buttons=["fullscreen"],
-                    interactive=False,
-                    elem_id="pasted",
+                    max_height=2000,
+                    elem_id="compare",
                 )
-        commands = gr.Code(
-            label="The same by commands", language="shell", wrap_lines=True, interactive=False, elem_id="commands"
+        parts["readout"] = gr.Markdown(elem_id="readout")
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            with gr.Row():
+                first = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
+                last = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
+                steps = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
+                again = gr.Button("Refine further", size="sm", elem_id="refine")
+            with gr.Row():
+                reference = gr.File(
+                    label="A face whose expression is taken over", type="filepath", height=100, elem_id="reference"
+                )
+                like = gr.Button("Take over its expression", size="sm", elem_id="like")
+                aligned = gr.Checkbox(label="the photo is an aligned face already", elem_id="aligned")
+                points = gr.Textbox(
+                    label="face not found? five points by hand: eyes, nose, mouth corners (pixels)", elem_id="points"
+                )
+            parts["crops"] = gr.Gallery(
+                label="aligned, inverted, edited",
+                columns=3,
+                height=160,
+                allow_preview=False,
+                buttons=[],
+                elem_id="crops",
+            )
+            parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
+        connect(
+            gr, page, parts, photo, samples, (first, last, steps), (again, like, reset), (reference, aligned, points)
         )
-
-        settings = [first, last, mode, *sliders]
-        outputs = [message, *pictures, pasted, readout, commands, files]
-        gr.on([photo.upload, again.click], page.upload, [sitting, photo, aligned, points, *settings], outputs)
-        drawn.select(_picked(page), [sitting, first_seed, *settings], outputs)
-        others.click(lambda seed: (seed + DRAWN, page.drawn(seed + DRAWN)), first_seed, [first_seed, drawn])
-        anew = [page.show, [sitting, *settings], outputs]
-        gr.on(
-            [part.input for part in (first, last, *sliders)],
-            page.move,
-            *anew[1:],
-            trigger_mode="always_last",
-            show_progress="hidden",
-        )
-        mode.input(*anew, show_progress="hidden")
-        reset.click(lambda: [0, n_layers - 1, *[0] * len(sliders)], None, [first, last, *sliders]).then(
-            page.move, *anew[1:]
-        )
-        for button, work, inputs in (
-            (refine, page.refine, [sitting, steps]),
-            (cast, page.cast, [sitting, reference, framed, steps]),
-        ):
-            button.click(work, inputs, [message, pictures[1]], show_progress="hidden").then(
-                *anew, show_progress="hidden"
-            ).then(page.settle, [sitting, *sliders], sliders, show_progress="hidden")
-        stop.click(lambda sitting: sitting.stop(), sitting)
-        if "smile" in names:
-            smile = sliders[names.index("smile")]
-            smile_only.click(page.transfer, [sitting, reference, framed, *settings], [smile, *outputs])
-        prepare.click(page.files, [sitting, *settings], [message, files])
     return blocks
 
 
-def _picked(page: Page):
-    import gradio as gr
-
-    def picked(event, sitting, first_seed, *settings):
-        return page.pick(sitting, first_seed + event.index, *settings)
-
-    picked.__annotations__["event"] = gr.SelectData  # gradio looks here; a string would not resolve
-    return picked
+def sample(models: Models, seed: int) -> Image.Image:
+    editor = PhotoEditor(models)
+    editor.set_drawn(seed)
+    return fit_image(editor.photo, 96)
 
 
-# -- how it is served ----------------------------------------------------------------------------------------------
+def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extras) -> None:
+    """Events: each function's answer, {component name: value}, goes to the components of those names."""
+    first, last, steps = numbers
+    again, like, reset = buttons
+    reference, aligned, points = extras
+    outputs, sliders = list(parts.values()), [parts[name] for name in page.names]
 
+    def to_components(answer: dict) -> dict:
+        return {parts[name]: value for name, value in answer.items()}
 
-class OwnFilesOnly:
-    """ASGI: refuses to fetch other servers' files through this one, and has the browser load nothing from elsewhere."""
+    def streaming(function):
+        def stream(*inputs):
+            for answer in function(*inputs):
+                yield to_components(answer)
 
-    def __init__(self, app):
-        self.app = app
+        return stream
 
-    async def __call__(self, scope, receive, send):
-        async def send_with_policy(event):
-            if event["type"] == "http.response.start":
-                event["headers"] = [*event["headers"], (b"content-security-policy", POLICY.encode())]
-            await send(event)
+    def plain(function, **settings):
+        return lambda *inputs: to_components(function(*inputs, **settings))
 
-        if scope["type"] == "http" and re.search(r"(file=|proxy=)/*https?:", unquote(scope["path"]), re.IGNORECASE):
-            await send_with_policy({"type": "http.response.start", "status": 403, "headers": []})
-            await send({"type": "http.response.body", "body": b"files of other servers are not fetched"})
-            return
-        await self.app(scope, receive, send_with_policy)
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    refine = [streaming(page.refine), [parts["session"], steps], outputs]
+    save = [plain(page.save), [parts["session"]], [parts["download"]]]
+    running = []
 
+    def then_refine(event):
+        """The refinement starts by itself; a new photo calls it off."""
+        refining = event.then(*refine, **quiet)
+        running.append(refining)
+        refining.then(*save, **quiet)
 
-def serve(tools: Tools, folder: Path, *, host: str, port: int, max_upload_mb: float):
-    """Start to answer, in threads of its own; returns the Blocks, whose close() ends it. OSError for a port in use."""
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GRADIO_TEMP_DIR": str(folder),
-        "GRADIO_EXAMPLES_CACHE": str(folder / "examples"),
-    }
-    import gradio as gr
-    from starlette.middleware import Middleware
+    def pick(event: gr.SelectData):
+        return to_components(page.pick(event.index))
 
-    blocks = build_page(tools, folder)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=int(max_upload_mb * 1e6),
-        allowed_paths=[],
-        theme=theme,
-        css=CSS,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        ssr_mode=False,
-        mcp_server=False,
-        pwa=False,
-        app_kwargs={"middleware": [Middleware(OwnFilesOnly)], "docs_url": None, "redoc_url": None},
+    uploaded = gr.on([photo.upload], streaming(page.upload), [photo, aligned, points], outputs, **quiet)
+    picked = samples.select(pick, None, outputs, **quiet)
+    then_refine(uploaded)
+    then_refine(again.click(lambda: None, None, None, **quiet))
+    picked.then(*save, **quiet)
+    for trigger in (photo.upload, samples.select, photo.clear):
+        trigger(None, None, None, cancels=running, queue=False, api_visibility="private")
+    move = [parts["session"], first, last, *sliders]
+    gr.on([slider.input for slider in sliders], plain(page.move), move, outputs, trigger_mode="always_last", **quiet)
+    released = gr.on(
+        [slider.release for slider in (*sliders, first, last)], plain(page.move, rounds=ROUNDS), move, outputs, **quiet
     )
-    return blocks
+    released.then(*save, **quiet)
+    reset.click(lambda session: to_components(page.reset(session)), [parts["session"]], outputs, **quiet).then(
+        *save, **quiet
+    )
+    like.click(streaming(page.take_expression), [parts["session"], reference], outputs, **quiet).then(*save, **quiet)

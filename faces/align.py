@@ -262,7 +262,7 @@ def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = No
     fine = size * max(1, int(np.ceil(side / size)))  # no coarser than the photo, so that nothing aliases
     across, down = (quad[3] - quad[0]) / fine, (quad[1] - quad[0]) / fine
     mapping = (across[0], down[0], quad[0, 0], across[1], down[1], quad[0, 1])
-    return Image.fromarray(_to_bytes(_resample(part, (fine, fine), mapping, fine // size)))
+    return Image.fromarray(to_bytes(_resample(part, (fine, fine), mapping, fine // size)))
 
 
 def _resample(image: Image.Image, size, mapping, reduce=1) -> np.ndarray:
@@ -284,7 +284,7 @@ def _resample(image: Image.Image, size, mapping, reduce=1) -> np.ndarray:
     return planes[0] if len(planes) == 1 else np.stack(planes, axis=-1)
 
 
-def _to_bytes(pixels: np.ndarray) -> np.ndarray:
+def to_bytes(pixels: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
@@ -304,7 +304,7 @@ def _extend(part: Image.Image, pad, side: float) -> Image.Image:
     blurred = ndimage.gaussian_filter(pixels, (0.02 * side, 0.02 * side, 0))
     pixels += (blurred - pixels) * np.clip(3 * outside + 1, 0, 1)
     pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(outside, 0, 1)
-    return Image.fromarray(_to_bytes(pixels))
+    return Image.fromarray(to_bytes(pixels))
 
 
 # -- pasting -------------------------------------------------------------------------------------------------------
@@ -348,13 +348,13 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="au
         if unedited.size != face.size:
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
         face, detail = Image.fromarray(add_change(crop, face, unedited)), "keep"
-    mask = _feather_mask(face.width, 0.0 if alignment.whole else feather)
+    mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
     keep = _unchanged(face, crop) if detail == "auto" else np.full(mask.shape, float(detail == "keep"))
     layers = [face, crop, *(Image.fromarray(plane.astype(np.float32)) for plane in (mask, keep))]
-    return _composite(photo, layers, alignment)
+    return composite(photo, layers, alignment)
 
 
-def _composite(photo, layers, alignment):
+def composite(photo, layers, alignment):
     """photo + mask * (face - mix), where mix lies between the photo (detail dropped) and its own crop (kept)."""
     side = max(1, round(alignment.side))
     if layers[0].width > side:  # no finer than the photo, else the mapping would alias
@@ -375,11 +375,11 @@ def _composite(photo, layers, alignment):
         mask, keep = (np.clip(plane, 0, 1)[..., None] for plane in (mask, keep))
         original = np.asarray(photo.crop(box), np.float32)
         result = original + mask * (face - original - keep * (crop - original))
-        photo.paste(Image.fromarray(_to_bytes(result)), box[:2])
+        photo.paste(Image.fromarray(to_bytes(result)), box[:2])
     return photo
 
 
-def _feather_mask(size, feather) -> np.ndarray:
+def feather_mask(size, feather) -> np.ndarray:
     """[size, size], 1 inside, falling smoothly to 0 at the border over `feather` of the side."""
     dist = (np.arange(size) + 0.5) / size
     ramp = np.clip(np.minimum(dist, 1 - dist) / max(feather, 1e-9), 0, 1)

@@ -1,73 +1,68 @@
-"""Fixtures of the demo page's tests: tools, a photo, a face."""
+"""A tiny generator whose faces can be made brighter along a boundary, and a scorer that reads it."""
 
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from photos import CGAN, CKPT, ENCODER, POINTS, SIZE, ColourScorer, demo_generator
 
 from common.images import save_image
-from demo_app.expression import load_conditional
-from demo_app.session import invert, load_tools, take_photo
-from editing.fit import fit_boundary
-from editing.samples import Samples
-from perceptual.lpips import build_perceptual, perceptual_or_none
-from pSp.psp import load_psp
-from sampling.render import noise_maps, render
+from demo_app.editor import PhotoEditor
+from demo_app.models import Models
+from editing.boundary import Boundary
+from model import Generator, GeneratorConfig
+from perceptual.lpips import FeatureDistance
+from scorer.interface import AttributeScorer, require_images
+from scorer.labels import Attribute
+
+POINTS = [[203.8, 103.3], [246.5, 104.9], [224.1, 129.4], [204.0, 143.4], [242.5, 144.9]]  # of the astronaut
 
 
-@pytest.fixture(scope="module")
-def boundary_folder(tmp_path_factory):
-    """Boundaries of brightness and redness for the bundled generator, one of another generator, and another file."""
-    folder = tmp_path_factory.mktemp("boundaries ü")
-    generator = demo_generator()
-    codes = Samples(generator, range(60))
-    pictures = np.stack(
-        list(
-            render(
-                generator, torch.from_numpy(codes[np.arange(60)]).view(60, -1, 512), noise=noise_maps(generator, "none")
-            )
-        )
+class BrightnessScorer(AttributeScorer):
+    """Reads brightness as years: 0 is black, 100 white."""
+
+    attributes = (Attribute("age", "years"),)
+
+    def margins(self, images):
+        return 50 + 50 * require_images(images).mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
+
+    def feature_maps(self, images):
+        return [images]
+
+
+@pytest.fixture(scope="session")
+def models():
+    torch.manual_seed(0)
+    config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8)
+    generator = Generator(config).eval().requires_grad_(False)
+    generator.fingerprint, generator.path = "tiny", Path("tiny.safetensors")
+    mean, std = generator.latent_statistics(200)
+    w = mean.clone().requires_grad_()
+    generator(w, input_is_latent=True, randomize_noise=False)[0].mean().backward()
+    normal = (w.grad / w.grad.norm()).reshape(1, -1).numpy()
+    brighter = Boundary(
+        normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=5.0, fingerprint="tiny"
     )
-    scores = ColourScorer()(torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1).numpy()
-    for column, name in ((1, "smile"), (0, "age")):
-        boundary = fit_boundary(
-            codes,
-            scores[:, column],
-            ratio=0.3,
-            fit="svm",
-            attribute=name,
-            space="w++",
-            size=SIZE,
-            fingerprint=generator.fingerprint,
-        )
-        boundary.save(folder / f"{name}.npz")
-    replace(boundary, fingerprint="0" * 16, attribute="hat").save(folder / "other.npz")
-    np.savez(folder / "noise.npz", noise=np.zeros(3))
-    return folder
+    scorer = BrightnessScorer()
+    return Models(generator, mean, std, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
 
 
-@pytest.fixture(scope="module")
-def tools(boundary_folder):
-    tools = load_tools(CKPT, "cpu", boundary_folder)
-    tools.encoder, tools.encoder_path = load_psp(ENCODER, "cpu", tools.generator), ENCODER
-    tools.scorer, tools.perceptual = ColourScorer(), perceptual_or_none("auto")
-    tools.conditional = load_conditional(CGAN)
-    if tools.perceptual is None:  # without third-party weights
-        tools.perceptual_name = "scorer:face-scorer"
-        tools.perceptual = build_perceptual(tools.perceptual_name)
-    return tools
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def astronaut(tmp_path_factory):
-    """Path of the photo that scikit-image ships, and the five points of its face."""
     from skimage import data
 
     return save_image(data.astronaut(), tmp_path_factory.mktemp("photos") / "astro naut ü.png")
 
 
-@pytest.fixture(scope="module")
-def face(tools, astronaut):
-    return invert(tools, take_photo(tools, astronaut, landmarks=POINTS))
+@pytest.fixture
+def editor(models, astronaut):
+    from common.images import read_image
+
+    editor = PhotoEditor(models)
+    editor.set_photo(read_image(astronaut), landmarks=POINTS, steps=3)
+    return editor
+
+
+@pytest.fixture
+def no_face(tmp_path):
+    return save_image(np.full((200, 200, 3), 90, np.uint8), tmp_path / "wall.png")

@@ -20,6 +20,7 @@ from common.images import read_image
 from common.lock import lock_folder
 from faces.align import Alignment, align, crop_aligned, read_alignment
 from faces.folder import choose_names, looks_aligned
+from faces.photo_file import save_like
 
 
 @pytest.fixture
@@ -318,7 +319,7 @@ def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
 
 def test_formats_that_cannot_hold_a_photo_become_png(tmp_path, astronaut):
     astronaut.resize((40, 40)).quantize(16).save(tmp_path / "old.gif")
-    path = align_faces.save_like(astronaut, tmp_path / "old.gif", tmp_path / "out" / "old.gif")
+    path = save_like(astronaut, tmp_path / "old.gif", tmp_path / "out" / "old.gif")
     assert path.name == "old.gif.png" and Image.open(io.BytesIO(path.read_bytes())).format == "PNG"
 
 

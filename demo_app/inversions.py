@@ -1,0 +1,74 @@
+"""Inversions of a photo's faces kept in a file, so that a second edit of the same photo starts at once.
+
+file = inversion_file(folder, photo_file, models, steps=60, faces="largest")
+faces = load_faces(file, photo, models)                                  # None: to be found again
+save_faces(file, faces)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.arrays import read_npz
+from common.checkpoint import fingerprint
+from common.files import atomic_write
+from demo_app.editor import Face, Inversion
+from demo_app.models import Models
+from faces.align import alignment_of, crop_aligned
+
+VERSION = 1  # of what set_photo makes of a photo
+
+
+def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Path:
+    """Named by the content of the photo, the networks and the settings of `set_photo`."""
+    networks = [models.generator.fingerprint, models.perceptual.name]
+    networks.append(fingerprint(models.encoder.encoder.state_dict()) if models.encoder else "")
+    key = hashlib.sha256(json.dumps([VERSION, networks, settings], sort_keys=True).encode())
+    key.update(photo.read_bytes())
+    return Path(folder) / f"{key.hexdigest()[:24]}.npz"
+
+
+def save_faces(file: Path, faces: list[Face]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for i, face in enumerate(faces):
+        for kind, inversion in (("w", face.inversion), ("expression", face.expression)):
+            if inversion is None:
+                continue
+            arrays[f"{kind}_{i}"] = inversion.w
+            arrays |= {f"{kind}_{i}_noise_{k}": layer.numpy() for k, layer in enumerate(inversion.noise)}
+            if inversion.condition is not None:
+                arrays[f"{kind}_{i}_condition"] = inversion.condition
+    info = [{"alignment": asdict(face.alignment), "steps": face.steps} for face in faces]
+    with atomic_write(file) as out:
+        np.savez(out, info=np.frombuffer(json.dumps(info).encode(), np.uint8), **arrays)
+
+
+def load_faces(file: Path, photo: Image.Image, models: Models) -> list[Face] | None:
+    """None where there is no such file, or it is damaged."""
+    try:
+        arrays = read_npz(file)
+        info = json.loads(arrays["info"].tobytes())
+        faces = []
+        for i, entry in enumerate(info):
+            alignment = alignment_of(entry["alignment"])
+            main = _inversion(arrays, f"w_{i}", models.generator)
+            conditional = models.conditional and _inversion(arrays, f"expression_{i}", models.conditional.generator)
+            face = Face(alignment, crop_aligned(photo, alignment), main, conditional, entry["steps"])
+            faces.append(face)
+        return faces or None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _inversion(arrays, name: str, generator) -> Inversion | None:
+    if name not in arrays:
+        return None
+    maps = [torch.from_numpy(arrays[f"{name}_noise_{k}"]) for k in range(generator.config.n_noise)]
+    return Inversion(arrays[name], maps, arrays.get(f"{name}_condition"))

@@ -1,0 +1,193 @@
+"""The networks with which photos are edited, loaded once: edit_photos.py and the page of demo.py share them.
+
+models = load_models("cpu")                                   # the largest bundled generator and all that fits it
+print(models.describe())
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import CheckpointError
+from common.cli import ROOT, UserError
+from editing.attributes import AttributeReader, load_reader, read_condition
+from editing.boundary import Boundary, BoundaryError, load_boundary
+from model import Generator, load_generator
+from perceptual.lpips import Perceptual, build_perceptual
+from pSp.psp import load_psp, pSp
+from scorer.interface import AttributeScorer
+from scorer.network import load_scorer
+
+CHECKPOINTS = ROOT / "checkpoints"
+READER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
+SAFE = 5.0  # standard deviations along a boundary without a range of its own: further out faces break
+CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
+MEAN_SAMPLES = 1000  # for mean and deviation of w
+# Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs a face better, but leaves it where no
+# edit works: 15 years asked, 40 steps, three photos: 3 years arrive, with the encoder alone 13.
+LR_RATIO = 0.001
+SMALL = 64  # pixels up to which the scorer's features invert a face better than LPIPS does (docs/results.md)
+
+
+@dataclass(frozen=True)
+class Conditional:
+    """A conditional generator: attributes that it takes as numbers in [0, 1]; `reader` is that of its training."""
+
+    generator: Generator
+    reader: AttributeReader
+    mean: torch.Tensor  # [1, L, D], of w
+    std: torch.Tensor  # [L]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.reader.names
+
+
+@dataclass(frozen=True)
+class Models:
+    """Frozen networks on one device. Without encoder, a refinement starts at the mean of w."""
+
+    generator: Generator
+    mean: torch.Tensor  # [1, L, D], of w
+    std: torch.Tensor  # [L], its deviation, norm over channels
+    reader: AttributeScorer  # all read-outs come from it
+    perceptual: Perceptual  # distance that refinements minimise
+    boundaries: dict[str, Boundary] = field(default_factory=dict)
+    encoder: pSp | None = None
+    conditional: Conditional | None = None
+    weights_dir: Path | None = None
+
+    @property
+    def size(self) -> int:
+        """Side of the generator's images, in pixels."""
+        return self.generator.config.size
+
+    @property
+    def space(self) -> str:
+        """Space of inversions: the encoder's, else the generator's own."""
+        return self.encoder.space if self.encoder is not None else self.generator.config.space
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Attributes that can be edited and read: those of boundaries, then those of the conditional generator."""
+        names = dict.fromkeys((*self.boundaries, *(self.conditional.names if self.conditional else ())))
+        return tuple(name for name in names if name in self.reader.names)
+
+    def safe_range(self, name: str) -> tuple[float, float]:
+        """Positions of an attribute, lowest and highest, between which edited faces still are faces."""
+        if name not in self.boundaries:
+            return -CONDITION_SAFE, CONDITION_SAFE
+        low, high = self.boundaries[name].range or (-SAFE, SAFE)
+        return min(low, 0.0), max(high, 0.0)
+
+    def reader_error(self, name: str) -> float | None:
+        """Mean absolute error of the reader on validation photos, if its file says."""
+        report = getattr(self.reader, "metadata", {}).get("validation") or {}
+        return report.get(name, {}).get("mae")
+
+    def describe(self) -> str:
+        """One line: 'face-wpp-64 (64 px), encoder face-psp-64, ...'."""
+        parts = [f"{self.generator.path.stem} ({self.size} px)", f"refined by {self.perceptual.name}"]
+        if self.conditional:
+            parts.append(f"expressions by {self.conditional.generator.path.stem}")
+        return ", ".join([*parts, f"edits {', '.join(self.attributes) or 'nothing'}"])
+
+
+def load_models(
+    device="cpu",
+    *,
+    ckpt: Path | None = None,  # generator; default: the largest checkpoints/face-wpp-SIZE
+    encoder: Path | None = None,  # default: the one in checkpoints/ for this generator
+    boundaries: Path = CHECKPOINTS,  # folder of .npz files
+    conditional: str | Path | None = None,  # default: the largest checkpoints/face-cgan-SIZE; "none" for none
+    reader: str = READER,  # scorer of the read-outs
+    perceptual: str = "auto",  # the generator's recommendation, else the best that is here
+    weights_dir: Path | None = None,  # of third-party weights, looked into first
+) -> Models:
+    """Raises FileNotFoundError, or UserError, CheckpointError, BoundaryError for files that do not fit together."""
+    ckpt = ckpt or largest("wpp")
+    if ckpt is None:
+        raise FileNotFoundError(f"{CHECKPOINTS} holds no face-wpp-SIZE.safetensors: name a generator with --ckpt")
+    generator = load_generator(ckpt, device)
+    if generator.config.condition_dim:
+        raise UserError(f"--ckpt {ckpt} is a conditional generator: expected one without a condition")
+    if conditional is None:
+        conditional = largest("cgan")
+    return Models(
+        generator,
+        *generator.latent_statistics(MEAN_SAMPLES),
+        reader=load_scorer(reader, device, weights_dir=weights_dir),
+        perceptual=_perceptual(perceptual, generator, device, weights_dir),
+        boundaries=load_boundaries(boundaries, generator),
+        encoder=load_encoder(encoder, generator, device),
+        conditional=None if conditional in (None, "none") else load_conditional(conditional, device, weights_dir),
+        weights_dir=weights_dir,
+    )
+
+
+def largest(kind: str) -> Path | None:
+    """The largest checkpoints/face-KIND-SIZE.safetensors, if any."""
+    found = {
+        int(match[1]): path
+        for path in CHECKPOINTS.glob(f"face-{kind}-*.safetensors")
+        if (match := re.fullmatch(rf"face-{kind}-(\d+)", path.stem))
+    }
+    return found[max(found)] if found else None
+
+
+def load_encoder(path: Path | None, generator: Generator, device) -> pSp | None:
+    """The encoder `path`, or the one in checkpoints/ for this generator, or None."""
+    if path is not None:
+        encoder = load_psp(path, device, generator)
+        if encoder.decoder.fingerprint != generator.fingerprint:
+            raise UserError(f"--encoder {path} was trained for another generator than {generator.path}")
+        return encoder
+    for file in sorted(CHECKPOINTS.glob("face-psp-*.safetensors")):
+        try:
+            return load_psp(file, device, generator)
+        except CheckpointError:
+            continue  # for another generator
+    return None
+
+
+def load_boundaries(folder: Path, generator: Generator) -> dict[str, Boundary]:
+    """{attribute: boundary} of the .npz files in a folder that were fitted for this generator, the last one by name."""
+    folder, config = Path(folder), generator.config
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--boundaries {folder} does not exist: a folder of .npz files is expected")
+    width = config.style_dim * (1 if config.w_space else config.n_tokens)
+    found = {}
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            boundary = load_boundary(path)
+        except BoundaryError:
+            continue  # noise maps, other arrays
+        if boundary.fingerprint == generator.fingerprint:
+            found[boundary.attribute] = load_boundary(path, space=config.space, width=width)
+    return found
+
+
+def load_conditional(path: str | Path, device, weights_dir: Path | None = None) -> Conditional:
+    """Raises FileNotFoundError, or a ValueError for an unconditional generator or another scorer than its own."""
+    condition = read_condition(path)
+    reader = load_reader(path, condition, device, weights_dir=weights_dir)
+    generator = load_generator(path, device)
+    return Conditional(generator, reader, *generator.latent_statistics(MEAN_SAMPLES))
+
+
+def _perceptual(name: str, generator: Generator, device, weights_dir) -> Perceptual:
+    """By name; auto: as the generator's file recommends, else the scorer's features for small ones, else LPIPS."""
+    if name == "auto":
+        name = generator.recommended.get("projector", {}).get("perceptual", "auto")
+    if name == "auto" and generator.config.size <= SMALL:
+        name = "scorer:face-scorer"
+    try:
+        return build_perceptual(name, device, weights_dir)
+    except FileNotFoundError:
+        if name.startswith("scorer:"):
+            raise
+        return build_perceptual("scorer:face-scorer", device, weights_dir)

@@ -1,0 +1,75 @@
+"""The command: small with a tiny generator, and once from end to end with the bundled models."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edit_photos
+from common.cli import UserError, run
+from demo_app.editor import Target
+from edit_photos import parse_gender, parse_target, possible
+
+
+def command(*flags) -> int:
+    return run(edit_photos.main, edit_photos.build_parser(), [str(flag) for flag in flags])
+
+
+@pytest.fixture
+def photos(tmp_path, astronaut, no_face):
+    """A folder with the astronaut, its landmarks beside it, a wall and a damaged file."""
+    folder = tmp_path / "my photos"
+    (folder / "sub").mkdir(parents=True)
+    photo = Image.open(astronaut).convert("RGB")
+    photo.save(folder / "sub" / "Ä stronaut.jpg", quality=95)
+    Image.open(no_face).save(folder / "wall.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    return folder
+
+
+def test_folder_end_to_end(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = (photos, "--age", "+12", "--output_dir", out, "--quality", "fast", "--device", "cpu")
+    assert command(*flags) == 0
+    printed = capsys.readouterr()
+    assert "left out: wall.png: no face was found" in printed.err and "left out: broken.jpg" in printed.err
+    assert "Ä stronaut.jpg: age" in printed.out and "1 photos edited, 2 left out" in printed.out
+    with Image.open(out / "sub" / "Ä stronaut.jpg") as edited, Image.open(photos / "sub" / "Ä stronaut.jpg") as photo:
+        assert edited.format == "JPEG" and edited.size == photo.size
+        assert np.abs(np.asarray(edited, float) - np.asarray(photo, float)).max() > 20
+    assert (out / "before_after" / "sub" / "Ä stronaut.jpg").is_file() and (out / "overview.jpg").is_file()
+    (row,) = csv.DictReader((out / "report.csv").read_text(encoding="utf-8-sig").splitlines())
+    assert row["attribute"] == "age" and float(row["goal"]) == pytest.approx(float(row["before"]) + 12, abs=0.01)
+    assert float(row["photo"]) > float(row["before"]) + 4, row
+
+    (kept,) = (out / "inversions").iterdir()
+    stamp = kept.stat().st_mtime_ns
+    assert command(*flags[:1], "--smile", "1", *flags[3:]) == 0
+    assert [kept] == list((out / "inversions").iterdir()) and kept.stat().st_mtime_ns == stamp, "inverted again"
+
+
+def test_no_photo_with_a_face(no_face, tmp_path, capsys):
+    assert command(no_face, "--age", "60", "--quality", "fast", "--output_dir", tmp_path / "out") == 1
+    assert "none of 1 photos" in capsys.readouterr().err
+
+
+def test_misuse(no_face, tmp_path, capsys):
+    assert command(no_face, "--output_dir", tmp_path / "out") == 2
+    assert "say what to change" in capsys.readouterr().err
+    assert command(no_face, "--age", "old") == 2
+    assert command(tmp_path / "absent", "--age", "+5") == 1
+
+
+def test_targets():
+    assert parse_target("+15") == Target(15, True) and parse_target("-10") == Target(-10, True)
+    assert parse_target("60") == Target(60, False)
+    assert parse_gender("female") == Target(0) and parse_gender("0.7") == Target(0.7)
+
+
+def test_an_attribute_without_a_boundary_is_said(models, capsys):
+    targets = {"age": Target(1, True), "eyeglasses": Target(1)}
+    assert list(possible(targets, models)) == ["age"]
+    assert "no boundary of eyeglasses" in capsys.readouterr().err
+    with pytest.raises(UserError, match="can edit age"):
+        possible({"eyeglasses": Target(1)}, models)

@@ -1,0 +1,147 @@
+"""One photo through the editor: what an edit changes, what it reads, what it leaves alone."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.images import read_image
+from demo_app.editor import PhotoEditor, PhotoError, Reading, Target, position_for, scale_alignment
+from demo_app.inversions import inversion_file, load_faces, save_faces
+from faces.align import crop_aligned
+from faces.blend import blend_edit, edit_region, paste_edit
+
+
+def test_no_edit_leaves_the_photo(editor, astronaut):
+    result = editor.edit({})
+    assert np.array_equal(result.photo, read_image(astronaut))
+
+
+def test_the_photo_shows_what_was_asked_for(editor):
+    result = editor.edit({"age": Target(8, relative=True)})
+    reading = result.faces[0].readings["age"]
+    assert reading.goal == pytest.approx(reading.before + 8)
+    assert abs(reading.photo - reading.goal) < 3 and reading.visible, reading
+    frame = np.array(editor.faces[0].alignment.quad)
+    low, high = np.floor(frame.min(0)).astype(int), np.ceil(frame.max(0)).astype(int) + 1
+    changed = np.argwhere((np.asarray(result.photo) != np.asarray(editor.photo)).any(-1))[:, ::-1]
+    assert len(changed) and (changed >= low - 1).all() and (changed <= high).all(), "pixels outside the frame changed"
+
+
+def test_strength_scales_the_edit(editor):
+    at = [editor.edit({"age": Target(6, True)}, strength=s, rounds=0).faces[0].positions["age"] for s in (1, 0.5)]
+    assert at[1] == pytest.approx(at[0] / 2)
+
+
+def test_an_edit_suits_a_photo_of_another_size(editor):
+    face_edit = editor.edit({"age": Target(10, True)}).faces[0]
+    large = editor.photo.resize((1024, 1024))
+    pasted = face_edit.paste(large)
+    alignment = scale_alignment(face_edit.face.alignment, large.size)
+    before, after = (np.asarray(crop_aligned(image, alignment), float).mean() for image in (large, pasted))
+    assert after > before + 5
+
+
+def test_unknown_attribute_and_no_photo(models, editor):
+    with pytest.raises(PhotoError, match="hat cannot be edited.*only age"):
+        editor.edit({"hat": Target(1)})
+    with pytest.raises(PhotoError, match="first choose a photo"):
+        PhotoEditor(models).edit({})
+
+
+def test_a_face_smaller_than_the_generator_draws(models, astronaut):
+    with pytest.raises(PhotoError, match="too small"):
+        small = [[12, 10], [14, 10], [13, 11], [12.2, 12], [13.8, 12]]
+        PhotoEditor(models).set_photo(Image.new("RGB", (40, 40)), landmarks=small)
+
+
+def test_refining_lowers_the_loss(editor):
+    first = editor.refine(2)
+    assert editor.refine(30) < first
+    assert editor.faces[0].steps == 35
+
+
+def test_drawn_face_is_exact(models):
+    editor = PhotoEditor(models)
+    editor.set_drawn(3)
+    assert editor.refine(10) == 0 and editor.faces[0].exact
+    assert editor.edit({}).photo.size == (256, 256)
+
+
+def test_targets():
+    assert Target(15, True).goal(30, "years") == 45 and Target(-10, True).goal(4, "years") == 0
+    assert Target(1).goal(0.2, "probability") == pytest.approx(0.97)
+
+
+def test_position_of_a_goal():
+    at, values = np.array([-2.0, -1, 0, 1, 2]), np.array([10.0, 20, 30, 40, 35])
+    assert position_for(at, values, 33, 1) == pytest.approx(0.3)
+    assert position_for(at, values, 90, 1) == 1  # nowhere reached: the nearest
+    assert position_for(at, values, 30, 1) == 0
+
+
+def test_visible():
+    assert not Reading(30, 45, 40, 32, "years").visible
+    assert Reading(30, 45, 46, 44.5, "years").arrived
+    assert Reading(0.98, 0.97, 0.98, 0.98, "probability").visible  # nothing was asked for
+
+
+# -- blending ----------------------------------------------------------------------------------------------------------
+
+
+def face_images(offset=0):
+    """A grey face of 32 px with a dark mouth, `offset` pixels lower in the photo than in the drawn one."""
+    drawn = np.full((32, 32, 3), 150, np.uint8)
+    smiling, photo = drawn.copy(), drawn.repeat(4, 0).repeat(4, 1)
+    drawn[22:24, 10:22] = 60
+    photo[88 + offset : 96 + offset, 40:88] = 60
+    smiling[20:22, 8:10] = smiling[20:22, 22:24] = smiling[24:26, 10:22] = 60
+    return photo, smiling, drawn
+
+
+def test_equal_images_change_nothing():
+    photo, _, drawn = face_images()
+    blended, region = blend_edit(photo, drawn, drawn)
+    assert np.abs(blended - photo).max() < 0.01 and region.max() == 0
+
+
+def test_a_strong_edit_takes_the_drawn_face_and_keeps_the_light():
+    photo, smiling, drawn = face_images(offset=6)
+    photo = (photo * 0.8).astype(np.uint8)
+    blended, region = blend_edit(photo, smiling, drawn)
+    assert region[90:100, 44:84].mean() > 0.8 and region[:40].max() < 0.01
+    assert np.abs(blended[:40] - photo[:40]).max() < 2
+    # the photo's own mouth, 6 pixels beside the drawn one, does not show through: one dark band, the new mouth
+    dark = np.flatnonzero(blended[80:112, 50:78].mean((1, 2)) < 90)
+    assert len(dark) and dark.min() >= 12 and np.ptp(dark) <= 12, dark
+
+
+def test_a_tint_is_no_region():
+    photo, _, drawn = face_images()
+    tinted = np.clip(drawn.astype(int) + 20, 0, 255).astype(np.uint8)
+    assert edit_region(tinted.astype(np.float32), drawn.astype(np.float32)).max() < 0.01
+    blended, _ = blend_edit(photo, tinted, drawn)
+    assert np.abs(blended - photo - 20).max() < 1
+
+
+def test_paste_of_nothing_is_the_photo(editor):
+    face = editor.faces[0]
+    drawn = np.zeros((16, 16, 3), np.uint8)
+    assert np.array_equal(paste_edit(editor.photo, drawn, drawn, face.alignment), editor.photo)
+
+
+# -- kept inversions ---------------------------------------------------------------------------------------------------
+
+
+def test_kept_inversions_give_the_same_edit(editor, models, tmp_path):
+    save_faces(tmp_path / "a.npz", editor.faces)
+    again = PhotoEditor(models)
+    again.set_faces(editor.photo, load_faces(tmp_path / "a.npz", editor.photo, models))
+    target = {"age": Target(5, True)}
+    assert np.array_equal(again.edit(target).photo, editor.edit(target).photo)
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
+    assert load_faces(tmp_path / "a.npz", editor.photo, models) is None
+
+
+def test_their_file_depends_on_photo_and_settings(models, astronaut, no_face):
+    files = {inversion_file("x", p, models, steps=s) for p in (astronaut, no_face) for s in (0, 60)}
+    assert len(files) == 4
