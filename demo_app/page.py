@@ -5,6 +5,7 @@ All work on photos is done by demo_app/editor.py. gradio is imported where a pag
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -253,9 +254,21 @@ def build_page(models: Models, folder: Path):
     """The Gradio page, not yet served. folder: for the files to download."""
     import gradio as gr
 
+    class Blocks(gr.Blocks):
+        """Refuses values that no control of the page sends, without a traceback in the log."""
+
+        async def preprocess_data(self, *args, **kwargs):
+            try:
+                values = await super().preprocess_data(*args, **kwargs)
+            except Exception as error:  # a component's own reading of a forged request raises anything at all
+                raise gr.Error("this request does not fit the page", print_exception=False) from error
+            if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+                raise gr.Error("numbers must be finite", print_exception=False)
+            return values
+
     page, n_tokens = Page(models, folder), models.generator.config.n_tokens
     seeds = list(range(SAMPLES))
-    with gr.Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         parts = {"session": gr.State(None)}
         gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
         with gr.Row(elem_id="main"):
@@ -358,7 +371,7 @@ def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extra
         refining.then(*save, **quiet)
 
     def pick(event: gr.SelectData):
-        return to_components(page.pick(event.index))
+        return to_components(page.pick(event.index if event.index in range(SAMPLES) else 0))
 
     uploaded = gr.on([photo.upload], streaming(page.upload), [photo, aligned, points], outputs, **quiet)
     picked = samples.select(pick, None, outputs, **quiet)

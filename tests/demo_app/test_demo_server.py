@@ -128,6 +128,22 @@ def test_a_request_cannot_name_a_file_of_this_machine(server, tmp_path):
         assert "secret.png: " not in answer and "before" not in answer, answer
 
 
+def test_misuse_of_the_api_logs_no_traceback(server, capfd):
+    """Every call of the page with values that no control of it sends."""
+    url, _ = server
+    calls = json.loads(ask(f"{url}/config")[1])["dependencies"]
+    assert len(calls) > 8
+    for call in calls:
+        for k, value in enumerate(("x", None, float("nan"), {"path": "/etc/passwd"}, [])):
+            session = f"misuse{call['id']}-{k}"
+            body = {"data": [value] * len(call["inputs"]), "fn_index": call["id"], "session_hash": session}
+            headers = {"Content-Type": "application/json"}
+            status, _, _ = ask(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), headers)
+            if status == 200:
+                ask(f"{url}/gradio_api/queue/data?session_hash={session}")
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_only_this_machine_is_answered(server):
     port = urllib.parse.urlsplit(server[0]).port
     assert demo.build_parser().parse_args([]).host == "127.0.0.1"
