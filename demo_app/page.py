@@ -346,8 +346,8 @@ def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extra
     reference, aligned, points = extras
     outputs, sliders = list(parts.values()), [parts[name] for name in page.names]
 
-    def to_components(answer: dict) -> dict:
-        return {parts[name]: value for name, value in answer.items()}
+    def to_components(answer: dict):
+        return {parts[name]: value for name, value in answer.items()} or gr.skip()
 
     def streaming(function):
         def stream(*inputs):
@@ -371,7 +371,8 @@ def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extra
         refining.then(*save, **quiet)
 
     def pick(event: gr.SelectData):
-        return to_components(page.pick(event.index if event.index in range(SAMPLES) else 0))
+        seed = getattr(event, "index", None)  # a forged request has no event
+        return to_components(page.pick(seed if seed in range(SAMPLES) else 0))
 
     uploaded = gr.on([photo.upload], streaming(page.upload), [photo, aligned, points], outputs, **quiet)
     picked = samples.select(pick, None, outputs, **quiet)
