@@ -34,7 +34,7 @@ from faces.align import AlignError, crop_aligned, outside_share
 from faces.folder import list_photos
 from faces.photo_file import save_like
 
-QUALITY = {"fast": 0, "good": 60, "best": 300}  # steps of refinement after the encoder
+QUALITY = {"fast": 0, "good": 40, "best": 160}  # steps of refinement after the encoder
 FLAGS = {"age": "age", "gender": "gender", "smile": "smile", "glasses": "eyeglasses", "mouth_open": "mouth_open"}
 EXPRESSION = ("smile", "mouth_open", "eyes_open")  # taken over from --like
 SIDE = 900  # pixels of the longer side of a photo in before_after/

@@ -23,8 +23,8 @@ from common.images import fit_image, to_tensor
 from demo_app.models import LR_RATIO, Models
 from editing.edit import edit_codes, render_codes
 from editing.evaluate import score_frames
-from faces.align import Alignment, align, crop_aligned, feather_mask, to_bytes
-from faces.blend import FEATHER, blend_edit, paste_edit
+from faces.align import Alignment, align, crop_aligned, to_bytes
+from faces.blend import blend_edit, head_mask, paste_edit
 from faces.detect import FaceDetector
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
@@ -355,7 +355,7 @@ class PhotoEditor:
     def _try(self, face: Face, at: list[dict[str, float]], layers) -> Iterator[np.ndarray]:
         """The aligned photo at each position, uint8 [READ, READ, 3]: what paste_edit gives, at a small size."""
         crop = fit_image(face.crop, READ)
-        mask = feather_mask(READ, 0.0 if face.alignment.whole else FEATHER)[..., None]
+        mask = head_mask(READ)[..., None]
         drawn = self._draw(face, at, layers)
         for k in range(len(at)):
             image = np.asarray(crop, np.float32)

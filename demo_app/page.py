@@ -24,7 +24,7 @@ from faces.photo_file import save_like
 SAMPLES = 6  # drawn faces to click
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
-STEPS, CHUNK = 60, 15  # of the refinement that follows the encoder, and between two looks at it
+STEPS, CHUNK = 40, 10  # of the refinement that follows the encoder, and between two looks at it
 STILL = 0.02  # a slider moved by less asks for nothing
 NOSE = (0.506, 0.623)  # where it lies in an FFHQ frame (perceptual/identity.py), of the side
 SLIDERS = {  # attribute -> label, least, most; years are a change, the others what the photo shall show

@@ -20,9 +20,11 @@ from faces.align import AlignError, Alignment, composite, crop_aligned, feather_
 
 LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
 SPREAD = 0.025  # of the side: radius of an edit's region
-WEAK, STRONG = 4.0, 16.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
-DETAIL = 0.5  # share of the photo's finest detail that stays where the drawn face is
-FEATHER = 0.1  # of the side: width of the soft border
+WEAK, STRONG = 3.0, 11.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
+DETAIL = 0.35  # share of the photo's finest detail that stays where the drawn face is
+FEATHER = 0.05  # of the side: width of the soft border
+HEAD = (0.5, 0.52), (0.46, 0.5)  # centre and radii of the ellipse that edits stay in, of the side of an FFHQ frame
+FADE = 0.25  # of these radii: where an edit fades out
 
 
 def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
@@ -33,6 +35,15 @@ def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
     strength = np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
     ramp = np.clip((strength - WEAK) / (STRONG - WEAK), 0, 1)
     return ramp * ramp * (3 - 2 * ramp)
+
+
+def head_mask(size: int) -> np.ndarray:
+    """Weight of an edit, float32 [size, size]: 1 on the face, 0 in the background of an aligned frame."""
+    (x, y), (width, height) = HEAD
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
+    radius = np.hypot((at[None] - x) / width, (at[:, None] - y) / height)
+    ramp = np.clip((1 - radius) / FADE, 0, 1)
+    return (ramp * ramp * (3 - 2 * ramp) * feather_mask(size, FEATHER)).astype(np.float32)
 
 
 def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
@@ -61,7 +72,7 @@ def paste_edit(photo: Image.Image, edited, unedited, alignment: Alignment) -> Im
         raise AlignError(f"{alignment.source or 'the photo'} has not the size that was aligned")
     crop = crop_aligned(photo, alignment)
     blended, region = blend_edit(crop, edited, unedited)
-    mask = feather_mask(crop.width, 0.0 if alignment.whole else FEATHER)
+    mask = head_mask(crop.width)
     keep = 1 - (1 - DETAIL) * region  # of the detail finer than the crop
     planes = (Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in (mask, keep))
     return composite(photo, [Image.fromarray(to_bytes(blended)), crop, *planes], alignment)
