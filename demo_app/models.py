@@ -27,7 +27,7 @@ READER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, no
 SAFE = 5.0  # standard deviations along a boundary without a range of its own: further out faces break
 CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
 MEAN_SAMPLES = 1000  # for mean and deviation of w
-# Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs a face better, but leaves it where edits
+# Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs better, but leaves a face where edits
 # fail: of 15 years asked, 7 are read in the photo after 40 steps (mean of three), 12 at 0.001, 13 without refinement.
 LR_RATIO = 0.001
 SMALL = 64  # pixels up to which the scorer's features invert a face better than LPIPS does (docs/results.md)
