@@ -284,7 +284,7 @@ class PhotoEditor:
         if net is None:
             return Inversion(models.mean[0].cpu().numpy(), noise)
         image = to_tensor(fit_image(crop, max(net.config.input_size, net.image_size)))[None].to(models.mean)
-        (w,) = net.encode_images(net.fit(image))  # [1, L, D]
+        (w,) = net.encode(net.fit(image))  # [1, L, D]
         return Inversion(w.float().cpu().numpy(), noise)
 
     def _project(self, generator, statistics, space, starts, steps, callback) -> tuple[list[Inversion], float]:

@@ -182,12 +182,6 @@ def load_conditional(path: str | Path, device, weights_dir: Path | None = None) 
 def _perceptual(name: str, generator: Generator, device, weights_dir) -> Perceptual:
     """By name; auto: as the generator's file recommends, else the scorer's features for small ones, else LPIPS."""
     if name == "auto":
-        name = generator.recommended.get("projector", {}).get("perceptual", "auto")
-    if name == "auto" and generator.config.size <= SMALL:
-        name = "scorer:face-scorer"
-    try:
-        return build_perceptual(name, device, weights_dir)
-    except FileNotFoundError:
-        if name.startswith("scorer:"):
-            raise
-        return build_perceptual("scorer:face-scorer", device, weights_dir)
+        small = generator.config.size <= SMALL
+        name = generator.recommended.get("projector", {}).get("perceptual", "scorer:face-scorer" if small else "auto")
+    return build_perceptual(name, device, weights_dir)
