@@ -39,7 +39,7 @@ HELP = "Upload a photo with a face, or click a drawn one."
 
 @dataclass
 class Session:
-    """What one visitor works on. rest: readings of the photo before any edit; values: of the sliders."""
+    """State of one visitor. rest: readings of the photo before any edit; values: of the sliders."""
 
     editor: PhotoEditor
     name: str
@@ -145,7 +145,7 @@ class Page:
         yield self.show(session, rounds=ROUNDS)
 
     def targets(self, session: Session) -> dict[str, Target]:
-        """What the sliders ask for; those at rest ask for nothing."""
+        """Goals of the sliders that are not at rest."""
         targets = dict(session.like)
         for name, value in zip(self.names, session.values, strict=True):
             if name == "age" and value:

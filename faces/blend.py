@@ -28,7 +28,7 @@ FADE = 0.25  # of these radii: where an edit fades out
 
 
 def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
-    """How much of the drawn face is taken at each pixel, float32 [H, W] in 0..1. Images float32 [H, W, 3]."""
+    """Share of the drawn face at each pixel, float32 [H, W] in 0..1. Images float32 [H, W, 3]."""
     side = len(edited)
     change = (edited - unedited).mean(-1)
     change = change - ndimage.gaussian_filter(change, LIGHT * side)  # a tint is no structure
