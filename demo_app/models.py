@@ -180,7 +180,7 @@ def load_conditional(path: str | Path, device, weights_dir: Path | None = None) 
 
 
 def _perceptual(name: str, generator: Generator, device, weights_dir) -> Perceptual:
-    """The distance called `name`; auto: as the generator's file recommends, else the scorer's features for small ones, else LPIPS."""
+    """The distance called `name`; auto: the one that the generator's file recommends, else what suits its size."""
     if name == "auto":
         small = generator.config.size <= SMALL
         name = generator.recommended.get("projector", {}).get("perceptual", "scorer:face-scorer" if small else "auto")
