@@ -160,7 +160,7 @@ class _Watch:
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.timeout = store, rank, timeout
-        self.entered, self.ended = 0, threading.Event()
+        self.entered, self.ended, self.failing = 0, threading.Event(), False
         self.beats = [("", 0)] * world_size  # (last sign of life, collectives entered)
         self.seen = [time.monotonic()] * world_size
         for work in (self._exchange, self._guard):
@@ -181,7 +181,7 @@ class _Watch:
                 return None
 
     def _guard(self):
-        while not self.ended.wait(BEAT):
+        while not self.ended.wait(BEAT) and not self.failing:
             if silent := [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > self.timeout]:
                 if self.rank in silent:  # no answer from the store
                     silent = [0]
@@ -191,6 +191,7 @@ class _Watch:
 
     def behind(self):
         """Ranks that have not entered this rank's last collective, or have stopped to show signs of life."""
+        self.failing = True  # the collective's own error is about to be told
         time.sleep(2 * BEAT)
         late = [rank for rank, (_, entered) in enumerate(self.beats) if entered < self.entered]
         return late or [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > 3 * BEAT]
