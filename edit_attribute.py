@@ -47,7 +47,7 @@ from sampling.render import NOISE_MODES, latents_source
 from scorer.network import load_scorer
 
 ROUNDS = 3  # of the search for several targets at once
-LIMIT = 6.0  # standard deviations within which a target is looked for, with a boundary that has no range
+LIMIT = 6.0  # standard deviations within which a target is looked for
 N_MEASURED = 10_000  # samples, at most, over which the statistics of a given direction are taken
 PUBLISHED = {"fit": "svc", "conditional_fit": "none"}
 
@@ -321,12 +321,8 @@ def name_frames(line: np.ndarray, boundaries, shown: str, targets) -> list[str]:
     if targets:
         return ["_".join(f"{safe_name(name)}{value:g}" for name, value in targets.values())]
     labels = [shown] if line.shape[1] == 1 else [boundary.attribute for boundary in boundaries]
-    for digits in range(3, 18):
-        names = [
-            "_".join(f"{safe_name(label)}{d:+.{digits}g}" for label, d in zip(labels, row, strict=True)) for row in line
-        ]
-        if len(set(names)) == len(np.unique(line, axis=0)):
-            break
+    parts = [[f"{safe_name(n)}{round(d, 2) + 0.0:+g}" for n, d in zip(labels, row, strict=True)] for row in line]
+    names = ["_".join(part) for part in parts]
     return names if len(set(names)) == len(names) else [f"{name}_{j}" for j, name in enumerate(names)]
 
 
@@ -338,8 +334,8 @@ def search_targets(generator, face: InvertedFace, boundaries, targets, scorer, l
             rest = np.where(np.arange(len(found)) == k, 0.0, found)
             (start,) = edit_codes(face.w, boundaries, rest[None], layers=layers)
             score = score_along(generator, replace(face, w=start), boundaries[k], scorer, scorer.column(name), layers)
-            limit = max(map(abs, boundaries[k].range or (LIMIT,))) * boundaries[k].std
-            found[k], _ = search_distance(score, value, limit=limit, near=tolerance(scorer, name))
+            near, limit = tolerance(scorer, name), LIMIT * boundaries[k].std
+            found[k], _ = search_distance(score, value, limit=limit, near=near)
     return found[None]
 
 
@@ -363,7 +359,7 @@ def describe_target(scorer, name, value, seen) -> str:
     """Number of faces that came to the target, and the scores of the others, in words."""
     near = tolerance(scorer, name)
     missed = [score for score in seen if abs(score - value) > near]
-    rest = f"; the others come to {min(missed):.3g} to {max(missed):.3g} at best" if missed else ""
+    rest = f"; the others come to {min(missed):.3g} to {max(missed):.3g} at best, within {LIMIT:g} sd" if missed else ""
     return f"{name}={value:g}: {len(seen) - len(missed)} of {len(seen)} faces within {near}{rest}"
 
 

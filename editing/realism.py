@@ -20,7 +20,7 @@ from scorer.interface import AttributeScorer
 
 REFERENCES, EDITED = 500, 150  # samples that span the manifold; others that are moved
 NEIGHBOUR = 3  # k, published
-PASSING, SHARE = 0.95, 0.9  # of the references, by which a face is told; of the edited samples that must be faces
+PASSING, SHARE = 0.95, 0.9  # of the references, by which a face is told; of the moved faces that must still be faces
 STEP, LIMIT = 0.5, 6.0  # standard deviations
 
 
@@ -45,10 +45,10 @@ class Realism:
 
 @torch.no_grad()
 def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, float] | None:
-    """(lowest, highest) distance in standard deviations up to which at least SHARE of the moved samples are faces.
+    """(lowest, highest) distance in standard deviations up to which SHARE of the samples that are faces still are.
 
-    Looked for outwards from 0 in steps of STEP, to LIMIT at most. None for a scorer without features, and for fewer
-    than 20 samples.
+    Bisected among multiples of STEP up to LIMIT, since faces break more the farther they go. None for a scorer without
+    features, for fewer than 20 samples, and where not even one STEP is left.
     """
     if len(samples) < 20 or type(scorer).features is AttributeScorer.features:
         return None
@@ -62,10 +62,14 @@ def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, flo
         frames = list(samples.frames(rows, offset=distance * boundary.std * normal))
         return torch.cat([scorer.features(block).cpu() for block in image_batches(frames, scorer)])
 
-    realism, ends = Realism(features(np.arange(n_references))), []
+    realism = Realism(features(np.arange(n_references)))
+    before, ends = realism.are_faces(features(rows)), []
     for sign in (-1.0, 1.0):
-        reached = 0.0
-        while reached < LIMIT and realism.are_faces(features(rows, sign * (reached + STEP))).float().mean() >= SHARE:
-            reached += STEP
-        ends.append(sign * reached)
+        passed, failed = 0, round(LIMIT / STEP) + 1
+        trial = failed - 1
+        while failed - passed > 1:
+            still = realism.are_faces(features(rows, sign * trial * STEP)) & before
+            passed, failed = (trial, failed) if still.sum() >= SHARE * before.sum() else (passed, trial)
+            trial = (passed + failed) // 2
+        ends.append(sign * passed * STEP)
     return (ends[0], ends[1]) if ends[0] < ends[1] else None
