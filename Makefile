@@ -50,7 +50,7 @@ demo: $(VENV)/.installed
 	  --output_dir $(DEMO)/pasted
 	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 300 $(DEMO_INVERT) \
 	  --output_dir $(DEMO)/expression
-	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
+	$(PY) edit_conditional.py --ckpt $(CGAN) --latent $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
 	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size $(SIZE) --n_worker 2 $(DEMO)/faces
 	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 10 --sample_every 10 --save_every 10

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run_script
 from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.files import check_shape
 from common.grids import make_strip
 from common.images import save_image
 from common.latents import parse_layers
@@ -50,6 +51,19 @@ ROUNDS = 3  # of the search for several targets at once
 LIMIT = 6.0  # standard deviations within which a target is looked for
 N_MEASURED = 10_000  # samples, at most, over which the statistics of a given direction are taken
 PUBLISHED = {"fit": "svc", "conditional_fit": "none"}
+RECOMMENDED = {  # flags that a generator's file may set (`recommended`, entry `edit`), with their types
+    "num_sample?": int,
+    "ratio?": float,
+    "fit?": str,
+    "conditional_fit?": str,
+    "truncation?": float,
+    "noise?": str,
+    "start_distance?": float,
+    "end_distance?": float,
+    "steps?": int,
+    "distance?": str,
+    "unit?": str,
+}
 
 
 def build_parser() -> ArgumentParser:
@@ -160,8 +174,10 @@ def _target(text: str) -> tuple[str, float]:
 
 def _check(args) -> None:
     """Raises UsageError for flags that do not go together."""
-    if args.num_sample < 4 or not 0 < args.ratio <= 0.5 or not 0 < args.truncation <= 1:
-        raise UsageError("--num_sample takes 4 or more, --ratio above 0, up to 0.5, --truncation above 0, up to 1")
+    if args.steps < 1 or args.num_sample < 4 or not 0 < args.ratio <= 0.5 or not 0 < args.truncation <= 1:
+        raise UsageError(
+            "--steps takes 1 or more, --num_sample 4 or more, --ratio above 0, up to 0.5, --truncation above 0, up to 1"
+        )
     if args.at and (args.target or len(args.at) not in (1, len(args.boundary or [None]))):
         raise UsageError("--at takes one distance for all boundaries or one for each, and excludes --target")
 
@@ -174,7 +190,11 @@ def main(args) -> None:
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         if args.size and args.size != generator.config.size:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
-        filled = args.fill(PUBLISHED if args.preset else generator.recommended.get("edit", {}))
+        recommended = generator.recommended.get("edit", {})
+        check_shape(recommended, RECOMMENDED, f"{args.ckpt}: recommended.edit")
+        recommended = {name: value for name, value in recommended.items() if f"{name}?" in RECOMMENDED}
+        filled = args.fill(PUBLISHED if args.preset else recommended)
+        _check(args)
         if filled and not args.preset:
             flags = " ".join(f"--{flag} {value}" for flag, value in filled.items())
             say(f"{args.ckpt} recommends {flags} (--preset published: the paper's settings)", file=sys.stderr)

@@ -2,6 +2,7 @@
 what does not fit is refused. The scorer of these tests sees the brightness of a picture and its redness."""
 
 import csv
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -390,7 +391,7 @@ def test_recommended_settings_of_the_generator(ckpt, latents, scorer, tmp_path, 
     )
     generator = load_generator(ckpt)
     generator.recommended = {
-        "edit": {"steps": 3, "truncation": 0.8, "unit": "std", "nothing": 1},
+        "edit": {"steps": 3, "truncation": 0.8, "unit": "std", "samples": "/etc", "nothing": 1},
         "projector": {"step": 1},
     }
     monkeypatch.setattr(edit_attribute, "load_generator", lambda *args: generator)
@@ -398,6 +399,14 @@ def test_recommended_settings_of_the_generator(ckpt, latents, scorer, tmp_path, 
         assert command(ckpt, latents, tmp_path / "out", "--boundary", path, *flags) == 0
         said = capsys.readouterr().err
         assert len(table(tmp_path / "out")) == 3 * steps and ("--truncation 0.8" in said) == (steps < 4)
+        assert "/etc" not in said
+    for wrong, message in (
+        ({"steps": "many"}, "`.*recommended.edit.steps` is a text"),
+        ({"steps": 0}, "--steps takes 1"),
+    ):
+        generator.recommended = {"edit": wrong}
+        assert command(ckpt, latents, tmp_path / "out", "--boundary", path) != 0
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_results_of_a_stopped_run_stay(ckpt, latents, scorer, tmp_path, generator, monkeypatch):

@@ -1,4 +1,4 @@
-"""edit_conditional.py: from faces to sheets, latents read again, generate.py --set, what is refused."""
+"""edit_conditional.py: from faces to grids, latents read again, generate.py --set, what is refused."""
 
 import csv
 import gc
@@ -17,11 +17,13 @@ import projector
 import training.conditional
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
+from common.export import export_ema
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
 from editing.attributes import AttributeReader, Condition
 from editing.edit import InvertedFace
 from model import GeneratorConfig, load_generator
+from sampling.render import render
 from training.transfer import add_condition_columns
 
 
@@ -89,7 +91,7 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
-def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
+def test_faces_are_inverted_and_take_expressions(edit, faces, tmp_path, cgan):
     out = tmp_path / "cast"
     references = [faces / "face 02.png", faces / "ü 中文.png"]
     status, said, error = edit(
@@ -144,21 +146,25 @@ def test_faces_are_inverted_and_cast(edit, faces, tmp_path, cgan):
         if abs(asked[-1] - asked[0]) > 0.1:
             found = [float(row["read_smile"]) for row in moved]
             assert (found[-1] - found[0]) * (asked[-1] - asked[0]) > 0
-    names = sorted(path.name for path in (out / "sheets").iterdir())
-    assert names == ["ref_0_000.png", "ref_1_000.png"] and len(list((out / "strips").iterdir())) == 6
-    with Image.open(out / "sheets" / "ref_0_000.png") as sheet:
-        assert sheet.width > 3 * 128 and sheet.height > 4 * 128, "original, reference, inverted, edited"
+    assert {row["frame"] for row in rows if row["image"] == "ü 中文" and row["target"] == "face 02.png"} == {
+        f"ü 中文_as_face 02_{t}.png" for t in ("0", "0.5", "1")
+    }
+    names = sorted(path.name for path in (out / "grids").iterdir())
+    assert names == ["as_face 02_000.png", "as_ü 中文_000.png"] and len(list((out / "strips").iterdir())) == 6
+    with Image.open(out / "grids" / "as_face 02_000.png") as grid:
+        assert grid.width > 3 * 128 and grid.height > 4 * 128, "original, reference, inverted, edited"
 
 
 def test_latents_are_read_again_and_set(edit, faces, tmp_path):
     out = tmp_path / "cast"
     assert edit("--source", faces, "--set", "smile=1", "--output_dir", out)[0] == 0
     first = table(out)
+    assert {row["frame"] for row in first} >= {"ü 中文_smile1_0.png", "ü 中文_smile1_1.png"}
     for row in first:
         folder = "edited" if float(row["t"]) > 0 else "unedited"
         assert read_image(out / folder / f"{row['image']}.png") == read_image(out / "frames" / row["frame"])
     again = tmp_path / "again"
-    assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again)[0] == 0
+    assert edit("--latent", out / "inverted", "--set", "smile=1", "--output_dir", again)[0] == 0
     assert table(again) == first, "a folder of inversions knows its attributes"
     assert edit("--source", out / "inverted", "--set", "smile=1", "--output_dir", again, "--strength", "2")[0] == 0
     near, far = ({row["image"]: row for row in rows if float(row["t"]) > 0} for rows in (first, table(again)))
@@ -175,27 +181,30 @@ def test_latents_are_read_again_and_set(edit, faces, tmp_path):
     rows = table(tmp_path / "paired")
     assert [(row["image"] + ".png", row["t"]) for row in rows] == [(row["target"], row["t"]) for row in rows]
     assert all(row["asked_smile"] == other["asked_smile"] for row, other in zip(rows[::2], rows[1::2], strict=True))
-    assert [path.name for path in (tmp_path / "paired" / "sheets").iterdir()] == ["paired_000.png"]
+    assert [path.name for path in (tmp_path / "paired" / "grids").iterdir()] == ["paired_000.png"]
 
 
 def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, monkeypatch):
-    """One face is held at a time, and what is kept of an edit has no pictures; sheets are made from the files."""
+    """One face is held at a time, and what is kept of an edit has no images; grids are made from the files."""
     held, kept = [], []
-    whole = edit_conditional.Editor.edit
+    whole, gather = edit_conditional.table_rows, edit_conditional.gather_list
 
     def watched(*args):
+        gc.collect()
         held.append(sum(type(thing) is InvertedFace for thing in gc.get_objects()))
-        kept.append(len(pickle.dumps(result := whole(*args))))
-        return result
+        return whole(*args)
 
-    monkeypatch.setattr(edit_conditional.Editor, "edit", watched)
-    monkeypatch.setattr(edit_conditional, "PER_SHEET", 2)
+    monkeypatch.setattr(edit_conditional, "table_rows", watched)
+    monkeypatch.setattr(
+        edit_conditional, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items)
+    )
+    monkeypatch.setattr(edit_conditional, "PER_GRID", 2)
     out = tmp_path / "cast"
     assert edit("--source", faces, "--reference", faces, "--output_dir", out)[0] == 0
     assert len(held) == 9 and max(held) <= 2, "this face, and at most the one before"
-    assert max(kept) < 32 * 32 * 3
-    assert sorted(path.name for path in (out / "sheets").iterdir()) == [
-        f"ref_{r}_{k:03d}.png" for r in range(3) for k in range(2)
+    assert max(kept) < 9 * 32 * 32 * 3
+    assert sorted(path.name for path in (out / "grids").iterdir()) == [
+        f"as_{name}_{k:03d}.png" for name in ("face 01", "face 02", "ü 中文") for k in range(2)
     ]
 
 
@@ -231,7 +240,7 @@ def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, 
         "50",
     ]
     assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
-    assert edit("--source", tmp_path / "projected", "--set", "smile=0", "--output_dir", tmp_path / "out")[0] == 0
+    assert edit("--latent", tmp_path / "projected", "--set", "smile=0", "--output_dir", tmp_path / "out")[0] == 0
     rows = [row for row in table(tmp_path / "out") if row["t"] == "0.0"]
     names = load_latents(tmp_path / "projected").names
     for i, row in enumerate(rows):
@@ -275,6 +284,8 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
         status, _, line = edit("--output_dir", tmp_path / "out", *flags, **options)
         return status, line
 
+    assert error("--set", "smile=1") == (2, "error: which faces? pass either --source FACES or --latent INVERSIONS")
+    assert error("--source", faces, "--latent", faces, "--set", "smile=1")[0] == 2
     assert error("--source", faces) == (
         2,
         "error: which attributes? pass either --reference FACES or --set NAME=NUMBER,...",
@@ -307,3 +318,47 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
     save_latents(tmp_path / "good", torch.zeros(2, 8, 64), **described)
     status, line = error("--source", tmp_path / "good", "--reference", faces, "--paired")
     assert status == 1 and "as many references as sources, found 3 and 2" in line
+
+
+def test_inversions_of_the_generator_it_was_trained_from(edit, cgan, unconditional, tmp_path):
+    """A light conditional generator draws at the neutral 0.5 what its base draws: their latents are shared."""
+    state = load_checkpoint(unconditional)
+    base, own = tmp_path / "base.safetensors", tmp_path / "cgan.safetensors"
+    export_ema({"g_ema": state["g_ema"], "config": state["config"]}, base)
+    conditional = load_checkpoint(cgan)
+    light = conditional["condition"] | {"light": True}
+    weights = add_condition_columns(state["g_ema"], GeneratorConfig(**SMALL), 2)
+    export_ema({"g_ema": weights, "config": conditional["config"], "condition": light}, own, base=base)
+    generator = load_generator(base)
+    ws = generator.get_latent(torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(1)))
+    described = {"names": ["a.png", "b.png"], "space": "w++", "size": 32}
+    save_latents(tmp_path / "of base", ws, **described, fingerprint=generator.fingerprint)
+    status, said, error = edit(
+        "--latent", tmp_path / "of base", "--set", "smile=1", "--output_dir", tmp_path / "out", ckpt=own
+    )
+    assert status == 0, error
+    assert "was trained from, taken as neutral ones" in said
+    for name, image in zip("ab", render(generator, ws), strict=True):
+        frame = np.asarray(read_image(tmp_path / "out" / "unedited" / f"{name}.png")).astype(int)
+        assert np.abs(frame - image).max() <= 1
+    save_latents(tmp_path / "others", ws, **described, fingerprint="f" * 16)
+    status, _, error = edit("--latent", tmp_path / "others", "--set", "smile=1", ckpt=own)
+    assert status == 1 and f"trained from {generator.fingerprint}" in error and "f" * 16 in error
+
+
+def test_results_of_a_stopped_run_stay(edit, cgan, tmp_path, monkeypatch):
+    generator = load_generator(cgan)
+    ws = generator.get_latent(torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1)))
+    described = {"names": ["a.png", "b.png", "c.png"], "space": "w++", "size": 32}
+    save_latents(tmp_path / "l", ws, **described, fingerprint=generator.fingerprint)
+    whole = edit_conditional.read_face
+
+    def stop_at_the_third(generator, reader, source, i, *args):
+        if i == 2:
+            raise KeyboardInterrupt
+        return whole(generator, reader, source, i, *args)
+
+    monkeypatch.setattr(edit_conditional, "read_face", stop_at_the_third)
+    assert edit("--latent", tmp_path / "l", "--set", "smile=1", "--output_dir", tmp_path / "out")[0] == 130
+    assert [row["image"] for row in table(tmp_path / "out")] == ["a", "a", "b", "b"]
+    assert sorted(p.name for p in (tmp_path / "out" / "edited").iterdir()) == ["a.png", "b.png"]
