@@ -58,20 +58,22 @@ class Images:
         return [None if record is None else record.to_dict() for record in found] or [None] * len(self)
 
 
-def read_file(paths: Sequence[Path], size: int, fit: str, position: int) -> torch.Tensor:
+def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, position: int) -> torch.Tensor:
     """An image file fitted to size x size, uint8 [3, size, size]."""
     try:
-        image = fit_image(read_image(paths[position]), size, fit=fit)
+        image = fit_image(read_image(paths[position]), size, fit=fit, resample=resample)
     except FileNotFoundError as error:  # it was there when the folder was listed
         raise ImageError(f"{paths[position]} is gone") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def open_images(sources: Sequence[str | os.PathLike], size: int, *, fit: str = "crop") -> Images:
+def open_images(
+    sources: Sequence[str | os.PathLike], size: int, *, fit: str = "crop", resample: str = "lanczos"
+) -> Images:
     """The images of one LMDB, or of folders (any depth, sorted) and files in the order given.
 
-    fit: what to do with images that are not square (common/images.py). Raises FileNotFoundError for a path that is
-    absent, ValueError when there is no image or an LMDB has none of this size.
+    fit, resample: of `fit_image` (common/images.py), for images that are not of this size. Raises FileNotFoundError for
+    a path that is absent, ValueError when there is no image or an LMDB has none of this size.
     """
     entries: list[tuple[str, Path]] = []
     for source in map(Path, sources):
@@ -87,7 +89,7 @@ def open_images(sources: Sequence[str | os.PathLike], size: int, *, fit: str = "
             raise UserError(f"{source} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
         entries += [(path.relative_to(source).as_posix() if source.is_dir() else path.name, path) for path in files]
     names, paths = zip(*entries, strict=True)
-    return Images(names, size, functools.partial(read_file, paths, size, fit), paths)
+    return Images(names, size, functools.partial(read_file, paths, size, fit, resample), paths)
 
 
 def _unique_names(names) -> list[str]:
@@ -129,6 +131,7 @@ def open_faces(
     align: str,
     dist: Distributed,
     fit: str = "crop",
+    resample: str = "lanczos",
     weights_dir: Path | None = None,
     limit: int | None = None,
 ) -> Images:
@@ -139,7 +142,7 @@ def open_faces(
     `left_out` of the result: {photo: why it gave no face}. All ranks must call it. Raises as `open_images`;
     FileNotFoundError without the detector's weights, UserError when no photo gives a face.
     """
-    images = open_images(sources, size, fit=fit)
+    images = open_images(sources, size, fit=fit, resample=resample)
     if not images.paths:  # an LMDB
         return images
     records = list(zip(images.paths, images.alignment(), strict=True))[:limit]
@@ -161,7 +164,7 @@ def open_faces(
     faces = [face for path, aligned in chosen for face in ([path] if aligned else crops[source_of[path]])]
     if not faces:
         require_faces(photos, folder)
-    images = open_images(faces, size, fit=fit)
+    images = open_images(faces, size, fit=fit, resample=resample)
     without = (photo for photo in photos if not photo.faces)
     images.left_out = {photo.photo: ": ".join(filter(None, (photo.outcome, photo.note))) for photo in without}
     return images

@@ -1,4 +1,4 @@
-"""How close reconstructions are to their originals, image by image, and the table that holds it.
+"""Distance of reconstructions from their originals, image by image, and the table that holds it.
 
     values = measure(originals, images, perceptual=perceptual, identity=identity)        # {"mse": [N], ...}
     write_measures("reconstruction.csv", names, values, perceptual="lpips-vgg", identity="mobilefacenet")
@@ -122,7 +122,7 @@ def write_measures(
 
 
 def read_measures(path) -> Measured:
-    """What `write_measures` wrote. Raises FileNotFoundError, or ValueError naming what is wrong with the table."""
+    """Read the table of `write_measures`. Raises FileNotFoundError, or ValueError naming what is wrong with it."""
     path = require_file(Path(path), "table of reconstructions (reconstruction.csv)")
     try:
         with open(path, encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""How good scores are, and how honest: errors, ranking, calibration. closed forms in tests/scorer.
+"""Quality of scores, and how honest they are: errors, ranking, calibration. closed forms in tests/scorer.
 
 Labels here may be soft (another network's probabilities): above 0.5 counts as yes for ranking and accuracy, and
 calibration compares mean prediction with mean label.

@@ -1,9 +1,9 @@
-"""Stage 3b: invert a folder of faces with a trained pSp encoder: one forward pass per picture.
+"""Stage 3b: invert a folder of faces with a trained pSp encoder: one pass of the encoder per image.
 
 Writes below --exp_dir: latents.npy and latents.json (for generate.py and edit_attribute.py), inference_results/ (the
-reconstructions under the pictures' names), inference_coupled/ (input beside output), grid_{k}.png (original,
-|difference|, reconstruction), reconstruction.csv and .json, perceptual.npy, mse.npy (one value per picture), stats.txt,
-and skipped.csv when a file could not be read. Several processes under torchrun share the pictures among them.
+reconstructions under the images' names), inference_coupled/ (input beside output), grid_{k}.png (original,
+|difference|, reconstruction), reconstruction.csv and .json, perceptual.npy, mse.npy (one value per image), stats.txt,
+and skipped.csv when a file could not be read. Several processes under torchrun share the images among them.
 
     python pSp/scripts/inference.py --exp_dir E --checkpoint_path E/checkpoints/best_model.pt --data_path faces
         --test_batch_size 1 --test_workers 4 --resize_outputs --couple_outputs
@@ -27,9 +27,10 @@ from inversion.inputs import add_align_flag, open_faces
 from model import load_generator
 from perceptual.identity import identity_or_none
 from perceptual.lpips import build_perceptual
-from pSp.data_configs import resize_factors
+from pSp.data_configs import add_preset_flag, fill_recommended, resize_factors
+from pSp.encoders import PUBLISHED_INPUT
 from pSp.inference import COUPLED_EVERY, SHOWN, Inversion, invert, retrieve, save_inversion, style_mixing
-from pSp.psp import load_psp
+from pSp.psp import load_psp, pSp
 from sampling.render import file_names
 
 
@@ -42,14 +43,14 @@ def build_parser() -> ArgumentParser:
         help="pSp checkpoint, ours or published, or an exported encoder (default: EXP_DIR/checkpoints/best_model.pt)",
     )
     add("--stylegan_weights", help="generator of an exported encoder (default: the file it names, beside it)")
-    add("--data_path", default="gt_images", help="folder of pictures (any depth), one picture, or an LMDB")
+    add("--data_path", default="gt_images", help="folder of images (any depth), one image, or an LMDB")
     add("--couple_outputs", action="store_true", help="save every input beside its output, not each 100th only")
     add("--resize_outputs", action="store_true", help="save outputs at 256x256 where the generator's are larger")
-    add("--test_batch_size", type=int, default=2, help="pictures per forward pass on a GPU; a CPU computes each alone")
-    add("--test_workers", type=int, default=2, help="processes that read pictures (0: this one)")
-    add("--n_images", type=int, help="only the first N pictures")
-    add("--latent_mask", help="style mixing: comma-separated layers whose codes come from a random sample")
-    add("--mix_alpha", type=float, help="how far those codes go to the sample, 0 to 1 (default: all the way)")
+    add("--test_batch_size", type=int, default=2, help="images per forward pass")
+    add("--test_workers", type=int, default=2, help="processes that read images (0: this one)")
+    add("--n_images", type=int, help="only the first N images")
+    add("--latent_mask", help="style mixing: comma-separated layers whose w comes from a random sample")
+    add("--mix_alpha", type=float, help="how far those go to the sample, 0 to 1 (default: all the way)")
     add(
         "--n_outputs_to_generate",
         type=int,
@@ -57,19 +58,20 @@ def build_parser() -> ArgumentParser:
     )
     add("--resize_factors", help="super-resolution: one factor by which inputs are shrunk")
     add_align_flag(parser)
-    add("--fit", choices=FITS, default="crop", help="for pictures that are not square")
-    add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the first that is found")
+    add("--fit", choices=FITS, default="crop", help="for images that are not square")
+    add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the best there is")
     add("--id_net", default="auto", help="identity network; auto: the first that is found; none")
     add(
         "--retrieval",
         type=int,
         default=0,
         metavar="N",
-        help="among the first N pictures: whose nearest original is a reconstruction's? 0: not asked",
+        help="among the first N images: whose nearest original is a reconstruction's? 0: not asked",
     )
     add("--weights_dir", help="folder looked into first for third-party weights")
     add("--precision", choices=list(DTYPES), default="fp32", help="of the convolutions")
     add("--seed", type=int, default=0, help="of the samples of --latent_mask")
+    add_preset_flag(parser)
     add_device_flags(parser)
     return parser
 
@@ -89,7 +91,7 @@ def read_options(args) -> tuple[int, list[int] | None]:
     if len(factors) != 1:
         raise UsageError(f"--resize_factors {args.resize_factors}: inference takes one factor")
     if args.retrieval < 0 or args.retrieval == 1:
-        raise UsageError(f"--retrieval {args.retrieval}: expected at least two pictures, or 0")
+        raise UsageError(f"--retrieval {args.retrieval}: expected at least two images, or 0")
     if args.mix_alpha is not None and (args.latent_mask is None or not 0 <= args.mix_alpha <= 1):
         raise UsageError("--mix_alpha is a number from 0 to 1 and goes with --latent_mask")
     try:
@@ -100,7 +102,7 @@ def read_options(args) -> tuple[int, list[int] | None]:
 
 
 class Folders:
-    """Where pictures go: inference_results/ and inference_coupled/, below downsampling_F for super-resolution."""
+    """Where images go: inference_results/ and inference_coupled/, below downsampling_F for super-resolution."""
 
     def __init__(self, exp_dir: Path, names: list[str], *, couple: bool, factor: int, output_size: int):
         below = "" if factor == 1 else f"downsampling_{factor}"
@@ -108,17 +110,33 @@ class Folders:
         self.names, self.couple, self.factor = file_names(names), couple, factor
         self.output_size = output_size
 
-    def save(self, position: int, original: np.ndarray, source: np.ndarray, picture: np.ndarray) -> None:
-        """Arrays uint8 [S, S, 3]; the coupled sheet is original (with `source` for super-resolution) and picture."""
+    def save(self, position: int, original: np.ndarray, source: np.ndarray, output: np.ndarray) -> None:
+        """Arrays uint8 [S, S, 3]; the coupled image is original (with `source` for super-resolution) and output."""
         name = f"{self.names[position]}.png"
-        save_image(picture, self.results / name)
+        save_image(output, self.results / name)
         if self.couple or position % COUPLED_EVERY == 0:
-            parts = [original, picture] if self.factor == 1 else [original, source, picture]
+            parts = [original, output] if self.factor == 1 else [original, source, output]
             side = (self.output_size, self.output_size)
             save_image(
                 np.concatenate([np.asarray(Image.fromarray(part).resize(side)) for part in parts], 1),
                 self.coupled / name,
             )
+
+
+def open_network(path: Path, generator_path: str | None, device) -> pSp:
+    """The network in a file; UserError when it was trained for another generator, or encodes label maps."""
+    generator = load_generator(generator_path, device) if generator_path else None
+    net = load_psp(path, device, generator)
+    if generator is not None and net.decoder.fingerprint != generator.fingerprint:
+        raise UserError(
+            f"--stylegan_weights {generator_path} is {generator.fingerprint}, {path} was trained for "
+            f"{net.decoder.fingerprint}"
+        )
+    if net.config.input_nc not in (3, 6):
+        raise UserError(
+            f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB images are supported"
+        )
+    return net
 
 
 def main(args) -> int:
@@ -127,78 +145,66 @@ def main(args) -> int:
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
-        generator = load_generator(args.stylegan_weights, dist.device) if args.stylegan_weights else None
-        net = load_psp(path, dist.device, generator)
-        if generator is not None and net.decoder.fingerprint != generator.fingerprint:
-            raise UserError(
-                f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, {path} was "
-                f"trained for {net.decoder.fingerprint}"
-            )
-        if net.config.input_nc not in (3, 6):
-            raise UserError(
-                f"{path} encodes label maps of {net.config.input_nc} channels: only encoders of RGB "
-                "pictures are supported"
-            )
-        size = max(net.config.input_size, net.image_size)
-        pictures = open_faces(
+        net = open_network(path, args.stylegan_weights, dist.device)
+        if recommends := fill_recommended(args, net.decoder, path):
+            print(recommends, file=sys.stderr)
+        images = open_faces(
             [args.data_path],
-            size,
+            max(net.config.input_size, net.image_size),
             exp_dir,
             align=args.align,
             dist=dist,
             fit=args.fit,
+            resample="bilinear" if net.config.input_size >= PUBLISHED_INPUT else "lanczos",  # upstream's Resize
             weights_dir=args.weights_dir,
             limit=args.n_images,
         )
-        n = min(len(pictures), args.n_images or len(pictures))
-        mix = None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed)
+        n = min(len(images), args.n_images or len(images))
         perceptual = build_perceptual(args.lpips_net, dist.device, args.weights_dir)
         identity = identity_or_none(args.id_net, dist.device, args.weights_dir)
         output_size = net.image_size if args.resize_outputs else net.decoder.config.size
-        folders = Folders(exp_dir, pictures.names, couple=args.couple_outputs, factor=factor, output_size=output_size)
+        folders = Folders(exp_dir, images.names, couple=args.couple_outputs, factor=factor, output_size=output_size)
+        by = f"{perceptual.name}{', ' + identity.name if identity else ''}"
         if dist.is_main:
-            print(
-                f"{path}: {net.description}; {n} pictures of {args.data_path} on {dist.device}, measured by "
-                f"{perceptual.name}{', ' + identity.name if identity else ''}"
-            )
-        mine = invert(
+            print(f"{path}: {net.description}; {n} images of {args.data_path} on {dist.device}, measured by {by}")
+        local = invert(
             net,
-            pictures,
+            images,
             shard(n, dist.rank, dist.world_size),
             perceptual=perceptual,
             identity=identity,
             batch=args.test_batch_size,
             workers=args.test_workers,
             factor=factor,
-            mix=mix,
+            mix=None if layers is None else style_mixing(net, layers, args.mix_alpha, args.seed),
             resize=args.resize_outputs,
             dtype=None if args.precision == "fp32" else DTYPES[args.precision],
             save=folders.save,
             keep_shown=max(SHOWN, args.retrieval),
         )
         result = Inversion()
-        for part in gather_list(mine):  # contiguous shards: the order of the pictures
+        for part in gather_list(local):  # contiguous shards: the order of the images
             result.extend(part)
         if dist.is_main:
-            extra = {"checkpoint": path.name, "factor": factor, "latent_mask": layers}
-            retrieved = {}
-            if args.retrieval and result.shown:
-                retrieved = retrieve(result, args.retrieval, perceptual, identity, dist.device)
+            some = args.retrieval and result.shown
+            retrieved = retrieve(result, args.retrieval, perceptual, identity, dist.device) if some else {}
             line = save_inversion(
                 exp_dir,
                 net,
                 result,
-                pictures.names,
+                images.names,
                 perceptual=perceptual.name,
                 identity=identity.name if identity else None,
-                alignment=pictures.alignment(),
-                left_out=pictures.left_out,
-                extra=extra,
+                alignment=images.alignment(),
+                left_out=images.left_out,
+                extra={"checkpoint": path.name, "factor": factor, "latent_mask": layers},
                 retrieved=retrieved,
             )
-            print(f"{exp_dir}: {len(result.positions)} pictures inverted into {net.space}; {line}")
-            for by, share in retrieved.items():
-                print(f"nearest original by {by}: its own for {share:.0%} of {min(args.retrieval, len(result.shown))}")
+            print(f"{exp_dir}: {len(result.positions)} images inverted into {net.space}; {line}")
+            for name, share in retrieved.items():
+                print(
+                    f"nearest original by {name}: its own for {share:.0%} of {min(args.retrieval, len(result.shown))}"
+                )
     finally:
         shutdown()
     return 0
