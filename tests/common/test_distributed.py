@@ -17,6 +17,7 @@ from common.cli import ArgumentParser, UsageError
 WORKER = """
 import time, torch
 from common import distributed as d
+d.BEAT = 0.3
 here = d.setup("cpu", timeout=60)
 assert (here.world_size, here.backend, here.is_main) == (2, "gloo", here.rank == 0)
 
@@ -145,6 +146,7 @@ import os, signal, sys, time, torch
 from common import distributed as d
 from common.cli import ArgumentParser, run_script
 def main(args):
+    d.BEAT = 0.3
     here = d.setup("cpu", timeout=4)
     d.barrier()
     if here.rank == 1:
@@ -184,7 +186,7 @@ def test_a_silent_rank_is_named_and_nobody_waits_for_ever(fault, collective, mes
 
 
 def test_ranks_wait_for_work_that_takes_longer_than_the_timeout():
-    workers = start(SILENT.format(fault="pass", collective="d.gather_list(1)", work=7))
+    workers = start(SILENT.format(fault="pass", collective="d.gather_list(1)", work=6))
     try:
         results = [worker.communicate(timeout=60) for worker in workers]
         assert [out for out, _ in results] == ["through\n"] * 2, results

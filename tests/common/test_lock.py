@@ -54,8 +54,11 @@ def test_another_process_holds_it_until_it_is_killed(tmp_path):
 
 
 def test_of_eight_that_start_together_one_gets_the_folder(tmp_path):
-    starts = [start(tmp_path, "time.sleep(15)") for _ in range(8)]
-    time.sleep(10)  # all have started, and the holder holds on
+    starts = [start(tmp_path, "time.sleep(60)") for _ in range(8)]
+    deadline = time.monotonic() + 30
+    while sum(process.poll() is None for process in starts) > 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)  # the holder holds on
     for process in starts:
         process.poll()
     held = [process for process in starts if process.returncode is None]
