@@ -37,7 +37,9 @@ from perceptual.identity import identity_or_none
 from perceptual.lpips import build_perceptual
 
 EARLY_STOP = 0.02  # when --early_stop is given without a number
-RECOMMENDED = ("init", "step", "perceptual", "perturb_init")  # flags that a generator's file may set, with SETTINGS
+QUALITY = {"fast": 50, "good": 100, "best": 300}  # --step of each; what they reach: docs/log.md
+LR_RATIO = 0.01  # --lr of --quality in standard deviations of w: the best of those tried in W++
+RECOMMENDED = ("init", "step", "perceptual")  # flags that a generator's file may set, with SETTINGS
 SETTINGS = ("lr", "lr_rampup", "lr_rampdown", "noise", "noise_ramp", "noise_regularize", "mse", "early_stop")
 
 
@@ -47,6 +49,7 @@ def build_parser() -> ArgumentParser:
     add("--ckpt", required=True, help="training checkpoint (.pt) or exported generator (.safetensors)")
     add("--dataset", required=True, nargs="+", metavar="PATH", help="folder of faces, single files, or an LMDB")
     add("--preset", choices=("published",), help="the paper's settings and file names, whatever the model recommends")
+    add("--quality", choices=QUALITY, help=f"{QUALITY} steps with --mse 1 --noise 0 and an lr that suits the model")
     add("--size", type=int, help="pixels; the generator's own, anything else is refused")
     add_align_flag(parser)
     add("--fit", choices=FITS, default="crop", help="for images that are not square")
@@ -92,18 +95,26 @@ def build_parser() -> ArgumentParser:
 
 
 def fill_recommended(args, generator: Generator, *, quiet: bool) -> None:
-    """Set the flags that were not given to what the generator's file recommends, and say so in one line on stderr.
+    """Set the flags that were not given to what the generator's file recommends, and what --quality means; say so.
 
     A recommended encoder is a file name beside the generator's file.
     """
-    recommended = generator.recommended.get("projector", {}) if args.preset is None else {}
-    filled = args.fill({flag: value for flag, value in recommended.items() if flag in (*RECOMMENDED, *SETTINGS)})
+    if args.preset and args.quality:
+        raise UsageError("--preset published and --quality exclude each other")
+    recommended = {} if args.preset else generator.recommended.get("projector", {})
+    types = {flag: str if isinstance(getattr(args, flag), str) else (int, float) for flag in (*RECOMMENDED, *SETTINGS)}
+    settings = {flag: value for flag, value in recommended.items() if isinstance(value, types.get(flag, ()))}
+    if args.quality:
+        lr = float(f"{LR_RATIO * float(generator.latent_statistics(args.mean_samples)[1].mean()):.2g}")
+        settings |= {"step": QUALITY[args.quality], "lr": lr, "mse": 1.0, "noise": 0.0}
+    filled = args.fill(settings)
     kind, _, name = str(filled.get("init", "")).partition(":")
     if name:
         args.init = f"{kind}:{Path(args.ckpt).parent / Path(name).name}"
     if filled and not quiet:
         flags = " ".join(f"--{flag} {value}" for flag, value in filled.items())
-        print(f"{args.ckpt} recommends {flags} (--preset published: the paper's settings)", file=sys.stderr)
+        source = f"--quality {args.quality} means" if args.quality else f"{args.ckpt} recommends"
+        print(f"{source} {flags} (--preset published: the paper's settings)", file=sys.stderr)
 
 
 def read_settings(args) -> dict:

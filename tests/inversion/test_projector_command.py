@@ -238,6 +238,20 @@ def test_recommended_settings_are_used_and_named(checkpoint, export, photos, tmp
         assert (tmp_path / "out" / f"{name}_0.png").read_bytes() == (tmp_path / "out" / name / "1.png").read_bytes()
 
 
+def test_quality_sets_steps_and_a_step_size_of_the_model(checkpoint, export, photos, tmp_path, monkeypatch):
+    """In standard deviations of w; flags given by hand win; a recommended start is kept."""
+    monkeypatch.setitem(projector.QUALITY, "good", 2)
+    argv = ["--ckpt", export, "--dataset", photos / "1.png", "--output_dir", tmp_path / "out", "--quality", "good"]
+    argv += ["--perceptual", f"discriminator:{checkpoint}", "--device", "cpu", "--identity", "none"]
+    argv = [str(arg) for arg in (*argv, "--mse", 3, "--mean_samples", 100)]
+    assert run(projector.main, projector.build_parser(), argv) == 0
+    used = load_latents(tmp_path / "out").extra["settings"]
+    deviation = float(load_generator(export).latent_statistics(100)[1].mean())
+    assert used["lr"] == pytest.approx(0.01 * deviation, rel=0.05) and used["init"].startswith("latents:")
+    assert (used["steps"], used["mse"], used["noise"]) == (2, 3, 0.0)
+    assert run(projector.main, projector.build_parser(), [*argv, "--preset", "published"]) == 2
+
+
 def test_published_command_without_any_weights(checkpoint, photos, tmp_path, monkeypatch, capsys):
     """The bundled scorer compares, and is named on stderr and in the results."""
     monkeypatch.setattr("perceptual.lpips.find", lambda *_: None)
