@@ -176,7 +176,8 @@ def latents_start(path: str, generator: Generator, space: str, names: list[str])
         expect_shape=(generator.config.n_tokens, generator.config.style_dim),
         expect_fingerprint=generator.fingerprint,
     )
-    missing = [name for name in names if name not in set(saved.names)]
+    rows = {name: i for i, name in enumerate(saved.names)}
+    missing = [name for name in names if name not in rows]
     if saved.fingerprint is not None and missing:
         raise UserError(
             f"--init latents:{path} has no latent called {missing[0]} (and {len(missing) - 1} more of {len(names)} "
@@ -184,7 +185,6 @@ def latents_start(path: str, generator: Generator, space: str, names: list[str])
         )
     if saved.fingerprint is None and len(saved) not in (1, len(names)):
         raise UserError(f"--init latents:{path} holds {len(saved)} latents for {len(names)} images")
-    rows = {name: i for i, name in enumerate(saved.names)}
 
     def start(positions, images):
         chosen = [rows.get(names[position], position % len(saved)) for position in positions]
