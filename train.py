@@ -2,7 +2,8 @@
 
 One process or many: alone, under torchrun, or under torch.distributed.launch; --batch counts images per process.
 The run folder (--exp_name) receives options.json, log.jsonl, TensorBoard events, sample grids, attention maps and
-checkpoints; a run that was stopped at any moment goes on with --resume auto as if it had not been.
+checkpoints. A run that was stopped at any moment continues with --resume auto as if it had not been, with all options
+of its checkpoint.
 
     python train.py --path faces.lmdb --size 64 --exp_name runs/faces --channel_max 128 --augment
     torchrun --nproc_per_node 8 train.py --path ffhq.lmdb --exp_name runs/ffhq --batch 8 --n_sample 64
@@ -10,162 +11,111 @@ checkpoints; a run that was stopped at any moment goes on with --resume auto as 
 
 from __future__ import annotations
 
-import math
-import sys
-import time
-from dataclasses import replace
+from contextlib import ExitStack, closing, nullcontext
 
 import torch
 
-from common.checkpoint import latest_checkpoint, load_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, is_out_of_memory, require_one_start, run_script
-from common.distributed import Distributed, add_device_flags, barrier, gather_list, setup, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, positive_int, require_one_start, run_script
+from common.distributed import add_device_flags, barrier, setup, shutdown
 from common.interrupt import StopSignal
+from common.lock import lock_folder
 from common.precision import DTYPES
-from common.runs import Run, StepBar, format_duration
+from common.runs import Run, restore_options
 from dataset import InfiniteSampler, data_loader, open_dataset
-from model import stddev_group
-from training.conditional import add_condition_flags, build_trainer, find_reader, read_condition_settings
-from training.outputs import Outputs, Progress
+from training.conditional import ConditionSettings, build_conditional_trainer, resolve_condition
+from training.loop import fit_micro_batch, report_start, training_loop
 from training.resume import (
-    find_start,
+    ARCHITECTURE,
+    Start,
     init_from,
-    read_architecture,
-    read_noise,
-    require_same_architecture,
-    stored_architecture,
+    read_start,
+    resolve_architecture,
+    resolve_noise,
+    resolve_vision_aided,
 )
 from training.trainer import Trainer, TrainSettings
 
-ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
+LOOP = ("n_sample", "sample_every", "save_every", "log_every", "keep", "eval_every", "on_nan")
+SOURCE_WEIGHTS = "draw images of these first-level folders so many times as often as others (ffhq=4,lfw=0.4)"
+RESOLVED = (*ARCHITECTURE, "noise", "vision_aided", "condition", "attributes", "light")  # with rules of their own
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    add = parser.add_argument
 
-    data = parser.add_argument_group("data and run folder")
-    data.add_argument("path_positional", nargs="?", metavar="PATH", help="LMDB or folder of images (same as --path)")
-    data.add_argument("--path", help="LMDB made by prepare_data.py, or a folder of images")
-    data.add_argument("--exp_name", default="test", help="run folder; everything is written below it")
-    data.add_argument(
-        "--source_weights",
-        type=parse_source_weights,
-        metavar="SOURCE=W,...",
-        help="draw images of these first-level folders this many times as often as the others (ffhq=4,lfw=0.4)",
-    )
-    data.add_argument("--workers", type=int, default=2, help="loader processes (0: decode in the training process)")
+    add = parser.add_argument_group("data and run folder").add_argument
+    add("path_positional", nargs="?", metavar="PATH", help="LMDB or folder of images (same as --path)")
+    add("--path", help="LMDB made by prepare_data.py, or a folder of images")
+    add("--exp_name", default="test", help="run folder; everything is written below it")
+    add("--source_weights", type=parse_source_weights, metavar="SOURCE=W,...", help=SOURCE_WEIGHTS)
+    add("--workers", type=int, default=2, help="loader processes (0: decode in the training process)")
 
-    data.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        help="continue a run; auto: from the newest checkpoint of the run folder, if any",
-    )
-    data.add_argument("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
-    data.add_argument(
-        "--init_from",
-        help="start a new run from these weights; a smaller size is grown. Beside --resume auto: where "
-        "there is no run to continue yet, so that one command starts and restarts it",
-    )
+    add = parser.add_argument_group("start", "a continued run keeps its options; a given flag wins").add_argument
+    add("--resume", metavar="auto|PATH", help="continue a run; auto: its newest checkpoint, if any")
+    add("--ckpt", help="continue from this checkpoint (the published flag; same as --resume PATH)")
+    add("--init_from", help="weights for a new run, grown if smaller; with --resume auto: until there is a checkpoint")
 
-    net = parser.add_argument_group("networks", "what is not given is read from the file that the run starts from")
-    net.add_argument("--size", type=int, help="image size in pixels, a power of two (a new run: 256)")
-    net.add_argument(
-        "--w_space", action="store_true", default=None, help="train the W baseline (MLP mapping) instead of W++"
-    )
-    net.add_argument(
-        "--independent",
-        action="store_true",
-        default=None,
-        help="W++ without attention, for comparison: one MLP per token, which share nothing",
-    )
-    net.add_argument("--style_dim", type=int, help="width of z and w (a new run: 512)")
-    net.add_argument("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
-    net.add_argument("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")
-    net.add_argument("--channel_max", type=int, help="largest number of feature maps (a new run: 512)")
-    net.add_argument(
-        "--channel_base",
-        type=int,
-        help="instead: channel_base / resolution maps, at most channel_max; 0 (a new run): the published "
-        "widths. For narrow networks: wide where it is cheap",
-    )
+    add = parser.add_argument_group("networks", "default: as in the file that the run starts from").add_argument
+    add("--size", type=int, help="image size in pixels, a power of two (a new run: 256)")
+    add("--w_space", action="store_true", default=None, help="train the W baseline (MLP mapping) instead of W++")
+    add("--independent", action="store_true", default=None, help="W++ without attention: one MLP per token (ablation)")
+    add("--style_dim", type=int, help="width of z and w (a new run: 512)")
+    add("--n_mlp", type=int, help="mapping layers (W) or transformer blocks (W++) (a new run: 8)")
+    add("--channel_multiplier", type=float, help="scales the widths above 32 pixels (a new run: 2)")
+    add("--channel_max", type=int, help="largest number of feature maps (a new run: 512)")
+    add("--channel_base", type=int, help="instead: channel_base / resolution maps; 0 (a new run): the published widths")
+    add("--noise", choices=("random", "none"), help="none: w alone decides the image (a new run: random)")
 
-    net.add_argument(
-        "--noise",
-        choices=("random", "none"),
-        help="none: train without noise inputs, so that the codes alone say what is drawn (a new run: random)",
-    )
-
-    loss = parser.add_argument_group("optimisation")
-    loss.add_argument("--iter", type=int, default=800_000, help="training steps in all")
-    loss.add_argument("--batch", type=int, default=16, help="images per step and process")
-    loss.add_argument(
-        "--micro_batch",
-        default="0",
-        metavar="N|auto",
-        help="images per forward pass, gradients are accumulated; 0: the whole batch; "
-        "auto: halve until a step fits in memory",
-    )
-    loss.add_argument("--lr", type=float, default=0.002, help="Adam learning rate before the lazy-regularisation ratio")
-    loss.add_argument("--d_lr", type=float, default=0, help="the same of the discriminator; 0: --lr")
-    loss.add_argument("--r1", type=float, default=10, help="weight of the R1 penalty; 0: none")
-    loss.add_argument("--path_regularize", type=float, default=2, help="weight of path length regularisation; 0: none")
-    loss.add_argument("--path_batch_shrink", type=int, default=2, help="batch divisor for path length regularisation")
-    loss.add_argument("--d_reg_every", type=int, default=16, help="steps between R1 penalties")
-    loss.add_argument("--g_reg_every", type=int, default=4, help="steps between path length penalties")
-    loss.add_argument("--mixing", type=float, default=0.9, help="probability of style mixing (W only)")
-    loss.add_argument("--augment", action="store_true", help="adaptive discriminator augmentation (for small sets)")
-    loss.add_argument(
-        "--aid",
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--iter", type=positive_int, default=800_000, help="training steps in all")
+    add("--batch", type=int, default=16, help="images per step and process")
+    add("--micro_batch", default="0", metavar="N|auto", help="images per pass; 0: --batch; auto: what memory holds")
+    add("--lr", type=float, default=0.002, help="Adam learning rate before the lazy-regularisation ratio")
+    add("--d_lr", type=float, default=0, help="that of the discriminator; 0: --lr")
+    add("--r1", type=float, default=10, help="weight of the R1 penalty; 0: none")
+    add("--path_regularize", type=float, default=2, help="weight of path length regularisation; 0: none")
+    add("--path_batch_shrink", type=int, default=2, help="batch divisor for path length regularisation")
+    add("--d_reg_every", type=int, default=16, help="steps between R1 penalties")
+    add("--g_reg_every", type=int, default=4, help="steps between path length penalties")
+    add("--mixing", type=float, default=0.9, help="probability of style mixing (W only)")
+    add("--augment", action="store_true", help="adaptive discriminator augmentation (for small sets)")
+    add("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")
+    add("--ada_target", type=float, default=0.6, help="target of E[sign(D(real))] for adaptive p")
+    add("--ada_length", type=int, default=500_000, help="images in which p may go from 0 to 1")
+    add(
+        "--vision_aided",
         metavar="NAME",
-        help="a second critic on a trained network's features, for short runs: squeeze, vgg, alex, auto, "
-        "scorer:face-scorer (perceptual/lpips.py); a continued run has the file's",
+        help="discriminator on features: squeeze, efficientnet, scorer:face-scorer ...",
     )
-    loss.add_argument("--aid_weight", type=float, default=1, help="of its loss beside the discriminator's")
-    loss.add_argument("--augment_p", type=float, default=0, help="fixed augmentation probability; 0: adaptive")
-    loss.add_argument("--ada_target", type=float, default=0.6, help="target of E[sign(D(real))] for adaptive p")
-    loss.add_argument("--ada_length", type=int, default=500_000, help="images in which p may go from 0 to 1")
-    loss.add_argument(
-        "--precision",
-        choices=sorted(DTYPES),
-        default="fp32",
-        help="of the convolutions; mapping, regularisers and losses stay in fp32",
-    )
-    loss.add_argument("--seed", type=int, default=0, help="of weights, data order and every draw")
-    loss.add_argument(
-        "--on_nan",
-        choices=("stop", "rollback"),
-        default="stop",
-        help="a loss is not finite: stop, or go on from the last checkpoint",
-    )
+    add("--vision_aided_weight", type=float, default=1, help="weight of its loss beside the discriminator's")
+    add("--precision", choices=sorted(DTYPES), default="fp32", help="of convolutions; losses and mapping stay in fp32")
+    add("--seed", type=int, default=0, help="of weights, data order and every draw")
+    add("--on_nan", choices=("stop", "rollback"), default="stop", help="at a loss that is not finite")
 
-    add_condition_flags(parser)
+    add = parser.add_argument_group("conditional GAN", "the generator takes attributes of faces").add_argument
+    add("--condition", metavar="SCORER", help="face-scorer, or a .safetensors of train_scorer.py")
+    add("--attributes", help="of the scorer, with commas between (default: smile,eyes_open,mouth_open)")
+    add("--attr_weight", type=float, default=5, help="weight of the L1 loss of the attributes")
+    add("--attr_ramp", type=int, default=1000, help="steps in which it rises from 0 with --init_from")
+    add("--attr_permute", type=float, default=0.5, help="probability that an attribute is taken from another face")
+    add("--light", action="store_true", default=None, help="train only what the condition adds to --init_from")
+    add("--light_lr", type=float, default=0.01, help="Adam learning rate under --light")
 
-    out = parser.add_argument_group("output")
-    out.add_argument("--n_sample", type=int, default=64, help="images in a sample grid")
-    out.add_argument("--sample_every", type=int, default=500, help="steps between sample grids and attention maps")
-    out.add_argument("--save_every", type=int, default=10_000, help="steps between checkpoints")
-    out.add_argument(
-        "--keep", type=int, default=3, help="full checkpoints kept; older ones shrink to their EMA generator; 0: all"
-    )
-    out.add_argument("--log_every", type=int, default=50, help="steps between log lines")
-    out.add_argument(
-        "--eval_every",
-        type=int,
-        default=0,
-        help="steps between evaluations against the training images; the best weights by FID are kept "
-        "as checkpoint/best.safetensors; 0: none",
-    )
-    out.add_argument(
-        "--metric", default="fid,prdc", help="what --eval_every computes: fid, kid, prdc, several with commas between"
-    )
-    out.add_argument("--eval_samples", type=int, default=5000, help="real and generated images of an evaluation")
-    out.add_argument(
-        "--extractor", default="auto", help="features for --eval_every: inception, or a named stand-in (fid-squeeze)"
-    )
-    out.add_argument("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
+    add = parser.add_argument_group("output").add_argument
+    add("--n_sample", type=positive_int, default=64, help="images in a sample grid")
+    add("--sample_every", type=positive_int, default=500, help="steps between sample grids and attention maps")
+    add("--save_every", type=positive_int, default=10_000, help="steps between checkpoints")
+    add("--keep", type=int, default=3, help="full checkpoints kept; of older ones the EMA generator; 0: all")
+    add("--log_every", type=positive_int, default=50, help="steps between log lines")
+    add("--eval_every", type=int, default=0, help="steps between evaluations; lowest FID: best.safetensors; 0: none")
+    add("--metric", default="fid,prdc", help="what --eval_every computes: fid, kid, prdc, several with commas between")
+    add("--eval_samples", type=int, default=5000, help="real and generated images of an evaluation")
+    add("--extractor", default="auto", help="features for --eval_every: inception, or a named fallback (fid-squeeze)")
+    add("--wandb", action="store_true", help="also log to Weights & Biases (pip install wandb)")
     add_device_flags(parser)
-    add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
+    parser.add_hidden_alias("--aid", "--vision_aided")
+    parser.add_hidden_alias("--aid_weight", "--vision_aided_weight")
     return parser
 
 
@@ -176,272 +126,148 @@ def parse_source_weights(text: str) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From flags to plain objects
+# From plain values to what the loop takes
 
 
-def read_options(args) -> TrainSettings:
-    """Settings from the flags. Raises UsageError for flags that exclude each other or cannot work."""
-    if args.path and args.path_positional:
-        raise UsageError(f"which faces, {args.path_positional} or {args.path}? pass one PATH")
-    args.path = args.path or args.path_positional
-    if not args.path:
+def check_flags(flags: dict) -> None:
+    """Raises UsageError for values that cannot work together."""
+    if not flags["path"]:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
-    require_one_start(args, "ckpt")
-    args.resume = args.resume or args.ckpt
-    for name in ("iter", "n_sample", "sample_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} must be at least 1, got {getattr(args, name)}")
     for name in ("keep", "workers", "threads", "eval_every"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name} must not be negative, got {getattr(args, name)}")
-    if args.augment_p and not args.augment:
+        if flags[name] < 0:
+            raise UsageError(f"--{name} must not be negative, got {flags[name]}")
+    if flags["augment_p"] and not flags["augment"]:
         raise UsageError("--augment_p needs --augment")
-    if args.micro_batch != "auto" and not args.micro_batch.isdecimal():
-        raise UsageError(f"--micro_batch is a number of images or auto, got {args.micro_batch}")
-    names = TrainSettings.__dataclass_fields__
-    values = {name: getattr(args, name) for name in names if name != "micro_batch"}
-    values |= {"aid": args.aid or "", "noise": args.noise or TrainSettings.noise}
-    micro = 0 if args.micro_batch == "auto" else int(args.micro_batch)
+    if flags["micro_batch"] != "auto" and not flags["micro_batch"].isdecimal():
+        raise UsageError(f"--micro_batch is a number of images or auto, got {flags['micro_batch']}")
+
+
+def build_settings(kind, flags: dict):
+    """A settings dataclass from the flags of its fields' names. Raises UsageError for values that cannot work."""
     try:
-        return TrainSettings(**values, micro_batch=micro)
+        return kind(**{name: flags[name] for name in kind.__dataclass_fields__})
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+def build_trainer(config, settings, dist, start: Start, *, spec, condition, dataset) -> Trainer:
+    """The trainer, conditional where there is a `spec`, in the state of `start`."""
+    if spec is None:
+        trainer = Trainer(config, settings, dist)
+    else:
+        table = start.state.get("attributes") if start.continues else None
+        trainer = build_conditional_trainer(
+            config, settings, dist, spec=spec, condition=condition, dataset=dataset, table=table
+        )
+    if start.continues:
+        trainer.load_state_dict(start.state, start.path)
+    elif start.path:
+        init_from(trainer, start)
+    return trainer
 
 
-def start_monitor(trainer: Trainer, run: Run, args):
-    """The evaluation of --eval_every. Raises FileNotFoundError when the extractor's weights are not at hand."""
-    from metrics.monitor import Monitor, parse_metrics  # with torch-fidelity and SciPy: seconds, only where wanted
+def build_sampler(dataset, dist, start: Start, *, seed: int, source_weights: dict | None) -> InfiniteSampler:
+    """Order of the images, at the position of `start`. Raises UsageError for weights of sources that are not there."""
+    try:
+        sampler = InfiniteSampler(
+            len(dataset),
+            rank=dist.rank,
+            world_size=dist.world_size,
+            seed=seed,
+            source_weights=source_weights,
+            names=dataset.names,
+        )
+    except ValueError as error:
+        raise UsageError(f"--source_weights: {error}") from None
+    if "sampler" in start.state and start.continues:
+        sampler.load(start.state["sampler"])
+    return sampler
+
+
+def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int, extractor: str):
+    """The evaluation of --eval_every. Raises FileNotFoundError when the extractor's weights are absent."""
+    from metrics.monitor import Monitor, parse_metrics  # with torch-fidelity and SciPy: seconds, only where it is used
 
     return Monitor(
         run,
-        args.path,
+        path,
         trainer.config.size,
-        metrics=parse_metrics(args.metric),
-        n=args.eval_samples,
-        extractor=args.extractor,
-        batch=trainer.settings.micro_batch or args.batch,
+        metrics=parse_metrics(metric),
+        n=n,
+        extractor=extractor,
+        batch=trainer.settings.micro_batch or trainer.settings.batch,
         dist=trainer.dist,
-        start_step=trainer.step,
-        header=trainer.header(),
+        start_step=trainer.n_steps,
+        header=trainer.header,
     )
 
 
-def train(trainer: Trainer, batches, sampler, run: Run, args, stop: StopSignal, *, begins: bool) -> None:
-    """Steps trainer.step .. args.iter - 1 with logs, samples, evaluations and checkpoints at their intervals.
-
-    begins: the run folder has no checkpoint yet and gets one first: a path that cannot be written shows now, not after
-    hours, and a rollback has something to go back to.
-    """
-    dist, total = trainer.dist, args.iter
-    outputs = Outputs(run, trainer, args) if dist.is_main else None
-    monitor = start_monitor(trainer, run, args) if args.eval_every else None
-    options = dict(vars(args))
-    progress = Progress(trainer, total, args.batch * dist.world_size)
-    rollbacks, saved = 0, -1
-
-    def save():
-        nonlocal saved
-        state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}
-        if dist.is_main:
-            outputs.save(state)
-        saved = trainer.step
-        barrier()
-
-    if begins:
-        if dist.is_main:
-            outputs.sample()
-        save()
-    bar = StepBar(total, trainer.step, main=dist.is_main)
-    with bar:  # closed before any error line is printed
-        while trainer.step < total:
-            asked = time.perf_counter()
-            images = next(batches)
-            progress.waited += time.perf_counter() - asked
-            trainer.train_step(images)
-            bar.update()
-
-            step = trainer.step
-            last = step == total
-            due = {
-                what: last or step % every == 0
-                for what, every in (
-                    ("log", args.log_every),
-                    ("sample", args.sample_every),
-                    ("save", args.save_every),
-                    ("eval", args.eval_every or total),
-                )
-            }
-            if dist.world_size == 1:
-                ending = stop.raised
-            else:
-                ending = due["log"] and any(gather_list(stop.raised))
-            if due["log"] or due["save"] or due["eval"] or ending:
-                metrics = trainer.read_metrics()
-                bad = [f"loss {name}" for name, value in metrics.items() if not math.isfinite(value)]
-                if not bad and (due["save"] or due["eval"] or ending):  # what the last phase broke shows in no loss yet
-                    bad = [f"network {name}" for name in trainer.broken_networks()]
-                if bad:
-                    rollbacks += 1
-                    roll_back(trainer, sampler, batches, run, args, bad, rollbacks)
-                    bar.n = trainer.step
-                    progress = Progress(trainer, total, args.batch * dist.world_size)
-                    continue
-                if dist.is_main:
-                    write_log(run, trainer, metrics, progress.read(), bar)
-            if due["sample"] and dist.is_main:
-                outputs.sample()
-            if monitor is not None and due["eval"]:
-                monitor.evaluate(trainer.g_ema, step, sampler.position)
-            if due["save"] or ending:
-                save()
-            if ending and not last:
-                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto goes on")
-    if saved != trainer.step:
-        save()
-
-
-def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar) -> None:
-    step = trainer.step
-    loss = {name: metrics[name] for name in ("d", "g", "r1", "critic", "g_critic", "attr") if name in metrics}
-    run.log(step, "Loss", **loss)
-    if "path" in metrics:
-        mean = float(trainer.mean_path_length)
-        run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
-    run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
-    attributes = {name.removeprefix("attr_"): value for name, value in metrics.items() if name.startswith("attr_")}
-    if attributes:
-        run.log(step, "Attributes", **attributes)
-    if trainer.settings.augment:
-        run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
-    run.log(step, "Speed", **speed)
-    shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
-    bar.note(
-        step,
-        f"{shown}, {speed['images_per_s']} img/s, "
-        f"data wait {speed['data_wait']:.1%}, left {format_duration(speed['eta_s'])}",
-    )
-
-
-def roll_back(trainer, sampler, batches, run, args, bad, count) -> None:
-    """A number is not finite: end the run before any checkpoint is overwritten, or go on from the last good one."""
-    names = ", ".join(bad)
-    if args.on_nan == "stop" or count > ROLLBACKS:
-        hint = "" if args.on_nan == "rollback" else "; --on_nan rollback --resume auto goes on from the last checkpoint"
-        raise UserError(f"the {names} is not finite at step {trainer.step}{hint}")
-    path = latest_checkpoint(run.path("checkpoint"))
-    state = load_checkpoint(path)
-    trainer.load_state_dict(state, path)
-    trainer.salt += count
-    sampler.load(state["sampler"])
-    batches.restart()
-    run.log(trainer.step, "Rollback", cause=names, checkpoint=path.name)
-
-
-def fit_micro_batch(trainer: Trainer, images: torch.Tensor) -> Trainer:
-    """Halve the micro-batch until the four phases of a step fit in memory (--micro_batch auto); weights stay put."""
-    size = trainer.settings.batch
-    while True:
-        trainer.settings = replace(trainer.settings, micro_batch=size)
-        try:
-            trainer.rehearse(images)
-            smallest = min(gather_list(size))  # the draws of a step go by the number of micro-batches on every rank
-            trainer.settings = replace(trainer.settings, micro_batch=smallest)
-            return trainer
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise UserError("a single image does not fit in memory: lower --size or --channel_max") from None
-            size = max(s for s in range(1, size) if trainer.settings.batch % s == 0)
-            torch.cuda.empty_cache()
-
-
-def warn_of(settings: TrainSettings, world_size: int) -> None:
-    """Settings that work but are known to end badly."""
-    total = settings.batch * world_size
-    if total < 8 and settings.path_regularize:
-        print(
-            f"warning: path length regularisation is unstable at {total} images per step: --path_regularize 0, or "
-            "a larger --batch",
-            file=sys.stderr,
-        )
-
-
-def start_wandb(args) -> None:
+def start_wandb(name: str, options: dict) -> None:
     """Weights & Biases mirrors what goes to TensorBoard. Raises UserError when the package is absent."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the wandb package: pip install wandb") from None
-    wandb.init(project="wpp", name=args.exp_name, config=vars(args), sync_tensorboard=True, resume="allow")
+    wandb.init(project="wpp", name=name, config=options, sync_tensorboard=True, resume="allow")
 
 
 def main(args) -> int:
-    settings = read_options(args)
-    asked = read_condition_settings(args)
+    # Read the file that the run starts from, once; a continued run has its options where no flag was given.
+    if args.path and args.path_positional:
+        raise UsageError(f"which faces, {args.path_positional} or {args.path}? pass one PATH")
+    if args.path_positional:
+        args.path, args.given = args.path_positional, args.given | {"path"}
+    require_one_start(args, "ckpt")
+    start = read_start(args.exp_name, resume=args.resume or args.ckpt, init_from=args.init_from)
+    changed = restore_options(args, start.options, start.path, keep=RESOLVED) if start.continues else ""
+
+    # From flags to plain values.
+    options = vars(args)
+    check_flags(options)
+    config = resolve_architecture({name: options[name] for name in ARCHITECTURE}, start)
+    spec = resolve_condition(args.condition, args.attributes, args.light, start)
+    options = options | {name: getattr(config, name) for name in ARCHITECTURE}
+    options |= {"noise": resolve_noise(args.noise, start), "light": bool(spec and spec.light)}
+    options |= {"vision_aided": resolve_vision_aided(args.vision_aided, start)}
+    options |= {"condition": spec.scorer, "attributes": ",".join(spec.attributes)} if spec else {}
+    micro_batch = 0 if args.micro_batch == "auto" else int(args.micro_batch)
+    settings = build_settings(TrainSettings, options | {"micro_batch": micro_batch})
+    condition = build_settings(ConditionSettings, options)
     if args.threads:
         torch.set_num_threads(args.threads)
-    dist: Distributed = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
-        state, source = find_start(args)
-        stored = stored_architecture(args, state, source)
-        config = read_architecture(args, stored)
-        if state is not None:
-            require_same_architecture(config, stored, source)
-            if args.aid is None:
-                args.aid = state.get("aid", "")
-                settings = replace(settings, aid=args.aid)
-        args.noise = read_noise(args, state, source)
-        settings = replace(settings, noise=args.noise)
+
+    with ExitStack() as stack:
+        # Data and networks.
+        dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
+        stack.callback(shutdown)
         dataset = open_dataset(args.path, config.size)
-        reader = find_reader(args, state, source, stored, dist.device)
-        asked = replace(asked, light=args.light)
-        trainer = build_trainer(
-            config, settings, dist, asked=asked, reader=reader, dataset=dataset, args=args, state=state
-        )
-        try:
-            sampler = InfiniteSampler(
-                len(dataset),
-                rank=dist.rank,
-                world_size=dist.world_size,
-                seed=args.seed,
-                source_weights=args.source_weights,
-                names=dataset.names,
-            )
-        except ValueError as error:
-            raise UsageError(f"--source_weights: {error}") from None
-        if state is not None:
-            trainer.load_state_dict(state, source)
-            if "sampler" in state:
-                sampler.load(state["sampler"])
-        elif args.init_from:
-            init_from(trainer, args.init_from)
+        sampler = build_sampler(dataset, dist, start, seed=args.seed, source_weights=args.source_weights)
+        trainer = build_trainer(config, settings, dist, start, spec=spec, condition=condition, dataset=dataset)
         if args.wandb and dist.is_main:
-            start_wandb(args)  # before the TensorBoard writer, which it mirrors
-        barrier()  # no rank writes before every rank has looked at the folder
-        run_folder = Run(args.exp_name, args, main=dist.is_main, resume_step=trainer.step + 1 if state else None)
+            start_wandb(args.exp_name, options)  # before the TensorBoard writer, which it mirrors
+
+        # The run folder; no rank writes before every rank has looked at it.
+        barrier()
+        stack.enter_context(lock_folder(args.exp_name, "training") if dist.is_main else nullcontext())
+        resume_step = trainer.n_steps + 1 if start.continues else None
+        run = stack.enter_context(Run(args.exp_name, options, main=dist.is_main, resume_step=resume_step))
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=dist.device)
-        with run_folder as opened:
-            if args.micro_batch == "auto":
-                settings = fit_micro_batch(trainer, next(batches)).settings
-                sampler.advance(-args.batch * dist.world_size)
-                batches.restart()
-            if dist.is_main:
-                start, group = f"continuing {source}" if state else "a new run", settings.micro_batch or settings.batch
-                print(
-                    f"{opened.folder}: {start}, {config.space} at {config.size} px, {len(dataset)} images, "
-                    f"step {trainer.step} of {args.iter}, batch {args.batch} x {dist.world_size} "
-                    f"on {dist.device}, minibatch deviation over {stddev_group(group)}"
-                )
-                warn_of(settings, dist.world_size)
-            begins = source is None or source.resolve().parent != opened.path("checkpoint").resolve()
-            train(trainer, batches, sampler, opened, args, StopSignal(), begins=begins)
-    finally:
-        shutdown()
+        stack.enter_context(closing(batches))
+        if args.micro_batch == "auto":
+            fit_micro_batch(trainer, batches)
+            options["micro_batch"] = str(trainer.settings.micro_batch)
+        if dist.is_main:
+            origin = f"continuing {start.path}" if start.continues else "a new run"
+            report_start(trainer, f"{run.folder}: {origin}", len(dataset), args.iter, changed)
+        monitor = None
+        if args.eval_every:
+            evaluation = {"metric": args.metric, "n": args.eval_samples, "extractor": args.extractor}
+            monitor = start_monitor(trainer, run, args.path, **evaluation)
+        in_folder = start.continues and start.path.resolve().parent == run.path("checkpoint").resolve()
+        loop = {name: options[name] for name in LOOP} | {"total": args.iter, "save_first": not in_folder}
+        training_loop(
+            trainer, batches, run, StopSignal(), options=options, evaluate=monitor and monitor.evaluate, **loop
+        )
     return 0
 
 

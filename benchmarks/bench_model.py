@@ -12,6 +12,7 @@ its own: ours with the allocator setting of `common.distributed.tune_allocator`,
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -188,22 +189,17 @@ def judge(d, image, dtype):
 
 
 def measure_training(args, device, original, precision):
-    """The four phases with optimiser step, one by one, and their sum weighted by how often they are played."""
+    """The four phases with optimiser step, one by one, and their sum weighted by how often they run."""
     settings = TrainSettings(batch=args.train_batch, precision=precision)
     config = GeneratorConfig(args.train_size, channel_max=args.channel_max)
     trainer = Trainer(config, settings, Distributed(0, 0, 1, device, None))
     if original:
         trainer.g.__class__, trainer.d.__class__ = BaselineGenerator, BaselineDiscriminator
     images = torch.randint(0, 256, (args.train_batch, 3, args.train_size, args.train_size), dtype=torch.uint8)
-    seconds = {}
-    for name, optimiser, network, phase in (
-        ("d", trainer.d_optim, trainer.d, trainer.d_phase),
-        ("r1", trainer.d_optim, trainer.d, trainer.r1_phase),
-        ("g", trainer.g_optim, trainer.g, trainer.g_phase),
-        ("path", trainer.g_optim, trainer.g, trainer.path_phase),
-    ):
-        call = lambda o=optimiser, n=network, p=phase, name=name: trainer._optimise(o, n, p, images, name)  # noqa: E731
-        seconds[name] = median_seconds(call, args.repeats, device)
+    seconds = {
+        phase.name: median_seconds(partial(trainer.run_phase, phase, images), args.repeats, device)
+        for phase in trainer.phases
+    }
     seconds["step"] = seconds_per_step(seconds, {"r1": settings.d_reg_every, "path": settings.g_reg_every})
     return {f"{name} {precision}": value for name, value in seconds.items()}
 

@@ -1,9 +1,9 @@
 """Training, phase by phase: D, R1, G, path length, each with its optimiser step, and the images/s of the schedule.
 
-Every row is one formulation at one size, batch per process and precision. D and G are played at every step, R1 at every
-16th, path length at every 4th, then the weights are averaged (and ADA controlled, with --augment): "images/s" is the
-batch over the sum of the medians weighted like that, "played" the rate of --steps steps as train.py plays them. Medians
-of --repeats after a warm-up. On a CPU each row has a process of its own, whose peak memory (resident) is given; on CUDA
+Every row is one formulation at one size, batch per process and precision. D and G run at every step, R1 at every 16th,
+path length at every 4th, then the weights are averaged (and ADA controlled, with --augment): "images/s" is the batch
+over the sum of the medians weighted like that, "stepped" the rate of --steps steps as train.py runs them. Medians of
+--repeats after a warm-up. On a CPU each row has a process of its own, whose peak memory (resident) is given; on CUDA
 the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
 
 --original adds the formulation of baseline.py (fp32, without our allocator setting); --processes N our images/s with N
@@ -18,6 +18,7 @@ repositories, from a folder that holds them (peers.py). The last line is everyth
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,12 +39,12 @@ from benchmarks.measuring import (  # noqa: E402
     measure_peer,
     write_trace,
 )
-from benchmarks.rounds import PHASES, Round, measure_round  # noqa: E402
+from benchmarks.rounds import PHASES, Schedule, measure_schedule  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
-from training.trainer import Trainer, TrainSettings  # noqa: E402
+from training.trainer import Trainer, TrainSettings, update_average  # noqa: E402
 
 OURS, ORIGINAL = "ours", "original"
 
@@ -58,7 +59,7 @@ def build_parser():
     parser.add_argument("--augment", type=float, metavar="P", help="ADA with this probability; default: none")
     parser.add_argument("--processes", type=int, default=1, help="also ours in this many processes, and in one")
     add_peer_flags(parser)
-    parser.add_argument("--steps", type=int, default=16, help="steps of the schedule to play; 0: only the phases")
+    parser.add_argument("--steps", type=int, default=16, help="steps of the schedule to run; 0: only the phases")
     add_run_flags(parser, "our phases")
     add_device_flags(parser)
     return parser
@@ -66,7 +67,7 @@ def build_parser():
 
 @dataclass(frozen=True)
 class Row:
-    """What one row measures."""
+    """One row of the table: a formulation at one size, batch and precision."""
 
     formulation: str
     size: int
@@ -119,48 +120,36 @@ def make_trainer(row: Row, args, dist: Distributed) -> Trainer:
     return trainer
 
 
-def our_round(row: Row, args, dist: Distributed) -> Round:
+def our_schedule(row: Row, args, dist: Distributed) -> Schedule:
     trainer = make_trainer(row, args, dist)
-    settings, device = trainer.settings, dist.device
-    images = torch.randint(0, 256, (row.batch, 3, row.size, row.size), dtype=torch.uint8).to(device)
-
-    def optimised(optimiser, network, phase, name):
-        return lambda: trainer._optimise(optimiser, network, phase, images, name)
+    settings = trainer.settings
+    images = torch.randint(0, 256, (row.batch, 3, row.size, row.size), dtype=torch.uint8).to(dist.device)
 
     def average():
         if settings.augment:
             trainer.ada.update(all_reduce=torch.distributed.all_reduce if dist.world_size > 1 else None)
-        trainer.average()
+        update_average(trainer.g_ema, trainer.g)
 
-    phases = {
-        "d": optimised(trainer.d_optim, trainer.d, trainer.d_phase, "d"),
-        "r1": optimised(trainer.d_optim, trainer.d, trainer.r1_phase, "r1"),
-        "g": optimised(trainer.g_optim, trainer.g, trainer.g_phase, "g"),
-        "path": optimised(trainer.g_optim, trainer.g, trainer.path_phase, "path"),
-        "average": average,
-    }
+    phases = {phase.name: partial(trainer.run_phase, phase, images) for phase in trainer.phases} | {"average": average}
 
     def step(i):
-        trainer.step = i
-        trainer.train_step(images)
+        trainer.n_steps = i
+        trainer.step(images)
 
-    return Round(phases, {"r1": settings.d_reg_every, "path": settings.g_reg_every}, step)
+    return Schedule(phases, {"r1": settings.d_reg_every, "path": settings.g_reg_every}, step)
 
 
 def measure_here(row: Row, args) -> dict:
     """The row in this process: one of a group, or alone."""
     if row.formulation == ORIGINAL:
-        dist = Distributed(
-            0, 0, 1, resolve_device(args.device, ops=args.ops), None
-        )  # on a CPU without our allocator setting
+        device = resolve_device(args.device, ops=args.ops)  # on a CPU without our allocator setting
+        dist = Distributed(0, 0, 1, device, None)
     else:
         dist = setup(args.device, ops=args.ops)
     forget_peak(dist.device)
     try:
-        game = our_round(row, args, dist)
-        return measure_round(
-            game, row.batch * row.processes, repeats=args.repeats, steps=args.steps, device=dist.device
-        )
+        schedule, images = our_schedule(row, args, dist), row.batch * row.processes
+        return measure_schedule(schedule, images, repeats=args.repeats, steps=args.steps, device=dist.device)
     finally:
         shutdown()
 
@@ -202,7 +191,7 @@ def measure_rows(args, device):
         G_ms=10,
         path_ms=10,
         average_ms=12,
-        **{"images/s": 11, "played": 10, "peak_MiB": 10},
+        **{"images/s": 11, "stepped": 10, "peak_MiB": 10},
     )
     budget, found = Budget(args.budget), []
     for row in rows_of(args):
@@ -217,7 +206,7 @@ def measure_rows(args, device):
             *row.cells(),
             *(1e3 * result["seconds"][name] for name in PHASES),
             result["images_per_s"],
-            result.get("played_images_per_s"),
+            result.get("stepped_images_per_s"),
             result["peak_bytes"] / 2**20,
         )
     return found
@@ -244,7 +233,7 @@ def ratios(rows) -> list[dict]:
                     "processes": ours["processes"],
                     "to": name,
                 }
-                for rate in ("images_per_s", "played_images_per_s"):
+                for rate in ("images_per_s", "stepped_images_per_s"):
                     if rate in ours and rate in other:
                         values[rate] = ours[rate] / other[rate]
                 found.append(values)
@@ -275,10 +264,10 @@ def main(args):
         )
     if args.profile:
         first = next(row for row in rows_of(args) if row.formulation == OURS and row.processes == 1)
-        game = our_round(first, args, setup(args.device, ops=args.ops))
-        for phase in game.phases.values():
+        schedule = our_schedule(first, args, setup(args.device, ops=args.ops))
+        for phase in schedule.phases.values():
             phase()  # warm
-        write_trace(args.profile, game.phases)
+        write_trace(args.profile, schedule.phases)
     print(
         json.dumps(
             {

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import forget_peak, median_seconds, peak_memory  # noqa: E402
-from benchmarks.rounds import Round, measure_round  # noqa: E402
+from benchmarks.rounds import Schedule, measure_schedule  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 
 R1, PATH, PATH_DECAY, MIXING = 10.0, 2.0, 0.01, 0.9
@@ -113,7 +113,7 @@ class Nvidia:
     def synthesis(self, w):
         return self.g.synthesis(w, noise_mode="const")
 
-    def round(self):
+    def schedule(self):
         from training.loss import StyleGAN2Loss
 
         g, d, device, batch = self.g.requires_grad_(False), self.d.requires_grad_(False), self.device, self.batch
@@ -132,7 +132,7 @@ class Nvidia:
         pixels = torch.randint(0, 256, (batch, 3, self.g.img_resolution, self.g.img_resolution), dtype=torch.uint8)
         pixels, labels = pixels.to(device), torch.zeros(batch, 0, device=device)
 
-        def play(name, network, gain):
+        def run_phase(name, network, gain):
             real, z = pixels.float() / 127.5 - 1, torch.randn(batch, 512, device=device)
             optimisers[network].zero_grad(set_to_none=True)
             network.requires_grad_(True)
@@ -151,12 +151,12 @@ class Nvidia:
             for mean, buffer in zip(average_g.buffers(), g.buffers(), strict=True):
                 mean.copy_(buffer)
 
-        return Round(
+        return Schedule(
             {
-                "d": lambda: play("Dmain", d, 1),
-                "r1": lambda: play("Dreg", d, D_REG_EVERY),
-                "g": lambda: play("Gmain", g, 1),
-                "path": lambda: play("Greg", g, G_REG_EVERY),
+                "d": lambda: run_phase("Dmain", d, 1),
+                "r1": lambda: run_phase("Dreg", d, D_REG_EVERY),
+                "g": lambda: run_phase("Gmain", g, 1),
+                "path": lambda: run_phase("Greg", g, G_REG_EVERY),
                 "average": average,
             },
             {"r1": D_REG_EVERY, "path": G_REG_EVERY},
@@ -194,7 +194,7 @@ class Rosinality:
         mixed = torch.rand(()) < MIXING
         return list(torch.randn(2 if mixed else 1, n, 512, device=self.device).unbind(0))
 
-    def round(self):
+    def schedule(self):
         from op import conv2d_gradfix
 
         g, d, device, batch = self.g, self.d, self.device, self.batch
@@ -202,7 +202,7 @@ class Rosinality:
         optimisers = {g: adam(g, G_REG_EVERY), d: adam(d, D_REG_EVERY)}
         real = torch.rand(batch, 3, self.size, self.size, device=device) * 2 - 1
 
-        def play(network, loss):
+        def run_phase(network, loss):
             g.requires_grad_(network is g)
             d.requires_grad_(network is d)
             network.zero_grad()
@@ -235,12 +235,12 @@ class Rosinality:
             for mean, p in zip(average_g.parameters(), g.parameters(), strict=True):
                 mean.mul_(EMA_DECAY).add_(p, alpha=1 - EMA_DECAY)
 
-        return Round(
+        return Schedule(
             {
-                "d": lambda: play(d, d_loss),
-                "r1": lambda: play(d, r1_loss),
-                "g": lambda: play(g, lambda: F.softplus(-d(g(self.draw(batch))[0])).mean()),
-                "path": lambda: play(g, path_loss),
+                "d": lambda: run_phase(d, d_loss),
+                "r1": lambda: run_phase(d, r1_loss),
+                "g": lambda: run_phase(g, lambda: F.softplus(-d(g(self.draw(batch))[0])).mean()),
+                "path": lambda: run_phase(g, path_loss),
                 "average": average,
             },
             {"r1": D_REG_EVERY, "path": G_REG_EVERY},
@@ -280,7 +280,7 @@ def main(args):
     if args.part == "generator":
         found = measure_generator(peer, args, device)
     else:
-        found = measure_round(peer.round(), args.batch, repeats=args.repeats, steps=args.steps, device=device)
+        found = measure_schedule(peer.schedule(), args.batch, repeats=args.repeats, steps=args.steps, device=device)
     print(json.dumps(found))
 
 

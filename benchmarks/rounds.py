@@ -1,4 +1,4 @@
-"""A round of the GAN game as timed phases: what bench_train.py measures of every formulation and peer."""
+"""A training step as timed phases: what bench_train.py measures of every formulation and peer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ PHASES = ("d", "r1", "g", "path", "average")  # average: moving average of the w
 
 
 @dataclass(frozen=True)
-class Round:
-    """Phases by name, each with its optimiser step; how many steps lie between two plays of it; a whole step."""
+class Schedule:
+    """Phases by name, each with its optimiser step; every how many steps it runs; a whole step."""
 
     phases: dict[str, Callable[[], None]]
-    every: dict[str, int]  # d and g are played at every step, and so is what is not named
+    every: dict[str, int]  # what is not named runs at every step
     step: Callable[[int], None] | None = None  # default: the phases that are due at this step
 
-    def play(self, steps: int) -> None:
+    def run(self, steps: int) -> None:
         for i in range(steps):
             if self.step is not None:
                 self.step(i)
@@ -29,17 +29,17 @@ class Round:
 
 
 def seconds_per_step(seconds: dict[str, float], every: dict[str, int]) -> float:
-    """Mean time of a step, from the times of its phases and how often each is played."""
+    """Mean time of a step, from the times of its phases and how often each runs."""
     return sum(value / every.get(name, 1) for name, value in seconds.items())
 
 
-def measure_round(game: Round, images: int, *, repeats: int, steps: int, device: torch.device) -> dict:
-    """Seconds per phase, images/s by their weighted sum, images/s of `steps` steps as they are played (0: not), memory.
+def measure_schedule(schedule: Schedule, images: int, *, repeats: int, steps: int, device: torch.device) -> dict:
+    """Seconds per phase, images/s by their weighted sum and of `steps` whole steps (0: not measured), memory.
 
     images: per step, of all processes together. Every process of a group must call it alike.
     """
-    seconds = {name: median_seconds(phase, repeats, device) for name, phase in game.phases.items()}
-    found = {"seconds": seconds, "images_per_s": images / seconds_per_step(seconds, game.every)}
+    seconds = {name: median_seconds(phase, repeats, device) for name, phase in schedule.phases.items()}
+    result = {"seconds": seconds, "images_per_s": images / seconds_per_step(seconds, schedule.every)}
     if steps:
-        found["played_images_per_s"] = images * steps / total_seconds(lambda: game.play(steps), device)
-    return found | {"peak_bytes": peak_memory(device)}
+        result["stepped_images_per_s"] = images * steps / total_seconds(lambda: schedule.run(steps), device)
+    return result | {"peak_bytes": peak_memory(device)}

@@ -71,12 +71,14 @@ def discriminator_file(path: str | Path) -> Path:
 
 
 def export_discriminator(state: dict, path: str | Path, *, half: bool = False) -> Path:
-    """The discriminator of a training state, and its critic if there is one, beside the exported generator `path`:
-    tensors `d.NAME` and `critic.NAME`, in the header `config` and `aid`. train.py --init_from takes it along."""
+    """The discriminator of a training state, with the heads of its vision-aided discriminator where there is one,
+    beside the exported generator `path`: tensors `d.NAME` and `aux_d.NAME`, in the header `config` and `vision_aided`.
+    train.py --init_from reads it."""
     tensors = {
-        f"{kind}.{name}": tensor.half() if half else tensor
-        for kind in ("d", "critic")
-        for name, tensor in state.get(kind, {}).items()
+        f"{key}.{name}": tensor.half() if half else tensor
+        for key, old in (("d", "d"), ("aux_d", "critic"))  # the second: as states of earlier versions call it
+        for name, tensor in state.get(key, state.get(old, {})).items()
     }
-    save_safetensors(discriminator_file(path), tensors, {"config": state["config"], "aid": state.get("aid", "")})
+    header = {"config": state["config"], "vision_aided": state.get("vision_aided", state.get("aid", ""))}
+    save_safetensors(discriminator_file(path), tensors, header)
     return discriminator_file(path)

@@ -308,9 +308,9 @@ def test_published_flags_of_train():
         "style_dim": 512,
         "n_mlp": 8,
     }
-    args = train.build_parser().parse_args(["faces.lmdb"])
-    training.resume.read_architecture(args)
-    args = vars(args)
+    args = vars(train.build_parser().parse_args(["faces.lmdb"]))
+    config = training.resume.resolve_architecture({}, training.resume.Start())
+    args |= {name: getattr(config, name) for name in training.resume.ARCHITECTURE}
     assert {name: args[name] for name in published} == published
     args = train.build_parser().parse_args(["--local-rank=3", "--path", "faces.lmdb", "--exp-name", "x", "--w-space"])
     assert (args.local_rank, args.path, args.exp_name, args.w_space) == (3, "faces.lmdb", "x", True)

@@ -1,8 +1,8 @@
-"""Adaptive discriminator augmentation (ADA): every image the discriminator sees, real or generated, is transformed with
-probability p, and p follows how far the discriminator overfits. For small training sets.
+"""Adaptive discriminator augmentation (ADA), for small training sets: every image the discriminator sees, real or
+generated, is transformed with probability p, and p follows how far the discriminator overfits.
 
-Source: Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", arXiv 2006.06676. Appendix B:
-the transforms, their distributions and order; section 3: the control of p. This is the paper's `bgc` set:
+Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", arXiv 2006.06676. Appendix B: the
+transforms, their distributions and order; section 3: the control of p. This is the paper's `bgc` set:
 
     b  pixel blitting   xflip, rotate90, xint (translation by whole pixels)
     g  geometry         scale, rotate (before and after aniso), aniso (stretch), xfrac (translation by fractions)
@@ -10,15 +10,14 @@ the transforms, their distributions and order; section 3: the control of p. This
 
 Per image all geometry is one affine matrix from output to input pixels and all colour one affine matrix on RGB. Images
 are resampled at twice the resolution, between an orthogonal low-pass (sym6) and its transpose. All of it is linear in
-the image with first and second derivatives, which R1 needs. Different from NVIDIA's implementation:
-
-- Images that drew blits alone (or nothing) are moved by exact indexing, not resampled.
-- Reflection at the border has no end (theirs: one image side at most, then black). Further than MARGIN pixels outside,
-  the doubled image is reflected, and the slightly asymmetric filter with it: 1.5/255 RMS on faces, out there.
+the image with first and second derivatives, which R1 needs. Different from NVIDIA's implementation: images that drew
+blits alone are moved by exact indexing, and reflection at the border has no end (theirs: one image side, then black).
 
     ada = AdaptiveAugment(target=0.6, length=500_000, device=device)
-    logits = discriminator(ada(real, generator)); ada.accumulate(logits); ada.update()
+    logits = discriminator(ada(real)); ada.accumulate(logits); ada.update()
 """
+
+from __future__ import annotations
 
 import functools
 import math
@@ -40,8 +39,7 @@ XINT_MAX = XFRAC_STD = 0.125
 SCALE_STD = ANISO_STD = 0.2
 BRIGHTNESS_STD, CONTRAST_STD, SATURATION_STD = 0.2, 0.5, 1.0
 
-# Columns of the noise, per image: uniforms that decide, then uniforms that give the values. All are drawn whatever p
-# and the selection are, so that neither changes what the following images get.
+# Columns of the noise, per image: uniforms that decide, then uniforms that give the values; drawn whatever p is.
 _DECISIONS = (*GROUPS["b"], "scale", "rotate", "aniso", "rotate_after", "xfrac", *GROUPS["c"])
 _VALUES = (*_DECISIONS, "xint_y", "xfrac_y")
 N_NOISE = len(_DECISIONS) + len(_VALUES)
@@ -65,8 +63,7 @@ MARGIN = 6  # pixels around the image that are doubled with it
 
 
 def parse_transforms(transforms: str | Iterable[str]) -> frozenset[str]:
-    """The names of transforms given as group letters ("bgc", "bg"), as names of TRANSFORMS, as a comma-separated list
-    of either or as an iterable. Raises ValueError for an unknown one."""
+    """Names of TRANSFORMS from group letters ("bgc"), names, or a list of either. Raises ValueError for an unknown."""
     names = set()
     for item in map(str.strip, transforms.split(",") if isinstance(transforms, str) else transforms):
         if item in TRANSFORMS:
@@ -74,20 +71,18 @@ def parse_transforms(transforms: str | Iterable[str]) -> frozenset[str]:
         elif set(item) <= set(GROUPS):
             names.update(name for letter in item for name in GROUPS[letter])
         else:
-            known = ", ".join(TRANSFORMS)
-            raise ValueError(f"unknown augmentation {item!r}: expected the letters b, g, c or names out of {known}")
+            expected = f"the letters b, g, c or names out of {', '.join(TRANSFORMS)}"
+            raise ValueError(f"unknown augmentation {item!r}: expected {expected}")
     return frozenset(names)
 
 
 def draw_noise(n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-    """All the randomness of augmenting n images: uniforms in [0, 1), float32 [n, N_NOISE], on the generator's device
-    (without one: `device`, from torch's default generator there)."""
-    device = generator.device if generator is not None else device
-    return torch.rand(n, N_NOISE, generator=generator, device=device)
+    """All the randomness of augmenting n images: uniforms in [0, 1), float32 [n, N_NOISE]."""
+    return torch.rand(n, N_NOISE, generator=generator, device=device if generator is None else generator.device)
 
 
 class Plan(NamedTuple):
-    """What happens to each of N images. Matrices are homogeneous ones without their constant last row."""
+    """Transforms of N images. Matrices are homogeneous ones without their constant last row."""
 
     blit: torch.Tensor  # [N, 2, 3] output pixel -> input pixel, both (x, y) from the centre, of the blits alone
     geometry: torch.Tensor  # [N, 2, 3] the same, of blits and geometry
@@ -105,8 +100,8 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transforms: str | Iterable[str] = "bgc") -> Plan:
-    """Noise [N, N_NOISE] -> what happens to N images of size x size, each transform drawn with probability p (a number,
-    or a 0-dim tensor on the noise's device). Appendix B. Fixed shapes and no host sync: a CUDA graph can hold it."""
+    """Noise [N, N_NOISE] -> transforms of N images of size x size, each drawn with probability p (a number, or a 0-dim
+    tensor on the noise's device). Appendix B. No host sync."""
     selected = parse_transforms(transforms)
     u = dict(zip(_VALUES, noise[:, len(_DECISIONS) :].unbind(1), strict=True))  # each [N]
     chance = {name: p if name in selected else 0.0 for name in TRANSFORMS}
@@ -183,16 +178,14 @@ def augment(
     noise: torch.Tensor | None = None,
     static: bool | None = None,
 ) -> torch.Tensor:
-    """Augment images [N, C, S, S] in [-1, 1], each transform with probability p. Same shape, dtype, device and memory
-    format; values may leave [-1, 1]. Differentiable twice. Computed in float32 (float64 for float64), autocast or not.
+    """Augment images [N, C, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1].
 
+    Same shape, dtype, device and memory format. Differentiable twice; computed in float32 (float64 for float64).
     p: a number from 0 to 1, or a 0-dim tensor; one on a GPU is never read by the host. At 0, known to the host, the
         very tensor comes back and nothing is drawn.
-    generator: where the parameters are drawn from; without one the default generator of p's device (a number: CPU).
-    transforms: what to draw from, see parse_transforms.
-    noise: draw_noise(N) drawn beforehand; for a CUDA graph, a buffer that is refilled before each replay.
-    static: True: the same work and shapes whatever was drawn, p unread, as CUDA graphs need it. False: images are not
-        put through what they did not draw. Both give the same pictures. None: static where the parameters are on a GPU.
+    generator: source of the parameters, else the default generator of p's device. noise: draw_noise(N), drawn before.
+    static: the same work whatever was drawn, without host sync; False: images are not put through what they did not
+        draw. Both give the same images. None: static where the parameters are on a GPU.
 
     Raises ValueError for images that are not square, smaller than 4 pixels, or not RGB when colour is selected.
     """
@@ -300,8 +293,7 @@ def _taps(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 # grid_sample is linear in the image: its gradient is the transposed sampling, whose gradient is the sampling again.
-# torch 2.15 knows that, but releases before it raised "derivative for grid_sampler_2d_backward is not implemented", and
-# F.grid_sample keeps the image alive for a gradient of the grid, which this does not. CUDA adds in no fixed order.
+# Releases before torch 2.15 raise "derivative for grid_sampler_2d_backward is not implemented". CUDA adds in any order.
 _MODE = (0, 1, True)  # bilinear; clamped to the border; -1 and 1 are the centres of the outermost pixels
 
 
@@ -335,12 +327,9 @@ class AdaptiveAugment:
     """Augmentation whose p follows r = E[sign(D(real))], the paper's r_t (section 3): p rises by images / length where
     r is above target (the discriminator is sure of the training set), falls where it is below, and stays in [0, 1].
 
-    p: the start; a 0-dim float64 tensor on `device` afterwards (float32 on mps, which has no float64).
-    target: r to hold; None keeps p as it is.
-    length: number of images in which p may go from 0 to 1.
-    interval: p is adjusted on every interval-th update().
-
-    Nothing but state_dict() and reading p or r waits for the device. Raises ValueError for settings out of range.
+    p: the start; a 0-dim tensor on `device` afterwards. target: r to hold; None keeps p. length: images in which p may
+    go from 0 to 1. interval: updates between adjustments. Nothing but state_dict() and reading p or r waits for the
+    device. Raises ValueError for settings out of range.
     """
 
     def __init__(
@@ -379,8 +368,7 @@ class AdaptiveAugment:
 
     @torch.no_grad()
     def update(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> bool:
-        """Call once per training step: every interval-th call adjusts p by the images counted since, and returns True.
-        all_reduce sums a tensor over the ranks in place, as torch.distributed.all_reduce does."""
+        """Adjust p at every interval-th call, once per step; whether it did. all_reduce: sums a tensor over ranks."""
         self._updates += 1
         if self.target is None or self._updates % self.interval:
             return False
@@ -394,7 +382,7 @@ class AdaptiveAugment:
         return True
 
     def state_dict(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> dict:
-        """Plain numbers. Of several ranks all must call this, with all_reduce, since the sums are each rank's own."""
+        """Plain numbers. All ranks must call this, with all_reduce, since the sums are each rank's own."""
         sums = self._sums.clone()
         if all_reduce is not None:
             all_reduce(sums)
@@ -402,7 +390,7 @@ class AdaptiveAugment:
         return {"p": self.p.item(), "r": self.r.item(), "signs": signs, "images": images, "updates": self._updates}
 
     def load_state_dict(self, state: dict, is_main: bool = True) -> None:
-        """Continue from state_dict(), bit-equal. Of several ranks one alone (is_main) takes over the sums."""
+        """Continue from state_dict(), bit-equal. One of several ranks (is_main) takes over the sums."""
         self.p.fill_(state["p"])
         self.r.fill_(state["r"])
         self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) * is_main)

@@ -1,12 +1,11 @@
-"""The conditional GAN (the paper's cGAN figure): the game of training/trainer.py, where the generator is asked for
-attributes.
+"""Conditional training (the paper's cGAN figure): the generator is given attributes of faces as a condition.
 
-Every fake is synthesised under a request, the attributes of a real face (editing/attributes.py). The generator's loss
-has an L1 term between the request and what the frozen scorer reads in the picture; the discriminator sees no condition,
-and path length acts on the codes alone. Started from an unconditional checkpoint (--init_from) the pictures are the
-same at first. `--light` trains nothing of the generator but the columns that the condition adds to the modulations: a
-direction of StyleSpace per attribute, the unconditional model staying what it is at 0.5. The discriminator plays on: a
-frozen one is soon fooled together with the scorer, by blotches of colour that nobody would take for a smile.
+Every image is generated under the attributes of a real face (editing/attributes.py). The generator's loss has an L1
+term between the condition and what the frozen scorer reads in the image; the discriminator sees no condition. Started
+from an unconditional checkpoint (--init_from) the images are the same at first. `--light` trains nothing of the
+generator but the columns that the condition adds to the modulations: a direction of StyleSpace per attribute, the
+unconditional model staying what it is at 0.5. The discriminator is trained on: a frozen one is soon fooled together
+with the scorer, by blotches of colour that nobody would take for a smile.
 
     train.py --path faces.lmdb --condition face-scorer --init_from faces.pt --exp_name runs/cgan
 """
@@ -27,19 +26,19 @@ from editing.attributes import (
     Condition,
     attribute_error,
     draw_requests,
-    read_condition,
     sample_requests,
     score_dataset,
 )
 from model import GeneratorConfig
 from scorer.network import load_scorer
-from training.trainer import Trainer, TrainSettings
+from training.resume import Start
+from training.trainer import Trainer, TrainSettings, draw_ws
 from training.transfer import is_modulation
 
 
 @dataclass(frozen=True)
 class ConditionSettings:
-    """What the requests weigh; the names are train.py's flags. Raises ValueError for what cannot work."""
+    """Hyperparameters of the condition; the names are train.py's flags. Raises ValueError for what cannot work."""
 
     attr_weight: float = 5.0
     attr_ramp: int = 1000  # steps in which the weight rises from 0, after a warm start
@@ -57,10 +56,10 @@ class ConditionSettings:
 
 
 class ConditionalTrainer(Trainer):
-    """A Trainer whose generator is asked for attributes.
+    """A Trainer whose generator takes attributes as a condition.
 
-    reader: the frozen scorer. table: attributes [M, d] of real faces, kept in the checkpoint, so that a resumed run
-    draws the same requests. scorer: its name, for the checkpoint.
+    scorer: the frozen scorer with the attributes of the condition; scorer_name: for the checkpoint. table: attributes
+    [M, d] of real faces, in [0, 1], kept in the checkpoint, so that a resumed run draws the same conditions.
     """
 
     def __init__(
@@ -69,81 +68,75 @@ class ConditionalTrainer(Trainer):
         settings: TrainSettings,
         dist: Distributed,
         *,
-        reader: AttributeReader,
+        scorer: AttributeReader,
+        scorer_name: str,
         table: torch.Tensor,
-        scorer: str,
-        asked: ConditionSettings,
+        condition: ConditionSettings,
     ):
-        if asked.light:  # path length depends on the codes' columns, which stay
+        if condition.light:  # path length depends on the columns of w, which stay
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, dist)
-        if asked.light:
-            for group in self.g_optim.param_groups:
-                group["lr"] = asked.light_lr
-        self.reader, self.table, self.scorer, self.asked = reader, table.to(dist.device), scorer, asked
+        self.scorer, self.scorer_name, self.condition = scorer, scorer_name, condition
+        self.table = table.to(dist.device)
         self.warm = False  # started from trained weights: the weight of the attributes rises slowly
-
-    # -- one round ----------------------------------------------------------------------------------------------------
-
-    def select(self, network):
-        super().select(network)
-        if self.asked.light and network is self.g:
+        if condition.light:
+            self.g_optim.param_groups[0]["lr"] = condition.light_lr
+            self.frozen = [parameter for name, parameter in self.g.named_parameters() if not is_modulation(name)]
+            columns = torch.arange(config.style_dim + config.condition_dim, device=dist.device) >= config.style_dim
             for name, parameter in self.g.named_parameters():
-                parameter.requires_grad_(is_modulation(name))
+                if is_modulation(name):  # Adam leaves alone what never has a gradient
+                    parameter.register_hook(lambda gradient: gradient * columns)
 
-    def accumulate_gradients(self, phase, images, name):
-        super().accumulate_gradients(phase, images, name)
-        if self.asked.light and name == "g":  # where a gradient is always zero, Adam leaves the columns as they are
-            for parameter_name, parameter in self.g.named_parameters():
-                if is_modulation(parameter_name) and parameter.grad is not None:
-                    parameter.grad[:, : self.config.style_dim] = 0
+    # -- one step -----------------------------------------------------------------------------------------------------
 
-    def request(self, n):
-        return draw_requests(self.table, n, permute=self.asked.attr_permute)  # [n, d]
+    def draw_condition(self, n: int) -> torch.Tensor:
+        return draw_requests(self.table, n, permute=self.condition.attr_permute)  # [n, d]
 
-    def synthesise(self, n, dtype):
-        return self.g(self.draw_codes(n), input_is_latent=True, dtype=dtype, condition=self.request(n))
+    def generate(self, n, dtype, condition=None):
+        ws = draw_ws(self.g, n, self.settings.mixing)
+        condition = self.draw_condition(n) if condition is None else condition
+        return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
     @property
     def attr_weight(self) -> float:
-        """Of the attribute loss at this step."""
-        ramp = self.asked.attr_ramp if self.warm else 0
-        return self.asked.attr_weight * (min(1.0, (self.step + 1) / ramp) if ramp else 1.0)
+        """Attribute-loss weight at the current step (linear ramp after a warm start)."""
+        ramp = self.condition.attr_ramp if self.warm else 0
+        return self.condition.attr_weight * (min(1.0, (self.n_steps + 1) / ramp) if ramp else 1.0)
 
-    def g_phase(self, real, weight):
-        n, g = real.shape[0], self.g
-        wanted = self.request(n)
-        fake, _ = g(self.draw_codes(n), input_is_latent=True, dtype=self.dtype, condition=wanted)
-        loss = self.realism_loss(fake)
-        errors = attribute_error(self.reader, fake, wanted).mean(0)  # [d]
-        ((loss + self.attr_weight * errors.mean()) * weight).backward()
-        by_name = zip(self.reader.names, errors, strict=True)
-        self.note(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
+    def g_loss(self, real):
+        condition = self.draw_condition(len(real))
+        fake, _ = self.generate(len(real), self.dtype, condition)
+        loss = self.adversarial_loss(fake)
+        errors = attribute_error(self.scorer, fake, condition).mean(0)  # [d]
+        by_name = zip(self.scorer.names, errors, strict=True)
+        self.stats.report(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
+        return loss + self.attr_weight * errors.mean()
 
-    def sheet(self, z):
+    def sample_inputs(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""
-        requests = sample_requests(self.table.mean(0))  # [1 + 2d, d]
-        rows = z[: max(1, len(z) // len(requests))]
-        return rows.repeat_interleave(len(requests), 0), requests.repeat(len(rows), 1), len(requests)
+        conditions = sample_requests(self.table.mean(0))  # [1 + 2d, d]
+        rows = z[: max(1, len(z) // len(conditions))]
+        return rows.repeat_interleave(len(conditions), 0), conditions.repeat(len(rows), 1), len(conditions)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def adopt(self, weights, source):
-        if self.asked.light and "d" not in weights:
+    def warm_start(self, weights, source):
+        if self.condition.light and "d" not in weights:
             raise CheckpointError(
-                f"{source} has no discriminator, which --light needs to keep faces real: pass a "
-                "training checkpoint (.pt), or leave out --light"
+                f"{source} has no discriminator, which --light needs to keep faces real: pass a training checkpoint "
+                "(.pt), or leave out --light"
             )
-        super().adopt(weights, source)
-        if self.asked.light:  # what is kept must be what is averaged
+        super().warm_start(weights, source)
+        if self.condition.light:  # what is kept must be what is averaged
             self.g.load_state_dict(self.g_ema.state_dict())
         self.warm = True
 
+    @property
     def header(self):
-        return {"condition": Condition.of(self.reader, self.table, self.scorer, self.asked.light).to_dict()}
+        return {"condition": Condition.of(self.scorer, self.table, self.scorer_name, self.condition.light).to_dict()}
 
     def state_dict(self):
-        return super().state_dict() | self.header() | {"attributes": self.table.cpu().clone(), "warm": self.warm}
+        return super().state_dict() | self.header | {"attributes": self.table.cpu().clone(), "warm": self.warm}
 
     def load_state_dict(self, state, source="checkpoint"):
         super().load_state_dict(state, source)
@@ -155,103 +148,70 @@ class ConditionalTrainer(Trainer):
 # From flags to a trainer
 
 
-def add_condition_flags(parser) -> None:
-    group = parser.add_argument_group("conditional GAN", "the generator is asked for attributes of real faces")
-    group.add_argument(
-        "--condition",
-        metavar="SCORER",
-        help="face-scorer, or a .safetensors of train_scorer.py; read from the checkpoint of a run that is continued",
-    )
-    group.add_argument(
-        "--attributes", help=f"of the scorer, with commas between (default: {','.join(DEFAULT_ATTRIBUTES)})"
-    )
-    group.add_argument("--attr_weight", type=float, default=5, help="weight of the L1 loss of the attributes")
-    group.add_argument("--attr_ramp", type=int, default=1000, help="steps in which it rises from 0 with --init_from")
-    group.add_argument(
-        "--attr_permute",
-        type=float,
-        default=0.5,
-        help="probability that an attribute is asked for as another face has it",
-    )
-    group.add_argument(
-        "--light",
-        action="store_true",
-        default=None,
-        help="of the generator train only what the condition adds to that of --init_from; a continued "
-        "run does as before",
-    )
-    group.add_argument("--light_lr", type=float, default=0.01, help="its Adam learning rate under --light")
+@dataclass(frozen=True)
+class ConditionSpec:
+    """Condition of a run: a scorer by name, attributes of it, and the fingerprint that a continued run's must have."""
+
+    scorer: str
+    attributes: tuple[str, ...]
+    light: bool = False
+    fingerprint: str | None = None
 
 
-def read_condition_settings(args) -> ConditionSettings:
-    """Raises UsageError for numbers that cannot work."""
-    try:
-        return ConditionSettings(args.attr_weight, args.attr_ramp, args.attr_permute, bool(args.light), args.light_lr)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+def resolve_condition(
+    scorer: str | None, attributes: str | None, light: bool | None, start: Start
+) -> ConditionSpec | None:
+    """Condition of a run from the flags (None: not given) and the file that it starts from; None: unconditional.
 
-
-def find_reader(args, state: dict | None, source, stored: GeneratorConfig | None, device) -> AttributeReader | None:
-    """Scorer and attributes of a conditional run: from the flags, or the checkpoint that is continued (`state`), or of
-    which the weights are taken (`stored`). None for an unconditional run. Fills in args.condition, args.attributes and
-    args.light.
-
-    Raises UserError where flags and file do not fit together; ValueError for what the scorer does not know.
+    Raises UsageError for flags that do not fit together, UserError for those that do not fit the file.
     """
-    if args.light and state is None and not args.init_from:
+    path, stored = start.path, None
+    if start.config is not None and start.config.condition_dim:
+        stored = Condition.from_dict(start.state.get("condition") or {}, path)
+    if light and path is None:
         raise UsageError("--light trains what the condition adds to a trained generator: pass one as --init_from")
-    source = args.init_from if state is None else source
-    known = None
-    if stored is not None and stored.condition_dim:
-        known = read_condition(source) if state is None else Condition.from_dict(state.get("condition") or {}, source)
-    if state is not None and known is None and args.condition:
-        raise UserError(f"{source} is an unconditional run: --init_from starts a conditional one from its weights")
-    if state is not None and known is not None:
-        args.condition = args.condition or known.scorer
-        if args.light and not known.light:
-            raise UserError(f"{source} was trained without --light: --init_from starts a light run from its weights")
-        args.light = known.light
-    if not args.condition:
-        if known is not None:
-            raise UserError(f"{source} is a conditional generator: pass --condition SCORER to train it on")
-        if args.light or args.attributes:
+    if start.continues and scorer and stored is None:
+        raise UserError(f"{path} is an unconditional run: --init_from starts a conditional one from its weights")
+    if start.continues and stored is not None:
+        if light and not stored.light:
+            raise UserError(f"{path} was trained without --light: --init_from starts a light run from its weights")
+        scorer, light = scorer or stored.scorer, stored.light
+    if not scorer and stored is not None:
+        raise UserError(f"{path} is a conditional generator: pass --condition SCORER to train it on")
+    if not scorer:
+        if light or attributes:
             raise UsageError("--light and --attributes are for a conditional GAN: pass --condition SCORER")
-        args.light = False
         return None
-    names = [name.strip() for name in args.attributes.split(",")] if args.attributes else None
-    if known is not None and names is not None and tuple(names) != known.attributes:
-        raise UserError(f"--attributes {args.attributes}, but {source} was trained for {','.join(known.attributes)}")
-    names = names or (DEFAULT_ATTRIBUTES if known is None else known.attributes)
-    args.light = bool(args.light)
-    reader = AttributeReader(load_scorer(args.condition, device), names)
-    args.attributes = ",".join(names)
-    if state is not None:
-        own = Condition.of(reader, state["attributes"], args.condition).scorer_fingerprint
-        if own != known.scorer_fingerprint:
-            raise UserError(
-                f"{source} was trained with the scorer {known.scorer_fingerprint}, --condition "
-                f"{args.condition} is {own}"
-            )
-    return reader
+    names = tuple(name.strip() for name in attributes.split(",")) if attributes else None
+    if stored is not None and names not in (None, stored.attributes):
+        raise UserError(f"--attributes {attributes}, but {path} was trained for {','.join(stored.attributes)}")
+    names = names or (DEFAULT_ATTRIBUTES if stored is None else stored.attributes)
+    return ConditionSpec(scorer, names, bool(light), stored.scorer_fingerprint if start.continues else None)
 
 
-def build_trainer(
+def build_conditional_trainer(
     config: GeneratorConfig,
     settings: TrainSettings,
     dist: Distributed,
     *,
-    asked: ConditionSettings,
-    reader: AttributeReader | None,
+    spec: ConditionSpec,
+    condition: ConditionSettings,
     dataset,
-    args,
-    state: dict | None,
-) -> Trainer:
-    """The Trainer of the run; with a reader a conditional one, for which faces of the data set are scored first."""
-    if reader is None:
-        return Trainer(config, settings, dist)
-    config = replace(config, condition_dim=len(reader.names))
-    table = None if state is None else state["attributes"]
+    table: torch.Tensor | None,
+) -> ConditionalTrainer:
+    """Load the scorer and, without a `table`, score faces of the data set with it (on rank 0).
+
+    Raises ConditionError for attributes that the scorer lacks, UserError for another scorer than a continued run's.
+    """
+    scorer = AttributeReader(load_scorer(spec.scorer, dist.device), spec.attributes)
     if table is None:
-        table = broadcast_object(score_dataset(reader, dataset, dist.device) if dist.is_main else None)
-    scorer = str(Path(args.condition).resolve()) if Path(args.condition).is_file() else args.condition
-    return ConditionalTrainer(config, settings, dist, reader=reader, table=table, scorer=scorer, asked=asked)
+        table = broadcast_object(score_dataset(scorer, dataset, dist.device) if dist.is_main else None)
+    name = str(Path(spec.scorer).resolve()) if Path(spec.scorer).is_file() else spec.scorer
+    fingerprint = Condition.of(scorer, table, name).scorer_fingerprint
+    if spec.fingerprint not in (None, fingerprint):
+        raise UserError(
+            f"the run was trained with the scorer {spec.fingerprint}, --condition {spec.scorer} is {fingerprint}"
+        )
+    config = replace(config, condition_dim=len(scorer.names))
+    condition = replace(condition, light=spec.light)
+    return ConditionalTrainer(config, settings, dist, scorer=scorer, scorer_name=name, table=table, condition=condition)

@@ -1,94 +1,156 @@
-"""Where a training starts: the checkpoint it continues, or the weights it takes, and what they say of the networks.
+"""Start of a training: one read of the checkpoint it continues or of the weights it takes, and what follows from it.
 
-state, path = find_start(args)
-config = read_architecture(args, stored_architecture(args, state, path))
+start = read_start("runs/faces", resume="auto")
+config = resolve_architecture({"size": 64}, start)  # also of a start without a file
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_safetensors
+from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_export, load_safetensors
 from common.cli import UsageError, UserError
 from common.export import discriminator_file
-from model import GeneratorConfig, generator_state, infer_config
+from model import GeneratorConfig, infer_config
 from training.trainer import Trainer, TrainSettings
 from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 
 WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
 ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)
+RENAMED = {"critic": "aux_d", "aid": "vision_aided", "aid_weight": "vision_aided_weight", "salt": "rng_offset"}
 
 
-def read_architecture(args, stored: GeneratorConfig | None = None) -> GeneratorConfig:
-    """The networks' config; flags that were not given take the value of `stored`, the file that the run starts from,
-    or the published one, and are filled in. Raises UsageError for what cannot be built."""
-    for name in ARCHITECTURE:
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(stored or GeneratorConfig(), name))
-    try:
-        return replace(stored or GeneratorConfig(), **{name: getattr(args, name) for name in ARCHITECTURE})
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+@dataclass(frozen=True)
+class Start:
+    """The file that a run starts from, read once; without a path: a new run from random weights."""
+
+    path: Path | None = None
+    continues: bool = False  # with optimisers, step and options; else weights alone (--init_from)
+    config: GeneratorConfig | None = None
+    state: dict = field(default_factory=dict)  # as Trainer.state_dict(), as far as the file has it
+
+    @property
+    def options(self) -> dict:
+        """Flags of the run that wrote the file; {} for files of other programs."""
+        return self.state.get("options") or {}
 
 
-def stored_architecture(args, state: dict | None, path: Path | None) -> GeneratorConfig | None:
-    """The config of the networks in the checkpoint `state`, or in the file of --init_from; None for a fresh run."""
-    if state is None:
-        return generator_state(args.init_from)[1] if args.init_from else None
-    try:
-        if "config" in state:
-            return GeneratorConfig.from_dict(state["config"])
-        return infer_config(state.get("g_ema", {}))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+def read_start(exp_name: str | Path, *, resume: str | None = None, init_from: str | None = None) -> Start:
+    """Find and read the file that a run in the folder `exp_name` starts from.
 
-
-def read_noise(args, state: dict | None, path: Path | None) -> str:
-    """--noise: of the run in the checkpoint `state`, else as given, else of the file of --init_from; random where
-    neither tells. Raises CheckpointError for a flag that would change the run under way."""
-    if state is None and args.noise is None and args.init_from:
-        if Path(args.init_from).suffix == ".safetensors":
-            return load_safetensors(args.init_from)[1].get("noise") or TrainSettings.noise
-        return stored_noise(load_checkpoint(args.init_from)) or TrainSettings.noise
-    stored = stored_noise(state or {})
-    if stored and args.noise not in (None, stored):
-        raise CheckpointError(
-            f"{path} was trained with --noise {stored}, not {args.noise}: --init_from starts a new run from its weights"
-        )
-    return stored or args.noise or TrainSettings.noise
-
-
-def stored_noise(state: dict) -> str | None:
-    """--noise of the run that wrote a checkpoint; None in files of other programs, or older than the flag."""
-    return state.get("options", {}).get("noise")
-
-
-def find_start(args) -> tuple[dict | None, Path | None]:
-    """The state to continue from, with its file; (None, None) for a new run. Refuses to overwrite an earlier run, or
-    to go on in its folder from anything but its newest checkpoint."""
-    folder = Path(args.exp_name) / "checkpoint"
+    resume: "auto" (the newest checkpoint of the folder, if any) or a path. Raises UserError where this would overwrite
+    an earlier run, or branch off from anything but its newest checkpoint; CheckpointError for a file that is none.
+    """
+    folder = Path(exp_name) / "checkpoint"
     newest = latest_checkpoint(folder) if folder.is_dir() else None
-    if args.resume and args.resume != "auto":
-        path = Path(args.resume)
-        state = load_checkpoint(path)
-        if newest is not None and newest.resolve() != path.resolve():
-            raise UserError(
-                f"{args.exp_name} already holds a run, up to {newest.name}: continue {path} in another --exp_name"
-            )
-    elif newest is not None and args.resume == "auto":
-        path, state = newest, load_checkpoint(newest)
-    elif newest is not None:
+    if newest is not None and not resume:
         raise UserError(
-            f"{args.exp_name} already holds a run ({newest.name}): --resume auto continues it, "
+            f"{exp_name} already holds a run ({newest.name}): --resume auto continues it, "
             "another --exp_name starts a new one"
         )
-    else:
-        return None, None
-    if "step" not in state and (digits := re.findall(r"\d+", path.stem)):
-        state["step"] = int(digits[-1])  # rosinality and TransStyleGAN tell the step in the file name only
-    return state, path
+    if resume and resume != "auto":
+        path = Path(resume)
+        if newest is not None and newest.resolve() != path.resolve():
+            raise UserError(
+                f"{exp_name} already holds a run, up to {newest.name}: continue {path} in another --exp_name"
+            )
+        return read_checkpoint(path)
+    if newest is not None:
+        return read_checkpoint(newest)
+    return read_weights(init_from) if init_from else Start()
+
+
+def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
+    """A training checkpoint; of other programs too, which tell the step in the file name only."""
+    path = Path(path)
+    state = rename_keys(load_checkpoint(path))
+    generator = state.get("g_ema", {} if continues else state)
+    try:
+        config = GeneratorConfig.from_dict(state["config"]) if "config" in state else infer_config(generator)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if continues and "step" not in state and (digits := re.findall(r"\d+", path.stem)):
+        state["step"] = int(digits[-1])
+    return Start(path, continues, config, state)
+
+
+def read_weights(path: str | Path) -> Start:
+    """Weights for a new run: a checkpoint, or an exported generator with the discriminator beside it."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return read_checkpoint(path, continues=False)
+    generator, metadata = load_export(path)
+    state = {"g_ema": generator, "condition": metadata.get("condition"), "options": {"noise": metadata.get("noise")}}
+    try:
+        config = GeneratorConfig.from_dict(metadata["config"]) if "config" in metadata else infer_config(generator)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return Start(path, False, config, state | read_discriminator(path))
+
+
+def read_discriminator(path: Path) -> dict:
+    """`d`, `aux_d`, `vision_aided` from the file that convert.py wrote beside an exported generator; {} without."""
+    file = discriminator_file(path)
+    if not file.is_file():
+        return {}
+    tensors, metadata = load_safetensors(file)
+    state = {"vision_aided": rename_keys(metadata).get("vision_aided", "")}
+    for name, tensor in tensors.items():
+        network, _, name = name.partition(".")
+        state.setdefault(RENAMED.get(network, network), {})[name] = tensor.float()
+    return state
+
+
+def rename_keys(state: dict) -> dict:
+    """`state` with the names of today for those of earlier versions, in its options as well."""
+    state = {RENAMED.get(name, name): value for name, value in state.items()}
+    if isinstance(state.get("options"), dict):
+        state["options"] = {RENAMED.get(name, name): value for name, value in state["options"].items()}
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows from it: flags (None: not given) and the file
+
+
+def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
+    """Config of the networks: flags, else the file, else the published one. Raises UsageError for what cannot be
+    built, CheckpointError for flags that contradict a continued run."""
+    try:
+        changes = {name: value for name, value in given.items() if value is not None}
+        config = replace(start.config or GeneratorConfig(), **changes)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if start.continues:
+        require_same_architecture(config, start.config, start.path)
+    return config
+
+
+def resolve_noise(given: str | None, start: Start) -> str:
+    """--noise of a continued run from its file; else as given, else that of the weights' training, else random."""
+    stored = start.options.get("noise")
+    if not start.continues:
+        return given or stored or TrainSettings.noise
+    if stored and given not in (None, stored):
+        raise CheckpointError(
+            f"{start.path} was trained with --noise {stored}, not {given}: --init_from starts a new run"
+        )
+    return stored or given or TrainSettings.noise
+
+
+def resolve_vision_aided(given: str | None, start: Start) -> str:
+    """--vision_aided of a continued run from its file; else as given."""
+    if not start.continues:
+        return given or ""
+    stored = start.state.get("vision_aided", "")
+    if given not in (None, stored):
+        raise CheckpointError(
+            f"{start.path} was trained with --vision_aided {stored or '(none)'}, not {given or '(none)'}: --init_from "
+            "starts a new run from its weights"
+        )
+    return stored
 
 
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
@@ -103,46 +165,25 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
         raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
 
 
-def read_discriminator(path: str) -> dict:
-    """`d`, `critic`, `aid` from the file that generate.py --with_d wrote beside an exported generator; {} without."""
-    file = discriminator_file(path)
-    if not file.is_file():
-        return {}
-    tensors, known = load_safetensors(file)
-    judges = {
-        kind: {
-            name.removeprefix(f"{kind}."): tensor.float()
-            for name, tensor in tensors.items()
-            if name.startswith(f"{kind}.")
-        }
-        for kind in ("d", "critic")
-    }
-    return {kind: state for kind, state in judges.items() if state} | {"aid": known.get("aid", "")}
+def init_from(trainer: Trainer, start: Start) -> None:
+    """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew.
 
-
-def init_from(trainer: Trainer, path: str) -> None:
-    """Transfer: weights of g, d and g_ema where the file, or the one beside an export, has them; step, optimisers and
-    averages start anew.
-
-    A smaller or narrower generator of else the same architecture is grown, an unconditional one gets the condition that
-    is trained (training/transfer.py). Raises CheckpointError if it cannot be.
+    A smaller or narrower generator is grown, an unconditional one gets the condition that is trained
+    (training/transfer.py). Raises CheckpointError for any other difference.
     """
-    state, config = generator_state(path)
-    weights = (
-        {"g_ema": state, **read_discriminator(path)} if Path(path).suffix == ".safetensors" else load_checkpoint(path)
-    )
+    state, config = start.state, start.config
+    weights = state if "g_ema" in state else {"g_ema": state}
+    generators = [name for name in ("g", "g_ema") if name in weights]
     n = trainer.config.condition_dim
     if n and not config.condition_dim:
-        weights |= {name: add_condition_columns(weights[name], config, n) for name in ("g", "g_ema") if name in weights}
+        weights = weights | {name: add_condition_columns(weights[name], config, n) for name in generators}
         config = replace(config, condition_dim=n)
     if can_grow(config, trainer.config):
-        grown = {name: grow_generator(weights[name], config, trainer.g) for name in ("g", "g_ema") if name in weights}
-        if "d" in weights:
-            grown["d"] = grow_discriminator(weights["d"], config, trainer.d)
-        weights = grown
+        grown = {name: grow_generator(weights[name], config, trainer.g) for name in generators}
+        weights = grown | ({"d": grow_discriminator(weights["d"], config, trainer.d)} if "d" in weights else {})
     elif can_widen(config, trainer.config):
         networks = {"g": trainer.g, "g_ema": trainer.g, "d": trainer.d}
-        weights |= {name: widen(weights[name], network) for name, network in networks.items() if name in weights}
+        weights = weights | {name: widen(weights[name], networks[name]) for name in networks if name in weights}
     else:
-        require_same_architecture(trainer.config, config, path)
-    trainer.adopt(weights, path)
+        require_same_architecture(trainer.config, config, start.path)
+    trainer.warm_start(weights, start.path)

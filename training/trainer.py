@@ -1,20 +1,23 @@
-"""The GAN game: the four phases of a training step, their optimisers, averages and state.
+"""Adversarial training of the generator: the networks, their optimisers, one step, the state.
 
-Non-saturating logistic loss with lazy R1 and lazy path-length regularisation (Karras et al. 2020, arXiv 1912.04958,
-sections 3.1 and 3.2), the regularisers in float32. `train.py` is the command line around `Trainer`.
+A step runs up to four phases: D, every 16 steps R1, G, every 4 steps path length. The regularisers are computed in
+float32, their weight makes up for the steps between (Karras et al. 2020, arXiv 1912.04958, section 3.1, appendix B).
 
 Every random number of a step is drawn from (seed, step, phase, micro-batch): nothing about random state needs saving,
 a resumed run repeats the uninterrupted one, and R processes draw what one process draws over R micro-batches.
+
+    trainer = Trainer(GeneratorConfig(64), TrainSettings(batch=16), dist)
+    trainer.step(images)  # uint8 [16, 3, 64, 64]
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -23,17 +26,17 @@ from common.distributed import Distributed, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
 from model import Discriminator, Generator, GeneratorConfig
 from training.augment import AdaptiveAugment
-from training.vision_aided import build_critic, over_heads
+from training.losses import d_logistic_loss, g_nonsaturating_loss, path_lengths, path_penalty, r1_penalty
+from training.vision_aided import build_aux_discriminator, over_heads
 
-EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: the published constant
-PATH_DECAY = 0.01
-PHASES = ("d", "r1", "g", "path")
+EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: rosinality's constant
+PHASES = ("d", "r1", "g", "path")  # the position is part of every seed
 WEIGHT_STREAM = 0x77656967
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the game depends on; the names are train.py's flags. Raises ValueError for what cannot work."""
+    """Hyperparameters of the training; the names are train.py's flags. Raises ValueError for what cannot work."""
 
     batch: int = 16  # per process
     micro_batch: int = 0  # images per forward pass; 0: the whole batch
@@ -49,9 +52,9 @@ class TrainSettings:
     augment_p: float = 0.0  # 0: adaptive; else fixed
     ada_target: float = 0.6
     ada_length: int = 500_000
-    aid: str = ""  # a perceptual distance whose network lends its eyes to a second critic (training/vision_aided.py)
-    aid_weight: float = 1.0
-    noise: str = "random"  # none: no noise enters the generator, whose codes must then say everything
+    vision_aided: str = ""  # network of the vision-aided discriminator (training/vision_aided.py)
+    vision_aided_weight: float = 1.0
+    noise: str = "random"  # none: no noise enters the generator, w alone decides the image
     precision: str = "fp32"
     seed: int = 0
 
@@ -59,8 +62,8 @@ class TrainSettings:
         for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("r1", "path_regularize", "d_lr", "aid_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
+        for name in ("r1", "path_regularize", "d_lr", "vision_aided_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("mixing", "augment_p"):
             if not 0 <= getattr(self, name) <= 1:
@@ -73,335 +76,288 @@ class TrainSettings:
         return self.batch // self.micro_batch if self.micro_batch else 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
+@dataclass(frozen=True)
+class Phase:
+    """One update within a step: the gradient of gain * loss moves `networks`, every so many steps."""
 
-
-def d_logistic_loss(real_logits, fake_logits):
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
-
-
-def g_nonsaturating_loss(fake_logits):
-    return F.softplus(-fake_logits).mean()
-
-
-def r1_penalty(real_logits, real):
-    """Mean squared gradient norm of the logits at the real images (Mescheder et al. 2018, arXiv 1801.04406)."""
-    (grad,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
-    return grad.square().sum((1, 2, 3)).mean()
-
-
-def path_lengths(images, latents):
-    """|J^T y| per image, [N]: y ~ N(0, 1/pixels), RMS over tokens of the codes [N, L, C] (arXiv 1912.04958, 3.2)."""
-    noise = torch.randn_like(images) / math.sqrt(images.shape[2] * images.shape[3])
-    (grad,) = torch.autograd.grad((images * noise).sum(), latents, create_graph=True)
-    return grad.square().sum(2).mean(1).sqrt()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trainer
+    name: str
+    loss: Callable[[torch.Tensor], torch.Tensor]  # real images [N, 3, S, S] in [-1, 1] -> scalar
+    networks: tuple[nn.Module, ...]
+    optimiser: torch.optim.Optimizer
+    every: int = 1
+    gain: float = 1.0
 
 
 class Trainer:
-    """Generator, its moving average, discriminator and optimisers on one device; `train_step` plays one round."""
+    """Generator `g`, its moving average `g_ema`, discriminator `d` and the optimisers, on one device."""
+
+    header: dict = {}  # JSON values that exported weights carry besides their config
 
     def __init__(self, config: GeneratorConfig, settings: TrainSettings, dist: Distributed):
-        self.config, self.settings, self.dist = config, settings, dist
-        # All ranks start from the same weights; not from the numbers that latents of the same seed are made of, else a
-        # latent would be a row of the first mapping layer and its code far outside of all others.
+        self.config, self.settings, self.dist, device = config, settings, dist, dist.device
+        # All ranks start from the same weights; not from the numbers that z of the same seed is made of, else z would
+        # be a row of the first mapping layer and its w far from all others.
         torch.manual_seed(mix_seeds(WEIGHT_STREAM, settings.seed))
-        self.g = Generator(config).to(dist.device)
-        self.d = Discriminator(config).to(dist.device)
+        self.g, self.d = Generator(config).to(device), Discriminator(config).to(device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        self.ada = AdaptiveAugment(
-            settings.augment_p,
-            None if settings.augment_p else settings.ada_target,
-            settings.ada_length,
-            device=dist.device,
+        self.dtype, self.aux_d = DTYPES[settings.precision], None
+        if settings.vision_aided:
+            self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype).to(device)
+        target = None if settings.augment_p else settings.ada_target
+        self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, device=device)
+        self.augment = self.ada if settings.augment else nn.Identity()
+
+        d_networks = (self.d,) if self.aux_d is None else (self.d, self.aux_d)
+        self.g_optim = build_adam((self.g,), settings.lr, settings.g_reg_every)
+        self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, settings.d_reg_every)
+        r1_gain = settings.r1 / 2 * settings.d_reg_every
+        path_gain = settings.path_regularize * settings.g_reg_every
+        phases = (
+            Phase("d", self.d_loss, d_networks, self.d_optim),
+            Phase("r1", self.r1_loss, d_networks, self.d_optim, settings.d_reg_every, r1_gain),
+            Phase("g", self.g_loss, (self.g,), self.g_optim),
+            Phase("path", self.path_loss, (self.g,), self.g_optim, settings.g_reg_every, path_gain),
         )
-        self.dtype = DTYPES[settings.precision]
-        self.critic = build_critic(settings.aid, self.dtype).to(dist.device) if settings.aid else None
-        self.g_optim = self._adam(self.g, settings.lr, settings.g_reg_every)
-        self.d_optim = self._adam(self.d, settings.d_lr or settings.lr, settings.d_reg_every)
-        self.mean_path_length = torch.zeros((), device=dist.device)
-        self.step = 0
-        self.salt = 0  # raised by a rollback, so that the same numbers are not drawn again
-        self._average = get_ema_multi_avg_fn(EMA_DECAY)
-        self._path_mean = torch.zeros((), device=dist.device)  # over this step's micro-batches
-        self._sums: dict[str, torch.Tensor] = {}  # [sum, count] of each metric since the last log tick
-        if settings.noise == "none":
-            for strength in self._silence():
-                strength.register_hook(torch.zeros_like)
+        self.phases = [phase for phase in phases if phase.gain]
+        self.frozen = noise_strengths(self.g) if settings.noise == "none" else []  # parameters of g never trained
 
-    @torch.no_grad()
-    def _silence(self) -> list[torch.Tensor]:
-        """Sets the noise strengths to zero, and returns those that are trained."""
-        for network in (self.g_ema, self.g):
-            strengths = [p for name, p in network.named_parameters() if name.endswith("noise.weight")]
-            torch._foreach_zero_(strengths)
-        return strengths
+        self.n_steps = 0
+        self.rng_offset = 0  # raised by a rollback, so that the same numbers are not drawn again
+        self.mean_path_length = torch.zeros((), device=device)
+        self.next_path_mean = torch.zeros((), device=device)  # mean over the micro-batches of this step
+        self.stats = Stats(device)
 
-    def weights_of(self, network) -> list[nn.Parameter]:
-        """What is trained together: the critic's heads go with the discriminator."""
-        heads = self.critic.parameters() if self.critic is not None and network is self.d else ()
-        return [*network.parameters(), *heads]
+    # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _adam(self, network, lr, reg_every):
-        """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
-        ratio = reg_every / (reg_every + 1)
-        fused = self.dist.device.type in ("cuda", "cpu")
-        return torch.optim.Adam(self.weights_of(network), lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused)
-
-    # -- one round ----------------------------------------------------------------------------------------------------
-
-    def train_step(self, images: torch.Tensor) -> None:
-        """One step on this process's uint8 batch [B, 3, S, S]: D, every d_reg_every R1, G, every g_reg_every path."""
-        settings = self.settings
-        self._optimise(self.d_optim, self.d, self.d_phase, images, "d")
-        if settings.r1 and self.step % settings.d_reg_every == 0:
-            self._optimise(self.d_optim, self.d, self.r1_phase, images, "r1")
-        self._optimise(self.g_optim, self.g, self.g_phase, images, "g")
-        if settings.path_regularize and self.step % settings.g_reg_every == 0:
-            self._optimise(self.g_optim, self.g, self.path_phase, images, "path")
-            self.mean_path_length.copy_(self._path_mean)
-            self._path_mean.zero_()
-            all_reduce_mean([self.mean_path_length])
-        if settings.augment:
+    def step(self, images: torch.Tensor) -> None:
+        """One step on this process's uint8 images [B, 3, S, S]."""
+        for phase in self.phases:
+            if self.n_steps % phase.every == 0:
+                self.run_phase(phase, images)
+                if phase.name == "path":
+                    all_reduce_mean([self.next_path_mean])
+                    self.mean_path_length.copy_(self.next_path_mean)
+                    self.next_path_mean.zero_()
+        if self.settings.augment:
             self.ada.update(all_reduce=torch.distributed.all_reduce if self.dist.world_size > 1 else None)
-        self.average()
-        self.step += 1
+        update_average(self.g_ema, self.g)
+        self.n_steps += 1
 
-    def _optimise(self, optimiser, network, phase, images, name):
-        self.select(network)
-        self.accumulate_gradients(phase, images, name)
-        gradients = [p.grad for p in self.weights_of(network) if p.grad is not None]
-        all_reduce_mean(gradients)
-        if self.dtype == torch.float16:  # overflow in one image must not end the run (stylegan2-ada-pytorch does this)
-            for gradient in gradients:
-                gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    def run_phase(self, phase: Phase, images: torch.Tensor, *, update: bool = True) -> None:
+        """Accumulate the gradients of one phase over the micro-batches; average them over ranks, update the weights."""
+        for network in (self.g, self.d, self.aux_d):
+            if network is not None:
+                network.requires_grad_(network in phase.networks)
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
 
-    def select(self, network):
-        """Gradients for the weights of one network alone."""
-        self.g.requires_grad_(network is self.g)
-        self.d.requires_grad_(network is self.d)
-        if self.critic is not None:
-            self.critic.requires_grad_(network is self.d)
-
-    def accumulate_gradients(self, phase, images, name):
-        """Backward passes of one phase over the micro-batches; gradients are those of the mean over the batch."""
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
-            self._seed(name, self.dist.rank * n_micro + k)
-            phase(self.prepare(micro), 1 / n_micro)
+            source = (self.settings.seed, self.rng_offset, self.n_steps, PHASES.index(phase.name))
+            torch.manual_seed(mix_seeds(*source, self.dist.rank * n_micro + k))
+            loss = phase.loss(prepare_images(micro, self.dist.device))
+            (loss * (phase.gain / n_micro)).backward()
 
-    def _seed(self, phase: str, micro_index: int):
-        torch.manual_seed(mix_seeds(self.settings.seed, self.salt, self.step, PHASES.index(phase), micro_index))
+        if update:
+            gradients = [
+                p.grad for group in phase.optimiser.param_groups for p in group["params"] if p.grad is not None
+            ]
+            all_reduce_mean(gradients)
+            if self.dtype == torch.float16:  # overflow in one image must not end the run (as in stylegan2-ada-pytorch)
+                for gradient in gradients:
+                    gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+            phase.optimiser.step()
+        phase.optimiser.zero_grad(set_to_none=True)
 
-    def prepare(self, images):
-        """uint8 [N, 3, S, S] -> float32 in [-1, 1], each image mirrored with probability one half."""
-        images = images.to(self.dist.device).float().div_(127.5).sub_(1)
-        mirror = torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
-        return torch.where(mirror, images.flip(3), images)
+    def generate(self, n: int, dtype: torch.dtype, condition=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [n, 3, S, S] and ws [n, L, C] of fresh z; condition: [n, d], of a conditional generator."""
+        ws = draw_ws(self.g, n, self.settings.mixing)
+        return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
-    def draw_codes(self, n):
-        """w codes [n, L, C] of fresh latents; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, 3.1).
-
-        Both latents are mapped whether or not they are mixed, so that the shapes are the same in every step.
-        """
-        g, config, device = self.g, self.config, self.dist.device
-        z = torch.randn(n, *g.draw_z(0).shape[1:], device=device)
-        codes = g.get_latent(z)
-        if not config.w_space or not self.settings.mixing:
-            return codes
-        second = g.get_latent(torch.randn_like(z))
-        mixed = torch.rand((), device=device) < self.settings.mixing
-        crossover = torch.randint(1, config.n_tokens, (), device=device)
-        first_layers = torch.where(mixed, crossover, config.n_tokens)  # those of the first latent
-        return torch.where(torch.arange(config.n_tokens, device=device)[:, None] < first_layers, codes, second)
-
-    def synthesise(self, n, dtype):
-        """Images and codes of n fresh latents."""
-        return self.g(self.draw_codes(n), input_is_latent=True, dtype=dtype)
-
-    def judge(self, images, dtype):
-        return self.d(self.ada(images) if self.settings.augment else images, dtype=dtype)
-
-    def d_phase(self, real, weight):
+    def d_loss(self, real: torch.Tensor) -> torch.Tensor:
+        """Discriminator's loss on real images and as many generated ones, plus the vision-aided discriminator's."""
         with torch.no_grad():
-            fake, _ = self.synthesise(real.shape[0], self.dtype)
-        real_logits, fake_logits = self.judge(real, self.dtype), self.judge(fake, self.dtype)
+            fake, _ = self.generate(len(real), self.dtype)
+        real_logits = self.d(self.augment(real), dtype=self.dtype)  # [N, 1]
+        fake_logits = self.d(self.augment(fake), dtype=self.dtype)
         if self.settings.augment:
             self.ada.accumulate(real_logits)
         loss = d_logistic_loss(real_logits, fake_logits)
-        total = loss
-        if self.critic is not None:
-            aided = over_heads(d_logistic_loss, self.critic(real, self.dtype), self.critic(fake, self.dtype))
-            total = loss + self.settings.aid_weight * aided
-            self.note(critic=aided)
-        (total * weight).backward()
-        self.note(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
-
-    def r1_phase(self, real, weight):
-        real = real.requires_grad_()
-        penalty = r1_penalty(self.judge(real, torch.float32), real)
-        (penalty * (self.settings.r1 / 2 * self.settings.d_reg_every * weight)).backward()
-        self.note(r1=penalty)
-
-    def g_phase(self, real, weight):
-        fake, _ = self.synthesise(real.shape[0], self.dtype)
-        (self.realism_loss(fake) * weight).backward()
-
-    def realism_loss(self, fake):
-        """What G minimises: the discriminator's verdict, and the critic's where there is one."""
-        loss = g_nonsaturating_loss(self.judge(fake, self.dtype))
-        self.note(g=loss)
-        if self.critic is None:
+        self.stats.report(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
+        if self.aux_d is None:
             return loss
-        aided = over_heads(g_nonsaturating_loss, self.critic(fake, self.dtype))
-        self.note(g_critic=aided)
-        return loss + self.settings.aid_weight * aided
+        aux_loss = over_heads(d_logistic_loss, self.aux_d(real, self.dtype), self.aux_d(fake, self.dtype))
+        self.stats.report(aux_d=aux_loss)
+        return loss + self.settings.vision_aided_weight * aux_loss
 
-    def path_phase(self, real, weight):
-        n = max(1, real.shape[0] // self.settings.path_batch_shrink)
-        fake, codes = self.synthesise(n, torch.float32)
-        lengths = path_lengths(fake, codes)
-        mean = torch.lerp(self.mean_path_length, lengths.mean(), PATH_DECAY)
-        penalty = (lengths - mean).square().mean()
-        (penalty * (self.settings.path_regularize * self.settings.g_reg_every * weight)).backward()
-        self._path_mean += mean.detach() * weight
-        self.note(path=penalty, path_length=lengths.mean())
+    def r1_loss(self, real: torch.Tensor) -> torch.Tensor:
+        real = real.requires_grad_()
+        penalty = r1_penalty(self.d(self.augment(real), dtype=torch.float32), real)
+        self.stats.report(r1=penalty)
+        return penalty
 
-    def sheet(self, z):
-        """What a sample sheet of latents z [n, ...] shows: latents, conditions or None, pictures per row."""
+    def g_loss(self, real: torch.Tensor) -> torch.Tensor:
+        fake, _ = self.generate(len(real), self.dtype)
+        return self.adversarial_loss(fake)
+
+    def adversarial_loss(self, fake: torch.Tensor) -> torch.Tensor:
+        """Generator's loss by the discriminator, plus that by the vision-aided discriminator where there is one."""
+        loss = g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
+        self.stats.report(g=loss)
+        if self.aux_d is None:
+            return loss
+        aux_loss = over_heads(g_nonsaturating_loss, self.aux_d(fake, self.dtype))
+        self.stats.report(aux_g=aux_loss)
+        return loss + self.settings.vision_aided_weight * aux_loss
+
+    def path_loss(self, real: torch.Tensor) -> torch.Tensor:
+        """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""
+        fake, ws = self.generate(max(1, len(real) // self.settings.path_batch_shrink), torch.float32)
+        lengths = path_lengths(fake, ws)  # [n]
+        penalty, mean = path_penalty(lengths, self.mean_path_length)
+        self.next_path_mean += mean / self.settings.n_micro
+        self.stats.report(path=penalty, path_length=lengths.mean())
+        return penalty
+
+    def sample_inputs(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """Inputs of a sample grid, from z [n, ...]: z, conditions or None, images per row."""
         return z, None, math.ceil(len(z) ** 0.5)
-
-    @torch.no_grad()
-    def average(self):
-        """Moving average of the parameters; buffers (noise maps, token) are carried over as they are."""
-        self._average(list(self.g_ema.parameters()), list(self.g.parameters()), None)
-        torch._foreach_copy_(list(self.g_ema.buffers()), list(self.g.buffers()))
-
-    def broken_networks(self) -> list[str]:
-        """Names of the networks that hold a NaN or an infinity; waits for the device."""
-        networks = {"g": self.g, "d": self.d, "g_ema": self.g_ema}
-        return [
-            name for name, network in networks.items() if not all(torch.isfinite(p).all() for p in network.parameters())
-        ]
-
-    def rehearse(self, images: torch.Tensor) -> None:
-        """The backward passes of all four phases, without a trace: to see whether a micro-batch fits in memory."""
-        ada = self.ada.state_dict()
-        phases = [
-            (self.g, self.g_phase, "g"),
-            (self.g, self.path_phase, "path"),
-            (self.d, self.d_phase, "d"),
-            (self.d, self.r1_phase, "r1"),
-        ]
-        try:
-            for network, phase, name in phases:
-                self.select(network)
-                self.accumulate_gradients(phase, images, name)
-        finally:
-            for network in (self.g, self.d):
-                network.zero_grad(set_to_none=True)
-            self.ada.load_state_dict(ada)
-            for tensor in (self._path_mean, *self._sums.values()):
-                tensor.zero_()
-
-    # -- metrics ------------------------------------------------------------------------------------------------------
-
-    def note(self, **values):
-        """Add up a scalar per name on the device, to be read at the next log tick."""
-        for name, value in values.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros(2, device=self.dist.device)
-            self._sums[name][0] += value.detach()
-            self._sums[name][1] += 1
-
-    def read_metrics(self) -> dict[str, float]:
-        """Means over the steps since the last call and over ranks; the one place that waits for the device."""
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        sums = torch.stack([self._sums[name] for name in names])  # [names, 2]
-        for tensor in self._sums.values():
-            tensor.zero_()
-        all_reduce_mean([sums])
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count}
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def header(self) -> dict:
-        """What an exported generator of this run says besides its config, JSON values."""
-        return {}
-
     def state_dict(self) -> dict:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
-        reduce = torch.distributed.all_reduce if self.dist.world_size > 1 else None
-        return {
-            "g": self.g.state_dict(),
-            "d": self.d.state_dict(),
-            "g_ema": self.g_ema.state_dict(),
-            "g_optim": self.g_optim.state_dict(),
-            "d_optim": self.d_optim.state_dict(),
+        networks = {"g": self.g, "d": self.d, "g_ema": self.g_ema, "g_optim": self.g_optim, "d_optim": self.d_optim}
+        state = {name: network.state_dict() for name, network in networks.items()}
+        if self.aux_d is not None:
+            state |= {"aux_d": self.aux_d.state_dict(), "vision_aided": self.settings.vision_aided}
+        return state | {
             "config": self.config.to_dict(),
-            "step": self.step,
-            "salt": self.salt,
+            "step": self.n_steps,
+            "rng_offset": self.rng_offset,
             "mean_path_length": float(self.mean_path_length),
-            "ada": self.ada.state_dict(reduce),
-            **({} if self.critic is None else {"critic": self.critic.state_dict(), "aid": self.settings.aid}),
+            "ada": self.ada.state_dict(torch.distributed.all_reduce if self.dist.world_size > 1 else None),
         }
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
-        """Continue from state_dict(), or from a rosinality or TransStyleGAN checkpoint, which lacks config and step."""
+        """Continue from state_dict(), or from a rosinality or TransStyleGAN checkpoint, which lacks config and step.
+
+        Learning rates and betas stay those of the settings. Raises CheckpointError naming `source`.
+        """
         missing = [name for name in ("g", "d", "g_ema", "g_optim", "d_optim") if name not in state]
         if missing:
             raise CheckpointError(
                 f"{source} cannot be continued: it lacks {', '.join(missing)}; "
                 "--init_from starts a new run from its weights"
             )
-        if state.get("aid", "") != self.settings.aid:
-            raise CheckpointError(
-                f"{source} was trained with --aid {state.get('aid') or '(none)'}, not "
-                f"{self.settings.aid or '(none)'}: --init_from starts a new run from its weights"
-            )
-        self.load_networks(state, source)
-        for optimiser, name in ((self.g_optim, "g_optim"), (self.d_optim, "d_optim")):
-            settings = [(group["lr"], group["betas"], group["fused"]) for group in optimiser.param_groups]
-            try:
-                optimiser.load_state_dict(state[name])
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{source}: {name} belongs to another network ({error})") from None
-            for parameter, moments in optimiser.state.items():  # Adam does not look at shapes
-                if moments["exp_avg"].shape != parameter.shape:
-                    shapes = f"{list(moments['exp_avg'].shape)} for {list(parameter.shape)}"
-                    raise CheckpointError(f"{source}: {name} belongs to another network (moments {shapes})")
-            for group, (lr, betas, fused) in zip(optimiser.param_groups, settings, strict=True):
-                group.update(lr=lr, betas=betas, fused=fused, foreach=None)  # the flags of this run, not of the file
-        self.step = int(state.get("step", 0))
-        self.salt = int(state.get("salt", 0))
+        self.load_weights(state, source)
+        for name, optimiser in (("g_optim", self.g_optim), ("d_optim", self.d_optim)):
+            load_optimiser(optimiser, state[name], f"{source}: {name}")
+        self.n_steps, self.rng_offset = int(state.get("step", 0)), int(state.get("rng_offset", 0))
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
         if "ada" in state:
-            keep = float(self.ada.p)
             self.ada.load_state_dict(state["ada"], is_main=self.dist.is_main)
-            if self.settings.augment_p:
-                self.ada.p.fill_(keep)
+        if self.settings.augment_p:
+            self.ada.p.fill_(self.settings.augment_p)
 
-    def adopt(self, weights: dict, source) -> None:
-        """Begin a new run with these weights (--init_from)."""
-        self.load_networks(weights, source)
-
-    def load_networks(self, state: dict, source) -> None:
+    def load_weights(self, state: dict, source) -> None:
         """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""
         average = state.get("g_ema", state)
         for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average), (self.d, state.get("d"))):
+            if isinstance(network, Generator):
+                weights = {"token": network.token, **weights}  # rosinality's files have none
             if weights is not None:
-                if isinstance(network, Generator):
-                    weights = {"token": network.token, **weights}
                 load_strictly(network, weights, source)
-        if self.critic is not None and state.get("aid") == self.settings.aid:
-            self.critic.load_state_dict(state["critic"])
+        if self.aux_d is not None and state.get("vision_aided") == self.settings.vision_aided:
+            load_strictly(self.aux_d, state["aux_d"], source)
         if self.settings.noise == "none":
-            self._silence()
+            for network in (self.g, self.g_ema):
+                torch._foreach_zero_([strength.data for strength in noise_strengths(network)])
+
+    def warm_start(self, weights: dict, source) -> None:
+        """Begin a new run with these weights (--init_from)."""
+        self.load_weights(weights, source)
+
+
+class Stats:
+    """Means of scalars, added up on the device; `read` is the one place that waits for it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.sums = device, {}  # name: [sum, count]
+
+    def report(self, **values: torch.Tensor) -> None:
+        for name, value in values.items():
+            total = self.sums.setdefault(name, torch.zeros(2, device=self.device))
+            total[0] += value.detach()
+            total[1] += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call, over ranks. All ranks must call it."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        sums = torch.stack([self.sums[name] for name in names])  # [names, 2]
+        self.sums.clear()
+        all_reduce_mean([sums])
+        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_adam(networks: tuple[nn.Module, ...], lr: float, reg_every: int) -> torch.optim.Adam:
+    """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    ratio = reg_every / (reg_every + 1)
+    fused = parameters[0].device.type in ("cuda", "cpu")
+    return torch.optim.Adam(parameters, lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused)
+
+
+def load_optimiser(optimiser: torch.optim.Adam, state: dict, source: str) -> None:
+    """Load Adam's moments; its settings stay. Raises CheckpointError where the shapes differ."""
+    kept = [{name: group[name] for name in ("lr", "betas", "fused")} for group in optimiser.param_groups]
+    try:
+        optimiser.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{source} belongs to another network ({error})") from None
+    for parameter, moments in optimiser.state.items():  # Adam does not look at shapes
+        if moments["exp_avg"].shape != parameter.shape:
+            shapes = f"{list(moments['exp_avg'].shape)} for {list(parameter.shape)}"
+            raise CheckpointError(f"{source} belongs to another network (moments {shapes})")
+    for group, settings in zip(optimiser.param_groups, kept, strict=True):
+        group.update(settings, foreach=None)
+
+
+@torch.no_grad()
+def update_average(average: Generator, generator: Generator) -> None:
+    """Exponential moving average of the parameters; buffers (noise maps, token) are copied."""
+    get_ema_multi_avg_fn(EMA_DECAY)(list(average.parameters()), list(generator.parameters()), None)
+    torch._foreach_copy_(list(average.buffers()), list(generator.buffers()))
+
+
+def noise_strengths(generator: Generator) -> list[nn.Parameter]:
+    return [parameter for name, parameter in generator.named_parameters() if name.endswith("noise.weight")]
+
+
+def prepare_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 [N, 3, S, S] -> float32 in [-1, 1], each image mirrored with probability one half."""
+    images = images.to(device).float().div_(127.5).sub_(1)
+    mirror = torch.rand(len(images), 1, 1, 1, device=device) < 0.5
+    return torch.where(mirror, images.flip(3), images)
+
+
+def draw_ws(g: Generator, n: int, mixing: float) -> torch.Tensor:
+    """ws [n, L, C] of fresh z; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1).
+
+    Both z of a mixture are mapped whether or not they are mixed: no host sync, the same shapes in every step.
+    """
+    config, device = g.config, next(g.parameters()).device
+    z = torch.randn(n, *g.draw_z(0).shape[1:], device=device)
+    ws = g.get_latent(z)  # [n, L, C]
+    if not config.w_space or not mixing:
+        return ws
+    second = g.get_latent(torch.randn_like(z))
+    mixed = torch.rand((), device=device) < mixing
+    crossover = torch.randint(1, config.n_tokens, (), device=device)
+    first_layers = torch.where(mixed, crossover, config.n_tokens)  # those of the first z
+    return torch.where(torch.arange(config.n_tokens, device=device)[:, None] < first_layers, ws, second)

@@ -1,14 +1,11 @@
-"""Start a larger generator and discriminator from the weights of a smaller pair: cheap coarse training first. Larger in
-pixels, or in feature maps (`widen`).
+"""Weights of a small or unconditional model for a larger or conditional one: cheap coarse training first.
 
-The picture of the grown generator starts as the smaller one's, enlarged: the layers of the new resolutions are fresh,
-and their contribution to the image (ToRGB) starts at zero. The discriminator's new blocks start as a plain reduction to
-the smaller image. The idea is progressive growing (Karras et al. 2018, arXiv 1710.10196) without its fade-in: skip
-connections to RGB (arXiv 1912.04958, section 4.1) make the fade unnecessary.
+The image of a grown generator starts as the smaller one's, enlarged: the layers of the new resolutions are fresh, and
+their contribution (ToRGB) starts at zero. The discriminator's new blocks start as a plain reduction to the smaller
+image. The idea is progressive growing (Karras et al. 2018, arXiv 1710.10196) without its fade-in, which skip
+connections to RGB make unnecessary (arXiv 1912.04958, section 4.1).
 
     train.py --size 64 --init_from runs/faces-32/checkpoint/010000.pt ...
-
-`add_condition_columns` likewise makes a conditional generator of an unconditional one, with the same pictures.
 """
 
 from __future__ import annotations
@@ -78,10 +75,6 @@ def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discr
     return grown
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In width
-
-
 def can_widen(narrow: GeneratorConfig, wide: GeneratorConfig) -> bool:
     """Whether the configs differ in feature maps alone, of which `wide` has as many or more at every resolution."""
     rule = {"channel_max": wide.channel_max, "channel_multiplier": wide.channel_multiplier}
@@ -93,10 +86,9 @@ def can_widen(narrow: GeneratorConfig, wide: GeneratorConfig) -> bool:
 def widen(state: dict, network: Generator | Discriminator) -> dict:
     """A state dict for the wider `network` that computes what the narrower one of `state` does.
 
-    New feature maps begin at random and nothing listens to them yet: the weights by which old maps read new ones are
-    zero, and have a gradient. The equalised scale 1/sqrt(inputs) is made up for. (After Net2WiderNet, arXiv 1511.05641,
-    which splits maps instead: copies of one map would stay alike without noise.) Only D's minibatch statistic, a mean
-    over all maps, changes a little.
+    New feature maps start at random, and the weights by which old maps read them at zero, with a gradient. The
+    equalised scale 1/sqrt(inputs) is made up for. (Net2WiderNet, arXiv 1511.05641, splits maps instead: copies of one
+    map would stay alike without noise.) Only D's minibatch statistic, a mean over all maps, changes a little.
     """
     widened = {}
     for name, fresh in network.state_dict().items():
@@ -122,8 +114,8 @@ def widen(state: dict, network: Generator | Discriminator) -> dict:
 def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
     """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation.
 
-    The equalised scale 1/sqrt(inputs) is made up for, so that whatever the condition the pictures stay the same up to
-    rounding. Raises ValueError when the generator has a condition already.
+    The equalised scale 1/sqrt(inputs) is made up for: the images stay the same up to rounding, whatever the condition.
+    Raises ValueError when the generator has a condition already.
     """
     if config.condition_dim:
         raise ValueError(f"the generator has {config.condition_dim} condition inputs already")
@@ -136,7 +128,7 @@ def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
 
 
 def is_modulation(name: str) -> bool:
-    """Whether a tensor of the generator turns style codes into factors of channels: [channels, style_dim + n]."""
+    """Whether a tensor of the generator turns w into factors of channels: [channels, style_dim + n]."""
     return name.endswith(".modulation.weight")
 
 

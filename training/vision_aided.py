@@ -1,13 +1,13 @@
-"""A second critic that judges pictures by the features of a trained network: realism in hours instead of days.
+"""Vision-aided discriminator: small heads on the features of a frozen, trained network (train.py --vision_aided NAME).
 
-The discriminator learns what pictures look like from nothing; a frozen classification network has seen much already.
-Small heads on its activations play the same game beside the discriminator (train.py --aid NAME): Kumari et al. 2022,
-"Ensembling Off-the-shelf Models for GAN Training" (arXiv 2112.09130), section 3; one head per resolution as in Sauer
-et al. 2021, "Projected GANs Converge Faster" (arXiv 2111.01007), but without their random mixing. The generator is an
-ordinary one afterwards. What the network has seen enters the training: name it beside results, judge them by another.
+Realism in hours instead of days: the discriminator learns from nothing what images look like, a trained network knows.
+Kumari et al. 2022, "Ensembling Off-the-shelf Models for GAN Training", arXiv 2112.09130, section 3; one head per
+resolution as in Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007, without their random mixing. The
+generator is an ordinary one afterwards. What the frozen network was trained on enters the training: name it beside
+results, and evaluate with another network.
 
-    critic = FeatureCritic(build_perceptual("squeeze", "cpu"))
-    logits = critic(images)                                          # images [N, 3, S, S] in [-1, 1]
+    aux_d = VisionAidedDiscriminator(build_perceptual("squeeze", "cpu"))
+    logits = aux_d(images)  # images [N, 3, S, S] in [-1, 1] -> one [N, P] per head
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers import ConvLayer
+from perceptual.lpips import build_perceptual
 from training.augment import AdaptiveAugment
 
-SIDE = 96  # pixels to which smaller pictures are enlarged: classification networks reduce by 16 to 32
+SIDE = 96  # pixels to which smaller images are enlarged: classification networks reduce by 16 to 32
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
 TRANSFORMS, AUGMENT_P = "xflip,xint,brightness,contrast,saturation", 0.5  # heads on strong features overfit soon
 
 
-class FeatureCritic(nn.Module):
+class VisionAidedDiscriminator(nn.Module):
     """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, float32, one tensor [N, P] per head.
 
-    perceptual: a frozen distance of perceptual/lpips.py, whose activations are looked at, brought to one length per
-    pixel: the last layer of each resolution of at most 32 pixels. It is no part of state_dict(); the heads are.
+    features: a frozen distance of perceptual/lpips.py. The last layer of each resolution of at most 32 pixels gets a
+    head, its activations brought to one length per pixel. state_dict() holds the heads alone.
     """
 
-    def __init__(self, perceptual):
+    def __init__(self, features: nn.Module):
         super().__init__()
-        self._see = [perceptual]  # in a list: not a submodule
+        self.frozen = (features,)  # in a tuple: no submodule, so neither trained nor saved
         with torch.no_grad():
-            shapes = [layer.shape[1:] for layer in perceptual.activations(torch.zeros(1, 3, SIDE, SIDE))]
+            shapes = [layer.shape[1:] for layer in features.activations(torch.zeros(1, 3, SIDE, SIDE))]
         sizes = {height: (index, channels) for index, (channels, height, _) in enumerate(shapes)}  # the last of a size
         self.layers = [(index, channels) for height, (index, channels) in sizes.items() if height <= LARGEST_MAP]
         self.heads = nn.ModuleList(
@@ -50,31 +51,31 @@ class FeatureCritic(nn.Module):
         self.augment = AdaptiveAugment(AUGMENT_P, None, transforms=TRANSFORMS)
 
     def to(self, device):
-        self._see[0].to(device)
+        self.frozen[0].to(device)
         self.augment.p = self.augment.p.to(device)
         return super().to(device)
 
-    def forward(self, images, dtype=torch.float32):
+    def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         images = self.augment(images)
         if images.shape[-1] < SIDE:
-            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)
-        seen = self._see[0].activations(images)
+            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)  # [N, 3, 96, 96]
+        activations = self.frozen[0].activations(images)
         logits = []
         for (index, channels), head in zip(self.layers, self.heads, strict=True):
-            x = F.normalize(seen[index], dim=1, eps=1e-4) * math.sqrt(channels)  # pixel by pixel, to unit variance
+            x = F.normalize(activations[index], dim=1, eps=1e-4) * math.sqrt(channels)  # unit variance per pixel
             x = x.to(dtype).contiguous(memory_format=torch.channels_last)  # [N, C, h, w]
             logits.append(head(x).float().flatten(1))  # [N, h * w]
         return logits
 
 
-def build_critic(name: str, dtype: torch.dtype = torch.float32) -> FeatureCritic:
-    """The critic on the network of the perceptual distance `name`, which raises what build_perceptual does; the frozen
-    network computes in bfloat16 where the training does, else in float32."""
-    from perceptual.lpips import build_perceptual  # with lpips and torchvision: only where it is used
+def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:
+    """The discriminator on the network of the perceptual distance `name`; raises what build_perceptual does.
 
-    return FeatureCritic(build_perceptual(name, dtype=dtype if dtype == torch.bfloat16 else torch.float32))
+    The frozen network computes in bfloat16 where the training does, else in float32.
+    """
+    return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype if dtype == torch.bfloat16 else torch.float32))
 
 
-def over_heads(loss, *logits):
-    """A loss of a discriminator's logits, for those of a critic: the mean over its heads."""
+def over_heads(loss, *logits: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over the heads of a loss of a discriminator's logits."""
     return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import bench_generate, bench_train, peers
 from benchmarks.measuring import Budget, ChildError, child, flag_list, measure_or_say
-from benchmarks.rounds import PHASES, Round, measure_round, seconds_per_step
+from benchmarks.rounds import PHASES, Schedule, measure_schedule, seconds_per_step
 from common.cli import UsageError, run
 from op import dispatch
 
@@ -88,7 +88,7 @@ def test_training_table(capsys, tmp_path, choose_again):
         assert list(row["seconds"]) == list(PHASES) and min(row["seconds"].values()) > 0
         weighted = seconds_per_step(row["seconds"], {"r1": 16, "path": 4})
         assert row["images_per_s"] == pytest.approx(2 * processes / weighted)
-        assert row["played_images_per_s"] > 0 and row["peak_bytes"] > 2**26
+        assert row["stepped_images_per_s"] > 0 and row["peak_bytes"] > 2**26
     ratios = {(ratio["processes"], ratio["to"]): ratio["images_per_s"] for ratio in found["ratios"]}
     one, two, original = (rows[key]["images_per_s"] for key in (("ours", 1), ("ours", 2), ("original", 1)))
     assert ratios == {(1, "original fp32"): one / original, (2, "one process"): two / one}
@@ -153,7 +153,7 @@ def test_a_peer_is_measured_by_its_own_modules(tmp_path):
     args.channel_max = 512
     row = bench_train.Row("rosinality", 8, 2, "fp32")
     found = bench_train.measure_apart(row, args)
-    assert list(found["seconds"]) == list(PHASES) and found["images_per_s"] > 0 and found["played_images_per_s"] > 0
+    assert list(found["seconds"]) == list(PHASES) and found["images_per_s"] > 0 and found["stepped_images_per_s"] > 0
     args.channel_max = 64
     with pytest.raises(UsageError, match="rosinality's widths are fixed: --channel_max 512, not 64"):
         peers.Rosinality(args, torch.device("cpu"))
@@ -162,33 +162,34 @@ def test_a_peer_is_measured_by_its_own_modules(tmp_path):
 # -- arithmetic ------------------------------------------------------------------------------------------------------
 
 
-def test_phases_are_weighted_by_how_often_they_are_played():
+def test_phases_are_weighted_by_how_often_they_run():
     seconds = {"d": 1.0, "r1": 16.0, "g": 2.0, "path": 4.0, "average": 0.5}
     assert seconds_per_step(seconds, {"r1": 16, "path": 4}) == 1 + 1 + 2 + 1 + 0.5
 
 
-def test_a_round_plays_what_is_due():
-    plays = Counter()
-    phases = {name: (lambda name=name: plays.update([name])) for name in PHASES}
-    Round(phases, {"r1": 16, "path": 4}).play(16)
-    assert plays == {"d": 16, "r1": 1, "g": 16, "path": 4, "average": 16}
+def test_a_schedule_runs_what_is_due():
+    runs = Counter()
+    phases = {name: (lambda name=name: runs.update([name])) for name in PHASES}
+    Schedule(phases, {"r1": 16, "path": 4}).run(16)
+    assert runs == {"d": 16, "r1": 1, "g": 16, "path": 4, "average": 16}
     steps = []
-    found = measure_round(Round(phases, {}, steps.append), 3, repeats=2, steps=4, device=torch.device("cpu"))
-    assert steps == [0, 1, 2, 3] and plays["r1"] == 1 + 3  # a warm-up and two
-    assert found["images_per_s"] == 3 / sum(found["seconds"].values())
+    schedule = Schedule(phases, {}, steps.append)
+    result = measure_schedule(schedule, 3, repeats=2, steps=4, device=torch.device("cpu"))
+    assert steps == [0, 1, 2, 3] and runs["r1"] == 1 + 3  # a warm-up and two
+    assert result["images_per_s"] == 3 / sum(result["seconds"].values())
 
 
-def test_ours_plays_the_schedule_of_train(monkeypatch):
-    """`played` is train_step itself, from step 0 of the schedule on."""
+def test_ours_runs_the_schedule_of_train(monkeypatch):
+    """`stepped` is Trainer.step itself, from step 0 of the schedule on."""
     made, make = [], bench_train.make_trainer
     monkeypatch.setattr(bench_train, "make_trainer", lambda *args: made.append(make(*args)) or made[-1])
     args = bench_train.build_parser().parse_args(TINY)
     dist = bench_train.Distributed(0, 0, 1, torch.device("cpu"), None)
-    game = bench_train.our_round(bench_train.Row("ours", 8, 2, "fp32"), args, dist)
-    assert list(game.phases) == list(PHASES) and game.every == {"r1": 16, "path": 4}
-    game.play(2)
+    schedule = bench_train.our_schedule(bench_train.Row("ours", 8, 2, "fp32"), args, dist)
+    assert list(schedule.phases) == list(PHASES) and schedule.every == {"r1": 16, "path": 4}
+    schedule.run(2)
     (trainer,) = made
-    assert trainer.step == 2 and set(trainer.read_metrics()) == {"d", "real", "fake", "r1", "g", "path", "path_length"}
+    assert trainer.n_steps == 2 and set(trainer.stats.read()) == {"d", "real", "fake", "r1", "g", "path", "path_length"}
 
 
 # -- the machinery ---------------------------------------------------------------------------------------------------

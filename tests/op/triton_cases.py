@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from layers import make_kernel
 from model import Discriminator, Generator, GeneratorConfig
 from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d
-from training.trainer import path_lengths, r1_penalty
+from training.losses import path_lengths, r1_penalty
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -1,6 +1,5 @@
 """generate.py: names, grids, saved latents, and exports."""
 
-import argparse
 import shutil
 
 import numpy as np
@@ -16,7 +15,7 @@ from common.latents import load_latents, save_latents
 from common.runs import Run
 from model import load_generator
 from sampling.render import file_names, map_latents, mix, noise_at, noise_maps, render, seeded_z
-from training.outputs import Outputs
+from training.loop import save_and_prune
 from training.trainer import Trainer, TrainSettings
 
 
@@ -234,11 +233,10 @@ def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_con
     trainer = Trainer(tiny_config, TrainSettings(batch=1), Distributed(0, 0, 1, torch.device("cpu"), None))
     folder = tmp_path / "run" / "checkpoint"
     with Run(tmp_path / "run", {}, use_tensorboard=False) as opened:
-        outputs = Outputs(opened, trainer, argparse.Namespace(keep=1, n_sample=1, batch=1, seed=0))
         theirs = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
         save_checkpoint(folder / "000003.pt", theirs)
         for step in (4, 5):
-            outputs.save(trainer.state_dict() | {"step": step})
+            save_and_prune(opened, trainer.state_dict() | {"step": step}, keep=1)
             if step == 4:
                 assert command("--ckpt", folder / "000004.pt", "--export", tmp_path / "a.safetensors") == 0
     assert sorted(p.name for p in folder.iterdir()) == ["000003.pt", "000004.safetensors", "000005.pt"]

@@ -31,14 +31,29 @@ class ColourScorer(AttributeScorer):
         return torch.stack([50 + 40 * light, self.gain * (red - blue), self.gain * (green - blue), light], 1)
 
 
-def make_trainer(reader, *, table=None, batch=4, micro_batch=0, lr=0.01, dist=ALONE, config=None, **asked):
+def make_trainer(reader, *, table=None, batch=4, micro_batch=0, lr=0.01, dist=ALONE, config=None, **condition):
     config = config or GeneratorConfig(**SMALL, condition_dim=len(reader.names))
     table = torch.rand(50, len(reader.names), generator=torch.Generator().manual_seed(5)) if table is None else table
     settings = TrainSettings(batch=batch, micro_batch=micro_batch, lr=lr)
     return ConditionalTrainer(
-        config, settings, dist, reader=reader, table=table, scorer="colour", asked=ConditionSettings(**asked)
+        config,
+        settings,
+        dist,
+        scorer=reader,
+        scorer_name="colour",
+        table=table,
+        condition=ConditionSettings(**condition),
     )
 
 
-def pictures(n, seed=0):
+def random_images(n, seed=0):
     return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients_of(trainer, name, images):
+    """{parameter: gradient} of one phase, without the update."""
+    (phase,) = (phase for phase in trainer.phases if phase.name == name)
+    parameters, gradients = phase.optimiser.param_groups[0]["params"], {}
+    phase.optimiser.step = lambda: gradients.update({p: p.grad.clone() for p in parameters if p.grad is not None})
+    trainer.run_phase(phase, images)
+    return gradients

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from colours import NAMES, SMALL, ColourScorer, make_trainer, pictures
+from colours import NAMES, SMALL, ColourScorer, make_trainer, random_images
 from PIL import Image
 
 import edit_conditional
@@ -36,9 +36,9 @@ def cgan(unconditional, tmp_path_factory):
     torch.manual_seed(4)
     reader = AttributeReader(ColourScorer(), NAMES)
     trainer = make_trainer(reader, batch=4, lr=0.002, light=True, light_lr=0.03, attr_weight=50, attr_ramp=0)
-    trainer.adopt({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
+    trainer.warm_start({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
     for k in range(20):
-        trainer.train_step(pictures(4, seed=k))
+        trainer.step(random_images(4, seed=k))
     about = Condition.of(reader, trainer.table, "colour").to_dict()
     path = tmp_path_factory.mktemp("cgan ü") / "000040.pt"
     save_checkpoint(path, {"g_ema": trainer.g.state_dict(), "config": config.to_dict(), "step": 40, "condition": about})

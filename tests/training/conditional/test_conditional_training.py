@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from colours import FLAGS, NAMES, SMALL, ColourScorer, make_trainer, pictures
+from colours import FLAGS, NAMES, SMALL, ColourScorer, gradients_of, make_trainer, random_images
 from PIL import Image
 
 import generate
@@ -49,8 +49,8 @@ def test_attributes_are_numbers_from_0_to_1(reader):
     with pytest.raises(ConditionError, match="different names"):
         AttributeReader(ColourScorer(), ["smile", "smile"])
     assert torch.allclose(
-        score_dataset(reader, list(pictures(9)), "cpu", n=4),
-        reader.read(pictures(9)[[0, 3, 5, 8]] / 127.5 - 1),
+        score_dataset(reader, list(random_images(9)), "cpu", n=4),
+        reader.read(random_images(9)[[0, 3, 5, 8]] / 127.5 - 1),
         atol=1e-6,
     )
 
@@ -83,11 +83,9 @@ def test_jitter_is_small_and_differentiable():
 
 def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
     trainer = make_trainer(reader)
-    trainer.select(trainer.g)
     before = reader.scorer.gain.item()
-    trainer.accumulate_gradients(trainer.g_phase, pictures(4), "g")
-    weight = trainer.g.conv1.conv.modulation.weight
-    assert weight.grad[:, 64:].abs().sum() > 0 and weight.grad[:, :64].abs().sum() > 0
+    gradient = gradients_of(trainer, "g", random_images(4))[trainer.g.conv1.conv.modulation.weight]
+    assert gradient[:, 64:].abs().sum() > 0 and gradient[:, :64].abs().sum() > 0
     assert reader.scorer.gain.grad is None and reader.scorer.gain.item() == before
     assert all(p.grad is None for p in trainer.d.parameters()), "nor the discriminator"
     images, wanted = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.5]])
@@ -100,7 +98,7 @@ def test_weight_of_the_loss(reader):
     assert trainer.attr_weight == 4, "no ramp without a warm start"
     trainer.warm = True
     assert trainer.attr_weight == 0.5
-    trainer.step = 100
+    trainer.n_steps = 100
     assert trainer.attr_weight == 4
     for wrong in ({"attr_weight": -1}, {"attr_permute": 1.5}, {"attr_ramp": -1}, {"light_lr": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -111,7 +109,7 @@ def test_weight_of_the_loss(reader):
 
 
 @pytest.mark.parametrize("w_space", [False, True])
-def test_warm_start_gives_the_same_pictures(w_space):
+def test_warm_start_gives_the_same_random_images(w_space):
     torch.manual_seed(1)
     plain = Generator(GeneratorConfig(**SMALL, w_space=w_space)).eval().requires_grad_(False)
     conditional = Generator(GeneratorConfig(**SMALL, w_space=w_space, condition_dim=3)).eval().requires_grad_(False)
@@ -160,7 +158,7 @@ def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional
     assert start(tmp_path / "run", face_lmdb, *flags) == 0
     first, last = (load_checkpoint(tmp_path / "run" / "checkpoint" / f"{step:06d}.pt") for step in (0, 4))
     known = load_checkpoint(unconditional)
-    assert any(not torch.equal(known["d"][name], tensor) for name, tensor in last["d"].items()), "D plays on"
+    assert any(not torch.equal(known["d"][name], tensor) for name, tensor in last["d"].items()), "D is trained on"
     for average in ("g", "g_ema"):
         for name, tensor in last[average].items():
             old = first["g_ema"][name]
@@ -188,7 +186,7 @@ def test_training_follows_the_request(reader, unconditional, light):
     config = GeneratorConfig(**SMALL)
     weights = {name: add_condition_columns(known[name], config, 2) for name in ("g", "g_ema")} | {"d": known["d"]}
     trainer = make_trainer(reader, batch=8, lr=0.01, light=light, light_lr=0.05, attr_ramp=5, attr_weight=20)
-    trainer.adopt(weights, "test")
+    trainer.warm_start(weights, "test")
 
     def changes():
         """Requests [64, 2], and what they change in the attributes read, from those at the neutral 0.5."""
@@ -200,11 +198,11 @@ def test_training_follows_the_request(reader, unconditional, light):
 
     assert changes()[1].abs().max() < 1e-4
     for k in range(25):
-        trainer.train_step(pictures(8, seed=k))
+        trainer.step(random_images(8, seed=k))
     wanted, change = changes()
     assert min(np.corrcoef(wanted[:, k], change[:, k])[0, 1] for k in range(2)) > 0.7
     assert change.abs().max() > 0.05
-    metrics = trainer.read_metrics()
+    metrics = trainer.stats.read()
     assert {"d", "g", "attr", "attr_smile", "attr_eyes_open"} <= set(metrics)
 
 
@@ -271,15 +269,13 @@ def test_processes_draw_what_micro_batches_draw(reader):
     ranks = [
         make_trainer(reader, batch=2, dist=Distributed(rank, rank, 2, torch.device("cpu"), None)) for rank in range(2)
     ]
-    images = pictures(4)
-    one.select(one.g)
-    one.accumulate_gradients(one.g_phase, images, "g")
-    for trainer, share in zip(ranks, images.chunk(2), strict=True):
-        trainer.select(trainer.g)
-        trainer.accumulate_gradients(trainer.g_phase, share, "g")
-    for whole, *parts in zip(*(t.g.parameters() for t in (one, *ranks)), strict=True):
-        if whole.grad is not None:
-            assert torch.allclose(whole.grad, sum(p.grad for p in parts) / 2, atol=1e-6)
+    images = random_images(4)
+    whole = gradients_of(one, "g", images)
+    parts = [gradients_of(trainer, "g", share) for trainer, share in zip(ranks, images.chunk(2), strict=True)]
+    for p, *shares in zip(*(t.g.parameters() for t in (one, *ranks)), strict=True):
+        if p in whole:
+            mean = sum(part[share] for part, share in zip(parts, shares, strict=True)) / 2
+            assert torch.allclose(whole[p], mean, atol=1e-6)
 
 
 def test_two_processes(tmp_path, face_lmdb, root):
@@ -340,7 +336,7 @@ def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, uncond
     assert read_condition(folder / "000002.safetensors") == condition
     assert load_safetensors(folder / "000002.safetensors")[1]["config"]["condition_dim"] == 2
     with Image.open(tmp_path / "run" / "sample" / "000004.png") as sheet:
-        assert sheet.size == (5 * 34 - 2, 2 * 34 - 2), "12 pictures: two faces, five requests"
+        assert sheet.size == (5 * 34 - 2, 2 * 34 - 2), "12 images: two faces, five conditions"
     with pytest.raises(ConditionError, match="unconditional generator"):
         read_condition(unconditional)
 

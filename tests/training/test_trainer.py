@@ -1,5 +1,5 @@
-"""training/trainer.py: losses by closed form and finite differences, the schedule of the phases, what a step changes,
-what a state holds, and that many processes or micro-batches give the gradients of one."""
+"""training/trainer.py and losses.py: losses by closed form and finite differences, the schedule of the phases, what a
+step changes, what a state holds, and that many processes or micro-batches give the gradients of one."""
 
 import copy
 import math
@@ -8,57 +8,28 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from trainers import ALONE, assert_equal_states, make_trainer, random_images, record_phases
 
-import training.trainer
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from common.distributed import Distributed
+from common.distributed import mix_seeds
 from model import Discriminator, Generator, GeneratorConfig
-from training.trainer import (
-    EMA_DECAY,
-    Trainer,
-    TrainSettings,
-    d_logistic_loss,
-    g_nonsaturating_loss,
-    path_lengths,
-    r1_penalty,
-)
-
-ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
-
-
-def make_trainer(config, **settings):
-    return Trainer(config, TrainSettings(**{"batch": 4, **settings}), ALONE)
-
-
-def pictures(n, size=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
-
-
-def tensors_of(value, name="state"):
-    """Flat {path: tensor or plain value} of a nested state."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in tensors_of(item, f"{name}.{key}").items()}
-    if isinstance(value, (list, tuple)):
-        return {k: v for i, item in enumerate(value) for k, v in tensors_of(item, f"{name}.{i}").items()}
-    return {name: value}
-
-
-def assert_equal_states(a, b):
-    a, b = tensors_of(a), tensors_of(b)
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        same = torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name]
-        assert same, f"{name} differs"
+from training.losses import d_logistic_loss, g_nonsaturating_loss, path_lengths, path_penalty, r1_penalty
+from training.trainer import EMA_DECAY, PHASES, TrainSettings, draw_ws, prepare_images, update_average
 
 
 def double(network):
     network.compute_dtype = torch.float64
     return network.double()
+
+
+def seed_phase(trainer, phase, micro=0):
+    """The draws of a micro-batch of `phase` at the trainer's step, again."""
+    torch.manual_seed(mix_seeds(trainer.settings.seed, trainer.rng_offset, trainer.n_steps, PHASES.index(phase), micro))
 
 
 # -- losses --------------------------------------------------------------------------------------------------------
@@ -177,7 +148,7 @@ def test_settings_that_cannot_work(wrong):
 
 
 def test_published_defaults():
-    """reference.md 5.1."""
+    """Those of TransStyleGAN's train.py."""
     settings = TrainSettings()
     assert (settings.batch, settings.r1, settings.path_regularize, settings.path_batch_shrink) == (16, 10, 2, 2)
     assert (settings.d_reg_every, settings.g_reg_every, settings.mixing, settings.lr) == (16, 4, 0.9, 0.002)
@@ -193,33 +164,17 @@ def test_adam_is_corrected_for_lazy_regularisation(tiny_config):
     assert sum(p.numel() for p in d["params"]) == sum(p.numel() for p in trainer.d.parameters())
 
 
-def record_phases(trainer):
-    """Makes `trainer` note {(step, phase): gradients} instead of stepping; the weights stay as they are."""
-    seen = {}
-    original = Trainer._optimise
-
-    def optimise(optimiser, network, phase, images, name):
-        def keep():
-            seen[trainer.step, name] = {k: p.grad.clone() for k, p in network.named_parameters() if p.grad is not None}
-
-        optimiser.step = keep
-        original(trainer, optimiser, network, phase, images, name)
-
-    trainer._optimise = optimise
-    return seen
-
-
 def test_schedule_of_the_lazy_regularisers(tiny_config):
     trainer = make_trainer(tiny_config, d_reg_every=3, g_reg_every=2)
     seen = record_phases(trainer)
     for _ in range(7):
-        trainer.train_step(pictures(4))
-    steps = {name: [step for step, phase in seen if phase == name] for name in training.trainer.PHASES}
+        trainer.step(random_images(4))
+    steps = {name: [step for step, phase in seen if phase == name] for name in PHASES}
     assert steps == {"d": list(range(7)), "g": list(range(7)), "r1": [0, 3, 6], "path": [0, 2, 4, 6]}
     assert list(seen)[:4] == [(0, "d"), (0, "r1"), (0, "g"), (0, "path")]
     trainer = make_trainer(tiny_config, r1=0, path_regularize=0)
     seen = record_phases(trainer)
-    trainer.train_step(pictures(4))
+    trainer.step(random_images(4))
     assert list(seen) == [(0, "d"), (0, "g")]
 
 
@@ -233,15 +188,15 @@ def test_weights_of_the_regularisers(tiny_config):
     ):
         trainer = make_trainer(tiny_config, **settings)
         grads[name] = record_phases(trainer)
-        trainer.train_step(pictures(4))
+        trainer.step(random_images(4))
     for phase in ("r1", "path"):
         for key, gradient in grads["base"][0, phase].items():
             assert torch.allclose(grads["double"][0, phase][key], 2 * gradient, rtol=1e-4, atol=1e-6)
             assert torch.allclose(grads["half"][0, phase][key], gradient / 2, rtol=1e-4, atol=1e-6)
 
     trainer = make_trainer(tiny_config)  # and the scale itself: (10 / 2) * 16 on the mean squared gradient norm
-    trainer._seed("r1", 0)
-    real = trainer.prepare(pictures(4)).requires_grad_()
+    seed_phase(trainer, "r1")
+    real = prepare_images(random_images(4), ALONE.device).requires_grad_()
     penalty = r1_penalty(trainer.d(real), real)
     straight = torch.autograd.grad(80 * penalty, list(trainer.d.parameters()), allow_unused=True)
     names = [name for name, _ in trainer.d.named_parameters()]
@@ -254,19 +209,19 @@ def test_d_and_g_gradients_by_the_textbook(tiny_config):
     """The same draws through straight loss formulas; each phase touches its own network only."""
     trainer = make_trainer(tiny_config)
     seen = record_phases(trainer)
-    trainer.train_step(pictures(4))
+    trainer.step(random_images(4))
     g, d = copy.deepcopy(trainer.g).requires_grad_(), copy.deepcopy(trainer.d).requires_grad_()
-    trainer.step = 0  # whose draws are repeated
+    trainer.n_steps = 0  # whose draws are repeated
 
-    trainer._seed("d", 0)
-    real = trainer.prepare(pictures(4))
-    fake, _ = trainer.synthesise(4, torch.float32)
+    seed_phase(trainer, "d")
+    real = prepare_images(random_images(4), ALONE.device)
+    fake, _ = trainer.generate(4, torch.float32)
     loss = F.softplus(-d(real)).mean() + F.softplus(d(fake.detach())).mean()
     for (name, _), gradient in zip(d.named_parameters(), torch.autograd.grad(loss, list(d.parameters())), strict=True):
         assert torch.allclose(seen[0, "d"][name], gradient, rtol=1e-4, atol=1e-6), name
 
-    trainer._seed("g", 0)
-    trainer.prepare(pictures(4))
+    seed_phase(trainer, "g")
+    prepare_images(random_images(4), ALONE.device)
     z = torch.randn(4, 6, 32)
     fake, _ = g(z)
     loss = F.softplus(-d(fake)).mean()
@@ -276,24 +231,26 @@ def test_d_and_g_gradients_by_the_textbook(tiny_config):
     assert set(seen[0, "path"]) <= {name for name, _ in g.named_parameters()}
 
 
-def test_path_phase_batch_and_moving_mean(tiny_config, monkeypatch):
+def test_path_penalty_and_its_moving_mean():
+    lengths = torch.tensor([1.0, 3.0])
+    penalty, mean = path_penalty(lengths, torch.tensor(0.5))
+    expected = 0.99 * 0.5 + 0.01 * 2
+    assert mean.item() == pytest.approx(expected)
+    assert penalty.item() == pytest.approx(((1 - expected) ** 2 + (3 - expected) ** 2) / 2)
+
+
+def test_path_phase_on_a_share_of_the_batch(tiny_config, monkeypatch):
     trainer = make_trainer(tiny_config, batch=5, path_batch_shrink=2)
-    sizes, means = [], []
-    original = training.trainer.path_lengths
-
-    def measure(images, codes):
-        lengths = original(images, codes)
-        sizes.append(len(lengths))
-        means.append(lengths.mean().item())
-        return lengths
-
-    monkeypatch.setattr(training, "path_lengths", measure)
-    trainer.train_step(pictures(5))
-    assert sizes == [2]
-    assert trainer.mean_path_length.item() == pytest.approx(0.01 * means[0], rel=1e-5)
-    trainer.step = 4
-    trainer.train_step(pictures(5))
-    assert trainer.mean_path_length.item() == pytest.approx(0.0099 * means[0] + 0.01 * means[1], rel=1e-5)
+    sizes, generate = [], trainer.generate
+    monkeypatch.setattr(trainer, "generate", lambda n, *args: sizes.append(n) or generate(n, *args))
+    means = []
+    for _ in range(5):
+        trainer.step(random_images(5))
+        means.append(trainer.mean_path_length.item())
+    assert sizes == [5, 5, 2, *[5, 5] * 3, 5, 5, 2], "at steps 0 and 4"
+    length = trainer.stats.read()["path_length"]  # the mean of both
+    assert means[0] > 0 and means[0] == means[3]
+    assert 2 * length == pytest.approx(100 * means[0] + (means[4] - 0.99 * means[0]) * 100, rel=1e-4)
 
 
 # -- moving average ------------------------------------------------------------------------------------------------
@@ -308,10 +265,10 @@ def test_without_noise_the_codes_say_everything(tiny_config):
                 parameter.fill_(0.5)
     loud.g_ema.load_state_dict(loud.g.state_dict())
     trainer = make_trainer(tiny_config, noise="none", g_reg_every=1)
-    trainer.adopt({"g": loud.g.state_dict(), "g_ema": loud.g_ema.state_dict()}, "loud")
+    trainer.warm_start({"g": loud.g.state_dict(), "g_ema": loud.g_ema.state_dict()}, "loud")
     before = trainer.g.conv1.conv.weight.clone()
     for step in range(2):
-        trainer.train_step(pictures(4, seed=step))
+        trainer.step(random_images(4, seed=step))
     assert not torch.equal(trainer.g.conv1.conv.weight, before)
     for network in (trainer.g, trainer.g_ema):
         assert [p.item() for name, p in network.named_parameters() if name.endswith("noise.weight")] == [0] * 5
@@ -328,7 +285,7 @@ def test_average_decays_and_carries_buffers(tiny_config):
     with torch.no_grad():
         for tensor in trainer.g.state_dict().values():
             tensor.normal_()
-    trainer.average()
+    update_average(trainer.g_ema, trainer.g)
     for name, parameter in trainer.g.named_parameters():
         expected = EMA_DECAY * before[name] + (1 - EMA_DECAY) * parameter
         assert torch.allclose(trainer.g_ema.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
@@ -340,12 +297,11 @@ def test_average_decays_and_carries_buffers(tiny_config):
 # -- draws ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_normalised_and_mirrored(tiny_config):
-    trainer = make_trainer(tiny_config)
-    images = pictures(64)
+def test_images_are_normalised_and_mirrored():
+    images = random_images(64)
     images[0, 0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
     torch.manual_seed(5)
-    prepared = trainer.prepare(images)
+    prepared = prepare_images(images, ALONE.device)
     straight = images.float() / 127.5 - 1
     assert straight.min() == -1 and straight.max() == 1
     mirrored = 0
@@ -356,58 +312,60 @@ def test_pictures_are_normalised_and_mirrored(tiny_config):
     assert 16 < mirrored < 48
 
 
-def test_draws_depend_on_seed_step_phase_rank_and_salt(tiny_config):
-    def draw(seed=0, step=0, salt=0, phase="d", micro=0, rank=0):
-        trainer.settings = replace(trainer.settings, seed=seed)
-        trainer.step, trainer.salt = step, salt
-        trainer._seed(phase, rank + micro)
-        return torch.randn(8)
+def test_draws_depend_on_seed_step_phase_micro_batch_rank_and_offset(tiny_config, monkeypatch):
+    """Each gets numbers of its own; rank 1 of two draws what micro-batch 1 draws."""
 
-    trainer = make_trainer(tiny_config)
-    draws = [draw(), draw(seed=1), draw(step=1), draw(salt=1), draw(phase="g"), draw(micro=1), draw(micro=2)]
-    for i, a in enumerate(draws):
-        for b in draws[:i]:
-            assert not torch.equal(a, b)
-    assert torch.equal(draw(), draws[0]) and torch.equal(draw(rank=1), draws[5])
+    def draws(seed=0, step=0, offset=0, rank=0, n_micro=1):
+        trainer = make_trainer(tiny_config, dist=replace(ALONE, rank=rank), micro_batch=4 // n_micro)
+        trainer.settings = replace(trainer.settings, seed=seed)  # not that of the weights
+        trainer.n_steps, trainer.rng_offset = step, offset
+        drawn = []
+        monkeypatch.setattr(torch, "manual_seed", lambda seed: drawn.append(seed))
+        trainer.step(random_images(4))
+        monkeypatch.undo()
+        return drawn  # of d, r1, g, path
+
+    base = draws()
+    assert len(set(base)) == 4 and draws() == base
+    for other in (draws(seed=1), draws(step=16), draws(offset=1), draws(rank=1)):
+        assert len(other) == 4 and not set(other) & set(base)
+    assert draws(n_micro=2)[0::2] == base and draws(n_micro=2)[1::2] == draws(rank=1)
 
 
 def test_mixing_in_w_only(tiny_config, tiny_w_config):
-    trainer = make_trainer(tiny_w_config, mixing=1.0)
-    crossovers = set()
+    g, crossovers = Generator(tiny_w_config), set()
     for seed in range(40):
         torch.manual_seed(seed)
-        _, codes = trainer.synthesise(3, torch.float32)
-        changes = [(codes[:, i] != codes[:, i + 1]).any(1).all().item() for i in range(5)]
-        assert sum(changes) == 1, "two latents, one crossover in 1..L-1"
+        ws = draw_ws(g, 3, mixing=1.0)
+        changes = [(ws[:, i] != ws[:, i + 1]).any(1).all().item() for i in range(5)]
+        assert sum(changes) == 1, "two z, one crossover in 1..L-1"
         crossovers.add(changes.index(True) + 1)
     assert crossovers == {1, 2, 3, 4, 5}
-    trainer = make_trainer(tiny_w_config, mixing=0.0)
-    _, codes = trainer.synthesise(3, torch.float32)
-    assert torch.equal(codes, codes[:, :1].expand_as(codes))
-    trainer = make_trainer(tiny_config, mixing=1.0)
+    ws = draw_ws(g, 3, mixing=0.0)
+    assert torch.equal(ws, ws[:, :1].expand_as(ws))
+    g = Generator(tiny_config)
     torch.manual_seed(0)
-    _, codes = trainer.synthesise(3, torch.float32)
+    ws = draw_ws(g, 3, mixing=1.0)
     torch.manual_seed(0)
-    assert torch.equal(codes, trainer.g.get_latent(torch.randn(3, 6, 32)))
+    assert torch.equal(ws, g.get_latent(torch.randn(3, 6, 32)))
 
 
 # -- micro-batches and processes -----------------------------------------------------------------------------------
 
 
 def test_micro_batches_give_the_mean_gradient(tiny_config):
-    images = pictures(6)
+    images = random_images(6)
     trainer = make_trainer(tiny_config, batch=6, micro_batch=2)
     together = record_phases(trainer)
-    trainer.train_step(images)
-    metrics = trainer.read_metrics()
+    trainer.step(images)
+    metrics = trainer.stats.read()
     parts = []
     for k in range(3):
-        single = make_trainer(tiny_config, batch=2)
+        single = make_trainer(tiny_config, batch=2, dist=replace(ALONE, rank=k))  # the draws of the k-th
         seen = record_phases(single)
-        single._seed = lambda phase, _, k=k, single=single: Trainer._seed(single, phase, k)
-        single.train_step(images[2 * k : 2 * k + 2])
-        parts.append((seen, single.read_metrics(), single.mean_path_length))
-    for phase in training.trainer.PHASES:
+        single.step(images[2 * k : 2 * k + 2])
+        parts.append((seen, single.stats.read(), single.mean_path_length))
+    for phase in PHASES:
         for name, gradient in together[0, phase].items():
             mean = torch.stack([seen[0, phase][name] for seen, _, _ in parts]).mean(0)
             assert torch.allclose(gradient, mean, rtol=1e-4, atol=1e-6), (phase, name)
@@ -421,16 +379,15 @@ import sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
 from common import distributed
-from test_training import TWO, pictures, record_phases
-from training import Trainer, TrainSettings
+from trainers import make_trainer, random_images, record_phases
 from model import GeneratorConfig
 dist = distributed.setup("cpu", timeout=120)
-trainer = Trainer(GeneratorConfig(**{config!r}), TrainSettings(batch=3, **TWO), dist)
+trainer = make_trainer(GeneratorConfig(**{config!r}), dist=dist, batch=3, **{two!r})
 seen = record_phases(trainer)
-images = pictures(6)[3 * dist.rank : 3 * dist.rank + 3]
+images = random_images(6)[3 * dist.rank : 3 * dist.rank + 3]
 for _ in range(4):
-    trainer.train_step(images)
-result = {{"grads": {{str(k): v for k, v in seen.items()}}, "metrics": trainer.read_metrics(),
+    trainer.step(images)
+result = {{"grads": {{str(k): v for k, v in seen.items()}}, "metrics": trainer.stats.read(),
           "mean": trainer.mean_path_length, "ada": trainer.ada.state_dict(torch.distributed.all_reduce)}}
 torch.save(result, {out!r} + str(dist.rank))
 distributed.shutdown()
@@ -443,8 +400,8 @@ def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    paths, out = [str(root), str(root / "tests")], str(tmp_path / "rank")
-    program = WORKER.format(paths=paths, config=tiny_config.to_dict(), out=out)
+    paths, out = [str(root), str(Path(__file__).parent)], str(tmp_path / "rank")
+    program = WORKER.format(paths=paths, config=tiny_config.to_dict(), two=TWO, out=out)
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen([sys.executable, "-c", program], env={**environment, "RANK": str(r), "OMP_NUM_THREADS": "1"})
@@ -453,7 +410,7 @@ def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
     trainer = make_trainer(tiny_config, batch=6, micro_batch=3, **TWO)
     seen = record_phases(trainer)
     for _ in range(4):
-        trainer.train_step(pictures(6))
+        trainer.step(random_images(6))
     assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
     first, second = (torch.load(out + str(rank)) for rank in range(2))
     assert len(first["grads"]) == len(seen) == 4 + 2 + 4 + 2
@@ -463,33 +420,17 @@ def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
             found = first["grads"][str((step, phase))][name]
             assert torch.equal(found, second["grads"][str((step, phase))][name])
             assert (found - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, (step, phase, name)
-    metrics = trainer.read_metrics()
+    metrics = trainer.stats.read()
     for result in (first, second):
         assert result["metrics"] == pytest.approx(metrics, rel=1e-4, abs=1e-5)
         assert result["mean"].item() == pytest.approx(trainer.mean_path_length.item(), rel=1e-4)
         assert result["ada"] == pytest.approx(trainer.ada.state_dict())
 
 
-def test_rehearsal_leaves_no_trace(tiny_config):
-    trainer = make_trainer(tiny_config, augment=True, ada_length=100)
-    for _ in range(3):
-        trainer.train_step(pictures(4))
-    before = copy.deepcopy(trainer.state_dict())
-    trainer.rehearse(pictures(4))
-    assert trainer.read_metrics() == {}
-    assert_equal_states(trainer.state_dict(), before)
-    assert all(p.grad is None for p in [*trainer.g.parameters(), *trainer.d.parameters()])
-
-
 def test_fp16_overflow_does_not_poison_the_weights(tiny_config):
-    trainer = make_trainer(tiny_config)
-    trainer.dtype = torch.float16
-
-    def phase(real, weight):
-        for parameter in trainer.d.parameters():
-            parameter.grad = torch.full_like(parameter, float("nan"))
-
-    trainer._optimise(trainer.d_optim, trainer.d, phase, pictures(4), "d")
+    trainer = make_trainer(tiny_config, precision="fp16")
+    phase = replace(trainer.phases[0], loss=lambda real: trainer.d(real).mean() * float("inf"))
+    trainer.run_phase(phase, random_images(4))
     assert all(torch.isfinite(p).all() for p in trainer.d.parameters())
 
 
@@ -503,8 +444,8 @@ def test_state_round_trip_is_exact(tiny_config, w_space, tmp_path):
     trainer = make_trainer(config, **settings)
     trainer.ada.p.fill_(0.5)
     for step in range(5):
-        trainer.train_step(pictures(4, seed=step))
-    trainer.salt = 2
+        trainer.step(random_images(4, seed=step))
+    trainer.rng_offset = 2
     save_checkpoint(tmp_path / "5.pt", trainer.state_dict())
     other = make_trainer(config, **{**settings, "seed": 9})
     other.settings = trainer.settings
@@ -512,31 +453,31 @@ def test_state_round_trip_is_exact(tiny_config, w_space, tmp_path):
     assert_equal_states(other.state_dict(), trainer.state_dict())
     torch.manual_seed(123)  # nothing may hang on the global random state
     for step in range(5, 9):
-        trainer.train_step(pictures(4, seed=step))
+        trainer.step(random_images(4, seed=step))
     torch.manual_seed(321)
     for step in range(5, 9):
-        other.train_step(pictures(4, seed=step))
-    assert other.step == 9 and float(other.ada.p) not in (0, 0.5)
+        other.step(random_images(4, seed=step))
+    assert other.n_steps == 9 and float(other.ada.p) not in (0, 0.5)
     assert_equal_states(other.state_dict(), trainer.state_dict())
 
 
 def test_flags_rule_over_the_file(tiny_config):
     trainer = make_trainer(tiny_config)
-    trainer.train_step(pictures(4))
+    trainer.step(random_images(4))
     state = copy.deepcopy(trainer.state_dict())
     other = make_trainer(tiny_config, lr=0.001, g_reg_every=8, augment=True, augment_p=0.3)
     other.load_state_dict(state, "x.pt")
     (group,) = other.g_optim.param_groups
     assert group["lr"] == pytest.approx(0.001 * 8 / 9) and group["betas"][1] == pytest.approx(0.99 ** (8 / 9))
     assert float(other.ada.p) == 0.3
-    other.train_step(pictures(4))
+    other.step(random_images(4))
 
 
 def test_published_checkpoint_is_continued(tiny_config, tiny_w_config):
     """TransStyleGAN's and rosinality's files: no config, step, ADA; rosinality's without `token`."""
     for config in (tiny_config, tiny_w_config):
         trainer = make_trainer(config)
-        trainer.train_step(pictures(4))
+        trainer.step(random_images(4))
         state = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
         state = copy.deepcopy(state)
         if config.w_space:
@@ -551,13 +492,13 @@ def test_published_checkpoint_is_continued(tiny_config, tiny_w_config):
         other = make_trainer(config, seed=5)
         other.load_state_dict(state, "230000.pt")
         assert_equal_states(other.g.state_dict(), trainer.g.state_dict())
-        other.train_step(pictures(4))
+        other.step(random_images(4))
         assert all(torch.isfinite(p).all() for p in other.g.parameters())
 
 
 def test_states_that_cannot_be_continued(tiny_config, tiny_w_config):
     trainer = make_trainer(tiny_config)
-    trainer.train_step(pictures(4))
+    trainer.step(random_images(4))
     state = trainer.state_dict()
     with pytest.raises(CheckpointError, match="lacks d, g_optim, d_optim.*--init_from"):
         trainer.load_state_dict({"g": state["g"], "g_ema": state["g_ema"]}, "g.pt")
@@ -567,22 +508,19 @@ def test_states_that_cannot_be_continued(tiny_config, tiny_w_config):
     with pytest.raises(CheckpointError, match="x.pt: g_optim"):
         make_trainer(tiny_config).load_state_dict({**state, "g_optim": w.g_optim.state_dict()}, "x.pt")
     wide = make_trainer(GeneratorConfig(**{**tiny_config.to_dict(), "channel_max": 16}))
-    wide.train_step(pictures(4))
+    wide.step(random_images(4))
     with pytest.raises(CheckpointError, match="x.pt: d_optim"):  # as many tensors, other shapes
         make_trainer(tiny_config).load_state_dict({**state, "d_optim": wide.d_optim.state_dict()}, "x.pt")
 
 
 def test_training_learns(tiny_config):
-    """Each network alone lowers its own loss: the signs of the game are right."""
+    """Each network alone lowers its own loss: the signs of the losses are right."""
     trainer = make_trainer(tiny_config, batch=8, lr=0.01)
     images = torch.full((8, 3, 16, 16), 200, dtype=torch.uint8)
-    for optimiser, network, phase, name in (
-        (trainer.d_optim, trainer.d, trainer.d_phase, "d"),
-        (trainer.g_optim, trainer.g, trainer.g_phase, "g"),
-    ):
+    for phase in (phase for phase in trainer.phases if phase.name in ("d", "g")):
         losses = []
         for _ in range(30):
-            trainer._optimise(optimiser, network, phase, images, name)
-            losses.append(trainer.read_metrics()[name])
-            trainer.step += 1
-        assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), name
+            trainer.run_phase(phase, images)
+            losses.append(trainer.stats.read()[phase.name])
+            trainer.n_steps += 1
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), phase.name

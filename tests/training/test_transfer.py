@@ -1,4 +1,4 @@
-"""Growing a trained pair to a larger size: the picture and the judgement carry over, the rest is refused."""
+"""Growing a trained pair to a larger size: images and logits carry over, the rest is refused."""
 
 import pytest
 import torch
@@ -21,8 +21,8 @@ def correlation(a, b):
 
 
 @pytest.mark.parametrize("w_space, least", [(True, 0.98), (False, 0.6)])
-def test_grown_generator_draws_the_smaller_picture(w_space, least):
-    """W: the same code, the same picture. W++: new tokens join the attention, so only roughly."""
+def test_grown_generator_gives_the_smaller_image(w_space, least):
+    """W: the same w, the same image. W++: new tokens join the attention, so only roughly."""
     small, large = pair(w_space=w_space)
     a, b = Generator(small), Generator(large)
     b.load_state_dict(grow_generator(a.state_dict(), small, b))
@@ -34,7 +34,7 @@ def test_grown_generator_draws_the_smaller_picture(w_space, least):
     assert correlation(x, F.avg_pool2d(y, 4)) > least
 
 
-def test_grown_discriminator_judges_alike():
+def test_grown_discriminator_agrees():
     small, large = pair()
     a, b = Discriminator(small), Discriminator(large)
     b.load_state_dict(grow_discriminator(a.state_dict(), small, b))
@@ -60,7 +60,7 @@ NARROW = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 4}
 
 
 @pytest.mark.parametrize("w_space", [True, False])
-def test_a_wider_generator_draws_the_same_picture(w_space):
+def test_a_wider_generator_gives_the_same_image(w_space):
     torch.manual_seed(0)
     narrow = GeneratorConfig(**NARROW, w_space=w_space)
     wide = GeneratorConfig(**NARROW | {"channel_max": 12}, w_space=w_space, channel_base=128)
@@ -77,7 +77,7 @@ def test_a_wider_generator_draws_the_same_picture(w_space):
     assert weight[0, :4, 4:].abs().max() == 0 and weight.grad[0, :4, 4:].abs().min() > 0, "silent, but learning"
 
 
-def test_a_wider_discriminator_judges_alike():
+def test_a_wider_discriminator_agrees():
     torch.manual_seed(0)
     narrow, wide = GeneratorConfig(**NARROW), GeneratorConfig(**NARROW | {"channel_max": 12})
     a, b = Discriminator(narrow), Discriminator(wide)

@@ -1,0 +1,293 @@
+"""The training loop and everything it writes: log, sample grids, attention maps, checkpoints.
+
+training_loop(trainer, batches, run, StopSignal(), total=800_000, options=vars(args), save_every=10_000)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import torch
+
+from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from common.cli import UserError, is_out_of_memory
+from common.distributed import barrier, gather_list
+from common.export import export_ema
+from common.grids import save_grid, similarity_figure
+from common.images import save_image
+from common.interrupt import StopSignal
+from common.runs import Run, StepBar, format_duration, peak_bytes
+from dataset import BatchStream
+from model import stddev_group
+from training.resume import rename_keys
+from training.trainer import Trainer
+
+MAX_ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
+FEW_IMAGES = 500  # below this a GAN memorises its training set
+LONG_DAYS, MEASURE_SECONDS = 100, 20  # an estimate above this is worth a warning, once measured for so long
+
+
+def training_loop(
+    trainer: Trainer,
+    batches: BatchStream,  # of the images that are due, see dataset.data_loader
+    run: Run,  # open run folder; writes on rank 0 only
+    stop: StopSignal,  # asks for an orderly end
+    *,
+    total: int,  # steps in all, those before this start included
+    options: dict,  # plain values stored in every checkpoint
+    n_sample: int = 64,  # images in a sample grid
+    sample_every: int = 500,  # steps, as all intervals
+    save_every: int = 10_000,
+    log_every: int = 50,
+    keep: int = 3,  # full checkpoints; 0: all
+    evaluate=None,  # callable of (g_ema, step, images seen), on every rank
+    eval_every: int = 0,
+    on_nan: str = "stop",  # or rollback
+    save_first: bool = False,  # also before the first step: shows now that it can be written, and rollbacks need one
+) -> None:
+    """Steps n_steps .. total - 1, with what is due at their intervals and after the last.
+
+    Raises UserError at a number that is not finite, before a checkpoint is overwritten, and after an orderly stop.
+    """
+    dist, sampler, n_rollbacks = trainer.dist, batches.sampler, 0
+    z = trainer.g.draw_z(n_sample, torch.Generator().manual_seed(trainer.settings.seed))
+    speed = Speed(trainer, total)
+
+    def save():
+        state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}  # collective
+        if dist.is_main:
+            save_and_prune(run, state, keep)
+        barrier()
+
+    if save_first:
+        if dist.is_main:
+            save_samples(trainer, run, z)
+        save()
+    if trainer.n_steps >= total and dist.is_main:
+        print(f"nothing left to do: step {trainer.n_steps} of {total} is reached; a larger --iter continues")
+
+    with StepBar(total, trainer.n_steps, main=dist.is_main) as bar:  # closed before any error line is printed
+        while trainer.n_steps < total:
+            # Train one step.
+            start = time.perf_counter()
+            images = next(batches)
+            speed.waited += time.perf_counter() - start
+            trainer.step(images)
+            step, last = trainer.n_steps, trainer.n_steps == total
+            bar.update()
+            if dist.is_main and (text := speed.warning()):
+                bar.write(f"warning: {text}", file=sys.stderr)
+
+            # What is due after it. Several ranks agree on a stop at log ticks only.
+            log_due, sample_due, save_due = (last or step % n == 0 for n in (log_every, sample_every, save_every))
+            eval_due = evaluate is not None and (last or step % eval_every == 0)
+            stopping = stop.raised if dist.world_size == 1 else log_due and any(gather_list(stop.raised))
+
+            # Check that all numbers are finite; what the last phase broke shows in no loss yet.
+            if log_due or save_due or eval_due or stopping:
+                metrics = trainer.stats.read()
+                broken = [f"loss {name}" for name, value in metrics.items() if not math.isfinite(value)]
+                if not broken and (save_due or eval_due or stopping):
+                    broken = [f"network {name}" for name in non_finite_networks(trainer)]
+                if broken:
+                    n_rollbacks += 1
+                    roll_back(trainer, batches, run, broken, on_nan, n_rollbacks)
+                    bar.n, speed = trainer.n_steps, Speed(trainer, total)
+                    continue
+
+                # Report status.
+                if dist.is_main:
+                    write_log(run, trainer, metrics, speed.read(), bar)
+
+            # Save samples.
+            if sample_due and dist.is_main:
+                save_samples(trainer, run, z)
+
+            # Evaluate.
+            if eval_due:
+                evaluate(trainer.g_ema, step, sampler.position)
+
+            # Save checkpoint.
+            if save_due or stopping:
+                save()
+            if stopping and not last:
+                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Status
+
+
+class Speed:
+    """Images per second, share of time spent waiting for data, memory and time left."""
+
+    def __init__(self, trainer: Trainer, total: int):
+        self.trainer, self.total = trainer, total
+        self.images_per_step = trainer.settings.batch * trainer.dist.world_size
+        self.start = self.tick = time.perf_counter()
+        self.start_step = self.tick_step = trainer.n_steps
+        self.waited, self.measured = 0.0, False
+
+    def read(self) -> dict:
+        """Numbers for the log, over the steps since the last call."""
+        now, step = time.perf_counter(), self.trainer.n_steps
+        seconds, steps = now - self.tick, max(1, step - self.tick_step)
+        speed = steps * self.images_per_step / seconds
+        values = {
+            "images_per_s": round(speed, 2),
+            "s_per_kimg": round(1000 / speed, 2),
+            "data_wait": round(self.waited / seconds, 4),
+            "peak_memory_mb": peak_memory(self.trainer.dist.device),
+            "kimg": round(step * self.images_per_step / 1000, 3),
+            "eta_s": round((self.total - step) * seconds / steps),
+        }
+        self.tick, self.tick_step, self.waited = now, step, 0.0
+        return values
+
+    def warning(self) -> str | None:
+        """A sentence, once, when the steps that are left take unreasonably long."""
+        seconds, step = time.perf_counter() - self.start, self.trainer.n_steps
+        if self.measured or seconds < MEASURE_SECONDS:
+            return None
+        self.measured = True
+        days = (self.total - step) * seconds / (step - self.start_step) / 86400
+        if days < LONG_DAYS:
+            return None
+        return (
+            f"{self.total - step:,} steps are left, {days:,.0f} days at this speed: a smaller --iter, --size or --batch"
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """MiB: of the GPU's allocator, elsewhere of the process; 0 where the system does not tell."""
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()) >> 20
+
+
+def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepBar) -> None:
+    """One line per group into log.jsonl and TensorBoard, a summary beside the bar."""
+    step = trainer.n_steps
+    loss = {name: metrics[name] for name in ("d", "g", "r1", "aux_d", "aux_g", "attr") if name in metrics}
+    run.log(step, "Loss", **loss)
+    if "path" in metrics:
+        mean = float(trainer.mean_path_length)
+        run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
+    run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
+    attributes = {name.removeprefix("attr_"): value for name, value in metrics.items() if name.startswith("attr_")}
+    if attributes:
+        run.log(step, "Attributes", **attributes)
+    if trainer.settings.augment:
+        run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
+    run.log(step, "Speed", **speed)
+    shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
+    wait, left = f"{speed['data_wait']:.1%}", format_duration(speed["eta_s"])
+    bar.note(step, f"{shown}, {speed['images_per_s']} img/s, data wait {wait}, left {left}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and checkpoints
+
+
+@torch.no_grad()
+def save_samples(trainer: Trainer, run: Run, z: torch.Tensor) -> None:
+    """Grid of the EMA generator on z [n, ...] with fixed noise maps; for W++ one figure of the attention maps."""
+    name, size = f"{trainer.n_steps:06d}.png", trainer.settings.micro_batch or trainer.settings.batch  # fits in memory
+    z, conditions, nrow = trainer.sample_inputs(z.to(trainer.dist.device))
+    chunks = zip(z.split(size), itertools.repeat(None) if conditions is None else conditions.split(size), strict=False)
+    images = [trainer.g_ema(zs, randomize_noise=False, condition=cs)[0].cpu() for zs, cs in chunks]
+    save_grid(torch.cat(images), run.path("sample", name), nrow=nrow)
+    if trainer.config.has_attention:
+        maps = trainer.g_ema.get_similarity(z[:size]).cpu()  # [layers, heads, T, T]
+        save_image(similarity_figure(maps), run.path("similarity", name))
+
+
+def save_and_prune(run: Run, state: dict, keep: int) -> None:
+    """Write checkpoint/{step}.pt; of checkpoints beyond the newest `keep` only the EMA generator stays; 0: all stay."""
+    newest = run.path("checkpoint", f"{state['step']:06d}.pt")
+    save_checkpoint(newest, state)
+    older = [path for path in newest.parent.glob("*.pt") if path.stem.isdecimal() and path != newest]
+    older.sort(key=lambda path: int(path.stem))
+    for path in older[: max(0, len(older) - keep + 1)] if keep else ():
+        try:
+            older_state = load_checkpoint(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}: left as it is", stacklevel=2)
+            continue
+        if "config" in older_state:  # else another program's file, put here to continue from: the user's to remove
+            export_ema(older_state, path.with_suffix(".safetensors"))
+            path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trouble
+
+
+def non_finite_networks(trainer: Trainer) -> list[str]:
+    """Names of the networks that hold a NaN or an infinity; waits for the device."""
+    networks = {"g": trainer.g, "d": trainer.d, "g_ema": trainer.g_ema}
+    return [name for name, net in networks.items() if not all(torch.isfinite(p).all() for p in net.parameters())]
+
+
+def roll_back(trainer: Trainer, batches: BatchStream, run: Run, broken: list[str], on_nan: str, count: int) -> None:
+    """A number is not finite: end the run before any checkpoint is overwritten, or reload the last good one."""
+    names = ", ".join(broken)
+    if on_nan == "stop" or count > MAX_ROLLBACKS:
+        hint = "" if on_nan == "rollback" else "; --on_nan rollback --resume auto continues from the last checkpoint"
+        raise UserError(f"the {names} is not finite at step {trainer.n_steps}{hint}")
+    path = latest_checkpoint(run.path("checkpoint"))
+    state = rename_keys(load_checkpoint(path))
+    trainer.load_state_dict(state, path)
+    trainer.rng_offset += count
+    batches.sampler.load(state["sampler"])
+    batches.restart()
+    run.log(trainer.n_steps, "Rollback", cause=names, checkpoint=path.name)
+
+
+def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> None:
+    """Halve the micro-batch until every phase fits in memory (--micro_batch auto); leaves no trace in the state."""
+    images, ada = next(batches), trainer.ada.state_dict()
+    size = batch = trainer.settings.batch
+    while True:
+        trainer.settings = replace(trainer.settings, micro_batch=size)
+        try:
+            for phase in trainer.phases:
+                trainer.run_phase(phase, images, update=False)
+            break
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise UserError("a single image does not fit in memory: lower --size or --channel_max") from None
+            size = max(s for s in range(1, size) if batch % s == 0)
+            torch.cuda.empty_cache()
+    smallest = min(gather_list(size))  # the draws of a step depend on the number of micro-batches, on every rank
+    trainer.settings = replace(trainer.settings, micro_batch=smallest)
+    for optimiser in (trainer.g_optim, trainer.d_optim):
+        optimiser.zero_grad(set_to_none=True)
+    trainer.ada.load_state_dict(ada)
+    trainer.next_path_mean.zero_()
+    trainer.stats.sums.clear()
+    batches.sampler.advance(-batch * trainer.dist.world_size)
+    batches.restart()
+
+
+def report_start(trainer: Trainer, origin: str, n_images: int, total: int, changed: str = "") -> None:
+    """A line on what is trained, `changed` (options), and a warning per setting that is known to end badly."""
+    settings, world_size = trainer.settings, trainer.dist.world_size
+    print(
+        f"{origin}, {trainer.config.space} at {trainer.config.size} px, {n_images} images, step {trainer.n_steps} of "
+        f"{total}, batch {settings.batch} x {world_size} on {trainer.dist.device}, minibatch deviation over "
+        f"{stddev_group(settings.micro_batch or settings.batch)}"
+    )
+    if changed:
+        print(changed)
+    if (batch := settings.batch * world_size) < 8 and settings.path_regularize:
+        advice = "--path_regularize 0, or a larger --batch"
+        print(f"warning: path length regularisation is unstable at {batch} images per step: {advice}", file=sys.stderr)
+    if n_images < FEW_IMAGES:
+        advice = "thousands are usual; --augment and --init_from help"
+        print(f"warning: a GAN learns {n_images} images by heart: {advice}", file=sys.stderr)
