@@ -2,11 +2,11 @@
 
 Realism in hours instead of days: the discriminator learns from nothing what images look like, a trained network knows.
 Kumari et al. 2022, "Ensembling Off-the-shelf Models for GAN Training", arXiv 2112.09130, section 3; one head per
-resolution as in Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007, without their random mixing. The
-generator is an ordinary one afterwards. What the frozen network was trained on enters the training: name it beside
-results, and evaluate with another network.
+resolution as in Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007. `efficientnet` is their network
+with their random mixing of its maps; the others go without mixing. The generator is an ordinary one afterwards. What
+the frozen network was trained on enters the training: name it beside results, and evaluate with another network.
 
-    aux_d = VisionAidedDiscriminator(build_perceptual("squeeze", "cpu"))
+    aux_d = build_aux_discriminator("squeeze")
     logits = aux_d(images)  # images [N, 3, S, S] in [-1, 1] -> one [N, P] per head
 """
 
@@ -21,8 +21,10 @@ from torch import nn
 from layers import ConvLayer
 from perceptual.lpips import build_perceptual
 from training.augment import AdaptiveAugment
+from training.efficientnet import MIXED_WIDTHS, EfficientNetLite0, RandomMixing, load_efficientnet
 
 SIDE = 96  # pixels to which smaller images are enlarged: classification networks reduce by 16 to 32
+EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
 TRANSFORMS, AUGMENT_P = "xflip,xint,brightness,contrast,saturation", 0.5  # heads on strong features overfit soon
@@ -31,22 +33,24 @@ TRANSFORMS, AUGMENT_P = "xflip,xint,brightness,contrast,saturation", 0.5  # head
 class VisionAidedDiscriminator(nn.Module):
     """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, float32, one tensor [N, P] per head.
 
-    features: a frozen distance of perceptual/lpips.py. The last layer of each resolution of at most 32 pixels gets a
-    head, its activations brought to one length per pixel. state_dict() holds the heads alone.
+    features: a frozen network with `activations(images) -> list of [N, C, h, w]`, such as a distance of
+    perceptual/lpips.py. The last layer of each resolution of at most 32 pixels gets a head, its activations brought to
+    one length per pixel; mixed: through RandomMixing. side: pixels to which smaller images are enlarged. state_dict()
+    holds the heads alone.
     """
 
-    def __init__(self, features: nn.Module):
+    def __init__(self, features: nn.Module, *, mixed: bool = False, side: int = SIDE):
         super().__init__()
-        self.frozen = (features,)  # in a tuple: no submodule, so neither trained nor saved
+        self.frozen, self.side = (features,), side  # in a tuple: no submodule, so neither trained nor saved
         with torch.no_grad():
-            shapes = [layer.shape[1:] for layer in features.activations(torch.zeros(1, 3, SIDE, SIDE))]
+            shapes = [layer.shape[1:] for layer in features.activations(torch.zeros(1, 3, side, side))]
         sizes = {height: (index, channels) for index, (channels, height, _) in enumerate(shapes)}  # the last of a size
         self.layers = [(index, channels) for height, (index, channels) in sizes.items() if height <= LARGEST_MAP]
+        widths = [channels for _, channels in self.layers]
+        self.mix = RandomMixing(widths) if mixed else None
         self.heads = nn.ModuleList(
-            nn.Sequential(
-                ConvLayer(channels, WIDTH, 1), ConvLayer(WIDTH, WIDTH, 3), ConvLayer(WIDTH, 1, 1, activate=False)
-            )
-            for _, channels in self.layers
+            nn.Sequential(ConvLayer(n, WIDTH, 1), ConvLayer(WIDTH, WIDTH, 3), ConvLayer(WIDTH, 1, 1, activate=False))
+            for n in (MIXED_WIDTHS if mixed else widths)
         )
         self.augment = AdaptiveAugment(AUGMENT_P, None, transforms=TRANSFORMS)
 
@@ -57,23 +61,29 @@ class VisionAidedDiscriminator(nn.Module):
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         images = self.augment(images)
-        if images.shape[-1] < SIDE:
-            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", align_corners=False)  # [N, 3, 96, 96]
+        if images.shape[-1] < self.side:
+            images = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
         activations = self.frozen[0].activations(images)
-        logits = []
-        for (index, channels), head in zip(self.layers, self.heads, strict=True):
+        maps = []
+        for index, channels in self.layers:
             x = F.normalize(activations[index], dim=1, eps=1e-4) * math.sqrt(channels)  # unit variance per pixel
-            x = x.to(dtype).contiguous(memory_format=torch.channels_last)  # [N, C, h, w]
-            logits.append(head(x).float().flatten(1))  # [N, h * w]
-        return logits
+            maps.append(x.to(dtype).contiguous(memory_format=torch.channels_last))  # [N, C, h, w]
+        if self.mix is not None:
+            maps = self.mix(maps)  # [N, width, h, w]
+        return [head(x).float().flatten(1) for x, head in zip(maps, self.heads, strict=True)]  # each [N, h * w]
 
 
 def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:
-    """The discriminator on the network of the perceptual distance `name`; raises what build_perceptual does.
+    """The discriminator on `efficientnet`, or on the network of the perceptual distance `name`.
 
-    The frozen network computes in bfloat16 where the training does, else in float32.
+    The frozen network computes in bfloat16 where the training does, else in float32. Raises UserError where a package
+    is missing, else what build_perceptual does.
     """
-    return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype if dtype == torch.bfloat16 else torch.float32))
+    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    if name == "efficientnet":
+        features = EfficientNetLite0(load_efficientnet(), dtype)
+        return VisionAidedDiscriminator(features, mixed=True, side=EFFICIENTNET_SIDE)
+    return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype))
 
 
 def over_heads(loss, *logits: list[torch.Tensor]) -> torch.Tensor:
