@@ -90,7 +90,14 @@ def build_parser() -> ArgumentParser:
         help="the paper's settings and file names, whatever generator and boundary say",
     )
     add("--precision", choices=list(DTYPES), default="fp32", help="of the generator's convolutions")
-    add = parser.add_argument_group("boundary").add_argument
+    _add_fit_flags(parser.add_argument_group("boundary").add_argument)
+    _add_edit_flags(parser.add_argument_group("edit").add_argument)
+    add_device_flags(parser)
+    parser.add_hidden_alias("--balance", "--conditional_fit")
+    return parser
+
+
+def _add_fit_flags(add) -> None:
     add("--boundary", nargs="+", help="use these files instead of sampling and fitting")
     add("--num_sample", type=int, default=100_000, help="random samples to score")
     add("--batch_size", type=positive_int, default=25, help="images at a time")
@@ -113,7 +120,9 @@ def build_parser() -> ArgumentParser:
     add("--noise", choices=NOISE_MODES, default="random", help="of the samples; none where it hides the attribute")
     add("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
     add("--seed", type=int, default=0, help="first seed of the samples, and of the 70/30 split")
-    add = parser.add_argument_group("edit").add_argument
+
+
+def _add_edit_flags(add) -> None:
     add(
         "--start_distance",
         type=float,
@@ -155,9 +164,6 @@ def build_parser() -> ArgumentParser:
     add("--identity", choices=("auto", "none", *WEIGHTS), default="auto", help="similarity of frames to the inversion")
     add("--perceptual", default="auto-up64", help="their distance: auto-up64, vgg, squeeze, scorer:NAME ... or none")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
-    add_device_flags(parser)
-    parser.add_hidden_alias("--balance", "--conditional_fit")
-    return parser
 
 
 def _target(text: str) -> tuple[str, float]:

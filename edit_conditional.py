@@ -180,7 +180,9 @@ def main(args) -> None:
             for number, target in ((number, target) for number, (k, target) in enumerate(pairs) if k == i):
                 frames = render_path(generator, face, condition_path(face, target, ts))
                 names = [f"{face.name}_{target.label}_{t:.3g}.png" for t in ts]
-                new = table_rows(i, face, target, ts, names, frames, known, scorers, identity)
+                info = {"image": face.name, "origin": i, "target": target.name}
+                asked = target_path(face, target, ts).numpy() * np.array(known.units)
+                new = table_rows(info, ts, asked, names, frames, known.attributes, scorers, identity)
                 save_frames(args.output_dir, face.name, frames, names, single)
                 captions = caption_images(face, target, frames, known, reader.scorer)
                 if len(frames) > 2:
@@ -269,18 +271,18 @@ def read_face(generator, reader: AttributeReader, source, i: int, folder: Path, 
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-def table_rows(i: int, face: InvertedFace, target: Target, ts, names, frames, known, scorers, identity) -> list[dict]:
-    """Rows of edits.csv, one per frame."""
+def table_rows(info: dict, ts, asked, names, frames, attributes, scorers, identity) -> list[dict]:
+    """Rows of edits.csv, one per frame: `info`, target attributes [K, d], what the scorers read, measures."""
     found = evaluate(frames, scorers["read"], identity)
     scores = {"read": found.scores} | {k: score_frames(s, frames) for k, s in scorers.items() if k != "read"}
-    values = {"asked": target_path(face, target, ts).numpy() * np.array(known.units)}
-    values |= {k: columns_of(scorers[k], table, known.attributes) for k, table in scores.items()}
+    values = {"asked": asked} | {k: columns_of(scorers[k], table, attributes) for k, table in scores.items()}
     return [
-        {"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4), "frame": names[j]}
+        info
+        | {"t": round(float(t), 4), "frame": names[j]}
         | {
             f"{kind}_{name}": round(float(value), 4)
             for kind, table in values.items()
-            for name, value in zip(known.attributes, table[j], strict=True)
+            for name, value in zip(attributes, table[j], strict=True)
         }
         | {"identity": "" if found.identity is None else round(float(found.identity[j]), 4)}
         | {"change": round(float(found.change[j]), 4)}
@@ -294,7 +296,7 @@ def columns_of(scorer, scores: np.ndarray, names) -> np.ndarray:
 
 
 def caption_images(face: InvertedFace, target: Target, frames, known, scorer) -> dict:
-    """What the scorer reads of the target's attributes: per frame, and by kind of image in the grid."""
+    """Scores of the target's attributes in words: of every frame, and by kind of image in the grid."""
     chosen = sorted(target.values)
     names, kinds = [known.attributes[k] for k in chosen], [known.kinds[k] for k in chosen]
 

@@ -1,1 +1,1 @@
-"""Moving latent codes so that one attribute of the picture changes."""
+"""Moving latents so that one attribute of the image changes."""

@@ -1,7 +1,7 @@
 """The conditional GAN's condition: attributes of faces as numbers in [0, 1], read by a frozen scorer.
 
 The pipeline of the paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the attributes of a real face are stacked on
-every style code; an L1 loss compares them with what the same frozen classifier reads in the generated picture. What
+every style code; an L1 loss compares them with what the same frozen classifier reads in the generated image. What
 training (training/conditional.py) and editing (edit_conditional.py) share is here.
 
     reader = AttributeReader(load_scorer("face-scorer"), ["smile", "eyes_open", "mouth_open"])
@@ -86,7 +86,7 @@ class AttributeReader:
 
 
 def score_dataset(reader: AttributeReader, dataset, device, *, n: int = TABLE, batch: int = 64) -> torch.Tensor:
-    """Attributes [M, d] of at most n pictures (uint8 [3, S, S]) of a data set, evenly spread over it; CPU."""
+    """Attributes [M, d] of at most n images (uint8 [3, S, S]) of a data set, evenly spread over it; CPU."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)).tolist()
     rows = []
     for start in range(0, len(chosen), batch):
@@ -96,11 +96,11 @@ def score_dataset(reader: AttributeReader, dataset, device, *, n: int = TABLE, b
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Requests, and how they are judged
+# Requested attributes, and the loss on them
 
 
 def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
-    """Requests [n, d] for n pictures: the attributes of real faces, rows of `table` [M, d].
+    """Requests [n, d] for n images: the attributes of real faces, rows of `table` [M, d].
 
     Each attribute is, with the probability `permute`, that of another face: attributes that go together in the data
     are asked for one by one as well. Drawn from torch's global generator.
@@ -253,7 +253,7 @@ def read_condition(path) -> Condition:
 
 
 def sample_requests(means: torch.Tensor) -> torch.Tensor:
-    """Requests [1 + 2d, d] for a sheet: the means, then per attribute 0 and 1 with the others at their means."""
+    """Requests [1 + 2d, d] for a grid: the means, then per attribute 0 and 1 with the others at their means."""
     rows = means.repeat(1 + 2 * len(means), 1)
     for k in range(len(means)):
         rows[1 + 2 * k, k], rows[2 + 2 * k, k] = 0.0, 1.0

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,11 +163,10 @@ def curves(sweep: Sweep) -> dict:
 # Results
 
 
-def sweep_faces(name, generator, source, boundary: Boundary, networks, distances, *, dist, layers=None, n=0) -> Sweep:
-    """Every face of `source` (the first n) at `distances` [K] standard deviations from its inversion, on every rank.
+def sweep_faces(name, generator, source, boundary: Boundary, networks, distances, *, dist, layers=None) -> Sweep:
+    """Every face of `source` at `distances` [K] standard deviations from its inversion, on every rank.
     networks: scorer, identity, perceptual."""
-    faces = source.names[: n or None]
-    local, hidden = shard(len(faces), dist.rank, dist.world_size), None if dist.is_main else True
+    local, hidden = shard(len(source.names), dist.rank, dist.world_size), None if dist.is_main else True
     found = []
     for i in tqdm(local, desc=name, unit="face", disable=hidden):
         frames = edit_face(generator, face_at(source, i), [boundary], distances * boundary.std, layers=layers)
@@ -177,7 +176,7 @@ def sweep_faces(name, generator, source, boundary: Boundary, networks, distances
     # without the inversion, with which all are compared
     kept = {what: None if values[0] is None else np.stack(values)[:, 1:] for what, values in kept.items()}
     kinds = [attribute.kind for attribute in networks[0].attributes]
-    return Sweep(name, faces, distances, **kept, column=networks[0].column(boundary.attribute), kinds=kinds)
+    return Sweep(name, source.names, distances, **kept, column=networks[0].column(boundary.attribute), kinds=kinds)
 
 
 def face_rows(sweep: Sweep) -> list[dict]:
@@ -278,11 +277,10 @@ def main(args) -> None:
                 raise UserError(f"{path} is a boundary of {boundary.attribute}, {paths[0]} of {attribute}")
             attribute = boundary.attribute
             source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
+            source = replace(source, names=source.names[: args.faces or None])
             layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
             name = args.names[k] if args.names else (source.about["space"] or generator.config.space).upper()
-            sweep = sweep_faces(
-                name, generator, source, boundary, networks, distances, layers=layers, n=args.faces, dist=dist
-            )
+            sweep = sweep_faces(name, generator, source, boundary, networks, distances, layers=layers, dist=dist)
             if sweeps and sweep.faces != sweeps[0].faces:
                 raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
             sweeps.append(sweep)
