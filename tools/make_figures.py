@@ -21,16 +21,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, UsageError, run_script
+from common.cli import ArgumentParser, UsageError, UserError, run_script
 from common.distributed import add_device_flags, resolve_device
 from common.images import save_image
 from common.latents import parse_seeds
 from editing.attributes import load_reader, read_condition
+from model import load_generator
 from perceptual.lpips import build_perceptual, perceptual_or_none
 from pSp.psp import load_psp
 from scorer.network import load_scorer
 from tools.figures import plots
-from tools.figures.models import Models, draw_all, load_generators
+from tools.figures.models import Models, draw_all
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = {
@@ -86,7 +87,12 @@ def read_models(args) -> Models:
     device, options = resolve_device(args.device, ops=args.ops), {"weights_dir": args.weights_dir}
     encoder, cgan = args.encoder or beside(args.ckpt, "psp"), args.cgan or beside(args.ckpt, "cgan")
     reader = load_reader(cgan, read_condition(cgan), device, **options) if cgan else None
-    wpp, w, conditional = load_generators(args.ckpt, args.w_ckpt or beside(args.ckpt, "w"), cgan, device)
+    w_ckpt = args.w_ckpt or beside(args.ckpt, "w")
+    wpp, w, conditional = (path and load_generator(path, device) for path in (args.ckpt, w_ckpt, cgan))
+    for name, generator, space in (("--ckpt", wpp, "w++"), ("--w_ckpt", w, "w")):
+        if generator and (generator.config.space, generator.config.size) != (space, wpp.config.size):
+            kind = f"{generator.config.size} pixels from {generator.config.space}"
+            raise UserError(f"{name} draws {kind}: expected {wpp.config.size} pixels from {space}")
     perceptual = perceptual_or_none(args.perceptual, device, args.weights_dir)
     names, faces = draw_all(wpp, w, parse_seeds(args.seeds))
     return Models(

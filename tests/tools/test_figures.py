@@ -105,7 +105,7 @@ def test_figures_without_their_model_are_left_out(flags, models, tmp_path, capsy
     assert [path.name for path in (tmp_path / "figures ü").iterdir()] == ["inversion.jpg"]
     w = str(models / "face-w-16.safetensors")
     refused = {
-        "--ckpt": (w, "is a W generator"),
+        "--ckpt": (w, "draws 16 pixels from w: expected 16 pixels from w++"),
         "--w_ckpt": (str(alone), "expected 16 pixels from w"),
         "--cgan": (w, "is an unconditional generator"),
         "--step": ("0", "--step 0"),

@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.cli import UserError
 from common.files import read_json
 from common.images import fit_image, to_tensor
 from editing.attributes import AttributeReader
 from editing.boundary import Boundary, BoundaryError, load_boundary
 from faces.align import align, crop_aligned, parse_landmarks
 from inversion.projector import project
-from model import Generator, load_generator
+from model import Generator
 from pSp.psp import pSp
-from sampling.render import render, seed_source
+from sampling.render import noise_maps, render, seed_source
 
 LANDMARKS = Path(__file__).resolve().parents[2] / "docs" / "astronaut.json"
 TRUNCATION = 0.7  # of drawn faces
@@ -59,27 +58,10 @@ class Models:
     inversions: dict[str, Inversion] = field(default_factory=dict)
 
 
-def load_generators(ckpt: Path, w_ckpt: Path | None, cgan: Path | None, device):
-    """Generators of W++, of W and conditional. Raises UserError where they do not fit together."""
-    wpp = load_generator(ckpt, device)
-    if wpp.config.w_space:
-        raise UserError(f"--ckpt {ckpt} is a W generator: a W++ generator is expected, W goes with --w_ckpt")
-    w, conditional = (path and load_generator(path, device) for path in (w_ckpt, cgan))
-    if w and (not w.config.w_space or w.config.size != wpp.config.size):
-        found, size = w.config, wpp.config.size
-        raise UserError(
-            f"--w_ckpt {w_ckpt} draws {found.size} pixels from {found.space}: expected {size} pixels from w"
-        )
-    return wpp, w, conditional
-
-
 def draw_all(wpp: Generator, w: Generator | None, seeds: Sequence[int]) -> tuple[list[str], list[np.ndarray]]:
     """Names and images of the faces."""
-    names, faces = ["astronaut", *(f"seed {seed}" for seed in seeds)], [astronaut(wpp.config.size)]
-    faces += draw_faces(wpp, seeds)
-    if w:
-        names, faces = [*names, f"W, seed {seeds[0]}"], faces + draw_faces(w, seeds[:1])
-    return names, faces
+    names = ["astronaut", *(f"seed {seed}" for seed in seeds), *([f"W, seed {seeds[0]}"] if w else [])]
+    return names, [astronaut(wpp.config.size), *draw_faces(wpp, seeds), *(draw_faces(w, seeds[:1]) if w else [])]
 
 
 def find_boundary(folder: Path, generator: Generator, attribute: str) -> Boundary | None:
@@ -105,7 +87,7 @@ def astronaut(size: int) -> np.ndarray:
 
 def draw_faces(generator: Generator, seeds: Sequence[int]) -> list[np.ndarray]:
     """Faces of seeds as the demo page draws them: generate.py --truncation 0.7 --noise none."""
-    return list(render(generator, draw_latents(generator, seeds), noise=zero_noise(generator)))
+    return list(render(generator, draw_latents(generator, seeds), noise=noise_maps(generator, "none")))
 
 
 def draw_latents(generator: Generator, seeds: Sequence[int]) -> list[torch.Tensor]:
@@ -113,10 +95,6 @@ def draw_latents(generator: Generator, seeds: Sequence[int]) -> list[torch.Tenso
     mean = generator.mean_latent()
     source = seed_source(generator, seeds, truncation=TRUNCATION, mean=mean, noise="none", noise_seed=0, batch=8)
     return list(source.codes(range(len(seeds))))
-
-
-def zero_noise(generator: Generator) -> list[torch.Tensor]:
-    return [torch.zeros_like(layer) for layer in generator.fixed_noise()]
 
 
 def to_batch(images: Sequence[np.ndarray], generator: Generator) -> torch.Tensor:

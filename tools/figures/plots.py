@@ -17,7 +17,7 @@ from editing.fit import fit_boundary
 from editing.samples import Samples, score_samples
 from model import Generator
 from perceptual.image_metrics import measure
-from sampling.render import mix, render, seeded_z, select_noise
+from sampling.render import mix, noise_maps, render, seeded_z, select_noise
 from tools.figures.grid import distance_titles, draw_grid, score_captions
 from tools.figures.models import (
     Inversion,
@@ -28,7 +28,6 @@ from tools.figures.models import (
     inversion_of,
     read_attributes,
     to_batch,
-    zero_noise,
 )
 
 DISTANCES, FEW = (-4.5, -3, -1.5, 0, 1.5, 3, 4.5), (-4, -2, 0, 2, 4)  # standard deviations of the samples
@@ -126,7 +125,7 @@ def mixing_figure(models: Models) -> Image.Image:
     cells = [[(None, ""), *((image, "") for image in draw_faces(generator, columns))]]
     for left in draw_latents(generator, rows):
         ws = [left, *(mix(left, w, coarse) for w in upper)]
-        cells.append([(image, "") for image in render(generator, ws, noise=zero_noise(generator))])
+        cells.append([(image, "") for image in render(generator, ws, noise=noise_maps(generator, "none"))])
     note = f"faces on the left with layers 0 to {len(coarse) - 1}, of 0 to {n_layers - 1}, of the faces above"
     titles, labels = (["", *(f"seed {seed}" for seed in seeds)] for seeds in (columns, rows))
     return draw_grid(cells, columns=titles, labels=labels, note=note)
