@@ -18,6 +18,7 @@ edited; below each what the scorer reads, in the order in which the generator kn
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from common.checkpoint import load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run_script
 from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
+from common.files import check_shape
 from common.images import FITS, read_image, save_image
 from common.names import safe_name
 from common.tables import append_table, write_skipped, write_table
@@ -47,6 +49,8 @@ from sampling.render import latents_source
 from scorer.network import load_scorer
 
 PER_GRID = 8  # columns
+# Settings of the inversion that a generator's file may set (`recommended`, entry `projector`), with their types.
+RECOMMENDED = {"step?": int, "lr?": float, "noise?": float, "mse?": float, "perceptual?": str}
 KINDS = ("original", "reference", "inverted", "edited")  # rows of a grid
 
 
@@ -81,6 +85,7 @@ def build_parser() -> ArgumentParser:
     )
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     group = parser.add_argument_group("inversion", "see projector.py")
+    group.add_argument("--preset", choices=("published",), help="the paper's settings, whatever the model recommends")
     add_align_flag(group)
     add = group.add_argument
     add("--fit", choices=FITS, default="crop", help="for images that are not square")
@@ -118,11 +123,18 @@ def _read_settings(args) -> dict:
 
 
 def main(args) -> None:
-    settings = _read_settings(args)
+    _read_settings(args)
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         known = read_condition(args.ckpt)
         generator = load_generator(args.ckpt, dist.device)
+        recommended = {} if args.preset else generator.recommended.get("projector", {})
+        check_shape(recommended, RECOMMENDED, f"{args.ckpt}: recommended.projector")
+        filled = args.fill({flag: value for flag, value in recommended.items() if f"{flag}?" in RECOMMENDED})
+        settings = _read_settings(args)
+        if filled and args.source and dist.is_main:
+            flags = " ".join(f"--{flag} {value}" for flag, value in filled.items())
+            print(f"{args.ckpt} recommends {flags} (--preset published: the paper's settings)", file=sys.stderr)
         reader = load_reader(args.ckpt, known, dist.device, scorer=args.scorer, weights_dir=args.weights_dir)
         scorers = {"read": reader.scorer}
         if args.eval_scorer:

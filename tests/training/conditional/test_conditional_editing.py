@@ -362,3 +362,23 @@ def test_results_of_a_stopped_run_stay(edit, cgan, tmp_path, monkeypatch):
     assert edit("--latent", tmp_path / "l", "--set", "smile=1", "--output_dir", tmp_path / "out")[0] == 130
     assert [row["image"] for row in table(tmp_path / "out")] == ["a", "a", "b", "b"]
     assert sorted(p.name for p in (tmp_path / "out" / "edited").iterdir()) == ["a.png", "b.png"]
+
+
+def test_the_settings_that_a_generator_recommends(edit, cgan, faces, tmp_path, monkeypatch):
+    """Fewer steps in the file than the default; flags win, and the paper's settings are a flag away."""
+    used = []
+    generator = load_generator(cgan)
+    generator.recommended = {"projector": {"lr": 0.02, "mse": 1, "output_dir": "/etc"}}
+    monkeypatch.setattr(edit_conditional, "load_generator", lambda *args: generator)
+
+    def note(*args, settings, **kwargs):
+        used.append((settings["lr"], settings["mse"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(edit_conditional, "invert_images", note)
+    for flags in ((), ("--lr", "0.5"), ("--preset", "published")):
+        assert edit("--source", faces, "--set", "smile=1", "--output_dir", tmp_path / "out", *flags)[0] == 130
+    assert used == [(0.02, 1), (0.5, 1), (0.1, 0)]
+    generator.recommended = {"projector": {"step": "many"}}
+    status, _, error = edit("--source", faces, "--set", "smile=1", "--output_dir", tmp_path / "out")
+    assert status == 1 and "recommended.projector.step` is a text" in error
