@@ -215,7 +215,7 @@ class Coach:
 
         Raises CheckpointError when the file has no such state, or that of another optimiser or network.
         """
-        if "optimiser" not in state:
+        if "optimiser" not in state or not isinstance(state.get("sampler"), dict):
             raise CheckpointError(
                 f"{source} cannot be continued, it holds no optimiser state; --init_from starts a "
                 "new run from its weights"

@@ -12,13 +12,14 @@
 
 from __future__ import annotations
 
-import json
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, require_file
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly
+from common.files import read_json
 from common.images import IMAGENET_MEAN, IMAGENET_STD
 from common.weights import require
 from scorer.interface import AttributeScorer, expected_age, require_images, resize
@@ -27,7 +28,8 @@ from scorer.labels import AGE_BINS, KNOWN, Attribute
 DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels
 DEX_CLASSES = {"age": AGE_BINS, "gender": 2}
 OUTPUTS = {"sigmoid": "probability", "softmax": "probability", "linear": "value"}
-DESCRIPTION = ("arch", "weights", "attributes", "outputs", "input_size", "mean", "std", "channels", "range")
+DESCRIPTION = {"arch": str, "weights": str, "attributes": [str], "outputs?": str, "input_size?": int, "mean?": [float]}
+DESCRIPTION |= {"std?": [float], "channels?": str, "range?": float}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # DEX
@@ -172,25 +174,21 @@ class ClassifierScorer(AttributeScorer):
 
 def load_classifier(path) -> ClassifierScorer:
     """The classifier a JSON file describes; `weights` is relative to it. Raises FileNotFoundError or ValueError."""
-    path = require_file(path, "JSON description of a classifier")
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-        arch, weights, names = (described[key] for key in ("arch", "weights", "attributes"))
-    except (ValueError, KeyError, TypeError) as error:
-        expected = "expected JSON with arch, weights, attributes"
-        raise ValueError(f"{path} describes no classifier ({error}): {expected}") from error
-    unknown = [key for key in described if key not in DESCRIPTION]
+    described = read_json(path, DESCRIPTION, what="description of a classifier")
+    unknown = [key for key in described if not {key, f"{key}?"} & set(DESCRIPTION)]
     if unknown:
-        raise ValueError(f"{path}: unknown entry {', '.join(unknown)}; expected {', '.join(DESCRIPTION)}")
-    weights = path.parent / weights
+        expected = ", ".join(name.removesuffix("?") for name in DESCRIPTION)
+        raise ValueError(f"{path}: unknown entry {', '.join(unknown)}; expected {expected}")
+    arch, weights, names = (described.pop(key) for key in ("arch", "weights", "attributes"))
+    weights = Path(path).parent / weights
     state = load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load_checkpoint(weights)
     state = state.get("state_dict", state)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{weights}: its state_dict is a {type(state).__name__}, not tensors by name")
     network = _build(path, arch, len(names))
-    load_strictly(network, state, weights)
-    rest = {key: described[key] for key in ("outputs", "input_size", "mean", "std", "channels") if key in described}
+    load_strictly(network, {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, weights)
     try:
-        return ClassifierScorer(network, names, value_range=described.get("range", 1.0), **rest)
+        return ClassifierScorer(network, names, value_range=described.pop("range", 1.0), **described)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

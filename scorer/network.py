@@ -49,8 +49,8 @@ class ScorerConfig:
     input_size: int = 64
 
     def __post_init__(self):
-        if self.width <= 0 or self.input_size < 32:
-            raise ValueError(f"--width {self.width} --input_size {self.input_size}: expected above 0, at least 32")
+        if not 0 < self.width <= 16 or not 32 <= self.input_size <= 1024:
+            raise ValueError(f"--width {self.width} --input_size {self.input_size}: expected up to 16, 32 to 1024")
 
     def to_dict(self) -> dict:
         return asdict(self) | {"attributes": [attribute.to_dict() for attribute in self.attributes]}

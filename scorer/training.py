@@ -253,13 +253,19 @@ class ScorerTrainer:
         missing = [name for name in ("network", "average", "optimiser", "config", "step") if name not in state]
         if missing:
             raise CheckpointError(f"{source} is no checkpoint of train_scorer.py: it lacks {', '.join(missing)}")
-        other = ScorerConfig.from_dict(state["config"])
+        try:
+            other = ScorerConfig.from_dict(state["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: its config describes no scorer known here ({error})") from None
         if other != self.config:
             raise CheckpointError(f"{source} holds another scorer: {_describe(other)}; here {_describe(self.config)}")
         load_strictly(self.network, state["network"], source)
         load_strictly(self.average, state["average"], source)
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step = int(state["step"])
+        try:
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step = int(state["step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{source}: its optimiser is another one's ({error})") from None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import train_scorer
-from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, save_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, save_checkpoint, save_safetensors
 from common.cli import run
 from scorer import backends as other_scorers
 from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex
@@ -308,7 +308,6 @@ def test_files_that_are_no_scorer(tmp_path):
         load_scorer("nonesuch")
     path = save_scorer(tmp_path / "s.safetensors", make_scorer())
     tensors, header = load_safetensors(path)
-    from common.checkpoint import save_safetensors
 
     save_safetensors(tmp_path / "g.safetensors", tensors, {"config": {"size": 64}})
     with pytest.raises(CheckpointError, match="no scorer of train_scorer.py"):
@@ -320,6 +319,41 @@ def test_files_that_are_no_scorer(tmp_path):
     save_safetensors(tmp_path / "b.safetensors", tensors, {**header, "config": other})
     with pytest.raises(CheckpointError, match="backbone regnet is not supported any more"):
         read_scorer(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("junk", [None, 5, "x", [], [1], {}, -1, 1e9, 10**30], ids=str)
+def test_headers_of_another_shape_are_one_sentence(tmp_path, junk):
+    file = save_scorer(tmp_path / "s.safetensors", make_scorer((AGE, SMILE), width=0.5, input_size=32))
+    tensors, header = load_safetensors(file)
+    config = header["config"]
+    wrong = [{name: junk} for name in ("format", "config", "calibration")]
+    wrong += [{"config": config | {name: junk}} for name in (*config, "backbone")]
+    wrong += [{"config": config | {"attributes": [config["attributes"][0] | {"kind": junk}]}}]
+    wrong += [{"calibration": header["calibration"] | {"age": junk}}]
+    for entry in wrong:
+        save_safetensors(file, tensors, header | entry)
+        try:
+            load_scorer(file)  # a calibration may lack entries
+        except CheckpointError as error:
+            assert str(file) in str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{" * 5000,
+        '{"arch": "torchvision:resnet18", "weights": 5, "attributes": ["a"]}',
+        '{"arch": "torchvision:resnet18", "weights": "list.pt", "attributes": ["a"]}',
+        '{"arch": "torchvision:resnet18", "weights": "list.pt", "attributes": 5}',
+    ],
+)
+def test_descriptions_of_another_shape_are_one_sentence(tmp_path, text):
+    save_checkpoint(tmp_path / "list.pt", {"state_dict": [1]})
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match="c.json|list.pt"):
+        load_scorer(tmp_path / "c.json")
 
 
 # -- accuracy and calibration --------------------------------------------------------------------------------------
@@ -473,7 +507,7 @@ def test_a_torchvision_classifier_by_its_description(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_scorer(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="describes no classifier"):
+    with pytest.raises(ValueError, match="is no description of a classifier"):
         load_scorer(path)
 
 
@@ -679,7 +713,7 @@ def test_faces_that_are_absent_or_damaged_are_left_out(planted, tmp_path):
         (["--attributes", "beard"], 1, "no column for the attribute 'beard'"),
         (["--batch", "0"], 2, "--batch must be positive"),
         (["--validation", "1"], 2, "--validation is a fraction"),
-        (["--input_size", "16"], 1, "at least 32"),
+        (["--input_size", "16"], 1, "32 to 1024"),
         (["--trust", "x"], 1, "SOURCE=WEIGHT"),
         (["--data", ""], 2, "missing: --data"),
         (["--resume", "none.pt"], 1, "none.pt: no such checkpoint"),
