@@ -265,6 +265,7 @@ def main(args) -> int:
             monitor = start_monitor(trainer, run, args.path, **evaluation)
         in_folder = start.continues and start.path.resolve().parent == run.path("checkpoint").resolve()
         loop = {name: options[name] for name in LOOP} | {"total": args.iter, "save_first": not in_folder}
+        del start  # the file's tensors, which the trainer has by now
         training_loop(
             trainer, batches, run, StopSignal(), options=options, evaluate=monitor and monitor.evaluate, **loop
         )
