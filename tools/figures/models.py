@@ -5,6 +5,7 @@ inversion_of(models, "W++").images                                       # model
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from sampling.render import noise_maps, render, seed_source
 
 LANDMARKS = Path(__file__).resolve().parents[2] / "docs" / "astronaut.json"
 TRUNCATION = 0.7  # of drawn faces
+MEAN_SAMPLES = 1000  # for the statistics of w, unless the generator's file holds them
 W_RATIO, WPP_RATIO = 0.016, 0.01  # step sizes of Adam in standard deviations of w: in W and W+, in W++
 
 
@@ -90,9 +92,15 @@ def draw_faces(generator: Generator, seeds: Sequence[int]) -> list[np.ndarray]:
     return list(render(generator, draw_latents(generator, seeds), noise=noise_maps(generator, "none")))
 
 
+@functools.cache
+def statistics(generator: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [1, L, D] and standard deviation [L] of w."""
+    return generator.latent_statistics(MEAN_SAMPLES)
+
+
 def draw_latents(generator: Generator, seeds: Sequence[int]) -> list[torch.Tensor]:
     """Truncated w of seeds, each [L, D]."""
-    mean = generator.mean_latent()
+    mean, _ = statistics(generator)
     source = seed_source(generator, seeds, truncation=TRUNCATION, mean=mean, noise="none", noise_seed=0, batch=8)
     return list(source.codes(range(len(seeds))))
 
@@ -115,7 +123,7 @@ def inversion_of(models: Models, method: str) -> Inversion:
 
 def optimise(models: Models, generator: Generator, ratio: float, **options) -> Inversion:
     """projector.py --mse 1 --noise 0; ratio: step size of Adam in standard deviations of w."""
-    mean, std = generator.latent_statistics()
+    mean, std = statistics(generator)
     result = project(
         generator,
         to_batch(models.faces, generator),
