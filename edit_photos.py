@@ -27,9 +27,10 @@ from common.grids import make_strip
 from common.images import ImageError, read_image, reading_losses, save_image
 from common.lock import lock_folder
 from common.tables import write_table
-from demo_app.editor import Edited, PhotoEditor, Target
+from demo_app.editor import Edited, PhotoEditor
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import Models, load_models
+from demo_app.targets import Target
 from faces.align import AlignError, crop_aligned, outside_share
 from faces.folder import list_photos
 from faces.photo_file import save_like

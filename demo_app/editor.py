@@ -21,6 +21,7 @@ from PIL import Image
 from common.cli import UserError
 from common.images import fit_image, to_tensor
 from demo_app.models import LR_RATIO, Models
+from demo_app.targets import NEAR, Reading, Target, open_error, position_for
 from editing.edit import edit_codes, render_codes
 from editing.evaluate import score_frames
 from faces.align import Alignment, align, crop_aligned, to_bytes
@@ -33,9 +34,6 @@ from sampling.render import map_latents, noise_maps, render, seeded_z
 CROP = 256  # pixels of an aligned face
 READ = 128  # pixels at which edits are tried out before one is pasted
 TRIES = 13  # positions per attribute at which the photo is read
-NEAR = {"years": 1.0, "probability": 0.08}  # a reading as near as this to its goal has arrived
-EDGE = 0.03  # probabilities nearer than this to 0 or 1 are not asked for
-VISIBLE = 0.25  # of the asked change: less than this in the photo is no visible effect
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
 PROJECT_FLAGS = ("lr", "mse", "noise", "noise_regularize")  # that a generator's file may recommend
@@ -46,51 +44,12 @@ class PhotoError(UserError):
 
 
 @dataclass(frozen=True)
-class Target:
-    """Goal for an attribute: years, or a probability from 0 to 1; relative: change from what the photo shows."""
-
-    value: float
-    relative: bool = False
-
-    def goal(self, before: float, kind: str) -> float:
-        """The reading to reach, of an attribute whose reading is `before`."""
-        goal = before + self.value if self.relative else self.value
-        return float(max(goal, 0) if kind == "years" else np.clip(goal, EDGE, 1 - EDGE))
-
-
-@dataclass(frozen=True)
 class Inversion:
     """A face in a generator. condition: attributes [d] in [0, 1] under which it was found, of a conditional one."""
 
     w: np.ndarray  # float32 [L, D]
     noise: list[torch.Tensor]  # per layer [1, 1, r, r], CPU
     condition: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Reading:
-    """An attribute of one face: in the photo before, its goal, in the drawn face and in the photo after the edit."""
-
-    before: float
-    goal: float
-    drawn: float
-    photo: float
-    kind: str
-
-    @property
-    def arrived(self) -> bool:
-        return abs(self.photo - self.goal) <= 1.5 * NEAR.get(self.kind, 0.1) or self._signed(self.photo) > 1
-
-    @property
-    def visible(self) -> bool:
-        """False when the photo shows less than a quarter of a change that was asked for."""
-        asked_little = abs(self.goal - self.before) <= NEAR.get(self.kind, 0.1)
-        return asked_little or self._signed(self.photo) >= VISIBLE
-
-    def _signed(self, value: float) -> float:
-        """Share of the asked change at a value."""
-        change = self.goal - self.before
-        return (value - self.before) / change if change else 1.0
 
 
 @dataclass(eq=False)
@@ -210,7 +169,6 @@ class PhotoEditor:
         self,
         targets: Mapping[str, Target],  # attribute -> goal, read in the photo
         *,
-        positions: Mapping[str, float] | None = None,  # attribute -> position by hand, in place of a goal
         strength: float = 1.0,  # factor on all positions that were found
         layers: range | None = None,  # of w that move along boundaries; None: all
         rounds: int = ROUNDS,  # corrections until the photo shows what was asked for
@@ -221,7 +179,7 @@ class PhotoEditor:
         """
         if self.photo is None:
             raise PhotoError("first choose a photo")
-        for name in (*targets, *(positions or {})):
+        for name in targets:
             if name not in self.models.attributes:
                 known = ", ".join(self.models.attributes)
                 raise PhotoError(
@@ -229,7 +187,7 @@ class PhotoEditor:
                 )
         photo, results = self.photo, []
         for face in self.faces:
-            at = dict(positions or {}) | self._reach(face, targets, dict(positions or {}), strength, layers, rounds)
+            at = self._reach(face, targets, strength, layers, rounds)
             changes = [(before, after[0]) for before, after in self._draw(face, [at], layers)]
             result = FaceEdit(face, at, {}, changes)
             photo = result.paste(photo)
@@ -364,7 +322,7 @@ class PhotoEditor:
                 image = image + mask * (blended - image)
             yield to_bytes(image)
 
-    def _reach(self, face: Face, targets, fixed, strength, layers, rounds) -> dict[str, float]:
+    def _reach(self, face: Face, targets, strength, layers, rounds) -> dict[str, float]:
         """Positions at which the photo shows the targets: from each one's curve, then corrected together."""
         if not targets:
             return {}
@@ -377,11 +335,12 @@ class PhotoEditor:
         aims, best = dict(goals), (np.inf, {})
         for k in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
+            at = self._within_safe(at)
             if (k == 0 and rounds == 0) or strength != 1:
                 return at
-            (image,) = self._try(face, [fixed | at], layers)
+            (image,) = self._try(face, [at], layers)
             errors = dict(zip(targets, np.array([*goals.values()]) - self.read([image])[0, columns], strict=True))
-            errors = {n: self._open_error(e, goals[n], self._at_rest(curves[n]), kinds[n]) for n, e in errors.items()}
+            errors = {n: open_error(e, goals[n], self._at_rest(curves[n]), kinds[n]) for n, e in errors.items()}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
             if total < best[0]:
                 best = total, at
@@ -390,10 +349,14 @@ class PhotoEditor:
             aims = {name: aims[name] + errors[name] for name in targets}
         return best[1]
 
-    def _open_error(self, error: float, goal: float, before: float, kind: str) -> float:
-        """0 for a probability beyond its goal: more of a smile than was asked for is no error."""
-        beyond = kind == "probability" and min(goal, 1 - goal) <= 0.1 and error * (goal - before) < 0
-        return 0.0 if beyond else error
+    def _within_safe(self, at: dict[str, float]) -> dict[str, float]:
+        """Positions drawn towards 0 together, so that several edits leave the safe range no sooner than one."""
+        shares = []
+        for name, position in at.items():
+            low, high = self.models.safe_range(name)
+            shares.append(position / ((high if position > 0 else -low) or 1.0))
+        factor = 1 / max(1.0, float(np.linalg.norm(shares)))
+        return {name: factor * position for name, position in at.items()}
 
     def _at_rest(self, curve) -> float:
         return float(curve[1][TRIES // 2])
@@ -418,15 +381,3 @@ def scale_alignment(alignment: Alignment, photo_size) -> Alignment:
     scales = np.divide(photo_size, alignment.photo_size)
     quad = (np.array(alignment.quad) + 0.5) * scales - 0.5
     return replace(alignment, quad=quad.tolist(), photo_size=list(photo_size))
-
-
-def position_for(positions: np.ndarray, values: np.ndarray, goal: float, near: float) -> float:
-    """Position at which `values` (read at `positions`, [K]) reach a goal: on the crossing nearest to 0, by straight
-    lines; else the least of the positions that come within `near`, else that which comes nearest."""
-    gaps = np.abs(values - goal)
-    crossings = np.flatnonzero((values[:-1] - goal) * (values[1:] - goal) < 0)
-    if len(crossings):
-        k = min(crossings, key=lambda k: abs(positions[k] + positions[k + 1]))
-        share = (goal - values[k]) / (values[k + 1] - values[k])
-        return float(positions[k] + share * (positions[k + 1] - positions[k]))
-    return float(positions[np.lexsort((np.abs(positions), np.maximum(near, gaps)))[0]])

@@ -24,7 +24,7 @@ from scorer.network import load_scorer
 
 CHECKPOINTS = ROOT / "checkpoints"
 READER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
-SAFE = 5.0  # standard deviations along a boundary without a range of its own: further out faces break
+SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
 CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 # Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs better, but leaves a face where edits

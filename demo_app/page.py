@@ -16,8 +16,9 @@ from PIL import Image
 
 from common.cli import ROOT, UserError
 from common.images import ImageError, fit_image, image_size, read_image
-from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, Target
+from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError
 from demo_app.models import Models
+from demo_app.targets import Target
 from faces.align import TEMPLATE, AlignError, parse_landmarks
 from faces.photo_file import save_like
 
@@ -266,31 +267,13 @@ def build_page(models: Models, folder: Path):
                 raise gr.Error("numbers must be finite", print_exception=False)
             return values
 
-    page, n_tokens = Page(models, folder), models.generator.config.n_tokens
-    seeds = list(range(SAMPLES))
+    page = Page(models, folder)
     with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        parts = {"session": gr.State(None)}
+        parts, inputs = {"session": gr.State(None)}, {}
         gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=300, elem_id="controls"):
-                photo = gr.File(label="Photo", type="filepath", file_types=["image"], height=100, elem_id="upload")
-                samples = gr.Gallery(
-                    [sample(models, seed) for seed in seeds],
-                    label="or a drawn face (nobody's)",
-                    columns=SAMPLES,
-                    height=96,
-                    allow_preview=False,
-                    buttons=[],
-                    elem_id="samples",
-                )
-                for name in page.names:
-                    label, low, high = SLIDERS[name]
-                    step = 1 if name == "age" else 0.01
-                    value = 0 if name == "age" else 0.5
-                    parts[name] = gr.Slider(low, high, value, step=step, label=label, elem_id=name)
-                with gr.Row():
-                    reset = gr.Button("Reset", size="sm", elem_id="reset")
-                    parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
+                add_controls(gr, page, parts, inputs)
             with gr.Column(scale=5, min_width=320):
                 parts["message"] = gr.Markdown(HELP, elem_id="message")
                 parts["compare"] = gr.ImageSlider(
@@ -302,35 +285,54 @@ def build_page(models: Models, folder: Path):
                     max_height=2000,
                     elem_id="compare",
                 )
-        parts["readout"] = gr.Markdown(elem_id="readout")
+                parts["readout"] = gr.Markdown(elem_id="readout")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            with gr.Row():
-                first = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
-                last = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
-                steps = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
-                again = gr.Button("Refine further", size="sm", elem_id="refine")
-            with gr.Row():
-                reference = gr.File(
-                    label="A face whose expression is taken over", type="filepath", height=100, elem_id="reference"
-                )
-                like = gr.Button("Take over its expression", size="sm", elem_id="like")
-                aligned = gr.Checkbox(label="the photo is an aligned face already", elem_id="aligned")
-                points = gr.Textbox(
-                    label="face not found? five points by hand: eyes, nose, mouth corners (pixels)", elem_id="points"
-                )
-            parts["crops"] = gr.Gallery(
-                label="aligned, inverted, edited",
-                columns=3,
-                height=160,
-                allow_preview=False,
-                buttons=[],
-                elem_id="crops",
-            )
-            parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
-        connect(
-            gr, page, parts, photo, samples, (first, last, steps), (again, like, reset), (reference, aligned, points)
-        )
+            add_advanced(gr, models.generator.config.n_tokens, parts, inputs)
+        connect(gr, page, parts, inputs)
     return blocks
+
+
+def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
+    """Photo, sample faces and sliders."""
+    inputs["photo"] = gr.File(label="Photo", type="filepath", file_types=["image"], height=100, elem_id="upload")
+    inputs["samples"] = gr.Gallery(
+        [sample(page.models, seed) for seed in range(SAMPLES)],
+        label="or a drawn face (nobody's)",
+        columns=SAMPLES,
+        height=96,
+        allow_preview=False,
+        buttons=[],
+        elem_id="samples",
+    )
+    for name in page.names:
+        label, low, high = SLIDERS[name]
+        step, value = (1, 0) if name == "age" else (0.01, 0.5)
+        parts[name] = gr.Slider(low, high, value, step=step, label=label, elem_id=name)
+    with gr.Row():
+        inputs["reset"] = gr.Button("Reset", size="sm", elem_id="reset")
+        parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
+
+
+def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
+    """Layers, refinement, the expression of a reference, landmarks by hand, the aligned face, the command."""
+    with gr.Row():
+        inputs["first"] = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
+        inputs["last"] = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
+        inputs["steps"] = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
+        inputs["again"] = gr.Button("Refine further", size="sm", elem_id="refine")
+    with gr.Row():
+        inputs["reference"] = gr.File(
+            label="A face whose expression is taken over", type="filepath", height=100, elem_id="reference"
+        )
+        inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
+        inputs["aligned"] = gr.Checkbox(label="the photo is an aligned face already", elem_id="aligned")
+        inputs["points"] = gr.Textbox(
+            label="face not found? five points by hand: eyes, nose, mouth corners (pixels)", elem_id="points"
+        )
+    parts["crops"] = gr.Gallery(
+        label="aligned, inverted, edited", columns=3, height=160, allow_preview=False, elem_id="crops"
+    )
+    parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
 
 
 def sample(models: Models, seed: int) -> Image.Image:
@@ -339,11 +341,9 @@ def sample(models: Models, seed: int) -> Image.Image:
     return fit_image(editor.photo, 96)
 
 
-def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extras) -> None:
+def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     """Events: each function's answer, {component name: value}, goes to the components of those names."""
-    first, last, steps = numbers
-    again, like, reset = buttons
-    reference, aligned, points = extras
+    first, last, photo, samples = (inputs[name] for name in ("first", "last", "photo", "samples"))
     outputs, sliders = list(parts.values()), [parts[name] for name in page.names]
 
     def to_components(answer: dict):
@@ -360,7 +360,7 @@ def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extra
         return lambda *inputs: to_components(function(*inputs, **settings))
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    refine = [streaming(page.refine), [parts["session"], steps], outputs]
+    refine = [streaming(page.refine), [parts["session"], inputs["steps"]], outputs]
     save = [plain(page.save), [parts["session"]], [parts["download"]]]
     running = []
 
@@ -370,14 +370,16 @@ def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extra
         running.append(refining)
         refining.then(*save, **quiet)
 
-    def pick(event: gr.SelectData):
+    def pick(event):
         seed = getattr(event, "index", None)  # a forged request has no event
         return to_components(page.pick(seed if seed in range(SAMPLES) else 0))
 
-    uploaded = gr.on([photo.upload], streaming(page.upload), [photo, aligned, points], outputs, **quiet)
+    upload = [photo, inputs["aligned"], inputs["points"]]
+    pick.__annotations__["event"] = gr.SelectData  # gradio looks here; a string would not resolve
+    uploaded = photo.upload(streaming(page.upload), upload, outputs, **quiet)
     picked = samples.select(pick, None, outputs, **quiet)
     then_refine(uploaded)
-    then_refine(again.click(lambda: None, None, None, **quiet))
+    then_refine(inputs["again"].click(lambda: None, None, None, **quiet))
     picked.then(*save, **quiet)
     for trigger in (photo.upload, samples.select, photo.clear):
         trigger(None, None, None, cancels=running, queue=False, api_visibility="private")
@@ -386,8 +388,8 @@ def connect(gr, page: Page, parts: dict, photo, samples, numbers, buttons, extra
     released = gr.on(
         [slider.release for slider in (*sliders, first, last)], plain(page.move, rounds=ROUNDS), move, outputs, **quiet
     )
-    released.then(*save, **quiet)
-    reset.click(lambda session: to_components(page.reset(session)), [parts["session"]], outputs, **quiet).then(
-        *save, **quiet
-    )
-    like.click(streaming(page.take_expression), [parts["session"], reference], outputs, **quiet).then(*save, **quiet)
+    session, reference = [parts["session"]], inputs["reference"]
+    reset = inputs["reset"].click(plain(page.reset), session, outputs, **quiet)
+    like = inputs["like"].click(streaming(page.take_expression), [*session, reference], outputs, **quiet)
+    for event in (released, reset, like):
+        event.then(*save, **quiet)

@@ -8,7 +8,7 @@ from PIL import Image
 
 import edit_photos
 from common.cli import UserError, run
-from demo_app.editor import Target
+from demo_app.targets import Target
 from edit_photos import parse_gender, parse_target, possible
 
 

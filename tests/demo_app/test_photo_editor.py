@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from common.images import read_image
-from demo_app.editor import PhotoEditor, PhotoError, Reading, Target, position_for, scale_alignment
+from demo_app.editor import PhotoEditor, PhotoError, scale_alignment
 from demo_app.inversions import inversion_file, load_faces, save_faces
+from demo_app.targets import Reading, Target, position_for
 from faces.align import crop_aligned
 from faces.blend import blend_edit, edit_region, paste_edit
 
