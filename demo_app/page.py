@@ -241,9 +241,10 @@ CSS = """
 #message { min-height: 1.6em; }
 #title h1 { font-size: 1.1rem; margin: 0; }
 #compare { height: calc(100vh - 190px); min-height: 300px; }
-#compare img { object-fit: contain; }
+#compare img { object-fit: contain !important; }
 #controls { gap: 8px; }
 #samples { min-height: 0; }
+#samples .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: 4px !important; }
 @media (max-width: 760px) {
   #main { flex-direction: column-reverse; }
   #compare { height: 44vh; min-height: 220px; }
@@ -294,12 +295,15 @@ def build_page(models: Models, folder: Path):
 
 def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
     """Photo, sample faces and sliders."""
-    inputs["photo"] = gr.File(label="Photo", type="filepath", file_types=["image"], height=100, elem_id="upload")
+    inputs["photo"] = gr.File(
+        label="Photo, or click a drawn face below", type="filepath", file_types=["image"], height=100, elem_id="upload"
+    )
     inputs["samples"] = gr.Gallery(
         [sample(page.models, seed) for seed in range(SAMPLES)],
-        label="or a drawn face (nobody's)",
+        label="drawn faces",
+        show_label=False,
         columns=SAMPLES,
-        height=96,
+        height=80,
         allow_preview=False,
         buttons=[],
         elem_id="samples",

@@ -20,8 +20,8 @@ from faces.align import AlignError, Alignment, composite, crop_aligned, feather_
 
 LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
 SPREAD = 0.025  # of the side: radius of an edit's region
-WEAK, STRONG = 4.0, 16.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
-DETAIL = 0.5  # share of the photo's finest detail that stays where the drawn face is
+WEAK, STRONG = 3.0, 12.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
+DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
 FEATHER = 0.05  # of the side: width of the soft border
 HEAD = (0.5, 0.52), (0.46, 0.5)  # centre and radii of the ellipse that edits stay in, of the side of an FFHQ frame
 FADE = 0.25  # of these radii: where an edit fades out
