@@ -246,8 +246,11 @@ CSS = """
 #samples { min-height: 0; }
 #samples .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: 4px !important; }
 @media (max-width: 760px) {
-  #main { flex-direction: column-reverse; }
-  #compare { height: 44vh; min-height: 220px; }
+  .gradio-container { padding: 4px !important; overflow-x: hidden; }
+  #main { flex-direction: column-reverse; flex-wrap: nowrap; }
+  #main > * { width: 100%; min-width: 0 !important; }
+  #compare { height: 42vh; min-height: 220px; }
+  #upload, #samples { order: 2; }
 }
 """
 

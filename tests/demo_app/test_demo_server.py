@@ -263,6 +263,7 @@ def test_a_visit(visitor, astronaut, tmp_path):
     assert saved.stem.endswith("-edited")
     visitor.click("#samples img", 1)
     visitor.wait_for_text("#message", "seed0001")
-    visitor.driver.set_window_size(390, 844)
-    assert visitor.driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    visitor.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    visitor.wait("no overflow", lambda: visitor.driver.execute_script("return document.body.scrollWidth") <= 390)
     assert visitor.hosts() == {"127.0.0.1"}
