@@ -377,12 +377,13 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
         running.append(refining)
         refining.then(*save, **quiet)
 
-    def pick(event):
-        seed = getattr(event, "index", None)  # a forged request has no event
+    def pick(event=None):
+        data = getattr(event, "_data", None)  # not SelectData: a forged request has no such event
+        seed = data.get("index") if isinstance(data, dict) else None
         return to_components(page.pick(seed if seed in range(SAMPLES) else 0))
 
     upload = [photo, inputs["aligned"], inputs["points"]]
-    pick.__annotations__["event"] = gr.SelectData  # gradio looks here; a string would not resolve
+    pick.__annotations__["event"] = gr.EventData  # gradio looks here; a string would not resolve
     uploaded = photo.upload(streaming(page.upload), upload, outputs, **quiet)
     picked = samples.select(pick, None, outputs, **quiet)
     then_refine(uploaded)

@@ -41,7 +41,7 @@ def models():
     generator(w, input_is_latent=True, randomize_noise=False)[0].mean().backward()
     normal = (w.grad / w.grad.norm()).reshape(1, -1).numpy()
     brighter = Boundary(
-        normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=5.0, fingerprint="tiny"
+        normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=12.0, fingerprint="tiny"
     )
     scorer = BrightnessScorer()
     return Models(generator, mean, std, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
