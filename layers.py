@@ -4,7 +4,7 @@ Sources: Karras et al. 2020 (arXiv 1912.04958) for synthesis and discriminator; 
 the transformer; names as in rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN. `model.py` assembles them.
 
     conv = ModulatedConv2d(64, 32, 3, style_dim=512)
-    out, demod = conv(x, style)
+    out = conv(x, w)
 """
 
 from __future__ import annotations
@@ -15,18 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import (
-    FusedLeakyReLU,
-    act_blur,
-    blur_noise_bias_act,
-    conv3x3,
-    fused_leaky_relu,
-    mix_channels,
-    modulate,
-    noise_bias_act,
-    transposed_conv3x3,
-    upfirdn2d,
-)
+from op import FusedLeakyReLU, act_blur, blur_noise_bias_act, fused_leaky_relu, noise_bias_act, upfirdn2d
 
 BLUR = (1, 3, 3, 1)  # the FIR kernel of all resampling in StyleGAN2
 
@@ -91,10 +80,7 @@ class EqualConv2d(nn.Module):
         self.stride, self.padding = stride, padding
 
     def forward(self, x):
-        weight = (self.weight * self.scale).to(x.dtype)
-        if weight.shape[2] == 3:  # padded at stride 1; at stride 2 the blur before it has padded
-            return conv3x3(x, weight, self.stride)
-        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+        return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride, padding=self.padding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +116,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block whose LayerNorm spans token and channel axes jointly and has no affine (reference 4.2)."""
+    """Pre-norm block whose LayerNorm spans token and channel axes jointly and has no affine: published numerics."""
 
     def __init__(self, in_dim: int, dim: int, lr_mul: float):
         super().__init__()
@@ -178,44 +164,69 @@ def build_mapping(config) -> nn.Sequential:
 # Synthesis: w -> image
 
 
-class ModulatedConv2d(nn.Module):
-    """Convolution whose input channels are scaled per image by a style (arXiv 1912.04958, eq. 1-3).
+def modulated_conv2d(
+    x: torch.Tensor,  # [N, I, H, W], in the number format of the convolution; channels_last is fastest
+    weight: torch.Tensor,  # [O, I, k, k], k = 1 or 3
+    styles: torch.Tensor,  # [N, I], the factor of each input channel
+    *,
+    demodulate: bool = True,  # scale the output channels back to unit variance
+    up: bool = False,  # twice the height and width: transposed convolution of stride 2, then `kernel`
+    kernel: torch.Tensor | None = None,  # [4, 4], the low-pass filter of `up`
+    bias: torch.Tensor | None = None,  # [O]: add it with the noise, and apply the activation
+    noise: torch.Tensor | None = None,  # [N or 1, 1, H', W'], times noise_strength
+    noise_strength: torch.Tensor | None = None,  # [1]
+) -> torch.Tensor:  # [N, O, H', W'], H' = 2H where `up`
+    """Convolution whose input channels are scaled per image by a style (arXiv 1912.04958, eq. 1-3), and all that
+    follows it in a style block (figure 2c), in one pass over memory where op/ has a kernel for it.
 
     Scaling weights and scaling activations commute, so one dense convolution serves the whole batch: styles multiply
-    the input, and the demodulation factor d = rsqrt(sum_i,k (s_i w_oik)^2) multiplies the output (applied by the
-    caller, fused with noise, bias and activation). No per-sample grouped convolution.
+    the input, and the demodulation factor d_o = rsqrt(sum_ik (s_i w_oik)^2) the output. No per-sample grouped
+    convolution. A 1x1 kernel has so few output channels (RGB) that per-image weights, one matrix product, are cheaper.
     """
+    if x.dtype == torch.float16 and demodulate:  # keep the products inside the range of fp16; d takes the factors back
+        styles = styles / styles.abs().amax(1, keepdim=True)  # [N, I]
+        weight = weight / weight.abs().amax((1, 2, 3), keepdim=True)  # [O, I, k, k]
+    demod = None
+    if demodulate:
+        energy = weight.square().sum((2, 3))  # [O, I]
+        demod = torch.rsqrt(styles.square() @ energy.t() + 1e-8)  # [N, O]
+    if weight.shape[2] == 1:
+        n, channels, height, width = x.shape
+        weights = styles[:, None] * weight[:, :, 0, 0]  # [N, O, I]
+        pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)  # [N, HW, I], a view in channels_last
+        x = torch.bmm(pixels, weights.to(x.dtype).transpose(1, 2))  # [N, HW, O]
+        x = x.view(n, height, width, -1).permute(0, 3, 1, 2)  # [N, O, H, W]
+    else:
+        x = x * styles.to(x.dtype)[:, :, None, None]  # [N, I, H, W]
+        if up:
+            x = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)  # [N, O, 2H+1, 2W+1]
+        else:
+            x = F.conv2d(x, weight.to(x.dtype), padding=1)  # [N, O, H, W]
+    rest = {"demod": demod, "noise": noise, "noise_strength": noise_strength}
+    if bias is not None and up:
+        return blur_noise_bias_act(x, kernel, bias, pad=(1, 1), **rest)  # [N, O, 2H, 2W]
+    if bias is not None:
+        return noise_bias_act(x, bias, **rest)  # [N, O, H, W]
+    x = x if demod is None else x * demod.to(x.dtype)[:, :, None, None]
+    return upfirdn2d(x, kernel, pad=(1, 1)) if up else x  # [N, O, H', W']
 
-    def __init__(self, in_channel: int, out_channel: int, kernel_size: int, style_dim: int, demodulate=True, up=False):
+
+class ModulatedConv2d(nn.Module):
+    """The weights of a modulated convolution, with the affine layer that makes its styles of w."""
+
+    def __init__(self, in_channel: int, out_channel: int, kernel_size: int, style_dim: int, up: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(1, out_channel, in_channel, kernel_size, kernel_size))
         self.modulation = EqualLinear(style_dim, in_channel, bias_init=1)
-        self.scale = 1 / math.sqrt(in_channel * kernel_size**2)
-        self.padding, self.demodulate, self.up = kernel_size // 2, demodulate, up
+        self.scale, self.up = 1 / math.sqrt(in_channel * kernel_size**2), up
         if up:
             self.blur = Resample((1, 1), gain=4)  # the gain makes up for the zeros between upsampled pixels
 
-    def forward(self, x, style):
-        """x [N, Cin, H, W], style [N, style_dim] -> convolved [N, Cout, H*, W*], demodulation factor [N, Cout]."""
-        out, demod = self.convolve(x, style)
-        return self.blur(out) if self.up else out, demod
-
-    def convolve(self, x, style):
-        """The same, but of an up-convolution before its blur: [N, Cout, 2H+1, 2W+1]."""
-        style = self.modulation(style)  # [N, Cin]
-        weight = self.weight[0] * self.scale  # [Cout, Cin, k, k]
-        if x.dtype == torch.float16:  # keep the products inside the range of fp16; d takes the factors back
-            style = style / style.abs().amax(1, keepdim=True)
-            weight = weight / weight.abs().amax((1, 2, 3), keepdim=True)
-        energy = weight.square().sum((2, 3))  # [Cout, Cin]
-        demod = torch.rsqrt(style.square() @ energy.t() + 1e-8)  # [N, Cout]
-        x = modulate(x, style.to(x.dtype))
-        weight = weight.to(x.dtype)
-        if self.up:
-            return transposed_conv3x3(x, weight), demod  # [N, Cout, 2H+1, 2W+1]
-        if weight.shape[2] == 3:
-            return conv3x3(x, weight), demod  # [N, Cout, H, W]
-        return F.conv2d(x, weight, padding=self.padding), demod
+    def forward(self, x, w, **options):
+        """x [N, I, H, W], w [N, style_dim] -> [N, O, H', W']; options: of modulated_conv2d."""
+        kernel = self.blur.kernel if self.up else None
+        weight = self.weight[0] * self.scale  # [O, I, k, k]
+        return modulated_conv2d(x, weight, self.modulation(w), up=self.up, kernel=kernel, **options)
 
 
 class NoiseInjection(nn.Module):
@@ -227,21 +238,19 @@ class NoiseInjection(nn.Module):
 
 
 class StyledConv(nn.Module):
+    """A style block: modulated 3x3 convolution, noise, bias and leaky ReLU; with `up` to twice the resolution."""
+
     def __init__(self, in_channel, out_channel, kernel_size, style_dim, up=False):
         super().__init__()
         self.conv = ModulatedConv2d(in_channel, out_channel, kernel_size, style_dim, up=up)
         self.noise = NoiseInjection()
         self.activate = FusedLeakyReLU(out_channel)
 
-    def forward(self, x, style, noise):
-        conv, bias, factor = self.conv, self.activate.bias, 2 if self.conv.up else 1
-        out, demod = conv.convolve(x, style)
+    def forward(self, x, w, noise):  # [N, I, H, W] -> [N, O, H', W']
         if noise is None:
-            noise = out.new_empty(x.shape[0], 1, factor * x.shape[2], factor * x.shape[3]).normal_()
-        factors = {"demod": demod, "noise": noise, "noise_strength": self.noise.weight}
-        if conv.up:
-            return blur_noise_bias_act(out, conv.blur.kernel, bias, pad=conv.blur.pad, **factors)  # [N, C', 2H, 2W]
-        return noise_bias_act(out, bias, **factors)  # [N, C', H, W]
+            factor = 2 if self.conv.up else 1
+            noise = x.new_empty(x.shape[0], 1, factor * x.shape[2], factor * x.shape[3]).normal_()
+        return self.conv(x, w, bias=self.activate.bias, noise=noise, noise_strength=self.noise.weight)
 
 
 class ToRGB(nn.Module):
@@ -251,21 +260,17 @@ class ToRGB(nn.Module):
         super().__init__()
         if upsample:
             self.upsample = Resample((2, 1), up=2, gain=4)
-        self.conv = ModulatedConv2d(in_channel, 3, 1, style_dim, demodulate=False)
+        self.conv = ModulatedConv2d(in_channel, 3, 1, style_dim)
         self.bias = nn.Parameter(torch.zeros(1, 3, 1, 1))
 
-    def forward(self, x, style, skip=None):
-        # Three output channels: per-image weights and one batched matrix product beat scaling the whole input.
-        n, channels, height, width = x.shape
-        style = self.conv.modulation(style) * self.conv.scale  # [N, C]
-        weight = style[:, None] * self.conv.weight[0, :, :, 0, 0]  # [N, 3, C]
-        pixels = x.permute(0, 2, 3, 1).reshape(n, height * width, channels)  # a view in channels_last
-        out = mix_channels(pixels, weight.to(x.dtype))  # [N, HW, 3]
-        out = out.to(self.bias.dtype).view(n, height, width, 3).permute(0, 3, 1, 2) + self.bias
+    def forward(self, x, w, skip=None):  # [N, I, H, W] -> [N, 3, H, W] in the precision of the parameters
+        out = self.conv(x, w, demodulate=False).to(self.bias.dtype) + self.bias
         return out if skip is None else out + self.upsample(skip)
 
 
 class ConstantInput(nn.Module):
+    """The learned image that synthesis starts from, [1, C, 4, 4]."""
+
     def __init__(self, channel, size=4):
         super().__init__()
         self.input = nn.Parameter(torch.randn(1, channel, size, size))

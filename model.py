@@ -2,7 +2,7 @@
 
 The synthesis network and the discriminator are StyleGAN2's (Karras et al. 2020, arXiv 1912.04958). The W++ mapping
 network (Li et al. 2024, arXiv 2105.14230) maps one latent per token, L = 2*(log2(size)-1) tokens, through eight blocks
-of self-attention, so that the native output space has one code per synthesis layer. Tensor names are those of
+of self-attention, so that the native output space has one vector per synthesis layer. Tensor names are those of
 rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN: their checkpoints load with `load_generator`.
 
     generator = load_generator("checkpoints/face-wpp-64.safetensors", "cpu")
@@ -12,7 +12,7 @@ rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN: their checkpoints l
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export, load_strictly
+from common.export import generator_fingerprint
 from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, ToRGB, build_mapping
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
@@ -38,6 +39,15 @@ class Statistics(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
+LIMITS = {  # of a config, so that no file makes us build what no machine holds
+    "style_dim": (1, 1 << 14),
+    "n_mlp": (1, 64),
+    "channel_multiplier": (1e-6, 1e3),
+    "channel_max": (1, 1 << 14),
+    "lr_mlp": (1e-9, 1e3),
+    "condition_dim": (0, 1 << 12),
+    "channel_base": (0, 1 << 24),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class GeneratorConfig:
     channel_multiplier: float = 2  # scales the widths above 32 pixels
     channel_max: int = 512
     lr_mlp: float = 0.01
-    condition_dim: int = 0  # attributes concatenated to every style code (the conditional GAN)
+    condition_dim: int = 0  # attributes concatenated to every token of w (the conditional GAN)
     channel_base: int = 0  # widths of channel_base / resolution at every resolution; 0: the published rule above
     independent: bool = False  # W++ without attention: one MLP per token, the paper's ablation "14 mapping"
 
@@ -62,15 +72,13 @@ class GeneratorConfig:
             raise ValueError("independent mappings belong to W++: W has one mapping for all layers")
         if self.has_attention and self.style_dim % 16:
             raise ValueError(f"W++ needs a style_dim divisible by 16 (4 heads of style_dim/16), got {self.style_dim}")
-        for name in ("style_dim", "n_mlp", "channel_max", "channel_multiplier", "lr_mlp"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.channel_base < 0:
-            raise ValueError(f"channel_base must not be negative, got {self.channel_base}")
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, got {getattr(self, name)}")
 
     @property
     def n_tokens(self) -> int:
-        """Style codes per image: two per resolution from 8 up, plus two. 8 at 32 px ... 14 at 256 ... 18 at 1024."""
+        """Tokens of w: two per resolution from 8 up, plus two. 8 at 32 px ... 14 at 256 ... 18 at 1024."""
         return 2 * (int(math.log2(self.size)) - 1)
 
     @property
@@ -107,10 +115,16 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> GeneratorConfig:
-        known = {f.name for f in fields(cls)}
-        unknown = set(values) - known
-        if unknown:
-            raise ValueError(f"model config has unknown entries {sorted(unknown)}: written by a newer version?")
+        """The config that `to_dict` gave. Raises ValueError for other names, types and numbers."""
+        defaults = asdict(cls())
+        if not isinstance(values, dict):
+            raise ValueError(f"the model config is a {type(values).__name__}, no table")
+        if unknown := sorted(set(values) - set(defaults)):
+            raise ValueError(f"model config has unknown entries {unknown}: written by a newer version?")
+        for name, value in values.items():
+            kinds = (int, float) if name in ("channel_multiplier", "lr_mlp") else type(defaults[name])
+            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(defaults[name], bool):
+                raise ValueError(f"{name} of the model config is {value!r:.40}, such as {defaults[name]} expected")
         return cls(**values)
 
 
@@ -132,7 +146,9 @@ class Generator(nn.Module):
         dim = config.style_dim + config.condition_dim
 
         self.style = build_mapping(config)
-        self.register_buffer("token", torch.eye(config.n_tokens))
+        # W maps without tokens: rosinality's strict load would refuse the name, older files of ours have it
+        self.register_buffer("token", torch.eye(config.n_tokens), persistent=not config.w_space)
+        self.unused = ("token",) if config.w_space else ()  # names that a state may have in addition
         self.input = ConstantInput(config.channels(4))
         self.conv1 = StyledConv(config.channels(4), config.channels(4), 3, dim)
         self.to_rgb1 = ToRGB(config.channels(4), dim, upsample=False)
@@ -148,6 +164,11 @@ class Generator(nn.Module):
             side = config.noise_size(i)
             self.noises.register_buffer(f"noise_{i}", torch.randn(1, 1, side, side))
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in self.unused:
+            state_dict.pop(prefix + name, None)  # of torch's own copy
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     # -- mapping ------------------------------------------------------------------------------------------------------
 
     def tokens(self, z):
@@ -155,7 +176,7 @@ class Generator(nn.Module):
         return self.style[0](torch.cat((z, self.token.to(z.dtype).expand(z.shape[0], -1, -1)), dim=-1))
 
     def get_latent(self, z):
-        """z -> w codes [N, L, 512]. W accepts [N, 512] (one code for all layers) or [N, L, 512] (each mapped alone)."""
+        """z -> w [N, L, 512]. W accepts [N, 512] (one vector for all layers) or [N, L, 512] (each mapped alone)."""
         config = self.config
         if config.w_space and z.shape[1:] == (config.style_dim,):
             return self.style(z)[:, None].expand(-1, config.n_tokens, -1)
@@ -208,7 +229,7 @@ class Generator(nn.Module):
         return mean[None].float().to(self.token.device), std.float().to(self.token.device)
 
     def mean_latent(self, n: int = 10_000, seed: int = 0) -> torch.Tensor:
-        """Mean w code per token, [1, L, 512], of n samples drawn from the seed."""
+        """Mean w per token, [1, L, 512], of n samples drawn from the seed."""
         return self.latent_statistics(n, seed)[0]
 
     # -- noise --------------------------------------------------------------------------------------------------------
@@ -241,12 +262,12 @@ class Generator(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Synthesise images.
 
-        styles: z (see get_latent), or w codes [N, 512] | [N, L, 512] with input_is_latent. truncation: psi in
+        styles: z (see get_latent), or w [N, 512] | [N, L, 512] with input_is_latent. truncation: psi in
         w = mean + psi*(w - mean), per token; needs truncation_latent (from mean_latent) when not 1. noise: maps
         [N or 1, 1, r, r] per layer (None entries = none given: random); default random, or the stored maps with
         randomize_noise=False. condition: attributes [N, condition_dim] in [0, 1] of a conditional generator.
-        dtype: of the convolutions (default self.compute_dtype). Returns image float32 [N, 3, size, size] and the
-        codes used, [N, L, 512] without the condition. Raises ValueError on shapes that do not fit this generator.
+        dtype: of the convolutions in this call (default self.compute_dtype). Returns image float32 [N, 3, size, size]
+        and the w used, [N, L, 512] without the condition. Raises ValueError on shapes that do not fit this generator.
         """
         config = self.config
         latent = styles if input_is_latent else self.get_latent(styles)
@@ -254,7 +275,7 @@ class Generator(nn.Module):
             latent = latent[:, None].expand(-1, config.n_tokens, -1)
         if latent.shape[1:] != (config.n_tokens, config.style_dim):
             raise ValueError(
-                f"this generator ({config.space}, {config.size} px) takes codes "
+                f"this generator ({config.space}, {config.size} px) takes w "
                 f"[N, {config.n_tokens}, {config.style_dim}], got {list(latent.shape)}"
             )
         if truncation != 1:
@@ -267,20 +288,20 @@ class Generator(nn.Module):
         given = [None if n is None else n.shape[-1] for n in noise]
         if len(given) != len(sides) or any(g not in (None, side) for g, side in zip(given, sides, strict=True)):
             raise ValueError(f"noise must be {len(sides)} maps [N or 1, 1, r, r] with r = {sides}, got {given}")
-        code = self.add_condition(latent, condition)  # [N, L, 512 + condition_dim]
+        w = self.add_condition(latent, condition)  # [N, L, 512 + condition_dim]
 
         x = self.input.input.to(dtype or self.compute_dtype).expand(latent.shape[0], -1, -1, -1)
         x = x.contiguous(memory_format=torch.channels_last)  # [N, C, 4, 4]
-        x = self.conv1(x, code[:, 0], noise[0])
-        image = self.to_rgb1(x, code[:, 1])  # [N, 3, 4, 4]
-        for i, to_rgb in enumerate(self.to_rgbs):  # codes 2i+1, 2i+2, and 2i+3, which the next block shares
-            x = self.convs[2 * i](x, code[:, 2 * i + 1], noise[2 * i + 1])  # resolution doubles
-            x = self.convs[2 * i + 1](x, code[:, 2 * i + 2], noise[2 * i + 2])
-            image = to_rgb(x, code[:, 2 * i + 3], image)
+        x = self.conv1(x, w[:, 0], noise[0])
+        image = self.to_rgb1(x, w[:, 1])  # [N, 3, 4, 4]
+        for i, to_rgb in enumerate(self.to_rgbs):  # tokens 2i+1, 2i+2, and 2i+3, which the next block shares
+            x = self.convs[2 * i](x, w[:, 2 * i + 1], noise[2 * i + 1])  # resolution doubles
+            x = self.convs[2 * i + 1](x, w[:, 2 * i + 2], noise[2 * i + 2])
+            image = to_rgb(x, w[:, 2 * i + 3], image)
         return image, latent
 
     def add_condition(self, latent, condition):
-        """Append the centred, scaled attributes to every code (reference 8.4); None stands for the neutral 0.5."""
+        """Append the centred, scaled attributes to every token; None stands for the neutral 0.5."""
         dim = self.config.condition_dim
         if dim == 0:
             if condition is not None:
@@ -366,8 +387,9 @@ def infer_config(state: dict) -> GeneratorConfig:
     if foreign:
         raise CheckpointError(f"a StyleGAN2 generator holds tensors only, here {foreign[0]} is none")
     mlp_axes = state["style.1.weight"].ndim if "style.1.weight" in state else 0  # 2: W, 3: one MLP per token
-    falling = [width * side for side, width in sorted(widths.items(), reverse=True)]
-    rules = [(2, 0), *((product / 16384, 0) for product in falling), *((2, product) for product in falling)]
+    # The rule behind the widths: the published one, with the multiplier that some resolution shows, or channel_base
+    products = sorted({width * side for side, width in widths.items()}, reverse=True)
+    rules = [(2, 0), *((product / 16384, 0) for product in products), *((2, product) for product in products)]
     for multiplier, base in rules:
         config = GeneratorConfig(
             size,
@@ -385,6 +407,20 @@ def infer_config(state: dict) -> GeneratorConfig:
     raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
 
 
+def generator_weights(file: dict) -> dict:
+    """The EMA generator's tensors in a checkpoint: `g_ema`, `state_dict`, or bare; without DataParallel's `module.`.
+
+    Raises CheckpointError for a file that has the unaveraged generator alone.
+    """
+    state = file.get("g_ema", file.get("state_dict", file))
+    if state is file and isinstance(file.get("g"), dict):
+        held = ", ".join(f"`{name}`" for name in file)
+        raise CheckpointError(f"holds {held:.80}, but no `g_ema`, the averaged generator")
+    if isinstance(state, dict) and state and all(str(name).startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
 def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
     """EMA tensors, config, and what else the file says: a `.safetensors` export, or a training checkpoint (`g_ema`).
 
@@ -392,22 +428,30 @@ def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
     Raises FileNotFoundError, or CheckpointError when the file holds no generator.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        state, metadata = load_export(path)
-    else:
-        metadata = load_checkpoint(path)
-        state = metadata.get("g_ema", metadata)
-    config = metadata.get("config")
     try:
+        if path.suffix == ".safetensors":
+            state, file = load_export(path)
+        else:
+            file = load_checkpoint(path)
+            state = generator_weights(file)
         inferred = infer_config(state)
-        config = inferred if config is None else GeneratorConfig.from_dict(config)
+        config = inferred if file.get("config") is None else GeneratorConfig.from_dict(file["config"])
+        for name in ("size", "style_dim", "n_mlp", "w_space", "independent", "condition_dim", "widths"):
+            if getattr(config, name) != getattr(inferred, name):
+                stated, found = getattr(config, name), getattr(inferred, name)
+                raise CheckpointError(f"its config says {name} {stated}, its tensors have {found}")
+        if path.suffix != ".safetensors" and sum(tensor.nbytes for tensor in state.values()) > path.stat().st_size:
+            raise CheckpointError("its tensors claim more numbers than are in the file")
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    state.setdefault("token", torch.eye(config.n_tokens))  # rosinality's files have no token buffer
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
+    if config.w_space:
+        state.pop("token", None)
+    else:
+        state.setdefault("token", torch.eye(config.n_tokens))
     tensors = {name: state.pop(name) for name in STATISTICS if name in state}
-    if "statistics" in metadata:  # a file that completes another has only those of its own header
-        metadata["statistics"] = _read_statistics(tensors, metadata["statistics"], config, path)
-    return state, config, metadata
+    if "statistics" in file:  # a file that completes another has only those of its own header
+        file["statistics"] = _read_statistics(tensors, file["statistics"], config, path)
+    return state, config, file
 
 
 def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:
@@ -426,19 +470,19 @@ def load_generator(
     statistics of w that the file has. Raises FileNotFoundError, or CheckpointError naming what does not fit, or when
     the weights are not those that the header's fingerprint names.
     """
-    state, config, metadata = read_generator(path)
+    state, config, file = read_generator(path)
     generator = Generator(config)
     load_strictly(generator, {k: v.float() for k, v in state.items()}, path)
-    generator.fingerprint = fingerprint(generator.state_dict())
-    stated = metadata.get("fingerprint") if Path(path).suffix == ".safetensors" else None
+    generator.fingerprint = generator_fingerprint(generator.state_dict())
+    stated = file.get("fingerprint") if Path(path).suffix == ".safetensors" else None
     if stated not in (None, generator.fingerprint):
         raise CheckpointError(
             f"{path} is damaged: its weights have the fingerprint {generator.fingerprint}, its header says "
             f"{stated}; copy or download it again"
         )
     generator.path, generator.compute_dtype = Path(path), dtype
-    generator.recommended = _read_recommended(metadata.get("recommended", {}), path)
-    generator.statistics = metadata.get("statistics")
+    generator.recommended = _read_recommended(file.get("recommended", {}), path)
+    generator.statistics = file.get("statistics")
     return generator.eval().requires_grad_(False).to(device)
 
 
@@ -453,6 +497,7 @@ def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if shapes != {"latent_mean": [config.n_tokens, config.style_dim], "latent_std": [config.n_tokens]}:
         raise CheckpointError(f"{path}: statistics of w with the shapes {shapes} do not fit {config.n_tokens} tokens")
-    if fingerprint(tensors) != header.get("fingerprint"):
+    samples, stated = (header.get(name) if isinstance(header, dict) else None for name in ("samples", "fingerprint"))
+    if not isinstance(samples, int) or stated != fingerprint(tensors):
         raise CheckpointError(f"{path} is damaged: its statistics of w are not those of its header; copy it again")
-    return Statistics(tensors["latent_mean"][None], tensors["latent_std"], int(header["samples"]))
+    return Statistics(tensors["latent_mean"][None], tensors["latent_std"], samples)

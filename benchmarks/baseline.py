@@ -29,12 +29,12 @@ def activate(x, bias):
     return F.leaky_relu(x + bias.view(1, -1, *[1] * (x.ndim - 2)), 0.2) * 2**0.5
 
 
-def modulated_conv(conv, x, style):
+def modulated_conv(conv, x, style, demodulate=True):
     n, c, h, w = x.shape
     out_channels, kernel_size = conv.weight.shape[1], conv.weight.shape[3]
     style = linear(conv.modulation, style).view(n, 1, c, 1, 1)
     weight = conv.scale * conv.weight * style  # [N, Cout, Cin, k, k]
-    if conv.demodulate:
+    if demodulate:
         weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4)) + 1e-8).view(n, -1, 1, 1, 1)
     x = x.reshape(1, n * c, h, w)
     if conv.up:
@@ -42,7 +42,7 @@ def modulated_conv(conv, x, style):
         out = F.conv_transpose2d(x, weight, stride=2, groups=n)
         return upfirdn(out.view(n, out_channels, *out.shape[2:]), conv.blur.kernel, pad=conv.blur.pad)
     weight = weight.view(n * out_channels, c, kernel_size, kernel_size)
-    out = F.conv2d(x, weight, padding=conv.padding, groups=n)
+    out = F.conv2d(x, weight, padding=kernel_size // 2, groups=n)
     return out.view(n, out_channels, *out.shape[2:])
 
 
@@ -54,7 +54,7 @@ class BaselineGenerator(Generator):
         return activate(out + layer.noise.weight * noise, layer.activate.bias)
 
     def to_rgb(self, layer, x, style, skip=None):
-        out = modulated_conv(layer.conv, x, style) + layer.bias
+        out = modulated_conv(layer.conv, x, style, demodulate=False) + layer.bias
         if skip is None:
             return out
         return out + upfirdn(skip, layer.upsample.kernel, up=2, pad=layer.upsample.pad)

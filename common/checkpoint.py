@@ -80,7 +80,7 @@ def require_file(path, what="file"):
         raise FileNotFoundError(f"{path}: no such {what}")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; expected a {what}")
-    with open_regular(path) as file:
+    with open_regular(path) as file:  # no pipe that waits for ever, no device without end
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise CheckpointError(f"{path} is empty; expected a {what}, save or download it again")
@@ -143,10 +143,12 @@ def _require_whole_archive(path, every_byte=False):
             raise CheckpointError(f"{path} is damaged from its first byte on; use an earlier checkpoint")
         return
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip() if every_byte else None
-    except (zipfile.BadZipFile, EOFError) as error:
         size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > size:  # torch.save compresses nothing
+                raise CheckpointError(f"{path} is compressed, or claims more than its {size:,} bytes; save it again")
+            damaged = archive.testzip() if every_byte else None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, UnicodeError) as error:
         raise CheckpointError(f"{path} is truncated after {size:,} bytes; save or download it again") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged (record {damaged}); use an earlier checkpoint")
@@ -180,6 +182,8 @@ def load_export(path):
     base = metadata.get("base")
     if base is None:
         return tensors, metadata
+    if not isinstance(base, dict) or not all(isinstance(base.get(name), str) for name in ("file", "fingerprint")):
+        raise CheckpointError(f"{path}: `base` of its header does not name a file and a fingerprint")
     file = path.with_name(Path(base["file"]).name)
     if not file.exists():
         raise CheckpointError(f"{path} holds only what differs from {file.name}, which must lie in the same folder")
@@ -195,7 +199,7 @@ def load_export(path):
 def _json_value(text):
     try:
         return json.loads(text)
-    except json.JSONDecodeError:  # written by another program: the format itself knows only strings
+    except (ValueError, RecursionError):  # written by another program: the format itself knows only strings
         return text
 
 
@@ -229,10 +233,13 @@ def latest_checkpoint(folder):
 
 
 def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
-    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences."""
-    own = network.state_dict()
+    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences.
+
+    A network's `unused` are names that files may have in addition.
+    """
+    own, unused = network.state_dict(), getattr(network, "unused", ())
     wrong = [f"{k} is absent" for k in own if k not in state]
-    wrong += [f"{k} is unknown" for k in state if k not in own]
+    wrong += [f"{k} is unknown" for k in state if k not in own and k not in unused]
     shared = [k for k in own if k in state]
     wrong += [
         f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"

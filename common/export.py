@@ -27,7 +27,9 @@ def export_ema(
     std [L] of w with the number of samples, so that no start computes them again.
     Raises ValueError when a weight is beyond fp16's range, or for a base that is none.
     """
-    weights = state["g_ema"]
+    weights = dict(state["g_ema"])
+    if state["config"]["w_space"]:
+        weights.pop("token", None)
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
         large = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
@@ -39,6 +41,11 @@ def export_ema(
     header |= {"config": state["config"], "fingerprint": generator_fingerprint(weights), "half": half}
     if recommended:
         header["recommended"] = recommended
+    if statistics is not None:
+        mean, std, samples = statistics
+        tensors = {"latent_mean": mean[0].float().cpu(), "latent_std": std.float().cpu()}
+        header["statistics"] = {"samples": samples, "fingerprint": fingerprint(tensors)}
+        weights |= tensors
     if base is not None:
         shared, of_base = load_safetensors(base)
         own, other = Path(path).resolve(), Path(base).resolve()
@@ -46,18 +53,15 @@ def export_ema(
             raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {own.name}")
         weights = {name: tensor for name, tensor in weights.items() if not _same(tensor, shared.get(name))}
         header["base"] = {"file": Path(base).name, "fingerprint": of_base["fingerprint"]}
-    if statistics is not None:
-        mean, std, samples = statistics
-        tensors = {"latent_mean": mean[0].float().cpu(), "latent_std": std.float().cpu()}
-        header["statistics"] = {"samples": samples, "fingerprint": fingerprint(tensors)}
-        weights = weights | tensors
     save_safetensors(path, weights, header)
     return header["fingerprint"]
 
 
 def generator_fingerprint(weights: dict) -> str:
-    """The fingerprint of a generator's tensors as they are read back, in float32."""
-    return fingerprint({name: tensor.float() for name, tensor in weights.items()})
+    """The fingerprint of a generator's tensors as they are read back, in float32; W counts the `token` it has no more,
+    so that the fingerprints in older latents and boundaries stay."""
+    n_tokens = 1 + sum(name.startswith("noises.") for name in weights)
+    return fingerprint({"token": torch.eye(n_tokens)} | {name: tensor.float() for name, tensor in weights.items()})
 
 
 def _same(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:

@@ -105,7 +105,7 @@ def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Te
 
 
 def discriminator_tensors(network: Network, config: GeneratorConfig, source: str) -> dict[str, torch.Tensor]:
-    """State dict of our Discriminator(config) that judges as `network` does; errors as of `generator_tensors`."""
+    """State dict of our Discriminator(config) that computes what `network` does; errors as of `generator_tensors`."""
     size = _require_stylegan2(network, "Discriminator", "resnet", source)
     statistic = network.layers.get("b4.mbstd")
     if statistic is None or statistic.values.get("num_channels") != 1:
@@ -160,7 +160,7 @@ def _complete(network: torch.nn.Module, state: dict, source: str) -> dict[str, t
 
 
 def _require_stylegan2(network: Network, kind: str, architecture: str, source: str) -> int:
-    """The picture's size, of a network that computes what our `kind` computes; CheckpointError for any other."""
+    """The image size of a network that computes what our `kind` computes; CheckpointError for any other."""
     top, layers = network.layers[""], network.layers
     if any(layer.kind == "SynthesisInput" for layer in layers.values()):
         raise CheckpointError(
@@ -175,10 +175,10 @@ def _require_stylegan2(network: Network, kind: str, architecture: str, source: s
             "only unconditional networks can be converted"
         )
     if top.values.get("img_channels") != 3:
-        raise CheckpointError(f"{source} has pictures of {top.values.get('img_channels')} channels; ours have 3")
+        raise CheckpointError(f"{source} has images of {top.values.get('img_channels')} channels; ours have 3")
     size = top.values.get("img_resolution")
     if type(size) is not int or size < 8 or size & (size - 1):
-        raise CheckpointError(f"{source} has pictures of {size} px; ours have a power of two from 8")
+        raise CheckpointError(f"{source} has images of {size} px; ours have a power of two from 8")
     for name, layer in layers.items():
         found = layer.values.get("architecture", architecture)
         if found != architecture:

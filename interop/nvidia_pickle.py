@@ -11,6 +11,7 @@ and the few other names that such a pickle may ask for are stand-ins as well; ev
 """
 
 import io
+import math
 import pickle
 import re
 import warnings
@@ -24,6 +25,7 @@ from common.checkpoint import CheckpointError, require_file
 
 NETWORKS = ("G", "D", "G_ema")
 DEEPEST = 16  # modules within modules; a StyleGAN2 network has five levels
+MOST = 2000  # modules of a network, a shared one counted at each place; a StyleGAN2 network has about a hundred
 PLAIN = (str, int, float, bool, type(None))
 
 
@@ -149,6 +151,8 @@ def _storage(data):
 
 
 def _tensor(storage, offset, size, stride, *rest):
+    if math.prod(size) > storage.value.numel():
+        raise ValueError(f"a tensor {list(size)} of {storage.value.numel()} numbers")
     return _Tensor(storage.value.as_strided(size, stride, offset))  # checks the bounds; set_ would enlarge a storage
 
 
@@ -220,6 +224,8 @@ def _collect(module: _Module, prefix: str, network: Network, depth: int = 0) -> 
     """Enter `module` and all below it in `network`, under dotted names that begin with `prefix`."""
     if depth > DEEPEST:
         raise ValueError(f"more than {DEEPEST} modules within each other")
+    if len(network.layers) > MOST:
+        raise ValueError(f"more than {MOST} modules")
     state = module.state
     plain = {name: value for name, value in state.items() if type(value) in PLAIN}
     given = {name: state[name] for name in ("_init_args", "_init_kwargs") if name in state}

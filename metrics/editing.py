@@ -279,7 +279,7 @@ def main(args) -> None:
             source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
             source = replace(source, names=source.names[: args.faces or None])
             layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
-            name = args.names[k] if args.names else (source.about["space"] or generator.config.space).upper()
+            name = args.names[k] if args.names else (source.origin["space"] or generator.config.space).upper()
             sweep = sweep_faces(name, generator, source, boundary, networks, distances, layers=layers, dist=dist)
             if sweeps and sweep.faces != sweeps[0].faces:
                 raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")

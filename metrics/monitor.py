@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from common.checkpoint import CheckpointError, fingerprint, load_safetensors, save_safetensors
+from common.checkpoint import CheckpointError, load_safetensors, save_safetensors
 from common.cli import UsageError
 from common.distributed import Distributed
+from common.export import generator_fingerprint
 from common.runs import Run, truncate_log
 from metrics.evaluation import METRICS, evaluate
 from metrics.extractors import build_extractor, metric_name
@@ -102,7 +103,7 @@ class Monitor:
             "step": step,
             "images": images,
             "ema": True,
-            "fingerprint": fingerprint(weights),
+            "fingerprint": generator_fingerprint(weights),
         }
         fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), info), SEED)
         if not self.dist.is_main:

@@ -17,13 +17,13 @@ import warnings
 import torch
 
 OPS = ("auto", "ref", "triton")
-LOST = (
+PERF_WARNING = (
     "bias, noise, activation and FIR filters run as separate PyTorch operations, with two to three times the memory "
     "traffic of the fused kernels"
 )
 
 _mode = None  # None: not chosen yet
-_module = None  # op.triton_ops, once it is needed; False when it cannot be
+_module = None  # op.triton.ops, once it is needed; False when it cannot be
 
 
 def choose(mode: str) -> None:
@@ -63,7 +63,7 @@ def _load(device):
     require(device)
     reason = obstacle(device)
     if reason:
-        warnings.warn(f"{reason}: {LOST}", stacklevel=4)
+        warnings.warn(f"{reason}: {PERF_WARNING}", stacklevel=4)
         _module = False
     else:
         import op.triton.ops as module

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from op.dispatch import kernels
-from op.modulation import modulate, pieces, pixel_dot
 from op.upfirdn2d import upfirdn2d
 
 SQRT2 = 2**0.5
@@ -73,8 +72,6 @@ def noise_bias_act(
         demod = input.new_full(input.shape[:2], scale)
     else:
         demod = (demod * scale).to(input.dtype)
-    if input.device.type == "cpu":
-        return _ScaleAddAct.apply(input, demod, noise, bias, negative_slope)
     out = torch.addcmul(bias if noise is None else noise, input, demod[:, :, None, None])
     if noise is not None:
         out += bias
@@ -131,64 +128,6 @@ def act_blur(
 def fits(input, negative_slope) -> bool:
     """The kernels read the sign of the sum off the result, and take no empty tensor."""
     return negative_slope >= 0 and input.numel() > 0
-
-
-class _ScaleAddAct(torch.autograd.Function):
-    """leaky_relu(input * demod + noise + bias), piece by piece so that the three steps are one pass over memory."""
-
-    @staticmethod
-    def forward(ctx, input, demod, noise, bias, negative_slope):
-        out = torch.empty_like(input)
-        noise_of = None if noise is None else noise.expand(input.shape[0], -1, -1, -1)
-        for images, rows in pieces(input):
-            piece = out[images, :, rows]
-            start = bias if noise is None else noise_of[images, :, rows]
-            torch.addcmul(start, input[images, :, rows], demod[images, :, None, None], out=piece)
-            if noise is not None:
-                piece += bias
-            F.leaky_relu_(piece, negative_slope)
-        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, demod, out)
-        ctx.noise_shape = None if noise is None else noise.shape
-        ctx.negative_slope = negative_slope
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        input, demod, out = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # no second derivative will be asked for
-            return *_gradients_in_pieces(ctx, grad, input, demod, out), None
-        # The sign of the output is that of the sum (positive slope); its own derivative is zero almost everywhere
-        grad = torch.ops.aten.leaky_relu_backward(grad, out.detach(), ctx.negative_slope, True)
-        needs_input, needs_demod, needs_noise, needs_bias = ctx.needs_input_grad[:4]
-        grad_input = modulate(grad, demod) if needs_input else None
-        grad_demod = pixel_dot(grad, input) if needs_demod else None
-        grad_noise = grad.sum_to_size(ctx.noise_shape) if needs_noise else None
-        grad_bias = grad.sum((0, 2, 3), keepdim=True) if needs_bias else None
-        return grad_input, grad_demod, grad_noise, grad_bias, None
-
-
-def _gradients_in_pieces(ctx, grad, input, demod, out):
-    """What `_ScaleAddAct.backward` returns, in one pass over memory and without a graph."""
-    needs_input, needs_demod, needs_noise, needs_bias = ctx.needs_input_grad[:4]
-    exact = torch.promote_types(out.dtype, torch.float32)  # of the sums
-    grad_input = torch.empty_like(out) if needs_input else None
-    grad_demod = torch.zeros_like(demod, dtype=exact) if needs_demod else None
-    grad_noise = out.new_zeros(ctx.noise_shape, dtype=exact) if needs_noise else None
-    grad_bias = out.new_zeros(1, out.shape[1], 1, 1, dtype=exact) if needs_bias else None
-    for images, rows in pieces(out):
-        piece = torch.ops.aten.leaky_relu_backward(
-            grad[images, :, rows], out[images, :, rows], ctx.negative_slope, True
-        )  # [images, C, rows, W]
-        if needs_demod:
-            grad_demod[images] += (piece * input[images, :, rows]).sum((2, 3), dtype=exact)
-        if needs_noise:
-            target = grad_noise[images if ctx.noise_shape[0] > 1 else slice(None), :, rows]
-            target += piece.sum(1, keepdim=True, dtype=exact).sum_to_size(target.shape)
-        if needs_bias:
-            grad_bias += piece.sum((0, 2, 3), keepdim=True, dtype=exact)
-        if needs_input:
-            torch.mul(piece, demod[images, :, None, None], out=grad_input[images, :, rows])
-    return tuple(g if g is None else g.to(out.dtype) for g in (grad_input, grad_demod, grad_noise, grad_bias))
 
 
 class FusedLeakyReLU(nn.Module):

@@ -20,14 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.checkpoint import (
-    CheckpointError,
-    fingerprint,
-    load_checkpoint,
-    load_safetensors,
-    load_strictly,
-    save_safetensors,
-)
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_safetensors
+from common.export import generator_fingerprint
 from model import Generator, GeneratorConfig, infer_config, load_generator
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
 
@@ -183,7 +177,7 @@ def psp_state(net: pSp, opts: dict) -> dict:
         },
         "encoder_config": net.config.to_dict(),
         "config": net.decoder.config.to_dict(),
-        "fingerprint": fingerprint(net.decoder.state_dict()),
+        "fingerprint": generator_fingerprint(net.decoder.state_dict()),
         "step": net.step,
     }
 
@@ -227,7 +221,7 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
     decoder.setdefault("token", torch.eye(generator.config.n_tokens))  # absent from eladrich's files
     load_strictly(net.decoder, decoder, f"{path} (decoder)")
     load_strictly(net.encoder, encoder, f"{path} (encoder)")
-    net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
+    net.decoder.fingerprint = generator_fingerprint(net.decoder.state_dict())
     return net.eval().requires_grad_(False)
 
 

@@ -1,12 +1,10 @@
-"""From seeds and codes to pictures: the one way to render, so that a code gives the same picture wherever it is used.
+"""From seeds and latents to images: the one way to render.
 
-Everything that belongs to a picture (z, noise maps) is drawn on the CPU from the picture's own seed. On a CPU each
-picture is also computed alone: matrix products and convolutions choose their order of summation by the shape of the
-whole batch, which moves the last bits of float32 and with them about one uint8 value in ten thousand. On a GPU a batch
-is computed at once, and pictures of different batch sizes agree up to that rounding.
+Everything that belongs to an image (z, noise maps) is drawn on the CPU from the image's own seed, whatever the batch or
+device. What is computed from it is equal up to rounding: batches of another size sum in another order.
 
-    codes = map_latents(generator, seeded_z(generator, [0, 1, 2]), truncation=0.7, mean=generator.mean_latent())
-    for picture in render(generator, codes, noise=noise_maps(generator, "const")): ...
+    ws = map_latents(generator, seeded_z(generator, [0, 1, 2]), truncation=0.7, mean=generator.mean_latent())
+    for image in render(generator, ws, noise=noise_maps(generator, "const")): ...
 """
 
 from __future__ import annotations
@@ -29,17 +27,12 @@ NOISE_MODES = ("const", "random", "none")
 RECORD = "rendering"  # the entry of a latents.json's `extra` that tells how the codes were drawn
 CONDITION = "condition"  # the entry that tells the attributes of each picture of a conditional generator
 
-# Noise of N pictures: one map per layer, each [N, 1, r, r] or, shared by all, [1, 1, r, r]; or a function that gives
-# such a list for the positions asked for, which keeps the memory bounded.
+# Noise of N images: one map per layer, each [N, 1, r, r] or, shared by all, [1, 1, r, r]; or a function that gives
+# such a list for some positions, which keeps the memory bounded.
 Noise = list[torch.Tensor] | Callable[[Sequence[int]], list[torch.Tensor]]
 
 
-# -- codes ---------------------------------------------------------------------------------------------------------
-
-
-def forward_size(device: torch.device, batch: int) -> int:
-    """Pictures per forward pass: one on a CPU (see above), `batch` elsewhere."""
-    return 1 if device.type == "cpu" else batch
+# -- latents -------------------------------------------------------------------------------------------------------
 
 
 def blocks(items: Iterable, size: int) -> Iterator[list]:
@@ -65,7 +58,7 @@ def map_latents(
     mean: torch.Tensor | None = None,
     batch: int = 8,
 ) -> Iterator[torch.Tensor]:
-    """w codes, CPU float32 [L, style_dim] each, of z as `seeded_z` gives it.
+    """w, CPU float32 [L, style_dim] each, of z as `seeded_z` gives it.
 
     truncation: psi in w = mean + psi * (w - mean), per token; mean [1, L, style_dim] (`generator.mean_latent`) is
     needed unless psi is 1 (ValueError).
@@ -73,7 +66,7 @@ def map_latents(
     if truncation != 1 and mean is None:
         raise ValueError("truncation needs mean = generator.mean_latent(n)")
     device = generator.token.device
-    for block in blocks(z, forward_size(device, batch)):
+    for block in blocks(z, batch):
         tokens = torch.stack(block).to(device)  # [B, L, D]
         latents = generator.get_latent(tokens[:, 0] if generator.config.w_space else tokens)  # [B, L, D]
         yield from truncate(latents, truncation, mean).cpu()
@@ -85,10 +78,10 @@ def truncate(latents: torch.Tensor, psi: float, mean: torch.Tensor | None) -> to
 
 
 def mix(row: torch.Tensor, column: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-    """The code `row` [L, D] with the tokens `layers` of `column` (style mixing, arXiv 1812.04948, section 3.1)."""
-    code = row.clone()
-    code[list(layers)] = column[list(layers)]
-    return code
+    """The latent `row` [L, D] with the tokens `layers` of `column` (style mixing, arXiv 1812.04948, section 3.1)."""
+    w = row.clone()
+    w[list(layers)] = column[list(layers)]
+    return w
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
@@ -103,7 +96,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
 
 
 def loop_position(frame: int, n_points: int, frames: int) -> tuple[int, int, float]:
-    """Points before and after, and the way between them in [0, 1), of a frame in the closed loop through all points."""
+    """The points before and after a frame of the closed loop through all points, and t in [0, 1) between them."""
     point, step = divmod(frame, frames)
     return point, (point + 1) % n_points, step / frames
 
@@ -113,7 +106,7 @@ def loop_position(frame: int, n_points: int, frames: int) -> tuple[int, int, flo
 
 def noise_maps(generator: Generator, mode: str, *, seeds: Sequence[int] = (), noise_seed: int = 0) -> Noise:
     """Noise for `render`: the stored maps (const), zeros (none), or maps drawn on the CPU from noise_seed and each
-    picture's own seed (random), in streams apart from those of z. ValueError for another mode."""
+    image's own seed (random), in streams apart from those of z. ValueError for another mode."""
     if mode == "const":
         return generator.fixed_noise()
     if mode == "none":
@@ -124,68 +117,63 @@ def noise_maps(generator: Generator, mode: str, *, seeds: Sequence[int] = (), no
 
 
 def noise_stream(noise_seed: int, seed: int) -> int:
-    """Seed of a picture's noise. Hashed: z is drawn from the bare seed, and the same numbers must not come twice."""
+    """Seed of an image's noise. Hashed: z is drawn from the bare seed, and the same numbers must not come twice."""
     return int(np.random.SeedSequence([noise_seed, seed]).generate_state(1)[0])
 
 
 def check_noise(noise: list[torch.Tensor], generator: Generator, n: int, source) -> list[torch.Tensor]:
-    """The maps of a file, if they fit n pictures of this generator; ValueError naming both sides otherwise."""
+    """The maps of a file, if they fit n images of this generator; ValueError naming both sides otherwise."""
     sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
     found = [list(layer.shape) for layer in noise]
     if found != [[n, 1, side, side] for side in sides]:
         raise ValueError(
-            f"{source}: noise maps of {n} pictures with sides {[shape[-1] for shape in found]} and shapes like "
+            f"{source}: noise maps of {n} images with sides {[shape[-1] for shape in found]} and shapes like "
             f"{found[:1]}; the generator takes [{n}, 1, r, r] with sides {sides}"
         )
     return noise
 
 
-def noise_at(noise: Noise, positions: Sequence[int]) -> Noise:
-    """The noise of a selection of pictures, in the selection's own numbering."""
-    return lambda chosen: select_noise(noise, [positions[i] for i in chosen])
-
-
 def select_noise(noise: Noise, positions: Sequence[int]) -> list[torch.Tensor]:
-    """Maps per layer, [n, 1, r, r] or [1, 1, r, r], of the pictures at these positions."""
+    """Maps per layer, [n, 1, r, r] or [1, 1, r, r], of the images at these positions."""
     if callable(noise):
         return noise(positions)
     return [layer if len(layer) == 1 else layer[list(positions)] for layer in noise]
 
 
 def select_condition(condition: torch.Tensor | None, positions: Sequence[int]) -> torch.Tensor | None:
-    """Attributes [n, d] or [1, d] of the pictures at these positions, of those of all, [N, d] or [1, d]."""
+    """Attributes [n, d] or [1, d] of the images at these positions, of those of all, [N, d] or [1, d]."""
     return condition if condition is None or len(condition) == 1 else condition[list(positions)]
 
 
 def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float) -> list[torch.Tensor]:
-    """Noise on the way between two pictures: each map [1, 1, r, r] keeps its strength (slerp over the whole map)."""
+    """Noise between that of two images: each map [1, 1, r, r] keeps its strength (slerp over the whole map)."""
     return [slerp(a.flatten(), b.flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
 
 
-# -- sources: what has a name, a code and noise --------------------------------------------------------------------
+# -- sources: what has a name, a latent and noise -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """Pictures that can be rendered, by position: file names without suffix, codes [L, D], noise, and attributes."""
+    """Images that can be rendered, by position: file names without suffix, latents [L, D], noise, and attributes."""
 
     names: list[str]
-    codes: Callable[[Sequence[int]], Iterator[torch.Tensor]]  # positions -> their codes
+    codes: Callable[[Sequence[int]], Iterator[torch.Tensor]]  # positions -> their w [L, D]
     noise: Noise
-    about: dict  # how they came about, for latents.json
+    origin: dict  # how they were drawn, for latents.json
     condition: torch.Tensor | None = None  # attributes [N, d] or [1, d] of a conditional generator
 
 
 def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch) -> Source:
-    """The pictures of seeds; codes are drawn and mapped while they are asked for."""
+    """The images of seeds; their latents are drawn and mapped when they are needed."""
 
     def codes(positions):
         z = seeded_z(generator, (seeds[i] for i in positions))
         return map_latents(generator, z, truncation=truncation, mean=mean, batch=batch)
 
     names = [f"seed{seed:04d}" for seed in seeds]
-    about = {"seeds": list(seeds), "truncation": truncation, "noise": noise, "noise_seed": noise_seed}
-    return Source(names, codes, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), about)
+    origin = {"seeds": list(seeds), "truncation": truncation, "noise": noise, "noise_seed": noise_seed}
+    return Source(names, codes, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), origin)
 
 
 def latents_source(generator, path, *, truncation, mean, noise, noise_seed, accept: Sequence[str] = ()) -> Source:
@@ -205,10 +193,10 @@ def latents_source(generator, path, *, truncation, mean, noise, noise_seed, acce
     if noise is None and saved.noise is not None:
         maps = check_noise(saved.noise, generator, len(saved), path)
     else:
-        about = saved.extra.get(RECORD, {})
-        seeds = about.get("seeds", range(len(saved)))
-        noise_seed = about.get("noise_seed", 0) if noise_seed is None else noise_seed
-        maps = noise_maps(generator, noise or about.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
+        drawn = saved.extra.get(RECORD, {})
+        seeds = drawn.get("seeds", range(len(saved)))
+        noise_seed = drawn.get("noise_seed", 0) if noise_seed is None else noise_seed
+        maps = noise_maps(generator, noise or drawn.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
 
     def codes(positions):
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
@@ -223,7 +211,7 @@ def latents_source(generator, path, *, truncation, mean, noise, noise_seed, acce
 
 
 def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:
-    """The attributes [N, d] under which saved latents belong to their pictures; None where none are recorded.
+    """The attributes [N, d] under which saved latents belong to their images; None where none are recorded.
 
     Raises ValueError when they do not fit the generator.
     """
@@ -232,7 +220,7 @@ def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None
     values, n = torch.tensor(saved.extra[CONDITION]["values"]), generator.config.condition_dim
     if list(values.shape) != [len(saved), n]:
         raise ValueError(
-            f"{saved.path}: attributes {list(values.shape)} of {len(saved)} pictures; the generator takes "
+            f"{saved.path}: attributes {list(values.shape)} of {len(saved)} images; the generator takes "
             f"[{len(saved)}, {n}]"
         )
     return values
@@ -260,45 +248,60 @@ def file_names(names: Sequence[str]) -> list[str]:
     return result
 
 
-# -- pictures ------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
+def synthesise(
+    generator: Generator,
+    ws: torch.Tensor,
+    *,
+    noise: list[torch.Tensor] | None = None,
+    condition: torch.Tensor | None = None,
+    first: int = 0,
+) -> list[np.ndarray]:
+    """Images, uint8 [S, S, 3] in 0..255, of latents w [N, L, D], in one forward pass.
+
+    noise: per layer [N or 1, 1, r, r] (default: the stored maps); condition: attributes [N or 1, d] of a conditional
+    generator (default: the neutral 0.5). first: position of the first image, for messages. Raises ValueError on
+    latents that do not fit the generator, or when an image is not finite.
+    """
+    device = generator.token.device
+    maps = [layer.to(device) for layer in (noise or generator.fixed_noise())]
+    condition = None if condition is None else condition.to(device).expand(len(ws), -1)  # [N, d]
+    images, _ = generator(ws.to(device), input_is_latent=True, noise=maps, condition=condition)  # [N, 3, S, S]
+    finite = torch.isfinite(images).flatten(1).all(1).tolist()
+    if not all(finite):
+        half = generator.compute_dtype == torch.float16
+        advice = "; --precision fp32 has the largest range" if half else ": diverged weights?"
+        raise ValueError(f"the generator's output is not finite at image {first + finite.index(False) + 1}{advice}")
+    return list(to_uint8(images))
+
+
 def render(
     generator: Generator,
     latents: Iterable[torch.Tensor],
     *,
     noise: Noise | None = None,
     batch: int = 8,
-    dtype: torch.dtype | None = None,
     condition: torch.Tensor | None = None,
 ) -> Iterator[np.ndarray]:
-    """Pictures, uint8 [size, size, 3] in 0..255, of w codes, computed while they are asked for.
+    """The images of any number of latents w [L, D], by `synthesise`, `batch` at a time and when they are needed.
 
-    latents: tensor [N, L, D], or any iterable of codes [L, D] on any device. noise: see `Noise`; default the stored
-    maps. dtype: of the convolutions (default float32). condition: attributes [N, d], or [1, d] for all, of a
-    conditional generator (default the neutral 0.5). Neither `batch` nor the company of other codes changes a picture
-    on a CPU. Raises ValueError on codes that do not fit the generator, or when a picture is not finite.
+    noise: see `Noise`; condition: attributes [N, d], or [1, d] for all.
     """
-    device = generator.token.device
-    noise = generator.fixed_noise() if noise is None else noise
     start = 0
-    for block in blocks(latents, forward_size(device, batch)):
-        codes = torch.stack(block).to(device)  # [B, L, D]
-        places = range(start, start + len(block))
-        maps = [layer.to(device) for layer in select_noise(noise, places)]
-        asked = None if condition is None else select_condition(condition, places).to(device).expand(len(block), -1)
-        images, _ = generator(codes, input_is_latent=True, noise=maps, dtype=dtype, condition=asked)  # [B, 3, S, S]
-        if not torch.isfinite(images).all():
-            advice = "; --precision fp32 has the largest range" if dtype == torch.float16 else ": diverged weights?"
-            raise ValueError(f"the generator's output is not finite at picture {start + 1}{advice}")
-        yield from to_uint8(images)
+    for block in blocks(latents, batch):
+        positions = range(start, start + len(block))
+        maps = None if noise is None else select_noise(noise, positions)
+        chosen = select_condition(condition, positions)
+        yield from synthesise(generator, torch.stack(block), noise=maps, condition=chosen, first=start)
         start += len(block)
 
 
-def mixing_sheet(rows: Sequence, columns: Sequence, cells: Sequence) -> np.ndarray:
-    """Sheet of len(rows) x len(columns) cells (row by row) with the sources on the left and upper margins; uint8."""
-    lines = [np.full_like(rows[0], 255), *columns]
+def mixing_grid(rows: Sequence, columns: Sequence, cells: Sequence) -> np.ndarray:
+    """Grid of len(rows) x len(columns) cells (row by row) with the sources on the left and upper margins; uint8."""
+    images = [np.full_like(rows[0], 255), *columns]
     for index, row in enumerate(rows):
-        lines += [row, *cells[index * len(columns) : (index + 1) * len(columns)]]
-    return make_grid(lines, nrow=len(columns) + 1)
+        images += [row, *cells[index * len(columns) : (index + 1) * len(columns)]]
+    return make_grid(images, nrow=len(columns) + 1)

@@ -167,7 +167,8 @@ def import_it(name):
     if name in scripts:
         from common.cli import ArgumentParser, flags_without_help
         parser = module.build_parser()
-        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        shown = [action for action in parser._actions if action.help != "==SUPPRESS=="]  # without hidden aliases
+        flags = [flag for action in shown for flag in action.option_strings if flag.startswith("--")]
         both = [flag for flag in flags for other in (flag.replace("_", "-"), "--" + flag[2:].replace("-", "_"))
                 if parser._declared_spelling([other]) != [flag]]
         result |= {"main": list(inspect.signature(module.main).parameters), "flags": flags,

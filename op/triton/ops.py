@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from op.triton import act as triton_act  # noqa: F401 - registers the operators
+from op.triton import act as _act  # noqa: F401 - register the operators
 
 
 def upfirdn2d(input, kernel, up, down, pad):

@@ -386,7 +386,7 @@ def test_recommended_settings_are_stored_and_kept(tmp_path, tiny_config, capsys)
     stored, half.statistics = again.latent_statistics(), None
     for found, expected in zip(stored, half.latent_statistics(), strict=True):
         assert torch.allclose(found, expected, atol=1e-5)
-    for text, word in (("[1]", "flags per script"), ('{"projector": 3}', "flags per script"), ("{", "not a JSON file")):
+    for text, word in (("[1]", "flags per script"), ('{"projector": 3}', "flags per script"), ("{", "not JSON")):
         (tmp_path / "settings.json").write_text(text)
         assert command(tmp_path / "half.safetensors", tmp_path / "no.safetensors", *flags) == 1
         assert word in capsys.readouterr().err and not (tmp_path / "no.safetensors").exists()

@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from straight import loud, straight_resample
+from straight import straight_resample
 
-import op.conv
 from layers import ConvLayer, ResBlock
-from model import Discriminator, Generator, stddev_group
+from model import Discriminator, stddev_group
 
 
 def straight_discriminator(discriminator, images):
@@ -57,30 +56,6 @@ def test_discriminator_equals_a_straight_one(batch, tiny_config):
     assert found.shape == (batch, 1)
     expected = straight_discriminator(discriminator.double(), images.double())
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_fast_convolutions_change_no_derivative(tiny_config, monkeypatch):
-    """Path length and R1, whose gradients are second derivatives, with the tiles of op/conv.py or without."""
-    torch.manual_seed(0)
-    generator, discriminator = (loud(net(tiny_config)).double() for net in (Generator, Discriminator))
-    generator.compute_dtype = discriminator.compute_dtype = torch.float64
-    codes = torch.randn(2, 6, 32).double().requires_grad_()
-    probe, noise = torch.randn(2, 3, 16, 16).double(), [n.double() for n in generator.fixed_noise()]
-    found = []
-    for fast in (True, False):
-        monkeypatch.setattr(op.conv, "worthwhile", lambda *shape, fast=fast, **options: fast)
-        image, _ = generator(codes, input_is_latent=True, noise=noise)
-        (slope,) = torch.autograd.grad((image * probe).sum(), codes, create_graph=True)
-        (real_slope,) = torch.autograd.grad(discriminator(image).sum(), image, create_graph=True)
-        parameters = [p for name, p in generator.named_parameters() if not name.startswith("style")]
-        first = torch.autograd.grad(slope.square().sum(), parameters, retain_graph=True, allow_unused=True)
-        second = torch.autograd.grad(
-            real_slope.square().sum(), list(discriminator.parameters()), retain_graph=True, allow_unused=True
-        )
-        found.append([image, slope, real_slope, *first, *second])
-    for a, b in zip(*found, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or torch.allclose(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
 
 
 def test_minibatch_stddev_groups():

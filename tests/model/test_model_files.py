@@ -2,14 +2,17 @@
 
 import json
 import math
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from straight import meta
 
-from common.checkpoint import CheckpointError, save_checkpoint, save_safetensors
+from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
+from common.cli import UserError
 from common.export import export_ema
 from model import Discriminator, Generator, GeneratorConfig, generator_state, infer_config, load_generator
 
@@ -38,7 +41,7 @@ def assert_same_network(loaded, original):
 
 
 @pytest.mark.parametrize("w_space", [False, True])
-@pytest.mark.parametrize("kind", ["own", "published", "bare"])
+@pytest.mark.parametrize("kind", ["own", "published", "bare", "parallel", "wrapped"])
 def test_load_generator_from_checkpoints(kind, w_space, tmp_path, tiny_config):
     config = GeneratorConfig(**{**tiny_config.to_dict(), "w_space": w_space})
     state, g_ema = published_checkpoint(config)
@@ -46,6 +49,10 @@ def test_load_generator_from_checkpoints(kind, w_space, tmp_path, tiny_config):
         state |= {"config": config.to_dict(), "step": 3}
     if kind == "bare":
         state = g_ema.state_dict()
+    if kind == "parallel":  # saved from DataParallel
+        state = {"g_ema": {f"module.{name}": tensor for name, tensor in g_ema.state_dict().items()}}
+    if kind == "wrapped":
+        state = {"state_dict": g_ema.state_dict(), "epoch": 3}
     path = tmp_path / "230000 ü.pt"
     torch.save(state, path)
     loaded = load_generator(path)
@@ -72,7 +79,7 @@ def test_widths_by_resolution(base, channel_max, widths):
     assert infer_config(meta(lambda: Generator(config)).state_dict()).widths == widths
     state = meta(lambda: Discriminator(config)).state_dict()
     assert state["convs.0.0.weight"].shape[0] == widths[-1] and state["final_conv.0.weight"].shape[1] == widths[0] + 1
-    with pytest.raises(ValueError, match="channel_base must not be negative"):
+    with pytest.raises(ValueError, match="channel_base must be from 0 to"):
         GeneratorConfig(channel_base=-1)
 
 
@@ -90,6 +97,19 @@ def test_load_generator_from_rosinality(tmp_path, tiny_w_config):
     state = {name: tensor for name, tensor in generator.state_dict().items() if name != "token"}
     torch.save({"g_ema": state, "latent_avg": torch.zeros(32)}, tmp_path / "550000.pt")
     assert_same_network(load_generator(tmp_path / "550000.pt"), generator)
+
+
+def test_w_has_no_token_in_files_and_takes_those_that_have(tmp_path, tiny_w_config):
+    """rosinality's strict load refuses the name; latents keep the fingerprint of files written with it."""
+    generator = Generator(tiny_w_config)
+    older = {"token": torch.eye(6), **generator.state_dict()}
+    assert "token" not in generator.state_dict() and generator.token.shape == (6, 6)
+    for name, state in (("older", older), ("newer", generator.state_dict())):
+        torch.save({"g_ema": state}, tmp_path / f"{name}.pt")
+        assert load_generator(tmp_path / f"{name}.pt").fingerprint == fingerprint(older)
+        generator.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="other"):
+        generator.load_state_dict({**older, "other": torch.zeros(1)})
 
 
 def test_load_generator_from_safetensors(tmp_path, tiny_config):
@@ -130,7 +150,28 @@ def bad_files(folder, config):
     torch.save({"g_ema": {**good["g_ema"], "extra": torch.zeros(1)}}, folder / "extra.pt")
     yield "extra.pt", "extra is unknown"
     torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), "style_dim": 48}}, folder / "config.pt")
-    yield "config.pt", "expected"
+    yield "config.pt", "config says style_dim 48, its tensors have 32"
+    for name, value in (("n_mlp", 10**9), ("size", 64), ("w_space", True), ("lr_mlp", "0.01"), ("n_mlp", 2.0)):
+        torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), name: value}}, folder / f"{name}-{value}.pt")
+        yield f"{name}-{value}.pt", name
+    torch.save({"g_ema": good["g_ema"], "config": [1]}, folder / "list.pt")
+    yield "list.pt", "config is a list"
+    torch.save({"g": good["g"], "d": good["d"]}, folder / "unaveraged.pt")
+    yield "unaveraged.pt", "holds `g`, `d`, but no `g_ema`"
+    wide = {**good["g_ema"], "style.1.mlp.0.weight": torch.zeros(1).expand(32, 1 << 20)}
+    torch.save({"g_ema": wide}, folder / "wide.pt")
+    yield "wide.pt", "claim more numbers than are in the file"
+    with zipfile.ZipFile(folder / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    yield "bomb.pt", "claims more than its"
+    os.mkfifo(folder / "pipe.pt")
+    yield "pipe.pt", "a device or a pipe"
+    (folder / "zero.safetensors").symlink_to("/dev/zero")
+    yield "zero.safetensors", "a device or a pipe"
+    save_safetensors(folder / "base.safetensors", {"x": torch.zeros(1)}, {"base": {"file": 3}})
+    yield "base.safetensors", "does not name a file"
+    save_safetensors(folder / "deep.safetensors", good["g_ema"], {"config": {"size": 10**400}})
+    yield "deep.safetensors", "config is a|size"
     torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), "later": 1}}, folder / "newer.pt")
     yield "newer.pt", "later"
     widths = {**good["g_ema"], "convs.2.conv.weight": torch.zeros(1, 11, 8, 3, 3)}
@@ -156,7 +197,7 @@ def test_what_load_generator_refuses(tmp_path, tiny_config):
     with pytest.raises(FileNotFoundError, match="absent.pt"):
         load_generator(tmp_path / "absent.pt")
     for name, words in bad_files(tmp_path, tiny_config):
-        with pytest.raises(CheckpointError, match=words) as refusal:
+        with pytest.raises((CheckpointError, UserError), match=words) as refusal:
             load_generator(tmp_path / name)
         assert name in str(refusal.value) and "\n" not in str(refusal.value).strip(), str(refusal.value)
     assert not (tmp_path / "was run").exists()

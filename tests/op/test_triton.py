@@ -30,7 +30,7 @@ def undecided(monkeypatch):
 
 
 def run_cases(root, **environment):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/op/triton_cases.py"]
     fixed = {"WPP_OPS": "auto", "OMP_NUM_THREADS": "1", "TRITON_DEFAULT_FP_FUSION": "1"}  # 3.9 warns without the last
     environment = os.environ | fixed | environment
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800)

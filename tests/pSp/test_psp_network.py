@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from PIL import Image
 from psp_networks import LIGHT, tiny_generator, tiny_net
 
-from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
+from common.checkpoint import CheckpointError, save_checkpoint, save_safetensors
+from common.export import generator_fingerprint
 from pSp.encoders import E4E, GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
 from pSp.psp import export_encoder, load_psp, pSp, psp_state
 
@@ -66,7 +67,7 @@ def test_checkpoint_round_trip(tmp_path):
         for ours, theirs in zip(net(images, randomize_noise=False), read(images, randomize_noise=False), strict=True):
             assert torch.equal(ours, theirs)
     assert read.step == 7 and read.config == net.config
-    assert read.decoder.fingerprint == fingerprint(net.decoder.state_dict())
+    assert read.decoder.fingerprint == generator_fingerprint(net.decoder.state_dict())
 
 
 @pytest.mark.parametrize("w_space", [True, False])
@@ -138,7 +139,7 @@ def test_each_pass_sees_the_reconstruction_of_the_one_before():
 
 def test_refining_encoders_round_trip(tmp_path):
     net = tiny_net(input_nc=6, n_iters=4).eval()
-    net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
+    net.decoder.fingerprint = generator_fingerprint(net.decoder.state_dict())
     images = torch.randn(2, 3, 32, 32)
     save_checkpoint(tmp_path / "a.pt", psp_state(net, {}))
     save_safetensors(tmp_path / "g.safetensors", net.decoder.state_dict(), {"config": net.decoder.config.to_dict()})
@@ -177,7 +178,7 @@ def test_entries_that_are_something_else_are_one_sentence(tmp_path, entry, value
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
 def test_torn_files_are_one_sentence(tmp_path, name):
     net = tiny_net().eval()
-    net.decoder.fingerprint = fingerprint(net.decoder.state_dict())
+    net.decoder.fingerprint = generator_fingerprint(net.decoder.state_dict())
     if name == "x.pt":
         save_checkpoint(tmp_path / name, psp_state(net, {}))
     else:
@@ -206,7 +207,7 @@ def test_files_that_are_no_encoders(tmp_path):
 def test_exported_encoder(tmp_path):
     """The encoder alone, in half precision; its generator is found beside it, or given, and must be the right one."""
     net = tiny_net().eval()
-    net.step, net.decoder.fingerprint = 7, fingerprint(net.decoder.state_dict())
+    net.step, net.decoder.fingerprint = 7, generator_fingerprint(net.decoder.state_dict())
     config = net.decoder.config.to_dict()
     save_safetensors(tmp_path / "faces.safetensors", net.decoder.state_dict(), {"config": config})
     export_encoder(net, tmp_path / "encoder.safetensors", "faces.safetensors")

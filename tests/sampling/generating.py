@@ -5,8 +5,9 @@ import torch
 from PIL import Image
 
 import generate
-from common.checkpoint import fingerprint, save_checkpoint
+from common.checkpoint import save_checkpoint
 from common.cli import run
+from common.export import generator_fingerprint
 from model import Generator, GeneratorConfig
 from sampling.render import render, seed_source
 
@@ -22,7 +23,7 @@ def new_generator(**changes):
             parameter.fill_(0.3)
         elif "to_rgb" in name and name.endswith("conv.weight"):
             parameter.mul_(0.2)  # most values inside [-1, 1]: clamped ones would hide differences
-    network.fingerprint = fingerprint(network.state_dict())
+    network.fingerprint = generator_fingerprint(network.state_dict())
     return network
 
 
@@ -38,11 +39,16 @@ def command(*args):
     return run(generate.main, generate.build_parser(), [str(arg) for arg in args])
 
 
-def pictures(folder):
+def close(found, expected):
+    """Are uint8 images equal up to the rounding of sums in another order?"""
+    return np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def images_in(folder):
     return {path.relative_to(folder).as_posix(): np.asarray(Image.open(path)) for path in sorted(folder.rglob("*.png"))}
 
 
-def seed_pictures(generator, seeds, batch=8, noise="const", truncation=1.0, noise_seed=0):
+def seed_images(generator, seeds, batch=8, noise="const", truncation=1.0, noise_seed=0):
     mean = generator.mean_latent(100) if truncation != 1 else None
     source = seed_source(
         generator, seeds, truncation=truncation, mean=mean, noise=noise, noise_seed=noise_seed, batch=batch

@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from generating import command, pictures, seed_pictures
+from generating import close, command, images_in, new_generator, seed_images
 
 import generate
 from common.checkpoint import save_checkpoint
 from common.cli import flags_without_help
+from common.export import export_ema
 from model import load_generator
 
 
@@ -37,6 +38,7 @@ def test_every_flag_has_help():
         (["--interpolate", "--video", "a.avi"], 2, ".webp"),
         (["--export", "a.pt"], 2, ".safetensors"),
         (["--half"], 2, "--export"),
+        (["--latents", "x", "--save_latents"], 2, "--save_latents"),
         (["--batch", "0"], 2, "--batch"),
         (["--frames", "0", "--interpolate"], 2, "--frames"),
         (["--fps", "0", "--interpolate"], 2, "--fps"),
@@ -67,15 +69,15 @@ def test_bad_checkpoints(tmp_path, capsys):
 def test_precision(wpp_ckpt, tmp_path, precision):
     folder = tmp_path / precision
     assert command("--ckpt", wpp_ckpt, "--seeds", "0-1", "--precision", precision, "--output_dir", folder) == 0
-    full = seed_pictures(load_generator(wpp_ckpt), [0, 1])
-    low = np.stack(list(pictures(folder).values()))
+    full = seed_images(load_generator(wpp_ckpt), [0, 1])
+    low = np.stack(list(images_in(folder).values()))
     assert 0 < np.abs(full.astype(int) - low).max() < 24
 
 
 COMMANDS = (
     "--seeds 0-4 --grid --save_latents --noise random --trunc 0.5 --truncation_mean 20",
     "--mix 0-2 3",
-    "--seeds 0-2 --interpolate --frames 3 --batch 2 --video {out}/a.gif",
+    "--seeds 0-2 --interpolate --frames 3 --video {out}/a.gif",
     "--export {out}/a.safetensors",
 )
 IN_ONE_GROUP = """
@@ -85,7 +87,7 @@ from common.cli import run
 from common.distributed import setup, shutdown
 
 place = setup("cpu", timeout=240)
-generate.setup, generate.shutdown = lambda device: place, lambda: None  # one process group for all commands
+generate.setup, generate.shutdown = lambda *_, **__: place, lambda: None  # one process group for all commands
 for command in sys.argv[1:]:
     assert run(generate.main, generate.build_parser(), command.split("|")) == 0
 shutdown()
@@ -100,7 +102,7 @@ def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
     written, commands = {}, {}
     for name in ("one", "two"):
         out = str(tmp_path / name)
-        first = ["--ckpt", str(wpp_ckpt), "--output_dir", out, "--device", "cpu"]
+        first = ["--ckpt", str(wpp_ckpt), "--output_dir", out, "--device", "cpu", "--batch", "1"]  # else sums differ
         commands[name] = [[*first, *text.replace("{out}", out).split(" ")] for text in COMMANDS]
 
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
@@ -129,3 +131,20 @@ def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
         del written[name]["a.safetensors"]  # whose header lists its entries in any order
     assert len(written["one"]) == 10 and written["one"] == written["two"]
     assert json.loads(written["one"]["latents/latents.json"])["names"][-1] == "seed0004"
+
+
+def test_the_files_settings_hold_where_no_flag_is_given(tmp_path, capsys):
+    """truncation and noise of `recommended`; --preset published leaves them out, saved latents are drawn already."""
+    network, file = new_generator(), tmp_path / "face.safetensors"
+    state = {"g_ema": network.state_dict(), "config": network.config.to_dict()}
+    export_ema(state, file, recommended={"generate": {"truncation": 0.5, "noise": "none"}, "projector": {"step": 7}})
+    for flags, truncation, noise, said in (
+        ([], 0.5, "none", "--noise none --truncation 0.5"),
+        (["--truncation", "0.8"], 0.8, "none", "--noise none"),
+        (["--preset", "published"], 1.0, "const", ""),
+    ):
+        out = tmp_path / "-".join(["out", *flags])
+        assert command("--ckpt", file, "--seeds", "3", "--truncation_mean", "100", "--output_dir", out, *flags) == 0
+        assert said in capsys.readouterr().err
+        expected = seed_images(network, [3], noise=noise, truncation=truncation)
+        assert close(images_in(out)["seed0003.png"], expected[0])
