@@ -1,4 +1,4 @@
-"""The discriminator beside an exported generator: generate.py --export FILE --with_d, train.py --init_from FILE."""
+"""The discriminator beside an exported generator: convert.py --with_d, train.py --init_from FILE."""
 
 import pytest
 import torch
@@ -44,5 +44,5 @@ def test_half_precision_and_a_missing_discriminator(tiny_config, tmp_path, capsy
     for a, b in zip(new.d.parameters(), old.d.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     assert call("--ckpt", tmp_path / "half.safetensors", "--export", tmp_path / "again.safetensors", "--with_d") == 1
-    assert "holds no discriminator with its config" in capsys.readouterr().err
+    assert "holds no discriminator" in capsys.readouterr().err
     assert call("--ckpt", tmp_path / "half.safetensors", "--with_d") == 2

@@ -291,6 +291,27 @@ def test_truncated(part, nvidia, tmp_path):
         read_networks(tmp_path / "absent.pkl")
 
 
+def test_shared_modules_are_bounded(nvidia):
+    """Fourteen levels of four references to one module would be 4^14 places."""
+    data = snapshot()
+    module = Module("FullyConnectedLayer")
+    for _ in range(13):
+        parent = Module("Block")
+        parent.modules |= dict.fromkeys("abcd", module)
+        module = parent
+    data["G_ema"].put("shared", module)
+    with pytest.raises(CheckpointError, match="more than 2000 modules"):
+        read_networks(nvidia("a.pkl", data))
+
+
+def test_tensors_of_few_numbers_stay_small(nvidia):
+    """A view that repeats one number would become as large as it claims in the first copy."""
+    data = snapshot()
+    data["G_ema"].at("mapping").buffers["w_avg"] = torch.zeros(1).expand(1 << 40)
+    with pytest.raises(CheckpointError, match="of 1 numbers"):
+        read_networks(nvidia("a.pkl", data))
+
+
 def test_tensors_within_their_storage_only(nvidia):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on TypedStorage, the form in which tensors are pickled
