@@ -481,7 +481,7 @@ def test_published_checkpoint_is_continued(tiny_config, tiny_w_config):
         state = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
         state = copy.deepcopy(state)
         if config.w_space:
-            del state["g"]["token"], state["g_ema"]["token"]
+            state["g"].pop("token", None), state["g_ema"].pop("token", None)
         for optimiser in ("g_optim", "d_optim"):  # as an older PyTorch wrote it: plain Adam, int steps
             kept = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
             state[optimiser]["param_groups"] = [
