@@ -178,7 +178,7 @@ def main(args) -> None:
         source = latents_source(
             generator, folder, truncation=1, mean=None, noise=None, noise_seed=None, accept=(base,) if base else ()
         )
-        if source.about["fingerprint"] not in (None, generator.fingerprint) and dist.is_main:
+        if source.origin["fingerprint"] not in (None, generator.fingerprint) and dist.is_main:
             print(f"{folder}: inversions of the generator that {args.ckpt} was trained from, taken as neutral ones")
         folder = folder if folder.is_dir() else folder.parent
 
