@@ -454,11 +454,6 @@ def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
     return state, config, file
 
 
-def generator_state(path: str | Path) -> tuple[dict, GeneratorConfig]:
-    """EMA tensors and config of a generator file; errors as in `read_generator`."""
-    return read_generator(path)[:2]
-
-
 def load_generator(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:

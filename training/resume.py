@@ -10,10 +10,10 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_export, load_safetensors
+from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
 from common.export import discriminator_file
-from model import GeneratorConfig, infer_config
+from model import GeneratorConfig, infer_config, read_generator
 from training.trainer import Trainer, TrainSettings
 from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 
@@ -81,12 +81,8 @@ def read_weights(path: str | Path) -> Start:
     path = Path(path)
     if path.suffix != ".safetensors":
         return read_checkpoint(path, continues=False)
-    generator, metadata = load_export(path)
+    generator, config, metadata = read_generator(path)
     state = {"g_ema": generator, "condition": metadata.get("condition"), "options": {"noise": metadata.get("noise")}}
-    try:
-        config = GeneratorConfig.from_dict(metadata["config"]) if "config" in metadata else infer_config(generator)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
     return Start(path, False, config, state | read_discriminator(path))
 
 

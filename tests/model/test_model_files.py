@@ -14,7 +14,7 @@ from straight import meta
 from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
 from common.cli import UserError
 from common.export import export_ema
-from model import Discriminator, Generator, GeneratorConfig, generator_state, infer_config, load_generator
+from model import Discriminator, Generator, GeneratorConfig, infer_config, load_generator, read_generator
 
 
 def published_checkpoint(config):
@@ -221,7 +221,7 @@ def test_settings_and_statistics_come_with_the_file(tmp_path, tiny_config):
     found = loaded.latent_statistics(500)
     assert torch.equal(found[0], mean) and torch.equal(found[1], std), "stored ones are read, not computed"
     assert not torch.allclose(loaded.latent_statistics(501)[0], mean), "more samples than the file's: computed"
-    assert generator_state(path)[0].keys() == generator.state_dict().keys(), "training starts from weights alone"
+    assert read_generator(path)[0].keys() == generator.state_dict().keys(), "training starts from weights alone"
     bare, _ = exported(tiny_config, tmp_path)
     assert load_generator(bare).recommended == {} and load_generator(bare).statistics is None
 
