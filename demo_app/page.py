@@ -262,9 +262,11 @@ def build_page(models: Models, folder: Path):
     class Blocks(gr.Blocks):
         """Refuses values that no control of the page sends, without a traceback in the log."""
 
-        async def preprocess_data(self, *args, **kwargs):
+        async def preprocess_data(self, block_fn, *args, **kwargs):
+            if not block_fn.fn:  # cancels others: there is nothing to call
+                raise gr.Error("this request does not fit the page", print_exception=False)
             try:
-                values = await super().preprocess_data(*args, **kwargs)
+                values = await super().preprocess_data(block_fn, *args, **kwargs)
             except Exception as error:  # a component's own reading of a forged request raises anything at all
                 raise gr.Error("this request does not fit the page", print_exception=False) from error
             if any(isinstance(value, float) and not math.isfinite(value) for value in values):
