@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from op.triton import act as _act  # noqa: F401 - register the operators
+from op.triton import act as _act  # noqa: F401 - registers its operators
+from op.triton import fir as _fir  # noqa: F401 - registers its operators
 
 
 def upfirdn2d(input, kernel, up, down, pad):
