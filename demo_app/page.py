@@ -394,12 +394,13 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     for trigger in (photo.upload, samples.select, photo.clear):
         trigger(None, None, None, cancels=running, queue=False, api_visibility="private")
     move = [parts["session"], first, last, *sliders]
-    gr.on([slider.input for slider in sliders], plain(page.move), move, outputs, trigger_mode="always_last", **quiet)
+    dragged = [slider.input for slider in sliders]  # also by a typed number, which has no release
+    moved = gr.on(dragged, plain(page.move), move, outputs, trigger_mode="always_last", **quiet)
     released = gr.on(
         [slider.release for slider in (*sliders, first, last)], plain(page.move, rounds=ROUNDS), move, outputs, **quiet
     )
     session, reference = [parts["session"]], inputs["reference"]
     reset = inputs["reset"].click(plain(page.reset), session, outputs, **quiet)
     like = inputs["like"].click(streaming(page.take_expression), [*session, reference], outputs, **quiet)
-    for event in (released, reset, like):
+    for event in (moved, released, reset, like):
         event.then(*save, **quiet)

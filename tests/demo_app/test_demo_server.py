@@ -259,8 +259,14 @@ def test_a_visit(visitor, astronaut, tmp_path):
     assert visitor.one("#age").rect["y"] + visitor.one("#age").rect["height"] < 768 > box["y"] + box["height"]
     visitor.type("#age input[type=number]", "12")
     visitor.wait_for_text("#readout", "asked")
-    saved = visitor.download("#download")
-    assert saved.stem.endswith("-edited")
+    original = np.asarray(Image.open(astronaut))
+
+    def edited():
+        saved = visitor.download("#download")
+        assert "-edited" in saved.stem
+        return not np.array_equal(np.asarray(Image.open(saved)), original)
+
+    visitor.wait("the edit in the download", edited)
     visitor.click("#samples img", 1)
     visitor.wait_for_text("#message", "seed0001")
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
