@@ -66,7 +66,7 @@ def build_parser():
 
 @dataclass(frozen=True)
 class Row:
-    """What one row measures."""
+    """One row of the table: the generator, size, batch and precision it measures."""
 
     formulation: str
     space: str
@@ -100,7 +100,7 @@ def rows_of(args):
 
 
 def make_generator(row: Row, args, device) -> Generator:
-    """As generate.py has it: averaged weights, eval mode, no gradients."""
+    """Generator in the state generate.py uses: averaged weights, eval mode, no gradients."""
     if args.ckpt:
         generator = load_generator(args.ckpt, device)
     else:

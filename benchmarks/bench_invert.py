@@ -228,7 +228,7 @@ def main(args):
 
 
 def ratios(row, reference) -> list[float]:
-    """How many times as fast, by the clock and by processor time."""
+    """Speed ratios, by the clock and by processor time."""
     return [row[name] / reference[name] for name in ("images_per_minute", "images_per_cpu_minute")]
 
 

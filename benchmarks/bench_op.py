@@ -58,7 +58,7 @@ def build_parser():
 
 @dataclass(frozen=True)
 class Operation:
-    """What is called, and what moves: letters are images, i of the input's size, o of the output's."""
+    """One operation and the tensors it moves: letters are images, i of the input's size, o of the output's."""
 
     call: Callable  # (x, factors) -> y
     sides: Callable  # side -> sides of input and output

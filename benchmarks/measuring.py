@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians, memory, processes of their own, tables, the closing line of JSON, traces.
+"""Shared parts of the benchmarks: medians, memory, processes of their own, tables, the closing line of JSON, traces.
 
 Imports nothing but `common.cli` and `common.runs`, so that peers.py can use it beside another repository's modules.
 """
@@ -197,7 +197,7 @@ def add_network_flags(parser) -> None:
 
 
 def add_run_flags(parser, traced: str) -> None:
-    """How a benchmark of rows runs; traced: what --profile writes a trace of."""
+    """Add the flags of a benchmark of rows; traced: what --profile writes a trace of."""
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
     parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")

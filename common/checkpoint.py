@@ -117,7 +117,7 @@ def load_checkpoint(path, map_location="cpu"):
 
 
 def _load_failure(error):
-    """What torch's several paragraphs on a refused or unreadable file come to."""
+    """One-line summary of a torch.load error."""
     message = str(error)
     refused = re.search(r"GLOBAL (\S+)", message)  # the pickle opcode that names a class or function
     if refused:

@@ -169,7 +169,7 @@ def package_versions(names=PACKAGES):
 
 
 def _circumstances(options):
-    """What options.json holds: enough to repeat the run."""
+    """Content of options.json: enough to repeat the run."""
     present = {package: version for package, version in package_versions().items() if version}
     return {
         "options": options if isinstance(options, dict) else vars(options),

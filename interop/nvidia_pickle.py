@@ -161,7 +161,7 @@ def _parameter(data, *rest):
 
 
 class _Call:
-    """What the pickle gets for a name: a function that it can call but not change."""
+    """Object given to the pickle for a name: a function that it can call but not change."""
 
     __slots__ = ("_function",)
 

@@ -300,7 +300,7 @@ def backward_act(ctx, grad):
 
 
 def gradients(needs, grad, saved, slope, scale, from_input=None):
-    """Of x, demod, noise, strength and bias, by differentiable operators. `saved`: source, demod, noise, strength,
+    """Gradients of x, demod, noise, strength and bias, by differentiable operators. `saved`: source, demod, noise, strength,
     bias; from_input: is the source x, and not y? By default where there is a demod."""
     source, demod, noise, strength, bias = saved
     wanted = [demod is not None if from_input is None else from_input, needs[1], needs[4], needs[2] or needs[3]]

@@ -29,7 +29,7 @@ TILE_BYTES = 2048  # of a row, per program of four warps: one 16-byte load per t
 
 
 class Tiles:
-    """How a result of `columns` by `rows` (or pairs of them) is cut into programs."""
+    """Cut of a result of `columns` by `rows` (or pairs of them) into programs."""
 
     def __init__(self, x, columns, rows, strip):
         (n, channels), self.last = x.shape[:2], is_last(x)

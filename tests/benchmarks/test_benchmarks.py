@@ -64,7 +64,7 @@ def test_data(root, tmp_path):
     )
     results = found["results"]
     assert results["store, ratio"] == pytest.approx(
-        results["store, ours, puts/s"] / results["store, commit per picture, puts/s"]
+        results["store, ours, puts/s"] / results["store, commit per image, puts/s"]
     )
     assert results["loader 8 px, 0 workers, images/s"] > 0 and "loader 8 px" in shown
     labels = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
