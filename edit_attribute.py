@@ -64,6 +64,7 @@ RECOMMENDED = {  # flags that a generator's file may set (`recommended`, entry `
     "distance?": str,
     "unit?": str,
 }
+SWEEP = {"start_distance", "end_distance", "distance", "unit"}  # one choice: distances given by hand keep their unit
 
 
 def build_parser() -> ArgumentParser:
@@ -198,7 +199,8 @@ def main(args) -> None:
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
         recommended = generator.recommended.get("edit", {})
         check_shape(recommended, RECOMMENDED, f"{args.ckpt}: recommended.edit")
-        recommended = {name: value for name, value in recommended.items() if f"{name}?" in RECOMMENDED}
+        fixed = SWEEP if SWEEP & args.given else set()
+        recommended = {n: value for n, value in recommended.items() if f"{n}?" in RECOMMENDED and n not in fixed}
         filled = args.fill(PUBLISHED if args.preset else recommended)
         _check(args)
         if filled and not args.preset:

@@ -300,8 +300,8 @@ def backward_act(ctx, grad):
 
 
 def gradients(needs, grad, saved, slope, scale, from_input=None):
-    """Gradients of x, demod, noise, strength and bias, by differentiable operators. `saved`: source, demod, noise, strength,
-    bias; from_input: is the source x, and not y? By default where there is a demod."""
+    """Gradients of x, demod, noise, strength and bias, by differentiable operators. `saved`: source, demod, noise,
+    strength, bias; from_input: is the source x, and not y? By default where there is a demod."""
     source, demod, noise, strength, bias = saved
     wanted = [demod is not None if from_input is None else from_input, needs[1], needs[4], needs[2] or needs[3]]
     grad_x, by_demod, by_bias, by_pixel = torch.ops.wpp.act_backward(grad, *saved, slope, scale, *wanted)
