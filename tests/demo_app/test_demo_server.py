@@ -251,6 +251,7 @@ def test_a_visit(visitor, astronaut, tmp_path):
     """A bad upload, a photo that is refined by itself, an edit, the download, a drawn face; no other server."""
     broken = tmp_path / "notes.png"
     broken.write_text("these are notes")
+    visitor.one("#samples img")  # the page is there as soon as its samples are
     visitor.upload("#upload", broken)
     visitor.wait_for_text("#message", "notes.png: the file cannot be read as an image")
     visitor.upload("#upload", astronaut)
