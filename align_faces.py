@@ -27,8 +27,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, positive_int, run_script
-from common.distributed import add_rank_flags, setup, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_rank_flags, positive_int, run_script
+from common.distributed import setup, shutdown
 from common.images import list_images, read_image, reading_losses
 from common.lock import lock_folder
 from common.workers import n_cores

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from common.cli import ArgumentParser, UsageError, positive, run_script
-from common.distributed import add_device_flags, resolve_device
+from common.cli import ArgumentParser, UsageError, add_device_flags, positive, run_script
+from common.distributed import resolve_device
 from demo_app.models import CHECKPOINTS, READER, load_models
 from demo_app.serve import serve
 

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run_script
-from common.distributed import add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
+from common.distributed import broadcast_object, gather_list, setup, shard, shutdown
 from common.files import check_shape
 from common.grids import make_strip
 from common.images import save_image

@@ -28,8 +28,8 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoint import load_safetensors
-from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run_script
-from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
+from common.distributed import gather_list, setup, shard, shutdown
 from common.files import check_shape
 from common.images import FITS, read_image, save_image
 from common.names import safe_name

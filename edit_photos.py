@@ -21,8 +21,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, positive, run_script
-from common.distributed import add_device_flags, resolve_device
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
+from common.distributed import resolve_device
 from common.grids import make_strip
 from common.images import ImageError, read_image, reading_losses, save_image
 from common.lock import lock_folder

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run_script
-from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, setup, shard, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
+from common.distributed import Distributed, broadcast_object, gather_list, setup, shard, shutdown
 from common.grids import save_grid
 from common.images import save_image
 from common.latents import parse_layers, parse_seeds, save_latents

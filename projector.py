@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import add_device_flags, setup, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, run_script
+from common.distributed import setup, shutdown
 from common.images import FITS
 from common.latents import load_latents
 from common.precision import DTYPES

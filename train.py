@@ -15,8 +15,16 @@ from contextlib import ExitStack, closing, nullcontext
 
 import torch
 
-from common.cli import ArgumentParser, UsageError, UserError, positive_int, require_one_start, run_script
-from common.distributed import add_device_flags, barrier, setup, shutdown
+from common.cli import (
+    ArgumentParser,
+    UsageError,
+    UserError,
+    add_device_flags,
+    positive_int,
+    require_one_start,
+    run_script,
+)
+from common.distributed import barrier, setup, shutdown
 from common.interrupt import StopSignal
 from common.lock import lock_folder
 from common.precision import DTYPES

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import add_device_flags, resolve_device
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, run_script
+from common.distributed import resolve_device
 from common.files import atomic_write
 from common.images import check_header, list_images
 from common.interrupt import StopSignal

@@ -40,8 +40,8 @@ from benchmarks.measuring import (  # noqa: E402
     total_seconds,
     write_trace,
 )
-from common.cli import ArgumentParser, run_script  # noqa: E402
-from common.distributed import add_device_flags, resolve_device, tune_allocator  # noqa: E402
+from common.cli import ArgumentParser, add_device_flags, run_script  # noqa: E402
+from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
 from sampling.render import render, seed_source  # noqa: E402

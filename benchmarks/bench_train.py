@@ -40,8 +40,8 @@ from benchmarks.measuring import (  # noqa: E402
     write_trace,
 )
 from benchmarks.rounds import PHASES, Schedule, measure_schedule  # noqa: E402
-from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
-from common.distributed import Distributed, add_device_flags, resolve_device, setup, shutdown  # noqa: E402
+from common.cli import ArgumentParser, UsageError, add_device_flags, run_script  # noqa: E402
+from common.distributed import Distributed, resolve_device, setup, shutdown  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
 from training.trainer import Trainer, TrainSettings, update_average  # noqa: E402

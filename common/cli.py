@@ -21,6 +21,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 300.0  # seconds that a collective may take
 RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scripts write to
 
 
@@ -150,6 +151,29 @@ def positive_int(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
     return value
+
+
+def add_device_flags(parser):
+    """Add `--device` and `--ops`, and what several processes need: see `add_rank_flags`."""
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
+    parser.add_argument(
+        "--ops",
+        choices=("auto", "ref", "triton"),
+        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
+        "| ref | triton; default: $WPP_OPS, else auto",
+    )
+    add_rank_flags(parser)
+
+
+def add_rank_flags(parser):
+    """Add `--dist_timeout`, for `setup`, and the `--local_rank` that `torch.distributed.launch` passes."""
+    parser.add_argument("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
+    parser.add_argument(
+        "--dist_timeout",
+        type=positive,
+        default=TIMEOUT,
+        help="seconds that several processes wait for one that is silent; a collective that takes longer fails",
+    )
 
 
 def flags_without_help(parser):

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common.cli import UsageError, positive
+from common.cli import TIMEOUT, UsageError
 from op import dispatch
 
-TIMEOUT = 300.0  # seconds
 BEAT = 2.0  # seconds between two signs of life
 WORK = timedelta(days=7)  # how long ranks wait for each other's work, as long as all show signs of life
 _watch = None
@@ -47,29 +46,6 @@ class Distributed:
     @property
     def is_main(self):
         return self.rank == 0
-
-
-def add_device_flags(parser):
-    """Add `--device` and `--ops`, and what several processes need: see `add_rank_flags`."""
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
-    parser.add_argument(
-        "--ops",
-        choices=dispatch.OPS,
-        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
-        "| ref | triton; default: $WPP_OPS, else auto",
-    )
-    add_rank_flags(parser)
-
-
-def add_rank_flags(parser):
-    """Add `--dist_timeout`, for `setup`, and the `--local_rank` that `torch.distributed.launch` passes."""
-    parser.add_argument("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
-    parser.add_argument(
-        "--dist_timeout",
-        type=positive,
-        default=TIMEOUT,
-        help="seconds that several processes wait for one that is silent; a collective that takes longer fails",
-    )
 
 
 def resolve_device(name, *, ops=None):

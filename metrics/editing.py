@@ -32,8 +32,8 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # started by path: the root stands in for this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import ArgumentParser, UsageError, UserError, positive, run_script
-from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
+from common.distributed import gather_list, setup, shard, shutdown
 from common.files import atomic_write
 from common.latents import parse_layers
 from common.runs import write_json

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from common.arrays import read_npz, require_floats
-from common.cli import UserError
-from common.distributed import Distributed, add_device_flags, broadcast_object, gather_list, shard
+from common.cli import UserError, add_device_flags
+from common.distributed import Distributed, broadcast_object, gather_list, shard
 from common.files import atomic_write, parse_json
 from common.lmdb_store import DatasetError
 from metrics.extractors import Extractor, extractor_names

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import Distributed, add_device_flags, gather_list, setup, shard, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, run_script
+from common.distributed import Distributed, gather_list, setup, shard, shutdown
 from common.latents import draw_z
 from metrics.evaluation import default_output
 from metrics.features import HERE

@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.checkpoint import require_file
-from common.cli import ArgumentParser, run_script
-from common.distributed import add_device_flags, resolve_device
+from common.cli import ArgumentParser, add_device_flags, run_script
+from common.distributed import resolve_device
 from common.runs import git_commit, package_versions
 from common.weights import WEIGHTS, find, search_folders
 from op import dispatch

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import add_device_flags, resolve_device
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, run_script
+from common.distributed import resolve_device
 from common.images import save_image
 from common.latents import parse_seeds
 from editing.attributes import load_reader, read_condition

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.distributed import add_device_flags, gather_list, setup, shard, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, run_script
+from common.distributed import gather_list, setup, shard, shutdown
 from common.images import FITS, save_image
 from common.precision import DTYPES
 from inversion.inputs import add_align_flag, open_faces

@@ -25,8 +25,8 @@ import torch
 from torch.utils.data import Subset
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_strictly
-from common.cli import ArgumentParser, UsageError, UserError, require_one_start, run_script
-from common.distributed import add_device_flags, barrier, setup, shutdown
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, require_one_start, run_script
+from common.distributed import barrier, setup, shutdown
 from common.interrupt import StopSignal
 from common.lock import lock_folder
 from common.precision import DTYPES

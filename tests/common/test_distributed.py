@@ -12,7 +12,7 @@ import torch
 from processes import launch
 
 from common import distributed
-from common.cli import ArgumentParser, UsageError
+from common.cli import ArgumentParser, UsageError, add_device_flags
 
 WORKER = """
 import time, torch
@@ -88,7 +88,7 @@ def test_bad_environment(alone, monkeypatch):
 @pytest.mark.parametrize("arguments", [[], ["--local_rank=1"], ["--local-rank", "1"]])
 def test_flags(arguments):
     parser = ArgumentParser()
-    distributed.add_device_flags(parser)
+    add_device_flags(parser)
     assert parser.parse_args(arguments).device == "auto"
 
 
@@ -200,7 +200,7 @@ def test_ops_are_chosen_for_the_process(monkeypatch):
 
     monkeypatch.setattr(dispatch, "_mode", None)
     parser = ArgumentParser()
-    distributed.add_device_flags(parser)
+    add_device_flags(parser)
     args = parser.parse_args(["--ops", "ref", "--dist_timeout", "60"])
     assert dispatch._mode is None, "parsing changes nothing"
     distributed.setup(args.device, ops=args.ops, timeout=args.dist_timeout)

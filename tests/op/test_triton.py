@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.cli import ArgumentParser, run
-from common.distributed import add_device_flags, resolve_device
+from common.cli import ArgumentParser, add_device_flags, run
+from common.distributed import resolve_device
 from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
