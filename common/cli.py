@@ -22,6 +22,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300.0  # seconds that a collective may take
+# Choices of flags that several parsers offer; what they stand for is in common/precision.py, images.py and latents.py
+PRECISIONS = ("fp32", "bf16", "fp16")
+FITS = ("crop", "pad", "squash")
+FILTERS = ("nearest", "box", "area", "bilinear", "hamming", "bicubic", "lanczos")
+SPACES = ("w", "w+", "w++")
 RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scripts write to
 
 

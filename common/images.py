@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from common.cli import UserError
+from common.cli import FILTERS, FITS, UserError
 from common.files import atomic_write, open_regular
 
 # torch is imported where a tensor is made, not here: the encoding workers of prepare_data.py start without it.
@@ -35,16 +35,8 @@ IMAGE_SUFFIXES = frozenset(
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "HEIF")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 MAX_PIXELS = 110_000_000  # reading such an image needs less than 1 GB
-FITS = ("crop", "pad", "squash")
-RESAMPLE = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "area": Image.Resampling.BOX,  # Pillow's box filter averages the covered area when it shrinks
-    "bilinear": Image.Resampling.BILINEAR,
-    "hamming": Image.Resampling.HAMMING,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+# Pillow's box filter averages the covered area when it shrinks: `area` is another name for it
+RESAMPLE = {name: Image.Resampling["BOX" if name == "area" else name.upper()] for name in FILTERS}
 WHITE = (255, 255, 255)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1, torchvision's
 

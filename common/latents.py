@@ -17,11 +17,10 @@ import torch
 
 from common.arrays import read_npy, read_npz, require_floats
 from common.checkpoint import load_checkpoint, require_file
-from common.cli import UsageError, UserError
+from common.cli import SPACES, UsageError, UserError
 from common.files import atomic_write, read_json
 from common.runs import to_plain
 
-SPACES = ("w", "w+", "w++")
 LATENTS_FILE = "latents file (.npy)"
 SCHEMA = {  # of latents.json (common/files.py)
     "names": [str],

@@ -1,7 +1,7 @@
-"""Names of the number formats that --precision takes."""
-
-from __future__ import annotations
+"""The torch types that the names of --precision stand for."""
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from common.cli import PRECISIONS
+
+DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), strict=True))
