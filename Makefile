@@ -4,6 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 DATA   ?= ../shared/data
 TINY   ?= runs/tiny
+JOBS   ?= 2
 
 .PHONY: demo figures test lint tiny bench bench-gpu clean
 
@@ -72,7 +73,7 @@ figures: $(VENV)/.installed
 	$(PY) metrics/report.py $(CURVE) --png docs/figures/fid-curve.png
 
 test: $(VENV)/.installed
-	$(PY) -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
