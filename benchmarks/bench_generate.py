@@ -152,7 +152,7 @@ def measure_here(row: Row, args) -> dict:
 def draw(generator, n: int, row: Row) -> None:
     source = seed_source(generator, range(n), truncation=1.0, mean=None, noise="const", noise_seed=0, batch=row.batch)
     generator.compute_dtype = DTYPES[row.precision]
-    for _ in render(generator, source.codes(range(n)), noise=source.noise, batch=row.batch):
+    for _ in render(generator, source.ws(range(n)), noise=source.noise, batch=row.batch):
         pass
 
 

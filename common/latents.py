@@ -44,15 +44,15 @@ SCHEMA = {  # of latents.json (common/files.py)
 # -- drawing ---------------------------------------------------------------------------------------
 
 
-def parse_seeds(text):
-    """'0-35,40' -> [0, 1, ..., 35, 40], in the order given. Raises ValueError naming the part that is none."""
+def parse_seeds(text, flag="--seeds"):
+    """'0-35,40' -> [0, 1, ..., 35, 40], in the order given. Raises UsageError naming the part that is none."""
     seeds = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last >= 2**32:  # the generator takes 32 bits
-            raise ValueError(
-                f"--seeds {text}: {part.strip()!r} is neither a seed (0 to {2**32 - 1}) nor a range like 0-35"
+            raise UsageError(
+                f"{flag} {text}: {part.strip()!r} is neither a seed (0 to {2**32 - 1}) nor a range like 0-35"
             )
         seeds += range(first, last + 1)
     return seeds

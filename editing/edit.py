@@ -40,7 +40,7 @@ class InvertedFace:
 
 def face_at(source: Source, i: int) -> InvertedFace:
     """The face at position i of saved latents."""
-    (w,) = source.codes([i])
+    (w,) = source.ws([i])
     condition = select_condition(source.condition, [i])
     return InvertedFace(
         source.names[i], w.numpy(), select_noise(source.noise, [i]), None if condition is None else condition[0]

@@ -10,6 +10,7 @@ device. What is computed from it is equal up to rounding: batches of another siz
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.grids import make_grid
 from common.images import IMAGE_SUFFIXES, to_uint8
 from common.latents import Latents, draw_z, load_latents
 from common.names import safe_path
 from model import Generator
 
 NOISE_MODES = ("const", "random", "none")
-RECORD = "rendering"  # the entry of a latents.json's `extra` that tells how the codes were drawn
-CONDITION = "condition"  # the entry that tells the attributes of each picture of a conditional generator
+RECORD = "rendering"  # the entry of a latents.json's `extra` that tells how the w were drawn
+CONDITION = "condition"  # the entry that tells the attributes of each image of a conditional generator
 
 # Noise of N images: one map per layer, each [N, 1, r, r] or, shared by all, [1, 1, r, r]; or a function that gives
 # such a list for some positions, which keeps the memory bounded.
@@ -51,12 +51,7 @@ def seeded_z(generator: Generator, seeds: Iterable[int]) -> Iterator[torch.Tenso
 
 @torch.no_grad()
 def map_latents(
-    generator: Generator,
-    z: Iterable[torch.Tensor],
-    *,
-    truncation: float = 1.0,
-    mean: torch.Tensor | None = None,
-    batch: int = 8,
+    generator: Generator, z: Iterable[torch.Tensor], *, truncation: float = 1.0, mean=None, batch: int = 8
 ) -> Iterator[torch.Tensor]:
     """w, CPU float32 [L, style_dim] each, of z as `seeded_z` gives it.
 
@@ -65,9 +60,8 @@ def map_latents(
     """
     if truncation != 1 and mean is None:
         raise ValueError("truncation needs mean = generator.mean_latent(n)")
-    device = generator.token.device
     for block in blocks(z, batch):
-        tokens = torch.stack(block).to(device)  # [B, L, D]
+        tokens = torch.stack(block).to(generator.token.device)  # [B, L, D]
         latents = generator.get_latent(tokens[:, 0] if generator.config.w_space else tokens)  # [B, L, D]
         yield from truncate(latents, truncation, mean).cpu()
 
@@ -84,7 +78,7 @@ def mix(row: torch.Tensor, column: torch.Tensor, layers: Sequence[int]) -> torch
     return w
 
 
-def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+def slerp(a: torch.Tensor, b: torch.Tensor, t) -> torch.Tensor:
     """Spherical interpolation along the last axis, from a (t = 0) to b (t = 1), both exact: for normal vectors, whose
     length a straight line would shorten. Parallel vectors are interpolated linearly."""
     angle = torch.acos(torch.cosine_similarity(a.double(), b.double(), dim=-1).clamp(-1, 1))[..., None]
@@ -121,18 +115,6 @@ def noise_stream(noise_seed: int, seed: int) -> int:
     return int(np.random.SeedSequence([noise_seed, seed]).generate_state(1)[0])
 
 
-def check_noise(noise: list[torch.Tensor], generator: Generator, n: int, source) -> list[torch.Tensor]:
-    """The maps of a file, if they fit n images of this generator; ValueError naming both sides otherwise."""
-    sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
-    found = [list(layer.shape) for layer in noise]
-    if found != [[n, 1, side, side] for side in sides]:
-        raise ValueError(
-            f"{source}: noise maps of {n} images with sides {[shape[-1] for shape in found]} and shapes like "
-            f"{found[:1]}; the generator takes [{n}, 1, r, r] with sides {sides}"
-        )
-    return noise
-
-
 def select_noise(noise: Noise, positions: Sequence[int]) -> list[torch.Tensor]:
     """Maps per layer, [n, 1, r, r] or [1, 1, r, r], of the images at these positions."""
     if callable(noise):
@@ -141,7 +123,7 @@ def select_noise(noise: Noise, positions: Sequence[int]) -> list[torch.Tensor]:
 
 
 def select_condition(condition: torch.Tensor | None, positions: Sequence[int]) -> torch.Tensor | None:
-    """Attributes [n, d] or [1, d] of the images at these positions, of those of all, [N, d] or [1, d]."""
+    """Attributes [n, d] or [1, d] of the images at these positions, from those of all, [N, d] or [1, d]."""
     return condition if condition is None or len(condition) == 1 else condition[list(positions)]
 
 
@@ -150,64 +132,75 @@ def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float)
     return [slerp(a.flatten(), b.flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
 
 
-# -- sources: what has a name, a latent and noise -------------------------------------------------------------------
+# -- sources: what has a name, a latent and noise ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images that can be rendered, by position: file names without suffix, latents [L, D], noise, and attributes."""
+    """Images that can be rendered, by position: file names without suffix, w [L, D], noise, and attributes."""
 
     names: list[str]
-    codes: Callable[[Sequence[int]], Iterator[torch.Tensor]]  # positions -> their w [L, D]
+    ws: Callable[[Sequence[int]], Iterator[torch.Tensor]]  # positions -> their w [L, D]
     noise: Noise
     origin: dict  # how they were drawn, for latents.json
     condition: torch.Tensor | None = None  # attributes [N, d] or [1, d] of a conditional generator
+
+    def render(self, generator: Generator, positions: Sequence[int], ws: Iterable | None = None) -> list[np.ndarray]:
+        """Images at these positions by `synthesise`; ws: latents in the place of their own."""
+        return synthesise(
+            generator,
+            torch.stack(list(self.ws(positions) if ws is None else ws)),
+            noise=select_noise(self.noise, positions),
+            condition=select_condition(self.condition, positions),
+            first=positions[0],
+        )
 
 
 def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch) -> Source:
     """The images of seeds; their latents are drawn and mapped when they are needed."""
 
-    def codes(positions):
+    def ws(positions):
         z = seeded_z(generator, (seeds[i] for i in positions))
         return map_latents(generator, z, truncation=truncation, mean=mean, batch=batch)
 
     names = [f"seed{seed:04d}" for seed in seeds]
     origin = {"seeds": list(seeds), "truncation": truncation, "noise": noise, "noise_seed": noise_seed}
-    return Source(names, codes, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), origin)
+    return Source(names, ws, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), origin)
 
 
 def latents_source(generator, path, *, truncation, mean, noise, noise_seed, accept: Sequence[str] = ()) -> Source:
     """Saved latents. Noise, unless a mode is given: the maps saved with them; else as `--save_latents` recorded it;
     else the stored maps. accept: fingerprints of generators whose latents are those of this one as well. Raises
     ValueError for latents of another generator, space, shape or size."""
-    config = generator.config
-    spaces = ("w", "w+") if config.w_space else ("w++",)
-    saved = load_latents(
-        path,
-        expect_space=spaces,
-        expect_shape=(config.n_tokens, config.style_dim),
-        expect_fingerprint=(generator.fingerprint, *accept),
-    )
+    saved = read_latents(generator, path, accept=accept)
     if not len(saved):
         raise ValueError(f"{path} holds no latents")
     if noise is None and saved.noise is not None:
-        maps = check_noise(saved.noise, generator, len(saved), path)
+        maps = saved.noise
+        sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
+        if [list(layer.shape) for layer in maps] != [[len(saved), 1, side, side] for side in sides]:
+            raise ValueError(
+                f"{path}: noise maps {[list(layer.shape) for layer in maps]}; "
+                f"the generator takes [{len(saved)}, 1, r, r] with sides {sides}"
+            )
     else:
-        drawn = saved.extra.get(RECORD, {})
-        seeds = drawn.get("seeds", range(len(saved)))
-        noise_seed = drawn.get("noise_seed", 0) if noise_seed is None else noise_seed
-        maps = noise_maps(generator, noise or drawn.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
+        record = saved.extra.get(RECORD, {})
+        seeds = record.get("seeds", range(len(saved)))
+        noise_seed = record.get("noise_seed", 0) if noise_seed is None else noise_seed
+        maps = noise_maps(generator, noise or record.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
 
-    def codes(positions):
+    def ws(positions):
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
 
-    return Source(
-        file_names(saved.names),
-        codes,
-        maps,
-        {"space": saved.space, "fingerprint": saved.fingerprint},
-        saved_condition(saved, generator),
-    )
+    origin = {"space": saved.space, "fingerprint": saved.fingerprint}
+    return Source(file_names(saved.names), ws, maps, origin, saved_condition(saved, generator))
+
+
+def read_latents(generator: Generator, path, *, accept: Sequence[str] = ()) -> Latents:
+    """Saved latents of this generator (or of one in `accept`). Raises ValueError for those of another one."""
+    config, spaces = generator.config, ("w", "w+") if generator.config.w_space else ("w++",)
+    shape, fingerprints = (config.n_tokens, config.style_dim), (generator.fingerprint, *accept)
+    return load_latents(path, expect_space=spaces, expect_shape=shape, expect_fingerprint=fingerprints)
 
 
 def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:
@@ -217,12 +210,9 @@ def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None
     """
     if CONDITION not in saved.extra:
         return None
-    values, n = torch.tensor(saved.extra[CONDITION]["values"]), generator.config.condition_dim
-    if list(values.shape) != [len(saved), n]:
-        raise ValueError(
-            f"{saved.path}: attributes {list(values.shape)} of {len(saved)} images; the generator takes "
-            f"[{len(saved)}, {n}]"
-        )
+    values, shape = torch.tensor(saved.extra[CONDITION]["values"]), [len(saved), generator.config.condition_dim]
+    if list(values.shape) != shape:
+        raise ValueError(f"{saved.path}: attributes {list(values.shape)} of the images; the generator takes {shape}")
     return values
 
 
@@ -234,15 +224,12 @@ def file_names(names: Sequence[str]) -> list[str]:
     """
     whole = [safe_path(name, "image") for name in names]
     short = [str(Path(name).with_suffix("")) if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in whole]
-    counts: dict[str, int] = {}
-    for name in short:
-        counts[name.casefold()] = counts.get(name.casefold(), 0) + 1
+    counts = Counter(name.casefold() for name in short)
     taken, result = set(), []
     for index, (name, full) in enumerate(zip(short, whole, strict=True)):
         name = name if counts[name.casefold()] == 1 else full
         while name.casefold() in taken:
-            name = f"{full}-{index}"
-            full = name
+            name = full = f"{full}-{index}"
         taken.add(name.casefold())
         result.append(name)
     return result
@@ -252,14 +239,7 @@ def file_names(names: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def synthesise(
-    generator: Generator,
-    ws: torch.Tensor,
-    *,
-    noise: list[torch.Tensor] | None = None,
-    condition: torch.Tensor | None = None,
-    first: int = 0,
-) -> list[np.ndarray]:
+def synthesise(generator: Generator, ws, *, noise=None, condition=None, first: int = 0) -> list[np.ndarray]:
     """Images, uint8 [S, S, 3] in 0..255, of latents w [N, L, D], in one forward pass.
 
     noise: per layer [N or 1, 1, r, r] (default: the stored maps); condition: attributes [N or 1, d] of a conditional
@@ -279,12 +259,7 @@ def synthesise(
 
 
 def render(
-    generator: Generator,
-    latents: Iterable[torch.Tensor],
-    *,
-    noise: Noise | None = None,
-    batch: int = 8,
-    condition: torch.Tensor | None = None,
+    generator: Generator, latents: Iterable[torch.Tensor], *, noise: Noise | None = None, batch: int = 8, condition=None
 ) -> Iterator[np.ndarray]:
     """The images of any number of latents w [L, D], by `synthesise`, `batch` at a time and when they are needed.
 
@@ -297,11 +272,3 @@ def render(
         chosen = select_condition(condition, positions)
         yield from synthesise(generator, torch.stack(block), noise=maps, condition=chosen, first=start)
         start += len(block)
-
-
-def mixing_grid(rows: Sequence, columns: Sequence, cells: Sequence) -> np.ndarray:
-    """Grid of len(rows) x len(columns) cells (row by row) with the sources on the left and upper margins; uint8."""
-    images = [np.full_like(rows[0], 255), *columns]
-    for index, row in enumerate(rows):
-        images += [row, *cells[index * len(columns) : (index + 1) * len(columns)]]
-    return make_grid(images, nrow=len(columns) + 1)

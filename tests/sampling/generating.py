@@ -53,4 +53,4 @@ def seed_images(generator, seeds, batch=8, noise="const", truncation=1.0, noise_
     source = seed_source(
         generator, seeds, truncation=truncation, mean=mean, noise=noise, noise_seed=noise_seed, batch=batch
     )
-    return np.stack(list(render(generator, source.codes(range(len(seeds))), noise=source.noise, batch=batch)))
+    return np.stack(list(render(generator, source.ws(range(len(seeds))), noise=source.noise, batch=batch)))

@@ -82,12 +82,12 @@ COMMANDS = (
 )
 IN_ONE_GROUP = """
 import sys
+import common.distributed
 import generate
 from common.cli import run
-from common.distributed import setup, shutdown
 
-place = setup("cpu", timeout=240)
-generate.setup, generate.shutdown = lambda *_, **__: place, lambda: None  # one process group for all commands
+dist, shutdown = common.distributed.setup("cpu", timeout=240), common.distributed.shutdown
+common.distributed.setup, common.distributed.shutdown = lambda *_, **__: dist, lambda: None  # one group for all
 for command in sys.argv[1:]:
     assert run(generate.main, generate.build_parser(), command.split("|")) == 0
 shutdown()

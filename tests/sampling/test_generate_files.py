@@ -8,7 +8,6 @@ import torch
 from generating import close, command, images_in, new_generator, seed_images, write_ckpt
 from PIL import Image
 
-import generate
 from common.checkpoint import CheckpointError, load_safetensors, save_checkpoint
 from common.distributed import Distributed
 from common.latents import load_latents, save_latents
@@ -109,7 +108,7 @@ def test_mix_and_loop_of_latents(ckpt, generator, tmp_path, monkeypatch):
     (expected,) = render(generator, [mix(codes[2], codes[1], range(4))], noise=select_noise(noise, [2]))
     assert close(sheet[18:, 36:], expected)
     seen = []
-    monkeypatch.setattr(generate, "save_video", lambda frames, path, fps: seen.extend(frames))
+    monkeypatch.setattr("sampling.output.save_video", lambda frames, path, fps: seen.extend(frames))
     assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--interpolate", "--frames", 2) == 0
     assert close(np.stack(seen[::2]), np.stack(list(render(generator, codes, noise=noise))))
 

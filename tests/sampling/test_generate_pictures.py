@@ -6,9 +6,9 @@ import torch
 from generating import close, command, seed_images
 from PIL import Image
 
-import generate
 from common.latents import draw_z
-from sampling.render import loop_position, map_latents, mix, mixing_grid, noise_maps, render, seeded_z, slerp
+from sampling.output import mixing_grid
+from sampling.render import loop_position, map_latents, mix, noise_maps, render, seeded_z, slerp
 
 
 @pytest.mark.parametrize("noise", ["const", "random", "none"])
@@ -128,7 +128,9 @@ def test_mixing_grid(ckpt, generator, tmp_path):
 def test_video_passes_every_seed(ckpt, generator, tmp_path, monkeypatch, space, noise):
     """At each point stands that seed's image, between them another."""
     seen = {}
-    monkeypatch.setattr(generate, "save_video", lambda frames, path, fps: seen.update(frames=list(frames), fps=fps))
+    monkeypatch.setattr(
+        "sampling.output.save_video", lambda frames, path, fps: seen.update(frames=list(frames), fps=fps)
+    )
     assert (
         command(
             "--ckpt",

@@ -70,7 +70,7 @@ def test_generated_images_are_those_of_generate(checkpoint):
     (images,) = open_source(checkpoint, sampling=Sampling(seed=2)).batches(range(3), 3, "cpu")
     seeds = [2 * SEED_STRIDE + i for i in range(3)]
     source = seed_source(generator, seeds, truncation=1, mean=None, noise="random", noise_seed=0, batch=3)
-    expected = np.stack(list(render(generator, source.codes(range(3)), noise=source.noise)))
+    expected = np.stack(list(render(generator, source.ws(range(3)), noise=source.noise)))
     assert np.abs(to_uint8(images).astype(int) - expected.astype(int)).max() <= 1
 
 
