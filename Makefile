@@ -69,7 +69,7 @@ demo: $(VENV)/.installed
 CURVE        ?= W++=docs/ablation-32/wpp.jsonl W=docs/ablation-32/w.jsonl "8 mappings=docs/ablation-32/independent.jsonl"
 FIGURE_FLAGS ?=
 figures: $(VENV)/.installed
-	$(PY) tools/make_figures.py --ckpt $(MODEL) --cgan $(CGAN) --device cpu $(FIGURE_FLAGS)
+	$(PY) tools/make_figures.py --ckpt $(MODEL) --device cpu $(FIGURE_FLAGS)
 	$(PY) metrics/report.py $(CURVE) --png docs/figures/fid-curve.png
 
 test: $(VENV)/.installed

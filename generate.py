@@ -17,7 +17,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
+from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
 
 
 def named(*suffixes: str):
@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     latents = "save the w of the images as well, for --latents; default OUTPUT_DIR/latents"
     add("--save_latents", nargs="?", const="", metavar="FOLDER", help=latents)
     add("--batch", type=positive_int, default=8, help="images per forward pass")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the convolutions")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
     parser.add_argument("--export", type=named(".safetensors"), help=argparse.SUPPRESS)  # convert.py has these now
     parser.add_argument("--base", help=argparse.SUPPRESS)
     for flag in ("--half", "--with_d"):

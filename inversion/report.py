@@ -17,7 +17,7 @@ from common.latents import save_latents
 from common.runs import write_json
 from common.tables import write_skipped
 from inversion.projector import CURVE_EVERY, CURVES
-from perceptual.image_metrics import mean_and_std, picture_digest, summary, write_measures
+from perceptual.image_metrics import image_digest, mean_and_std, summary, write_measures
 from sampling.render import CONDITION, file_names
 
 RESULTS, ORIGINALS, PROJECTED = "inversions", "origin", "project"  # folders of the finished images
@@ -95,7 +95,7 @@ def write_report(
     )
     steps = [result["steps"] for result in results]
     by = {"perceptual": config["perceptual"], "identity": config["identity"]}
-    originals = [picture_digest(np.asarray(read_image(folder / ORIGINALS / f"{stem}.png"))) for stem in stems]
+    originals = [image_digest(np.asarray(read_image(folder / ORIGINALS / f"{stem}.png"))) for stem in stems]
     write_measures(folder / "reconstruction.csv", names, measures, steps=steps, originals=originals, **by)
     write_summary(
         folder, "projector", measures, space=config["space"], settings=config, mean_steps=np.mean(steps), **by

@@ -19,33 +19,26 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b) -> float:
     return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
 
 
-def compute_fid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, list[str]]:
-    """FID of features [N, D] and [M, D], and warnings about it (too few samples).
-
-    Raises ValueError on other shapes, fewer than two samples, or values that are not finite.
-    """
+def compute_fid(real, fake) -> tuple[float, list[str]]:
+    """FID of features [N, D] and [M, D], and warnings about it (too few samples). Raises as `check_features`."""
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     real, fake = check_features(real, fake)
     sides = [fid_features_to_statistics(features) for features in (real, fake)]
     value = frechet_distance(*(side[name] for side in sides for name in ("mu", "sigma")))
-    dim, fewer = real.shape[1], min(len(real), len(fake))
-    few = (
-        f"{fewer:,} samples cannot fill a covariance of {dim:,} dimensions: the value is far too high, "
-        "compare it only with values from as many samples, or take KID"
-    )
-    return value, [] if fewer > dim else [few]
+    dim, n = real.shape[1], min(len(real), len(fake))
+    few = f"{n:,} samples cannot fill a covariance of {dim:,} dimensions: the value is far too high"
+    return value, [] if n > dim else [f"{few}, compare it only with values from as many samples, or take KID"]
 
 
-def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, dict]:
-    """KID of features [N, D] and [M, D], and its std over subsets, their number and size, notes. Raises as FID does."""
+def compute_kid(real, fake) -> tuple[float, dict]:
+    """KID of features [N, D] and [M, D]; std over subsets, their number and size, notes. Raises as `check_features`."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     real, fake = check_features(real, fake)
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
-    result = kid_features_to_metric(
-        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
-    )
+    subsets = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": KID_SEED}
+    result = kid_features_to_metric(fake, real, **subsets, verbose=False)
     notes = [] if size == KID_SUBSET_SIZE else [f"KID on subsets of {size}, not {KID_SUBSET_SIZE}: too few samples"]
     details = {"std": result[KEY_METRIC_KID_STD], "subsets": KID_SUBSETS, "subset_size": size, "notes": notes}
     return result[KEY_METRIC_KID_MEAN], details
@@ -53,17 +46,16 @@ def compute_kid(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, dict]:
 
 def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
     """Both as CPU float32 tensors. Raises ValueError for other shapes, one row, or values that are not finite."""
-    sides = []
-    for name, features in (("real", real), ("fake", fake)):
-        features = torch.as_tensor(features).detach().cpu().float()
+    sides = {"real": real, "fake": fake}
+    for name, features in sides.items():
+        sides[name] = features = torch.as_tensor(features).detach().cpu().float()
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name} features have the shape {list(features.shape)}; expected [N, D], N at least 2")
         if not torch.isfinite(features).all():
             raise ValueError(
                 f"{name} features have values that are not finite (NaN, infinite): broken images, weights?"
             )
-        sides.append(features)
-    dims = [side.shape[1] for side in sides]
+    dims = [side.shape[1] for side in sides.values()]
     if dims[0] != dims[1]:
         raise ValueError(f"real features have {dims[0]} dimensions, fake ones {dims[1]}: two extractors?")
-    return tuple(sides)
+    return tuple(sides.values())

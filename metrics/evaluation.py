@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, UserError
+from common.cli import UsageError, UserError
 from common.distributed import setup, shutdown
 from metrics.distance import compute_fid, compute_kid
 from metrics.extractors import AUTO, build_extractor, metric_name
-from metrics.features import Features, add_extractor_flags, add_sampling_flags, cache_folder, extract, open_images
+from metrics.features import Features, cache_folder, extract, open_images
 from metrics.manifold import PRDC, compute_prdc
 from metrics.protocol import PROTOCOLS, append_records, make_record
 from metrics.sources import Sampling, is_checkpoint, is_lmdb
@@ -24,13 +24,7 @@ METRICS = ("fid", "kid", "prdc")
 
 
 def evaluate(
-    real: Features,
-    fake: Features,
-    metrics: Iterable[str],
-    *,
-    nearest_k: int | None = None,
-    device="cpu",
-    progress: bool = False,
+    real: Features, fake: Features, metrics: Iterable[str], *, nearest_k=None, device="cpu", progress=False
 ) -> list[dict]:
     """Records (see metrics.protocol) of `fid`, `kid` and `prdc`, of features of one extractor and protocol.
 
@@ -56,10 +50,8 @@ def evaluate(
     general = find_warnings(real, fake)
     sides = {"protocol": protocol, "extractor": extractor, "real": real.info, "fake": fake.info}
     return [
-        make_record(
-            metric_name(name, extractor["name"]), value, **{**details, "notes": details["notes"] + general}, **sides
-        )
-        for name, value, details in results
+        make_record(metric_name(name, extractor["name"]), value, **d | {"notes": d["notes"] + general}, **sides)
+        for name, value, d in results
     ]
 
 
@@ -70,79 +62,75 @@ def find_warnings(real: Features, fake: Features) -> list[str]:
         rows = side.values.numpy()
         n_copies = len(rows) - len({hashlib.blake2b(row, digest_size=16).digest() for row in rows})
         if n_copies:
-            notes.append(
-                f"{n_copies:,} of {len(rows):,} {name} images have exactly the features of another: repeated images, "
-                "which shrink the balls around them"
-            )
+            copies = f"{n_copies:,} of {len(rows):,} {name} images have exactly the features of another"
+            notes.append(f"{copies}: repeated images, which shrink the balls around them")
     sizes = [f"{s}x{s}" if isinstance(s := side.info.get("size"), int) else s for side in (real, fake)]
     if None not in sizes and sizes[0] != sizes[1]:
         notes.append(f"real images have {sizes[0]} pixels, generated ones {sizes[1]}: their resize tells them apart")
     return notes
 
 
-# -- command line --------------------------------------------------------------------------------------------------
-
-
-def evaluation_parser(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
-    add = parser.add_argument
-    real = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
-    add("--real", "--dataset", "--inception", required=True, help=real)
-    add("--fake", help="like --real, or a folder of checkpoints: each of them (default: ./checkpoint)")
-    add("--ckpt", help="the same as --fake; with a --fake of latents: their generator")
-    add("--start_num", type=int, default=0, help="first step of a folder of checkpoints")
-    output = "file to add a JSON line per result to; default: metrics.jsonl of the checkpoint's run folder, else here"
-    add("--output", type=Path, help=output)
-    add_extractor_flags(parser)
-    add_sampling_flags(parser)
-    return parser
-
-
-def evaluation_main(args, metrics: tuple[str, ...], nearest_k: int | None = None) -> int:
-    """`main` of fid.py and prdc.py: every checkpoint at every truncation against the real images."""
-    fakes, truncations = find_fakes(args.fake or args.ckpt, args.start_num), parse_truncations(args.truncation)
-    if args.n_sample < 1 or args.batch < 1:
-        raise UsageError(f"--n_sample and --batch must be at least 1, got {args.n_sample} and {args.batch}")
+def compare(
+    metrics: tuple[str, ...],  # of METRICS
+    *,
+    real: str,  # folder, LMDB, checkpoint, latents or features
+    fake: str | None,  # as `real`, or a folder of checkpoints; None: ckpt, else ./checkpoint
+    ckpt: str | None,  # generator of latents
+    start_num: int,  # first step of a folder of checkpoints
+    output: Path | None,  # file of the results; None: `default_output`
+    extractor: str,  # a name of metrics.extractors, or auto
+    protocol: str,  # a name of PROTOCOLS
+    n_sample: int,  # images of each side
+    size: int | None,  # pixels of the real images; None: as they are, or those of the generated ones
+    batch: int,  # images per forward pass and process
+    workers: int,  # threads that decode images
+    weights_dir: str | None,  # of the extractor's weights
+    cache_dir: str | None,  # of the feature cache; "none": no cache
+    truncation: str,  # psi, or several with commas between
+    truncation_mean: int,  # samples for the mean of w
+    noise: str,  # of NOISE_MODES
+    seed: int,  # of the generated images
+    device: str,
+    ops: str | None,
+    dist_timeout: float,
+    nearest_k: int | None = None,  # of prdc
+    local_rank: int = 0,  # torch.distributed.launch passes it; not used
+) -> None:
+    """Print and append the metrics of every checkpoint at every truncation against the real images."""
+    fakes, truncations = find_fakes(fake or ckpt, start_num), parse_truncations(truncation)
+    if n_sample < 1 or batch < 1:
+        raise UsageError(f"--n_sample and --batch must be at least 1, got {n_sample} and {batch}")
     # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
-    as_published = args.protocol == "paper" and metrics == ("prdc",)
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
+    as_published = protocol == "paper" and metrics == ("prdc",)
+    preferred = ("vgg16", *AUTO[1:]) if as_published else AUTO
+    dist = setup(device, ops=ops, timeout=dist_timeout)
     try:
-        extractor = build_extractor(
-            args.extractor,
-            PROTOCOLS[args.protocol],
-            weights_dir=args.weights_dir,
-            device=dist.device,
-            preferred=("vgg16", *AUTO[1:]) if as_published else AUTO,
-        )
-        opening = {"ckpt": args.ckpt, "device": dist.device, "workers": args.workers}
-        options = {
-            "batch": args.batch,
-            "dist": dist,
-            "cache_dir": cache_folder(args.cache_dir),
-            "order": "drawn" if as_published else None,
-        }
+        network = {"weights_dir": weights_dir, "device": dist.device, "preferred": preferred}
+        network = build_extractor(extractor, PROTOCOLS[protocol], **network)
+        opening = {"ckpt": ckpt, "device": dist.device, "workers": workers}
+        options = {"batch": batch, "dist": dist, "cache_dir": cache_folder(cache_dir)}
+        options["order"] = "drawn" if as_published else None
         reals: dict[int | None, Features] = {}
-        for path, truncation in itertools.product(fakes, truncations):
+        for path, psi in itertools.product(fakes, truncations):
             path = exported_meanwhile(path)
-            sampling = Sampling(truncation, args.truncation_mean, args.noise, args.seed)
-            source = open_images(path, extractor, sampling=sampling, size=args.size, **opening)
-            size = args.size or size_for(Path(args.real), source.info.get("size"))
-            if size not in reals:  # drawn from another seed than the fakes, if it is a generator as well
-                seed = args.seed + 1
-                real = open_images(Path(args.real), extractor, sampling=Sampling(seed=seed), size=size, **opening)
-                reals[size] = extract(real, extractor, args.n_sample, seed=seed, **options)
-            fake = extract(source, extractor, args.n_sample, seed=args.seed, **options)
+            sampling = Sampling(psi, truncation_mean, noise, seed)
+            source = open_images(path, network, sampling=sampling, size=size, **opening)
+            pixels = size or size_for(Path(real), source.info.get("size"))
+            if pixels not in reals:  # drawn from another seed than the fakes, if it is a generator as well
+                images = open_images(Path(real), network, sampling=Sampling(seed=seed + 1), size=pixels, **opening)
+                reals[pixels] = extract(images, network, n_sample, seed=seed + 1, **options)
+            features = extract(source, network, n_sample, seed=seed, **options)
             if dist.is_main:
-                records = evaluate(reals[size], fake, metrics, nearest_k=nearest_k, device=dist.device, progress=True)
+                computing = {"nearest_k": nearest_k, "device": dist.device, "progress": True}
+                records = evaluate(reals[pixels], features, metrics, **computing)
                 report(path, records)
-                append_records(args.output or default_output(path), records)
+                append_records(output or default_output(path), records)
     finally:
         shutdown()
-    return 0
 
 
 def exported_meanwhile(path: Path) -> Path:
-    """`path`, or what a running training (train.py --keep) has reduced it to since it was listed."""
+    """`path`, or the export that a running training (train.py --keep) has reduced it to since it was listed."""
     exported = path.with_suffix(".safetensors")
     if path.exists() or not exported.exists():
         return path
@@ -204,10 +192,7 @@ def report(path: Path, records: list[dict]) -> None:
     first = records[0]
     drawn = f"  truncation {first['fake']['truncation']:g}" if "truncation" in first["fake"] else ""
     k = f", k = {first['nearest_k']}" if "nearest_k" in first else ""
-    print(
-        f"{path}{drawn}  {first['n_real']} real {first['n_fake']} fake  {first['protocol']['name']}, "
-        f"{first['extractor']['name']} features{k}:  {values}",
-        flush=True,
-    )
+    counts = f"{path}{drawn}  {first['n_real']} real {first['n_fake']} fake"
+    print(f"{counts}  {first['protocol']['name']}, {first['extractor']['name']} features{k}:  {values}", flush=True)
     for note in dict.fromkeys(note for record in records for note in record["notes"]):
         print(f"warning: {note}", file=sys.stderr)

@@ -11,7 +11,6 @@ compares with no published one. Another extractor is one function in EXTRACTORS:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +21,7 @@ from common.checkpoint import load_checkpoint
 from common.cli import UsageError
 from common.images import IMAGENET_MEAN, IMAGENET_STD
 from metrics.protocol import Protocol
+from scorer.network import load_scorer
 
 PIXEL_MEAN, PIXEL_STD = (tuple(255 * value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
 HALF = (127.5,) * 3  # mean and standard deviation that map 0..255 to [-1, 1]
@@ -49,17 +49,18 @@ class Extractor:
         mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return self.network((x - mean) / std).flatten(1).float()
 
+    def describe(self) -> dict:
+        return {"name": self.name, "sha256": self.sha256, "size": self.size, "dim": self.dim}
 
-def build_extractor(
-    name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred: tuple[str, ...] = AUTO
-) -> Extractor:
+
+def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred=AUTO) -> Extractor:
     """The extractor `name` on `device`; `auto` takes the first of `preferred` whose weights are at hand.
 
     Raises UsageError for an unknown name, FileNotFoundError with the URL when its weights are not at hand (for `auto`:
     those of the first of `preferred`).
     """
     if name not in ("auto", *EXTRACTORS):
-        raise UsageError(f"--extractor {name}: expected auto, {', '.join(extractor_names())}")
+        raise UsageError(f"--extractor {name}: expected auto, {', '.join(sorted(EXTRACTORS))}")
     absent = []
     for candidate in preferred if name == "auto" else (name,):
         try:
@@ -73,10 +74,6 @@ def build_extractor(
     if name == "auto":
         raise FileNotFoundError(f"{absent[0]}; nor is there any of the fallbacks {', '.join(preferred[1:])}")
     raise absent[0]
-
-
-def extractor_names() -> list[str]:
-    return sorted(EXTRACTORS)
 
 
 def metric_name(metric: str, extractor: str) -> str:
@@ -132,18 +129,8 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     return Extractor("vgg16", network, 224, 4096, PIXEL_MEAN, PIXEL_STD, sha256)
 
 
-def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
-    """The last features of the bundled attribute scorer (scorer/network.py), a network that knows faces: [N, F]."""
-    from scorer.network import load_scorer
-
-    scorer = load_scorer("face-scorer", weights_dir=weights_dir)
-    network, size = _ScorerFeatures(scorer), scorer.input_size
-    dim = network(torch.zeros(1, 3, size, size)).shape[1]
-    return Extractor("scorer", network, size, dim, HALF, HALF, scorer.fingerprint)
-
-
-class _ScorerFeatures(nn.Module):
-    """A scorer's features as a network's output."""
+class ScorerFeatures(nn.Module):
+    """The last features of an attribute scorer as a network's output."""
 
     def __init__(self, scorer):
         super().__init__()
@@ -153,9 +140,11 @@ class _ScorerFeatures(nn.Module):
         return self.scorer.features(images)  # [N, F]
 
 
-EXTRACTORS: dict[str, Callable[[Protocol, str | None], Extractor]] = {
-    "inception": build_inception,
-    "vgg16": build_vgg16,
-    "squeeze": build_squeeze,
-    "scorer": build_scorer,
-}
+def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
+    """The bundled attribute scorer, a network that knows faces: [N, F]."""
+    scorer = load_scorer("face-scorer", weights_dir=weights_dir)
+    size, dim = scorer.input_size, scorer.network.n_features
+    return Extractor("scorer", ScorerFeatures(scorer), size, dim, HALF, HALF, scorer.fingerprint)
+
+
+EXTRACTORS = {"inception": build_inception, "vgg16": build_vgg16, "squeeze": build_squeeze, "scorer": build_scorer}

@@ -18,18 +18,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import run_script
-from metrics.distance import compute_fid, compute_kid, frechet_distance
-from metrics.evaluation import evaluation_main, evaluation_parser
-
-__all__ = ["build_parser", "compute_fid", "compute_kid", "frechet_distance", "main"]
+from metrics.flags import comparison_parser
 
 
 def build_parser():
-    return evaluation_parser(__doc__)
+    return comparison_parser(__doc__)
 
 
-def main(args) -> int:
-    return evaluation_main(args, ("fid", "kid"))
+def main(args) -> None:
+    from metrics.evaluation import compare
+
+    compare(("fid", "kid"), **vars(args))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 Precision and recall: Kynkäänniemi et al. 2019 (arXiv 1904.06991); density and coverage: Naeem et al. 2020
 (arXiv 2002.09797), whose package `prdc` gives the same numbers. A sample is inside a ball when it is closer to the
 centre than the centre's k-th neighbour, strictly. Density is not capped at 1. Real and fake do not commute.
-
-    compute_prdc(real, fake, nearest_k=5)["recall"]
 """
 
 from __future__ import annotations
@@ -32,42 +30,37 @@ def compute_prdc(real, fake, *, nearest_k: int, device="cpu", progress: bool = F
     Raises ValueError: other shapes, values that are not finite, fewer than nearest_k + 1 points.
     """
     real, fake = check_features(real, fake)
-    for name, points in (("real", real), ("fake", fake)):
-        if not 1 <= nearest_k < len(points):
-            raise ValueError(
-                f"nearest_k {nearest_k}: expected at least 1 and fewer than the {len(points)} {name} points"
-            )
+    for name, n in (("real", len(real)), ("fake", len(fake))):
+        if not 1 <= nearest_k < n:
+            raise ValueError(f"nearest_k {nearest_k}: expected at least 1 and fewer than the {n} {name} points")
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # Metal has no float64
-    in_real_balls = torch.zeros(len(fake), dtype=torch.int64, device=device)  # of each fake: real balls around it
-    covered, recalled = (torch.zeros(len(real), dtype=torch.bool, device=device) for _ in range(2))
+    inside, covered, recalled = 0, [], []
     with tqdm(total=2 * len(real) + len(fake), desc="PRDC", disable=None if progress else True) as bar:
         real_radii, fake_radii = (_radii(points, nearest_k, device, bar) for points in (real, fake))
-        for rows, distances in _distances(real, fake, device, bar):  # [R, M]
-            inside = distances < real_radii[rows, None]
-            in_real_balls += inside.sum(0)
-            covered[rows] = inside.any(1)
-            recalled[rows] = (distances < fake_radii).any(1)
-    return {
-        "precision": float((in_real_balls > 0).double().mean()),
-        "recall": float(recalled.double().mean()),
-        "density": float(in_real_balls.double().mean()) / nearest_k,
-        "coverage": float(covered.double().mean()),
-    }
+        for distances, radii in zip(_distances(real, fake, device, bar), real_radii.split(_rows(fake)), strict=True):
+            in_balls = distances < radii[:, None]  # [R, M]: is the fake in the ball of this real
+            inside = inside + in_balls.sum(0)  # [M]: real balls around each fake
+            covered.append(in_balls.any(1))
+            recalled.append((distances < fake_radii).any(1))
+    shares = (inside > 0, torch.cat(recalled), inside.double() / nearest_k, torch.cat(covered))
+    return {name: float(share.double().mean()) for name, share in zip(PRDC, shares, strict=True)}
 
 
 def _radii(points: torch.Tensor, k: int, device, bar) -> torch.Tensor:
     """Distance to the k-th neighbour [N]; each point is its own neighbour 0."""
-    return torch.cat([d.kthvalue(k + 1, dim=1).values for _, d in _distances(points, points, device, bar)])
+    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(points, points, device, bar)])
 
 
-def _distances(a: torch.Tensor, b: torch.Tensor, device, bar) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a [N, D] and their distances to b [M, D], float32 [R, M], R such that R * M is at most ENTRIES."""
+def _rows(points: torch.Tensor) -> int:
+    """Rows of a block of distances to these points."""
+    return max(1, min(BLOCK, ENTRIES // len(points)))
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor, device, bar) -> Iterator[torch.Tensor]:
+    """Distances of blocks of a [N, D] to b [M, D]: float32 [R, M], R * M at most ENTRIES."""
     identical = IDENTICAL * float(max(points.square().sum(1).max() for points in (a, b))) ** 0.5
-    n_rows = max(1, min(BLOCK, ENTRIES // len(b)))
-    for start in range(0, len(a), n_rows):
-        rows = slice(start, min(start + n_rows, len(a)))
-        left = a[rows].to(device).double()
-        blocks = [torch.cdist(left, right.to(device).double()).float() for right in b.split(BLOCK)]
-        distances = torch.cat(blocks, dim=1)  # [R, M]
-        yield rows, distances.masked_fill_(distances < identical, 0)
+    for left in a.split(_rows(b)):
+        rows = left.to(device).double()
+        distances = torch.cat([torch.cdist(rows, right.to(device).double()).float() for right in b.split(BLOCK)], 1)
+        yield distances.masked_fill_(distances < identical, 0)
         bar.update(len(left))

@@ -15,7 +15,7 @@ from common.export import generator_fingerprint
 from common.runs import Run, truncate_log
 from metrics.evaluation import METRICS, evaluate
 from metrics.extractors import build_extractor, metric_name
-from metrics.features import default_cache, extract
+from metrics.features import cache_folder, extract
 from metrics.protocol import PROTOCOLS, append_records
 from metrics.sources import GeneratorSource, Sampling, open_source
 
@@ -38,52 +38,39 @@ class Monitor:
 
     Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
     so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
-    computed at once: what is missing shows before the training starts. start_step: later results of an earlier start
-    are dropped. header: further metadata of the exported weights. Raises UsageError for too few images,
+    computed at once: what is missing shows before the training starts. Raises UsageError for too few images,
     FileNotFoundError when the extractor's weights are not at hand.
     """
 
     def __init__(
         self,
         run: Run,
-        path,
+        path,  # LMDB or folder of the training
         size: int,
         *,
         metrics: tuple[str, ...],
-        n: int,
+        n: int,  # images of each side
         extractor: str = "auto",
         batch: int = 16,
         dist: Distributed,
-        start_step: int = 0,
+        start_step: int = 0,  # later results of an earlier start are dropped
         weights_dir=None,
-        header: dict | None = None,
+        header: dict | None = None,  # further metadata of the exported weights
     ):
-        self.header = header or {}
-        self.run, self.metrics, self.n, self.batch, self.dist = run, metrics, n, batch, dist
+        self.header, self.run, self.metrics, self.n, self.dist = header or {}, run, metrics, n, dist
         self.extractor = build_extractor(extractor, PROTOCOLS["tf-compat"], weights_dir=weights_dir, device=dist.device)
-        self.real = self._extract(open_source(path, size=size), SEED + 1, default_cache())
+        self.options = {"batch": batch, "dist": dist}
+        source = open_source(path, size=size)
+        self.real = extract(source, self.extractor, n, seed=SEED + 1, cache_dir=cache_folder(), **self.options)
         for name in metrics:
             if (n_images := self.real.info["n"]) < FEWEST[name]:
-                raise UsageError(
-                    f"--metric {name} needs at least {FEWEST[name]} images: there are {n_images} (--eval_samples {n})"
-                )
+                few = f"there are {n_images} (--eval_samples {n})"
+                raise UsageError(f"--metric {name} needs at least {FEWEST[name]} images: {few}")
         self.output = run.folder / "metrics.jsonl"
         if dist.is_main and self.output.exists():
             truncate_log(self.output, start_step + 1)
         self.fid = metric_name("fid", self.extractor.name)
         self.best = self._best_so_far() if dist.is_main else None
-
-    def _extract(self, source, seed, cache_dir=None):
-        return extract(
-            source,
-            self.extractor,
-            self.n,
-            seed=seed,
-            batch=self.batch,
-            dist=self.dist,
-            cache_dir=cache_dir,
-            progress=cache_dir is not None,
-        )
 
     def _best_so_far(self) -> float:
         try:
@@ -97,15 +84,10 @@ class Monitor:
     def evaluate(self, generator, step: int, images: int) -> dict[str, float]:
         """Values by name on rank 0 ({} elsewhere) of a generator after `step` steps and `images` images seen."""
         weights = generator.state_dict()
-        info = {
-            "kind": "training",
-            "path": str(self.run.folder),
-            "step": step,
-            "images": images,
-            "ema": True,
-            "fingerprint": generator_fingerprint(weights),
-        }
-        fake = self._extract(GeneratorSource(generator, Sampling(seed=SEED), info), SEED)
+        info = {"kind": "training", "path": str(self.run.folder), "step": step, "images": images, "ema": True}
+        info["fingerprint"] = generator_fingerprint(weights)
+        source = GeneratorSource(generator, Sampling(seed=SEED), info)
+        fake = extract(source, self.extractor, self.n, seed=SEED, progress=False, **self.options)
         if not self.dist.is_main:
             return {}
         records = evaluate(self.real, fake, self.metrics, device=self.dist.device)

@@ -16,25 +16,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import UsageError, run_script
-from metrics.evaluation import evaluation_main, evaluation_parser
-from metrics.manifold import compute_prdc
-
-__all__ = ["build_parser", "compute_prdc", "main"]
+from common.cli import positive_int, run_script
+from metrics.flags import comparison_parser
 
 
 def build_parser():
-    parser = evaluation_parser(__doc__)
-    parser.add_argument(
-        "--nearest_k", type=int, help="neighbour that sets a ball's radius; default 3 under --protocol paper, else 5"
-    )
+    parser = comparison_parser(__doc__)
+    radius = "neighbour that sets a ball's radius; default 3 under --protocol paper, else 5"
+    parser.add_argument("--nearest_k", type=positive_int, help=radius)
     return parser
 
 
-def main(args) -> int:
-    if args.nearest_k is not None and args.nearest_k < 1:
-        raise UsageError(f"--nearest_k must be at least 1, got {args.nearest_k}")
-    return evaluation_main(args, ("prdc",), args.nearest_k)
+def main(args) -> None:
+    from metrics.evaluation import compare
+
+    compare(("prdc",), **vars(args))
 
 
 if __name__ == "__main__":

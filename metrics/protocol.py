@@ -31,28 +31,13 @@ from common.files import open_regular, parse_json
 from common.runs import git_commit, package_versions, to_plain
 
 # Entries that may differ between numbers set side by side: where things lie, what is being compared, and when
-FREE = {
-    *("value", "std", "time", "code", "notes", "step", "images", "device", "fake.images", "fake.digest"),
-    *(
-        f"{side}.{name}"
-        for side in ("real", "fake")
-        for name in ("path", "seed", "kind", "fingerprint", "space", "step")
-    ),
-    "fake.noise_seed",
-}
+FREE = set("value std time code notes step images device fake.images fake.digest fake.noise_seed".split())
+FREE |= {f"{side}.{name}" for side in ("real", "fake") for name in "path seed kind fingerprint space step".split()}
 
 # The entries of a record that are read again; others are only compared
-RECORD = {
-    "metric": str,
-    "value": (float, None),
-    "n_fake": (int, None),
-    "step?": (int, None),
-    "real?": ({"digest?": (str, None)}, None),
-    "fake": {
-        **{"truncation?": (float, None), "images?": (float, None)},
-        **{"fingerprint?": (str, None), "digest?": (str, None)},
-    },
-}
+FAKE = {"truncation?": (float, None), "images?": (float, None), "fingerprint?": (str, None), "digest?": (str, None)}
+RECORD = {"metric": str, "value": (float, None), "n_fake": (int, None), "step?": (int, None), "fake": FAKE}
+RECORD |= {"real?": ({"digest?": (str, None)}, None)}
 
 
 @dataclass(frozen=True)
@@ -90,33 +75,13 @@ PROTOCOLS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-
-
-def make_record(
-    metric: str, value: float, *, real: dict | None, fake: dict, protocol: dict, extractor: dict, **details
-):
+def make_record(metric: str, value, *, real: dict | None, fake: dict, protocol: dict, extractor: dict, **details):
     """One result as a line of `metrics.jsonl`. real, fake: `info` of the sources with `n`; real None: path length."""
-    real = dict(real) if real else {}
-    fake = dict(fake)
-    counts = {"n_real": real.pop("n", None), "n_fake": fake.pop("n")}
-    if fake.get("step") is not None:
-        counts["step"] = fake["step"]
-    return to_plain(
-        {
-            "metric": metric,
-            "value": value,
-            **counts,
-            **details,
-            "protocol": protocol,
-            "extractor": extractor,
-            "real": real,
-            "fake": fake,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "code": _code_version(),
-        }
-    )
+    real, fake = dict(real or {}), dict(fake)
+    record = {"metric": metric, "value": value, "n_real": real.pop("n", None), "n_fake": fake.pop("n")}
+    record |= {"step": fake["step"]} if fake.get("step") is not None else {}
+    record |= {**details, "protocol": protocol, "extractor": extractor, "real": real, "fake": fake}
+    return to_plain(record | {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "code": _code_version()})
 
 
 @functools.cache
@@ -127,33 +92,17 @@ def _code_version() -> dict:
 
 def append_records(path: str | Path, records: Iterable[dict]) -> None:
     """Add one JSON line per record to `path`, which is created when absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(lines)
+        file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[dict]:
     """Records of a metrics.jsonl; values that are not finite are None. Raises ValueError naming a line that is none."""
     with open_regular(path) as file:
-        lines = file.read().splitlines()
-    return [
-        parse_json(line, RECORD, source=f"{path}, line {number}", what="result of metrics/")
-        for number, line in enumerate(lines, 1)
-    ]
-
-
-def unlike(first: dict, second: dict, vary: Iterable[str] = ()) -> list[str]:
-    """Differences that make two results incomparable, as 'extractor.name squeeze against inception'.
-
-    vary: dotted names that may differ, such as `fake.truncation` along a sweep.
-    """
-    a, b = flat(first), flat(second)
-    free = FREE | set(vary)
-    names = [name for name in dict.fromkeys((*a, *b)) if name not in free and not name.startswith("code.")]
-    differing = [name for name in names if a.get(name) != b.get(name)]
-    return [f"{name} {_shown(a.get(name))} against {_shown(b.get(name))}" for name in differing]
+        lines = enumerate(file.read().splitlines(), 1)
+    what = "result of metrics/"
+    return [parse_json(line, RECORD, source=f"{path}, line {number}", what=what) for number, line in lines]
 
 
 def flat(record: dict, prefix: str = "") -> dict:
@@ -164,18 +113,23 @@ def flat(record: dict, prefix: str = "") -> dict:
     return entries
 
 
-def _shown(value) -> str:
-    return "unknown" if value is None else str(value)
+def unlike(first: dict, second: dict, vary: Iterable[str] = ()) -> list[str]:
+    """Differences that make two results incomparable, as 'extractor.name squeeze against inception'.
+
+    vary: dotted names that may differ, such as `fake.truncation` along a sweep.
+    """
+    sides = flat(first), flat(second)
+    names = dict.fromkeys(name for side in sides for name in side if not name.startswith("code."))
+    pairs = {name: [side.get(name) for side in sides] for name in names if name not in FREE | set(vary)}
+    text = {name: ["unknown" if value is None else value for value in pair] for name, pair in pairs.items()}
+    return [f"{name} {text[name][0]} against {text[name][1]}" for name, (a, b) in pairs.items() if a != b]
 
 
 def require_alike(records: list[dict], *, vary: Iterable[str] = (), allow: bool = False) -> list[str]:
     """Differences in protocol between results of one metric, each with the first. Raises ValueError unless `allow`."""
-    vary = tuple(vary)
     differences = list(dict.fromkeys(line for record in records[1:] for line in unlike(records[0], record, vary)))
     if differences and not allow:
         more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise UserError(
-            f"{records[0]['metric']}: these numbers were not computed alike ({'; '.join(differences[:4])}"
-            f"{more}): compute them alike, or pass --allow_unlike"
-        )
+        alike = f"these numbers were not computed alike ({'; '.join(differences[:4])}{more})"
+        raise UserError(f"{records[0]['metric']}: {alike}: compute them alike, or pass --allow_unlike")
     return differences

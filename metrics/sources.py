@@ -22,11 +22,22 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
 from common.files import read_json
 from common.images import read_image
-from common.latents import draw_z, load_latents
+from common.latents import Latents
 from common.lmdb_store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
 from dataset import FolderDataset, MultiResolutionDataset, open_dataset
 from model import Generator, load_generator
-from sampling.render import NOISE_MODES, Noise, noise_maps, saved_condition, select_condition, select_noise
+from sampling.render import (
+    NOISE_MODES,
+    blocks,
+    map_latents,
+    noise_maps,
+    read_latents,
+    saved_condition,
+    seeded_z,
+    select_condition,
+    select_noise,
+    truncate,
+)
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next
@@ -77,14 +88,15 @@ class ImageSource:
 
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """uint8 [B, 3, H, W] on `device`; threads read the next batch meanwhile. DatasetError for a damaged image."""
-        batches = [positions[i : i + batch] for i in range(0, len(positions), batch)]
-        if batches:
-            self.dataset[batches[0][0]]  # opens an LMDB here: two threads at once would open it twice
+        if not len(positions):
+            return
+        self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            ahead = pool.map(self.dataset.__getitem__, batches[0] if batches else ())
-            for following in [*batches[1:], ()] if batches else ():
+            ahead = ()
+            for following in [*blocks(positions, batch), ()]:
                 images, ahead = ahead, pool.map(self.dataset.__getitem__, following)
-                yield torch.stack(list(images)).to(device)
+                if images:
+                    yield torch.stack(list(images)).to(device)
 
 
 class NativeFolder(FolderDataset):
@@ -101,90 +113,61 @@ class NativeFolder(FolderDataset):
             raise DatasetError(f"{error}: repair or remove it") from error
         if image.size != self.expected:
             first, other = ("x".join(map(str, size)) for size in (self.expected, image.size))
-            raise DatasetError(
-                f"{self.path}: images of different sizes, {self.files[0].name} has {first} and "
-                f"{self.files[index].name} {other} pixels: --size N fits them all"
-            )
+            sizes = f"{self.files[0].name} has {first} and {self.files[index].name} {other} pixels"
+            raise DatasetError(f"{self.path}: images of different sizes, {sizes}: --size N fits them all")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class GeneratorSource:
-    """Images of a generator, from seeds or from saved latents with their attributes [N, d], where it takes any."""
+    """Images of a generator, from seeds or from saved latents with the noise and attributes they were saved with."""
 
-    def __init__(
-        self, generator: Generator, sampling: Sampling, info: dict, *, latents=None, saved_noise=None, condition=None
-    ):
-        self.generator, self.sampling, self.latents, self.condition = generator, sampling, latents, condition
-        self.saved_noise: Noise | None = saved_noise
-        self.n = SEED_STRIDE if latents is None else len(latents)
+    def __init__(self, generator: Generator, sampling: Sampling, info: dict, saved: Latents | None = None):
+        self.generator, self.sampling, self.saved = generator, sampling, saved
+        self.condition = None if saved is None else saved_condition(saved, generator)  # [N, d]
+        self.n = SEED_STRIDE if saved is None else len(saved)
         config, truncation = generator.config, sampling.truncation
-        self.info = {
-            "fingerprint": generator.fingerprint,
-            **info,
-            "size": config.size,
-            "space": config.space,
-            "truncation": truncation,
-            "truncation_mean": None if truncation == 1 else sampling.truncation_mean,
-            "noise": sampling.noise if saved_noise is None else "saved",
-            "seed": sampling.seed,
-        }
+        own = {"size": config.size, "space": config.space, "truncation": truncation, "seed": sampling.seed}
+        own["truncation_mean"] = None if truncation == 1 else sampling.truncation_mean
+        own["noise"] = sampling.noise if saved is None or saved.noise is None else "saved"
         if config.condition_dim:
-            self.info["condition"] = "neutral" if condition is None else "saved"  # neutral: 0.5 for every attribute
-        self._mean = None  # of w, computed when it is needed
+            own["condition"] = "neutral" if self.condition is None else "saved"  # neutral: 0.5 for every attribute
+        self.info = {"fingerprint": generator.fingerprint} | info | own
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:
-        if self.latents is None and n > SEED_STRIDE:
+        if self.saved is None and n > SEED_STRIDE:
             raise UserError(f"at most {SEED_STRIDE:,} images can be generated, not {n:,}")
         return list(range(min(n, self.n)))
 
     def digest(self, positions: Sequence[int]) -> str:
         names = ("size", "fingerprint", "truncation", "truncation_mean", "noise", "seed")
         digest = hashlib.sha256(json.dumps([self.info[name] for name in names] + [len(positions)]).encode())
-        if self.latents is not None:
-            digest.update(self.latents.numpy().tobytes())
-            for layer in self.saved_noise or []:
-                digest.update(layer.numpy().tobytes())
-        if self.condition is not None:
-            digest.update(self.condition.numpy().tobytes())
+        arrays = [] if self.saved is None else [self.saved.latents, *(self.saved.noise or [])]
+        for array in arrays if self.condition is None else [*arrays, self.condition]:
+            digest.update(array.numpy().tobytes())
         return digest.hexdigest()
 
     @torch.no_grad()
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """float32 [B, 3, S, S], about [-1, 1]. ValueError when the generator's output is not finite."""
-        generator, truncation = self.generator, self.sampling.truncation
-        device = generator.token.device
-        if truncation != 1 and self._mean is None:
-            self._mean = generator.mean_latent(self.sampling.truncation_mean)
-        seeds = range(self.sampling.seed * SEED_STRIDE, (self.sampling.seed + 1) * SEED_STRIDE)
-        noise = self.saved_noise or noise_maps(generator, self.sampling.noise, seeds=seeds)
-        for start in range(0, len(positions), batch):
-            chosen = positions[start : start + batch]
-            if self.latents is None:
-                config = generator.config
-                styles = draw_z([seeds[i] for i in chosen], config.n_tokens, config.style_dim, w_space=config.w_space)
-                styles = styles[:, 0] if config.w_space else styles  # one z for all layers: map it once
+        generator, sampling, saved = self.generator, self.sampling, self.saved
+        device, psi = generator.token.device, sampling.truncation
+        mean = None if psi == 1 else generator.mean_latent(sampling.truncation_mean)
+        seeds = range(sampling.seed * SEED_STRIDE, (sampling.seed + 1) * SEED_STRIDE)
+        noise = saved.noise if saved and saved.noise else noise_maps(generator, sampling.noise, seeds=seeds)
+        for chosen in blocks(positions, batch):
+            if saved is None:
+                z = seeded_z(generator, (seeds[i] for i in chosen))
+                ws = torch.stack(list(map_latents(generator, z, truncation=psi, mean=mean, batch=batch)))  # [B, L, D]
             else:
-                styles = self.latents[list(chosen)]
+                ws = truncate(saved.latents[chosen].to(device), psi, mean)
             maps = [layer.to(device) for layer in select_noise(noise, chosen)]
             condition = select_condition(self.condition, chosen)
-            images, _ = generator(
-                styles.to(device),
-                input_is_latent=self.latents is not None,
-                noise=maps,
-                truncation=truncation,
-                truncation_latent=self._mean,
-                condition=None if condition is None else condition.to(device),
-            )
+            condition = None if condition is None else condition.to(device)
+            images, _ = generator(ws.to(device), input_is_latent=True, noise=maps, condition=condition)
             if not torch.isfinite(images).all():
-                raise UserError(
-                    f"{self.info['path']}: generated images {chosen[0]} to {chosen[-1]} are not finite: "
-                    "diverged weights?"
-                )
+                which = f"generated images {chosen[0]} to {chosen[-1]}"
+                raise UserError(f"{self.info['path']}: {which} are not finite: diverged weights?")
             yield images
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -192,14 +175,12 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_lmdb(path: Path) -> bool:
-    return (path.is_file() and path.suffix not in (*CHECKPOINTS, ".npz", ".npy", ".pkl")) or any(
-        (path / name).exists() for name in (DATA_FILE, BUILDING_FILE)
-    )
+    if path.is_file():
+        return path.suffix not in (*CHECKPOINTS, ".npz", ".npy", ".pkl")
+    return any((path / name).exists() for name in (DATA_FILE, BUILDING_FILE))
 
 
-def open_source(
-    path, *, size: int | None = None, ckpt=None, sampling: Sampling | None = None, device="cpu", workers: int = 2
-):
+def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, device="cpu", workers: int = 2):
     """The images at `path`: checkpoint, folder of latents or .npy (of the generator `ckpt`), LMDB, folder of images.
 
     size: pixels to take from an LMDB, or to fit a folder to (default: the only size there is; images as they are).
@@ -207,37 +188,29 @@ def open_source(
     """
     path, sampling = Path(path), sampling or Sampling()
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder of images, LMDB, checkpoint, folder of latents or "
-            "features (.npz) is expected"
-        )
+        expected = "a folder of images, LMDB, checkpoint, folder of latents or features (.npz) is expected"
+        raise FileNotFoundError(f"{path} does not exist: {expected}")
     if path.suffix == ".pkl":
-        raise UserError(
-            f"{path}: pickled statistics are not read, since reading them can run code: pass the images "
-            "themselves, their features are cached"
-        )
+        refused = "pickled statistics are not read, since reading them can run code"
+        raise UserError(f"{path}: {refused}: pass the images themselves, their features are cached")
     if is_checkpoint(path):
         return checkpoint_source(path, sampling, load_generator(path, device))
     if path.suffix == ".npy" or (path / "latents.npy").exists():
-        return latents_source(path, ckpt, sampling, device)
+        if ckpt is None:
+            raise UserError(f"{path} holds latents: --ckpt names the generator they belong to")
+        generator = load_generator(ckpt, device)
+        info = {"kind": "latents", "path": str(path), **checkpoint_info(Path(ckpt))}
+        return GeneratorSource(generator, sampling, info, read_latents(generator, path))
     if is_lmdb(path):
         return lmdb_source(path, size, workers)
-    return folder_source(path, size, workers)
-
-
-def folder_source(path: Path, size: int | None, workers: int) -> ImageSource:
     dataset = NativeFolder(path) if size is None else open_dataset(path, size)
     codecs = sorted({file.suffix.lower().lstrip(".") for file in dataset.files})
-    info = {
-        "kind": "folder",
-        "path": str(path),
-        "size": size or "x".join(map(str, dataset.expected)),
-        "filter": size and dataset.resample,
-        "fit": size and dataset.fit,
-        "codec": ",".join(codecs),
-        "skipped": len(dataset.skipped),
-    }
-    return ImageSource(dataset, info, workers)
+    fitted = (
+        ("x".join(map(str, dataset.expected)), None, None) if size is None else (size, dataset.resample, dataset.fit)
+    )
+    info = {"kind": "folder", "path": str(path), "codec": ",".join(codecs)}
+    info |= dict(zip(("size", "filter", "fit"), fitted, strict=True))
+    return ImageSource(dataset, info | {"skipped": len(dataset.skipped)}, workers)
 
 
 def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
@@ -248,36 +221,14 @@ def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
         size = sizes[0]
     dataset = MultiResolutionDataset(path, size)
     manifest = dataset.manifest or {}  # rosinality's tool leaves none: filter and codec are unknown
-    info = {
-        "kind": "lmdb",
-        "path": str(path),
-        "size": size,
-        "filter": manifest.get("resample"),
-        "fit": manifest.get("fit"),
-        "codec": manifest.get("format"),
-        "quality": manifest.get("quality"),
-        "skipped": len(manifest.get("skipped", [])),
-    }
-    return ImageSource(dataset, info, workers)
+    info = {"kind": "lmdb", "path": str(path), "size": size, "skipped": len(manifest.get("skipped", []))}
+    names = {"filter": "resample", "fit": "fit", "codec": "format", "quality": "quality"}
+    return ImageSource(dataset, info | {ours: manifest.get(name) for ours, name in names.items()}, workers)
 
 
 def checkpoint_source(path: Path, sampling: Sampling, generator: Generator) -> GeneratorSource:
-    """`generator`, which was loaded from `path`."""
+    """Images of `generator`, which was loaded from `path`."""
     return GeneratorSource(generator, sampling, {"kind": "checkpoint", "path": str(path), **checkpoint_info(path)})
-
-
-def latents_source(path: Path, ckpt, sampling: Sampling, device) -> GeneratorSource:
-    if ckpt is None:
-        raise UserError(f"{path} holds latents: --ckpt names the generator they belong to")
-    generator = load_generator(ckpt, device)
-    config = generator.config
-    shape, spaces = (config.n_tokens, config.style_dim), ("w", "w+") if config.w_space else "w++"
-    saved = load_latents(path, expect_space=spaces, expect_shape=shape, expect_fingerprint=generator.fingerprint)
-    info = {"kind": "latents", "path": str(path), **checkpoint_info(Path(ckpt))}
-    condition = saved_condition(saved, generator)
-    return GeneratorSource(
-        generator, sampling, info, latents=saved.latents, saved_noise=saved.noise, condition=condition
-    )
 
 
 def checkpoint_info(path: Path) -> dict:

@@ -25,7 +25,7 @@ from common.latents import draw_z, save_latents
 from common.lmdb_store import DatasetError
 from common.tables import write_skipped
 from inversion.report import PER_GRID, remove_numbered, write_summary
-from perceptual.image_metrics import measure, picture_digest, summary, write_measures
+from perceptual.image_metrics import image_digest, measure, summary, write_measures
 from pSp.data_configs import normalise, shrink
 from pSp.psp import pSp
 
@@ -42,7 +42,7 @@ class Inversion:
     latents: list[np.ndarray] = field(default_factory=list)  # float32 [L, D]
     values: dict[str, list[float]] = field(default_factory=dict)  # of perceptual/image_metrics.py
     shown: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)  # original, output of the first few
-    originals: list[str] = field(default_factory=list)  # picture_digest of each original as it was measured
+    originals: list[str] = field(default_factory=list)  # image_digest of each original as it was measured
     skipped: list[tuple[int, str]] = field(default_factory=list)  # position, reason
     seconds: list[float] = field(default_factory=list)  # per batch, encoder and generator
 
@@ -120,7 +120,7 @@ def invert(
         for name, value in values.items():
             result.values.setdefault(name, []).extend(value.tolist())
         result.positions += where
-        result.originals += [picture_digest(image) for image in pooled]
+        result.originals += [image_digest(image) for image in pooled]
         result.latents += list(w.float().cpu().numpy())
         if len(result.shown) < keep_shown:
             result.shown += list(zip(pooled, to_uint8(output), strict=True))

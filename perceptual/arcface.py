@@ -3,9 +3,6 @@
 Tensor names are those of TreB1eN/InsightFace_Pytorch, which eladrich/pixel2style2pixel keeps: its `model_ir_se50.pth`
 loads into `ArcFace` strictly, and its `input_layer` and `body` into the encoders of pSp/encoders.py.
 Sources: Deng et al. 2019 (arXiv 1801.07698, the IR unit), Hu et al. 2018 (arXiv 1709.01507, squeeze and excitation).
-
-    arcface = load_arcface("cuda")
-    embedding = arcface(faces)                    # [N, 3, 112, 112] in [-1, 1] -> [N, 512], each of length 1
 """
 
 from __future__ import annotations
@@ -48,16 +45,11 @@ class Unit(nn.Module):
         self.stride = stride
         self.shortcut_layer = nn.Identity()
         if in_channels != channels:
-            self.shortcut_layer = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
-            )
-        layers = [
-            nn.BatchNorm2d(in_channels),
-            nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False),
-            nn.PReLU(channels),
-            nn.Conv2d(channels, channels, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(channels),
-        ]
+            pointwise = nn.Conv2d(in_channels, channels, 1, bias=False)
+            self.shortcut_layer = nn.Sequential(pointwise, nn.BatchNorm2d(channels))
+        first = nn.Conv2d(in_channels, channels, 3, 1, 1, bias=False)
+        second = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        layers = [nn.BatchNorm2d(in_channels), first, nn.PReLU(channels), second, nn.BatchNorm2d(channels)]
         self.res_layer = nn.Sequential(*layers, *([SqueezeExcite(channels)] if mode == "ir_se" else []))
 
     def forward(self, x):  # [N, C, H, W] -> [N, C', H/stride, W/stride]
@@ -76,8 +68,8 @@ def build_body(depth: int, width: int, mode: str, strides=STRIDES) -> nn.Sequent
     for stage, (count, stride) in enumerate(zip(DEPTHS[depth], strides, strict=True)):
         out = width * 2**stage
         for index in range(count):
-            units.append(Unit(channels, out, stride if index == 0 else 1, mode))
-            channels = out
+            units.append(Unit(channels if index == 0 else out, out, stride if index == 0 else 1, mode))
+        channels = out
     return nn.Sequential(*units)
 
 

@@ -12,6 +12,7 @@ Apache-2.0 weights) is small and may be used freely; IR-SE50 ArcFace is that of 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +26,10 @@ from perceptual.arcface import load_arcface
 
 INPUT_SIZE = 112  # pixels, of both networks
 
-# The part of an FFHQ frame that MobileFaceNet sees: left, top, right, bottom in units of the side. The ArcFace template
-# for 112 pixels has its five landmarks (eyes, nose, mouth corners) at (38.29, 51.70), (73.53, 51.50), (56.03, 71.74),
-# (41.55, 92.37), (70.73, 92.20); the mean over 20,728 faces in FFHQ framing at 128 pixels (YuNet landmarks of the
-# development data) is (47.66, 60.26), (80.00, 59.93), (64.26, 79.20), (50.18, 93.58), (78.24, 93.30). Least squares of
-# scale and shift between the two (half a pixel added: pixel centres) gives the box 0.1199..0.8818 x 0.1150..0.8768.
-# It is made symmetric here, and the rotation of 0.29 degrees that would fit better (both sets lean that way by the
-# detector's bias) left out: with axes kept, resampling is two matrix products. Residuals: eyes 1.2, mouth 2.3, nose
-# 2.4 of the 112 pixels.
+# The part of an FFHQ frame that MobileFaceNet sees: left, top, right, bottom in units of the side. Least squares of
+# scale and shift between the ArcFace template's landmarks and the mean over 20,728 faces in FFHQ framing (numbers in
+# tests/perceptual/test_identity.py), made symmetric. Residuals: eyes 1.2, mouth 2.3, nose 2.4 of the 112 pixels.
 ARCFACE_BOX = (0.1191, 0.1150, 0.8809, 0.8768)
-
-
-# -- framing -------------------------------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,9 +67,6 @@ def crop_as_psp(images):
     return F.adaptive_avg_pool2d(images[:, :, 35:223, 32:220], INPUT_SIZE)
 
 
-# -- MobileFaceNet -------------------------------------------------------------------------------------------------
-
-
 def _conv_norm(in_channels, channels, kernel, stride=1, groups=1):
     """Convolution without bias, batch norm, ReLU6."""
     padding = (kernel - 1) // 2
@@ -95,18 +85,6 @@ class DepthwiseSeparable(nn.Module):
 
     def forward(self, x):
         return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
-
-
-class GlobalDepthwise(nn.Module):
-    """A weight of its own for every place: depthwise 7x7 on a 7x7 map, which takes the place of average pooling."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 7, groups=channels, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        return self.bn(self.depthwise(x))
 
 
 class InvertedResidual(nn.Module):
@@ -147,7 +125,9 @@ class MobileFaceNet(nn.Module):
                 width = channels
         self.features = nn.Sequential(*blocks)
         self.conv2 = _conv_norm(128, 512, 1)
-        self.gdconv = GlobalDepthwise(512)
+        # depthwise 7x7 on a 7x7 map: a weight of its own for every place, instead of average pooling
+        global_depthwise = {"depthwise": nn.Conv2d(512, 512, 7, groups=512, bias=False), "bn": nn.BatchNorm2d(512)}
+        self.gdconv = nn.Sequential(OrderedDict(global_depthwise))
         self.conv3 = nn.Conv2d(512, 128, 1)
         self.bn = nn.BatchNorm1d(128)
 
@@ -165,21 +145,16 @@ def load_mobilefacenet(weights_dir=None):
     return network
 
 
-# -- the interface -------------------------------------------------------------------------------------------------
-
-
 class Identity(nn.Module):
     """Frozen recognition network: FFHQ-framed images [N, 3, H, H] in [-1, 1], any H, -> embeddings of length 1.
 
     network: faces [N, 3, 112, 112] -> [N, D]. crop: images -> such faces, in [-1, 1]. mean, std: of pixels in [0, 1],
-    per channel, by which the network's input is normalised; None for [-1, 1]. flip: add the embedding of the mirrored
-    face, as recognition is usually measured (twice the work, and blind to left and right).
+    per channel, by which the network's input is normalised; None for [-1, 1].
     """
 
-    def __init__(self, network, name, crop, *, mean=None, std=None, flip=False):
+    def __init__(self, network, name, crop, *, mean=None, std=None):
         super().__init__()
-        self.network, self.crop, self.flip = network, crop, flip
-        self.name = f"{name}{'-flip' if flip else ''}"
+        self.network, self.name, self.crop = network, name, crop
         self.register_buffer("mean", torch.tensor(mean or (0.5,) * 3).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or (0.5,) * 3).view(3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -190,10 +165,7 @@ class Identity(nn.Module):
             raise ValueError(f"{self.name} takes aligned square images [N, 3, H, H], got {list(images.shape)}")
         with torch.autocast(images.device.type, enabled=False):
             faces = (self.crop(images.float()) / 2 + 0.5 - self.mean) / self.std  # [N, 3, 112, 112]
-            embedding = self.network(faces)
-            if self.flip:
-                embedding = embedding + self.network(faces.flip(-1))
-            return F.normalize(embedding)
+            return F.normalize(self.network(faces))
 
     def forward(self, images):
         return self.embed(images)
@@ -210,7 +182,7 @@ class Identity(nn.Module):
 WEIGHTS = {"ir_se50": "arcface_ir_se50", "mobilefacenet": "mobilefacenet"}
 
 
-def build_identity(name="auto", device="cpu", weights_dir=None, *, flip=False):
+def build_identity(name="auto", device="cpu", weights_dir=None):
     """The Identity called `name`: ir_se50, mobilefacenet, or auto (the first of them whose weights are found).
 
     Raises UsageError for another name, FileNotFoundError saying where the weights are to be had.
@@ -220,9 +192,9 @@ def build_identity(name="auto", device="cpu", weights_dir=None, *, flip=False):
     if name == "auto":
         name = next((known for known, weights in WEIGHTS.items() if find(weights, weights_dir)), "mobilefacenet")
     if name == "ir_se50":
-        return Identity(load_arcface("cpu", weights_dir), name, crop_as_psp, flip=flip).to(device)
+        return Identity(load_arcface("cpu", weights_dir), name, crop_as_psp).to(device)
     network = load_mobilefacenet(weights_dir)
-    return Identity(network, name, crop_for_arcface, mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=flip).to(device)
+    return Identity(network, name, crop_for_arcface, mean=IMAGENET_MEAN, std=IMAGENET_STD).to(device)
 
 
 def identity_or_none(name, device="cpu", weights_dir=None):

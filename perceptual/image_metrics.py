@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from common.checkpoint import require_file
-from common.files import atomic_write
+from common.files import write_text
+from common.tables import csv_text
 
 MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
 
@@ -33,12 +33,8 @@ def measure(originals, images, *, perceptual, identity=None) -> dict[str, torch.
     mse on [-1, 1]; psnr in dB; ssim 0..1; identity: cosine similarity by perceptual/identity.py, left out when None.
     """
     mse = (originals - images).double().square().mean((1, 2, 3))
-    values = {
-        "perceptual": perceptual(average_down(originals), average_down(images)),
-        "mse": mse,
-        "psnr": 10 * torch.log10(4 / mse),  # the range is 2
-        "ssim": structural_similarity(originals, images),
-    }
+    values = {"perceptual": perceptual(average_down(originals), average_down(images)), "mse": mse}
+    values |= {"psnr": 10 * torch.log10(4 / mse), "ssim": structural_similarity(originals, images)}  # the range is 2
     if identity is not None:
         values["identity"] = identity.similarity(originals, images)
     return {name: value.double().cpu() for name, value in values.items()}
@@ -64,9 +60,6 @@ def structural_similarity(a, b) -> torch.Tensor:
     return torch.tensor([ssim(x, y, **paper) for x, y in pairs], dtype=torch.float64)
 
 
-# -- the table -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Measured:
     """A reconstruction.csv as read."""
@@ -75,50 +68,35 @@ class Measured:
     values: dict[str, list[float]]  # of MEASURES those that were measured
     perceptual: str  # name of the distance
     identity: str | None
-    originals: list[str] | None = None  # picture_digest of each, where it was written
+    originals: list[str] | None = None  # image_digest of each, where it was written
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def restrict(self, names: set[str]) -> Measured:
+        """The rows of these images."""
+        keep = [i for i, name in enumerate(self.names) if name in names]
+        values = {measure: [column[i] for i in keep] for measure, column in self.values.items()}
+        originals = self.originals and [self.originals[i] for i in keep]
+        return replace(self, names=[self.names[i] for i in keep], values=values, originals=originals)
 
 
-def picture_digest(picture) -> str:
-    """12 hex digits of the pixels of a picture, uint8 [H, W, 3]: two tables are about the same pictures, or are not."""
-    return hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).hexdigest()[:12]
+def image_digest(image) -> str:
+    """12 hex digits of the pixels of an image, uint8 [H, W, 3]: tables with equal digests are about the same images."""
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()[:12]
 
 
 def write_measures(
-    path,
-    names: Sequence[str],
-    values: dict,
-    *,
-    perceptual: str,
-    identity: str | None,
-    steps=None,
-    originals: Sequence[str] | None = None,
-):
+    path, names: Sequence[str], values: dict, *, perceptual: str, identity: str | None, steps=None, originals=None
+) -> None:
     """One line per image: position, name, MEASURES (blank where not measured), what measured them, steps taken.
 
-    originals: picture_digest of each original as it was measured.
+    originals: image_digest of each original as it was measured.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["index", "name", *MEASURES, "perceptual_by", "identity_by", "steps", "original"])
+    rows = [["index", "name", *MEASURES, "perceptual_by", "identity_by", "steps", "original"]]
     for i, name in enumerate(names):
-        row = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
-        by_identity = identity if "identity" in values else ""
-        table.writerow(
-            [
-                i,
-                name,
-                *row,
-                perceptual,
-                by_identity,
-                "" if steps is None else int(steps[i]),
-                "" if originals is None else originals[i],
-            ]
-        )
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        numbers = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
+        by = [perceptual, identity if "identity" in values else ""]
+        taken, original = None if steps is None else int(steps[i]), originals and originals[i]
+        rows.append([i, name, *numbers, *by, taken, original])
+    write_text(path, csv_text(rows))
 
 
 def read_measures(path) -> Measured:
@@ -150,11 +128,9 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
 
 def summary(values: dict[str, Sequence[float]], *, perceptual: str, identity: str | None = None) -> str:
     """'lpips-vgg 0.0937 +- 0.0179, mse 0.0255 +- 0.0183, ...': what is printed after a run."""
-    titles = {"perceptual": perceptual, "identity": f"identity ({identity})"}
-    parts = []
-    for name in MEASURES:
-        if name in values:
-            mean, std = mean_and_std(values[name])
-            digits = 2 if name == "psnr" else 4
-            parts.append(f"{titles.get(name, name)} {mean:.{digits}f} +- {std:.{digits}f}")
+    titles, parts = {"perceptual": perceptual, "identity": f"identity ({identity})"}, []
+    for name in (name for name in MEASURES if name in values):
+        mean, std = mean_and_std(values[name])
+        digits = 2 if name == "psnr" else 4
+        parts.append(f"{titles.get(name, name)} {mean:.{digits}f} +- {std:.{digits}f}")
     return ", ".join(parts)

@@ -2,9 +2,8 @@
 
 LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares the activations of a classification network, unit length over
 channels, with learnt weights per channel. Networks and learnt weights are the `lpips` package's; the backbone is looked
-for by common/weights.py and nothing is ever downloaded here. Offline fallbacks compare the activations of a trained
-discriminator or scorer in the same way without learnt weights: useful as a loss, not comparable with LPIPS. `.name`
-tells which distance it is, and belongs beside every number.
+for by common/weights.py. Fallbacks compare the activations of a trained discriminator or scorer in the same way without
+learnt weights: useful as a loss, not comparable with LPIPS. `.name` tells which distance it is: it goes beside numbers.
 
     perceptual = build_perceptual("auto", "cuda")
     target = perceptual.features(photos)                                     # once: half of the work
@@ -25,19 +24,16 @@ from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
 from common.cli import UsageError
 from common.weights import find, require
 from model import Discriminator, GeneratorConfig
+from scorer.interface import resize
 from scorer.network import load_scorer
 
-# Registered weights that hold each backbone, in the order in which `auto` looks for them. SqueezeNet comes before
-# AlexNet: it lies nearer to VGG, with which the paper's tables were computed, and is the backbone to be had here.
+# Weights that hold each backbone, in the order in which `auto` looks for them: SqueezeNet is nearer to VGG than AlexNet
 LPIPS_WEIGHTS = {"vgg": ("vgg16",), "squeeze": ("squeezenet1_1", "squeezenet1_1_features"), "alex": ("alexnet",)}
 SMALLEST = {"vgg": 16, "squeeze": 17, "alex": 31}  # pixels that the backbones' strides leave anything of; tested
 COMFORTABLE = 64  # pixels: the learnt weights come from patches of this size
 FALLBACK = "face-scorer"  # bundled: its features are compared where no weights of LPIPS are here
 UPSAMPLE = "-up64"  # ends the name of an LPIPS that enlarges smaller images to that
 NORM_EPSILON = 1e-10  # the lpips package's
-
-
-# -- the interface -------------------------------------------------------------------------------------------------
 
 
 class Perceptual(nn.Module, ABC):
@@ -47,7 +43,6 @@ class Perceptual(nn.Module, ABC):
     """
 
     name: str
-    layer_weights: list[torch.Tensor | None]
 
     def features(self, images):
         """Activations per layer, float32, each [N, C, h, w] of unit length over C."""
@@ -74,15 +69,12 @@ class Perceptual(nn.Module, ABC):
 
     def forward(self, images_a, images_b):
         if images_a.shape[-2:] != images_b.shape[-2:]:
-            sizes = [list(images.shape) for images in (images_a, images_b)]
-            raise ValueError(f"{self.name} compares images of one size, got {sizes[0]} and {sizes[1]}")
+            sizes = " and ".join(str(list(images.shape)) for images in (images_a, images_b))
+            raise ValueError(f"{self.name} compares images of one size, got {sizes}")
         return self.distance(self.features(images_a), self.features(images_b))
 
     def train(self, mode=True):
         return super().train(False)  # stays in eval mode inside a model that trains
-
-    def extra_repr(self):
-        return self.name
 
 
 def _unit_length(layer):
@@ -90,9 +82,6 @@ def _unit_length(layer):
     # The package's formula to the bit. Its gradient is NaN where all channels are zero, hence the clamp.
     norm = layer.square().sum(1, keepdim=True).clamp_min(NORM_EPSILON**2).sqrt()
     return layer / (norm + NORM_EPSILON)
-
-
-# -- LPIPS ---------------------------------------------------------------------------------------------------------
 
 
 class Lpips(Perceptual):
@@ -119,10 +108,8 @@ class Lpips(Perceptual):
             size = round(height * scale), round(width * scale)
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         elif min(height, width) < SMALLEST[self.net]:
-            raise ValueError(
-                f"{self.name} needs images of at least {SMALLEST[self.net]} pixels, got {width}x{height}: use "
-                f"{self.net}{UPSAMPLE}, which enlarges them"
-            )
+            least = f"{self.name} needs images of at least {SMALLEST[self.net]} pixels, got {width}x{height}"
+            raise ValueError(f"{least}: use {self.net}{UPSAMPLE}, which enlarges them")
         return self.lpips.net(self.lpips.scaling_layer(images).to(self.dtype))
 
     def layer_distance(self, index, squared):
@@ -136,40 +123,24 @@ def _build_lpips(net, backbone, source):
     with warnings.catch_warnings(), torch.device("meta"):  # VGG's random initialisation takes seconds and 500 MB
         warnings.simplefilter("ignore")  # the package calls torchvision in a way that warns
         model = lpips.LPIPS(net=net, pnet_rand=True, pretrained=False, verbose=False)
-    learnt = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
-    learnt = load_checkpoint(learnt)
-    backbone = {
-        name.removeprefix("features."): value for name, value in backbone.items() if not name.startswith("classifier.")
-    }
-
-    state = {name: value for name, value in model.state_dict().items() if name.startswith("scaling_layer.")}
-    for name, value in model.state_dict().items():
+    learnt = load_checkpoint(Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth")
+    left = {name.removeprefix("features."): v for name, v in backbone.items() if not name.startswith("classifier.")}
+    state = model.state_dict()
+    for name, value in state.items():
         kind, _, rest = name.partition(".")
         if kind == "net":
-            _, _, rest = rest.partition(".")  # slice3.7.squeeze.weight -> 7.squeeze.weight
-            state[name] = _take(backbone, rest, value.shape, source)
-        elif kind == "lins":  # lins.0.model.1.weight is lin0.model.1.weight
-            state[name] = learnt["lin" + rest]
-        elif kind.startswith("lin"):
-            state[name] = learnt[name]
-    unknown = sorted(set(backbone) - {name.split(".", 2)[2] for name in state if name.startswith("net.")})
-    if unknown:
-        raise CheckpointError(f"{source} is not the backbone of LPIPS ({net}): it also holds {unknown[0]}")
+            rest = rest.partition(".")[2]  # slice3.7.squeeze.weight -> 7.squeeze.weight
+            found = left.pop(rest, None)
+            if found is None or found.shape != value.shape:
+                wrong = "absent" if found is None else f"{list(found.shape)}, not {list(value.shape)}"
+                raise CheckpointError(f"{source} is not the backbone expected: {rest} is {wrong}")
+            state[name] = found.float().contiguous()
+        elif kind.startswith("lin"):  # lins.0.model.1.weight is lin0.model.1.weight
+            state[name] = learnt["lin" + rest if kind == "lins" else name]
+    if left:
+        raise CheckpointError(f"{source} is not the backbone of LPIPS ({net}): it also holds {sorted(left)[0]}")
     model.load_state_dict(state, strict=True, assign=True)
     return model
-
-
-def _take(state, name, shape, source):
-    if name not in state:
-        raise CheckpointError(f"{source} is not the backbone expected: {name} is absent")
-    if state[name].shape != shape:
-        raise CheckpointError(
-            f"{source} is not the backbone expected: {name} is {list(state[name].shape)}, not {list(shape)}"
-        )
-    return state[name].float().contiguous()
-
-
-# -- fallbacks -----------------------------------------------------------------------------------------------------
 
 
 class FeatureDistance(Perceptual):
@@ -187,9 +158,7 @@ class FeatureDistance(Perceptual):
         self.eval().requires_grad_(False)
 
     def activations(self, images):
-        if self.size is not None and images.shape[-2:] != (self.size, self.size):
-            size = (self.size, self.size)
-            images = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
+        images = images if self.size is None else resize(images.float(), self.size)
         return self.network.feature_maps(images.to(self.dtype))
 
     def layer_distance(self, index, squared):
@@ -227,9 +196,6 @@ def load_discriminator(path):
     return discriminator.float().eval()
 
 
-# -- by name -------------------------------------------------------------------------------------------------------
-
-
 def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch.float32):
     """The distance called `name`, a frozen Perceptual on `device`.
 
@@ -248,30 +214,26 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
     if base not in ("auto", *LPIPS_WEIGHTS):
         expected = f"auto, {', '.join(LPIPS_WEIGHTS)}, discriminator:CHECKPOINT or scorer:NAME"
         raise UsageError(f"perceptual distance {name!r} is unknown: expected {expected}")
-    nets = tuple(LPIPS_WEIGHTS) if base == "auto" else (base,)
-    found = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS[net] if find(weights, weights_dir))
-    net, weights = next(found, (nets[0], LPIPS_WEIGHTS[nets[0]][0]))
-    if base == "auto" and find(weights, weights_dir) is None:
+    nets = LPIPS_WEIGHTS if base == "auto" else (base,)
+    here = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS[net] if find(weights, weights_dir))
+    net, weights = next(here, (base, None))
+    if net == "auto":
         return _build_feature_distance("scorer", FALLBACK, weights_dir, dtype).to(device)
     try:
-        path = require(weights, weights_dir)
+        path = require(weights or LPIPS_WEIGHTS[net][0], weights_dir)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, or compare by discriminator:CHECKPOINT") from None
-    backbone = load_checkpoint(path)
-    return Lpips(net, backbone, dtype=dtype, upsample_small=base != name, source=path).to(device)
+    return Lpips(net, load_checkpoint(path), dtype=dtype, upsample_small=base != name, source=path).to(device)
 
 
 def perceptual_or_none(name, device="cpu", weights_dir=None):
     """`build_perceptual`; None for 'none'."""
-    if name == "none":
-        return None
-    return build_perceptual(name, device, weights_dir)
+    return None if name == "none" else build_perceptual(name, device, weights_dir)
 
 
 def _build_feature_distance(kind, path, weights_dir, dtype):
     name = f"{kind}-features({Path(path).name})"
     if kind == "scorer":  # it resizes by itself
-        scorer = load_scorer(path, "cpu", weights_dir=weights_dir)
-        return FeatureDistance(scorer, name, dtype=dtype)
+        return FeatureDistance(load_scorer(path, "cpu", weights_dir=weights_dir), name, dtype=dtype)
     network = DiscriminatorFeatures(load_discriminator(path))
     return FeatureDistance(network, name, size=network.size, dtype=dtype)

@@ -32,9 +32,6 @@ CONDITION = "condition"  # the entry that tells the attributes of each image of 
 Noise = list[torch.Tensor] | Callable[[Sequence[int]], list[torch.Tensor]]
 
 
-# -- latents -------------------------------------------------------------------------------------------------------
-
-
 def blocks(items: Iterable, size: int) -> Iterator[list]:
     """Consecutive lists of `size` items, the last one shorter."""
     items = iter(items)
@@ -95,9 +92,6 @@ def loop_position(frame: int, n_points: int, frames: int) -> tuple[int, int, flo
     return point, (point + 1) % n_points, step / frames
 
 
-# -- noise ---------------------------------------------------------------------------------------------------------
-
-
 def noise_maps(generator: Generator, mode: str, *, seeds: Sequence[int] = (), noise_seed: int = 0) -> Noise:
     """Noise for `render`: the stored maps (const), zeros (none), or maps drawn on the CPU from noise_seed and each
     image's own seed (random), in streams apart from those of z. ValueError for another mode."""
@@ -130,9 +124,6 @@ def select_condition(condition: torch.Tensor | None, positions: Sequence[int]) -
 def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float) -> list[torch.Tensor]:
     """Noise between that of two images: each map [1, 1, r, r] keeps its strength (slerp over the whole map)."""
     return [slerp(a.flatten(), b.flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
-
-
-# -- sources: what has a name, a latent and noise ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -233,9 +224,6 @@ def file_names(names: Sequence[str]) -> list[str]:
         taken.add(name.casefold())
         result.append(name)
     return result
-
-
-# -- images --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

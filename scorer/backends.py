@@ -31,9 +31,6 @@ OUTPUTS = {"sigmoid": "probability", "softmax": "probability", "linear": "value"
 DESCRIPTION = {"arch": str, "weights": str, "attributes": [str], "outputs?": str, "input_size?": int, "mean?": [float]}
 DESCRIPTION |= {"std?": [float], "channels?": str, "range?": float}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# DEX
-
 
 class Vgg(nn.Module):
     """VGG with the tensor names of pytorch-DEX: conv.{0..4}.conv{1..3}, fc1.0, fc2.0, cls. Widths from the file."""
@@ -69,10 +66,8 @@ def read_vgg(path, classes: int) -> Vgg:
         if match := re.fullmatch(r"conv\.(\d+)\.conv\d+\.weight", str(name)):
             blocks.setdefault(int(match[1]), []).append(tensor.shape[0])
     if not blocks or "cls.weight" not in state:
-        raise CheckpointError(
-            f"{path} is no DEX network: expected tensors conv.0.conv1.weight ... cls.weight as in "
-            f"pytorch-DEX, found {', '.join(map(str, list(state)[:3]))} ..."
-        )
+        expected = "expected tensors conv.0.conv1.weight ... cls.weight as in pytorch-DEX"
+        raise CheckpointError(f"{path} is no DEX network: {expected}, found {', '.join(map(str, list(state)[:3]))} ...")
     if state["cls.weight"].shape[0] != classes:
         raise CheckpointError(f"{path} has {state['cls.weight'].shape[0]} classes; expected {classes}")
     with torch.device("meta"):  # half a gigabyte of weights is read, not drawn first
@@ -120,14 +115,9 @@ def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False, age=Non
 
     name: `dex` (both), `dex_age` or `dex_gender`. Raises FileNotFoundError with the place to get the file.
     """
-    wanted = [name.removeprefix("dex_")] if name.startswith("dex_") else list(DEX_CLASSES)
-    files = {"age": age, "gender": gender}
-    paths = {part: files[part] or require(f"dex_{part}", weights_dir) for part in wanted}
+    parts = [name.removeprefix("dex_")] if name.startswith("dex_") else list(DEX_CLASSES)
+    paths = {part: {"age": age, "gender": gender}[part] or require(f"dex_{part}", weights_dir) for part in parts}
     return DexScorer({part: read_vgg(path, DEX_CLASSES[part]) for part, path in paths.items()}, crop=crop)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A classifier of torchvision or timm
 
 
 class ClassifierScorer(AttributeScorer):
@@ -162,10 +152,8 @@ class ClassifierScorer(AttributeScorer):
         x = ((x + 1) * (self.value_range / 2) - self.mean) / self.std
         logits = self.network(x.flip(1) if self.bgr else x)
         if logits.ndim != 2 or logits.shape[1] != len(self.attributes):
-            raise ValueError(
-                f"the classifier gives {list(logits.shape[1:])} numbers per image for "
-                f"{len(self.attributes)} attributes ({', '.join(self.names)})"
-            )
+            attributes = f"{len(self.attributes)} attributes ({', '.join(self.names)})"
+            raise ValueError(f"the classifier gives {list(logits.shape[1:])} numbers per image for {attributes}")
         if self.outputs == "softmax":  # log-odds of each class against all others
             logs = logits.log_softmax(1)
             return logs - torch.log1p(-logs.exp().clamp(max=1 - 1e-6))
@@ -175,10 +163,9 @@ class ClassifierScorer(AttributeScorer):
 def load_classifier(path) -> ClassifierScorer:
     """The classifier a JSON file describes; `weights` is relative to it. Raises FileNotFoundError or ValueError."""
     described = read_json(path, DESCRIPTION, what="description of a classifier")
-    unknown = [key for key in described if not {key, f"{key}?"} & set(DESCRIPTION)]
-    if unknown:
-        expected = ", ".join(name.removesuffix("?") for name in DESCRIPTION)
-        raise ValueError(f"{path}: unknown entry {', '.join(unknown)}; expected {expected}")
+    known = [name.removesuffix("?") for name in DESCRIPTION]
+    if unknown := [key for key in described if key not in known]:
+        raise ValueError(f"{path}: unknown entry {', '.join(unknown)}; expected {', '.join(known)}")
     arch, weights, names = (described.pop(key) for key in ("arch", "weights", "attributes"))
     weights = Path(path).parent / weights
     state = load_safetensors(weights)[0] if weights.suffix == ".safetensors" else load_checkpoint(weights)

@@ -1,4 +1,4 @@
-"""Quality of scores, and how honest they are: errors, ranking, calibration. closed forms in tests/scorer.
+"""Quality of scores, and how honest they are: errors, ranking, calibration.
 
 Labels here may be soft (another network's probabilities): above 0.5 counts as yes for ranking and accuracy, and
 calibration compares mean prediction with mean label.
@@ -6,17 +6,25 @@ calibration compares mean prediction with mean label.
 
 from __future__ import annotations
 
-import numpy as np
+import json
+from pathlib import Path
 
-from scorer.labels import Attribute, LabelTable
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from common.cli import UserError
+from common.files import write_text
+from common.images import list_images
+from common.runs import write_json
+from common.tables import csv_text
+from scorer.labels import Attribute, LabelTable, present_faces, read_labels
+from scorer.network import load_scorer, score_files
 
 AGE_BANDS = ((0, 10), (10, 20), (20, 40), (40, 60), (60, 101))
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive outranks a negative, ties half. NaN without both."""
-    from sklearn.metrics import roc_auc_score  # a second to import
-
     positive = np.asarray(positive, bool)
     return float(roc_auc_score(positive, scores)) if positive.any() and not positive.all() else float("nan")
 
@@ -45,26 +53,22 @@ def measure(attribute: Attribute, scores: np.ndarray, labels: np.ndarray) -> dic
     """
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
     error = scores - labels
-    found = {"n": len(labels), "mae": float(np.abs(error).mean())}
+    numbers = {"n": len(labels), "mae": float(np.abs(error).mean())}
     if attribute.kind == "probability":
         positive = labels > 0.5
-        return found | {
-            "positives": int(positive.sum()),
-            "balanced_accuracy": balanced_accuracy(scores > 0.5, positive),
-            "auc": auc(scores, positive),
-            "ece": calibration_error(scores, labels),
-        }
-    found["bias"] = float(error.mean())
+        numbers |= {"positives": int(positive.sum()), "balanced_accuracy": balanced_accuracy(scores > 0.5, positive)}
+        return numbers | {"auc": auc(scores, positive), "ece": calibration_error(scores, labels)}
+    numbers["bias"] = float(error.mean())
     if len(labels) > 1 and labels.std() > 0 and scores.std() > 0:
-        found["correlation"] = float(np.corrcoef(scores, labels)[0, 1])
-        found["slope"] = found["correlation"] * float(scores.std() / labels.std())
+        numbers["correlation"] = float(np.corrcoef(scores, labels)[0, 1])
+        numbers["slope"] = numbers["correlation"] * float(scores.std() / labels.std())
     if attribute.kind == "years":
-        found["within_5"] = float((np.abs(error) <= 5).mean())
+        numbers["within_5"] = float((np.abs(error) <= 5).mean())
         for low, high in AGE_BANDS:
             band = (labels >= low) & (labels < high)
             if band.any():
-                found[f"mae_{low}_{high - 1}"] = float(np.abs(error[band]).mean())
-    return found
+                numbers[f"mae_{low}_{high - 1}"] = float(np.abs(error[band]).mean())
+    return numbers
 
 
 def accuracy_report(scores: np.ndarray, table: LabelTable) -> dict:
@@ -76,13 +80,12 @@ def accuracy_report(scores: np.ndarray, table: LabelTable) -> dict:
         if not known.any():
             continue
         report[attribute.name] = measure(attribute, scores[known, column], labels[known])
-        groups = sorted(set(makers[known]) - {""})
+        groups = {maker: known & (makers == maker) for maker in sorted(set(makers[known]) - {""})}
         if len(groups) > 1:
-            report[attribute.name]["by_source"] = {
-                maker: measure(attribute, scores[rows, column], labels[rows])
-                for maker in groups
-                for rows in [known & (makers == maker)]
+            by_source = {
+                maker: measure(attribute, scores[rows, column], labels[rows]) for maker, rows in groups.items()
             }
+            report[attribute.name]["by_source"] = by_source
     return report
 
 
@@ -90,8 +93,56 @@ def format_report(report: dict) -> str:
     """The report as a table for people."""
     lines = [f"{'attribute':14}{'labels by':16}{'n':>6}  numbers"]
     for name, numbers in report.items():
-        rows = [("all", numbers), *numbers.get("by_source", {}).items()]
-        for maker, values in rows:
+        for maker, values in (("all", numbers), *numbers.get("by_source", {}).items()):
             cells = [f"{key} {value:.3f}" for key, value in values.items() if isinstance(value, float)]
             lines.append(f"{name:14}{maker:16}{values['n']:6}  {'  '.join(cells)}")
     return "\n".join(lines)
+
+
+def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report, scores, device, **loading) -> None:
+    """Print how good the scorer `name` is on the faces of a folder, shown at each size; the last line is JSON.
+
+    labels: a CSV; None: labels.csv of the folder. report: JSON file for the numbers; scores: CSV file, which
+    read_labels understands, for the score of every face at the first size; or None. loading: of `load_scorer`.
+    """
+    scorer = load_scorer(name, device, **loading)
+    names, table = read_evaluation(folder, labels, scorer)
+    if table is None and not scores:
+        raise UserError(f"{folder} has no labels.csv: pass --labels CSV, or --scores FILE.csv to score without labels")
+    reports = {}
+    for k, size in enumerate(sizes):
+        at_size = score_files(scorer, [folder / image for image in names], size=size, device=device)
+        if k == 0 and scores:
+            rows = ([image, *(f"{value:.6g}" for value in row)] for image, row in zip(names, at_size, strict=True))
+            write_text(scores, csv_text([["file", *scorer.names], *rows]))
+        if table is not None:
+            columns = [scorer.column(attribute.name) for attribute in table.attributes]
+            reports[str(size)] = accuracy_report(at_size[:, columns], table)
+            print(f"{name} on {len(names)} faces of {folder}, {f'{size} px' if size else 'as they are'}")
+            print(format_report(reports[str(size)]), end="\n\n")
+    if report:
+        write_json(report, {"scorer": name, "folder": folder, "faces": len(names), "sizes": reports})
+    brief = {
+        size: {
+            attribute: {key: round(value, 4) for key, value in numbers.items() if isinstance(value, float)}
+            for attribute, numbers in at_size.items()
+        }
+        for size, at_size in reports.items()
+    }
+    print(json.dumps({"scorer": name, "faces": len(names), "sizes": brief}))
+
+
+def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str], LabelTable | None]:
+    """Names of the images of a folder, and their labels in the scorer's columns; None where there is no CSV."""
+    path = Path(labels) if labels else folder / "labels.csv"
+    if not labels and not path.is_file():
+        names = [image.relative_to(folder).as_posix() for image in list_images(folder)]
+        if not names:
+            raise UserError(f"{folder} holds no images")
+        return names, None
+    known = [attribute.name for attribute in read_labels(path, "all").attributes]
+    shared = [name for name in scorer.names if name in known]
+    if not shared:
+        raise UserError(f"{path} has labels for {', '.join(known)}; the scorer predicts {', '.join(scorer.names)}")
+    table = present_faces(read_labels(path, ",".join(shared)), folder)
+    return list(table.names), table

@@ -13,8 +13,7 @@ from scorer.labels import AGE_BINS, Attribute
 
 def expected_age(logits: torch.Tensor) -> torch.Tensor:
     """[N, 101] -> [N] years: sum over i = 0..100 of i p_i (DEX, Rothe et al. 2015)."""
-    years = torch.arange(AGE_BINS, dtype=logits.dtype, device=logits.device)
-    return logits.softmax(1) @ years
+    return logits.softmax(1) @ torch.arange(AGE_BINS, dtype=logits.dtype, device=logits.device)
 
 
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
@@ -60,10 +59,6 @@ class AttributeScorer(nn.Module, ABC):
         columns = zip(margins.unbind(1), self.attributes, strict=True)
         return torch.stack([c.sigmoid() if a.kind == "probability" else c for c, a in columns], 1)
 
-    def score(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Scores of `forward` by name: each [N]."""
-        return dict(zip(self.names, self(images).unbind(1), strict=True))
-
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] in [-1, 1] -> input of the last layer [N, F]: for distances between sets of images."""
         raise ValueError(f"{type(self).__name__} has no features")
@@ -73,8 +68,7 @@ class AttributeScorer(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} has no feature maps")
 
     def train(self, mode: bool = True):
-        """Stay in evaluation mode, also inside a network that is being trained."""
-        return super().train(False)
+        return super().train(False)  # stays in evaluation mode inside a network that is being trained
 
     def freeze(self):
         return self.eval().requires_grad_(False)
@@ -83,7 +77,6 @@ class AttributeScorer(nn.Module, ABC):
 def require_images(images: torch.Tensor) -> torch.Tensor:
     """The images, clamped to [-1, 1] as saving clamps them. Raises ValueError for a shape other than [N, 3, H, W]."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {images.dtype} {list(images.shape)}"
-        )
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"a scorer takes float images [N, 3, H, W] in [-1, 1], not {found}")
     return images.clamp(-1, 1)

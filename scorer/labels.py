@@ -15,26 +15,22 @@ import csv
 import hashlib
 import math
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from common.checkpoint import require_file
+from common.images import check_header
 
 AGE_BINS = 101  # 0, 1 ... 100 years, as DEX has them (Rothe et al. 2015)
-UNITS = {"years": "years", "probability": "probability", "value": "as labelled"}
-
 NAME_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "name", "path")
-UNKNOWN = frozenset(("", "nan", "na", "n/a", "none", "null", "unknown", "?"))
-WORDS = dict.fromkeys(("m", "male", "man", "yes", "true"), 1.0) | dict.fromkeys(
-    ("f", "female", "woman", "no", "false"), 0.0
-)
+UNKNOWN = ("", "nan", "na", "n/a", "none", "null", "unknown", "?")
+WORDS = dict.fromkeys("m male man yes true".split(), 1.0) | dict.fromkeys("f female woman no false".split(), 0.0)
 
 # Weight of a label by its maker; others count fully. deepface's ages have half the spread of real ones.
 TRUST = {"deepface-pred": 0.1, "azure-dcgm": 0.7}
-# One column tells the maker of several.
-SHARED_SOURCE = {"mouth_open": "expression_src", "narrow_eyes": "expression_src", "eyeglasses": "expression_src"}
+SHARED_SOURCE = dict.fromkeys(("mouth_open", "narrow_eyes", "eyeglasses"), "expression_src")  # the maker of several
 
 
 @dataclass(frozen=True)
@@ -53,24 +49,19 @@ class Attribute:
 
     @property
     def unit(self) -> str:
-        return UNITS[self.kind]
-
-    def to_dict(self) -> dict:
-        return asdict(self)
+        return "as labelled" if self.kind == "value" else self.kind
 
 
 # Attribute, and the columns that can give it, first to last; "!" means one minus the column.
-KNOWN = {
-    attribute.name: (attribute, columns)
-    for attribute, columns in (
-        (Attribute("age", "years", "apparent age"), ("age",)),
-        (Attribute("gender", meaning="0 female, 1 male, as the data sets label appearance"), ("gender", "male", "sex")),
-        (Attribute("smile", meaning="0 none, 1 smiling"), ("smile", "smiling")),
-        (Attribute("eyes_open", meaning="0 narrow or closed, 1 open"), ("eyes_open", "!narrow_eyes")),
-        (Attribute("mouth_open", meaning="0 closed, 1 open"), ("mouth_open", "mouth_slightly_open")),
-        (Attribute("eyeglasses", meaning="0 none, 1 eyeglasses"), ("eyeglasses", "glasses")),
-    )
-}
+_KNOWN = (
+    (Attribute("age", "years", "apparent age"), ("age",)),
+    (Attribute("gender", meaning="0 female, 1 male, as the data sets label appearance"), ("gender", "male", "sex")),
+    (Attribute("smile", meaning="0 none, 1 smiling"), ("smile", "smiling")),
+    (Attribute("eyes_open", meaning="0 narrow or closed, 1 open"), ("eyes_open", "!narrow_eyes")),
+    (Attribute("mouth_open", meaning="0 closed, 1 open"), ("mouth_open", "mouth_slightly_open")),
+    (Attribute("eyeglasses", meaning="0 none, 1 eyeglasses"), ("eyeglasses", "glasses")),
+)
+KNOWN = {attribute.name: (attribute, columns) for attribute, columns in _KNOWN}
 
 
 @dataclass(frozen=True)
@@ -93,29 +84,51 @@ class LabelTable:
 
     def select(self, rows) -> LabelTable:
         rows = np.asarray(rows, np.int64)
-        return replace(
-            self,
-            names=tuple(self.names[i] for i in rows),
-            identities=tuple(self.identities[i] for i in rows),
-            values=self.values[rows],
-            weights=self.weights[rows],
-            sources=self.sources[rows],
-        )
+        texts = {field: tuple(getattr(self, field)[i] for i in rows) for field in ("names", "identities")}
+        arrays = {field: getattr(self, field)[rows] for field in ("values", "weights", "sources")}
+        return replace(self, **texts, **arrays)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LabelTable, LabelTable]:
         """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
 
         Raises ValueError when one of the two would be empty.
         """
-        held = np.array([_unit_hash(f"{seed}/{identity}") < fraction for identity in self.identities], bool)
+        hashes = [hashlib.sha256(f"{seed}/{identity}".encode()).hexdigest() for identity in self.identities]
+        held = np.array([int(text[:8], 16) / 2**32 < fraction for text in hashes], bool)
         if not held.any() or held.all():
             empty = "training" if held.all() else "validation"
             raise ValueError(f"{self.path}: --validation {fraction} of {len(self)} rows leaves no {empty} faces")
         return self.select(np.flatnonzero(~held)), self.select(np.flatnonzero(held))
 
 
-def _unit_hash(text: str) -> float:
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+def present_faces(table: LabelTable, folder) -> LabelTable:
+    """The rows whose file is an image and that have at least one label; the others are counted and listed.
+
+    Raises FileNotFoundError when no file of the table is in the folder, ValueError when nothing usable is left.
+    """
+    paths = [Path(folder) / name for name in table.names]
+    reasons = [check_header(path) if path.is_file() else "absent" for path in paths]
+    wrong = [f"{name} ({reason})" for name, reason in zip(table.names, reasons, strict=True) if reason]
+    good = [row for row, reason in enumerate(reasons) if reason is None]
+    if not good:
+        raise FileNotFoundError(f"{folder} has none of the {len(table)} faces of {table.path}, the first: {wrong[0]}")
+    if wrong:
+        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        warnings.warn(f"{len(wrong)} of {len(table)} faces are left out: {', '.join(wrong[:10])}{more}", stacklevel=2)
+    labelled = [row for row in good if table.weights[row].sum() > 0]
+    if not labelled:
+        raise ValueError(f"{table.path}: no face in {folder} has a label with a weight above 0")
+    return table.select(labelled)
+
+
+def split_faces(table: LabelTable, folder, fraction: float, seed: int) -> tuple[LabelTable, LabelTable]:
+    """(training, validation) faces that are there; ValueError for an attribute without a label to train on."""
+    training, validation = present_faces(table, folder).split(fraction, seed)
+    for attribute, weight in zip(table.attributes, training.weights.sum(0), strict=True):
+        if weight == 0:
+            advice = "leave it out of --attributes or raise its --trust"
+            raise ValueError(f"{table.path}: no training face has a label for {attribute.name!r}; {advice}")
+    return training, validation
 
 
 def parse_trust(text: str | None) -> dict[str, float]:
@@ -143,12 +156,11 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
     """
     path = require_file(path, "CSV file of labels")
     columns, rows = _read_csv(path)
+    present = ", ".join(columns.values())
     name_column = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
     if name_column is None:
-        raise ValueError(
-            f"{path} has no column of file names: expected one of {', '.join(NAME_COLUMNS)}, "
-            f"found {', '.join(columns.values())}"
-        )
+        expected = f"expected one of {', '.join(NAME_COLUMNS)}"
+        raise ValueError(f"{path} has no column of file names: {expected}, found {present}")
     read = []
     for name in _chosen(path, columns, rows, attributes):
         try:
@@ -156,22 +168,20 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
         except ValueError as error:
             if attributes != "all" or name in KNOWN:
                 raise
-            warnings.warn(f"{error}; the column is left out", stacklevel=2)  # nobody asked for it
+            warnings.warn(f"{error}; the column is left out", stacklevel=2)  # nobody named it
             continue
         if labels is not None:
             read.append(labels)
         elif attributes not in ("auto", "all"):
             raise ValueError(f"{path}: no row has a label for {name!r}")
     if not read:
-        raise ValueError(
-            f"{path} has no labels for any of {', '.join(KNOWN)}; name its columns with --attributes "
-            f"(found: {', '.join(columns.values())})"
-        )
+        expected = f"{', '.join(KNOWN)}; name its columns with --attributes"
+        raise ValueError(f"{path} has no labels for any of {expected} (found: {present})")
     names = tuple(row[name_column] for row in rows)
     person = columns.get("identity")
     identities = tuple((row[person] if person else "") or name for row, name in zip(rows, names, strict=True))
-    chosen, values, weights, sources = zip(*read, strict=True)
-    return LabelTable(path, chosen, names, identities, np.stack(values, 1), np.stack(weights, 1), np.stack(sources, 1))
+    chosen, *arrays = zip(*read, strict=True)
+    return LabelTable(path, chosen, names, identities, *(np.stack(columns, 1) for columns in arrays))
 
 
 def _read_csv(path) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -198,9 +208,8 @@ def _chosen(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
     for name in names:
         sources = KNOWN[name][1] if name in KNOWN else (name.lower(),)
         if not any(column.lstrip("!") in columns for column in sources):
-            raise ValueError(
-                f"{path} has no column for the attribute {name!r}; its columns: {', '.join(columns.values())}"
-            )
+            present = ", ".join(columns.values())
+            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: {present}")
     if not names:
         raise ValueError("--attributes names nothing: expected auto or names separated by commas")
     return names
@@ -226,13 +235,16 @@ def _read_attribute(path, columns, rows, name: str, trust) -> tuple | None:
     if known.sum() > 1 and np.ptp(values[known]) == 0:
         same = f"{path}: column {header!r} has one value for all {known.sum()} labels ({values[known][0]:g})"
         warnings.warn(f"{same}: nothing can be learnt from it", stacklevel=3)
-    attribute = attribute or _describe(name, values[known])
-    if attribute.kind != "value":
-        _require_range(path, header, values, 1 if attribute.kind == "probability" else 150)
-    if attribute.kind == "probability":
-        values = 1 - values if inverted else values
-    elif attribute.kind == "years":
+    if attribute is None:
+        low, high, mean, std = (float(f(values[known])) for f in (np.min, np.max, np.mean, np.std))
+        attribute = Attribute(name) if low >= 0 and high <= 1 else Attribute(name, "value", mean=mean, std=std or 1.0)
+    high = {"probability": 1, "years": 150}.get(attribute.kind)
+    if high and (outside := np.flatnonzero((values < 0) | (values > high))).size:  # NaN is neither
+        where = f"{path}, line {outside[0] + 2}: {values[outside[0]]:g} in column {header!r}"
+        raise ValueError(f"{where} is outside 0..{high}")
+    if attribute.kind == "years":
         values = values.clip(None, AGE_BINS - 1)
+    values = 1 - values if inverted else values
     maker = columns.get(f"{column}_src") or columns.get(SHARED_SOURCE.get(column, ""))
     makers = np.array([row[maker] if maker else "" for row in rows])
     weights = np.array([trust.get(source, 1.0) for source in makers], np.float32) * known
@@ -254,20 +266,12 @@ def _without_sign(path, columns, rows, header: str, values: np.ndarray) -> np.nd
     others = [{n for cell, n in column.items() if n == n and cell.lower() not in WORDS} for column in cells]
     signed, plain = {-1.0, 1.0} in others, {0.0, 1.0} in others
     if signed == plain:
-        raise ValueError(
-            f"{path}: column {header!r} holds -1 and 0, and no other column tells which of them means no: "
-            "write 0 for no, 1 for yes and leave unknown cells empty"
-        )
+        both = f"{path}: column {header!r} holds -1 and 0, and no other column tells which of them means no"
+        raise ValueError(f"{both}: write 0 for no, 1 for yes and leave unknown cells empty")
     unknown = 0.0 if signed else -1.0
     warnings.warn(f"{path}: {unknown:g} in column {header!r} is read as not known", stacklevel=4)
     values = np.where(values == unknown, np.float32(np.nan), values)
     return (values + 1) / 2 if signed else values
-
-
-def _describe(name: str, values: np.ndarray) -> Attribute:
-    if values.min() >= 0 and values.max() <= 1:
-        return Attribute(name)
-    return Attribute(name, "value", mean=float(values.mean()), std=float(values.std()) or 1.0)
 
 
 def _distinct(rows, column: str) -> dict[str, float | None]:
@@ -283,10 +287,3 @@ def _number(cell: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def _require_range(path, column: str, values: np.ndarray, high: float) -> None:
-    outside = np.flatnonzero((values < 0) | (values > high))  # NaN is neither
-    if outside.size:
-        row = int(outside[0])
-        raise ValueError(f"{path}, line {row + 2}: {values[row]:g} in column {column!r} is outside 0..{high:g}")

@@ -32,11 +32,8 @@ from scorer.labels import AGE_BINS, Attribute
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for evaluating edits only
 FORMAT = "wpp-scorer-1"
-FIXED = {
-    "backbone": "resnet",
-    "mean": [0.0] * 3,
-    "std": [0.5] * 3,
-}  # entries of earlier files, of which one value is left
+# Entries of earlier files, of which one value is left
+FIXED = {"backbone": "resnet", "mean": [0.0] * 3, "std": [0.5] * 3}
 STD = 0.5  # the network sees images in [-1, 1] divided by it
 
 
@@ -53,7 +50,7 @@ class ScorerConfig:
             raise ValueError(f"--width {self.width} --input_size {self.input_size}: expected up to 16, 32 to 1024")
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"attributes": [attribute.to_dict() for attribute in self.attributes]}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> ScorerConfig:
@@ -61,13 +58,9 @@ class ScorerConfig:
         values = dict(values)
         for name, supported in FIXED.items():
             value = values.pop(name, supported)
-            if (list(value) if isinstance(value, (list, tuple)) else value) != supported:
+            if (list(value) if isinstance(value, tuple) else value) != supported:
                 raise ValueError(f"{name} {value} is not supported any more, only {supported}: train the scorer again")
         return cls(**values | {"attributes": tuple(Attribute(**attribute) for attribute in values["attributes"])})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Network
 
 
 class ScorerNetwork(nn.Module):
@@ -83,14 +76,12 @@ class ScorerNetwork(nn.Module):
         stem = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True))
         self.stages = nn.ModuleList([stem])
         for out, blocks, stride in zip(widths, (1, 2, 2, 2), (1, 2, 2, 2), strict=True):
-            layers = []
-            for i in range(blocks):
-                shortcut = None
-                if i == 0 and (stride > 1 or channels != out):
-                    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-                layers.append(BasicBlock(channels, out, stride if i == 0 else 1, shortcut))
-                channels = out
-            self.stages.append(nn.Sequential(*layers))
+            shortcut = None
+            if stride > 1 or channels != out:
+                shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            first = BasicBlock(channels, out, stride, shortcut)
+            self.stages.append(nn.Sequential(first, *(BasicBlock(out, out) for _ in range(blocks - 1))))
+            channels = out
         self.n_features = channels
         self.head = nn.Linear(channels, sum(attribute.n_outputs for attribute in config.attributes))
         nn.init.normal_(self.head.weight, 0, 0.01)  # an even distribution over ages at the start
@@ -118,20 +109,16 @@ class Scorer(AttributeScorer):
     """A trained ScorerNetwork, calibrated. calibration: attribute -> (scale, offset) of its logits.
 
     Probability: sigmoid(scale * logit + offset). Years: softmax(scale * logits), then the expected value + offset.
-    `fingerprint` identifies the weights, `metadata` is the header of the file (metrics, training, terms).
+    `fingerprint` identifies the weights.
     """
 
-    def __init__(self, network: ScorerNetwork, calibration: dict | None = None, metadata: dict | None = None):
+    def __init__(self, network: ScorerNetwork, calibration: dict | None = None):
         super().__init__()
         self.network, self.config = network, network.config
         self.attributes, self.input_size = self.config.attributes, self.config.input_size
         self.calibration = {name: (1.0, 0.0) for name in self.names} | (calibration or {})
-        self.metadata = metadata or {}
         self.fingerprint = fingerprint(network.state_dict())
         self.freeze()
-
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        return resize(require_images(images).to(self.network.head.weight.dtype), self.input_size)  # [N, 3, S, S]
 
     def margins(self, images: torch.Tensor) -> torch.Tensor:
         return self.margins_of(self.network(self.prepare(images)))
@@ -148,6 +135,9 @@ class Scorer(AttributeScorer):
             else:
                 columns.append(logits[:, 0] * attribute.std + attribute.mean)
         return torch.stack(columns, 1)
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return resize(require_images(images).to(self.network.head.weight.dtype), self.input_size)  # [N, 3, S, S]
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self.feature_maps(images)[-1].mean((2, 3))
@@ -175,10 +165,6 @@ def score_files(scorer: AttributeScorer, paths, *, size: int = 0, batch: int = 6
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def save_scorer(path, scorer: Scorer, *, half: bool = True, **metadata) -> Path:
     """Write `.safetensors`: weights, and in the header config, calibration, attribute names and units, `metadata`.
 
@@ -187,15 +173,9 @@ def save_scorer(path, scorer: Scorer, *, half: bool = True, **metadata) -> Path:
     tensors = scorer.network.state_dict()
     if half:
         tensors = {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}
-    header = {
-        "format": FORMAT,
-        "config": scorer.config.to_dict(),
-        "calibration": scorer.calibration,
-        "attributes": scorer.names,
-        "units": scorer.units,
-        "input_size": scorer.input_size,
-    }
-    save_safetensors(path, tensors, metadata | header)
+    config = scorer.config.to_dict()
+    header = {"format": FORMAT, "config": config, "calibration": scorer.calibration, "attributes": scorer.names}
+    save_safetensors(path, tensors, metadata | header | {"units": scorer.units, "input_size": scorer.input_size})
     return Path(path)
 
 
@@ -208,9 +188,8 @@ def read_scorer(path) -> Scorer:
     """The scorer in a `.safetensors` file written by `save_scorer`. Raises FileNotFoundError or CheckpointError."""
     tensors, header = load_safetensors(path)
     if header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no scorer of train_scorer.py (its header says {header.get('format')!r}, expected {FORMAT!r})"
-        )
+        found = f"its header says {header.get('format')!r}, expected {FORMAT!r}"
+        raise CheckpointError(f"{path} is no scorer of train_scorer.py ({found})")
     try:
         network = ScorerNetwork(ScorerConfig.from_dict(header["config"]))
         calibration = {name: (float(scale), float(offset)) for name, (scale, offset) in header["calibration"].items()}
@@ -218,7 +197,7 @@ def read_scorer(path) -> Scorer:
         raise CheckpointError(f"{path}: its header describes no scorer known here ({error})") from error
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     load_strictly(network, tensors, path)
-    return Scorer(network, calibration, header)
+    return Scorer(network, calibration)
 
 
 def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop: bool = False) -> AttributeScorer:
@@ -229,12 +208,12 @@ def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop:
     dex_crop: DEX sees the centre 224 of 256 pixels, as the original code does, instead of the whole face.
     Raises FileNotFoundError or ValueError in one sentence.
     """
-    device, name = resolve_device(device), str(name)
-    if name in ("dex", "dex_age", "dex_gender") or name.endswith(".json"):
-        from scorer.backends import load_classifier, load_dex  # only where it is used
+    from scorer.backends import load_classifier, load_dex
 
-        if name.endswith(".json"):
-            return load_classifier(name).to(device)
+    device, name = resolve_device(device), str(name)
+    if name.endswith(".json"):
+        return load_classifier(name).to(device)
+    if name in ("dex", "dex_age", "dex_gender"):
         return load_dex(name, weights_dir=weights_dir, crop=dex_crop).to(device)
     path = ROOT / "checkpoints" / f"{name}.safetensors" if name in BUNDLED else Path(name)
     if not path.exists():

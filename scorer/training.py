@@ -1,13 +1,10 @@
 """Training an attribute scorer: augmentation, masked losses, the training step, calibration.
 
-`train_scorer.py` is the command line around `ScorerTrainer`. As in training/trainer.py, every random number of a step
-is drawn from (seed, step), so nothing about random state is saved and a resumed run repeats the uninterrupted one bit
-for bit.
-
-Age is learnt as a distribution (Gao et al. 2018, DLDL-v2: Kullback-Leibler divergence from a Gaussian around the label,
-plus the absolute error of the expected value), everything else by cross entropy with soft labels. A missing label has
-weight 0; the sum over a batch is divided by the attribute's mean weight over the training set, not over the batch, so
-that an attribute with few labels counts as much as the others and no batch is louder than another.
+Every random number of a step is drawn from (seed, step), so nothing about random state is saved and a resumed run
+repeats the uninterrupted one bit for bit. Age is learnt as a distribution (Gao et al. 2018, DLDL-v2: Kullback-Leibler
+divergence from a Gaussian around the label, plus the absolute error of the expected value), everything else by cross
+entropy with soft labels. A missing label has weight 0; the sum over a batch is divided by the attribute's mean weight
+over the training set, so that an attribute with few labels counts as much as the others.
 """
 
 from __future__ import annotations
@@ -33,12 +30,11 @@ AGE_SIGMA = 2.5  # years: width of the label distribution
 AGE_L1 = 0.1  # weight of the absolute error in years beside the divergence
 AGE_WEIGHT = 0.5  # of age beside one other attribute: its loss is larger by nature
 EMA_DECAY = 0.998
-LOW_SIZES = (24, 48)  # pixels of the randomly coarse images; a third of a batch is shown at 32
 
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Settings of an optimisation; the names are train_scorer.py's flags. Raises ValueError for what cannot work."""
+    """Settings of an optimisation; the names are train_scorer.py's flags."""
 
     iter: int = 3000
     batch: int = 64
@@ -46,24 +42,13 @@ class ScorerSettings:
     weight_decay: float = 0.05
     seed: int = 0
 
-    def __post_init__(self):
-        for name in ("iter", "batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Images
-
 
 class FaceStore:
-    """Faces as uint8 [3, size, size], resized as a scorer resizes, each decoded once if all fit in `limit` bytes."""
+    """Faces as uint8 [3, size, size], resized as a scorer resizes, each decoded once if all fit in 2 GB."""
 
-    def __init__(self, paths, size: int, limit: float = 2e9):
-        self.paths, self.size = list(paths), size
-        keep = len(self.paths) * 3 * size * size <= limit
-        self._kept = np.empty((len(self.paths), 3, size, size), np.uint8) if keep else None  # pages come with use
-        self._have = np.zeros(len(self.paths), bool)
+    def __init__(self, paths, size: int):
+        self.paths, self.size, self._kept = list(paths), size, {}
+        self._keep = len(self.paths) * 3 * size * size <= 2e9
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,12 +58,11 @@ class FaceStore:
         return torch.from_numpy(np.stack([self._face(int(row)) for row in rows]))
 
     def _face(self, row: int) -> np.ndarray:
-        if self._kept is not None and self._have[row]:
+        if row in self._kept:
             return self._kept[row]
-        image = resize(to_tensor(read_image(self.paths[row]))[None], self.size)[0]
-        face = to_uint8(image).transpose(2, 0, 1)
-        if self._kept is not None:
-            self._kept[row], self._have[row] = face, True
+        face = to_uint8(resize(to_tensor(read_image(self.paths[row]))[None], self.size)[0]).transpose(2, 0, 1)
+        if self._keep:
+            self._kept[row] = face
         return face
 
 
@@ -99,7 +83,7 @@ def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     images = torch.where(chance(0.7), _move(images, uniform), images)
 
     third, sixth = n // 3, n // 6
-    low = int(torch.randint(LOW_SIZES[0], LOW_SIZES[1] + 1, (), generator=generator))
+    low = int(torch.randint(24, 49, (), generator=generator))
     parts, sizes = images.split((third, sixth, n - third - sixth)), (32, low, size)
     small = [resize(part, min(side, size)) for part, side in zip(parts, sizes, strict=True)]
     amounts = torch.where(chance(0.5), uniform(-1.0, 1.0), 0.0).split([len(part) for part in parts])
@@ -139,19 +123,14 @@ def _sharpen(images, amount):
 
 
 def _jpeg(image, quality: int):
-    buffer = io.BytesIO()
-    Image.fromarray(to_uint8(image)).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(to_uint8(image)).save(buffer := io.BytesIO(), "JPEG", quality=quality)
     return to_tensor(Image.open(buffer)).to(image.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-
-
-def age_distribution(years: torch.Tensor, sigma: float = AGE_SIGMA) -> torch.Tensor:
+def age_distribution(years: torch.Tensor) -> torch.Tensor:
     """[N] -> [N, 101]: Gaussian around each age over the bins, summing to 1."""
     bins = torch.arange(AGE_BINS, dtype=years.dtype, device=years.device)
-    return (-0.5 * ((bins - years[:, None]) / sigma).square()).softmax(1)
+    return (-0.5 * ((bins - years[:, None]) / AGE_SIGMA).square()).softmax(1)
 
 
 def label_losses(outputs: torch.Tensor, values: torch.Tensor, attributes) -> torch.Tensor:
@@ -159,13 +138,11 @@ def label_losses(outputs: torch.Tensor, values: torch.Tensor, attributes) -> tor
 
     No NaN reaches the gradient: a missing label is replaced before the loss, not masked after it.
     """
-    known = values.isfinite()
-    values = torch.where(known, values, 0.0)
-    columns = []
-    for logits, value, attribute in zip(split_outputs(outputs, attributes), values.unbind(1), attributes, strict=True):
+    known, columns = values.isfinite(), []
+    labels = torch.where(known, values, 0.0).unbind(1)
+    for logits, value, attribute in zip(split_outputs(outputs, attributes), labels, attributes, strict=True):
         if attribute.kind == "years":
-            target = age_distribution(value)
-            divergence = F.kl_div(logits.log_softmax(1), target, reduction="none").sum(1)
+            divergence = F.kl_div(logits.log_softmax(1), age_distribution(value), reduction="none").sum(1)
             columns.append(AGE_WEIGHT * (divergence + AGE_L1 * (expected_age(logits) - value).abs()))
         elif attribute.kind == "probability":
             columns.append(F.binary_cross_entropy_with_logits(logits[:, 0], value, reduction="none"))
@@ -179,10 +156,6 @@ def attribute_losses(outputs, values, weights, attributes, mean_weights) -> torc
     """Weighted loss per attribute, [A]: sum over the batch of weight * loss, over N times the set's mean weight."""
     losses = label_losses(outputs, values, attributes)
     return (losses * weights).mean(0) / mean_weights.clamp(min=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trainer
 
 
 class ScorerTrainer:
@@ -215,13 +188,11 @@ class ScorerTrainer:
     def train_step(self, images: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One step on uint8 [B, 3, S, S], labels [B, A] and their weights [B, A]. Returns the losses [A]."""
         generator = torch.Generator().manual_seed(mix_seeds(self.settings.seed, self.step))
-        images = images.to(self.device).float().div_(127.5).sub_(1)
-        images = augment_faces(images, generator)
+        images = augment_faces(images.to(self.device).float().div_(127.5).sub_(1), generator)
         self.network.train()
         outputs = self.network(images.contiguous(memory_format=torch.channels_last))
-        losses = attribute_losses(
-            outputs, values.to(self.device), weights.to(self.device), self.config.attributes, self.mean_weights
-        )
+        values, weights = values.to(self.device), weights.to(self.device)
+        losses = attribute_losses(outputs, values, weights, self.config.attributes, self.mean_weights)
         losses.sum().backward()
         for group in self.optimiser.param_groups:
             group["lr"] = self.learning_rate()
@@ -240,18 +211,12 @@ class ScorerTrainer:
         torch._foreach_lerp_([average[name] for name in floats], [current[name] for name in floats], 1 - decay)
 
     def state_dict(self) -> dict:
-        return {
-            "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "config": self.config.to_dict(),
-            "step": self.step,
-        }
+        parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimiser")}
+        return parts | {"config": self.config.to_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Raises CheckpointError when `state` is no scorer's, or another one's."""
-        missing = [name for name in ("network", "average", "optimiser", "config", "step") if name not in state]
-        if missing:
+        if missing := [name for name in self.state_dict() if name not in state]:
             raise CheckpointError(f"{source} is no checkpoint of train_scorer.py: it lacks {', '.join(missing)}")
         try:
             other = ScorerConfig.from_dict(state["config"])
@@ -283,35 +248,23 @@ def _describe(config: ScorerConfig) -> str:
     return f"--width {config.width:g} --input_size {config.input_size} --attributes {names}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Calibration
-
-
 def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor, attributes) -> dict:
     """Outputs [N, K] on a validation split, its labels and weights [N, A] -> {attribute: (scale, offset)}.
 
     Probability: Platt's two numbers; years: one temperature (scale = 1/T), by weighted likelihood of the rounded label;
     values need none. Where there are too few labels (under 20, or of one kind only) the scores stay as they are.
     """
-    found = {}
-    columns = zip(
-        split_outputs(outputs.double(), attributes),
-        values.double().unbind(1),
-        weights.double().unbind(1),
-        attributes,
-        strict=True,
-    )
-    for logits, value, weight, attribute in columns:
+    result, columns = {}, (split_outputs(outputs.double(), attributes), values.double().T, weights.double().T)
+    for logits, value, weight, attribute in zip(*columns, attributes, strict=True):
         use = value.isfinite() & (weight > 0)
         logits, value, weight = logits[use], value[use], weight[use]
         if len(value) < 20 or value.std() == 0 or attribute.kind == "value":
-            found[attribute.name] = (1.0, 0.0)
+            result[attribute.name] = (1.0, 0.0)
         elif attribute.kind == "years":
-            scale, _ = _fit(F.cross_entropy, logits, value.round().long(), weight)
-            found[attribute.name] = (scale, 0.0)
+            result[attribute.name] = (_fit(F.cross_entropy, logits, value.round().long(), weight)[0], 0.0)
         else:
-            found[attribute.name] = _fit(F.binary_cross_entropy_with_logits, logits[:, 0], value, weight)
-    return found
+            result[attribute.name] = _fit(F.binary_cross_entropy_with_logits, logits[:, 0], value, weight)
+    return result
 
 
 def _fit(loss, logits, target, weight) -> tuple[float, float]:

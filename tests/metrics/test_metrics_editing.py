@@ -17,7 +17,7 @@ from common.cli import run
 from common.latents import save_latents
 from editing.boundary import Boundary
 from editing.evaluate import evaluate
-from metrics.editing import Sweep, at_position, crossed, position_of_change, rise, summarise
+from metrics.sweeps import Sweep, at_position, crossed, format_rows, position_of_change, rise, summarise
 from model import Generator, GeneratorConfig, load_generator
 from sampling.render import CONDITION, render
 from scorer.interface import AttributeScorer, require_images
@@ -87,7 +87,7 @@ def test_rows_are_compared_on_the_faces_that_all_of_them_reach():
     assert first["identity"] == pytest.approx(0.7) and second["identity"] == pytest.approx(0.6)
     assert first["distance"] == pytest.approx(1.5) and second["distance"] == pytest.approx(1.0)
     assert second["others"] == pytest.approx(0.1) and first["crossed"] is None
-    text = editing.format_rows([first, second])
+    text = format_rows([first, second])
     assert "crossed" not in text and "0.700" in text and "strong" in text
 
 
@@ -107,7 +107,7 @@ def test_evaluation_compares_with_the_first_frame():
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     """(ckpt, latents, boundary) of W and of W++, the latter moving further."""
-    monkeypatch.setattr(editing, "load_scorer", lambda *args, **kwargs: ColourScorer())
+    monkeypatch.setattr("scorer.network.load_scorer", lambda *args, **kwargs: ColourScorer())
     rows = []
     for w_space, space, std in ((True, "w+", 1.0), (False, "w++", 3.0)):
         torch.manual_seed(3)
@@ -228,12 +228,14 @@ def test_two_processes_share_the_faces(inputs, tmp_path, root):
     script.write_text(
         """if True:
         import os, sys, test_metrics_editing as t
-        from common.distributed import setup, shutdown
-        dist = setup("cpu", timeout=240)
-        t.editing.setup, t.editing.shutdown = lambda *args, **kwargs: dist, lambda: None  # one group for both
-        t.editing.load_scorer = lambda *args, **kwargs: t.ColourScorer()
-        swept, original = [], t.editing.edit_face
-        t.editing.edit_face = lambda *args, **kwargs: swept.append(1) or original(*args, **kwargs)
+        import common.distributed as d
+        import metrics.sweeps as sweeps
+        import scorer.network
+        dist, shutdown = d.setup("cpu", timeout=240), d.shutdown
+        d.setup, d.shutdown = lambda *args, **kwargs: dist, lambda: None  # one group for both
+        scorer.network.load_scorer = lambda *args, **kwargs: t.ColourScorer()
+        swept, original = [], sweeps.edit_face
+        sweeps.edit_face = lambda *args, **kwargs: swept.append(1) or original(*args, **kwargs)
         for n in "01":
             assert t.command(t.read_inputs(sys.argv[1]), f"{sys.argv[1]}/two {n}", "--at", "0.001", "--faces", n) == 0
         open(f"{sys.argv[1]}/swept {os.environ['RANK']}", "w").write(str(len(swept)))

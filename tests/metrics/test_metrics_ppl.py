@@ -1,4 +1,4 @@
-"""metrics.ppl: closed forms on a linear generator, independence of the batch, spaces, and the script."""
+"""metrics/path_length.py and ppl.py: closed forms on a linear generator, any batch size, spaces, and the script."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from processes import launch
 from common.cli import run
 from common.export import export_ema
 from metrics import ppl
-from metrics.ppl import EPSILON, path_lengths, trimmed_mean
+from metrics.path_length import EPSILON, crop_and_shrink, path_lengths, trimmed_mean
 from metrics.protocol import read_records
 from model import Generator
 
 
 def test_straight_in_w(tiny_config):
-    """Linear: (d image / epsilon)² = |M (w2 - w1)|², wherever on the way; the mean is |M|² * 18 per entry."""
+    """Linear: (d image / epsilon)² = |M (w2 - w1)|², anywhere on the path; the mean is |M|² * 18 per entry."""
     generator = Linear(tiny_config)
     full = path_lengths(generator, squared, space="w++", n=200)
     end = path_lengths(generator, squared, space="w++", n=200, sampling="end")
@@ -27,7 +27,7 @@ def test_straight_in_w(tiny_config):
 
 
 def test_spherical_in_z(tiny_config):
-    """The way turns by the angle between the ends (about a right angle) at constant length: (pi/2)² 9 |M|² in all."""
+    """The path turns by the angle between the ends (about a right angle) at constant length: (pi/2)² 9 |M|² in all."""
     generator = Linear(tiny_config)
     lengths = path_lengths(generator, squared, space="z", n=200)
     expected = float(generator.matrix.square().sum()) * 9 * (np.pi / 2) ** 2
@@ -61,8 +61,8 @@ def test_crop_and_size(tiny_config):
 
     path_lengths(Linear(tiny_config), distance, space="z", n=2, crop=True)
     assert sizes == [(8, 8)]
-    assert ppl.crop_and_shrink(torch.zeros(1, 3, 1024, 1024), False).shape == (1, 3, 256, 256)
-    assert ppl.crop_and_shrink(torch.zeros(1, 3, 1024, 1024), True).shape == (1, 3, 256, 256)
+    assert crop_and_shrink(torch.zeros(1, 3, 1024, 1024), False).shape == (1, 3, 256, 256)
+    assert crop_and_shrink(torch.zeros(1, 3, 1024, 1024), True).shape == (1, 3, 256, 256)
 
 
 def test_diverged_generator(tiny_config):
@@ -85,7 +85,7 @@ import sys, torch
 sys.path.insert(0, "tests/metrics")
 from common import distributed as d
 from linear_generator import Linear, squared
-from metrics.ppl import path_lengths
+from metrics.path_length import path_lengths
 from model import GeneratorConfig
 dist = d.setup("cpu", timeout=60)
 generator = Linear(GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from common.cli import run
 from metrics import report
+from metrics import runs as metric_runs
 from metrics.extractors import metric_name
 from metrics.protocol import PROTOCOLS, append_records, make_record, read_records, require_alike, unlike
 
@@ -17,7 +18,7 @@ REAL = {"kind": "lmdb", "path": "faces.lmdb", "n": 500, "size": 32, "filter": "l
 PROTOCOL = {"name": "tf-compat", "quantised": True, "resize": "bilinear-tf1", "antialias": False}
 
 
-def record(metric="fid", value=10.0, *, step=100, truncation=1.0, fingerprint="f0", n=500, **facts):
+def record(metric="fid", value=10.0, *, step=100, truncation=1.0, fingerprint="f0", n=500, **details):
     fake = {
         "kind": "checkpoint",
         "path": "x",
@@ -32,7 +33,7 @@ def record(metric="fid", value=10.0, *, step=100, truncation=1.0, fingerprint="f
         "space": "w++",
     }
     return make_record(
-        metric_name(metric, "squeeze"), value, real=REAL, fake=fake, protocol=PROTOCOL, extractor=EXTRACTOR, **facts
+        metric_name(metric, "squeeze"), value, real=REAL, fake=fake, protocol=PROTOCOL, extractor=EXTRACTOR, **details
     )
 
 
@@ -168,7 +169,7 @@ def test_table_of_w_against_wpp(command, runs, tmp_path):
 
 
 def test_pick_last(runs):
-    _, rows = report.build_table(report.read_runs(runs), "last")
+    _, rows = metric_runs.build_table(metric_runs.read_runs(runs), "last")
     assert [row[1] for row in rows] == [3000, 3000] and rows[0][3] == 130.0
 
 
@@ -269,7 +270,7 @@ def test_committed_curve_falls(root):
     records = read_records(folder / "metrics.jsonl")
     curve = [r for r in records if r["metric"] == "fid-squeeze"]
     require_alike(curve)
-    points = report.build_curve(curve, "fid-squeeze", "images")
+    points = metric_runs.build_curve(curve, "fid-squeeze", "images")
     assert len(points) >= 5 and points[0][0] == 0
     assert points[-1][1] < 0.5 * points[0][1]
     with open(folder / "curve.csv", newline="", encoding="utf-8") as file:

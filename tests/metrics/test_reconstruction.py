@@ -17,9 +17,9 @@ from metrics import reconstruction
 from model import Discriminator, Generator
 from perceptual.image_metrics import (
     MEASURES,
+    image_digest,
     mean_and_std,
     measure,
-    picture_digest,
     read_measures,
     structural_similarity,
     summary,
@@ -114,7 +114,7 @@ def test_table_on_disk(tmp_path):
         assert [row["steps"] for row in csv.DictReader(file)] == ["3", "4"]
     assert found.originals is None
     pictures = [np.full((4, 4, 3), value, np.uint8) for value in (0, 1)] + [np.zeros((2, 8, 3), np.uint8)]
-    digests = [picture_digest(picture) for picture in pictures]
+    digests = [image_digest(picture) for picture in pictures]
     assert len(set(digests)) == 3 and all(len(digest) == 12 for digest in digests)
     write_measures(path, names, values, perceptual="lpips-vgg", identity=None, originals=digests[:2])
     assert read_measures(path).originals == digests[:2]

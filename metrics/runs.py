@@ -1,0 +1,163 @@
+"""Results of runs (metrics.jsonl) as the table and the curve of report.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from common.cli import UsageError, UserError
+from common.files import atomic_write
+from common.tables import cell
+from metrics.protocol import flat, read_records, require_alike
+
+LOWER_IS_BETTER = ("fid", "kid", "ppl")
+ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")
+AXES = {"images": "training images (thousands)", "step": "training steps", "truncation": "truncation psi"}
+
+
+def family(metric: str) -> str:
+    """`fid-squeeze` -> `fid`."""
+    return metric.partition("-")[0]
+
+
+def best_of(metric: str):
+    """`min` or `max`."""
+    return min if family(metric) in LOWER_IS_BETTER else max
+
+
+def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dict]]:
+    """{name: records} of NAME=PATH or PATH arguments; the last result where one was computed twice.
+
+    where: NAME=VALUE conditions on entries of the records, such as fake.truncation=0.7.
+    """
+    runs: dict[str, list[dict]] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or Path(argument).exists():
+            name, path = Path(argument).stem if argument.endswith(".jsonl") else Path(argument).name, argument
+        file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+        if not file.exists():
+            writers = "metrics/fid.py, metrics/prdc.py and train.py --eval_every write it"
+            raise FileNotFoundError(f"{file} does not exist: {writers}")
+        if name in runs:
+            raise UserError(f"two runs are called {name}: name them as in A={path}")
+        latest = {}
+        for record in read_records(file):
+            if all(_matches(record, condition) for condition in where):
+                real = (record.get("real") or {}).get("digest")  # another real set or protocol is another result
+                key = (record["metric"], _subject(record), record["n_fake"], str(record.get("protocol")), real)
+                latest[key] = record
+        runs[name] = list(latest.values())
+        if not latest:
+            raise UserError(f"{file} holds no results" + (f" where {' '.join(where)}" if where else ""))
+    return runs
+
+
+def _matches(record: dict, condition: str) -> bool:
+    entries, (name, equals, text) = flat(record), condition.partition("=")
+    if not equals or name not in entries:
+        raise UsageError(f"--where {condition}: expected NAME=VALUE with one of {', '.join(entries)}")
+    try:
+        return float(text) == entries[name]
+    except ValueError:
+        return text == str(entries[name])
+
+
+def _subject(record: dict) -> tuple:
+    """The generator or images and the truncation: the same for all metrics of one checkpoint."""
+    fake = record["fake"]
+    return fake.get("fingerprint") or fake.get("digest"), fake.get("truncation")
+
+
+def metric_names(runs: dict[str, list[dict]]) -> list[str]:
+    """Names of the metrics, in the order of the paper's table."""
+    names = dict.fromkeys(record["metric"] for records in runs.values() for record in records)
+    rank = {name: index for index, name in enumerate(ORDER)}
+    return sorted(names, key=lambda name: (rank.get(family(name), len(ORDER)), name))
+
+
+def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[str], list[list]]:
+    """Header and rows [name, step, thousand images, value per metric or None]. pick: best (lowest FID) or last."""
+    metrics = metric_names(runs)
+    leading = next((name for name in metrics if family(name) == "fid"), metrics[0])
+    rows = []
+    for name, records in runs.items():
+        candidates = [r for r in records if r["metric"] == leading] or records
+        finite = [r for r in candidates if r["value"] is not None]
+        best = best_of(candidates[0]["metric"])
+        chosen = best(finite, key=lambda r: r["value"]) if finite and pick == "best" else candidates[-1]
+        values = {r["metric"]: r["value"] for r in records if _subject(r) == _subject(chosen)}
+        images = chosen["fake"].get("images")
+        thousands = None if images is None else images / 1000
+        rows.append([name, chosen.get("step"), thousands, *(values.get(metric) for metric in metrics)])
+    return ["", "step", "k images", *metrics], rows
+
+
+def by_truncation(runs: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The runs of a sweep, each truncation as a run of its own: 'W++, psi 0.7'."""
+    parts: dict[str, list[dict]] = {}
+    for name, records in runs.items():
+        for record in sorted(records, key=lambda r: r["fake"].get("truncation") or 0):
+            psi = record["fake"].get("truncation")
+            parts.setdefault(name if psi is None else f"{name}, psi {psi:g}", []).append(record)
+    return parts
+
+
+def build_curve(records: list[dict], metric: str, against: str) -> list[tuple[float, float]]:
+    """(x, value) of a metric, where both are known, in order of x: images (thousands), step or truncation."""
+    points = []
+    for record in records:
+        x = record.get("step") if against == "step" else record["fake"].get(against)
+        if record["metric"] == metric and None not in (x, record["value"]):
+            points.append((x / 1000 if against == "images" else x, record["value"]))
+    return sorted(points)
+
+
+def check(runs: dict[str, list[dict]], against: str, allow: bool) -> list[str]:
+    """Differences in protocol among the results of each metric; ValueError unless allowed."""
+    differences = []
+    vary = ("fake.truncation", "fake.truncation_mean") if against == "truncation" else ()
+    for metric in metric_names(runs):
+        same = [record for records in runs.values() for record in records if record["metric"] == metric]
+        differences += [f"{metric}: {line}" for line in require_alike(same, vary=vary, allow=allow)]
+    return differences
+
+
+def latex_table(header: list[str], rows: list[list]) -> str:
+    """A tabular with the best value of each metric in bold."""
+    columns = list(zip(*rows, strict=True))
+    best = [
+        best_of(name)([v for v in column if v is not None], default=None)
+        for name, column in zip(header[3:], columns[3:], strict=True)
+    ]
+    lines = [" & ".join(_latex(name) for name in header) + r" \\", r"\hline"]
+    for name, step, images, *values in rows:
+        marked = [v is not None and v == top and len(rows) > 1 for v, top in zip(values, best, strict=True)]
+        cells = [rf"\textbf{{{cell(v)}}}" if bold else cell(v) for v, bold in zip(values, marked, strict=True)]
+        lines.append(" & ".join([_latex(name), cell(step), cell(images), *cells]) + r" \\")
+    start = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    return "\n".join([start, r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
+
+
+def _latex(text: str) -> str:
+    return "".join(rf"\{c}" if c in "&%$#_{}" else c for c in text)
+
+
+def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, against: str, path: Path) -> None:
+    """One line per run, marked at each result, the best one ringed and named in the legend."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        best = best_of(metric)(points, key=lambda point: point[1])
+        style = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": f"{name}: {cell(float(best[1]))}"}
+        (line,) = axes.plot(*zip(*points, strict=True), **style)
+        axes.plot(*best, marker="o", markersize=9, fillstyle="none", color=line.get_color())
+    values = [value for points in curves.values() for _, value in points]
+    if min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.set(xlabel=AXES[against], ylabel=metric)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)

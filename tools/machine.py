@@ -1,0 +1,79 @@
+"""The machine in words, for doctor.py."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import require_file
+from common.cli import ROOT
+from common.distributed import resolve_device
+from common.runs import git_commit, package_versions
+from common.weights import WEIGHTS, find, search_folders
+from op import dispatch
+
+
+def report(device, weights_dir=None, ops=None) -> list[tuple[str, str]]:
+    """(name, description) pairs. Raises ValueError for a device that is not here."""
+    device = resolve_device(device, ops=ops)
+    here = {name: path for name in WEIGHTS if (path := find(name, weights_dir))}
+    required = re.findall(r"^[\w.-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    versions = package_versions([*required, "triton"])
+    compilers = ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc"))
+    absent = ", ".join(name for name in WEIGHTS if name not in here)
+    bundled = ", ".join(sorted(path.name for path in (ROOT / "checkpoints").glob("face-*")))
+    weights = ", ".join(name + unusable(path) for name, path in here.items())
+    return [
+        ("checkout", f"{ROOT}, commit {git_commit() or 'unknown'}"),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("packages", ", ".join(f"{name} {version or 'ABSENT'}" for name, version in versions.items())),
+        ("processor", processor()),
+        *(("GPU", gpu(index)) for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)),
+        ("CUDA of torch", torch.version.cuda or "none: a build for CPUs, or for other GPUs"),
+        ("device", f"{device} (what --device says; auto: cuda, then mps, then cpu)"),
+        ("operations", operations(device)),
+        ("compilers", f"{compilers}; only Triton needs gcc, nothing needs nvcc"),
+        ("bundled", bundled or "no models in checkpoints/: was the checkout complete?"),
+        ("weights here", weights or "none: each stage names the fallback that it uses"),
+        ("not here", f"{absent}; looked into {', '.join(map(str, search_folders(weights_dir)))}"),
+    ]
+
+
+def unusable(path: Path) -> str:
+    """' (UNUSABLE: why)' of a file that is empty, a web page or a pointer; '' of one that may be what its name says."""
+    try:
+        require_file(path, "weights")
+    except (OSError, ValueError) as error:
+        return f" (UNUSABLE: {error})"
+    return ""
+
+
+def processor() -> str:
+    """Name, cores that this process may use, and whether --precision bf16 pays."""
+    flags, name = set(), platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        pairs = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        info = {key.strip(): value.strip() for key, _, value in pairs}
+        flags, name = set(info.get("flags", "").split()), info.get("model name", name)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    bf16 = "pays" if flags & {"avx512_bf16", "amx_bf16"} else "does not pay, as far as can be seen"
+    cores = f"{usable} of {os.cpu_count()} processors, {torch.get_num_threads()} threads"
+    return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}"
+
+
+def gpu(index: int) -> str:
+    gpu = torch.cuda.get_device_properties(index)
+    return f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}"
+
+
+def operations(device: torch.device) -> str:
+    """Kernels that --ops chooses on this device, and the obstacle to Triton's."""
+    reason, mode = dispatch.obstacle(device), dispatch.chosen()
+    if mode == "ref" or (mode == "auto" and device.type != "cuda") or reason:
+        return f"--ops {mode}: plain PyTorch" + (f" ({reason})" if reason else "")
+    return f"--ops {mode}: Triton kernels, compiled at their first launch"
