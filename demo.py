@@ -10,35 +10,25 @@ serves no file outside a temporary folder of its own, which is removed at the en
 
 from __future__ import annotations
 
-import tempfile
-import time
 from pathlib import Path
 
-import torch
-
-from common.cli import ArgumentParser, UsageError, add_device_flags, positive, run_script
-from common.distributed import resolve_device
-from demo_app.models import CHECKPOINTS, READER, load_models
-from demo_app.serve import serve
+from common.cli import ROOT, ArgumentParser, UsageError, add_device_flags, positive, run_script
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
-    parser.add_argument("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
-    parser.add_argument("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
-    parser.add_argument("--boundaries", type=Path, default=CHECKPOINTS, help="folder of boundary files (.npz)")
-    parser.add_argument("--scorer", default=READER, help="that reads attributes: a name or FILE.safetensors")
-    parser.add_argument(
-        "--perceptual",
-        default="auto",
-        help="distance by which faces are refined: vgg, squeeze, alex or scorer:NAME; auto: what suits the generator",
-    )
-    parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
-    parser.add_argument("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
-    parser.add_argument("--port", type=int, default=7860, help="port to answer at")
-    parser.add_argument("--max_upload_mb", type=positive, default=40, help="largest upload, in megabytes")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    add = parser.add_argument
+    add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
+    add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
+    add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
+    add("--boundaries", type=Path, default=ROOT / "checkpoints", help="folder of boundary files (.npz)")
+    add("--scorer", default="face-scorer-eval", help="that reads attributes: a name or FILE.safetensors")
+    add("--perceptual", default="auto", help="distance that is refined: auto, vgg, squeeze, alex or scorer:NAME")
+    add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
+    add("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
+    add("--port", type=int, default=7860, help="port to answer at")
+    add("--max_upload_mb", type=positive, default=40, help="largest upload, in megabytes")
+    add("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     add_device_flags(parser)
     return parser
 
@@ -46,18 +36,19 @@ def build_parser() -> ArgumentParser:
 def main(args) -> None:
     if not 0 < args.port < 65536 or args.threads < 0:
         raise UsageError("--port takes 1 to 65535, --threads 0 or more")
+    import tempfile
+    import time
+
+    import torch
+
+    from common.distributed import resolve_device
+    from demo_app.models import load_models
+    from demo_app.serve import serve
+
     if args.threads:
         torch.set_num_threads(args.threads)
-    models = load_models(
-        resolve_device(args.device, ops=args.ops),
-        ckpt=args.ckpt,
-        encoder=args.encoder,
-        boundaries=args.boundaries,
-        conditional=args.conditional,
-        reader=args.scorer,
-        perceptual=args.perceptual,
-        weights_dir=args.weights_dir,
-    )
+    names = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual", "weights_dir")
+    models = load_models(resolve_device(args.device, ops=args.ops), **{name: getattr(args, name) for name in names})
     with tempfile.TemporaryDirectory(prefix="wpp-demo-") as folder:
         blocks = serve(models, Path(folder), host=args.host, port=args.port, max_upload_mb=args.max_upload_mb)
         print(f"{blocks.local_url} shows the page; Ctrl-C ends it", flush=True)

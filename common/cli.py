@@ -38,6 +38,11 @@ class UsageError(UserError):
     """Flags that parse one by one but not together (exit status 2)."""
 
 
+def missing_package(stage: str, error: ImportError) -> UserError:
+    """The error of a stage whose package is not among the requirements of the main job."""
+    return UserError(f"{stage} needs {error.name or error}: pip install -r requirements-extra.txt")
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. No Exception, so that nothing on the way to `run` takes it for a failure of its own."""
 

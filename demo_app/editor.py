@@ -3,10 +3,9 @@
     editor = PhotoEditor(load_models("cpu"))
     editor.set_photo(read_image("me.jpg"), steps=100)         # detect, align, encode, refine: seconds
     result = editor.edit({"age": Target(15, relative=True)})  # a fraction of a second
-    result.photo.save("older.jpg")
-    print(result.faces[0].readings["age"])                    # asked, in the drawn face, in the photo
+    print(result.faces[0].readings["age"])                    # goal, in the drawn face, in the photo
 
-The shape is that of segment-anything's predictor (Kirillov et al. 2023, arXiv 2304.02643): set_image, then predict.
+The interface is that of segment-anything's predictor (Kirillov et al. 2023, arXiv 2304.02643): set_image, then predict.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.images import fit_image, to_tensor
+from common.images import fit_image, read_image, to_tensor
 from demo_app.models import LR_RATIO, Models
-from demo_app.targets import NEAR, Reading, Target, open_error, position_for
-from editing.edit import edit_codes, render_codes
+from demo_app.targets import EXPRESSION, NEAR, Reading, Target
+from editing.edit import edit_codes, nearest_crossing, nearest_value, render_codes
 from editing.evaluate import score_frames
 from faces.align import Alignment, align, crop_aligned, to_bytes
 from faces.blend import blend_edit, head_mask, paste_edit
@@ -50,19 +49,19 @@ class Inversion:
     w: np.ndarray  # float32 [L, D]
     noise: list[torch.Tensor]  # per layer [1, 1, r, r], CPU
     condition: np.ndarray | None = None
+    curves: dict = field(default_factory=dict, compare=False)  # attribute -> (positions, readings) [TRIES]
 
 
 @dataclass(eq=False)
 class Face:
-    """A face of the photo, and what was found out about it. curves: attribute -> (positions, readings) [TRIES]."""
+    """A face of the photo and its inversions."""
 
     alignment: Alignment
     crop: Image.Image  # CROP pixels
     inversion: Inversion
-    expression: Inversion | None = None  # in the conditional generator, where it was asked for
+    expression: Inversion | None = None  # in the conditional generator, once an edit needed it
     steps: int = 0  # of refinement
     exact: bool = False  # drawn by the generator itself
-    curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,6 @@ class PhotoEditor:
         self.models = models
         self.photo: Image.Image | None = None
         self.faces: list[Face] = []
-        self._detector: FaceDetector | None = None
 
     # -- once per photo ------------------------------------------------------------------------------------------------
 
@@ -108,17 +106,15 @@ class PhotoEditor:
         steps: int = 0,  # of refinement, after the encoder
         faces: str = "largest",  # or "all"
         landmarks=None,  # five points [x, y] in pixels per face, instead of the detector's
-        expression: bool = False,  # invert in the conditional generator as well
-        callback: Callable | None = None,  # callback() after every step of a refinement
+        callback: Callable | None = None,  # callback() after every step of the refinement
     ) -> None:
         """Find the faces of a photo and invert them. Raises PhotoError when there is none, or none large enough."""
         alignments = self._align(photo, landmarks, faces)
-        self.photo = photo
-        self.faces = [Face(a, crop := crop_aligned(photo, a), self._encode(crop)) for a in alignments]
+        crops = [crop_aligned(photo, alignment) for alignment in alignments]
+        found = zip(alignments, crops, map(self._encode, crops), strict=True)
+        self.photo, self.faces = photo, [Face(*parts) for parts in found]
         if steps:
             self.refine(steps, callback=callback)
-        if expression:
-            self.set_expression(steps, callback=callback)
 
     def set_faces(self, photo: Image.Image, faces: list[Face]) -> None:
         """A photo whose faces were inverted before."""
@@ -139,28 +135,25 @@ class PhotoEditor:
         """Optimise w and noise maps of all faces for `steps` more steps. Returns the loss, a mean over the faces."""
         if all(face.exact for face in self.faces):
             return 0.0
-        models = self.models
-        starts = [face.inversion for face in self.faces]
-        found, loss = self._project(models.generator, (models.mean, models.std), models.space, starts, steps, callback)
-        for face, inversion in zip(self.faces, found, strict=True):
+        models, starts = self.models, [face.inversion for face in self.faces]
+        results, loss = self._project(models.generator, models.statistics, models.space, starts, steps, callback)
+        for face, inversion in zip(self.faces, results, strict=True):
             face.inversion, face.steps = inversion, face.steps + steps
-            face.curves = {name: curve for name, curve in face.curves.items() if name not in models.boundaries}
         return loss
 
-    def set_expression(self, steps: int, *, callback: Callable | None = None) -> None:
+    def set_expression(self, steps: int) -> None:
         """Invert the faces in the conditional generator, their own attributes held fixed; what is there stays."""
-        conditional = self.models.conditional
-        if conditional is None or all(face.expression for face in self.faces):
+        if all(face.expression for face in self.faces):
             return
-        own = conditional.reader.read(self._images(conditional.generator)).numpy()
+        conditional = self.models.conditional
+        source = conditional.reader.read(self._images(conditional.generator)).numpy()
         maps = [layer.cpu() for layer in conditional.generator.fixed_noise()]
         ws = [face.inversion.w for face in self.faces]  # usually fine-tuned from the other: its w fit
-        if ws[0].shape != conditional.mean[0].shape:
-            ws = [conditional.mean[0].cpu().numpy()] * len(ws)
-        starts = [Inversion(w, maps, condition) for w, condition in zip(ws, own, strict=True)]
-        statistics = conditional.mean, conditional.std
-        found, _ = self._project(conditional.generator, statistics, None, starts, max(steps, 1), callback)
-        for face, inversion in zip(self.faces, found, strict=True):
+        if ws[0].shape != conditional.statistics[0][0].shape:
+            ws = [conditional.statistics[0][0].cpu().numpy()] * len(ws)
+        starts = [Inversion(w, maps, condition) for w, condition in zip(ws, source, strict=True)]
+        results, _ = self._project(conditional.generator, conditional.statistics, None, starts, steps)
+        for face, inversion in zip(self.faces, results, strict=True):
             face.expression = inversion
 
     # -- once per edit -------------------------------------------------------------------------------------------------
@@ -169,9 +162,9 @@ class PhotoEditor:
         self,
         targets: Mapping[str, Target],  # attribute -> goal, read in the photo
         *,
-        strength: float = 1.0,  # factor on all positions that were found
+        strength: float = 1.0,  # factor on all positions
         layers: range | None = None,  # of w that move along boundaries; None: all
-        rounds: int = ROUNDS,  # corrections until the photo shows what was asked for
+        rounds: int = ROUNDS,  # corrections until the photo shows the goals
     ) -> Edited:
         """Move attributes of all faces and put the faces back into the photo.
 
@@ -179,17 +172,14 @@ class PhotoEditor:
         """
         if self.photo is None:
             raise PhotoError("first choose a photo")
-        for name in targets:
-            if name not in self.models.attributes:
-                known = ", ".join(self.models.attributes)
-                raise PhotoError(
-                    f"{name} cannot be edited: there is no boundary of it for this generator, only {known}"
-                )
+        for name in set(targets) - set(self.models.attributes):
+            known = ", ".join(self.models.attributes)
+            raise PhotoError(f"{name} cannot be edited: there is no boundary of it for this generator, only {known}")
         photo, results = self.photo, []
         for face in self.faces:
-            at = self._reach(face, targets, strength, layers, rounds)
-            changes = [(before, after[0]) for before, after in self._draw(face, [at], layers)]
-            result = FaceEdit(face, at, {}, changes)
+            positions = self._search(face, targets, strength, layers, rounds)
+            changes = [(before, after[0]) for before, after in self._draw(face, [positions], layers)]
+            result = FaceEdit(face, positions, {}, changes)
             photo = result.paste(photo)
             crop = crop_aligned(photo, face.alignment)
             results.append(replace(result, readings=self._readings(face, targets, changes, crop)))
@@ -198,16 +188,12 @@ class PhotoEditor:
     def read(self, images) -> np.ndarray:
         """Scores [K, A] of aligned faces, PIL images or uint8 arrays of any size, read at the generator's size."""
         fitted = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
-        return score_frames(self.models.reader, [np.asarray(fit_image(image, self.models.size)) for image in fitted])
+        return score_frames(self.models.scorer, [np.asarray(fit_image(image, self.models.size)) for image in fitted])
 
-    def curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Positions [TRIES] along an attribute within its safe range, and what is read in the photo there."""
-        if name not in face.curves:
-            low, high = self.models.safe_range(name)
-            at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
-            crops = list(self._try(face, [{name: value} for value in at], None))
-            face.curves[name] = at, self.read(crops)[:, self.models.reader.column(name)]
-        return face.curves[name]
+    def read_faces(self, names) -> dict[str, float]:
+        """Attributes of the first face, in the photo as it is."""
+        (scores,) = self.read([self.faces[0].crop])
+        return {name: float(scores[self.models.scorer.column(name)]) for name in names}
 
     # -- behind them ---------------------------------------------------------------------------------------------------
 
@@ -215,20 +201,18 @@ class PhotoEditor:
         if landmarks is not None:
             found = [(np.asarray(points), {}) for points in np.asarray(landmarks, float).reshape(-1, 5, 2)]
         else:
-            self._detector = self._detector or FaceDetector(self.models.weights_dir)
-            seen = self._detector.detect(photo, many=faces == "all")
+            seen = FaceDetector(self.models.weights_dir).detect(photo, many=faces == "all")
             found = [(one.landmarks, {"score": round(one.score, 4)}) for one in seen]
         if not found:
             raise PhotoError("no face was found: take a photo with a larger face, seen from the front")
         found = found if faces == "all" else found[:1]
         alignments = [align(photo, points, size=CROP, **info) for points, info in found]
-        large = [alignment for alignment in alignments if alignment.side >= self.models.size]
-        if not large:
-            side = max(alignment.side for alignment in alignments)
+        size, side = self.models.size, max(alignment.side for alignment in alignments)
+        if side < size:
             raise PhotoError(
-                f"the face is too small: {side:.0f} pixels wide with its frame, at least {self.models.size} are needed"
+                f"the face is too small: {side:.0f} pixels wide with its frame, at least {size} are needed"
             )
-        return large
+        return [alignment for alignment in alignments if alignment.side >= size]
 
     def _images(self, generator) -> torch.Tensor:
         """The aligned faces, [N, 3, S, S] in [-1, 1]."""
@@ -245,20 +229,19 @@ class PhotoEditor:
         (w,) = net.encode(net.fit(image))  # [1, L, D]
         return Inversion(w.float().cpu().numpy(), noise)
 
-    def _project(self, generator, statistics, space, starts, steps, callback) -> tuple[list[Inversion], float]:
-        images, std = self._images(generator), statistics[1]
+    def _project(self, generator, statistics, space, starts, steps, callback=None) -> tuple[list[Inversion], float]:
+        """Inversions refined from `starts`, and their mean loss."""
+        images, losses = self._images(generator), []
         recommended = generator.recommended.get("edit_photos", {})
-        settings = {"lr": LR_RATIO * float(std.mean()), "mse": 1.0, "noise": 0.0}
+        settings = {"lr": LR_RATIO * float(statistics[1].mean()), "mse": 1.0, "noise": 0.0}
         settings |= {name: value for name, value in recommended.items() if name in PROJECT_FLAGS}
         conditions = None if starts[0].condition is None else np.stack([start.condition for start in starts])
-        losses = []
 
         def watch(step, active, synth, loss):
             losses.append(float(loss.mean()))
             if callback is not None:
                 callback()
 
-        pixels = ((images + 1) * 127.5).round().byte().cpu()
         result = project(
             generator,
             images,
@@ -268,52 +251,38 @@ class PhotoEditor:
             w_start=torch.from_numpy(np.stack([start.w for start in starts])),
             noise_start=[torch.cat(maps) for maps in zip(*(start.noise for start in starts), strict=True)],
             statistics=statistics,
-            seeds=[pixel_seed(image, 0) for image in pixels],
+            seeds=[pixel_seed(image, 0) for image in ((images + 1) * 127.5).round().byte().cpu()],
             condition=None if conditions is None else torch.from_numpy(conditions),
             callback=watch,
             **settings,
         )
         if not torch.isfinite(result.latents).all():
             raise PhotoError("the refinement diverged: use --quality fast")
-        found = [
-            Inversion(w.numpy(), [layer[i : i + 1] for layer in result.noise], start.condition)
-            for i, (w, start) in enumerate(zip(result.latents, starts, strict=True))
-        ]
-        return found, losses[-1]
+        noise = [[layer[i : i + 1] for layer in result.noise] for i in range(len(starts))]
+        parts = zip(result.latents, noise, starts, strict=True)
+        return [Inversion(w.numpy(), maps, start.condition) for w, maps, start in parts], losses[-1]
 
     def _draw(self, face: Face, at: list[dict[str, float]], layers) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Per generator that takes part: the face unedited, and at each of the K positions; uint8 [S, S, 3]."""
-        models, drawn = self.models, []
-        names = [name for name in models.boundaries if any(name in position for position in at)]
-        if names or not any(at):
-            boundaries = [models.boundaries[name] for name in names]
-            std = [boundary.std or 1.0 for boundary in boundaries]
-            steps = np.array([[position.get(name, 0.0) for name in names] for position in at]) * std
-            moved = edit_codes(face.inversion.w, boundaries, steps, layers=layers) if names else face.inversion.w[None]
-            ws = np.concatenate((face.inversion.w[None], moved))
-            before, *after = render_codes(models.generator, ws, face.inversion.noise)
-            drawn.append((before, after * (len(at) if not names else 1)))
-        names = [name for name in models.attributes if name not in models.boundaries]
-        if any(name in position for position in at for name in names):
-            own, columns = face.expression, models.conditional.names
-            conditions = np.repeat(own.condition[None], len(at) + 1, 0)  # [1 + K, d]
-            for row, position in zip(conditions[1:], at, strict=True):
-                row += [position.get(name, 0.0) if name in names else 0.0 for name in columns]
-            before, *after = self._render_conditions(own, conditions)
+        models, drawn, source = self.models, [], face.inversion
+        boundaries = [b for name, b in models.boundaries.items() if any(name in position for position in at)]
+        if boundaries or not any(at):
+            steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
+            moved = edit_codes(source.w, boundaries, np.array(steps), layers=layers)  # [K, L, D]
+            before, *after = render_codes(models.generator, np.concatenate((source.w[None], moved)), source.noise)
+            drawn.append((before, after))
+        if any(name not in models.boundaries for position in at for name in position):
+            source, names = face.expression, models.conditional.reader.names
+            change = [[p.get(n, 0.0) * (n not in models.boundaries) for n in names] for p in [{}, *at]]  # [1 + K, d]
+            conditions = torch.from_numpy(source.condition + np.array(change, np.float32))
+            ws = np.repeat(source.w[None], len(conditions), 0)
+            before, *after = render_codes(models.conditional.generator, ws, source.noise, condition=conditions)
             drawn.append((before, after))
         return drawn
 
-    def _render_conditions(self, face: Inversion, conditions: np.ndarray) -> Iterator[np.ndarray]:
-        """One at a time: render_codes takes one condition for all frames."""
-        for condition in torch.from_numpy(conditions.astype(np.float32)):
-            yield from render_codes(
-                self.models.conditional.generator, face.w[None], face.noise, condition=condition[None]
-            )
-
-    def _try(self, face: Face, at: list[dict[str, float]], layers) -> Iterator[np.ndarray]:
+    def _try(self, face: Face, at: list[dict[str, float]], layers=None) -> Iterator[np.ndarray]:
         """The aligned photo at each position, uint8 [READ, READ, 3]: what paste_edit gives, at a small size."""
-        crop = fit_image(face.crop, READ)
-        mask = head_mask(READ)[..., None]
+        crop, mask = fit_image(face.crop, READ), head_mask(READ)[..., None]
         drawn = self._draw(face, at, layers)
         for k in range(len(at)):
             image = np.asarray(crop, np.float32)
@@ -322,28 +291,36 @@ class PhotoEditor:
                 image = image + mask * (blended - image)
             yield to_bytes(image)
 
-    def _reach(self, face: Face, targets, strength, layers, rounds) -> dict[str, float]:
+    def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Positions [TRIES] along an attribute within its safe range, and what is read in the photo there."""
+        curves = (face.inversion if name in self.models.boundaries else face.expression).curves
+        if name not in curves:
+            low, high = self.models.safe_range(name)
+            at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
+            crops = list(self._try(face, [{name: value} for value in at]))
+            curves[name] = at, self.read(crops)[:, self.models.scorer.column(name)]
+        return curves[name]
+
+    def _search(self, face: Face, targets, strength, layers, rounds) -> dict[str, float]:
         """Positions at which the photo shows the targets: from each one's curve, then corrected together."""
-        if not targets:
-            return {}
-        if face.expression is None and any(name not in self.models.boundaries for name in targets):
+        if any(name not in self.models.boundaries for name in targets):
             self.set_expression(max(face.steps, 50))
         kinds = {name: self._kind(name) for name in targets}
-        columns = [self.models.reader.column(name) for name in targets]
-        curves = {name: self.curve(face, name) for name in targets}
-        goals = {n: target.goal(self._at_rest(curves[n]), kinds[n]) for n, target in targets.items()}
+        columns = [self.models.scorer.column(name) for name in targets]
+        curves = {name: self._curve(face, name) for name in targets}
+        before = {name: float(curves[name][1][TRIES // 2]) for name in targets}
+        goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
         aims, best = dict(goals), (np.inf, {})
-        for k in range(max(1, rounds)):
+        for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
             at = self._within_safe(at)
-            if (k == 0 and rounds == 0) or strength != 1:
+            if not targets or rounds == 0 or strength != 1:
                 return at
             (image,) = self._try(face, [at], layers)
-            errors = dict(zip(targets, np.array([*goals.values()]) - self.read([image])[0, columns], strict=True))
-            errors = {n: open_error(e, goals[n], self._at_rest(curves[n]), kinds[n]) for n, e in errors.items()}
+            scores = dict(zip(targets, self.read([image])[0, columns], strict=True))
+            errors = {n: open_error(goals[n] - scores[n], goals[n], before[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
-            if total < best[0]:
-                best = total, at
+            best = min(best, (total, at), key=lambda item: item[0])
             if all(abs(error) <= NEAR[kinds[name]] / 2 for name, error in errors.items()):
                 break
             aims = {name: aims[name] + errors[name] for name in targets}
@@ -351,29 +328,38 @@ class PhotoEditor:
 
     def _within_safe(self, at: dict[str, float]) -> dict[str, float]:
         """Positions drawn towards 0 together, so that several edits leave the safe range no sooner than one."""
-        shares = []
-        for name, position in at.items():
-            low, high = self.models.safe_range(name)
-            shares.append(position / ((high if position > 0 else -low) or 1.0))
+        ends = {name: self.models.safe_range(name)[position > 0] for name, position in at.items()}
+        shares = [position / (ends[name] or 1.0) for name, position in at.items()]
         factor = 1 / max(1.0, float(np.linalg.norm(shares)))
         return {name: factor * position for name, position in at.items()}
 
-    def _at_rest(self, curve) -> float:
-        return float(curve[1][TRIES // 2])
-
     def _kind(self, name: str) -> str:
-        reader = self.models.reader
-        return reader.attributes[reader.column(name)].kind
+        return self.models.scorer.attributes[self.models.scorer.column(name)].kind
 
     def _readings(self, face: Face, targets, changes, crop) -> dict[str, Reading]:
-        *drawn_by, photo = self.read([*(after for _, after in changes), crop])
+        *drawn, photo = self.read([*(after for _, after in changes), crop])
         readings = {}
         for name, target in targets.items():
-            drawn = drawn_by[0 if name in self.models.boundaries else -1]
-            column, before = self.models.reader.column(name), self._at_rest(self.curve(face, name))
-            goal = target.goal(before, self._kind(name))
-            readings[name] = Reading(before, goal, float(drawn[column]), float(photo[column]), self._kind(name))
+            scores = drawn[0 if name in self.models.boundaries else -1]
+            column, before = self.models.scorer.column(name), float(self._curve(face, name)[1][TRIES // 2])
+            goal, kind = target.goal(before, self._kind(name)), self._kind(name)
+            readings[name] = Reading(before, goal, float(scores[column]), float(photo[column]), kind)
         return readings
+
+
+def expression_of(photo, models: Models) -> dict[str, Target]:
+    """The expression of the largest face in the file `photo`, as targets."""
+    editor = PhotoEditor(models)
+    editor.set_photo(shrink(read_image(photo), 1000))
+    scores = editor.read_faces(name for name in EXPRESSION if name in models.attributes)
+    return {name: Target(score) for name, score in scores.items()}
+
+
+def shrink(photo: Image.Image, longest: int) -> Image.Image:
+    """A copy of at most `longest` pixels on the longer side."""
+    small = photo.copy()
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return small
 
 
 def scale_alignment(alignment: Alignment, photo_size) -> Alignment:
@@ -381,3 +367,19 @@ def scale_alignment(alignment: Alignment, photo_size) -> Alignment:
     scales = np.divide(photo_size, alignment.photo_size)
     quad = (np.array(alignment.quad) + 0.5) * scales - 0.5
     return replace(alignment, quad=quad.tolist(), photo_size=list(photo_size))
+
+
+def open_error(error: float, goal: float, before: float, kind: str) -> float:
+    """0 for a probability beyond its goal: more of a smile than the goal is no error."""
+    beyond = kind == "probability" and min(goal, 1 - goal) <= 0.1 and error * (goal - before) < 0
+    return 0.0 if beyond else error
+
+
+def position_for(positions: np.ndarray, values: np.ndarray, goal: float, near: float) -> float:
+    """Position at which `values` (read at `positions`, [K]) reach a goal: on the crossing nearest to 0, by straight
+    lines; else the least of the positions that come within `near`, else that which comes nearest."""
+    k = nearest_crossing(positions, values, goal)
+    if k is None:
+        return float(positions[nearest_value(positions, values, goal, near)])
+    share = (goal - values[k]) / (values[k + 1] - values[k])
+    return float(positions[k] + share * (positions[k + 1] - positions[k]))

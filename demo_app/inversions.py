@@ -1,7 +1,7 @@
 """Inversions of a photo's faces kept in a file, so that a second edit of the same photo starts at once.
 
 file = inversion_file(folder, photo_file, models, steps=60, faces="largest")
-faces = load_faces(file, photo, models)                                  # None: to be found again
+faces = load_faces(file, photo, models)                                  # None: to be inverted
 save_faces(file, faces)
 """
 
@@ -39,12 +39,10 @@ def save_faces(file: Path, faces: list[Face]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for i, face in enumerate(faces):
         for kind, inversion in (("w", face.inversion), ("expression", face.expression)):
-            if inversion is None:
-                continue
-            arrays[f"{kind}_{i}"] = inversion.w
-            arrays |= {f"{kind}_{i}_noise_{k}": layer.numpy() for k, layer in enumerate(inversion.noise)}
-            if inversion.condition is not None:
-                arrays[f"{kind}_{i}_condition"] = inversion.condition
+            if inversion is not None:
+                arrays[f"{kind}_{i}"] = inversion.w
+                arrays |= {f"{kind}_{i}_noise_{k}": layer.numpy() for k, layer in enumerate(inversion.noise)}
+                arrays |= {} if inversion.condition is None else {f"{kind}_{i}_condition": inversion.condition}
     info = [{"alignment": asdict(face.alignment), "steps": face.steps} for face in faces]
     with atomic_write(file) as out:
         np.savez(out, info=np.frombuffer(json.dumps(info).encode(), np.uint8), **arrays)
@@ -53,15 +51,12 @@ def save_faces(file: Path, faces: list[Face]) -> None:
 def load_faces(file: Path, photo: Image.Image, models: Models) -> list[Face] | None:
     """None where there is no such file, or it is damaged."""
     try:
-        arrays = read_npz(file)
-        info = json.loads(arrays["info"].tobytes())
-        faces = []
-        for i, entry in enumerate(info):
+        arrays, faces = read_npz(file), []
+        for i, entry in enumerate(json.loads(arrays["info"].tobytes())):
             alignment = alignment_of(entry["alignment"])
-            main = _inversion(arrays, f"w_{i}", models.generator)
-            conditional = models.conditional and _inversion(arrays, f"expression_{i}", models.conditional.generator)
-            face = Face(alignment, crop_aligned(photo, alignment), main, conditional, entry["steps"])
-            faces.append(face)
+            source = _inversion(arrays, f"w_{i}", models.generator)
+            expression = models.conditional and _inversion(arrays, f"expression_{i}", models.conditional.generator)
+            faces.append(Face(alignment, crop_aligned(photo, alignment), source, expression, entry["steps"]))
         return faces or None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

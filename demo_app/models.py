@@ -23,28 +23,23 @@ from scorer.interface import AttributeScorer
 from scorer.network import load_scorer
 
 CHECKPOINTS = ROOT / "checkpoints"
-READER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
+SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
 CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 # Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs better, but leaves a face where edits
-# fail: of 15 years asked, 7 are read in the photo after 40 steps (mean of three), 12 at 0.001, 13 without refinement.
+# fail: of a target of 15 years, 7 are read in the photo after 40 steps (mean of three), 12 at 0.001, 13 unrefined.
 LR_RATIO = 0.001
 SMALL = 64  # pixels up to which the scorer's features invert a face better than LPIPS does (docs/results.md)
 
 
 @dataclass(frozen=True)
 class Conditional:
-    """A conditional generator: attributes that it takes as numbers in [0, 1]; `reader` is that of its training."""
+    """A conditional generator; reader: attributes as it takes them. statistics: mean [1, L, D], deviation [L] of w."""
 
     generator: Generator
     reader: AttributeReader
-    mean: torch.Tensor  # [1, L, D], of w
-    std: torch.Tensor  # [L]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.reader.names
+    statistics: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,14 +47,17 @@ class Models:
     """Frozen networks on one device. Without encoder, a refinement starts at the mean of w."""
 
     generator: Generator
-    mean: torch.Tensor  # [1, L, D], of w
-    std: torch.Tensor  # [L], its deviation, norm over channels
-    reader: AttributeScorer  # all read-outs come from it
+    statistics: tuple[torch.Tensor, torch.Tensor]  # of w: mean [1, L, D]; deviation [L], norm over channels
+    scorer: AttributeScorer  # all read-outs come from it
     perceptual: Perceptual  # distance that refinements minimise
     boundaries: dict[str, Boundary] = field(default_factory=dict)
     encoder: pSp | None = None
     conditional: Conditional | None = None
     weights_dir: Path | None = None
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.statistics[0]
 
     @property
     def size(self) -> int:
@@ -74,8 +72,8 @@ class Models:
     @property
     def attributes(self) -> tuple[str, ...]:
         """Attributes that can be edited and read: those of boundaries, then those of the conditional generator."""
-        names = dict.fromkeys((*self.boundaries, *(self.conditional.names if self.conditional else ())))
-        return tuple(name for name in names if name in self.reader.names)
+        names = dict.fromkeys((*self.boundaries, *(self.conditional.reader.names if self.conditional else ())))
+        return tuple(name for name in names if name in self.scorer.names)
 
     def safe_range(self, name: str) -> tuple[float, float]:
         """Positions of an attribute, lowest and highest, between which edited faces still are faces."""
@@ -84,13 +82,13 @@ class Models:
         low, high = self.boundaries[name].range or (-SAFE, SAFE)
         return min(low, 0.0), max(high, 0.0)
 
-    def reader_error(self, name: str) -> float | None:
-        """Mean absolute error of the reader on validation photos, if its file says."""
-        report = getattr(self.reader, "metadata", {}).get("validation") or {}
+    def reading_error(self, name: str) -> float | None:
+        """Mean absolute error of the scorer on validation photos, if its file says."""
+        report = getattr(self.scorer, "metadata", {}).get("validation") or {}
         return report.get(name, {}).get("mae")
 
     def describe(self) -> str:
-        """One line: 'face-wpp-64 (64 px), encoder face-psp-64, ...'."""
+        """One line: 'face-wpp-64 (64 px), refined by ...'."""
         parts = [f"{self.generator.path.stem} ({self.size} px)", f"refined by {self.perceptual.name}"]
         if self.conditional:
             parts.append(f"expressions by {self.conditional.generator.path.stem}")
@@ -104,7 +102,7 @@ def load_models(
     encoder: Path | None = None,  # default: the one in checkpoints/ for this generator
     boundaries: Path = CHECKPOINTS,  # folder of .npz files
     conditional: str | Path | None = None,  # default: the largest checkpoints/face-cgan-SIZE; "none" for none
-    reader: str = READER,  # scorer of the read-outs
+    scorer: str = SCORER,  # of the read-outs
     perceptual: str = "auto",  # the generator's recommendation, else the best that is here
     weights_dir: Path | None = None,  # of third-party weights, looked into first
 ) -> Models:
@@ -115,28 +113,26 @@ def load_models(
     generator = load_generator(ckpt, device)
     if generator.config.condition_dim:
         raise UserError(f"--ckpt {ckpt} is a conditional generator: expected one without a condition")
-    if conditional is None:
-        conditional = largest("cgan")
+    conditional = conditional or largest("cgan") or "none"
+    if perceptual == "auto":
+        fallback = "scorer:face-scorer" if generator.config.size <= SMALL else "auto"
+        perceptual = generator.recommended.get("projector", {}).get("perceptual", fallback)
     return Models(
         generator,
-        *generator.latent_statistics(MEAN_SAMPLES),
-        reader=load_scorer(reader, device, weights_dir=weights_dir),
-        perceptual=_perceptual(perceptual, generator, device, weights_dir),
+        generator.latent_statistics(MEAN_SAMPLES),
+        scorer=load_scorer(scorer, device, weights_dir=weights_dir),
+        perceptual=build_perceptual(perceptual, device, weights_dir),
         boundaries=load_boundaries(boundaries, generator),
         encoder=load_encoder(encoder, generator, device),
-        conditional=None if conditional in (None, "none") else load_conditional(conditional, device, weights_dir),
+        conditional=None if conditional == "none" else load_conditional(conditional, device, weights_dir),
         weights_dir=weights_dir,
     )
 
 
 def largest(kind: str) -> Path | None:
     """The largest checkpoints/face-KIND-SIZE.safetensors, if any."""
-    found = {
-        int(match[1]): path
-        for path in CHECKPOINTS.glob(f"face-{kind}-*.safetensors")
-        if (match := re.fullmatch(rf"face-{kind}-(\d+)", path.stem))
-    }
-    return found[max(found)] if found else None
+    sizes = {path: re.fullmatch(rf"face-{kind}-(\d+)", path.stem) for path in CHECKPOINTS.glob("*.safetensors")}
+    return max((path for path in sizes if sizes[path]), key=lambda path: int(sizes[path][1]), default=None)
 
 
 def load_encoder(path: Path | None, generator: Generator, device) -> pSp | None:
@@ -156,32 +152,22 @@ def load_encoder(path: Path | None, generator: Generator, device) -> pSp | None:
 
 def load_boundaries(folder: Path, generator: Generator) -> dict[str, Boundary]:
     """{attribute: boundary} of the .npz files in a folder that were fitted for this generator, the last one by name."""
-    folder, config = Path(folder), generator.config
+    folder, config, result = Path(folder), generator.config, {}
     if not folder.is_dir():
         raise FileNotFoundError(f"--boundaries {folder} does not exist: a folder of .npz files is expected")
     width = config.style_dim * (1 if config.w_space else config.n_tokens)
-    found = {}
     for path in sorted(folder.glob("*.npz")):
         try:
             boundary = load_boundary(path)
         except BoundaryError:
             continue  # noise maps, other arrays
         if boundary.fingerprint == generator.fingerprint:
-            found[boundary.attribute] = load_boundary(path, space=config.space, width=width)
-    return found
+            result[boundary.attribute] = load_boundary(path, space=config.space, width=width)
+    return result
 
 
 def load_conditional(path: str | Path, device, weights_dir: Path | None = None) -> Conditional:
     """Raises FileNotFoundError, or a ValueError for an unconditional generator or another scorer than its own."""
-    condition = read_condition(path)
-    reader = load_reader(path, condition, device, weights_dir=weights_dir)
+    reader = load_reader(path, read_condition(path), device, weights_dir=weights_dir)
     generator = load_generator(path, device)
-    return Conditional(generator, reader, *generator.latent_statistics(MEAN_SAMPLES))
-
-
-def _perceptual(name: str, generator: Generator, device, weights_dir) -> Perceptual:
-    """The distance called `name`; auto: the one that the generator's file recommends, else what suits its size."""
-    if name == "auto":
-        small = generator.config.size <= SMALL
-        name = generator.recommended.get("projector", {}).get("perceptual", "scorer:face-scorer" if small else "auto")
-    return build_perceptual(name, device, weights_dir)
+    return Conditional(generator, reader, generator.latent_statistics(MEAN_SAMPLES))

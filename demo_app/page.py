@@ -1,11 +1,7 @@
-"""The page of demo.py: a photo, sliders, the edited photo. What the controls do is Page; build_page is how it looks.
-
-All work on photos is done by demo_app/editor.py. gradio is imported where a page is built.
-"""
+"""The functions behind the controls of demo.py's page: a photo, sliders, the edited photo (looks: demo_app/layout.py)."""
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -15,32 +11,31 @@ import numpy as np
 from PIL import Image
 
 from common.cli import ROOT, UserError
-from common.images import ImageError, fit_image, image_size, read_image
-from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError
+from common.images import ImageError, image_size, read_image
+from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, expression_of, shrink
 from demo_app.models import Models
-from demo_app.targets import Target
+from demo_app.targets import FLAGS, Target
 from faces.align import TEMPLATE, AlignError, parse_landmarks
 from faces.photo_file import save_like
 
-SAMPLES = 6  # drawn faces to click
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
-STEPS, CHUNK = 40, 10  # of the refinement that follows the encoder, and between two looks at it
-STILL = 0.02  # a slider moved by less asks for nothing
+CHUNK = 10  # steps of refinement between two looks at it
+STILL = 0.02  # a slider moved by less changes nothing
 NOSE = (0.506, 0.623)  # where it lies in an FFHQ frame (perceptual/identity.py), of the side
 SLIDERS = {  # attribute -> label, least, most; years are a change, the others what the photo shall show
     "age": ("Age: years younger or older", -20, 30),
     "smile": ("Smile: none to broad", 0, 1),
     "gender": ("Gender: feminine to masculine", 0, 1),
-    "eyeglasses": ("Glasses", 0, 1),
+    "eyeglasses": ("Glasses: none to clear", 0, 1),
 }
-EXPRESSION = ("smile", "mouth_open", "eyes_open")  # taken from a reference photo
 HELP = "Upload a photo with a face, or click a drawn one."
+ERRORS = (ImageError, UserError, AlignError, ValueError)
 
 
 @dataclass
 class Session:
-    """State of one visitor. rest: readings of the photo before any edit; values: of the sliders."""
+    """One photo of one visitor. rest: readings of the photo before any edit; values: of the sliders."""
 
     editor: PhotoEditor
     name: str
@@ -50,6 +45,7 @@ class Session:
     like: dict[str, Target] = field(default_factory=dict)
     layers: range | None = None
     result: Edited | None = None
+    replaced: bool = False  # by another photo: its refinement ends
 
 
 class Page:
@@ -59,10 +55,11 @@ class Page:
         self.models, self.folder = models, folder
         self.names = [name for name in SLIDERS if name in models.attributes]
 
-    # -- a photo ------------------------------------------------------------------------------------------------------
+    # -- a photo -------------------------------------------------------------------------------------------------------
 
-    def upload(self, path, aligned, points):
-        """Yields the stages from an uploaded file to its first edit by the encoder."""
+    def upload(self, path, aligned, points, session: Session | None = None):
+        """Yields the stages from an uploaded file to its first edit by the encoder. session: of the photo before."""
+        self.replace(session)
         if path is None:
             return
         yield {"message": "Finding the face ..."}
@@ -76,39 +73,48 @@ class Page:
             landmarks = aligned_landmarks(shown.size) if aligned else parse_points(points, shown.width / photo.width)
             editor = PhotoEditor(self.models)
             editor.set_photo(shown, landmarks=landmarks)
-        except (ImageError, UserError, AlignError, ValueError) as error:
-            yield {"message": f"**{Path(path).name}: {self.tell(error, path)}**"}
+        except ERRORS as error:
+            yield self.refuse(path, error)
             return
-        yield self.begin(Session(editor, Path(path).name, path))
+        yield self.start(Session(editor, path.name, path))
 
-    def pick(self, seed: int) -> dict:
+    def pick(self, seed: int, session: Session | None = None) -> dict:
+        """A face that the generator draws."""
+        self.replace(session)
         editor = PhotoEditor(self.models)
         editor.set_drawn(seed)
-        return self.begin(Session(editor, f"seed{seed:04d}.png"))
+        return self.start(Session(editor, f"seed{seed:04d}.png"))
 
-    def begin(self, session: Session) -> dict:
+    def replace(self, session: Session | None) -> dict:
+        """End the refinement of a photo that is shown no more."""
+        if session is not None:
+            session.replaced = True
+        return {}
+
+    def start(self, session: Session) -> dict:
         """Sliders to what the photo shows."""
-        (scores,) = session.editor.read([session.editor.faces[0].crop])
-        session.rest = {name: float(scores[self.models.reader.column(name)]) for name in self.names}
+        session.rest = session.editor.read_faces(self.names)
         session.values = [0.0 if name == "age" else round(session.rest[name], 2) for name in self.names]
-        values = dict(zip(self.names, session.values, strict=True))
-        return {"session": session, **values, **self.show(session)}
+        return {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
 
     def refine(self, session: Session | None, steps):
         """Yields the photo, better each time, until the inversion has had `steps` steps of refinement."""
         if session is None or session.editor.faces[0].exact:
             return
-        while session.editor.faces[0].steps < int(steps):
-            yield {"message": f"Refining: {session.editor.faces[0].steps} of {int(steps)} steps ..."}
+        face, steps = session.editor.faces[0], int(steps)
+        while face.steps < steps:
+            yield {"message": f"Refining: {face.steps} of {steps} steps ..."}
             try:
-                session.editor.refine(min(CHUNK, int(steps) - session.editor.faces[0].steps))
+                session.editor.refine(min(CHUNK, steps - face.steps))
             except PhotoError as error:
                 yield {"message": f"**{error}**"}
                 return
-            yield self.show(session)
-        yield self.show(session, message="Refined. Move a slider.")
+            answer = self.show(session, message="Refined. Move a slider." if face.steps >= steps else None)
+            if session.replaced:
+                return
+            yield answer
 
-    # -- an edit ------------------------------------------------------------------------------------------------------
+    # -- an edit -------------------------------------------------------------------------------------------------------
 
     def move(self, session: Session | None, first, last, *values, rounds: int = 0) -> dict:
         """While a slider is dragged (rounds 0), or when it was let go."""
@@ -126,7 +132,7 @@ class Page:
         if session is None:
             return {"message": f"**{HELP}**"}
         session.like, session.layers = {}, None
-        return self.begin(session)
+        return self.start(session)
 
     def take_expression(self, session: Session | None, path):
         """Yields until the expression of a reference photo is on the face."""
@@ -135,53 +141,41 @@ class Page:
             return
         yield {"message": "Inverting the face once more, for its expression ..."}
         try:
-            reference = PhotoEditor(self.models)
-            reference.set_photo(shrink(read_image(path), PREVIEW))
-            (scores,) = reference.read([reference.faces[0].crop])
-        except (ImageError, UserError, AlignError) as error:
-            yield {"message": f"**{Path(path).name}: {self.tell(error, path)}**"}
+            session.like = expression_of(path, self.models)
+        except ERRORS as error:
+            yield self.refuse(path, error)
             return
-        names = [name for name in EXPRESSION if name in self.models.attributes]
-        session.like = {name: Target(float(scores[self.models.reader.column(name)])) for name in names}
         yield self.show(session, rounds=ROUNDS)
 
-    def targets(self, session: Session) -> dict[str, Target]:
-        """Goals of the sliders that are not at rest."""
+    def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
+        """The photo before and after, the read-outs, the aligned face as the generator draws it."""
         targets = dict(session.like)
         for name, value in zip(self.names, session.values, strict=True):
             if name == "age" and value:
                 targets[name] = Target(value, relative=True)
             elif name != "age" and abs(value - session.rest[name]) > STILL:
                 targets[name] = Target(value)
-        return targets
-
-    def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
-        """The photo before and after, the read-outs, the aligned face as the generator draws it."""
         try:
-            targets = self.targets(session)
             session.result = session.editor.edit(targets, layers=session.layers, rounds=rounds)
         except PhotoError as error:
             return {"message": f"**{error}**"}
         face = session.result.faces[0]
-        crops = [session.editor.faces[0].crop, *(Image.fromarray(image) for image in face.changes[0])]
+        crops = [face.face.crop, *(Image.fromarray(image) for image in face.changes[0])]
         return {
             "message": message or f"{session.name}: move a slider.",
             "compare": (session.editor.photo, session.result.photo),
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
-            "readout": self.readout(face),
+            "readout": self.readout(face.readings),
             "command": command_of(session.name, targets) if session.file else "",
         }
 
-    def readout(self, face) -> str:
-        lines = []
-        for name, reading in face.readings.items():
-            digits = 0 if reading.kind == "years" else 2
-            text = f"**{name.replace('_', ' ')}** {reading.before:.{digits}f} → {reading.photo:.{digits}f}"
-            text += f", asked {reading.goal:.{digits}f}, {reading.drawn:.{digits}f} in the drawn face"
-            text += f" (at {face.positions.get(name, 0):+.1f})"
-            lines.append(text if reading.visible else f"{text}: **no visible effect**")
-        error = self.models.reader_error("age")
-        return "  \n".join(lines) + (f"  \n*ages are read to ±{error:.0f} years*" if error and lines else "")
+    def readout(self, readings) -> str:
+        lines = [
+            f"**{name.replace('_', ' ')}** {reading.describe().replace('->', '→')}"
+            for name, reading in readings.items()
+        ]
+        error = self.models.reading_error("age")
+        return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
 
     def save(self, session: Session | None) -> dict:
         """The photo at its full size with the edit, as a file to download."""
@@ -197,16 +191,10 @@ class Page:
         target = folder / f"{Path(session.name).stem}-edited{Path(session.name).suffix}"
         return {"download": str(save_like(photo, original, target))}
 
-    def tell(self, error: Exception, path) -> str:
+    def refuse(self, path, error: Exception) -> dict:
         """One sentence without paths of this machine."""
-        return str(error).replace(str(path), "the file").replace(str(ROOT) + os.sep, "")
-
-
-def shrink(photo: Image.Image, longest: int) -> Image.Image:
-    """At most `longest` pixels on the longer side."""
-    scale = min(1.0, longest / max(photo.size))
-    size = [max(1, round(scale * value)) for value in photo.size]
-    return photo.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0) if scale < 1 else photo
+        reason = str(error).replace(str(path), "the file").replace(str(ROOT) + os.sep, "")
+        return {"message": f"**{Path(path).name}: {reason}**"}
 
 
 def aligned_landmarks(size: tuple[int, int]) -> np.ndarray:
@@ -225,182 +213,6 @@ def parse_points(text: str | None, scale: float) -> np.ndarray | None:
 
 def command_of(name: str, targets: dict[str, Target]) -> str:
     """The edit as a command line, for the folder that holds the photo."""
-    flags = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glasses", "mouth_open": "mouth_open"}
-    words = [
-        f"--{flags[key]} {target.value:{'+' if target.relative else ''}.3g}"
-        for key, target in targets.items()
-        if key in flags
-    ]
+    known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
+    words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
     return f"python edit_photos.py {name!r} {' '.join(words)}" if words else ""
-
-
-# -- how it looks ------------------------------------------------------------------------------------------------------
-
-CSS = """
-.gradio-container { padding: 8px 16px !important; max-width: 1700px !important; }
-#message { min-height: 1.6em; }
-#title h1 { font-size: 1.1rem; margin: 0; }
-#compare { height: calc(100vh - 190px); min-height: 300px; }
-#compare img { object-fit: contain !important; }
-#controls { gap: 8px; }
-#samples { min-height: 0; }
-#samples .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: 4px !important; }
-@media (max-width: 760px) {
-  .gradio-container { padding: 4px !important; overflow-x: hidden; }
-  #main { flex-direction: column-reverse; flex-wrap: nowrap; }
-  #main > * { width: 100%; min-width: 0 !important; }
-  #compare { height: 42vh; min-height: 220px; }
-  #upload, #samples { order: 2; }
-}
-"""
-
-
-def build_page(models: Models, folder: Path):
-    """The Gradio page, not yet served. folder: for the files to download."""
-    import gradio as gr
-
-    class Blocks(gr.Blocks):
-        """Refuses values that no control of the page sends, without a traceback in the log."""
-
-        async def preprocess_data(self, block_fn, *args, **kwargs):
-            if not block_fn.fn:  # cancels others: there is nothing to call
-                raise gr.Error("this request does not fit the page", print_exception=False)
-            try:
-                values = await super().preprocess_data(block_fn, *args, **kwargs)
-            except Exception as error:  # a component's own reading of a forged request raises anything at all
-                raise gr.Error("this request does not fit the page", print_exception=False) from error
-            if any(isinstance(value, float) and not math.isfinite(value) for value in values):
-                raise gr.Error("numbers must be finite", print_exception=False)
-            return values
-
-    page = Page(models, folder)
-    with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        parts, inputs = {"session": gr.State(None)}, {}
-        gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
-        with gr.Row(elem_id="main"):
-            with gr.Column(scale=2, min_width=300, elem_id="controls"):
-                add_controls(gr, page, parts, inputs)
-            with gr.Column(scale=5, min_width=320):
-                parts["message"] = gr.Markdown(HELP, elem_id="message")
-                parts["compare"] = gr.ImageSlider(
-                    label="before | after",
-                    show_label=False,
-                    type="pil",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    max_height=2000,
-                    elem_id="compare",
-                )
-                parts["readout"] = gr.Markdown(elem_id="readout")
-        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            add_advanced(gr, models.generator.config.n_tokens, parts, inputs)
-        connect(gr, page, parts, inputs)
-    return blocks
-
-
-def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
-    """Photo, sample faces and sliders."""
-    inputs["photo"] = gr.File(
-        label="Photo, or click a drawn face below", type="filepath", file_types=["image"], height=100, elem_id="upload"
-    )
-    inputs["samples"] = gr.Gallery(
-        [sample(page.models, seed) for seed in range(SAMPLES)],
-        label="drawn faces",
-        show_label=False,
-        columns=SAMPLES,
-        height=80,
-        allow_preview=False,
-        buttons=[],
-        elem_id="samples",
-    )
-    for name in page.names:
-        label, low, high = SLIDERS[name]
-        step, value = (1, 0) if name == "age" else (0.01, 0.5)
-        parts[name] = gr.Slider(low, high, value, step=step, label=label, elem_id=name)
-    with gr.Row():
-        inputs["reset"] = gr.Button("Reset", size="sm", elem_id="reset")
-        parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
-
-
-def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
-    """Layers, refinement, the expression of a reference, landmarks by hand, the aligned face, the command."""
-    with gr.Row():
-        inputs["first"] = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
-        inputs["last"] = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
-        inputs["steps"] = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
-        inputs["again"] = gr.Button("Refine further", size="sm", elem_id="refine")
-    with gr.Row():
-        inputs["reference"] = gr.File(
-            label="A face whose expression is taken over", type="filepath", height=100, elem_id="reference"
-        )
-        inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
-        inputs["aligned"] = gr.Checkbox(label="the photo is an aligned face already", elem_id="aligned")
-        inputs["points"] = gr.Textbox(
-            label="face not found? five points by hand: eyes, nose, mouth corners (pixels)", elem_id="points"
-        )
-    parts["crops"] = gr.Gallery(
-        label="aligned, inverted, edited", columns=3, height=160, allow_preview=False, elem_id="crops"
-    )
-    parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
-
-
-def sample(models: Models, seed: int) -> Image.Image:
-    editor = PhotoEditor(models)
-    editor.set_drawn(seed)
-    return fit_image(editor.photo, 96)
-
-
-def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
-    """Events: each function's answer, {component name: value}, goes to the components of those names."""
-    first, last, photo, samples = (inputs[name] for name in ("first", "last", "photo", "samples"))
-    outputs, sliders = list(parts.values()), [parts[name] for name in page.names]
-
-    def to_components(answer: dict):
-        return {parts[name]: value for name, value in answer.items()} or gr.skip()
-
-    def streaming(function):
-        def stream(*inputs):
-            for answer in function(*inputs):
-                yield to_components(answer)
-
-        return stream
-
-    def plain(function, **settings):
-        return lambda *inputs: to_components(function(*inputs, **settings))
-
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    refine = [streaming(page.refine), [parts["session"], inputs["steps"]], outputs]
-    save = [plain(page.save), [parts["session"]], [parts["download"]]]
-    running = []
-
-    def then_refine(event):
-        """The refinement starts by itself; a new photo calls it off."""
-        refining = event.then(*refine, **quiet)
-        running.append(refining)
-        refining.then(*save, **quiet)
-
-    def pick(event=None):
-        data = getattr(event, "_data", None)  # not SelectData: a forged request has no such event
-        seed = data.get("index") if isinstance(data, dict) else None
-        return to_components(page.pick(seed if seed in range(SAMPLES) else 0))
-
-    upload = [photo, inputs["aligned"], inputs["points"]]
-    pick.__annotations__["event"] = gr.EventData  # gradio looks here; a string would not resolve
-    uploaded = photo.upload(streaming(page.upload), upload, outputs, **quiet)
-    picked = samples.select(pick, None, outputs, **quiet)
-    then_refine(uploaded)
-    then_refine(inputs["again"].click(lambda: None, None, None, **quiet))
-    picked.then(*save, **quiet)
-    for trigger in (photo.upload, samples.select, photo.clear):
-        trigger(None, None, None, cancels=running, queue=False, api_visibility="private")
-    move = [parts["session"], first, last, *sliders]
-    dragged = [slider.input for slider in sliders]  # also by a typed number, which has no release
-    moved = gr.on(dragged, plain(page.move), move, outputs, trigger_mode="always_last", **quiet)
-    released = gr.on(
-        [slider.release for slider in (*sliders, first, last)], plain(page.move, rounds=ROUNDS), move, outputs, **quiet
-    )
-    session, reference = [parts["session"]], inputs["reference"]
-    reset = inputs["reset"].click(plain(page.reset), session, outputs, **quiet)
-    like = inputs["like"].click(streaming(page.take_expression), [*session, reference], outputs, **quiet)
-    for event in (moved, released, reset, like):
-        event.then(*save, **quiet)

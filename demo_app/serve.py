@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from common.cli import missing_package
 from demo_app.models import Models
-from demo_app.page import CSS, build_page
 
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser asks no other server
 
@@ -48,7 +48,7 @@ class Guard:
 
 
 def allowed_hosts(host: str) -> set[str] | None:
-    """Names under which a server bound to `host` is asked for; None where it serves a network."""
+    """Names that a server bound to `host` answers to; None where it serves a network."""
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -58,32 +58,29 @@ def allowed_hosts(host: str) -> set[str] | None:
 
 def serve(models: Models, folder: Path, *, host: str, port: int, max_upload_mb: float):
     """Start to answer, in threads of its own; returns the Blocks, whose close() ends it. OSError for a port in use."""
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GRADIO_TEMP_DIR": str(folder),
-        "GRADIO_EXAMPLES_CACHE": str(folder / "examples"),
-    }
-    import gradio as gr
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False"}
+    os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise missing_package("the page of demo.py", error) from error
     from starlette.middleware import Middleware
 
+    from demo_app.layout import CSS, build_page
+
     blocks = build_page(models, folder)
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     blocks.launch(
         server_name=host,
         server_port=port,
         share=False,
-        inbrowser=False,
         quiet=True,
         prevent_thread_lock=True,
         max_file_size=int(max_upload_mb * 1e6),
-        allowed_paths=[],
-        theme=theme,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         css=CSS,
         footer_links=[],
         run_history=False,
         enable_monitoring=False,
-        ssr_mode=False,
         mcp_server=False,
         pwa=False,
         app_kwargs={"middleware": [Middleware(Guard, hosts=allowed_hosts(host))], "docs_url": None, "redoc_url": None},

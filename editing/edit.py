@@ -2,7 +2,7 @@
 
 frames = edit_face(generator, face, [boundary], np.linspace(-3, 3, 7) * boundary.std)      # the inversion first
 score = score_along(generator, face, boundary, scorer, scorer.column("age"))
-distance, found = search_distance(score, 60.0, limit=6 * boundary.std)                      # the scorer's age is 60
+distance, value = search_distance(score, 60.0, limit=6 * boundary.std)                      # the scorer's age is 60
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from editing.evaluate import score_frames
 from sampling.render import Source, select_condition, select_noise
 
 SCAN = 6  # steps from 0 to the limit, each way, in which a target is looked for before it is bisected
+BISECTIONS = 8
 BATCH = 8  # frames per forward pass: the fastest at 256 px on a CPU
 
 
@@ -42,9 +43,8 @@ def face_at(source: Source, i: int) -> InvertedFace:
     """The face at position i of saved latents."""
     (w,) = source.ws([i])
     condition = select_condition(source.condition, [i])
-    return InvertedFace(
-        source.names[i], w.numpy(), select_noise(source.noise, [i]), None if condition is None else condition[0]
-    )
+    condition = None if condition is None else condition[0]
+    return InvertedFace(source.names[i], w.numpy(), select_noise(source.noise, [i]), condition)
 
 
 def edit_codes(w, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
@@ -72,13 +72,12 @@ def render_codes(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray
     """
     device = generator.token.device
     maps = [layer.to(device) for layer in noise]
-    condition = None if condition is None else condition.to(device).expand(len(ws), -1)
+    conditions = None if condition is None else condition.to(device).expand(len(ws), -1)
     for start in range(0, len(ws), BATCH):
-        part = slice(start, start + BATCH)
-        block = torch.as_tensor(ws[part], dtype=torch.float32, device=device)  # [B, L, C]
-        images, _ = generator(
-            block, input_is_latent=True, noise=maps, condition=None if condition is None else condition[part]
-        )  # [B, 3, S, S]
+        rows = slice(start, start + BATCH)
+        block = torch.as_tensor(ws[rows], dtype=torch.float32, device=device)  # [B, L, C]
+        condition = None if conditions is None else conditions[rows]
+        images, _ = generator(block, input_is_latent=True, noise=maps, condition=condition)  # [B, 3, S, S]
         if not torch.isfinite(images).all():
             raise ValueError(f"the generator's output is not finite at frame {start + 1} to {start + len(block)}")
         yield from to_uint8(images)
@@ -89,12 +88,9 @@ def edit_face(
 ) -> list[np.ndarray]:
     """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_codes`)."""
     ws = edit_codes(face.w, boundaries, distances, distance=distance, layers=layers)
-    return list(_render_face(generator, face, np.concatenate((np.asarray(face.w, np.float32)[None], ws))))
-
-
-def _render_face(generator, face: InvertedFace, ws):
+    ws = np.concatenate((np.asarray(face.w, np.float32)[None], ws))
     condition = None if face.condition is None else face.condition[None]
-    return render_codes(generator, ws, face.noise, condition=condition)
+    return list(render_codes(generator, ws, face.noise, condition=condition))
 
 
 # -- targets -------------------------------------------------------------------------------------------------------
@@ -104,13 +100,24 @@ def score_along(generator, face: InvertedFace, boundary, scorer, column: int, la
     """The function distances [K] (relative, latent units) -> what the scorer's `column` sees there, [K]."""
 
     def score(distances):
-        ws = edit_codes(face.w, [boundary], distances, layers=layers)
-        return score_frames(scorer, list(_render_face(generator, face, ws)))[:, column]
+        _, *frames = edit_face(generator, face, [boundary], distances, layers=layers)
+        return score_frames(scorer, frames)[:, column]
 
     return score
 
 
-def search_distance(score: Callable, target: float, *, limit: float, near: float = 0.0, steps: int = 8):
+def nearest_crossing(at: np.ndarray, values: np.ndarray, target: float) -> int | None:
+    """k of the interval at[k] to at[k + 1], nearest to 0, in which the values [K] cross the target; None: nowhere."""
+    crossings = np.flatnonzero((values[:-1] - target) * (values[1:] - target) < 0)
+    return min(crossings, key=lambda k: abs(at[k] + at[k + 1]), default=None)
+
+
+def nearest_value(at: np.ndarray, values: np.ndarray, target: float, near: float) -> int:
+    """Index of the least |at| whose value comes within `near` of the target, else of the value nearest to it."""
+    return int(np.lexsort((np.abs(at), np.maximum(near, np.abs(values - target))))[0])
+
+
+def search_distance(score: Callable, target: float, *, limit: float, near: float = 0.0) -> tuple[float, float]:
     """Distance at which `score` (distances [K] -> values [K]) is nearest to `target`: (distance, value there).
 
     Of the 2 * SCAN steps from -limit to +limit, the crossing of the target nearest to 0 is bisected: far out a face may
@@ -119,16 +126,14 @@ def search_distance(score: Callable, target: float, *, limit: float, near: float
     """
     at = np.linspace(-limit, limit, 2 * SCAN + 1)
     values = np.asarray(score(at), np.float64)
-    crossings = np.flatnonzero((values[:-1] - target) * (values[1:] - target) < 0)
-    if len(crossings):
-        k = min(crossings, key=lambda k: abs(at[k] + at[k + 1]))
-        at, values = at[k : k + 2], values[k : k + 2]
+    k = nearest_crossing(at, values, target)
+    if k is not None:
+        at, values, near = at[k : k + 2], values[k : k + 2], 0.0
         low, high = at
-        for _ in range(steps):
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
             (value,) = score(np.array([middle]))
             at, values = np.append(at, middle), np.append(values, value)
             low, high = (low, middle) if (values[0] - target) * (value - target) <= 0 else (middle, high)
-        near = 0.0
-    best = np.lexsort((np.abs(at), np.maximum(near, np.abs(values - target))))[0]
+    best = nearest_value(at, values, target, near)
     return float(at[best]), float(values[best])

@@ -154,7 +154,7 @@ def main(args) -> None:
             visitor.upload("#upload", args.photo.resolve())
             visitor.wait_for_text("#message", "Refined")
             visitor.type("#age input[type=number]", "20")
-            visitor.wait_for_text("#readout", "asked")
+            visitor.wait_for_text("#readout", "target")
             visitor.screenshot(args.output_dir / f"{name}.png")
         finally:
             visitor.close()

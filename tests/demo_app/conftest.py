@@ -36,15 +36,15 @@ def models():
     config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8)
     generator = Generator(config).eval().requires_grad_(False)
     generator.fingerprint, generator.path = "tiny", Path("tiny.safetensors")
-    mean, std = generator.latent_statistics(200)
-    w = mean.clone().requires_grad_()
+    statistics = generator.latent_statistics(200)
+    w = statistics[0].clone().requires_grad_()
     generator(w, input_is_latent=True, randomize_noise=False)[0].mean().backward()
     normal = (w.grad / w.grad.norm()).reshape(1, -1).numpy()
     brighter = Boundary(
         normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=12.0, fingerprint="tiny"
     )
     scorer = BrightnessScorer()
-    return Models(generator, mean, std, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
+    return Models(generator, statistics, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from PIL import Image
 
 import edit_photos
 from common.cli import UserError, run
-from demo_app.targets import Target
-from edit_photos import parse_gender, parse_target, possible
+from demo_app.batch import possible
+from demo_app.targets import Target, parse_gender, parse_target
 
 
 def command(*flags) -> int:

@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from common.images import read_image
-from demo_app.editor import PhotoEditor, PhotoError, scale_alignment
+from demo_app.editor import PhotoEditor, PhotoError, position_for, scale_alignment
 from demo_app.inversions import inversion_file, load_faces, save_faces
-from demo_app.targets import Reading, Target, position_for
+from demo_app.targets import Reading, Target
 from faces.align import crop_aligned
 from faces.blend import blend_edit, edit_region, paste_edit
 
@@ -17,7 +17,7 @@ def test_no_edit_leaves_the_photo(editor, astronaut):
     assert np.array_equal(result.photo, read_image(astronaut))
 
 
-def test_the_photo_shows_what_was_asked_for(editor):
+def test_the_photo_shows_the_target(editor):
     result = editor.edit({"age": Target(3, relative=True)})
     reading = result.faces[0].readings["age"]
     assert reading.goal == pytest.approx(reading.before + 3)
@@ -82,8 +82,8 @@ def test_position_of_a_goal():
 
 def test_visible():
     assert not Reading(30, 45, 40, 32, "years").visible
-    assert Reading(30, 45, 46, 44.5, "years").arrived
-    assert Reading(0.98, 0.97, 0.98, 0.98, "probability").visible  # nothing was asked for
+    assert Reading(30, 45, 46, 44.5, "years").visible
+    assert Reading(0.98, 0.97, 0.98, 0.98, "probability").visible  # no change was the target
 
 
 # -- blending ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""One edit of many photos: edit_photos.py."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from common.cli import UserError
+from common.grids import make_grid, make_strip
+from common.images import ImageError, read_image, reading_losses, save_image
+from common.tables import write_table
+from demo_app.editor import Edited, PhotoEditor, shrink
+from demo_app.inversions import inversion_file, load_faces, save_faces
+from demo_app.models import Models
+from demo_app.targets import Target
+from faces.align import AlignError, crop_aligned, outside_share
+from faces.photo_file import save_like
+
+SIDE = 900  # pixels of the longer side of a photo in before_after/
+TIGHT = 0.4  # share of a face's frame outside the photo from which it is said
+OVERHEAD = 15  # detection, edit and files, in steps of refinement: for the progress bar
+OWN_FILES = ("overview.jpg", "report.csv")
+
+
+def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
+    """Targets that the models can edit; the others are named on stderr. Raises UserError when none is left."""
+    missing = [name for name in targets if name not in models.attributes]
+    if missing:
+        known = f"it can edit {', '.join(models.attributes) or 'nothing'} (edit_attribute.py fits others)"
+        message = f"there is no boundary of {', '.join(missing)} for {models.generator.path.name}: {known}"
+        if len(missing) == len(targets):
+            raise UserError(message)
+        print(f"note: {message}", file=sys.stderr)
+    return {name: target for name, target in targets.items() if name not in missing}
+
+
+@dataclass
+class PhotoBatch:
+    """One edit of many photos. tiles: face before and after, and its caption, for the overview."""
+
+    models: Models
+    folder: Path
+    targets: dict[str, Target]
+    steps: int
+    faces: str = "largest"
+    strength: float = 1.0
+    tiles: list[tuple[Image.Image, Image.Image, str]] = field(default_factory=list)
+    rows: list[dict] = field(default_factory=list)
+
+    def run(self, photos: dict[str, Path]) -> None:
+        """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
+        failed = 0
+        with tqdm(total=len(photos) * (self.steps + OVERHEAD), unit="step", disable=None) as bar:
+            for i, (name, path) in enumerate(photos.items()):
+                bar.set_description(Path(name).name[:24])
+                try:
+                    self.edit(name, path, bar)
+                except (ImageError, AlignError, UserError) as error:
+                    failed += 1
+                    bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
+                bar.update((i + 1) * (self.steps + OVERHEAD) - bar.n)
+        if failed == len(photos):
+            raise UserError(f"none of {len(photos)} photos could be edited")
+        crops = [crop for before, after, _ in self.tiles for crop in (before, after)]
+        captions = [text for *_, caption in self.tiles for text in ("before", caption)]
+        save_image(make_strip(crops, captions, nrow=min(6, len(crops))), self.folder / "overview.jpg", quality=90)
+        write_table(self.folder / "report.csv", self.rows)
+        left_out = f", {failed} left out" if failed else ""
+        print(f"{len(photos) - failed} photos edited{left_out}: {self.folder / 'overview.jpg'}")
+
+    def edit(self, name: str, path: Path, bar: tqdm) -> None:
+        """One photo: its results appear at once."""
+        photo, editor = read_image(path), PhotoEditor(self.models)
+        file = inversion_file(self.folder / "inversions", path, self.models, steps=self.steps, faces=self.faces)
+        kept = load_faces(file, photo, self.models)
+        if kept:
+            editor.set_faces(photo, kept)
+        else:
+            editor.set_photo(photo, steps=self.steps, faces=self.faces, callback=lambda: bar.update())
+        before = [face.expression for face in editor.faces]
+        result = editor.edit(self.targets, strength=self.strength)
+        if not kept or [face.expression for face in editor.faces] != before:
+            save_faces(file, editor.faces)
+        target = self.folder / (f"{Path(name).stem}-photo{Path(name).suffix}" if name in OWN_FILES else name)
+        saved = save_like(result.photo, path, target)
+        pair = make_grid([shrink(image, SIDE) for image in (photo, result.photo)], 2, padding=8)
+        save_image(pair, (self.folder / "before_after" / name).with_suffix(".jpg"), quality=90)
+        self.report(name, photo, result, bar)
+        for loss in reading_losses(path):
+            bar.write(f"note: {saved} has {loss} of {path}", file=sys.stderr)
+
+    def report(self, name: str, photo: Image.Image, result: Edited, bar: tqdm) -> None:
+        """A line on stdout per face, and its share of overview.jpg and report.csv."""
+        for i, face_edit in enumerate(result.faces):
+            alignment = face_edit.face.alignment
+            label = name if len(result.faces) == 1 else f"{name}, face {i + 1}"
+            words = [f"{attribute} {reading.describe()}" for attribute, reading in face_edit.readings.items()]
+            bar.write(f"{label}: {'; '.join(words)}", file=sys.stdout)
+            if (share := outside_share(alignment)) > TIGHT:
+                bar.write(f"note: {label}: {share:.0%} of the face's frame lies outside the photo", file=sys.stderr)
+            crops = [crop_aligned(image, alignment) for image in (photo, result.photo)]
+            self.tiles.append((*crops, words[0].split(",")[0]))
+            for attribute, reading in face_edit.readings.items():
+                values = {k: round(getattr(reading, k), 3) for k in ("before", "goal", "drawn", "photo")}
+                position = round(face_edit.positions.get(attribute, 0.0), 3)
+                row = {"photo": name, "face": i, "attribute": attribute, **values, "position": position}
+                self.rows.append(row | {"visible": int(reading.visible)})

@@ -1,0 +1,159 @@
+"""How demo.py's page looks, and which function of demo_app/page.py answers which control. Needs gradio."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from demo_app.editor import ROUNDS, PhotoEditor, shrink
+from demo_app.models import Models
+from demo_app.page import CHUNK, HELP, SLIDERS, Page
+
+SAMPLES = 6  # drawn faces to click
+STEPS = 40  # of the refinement that follows the encoder
+CSS = """
+.gradio-container { padding: 8px 16px !important; max-width: 1700px !important; }
+#message { min-height: 1.6em; }
+#title h1 { font-size: 1.1rem; margin: 0; }
+#compare { height: calc(100vh - 190px); min-height: 300px; }
+#compare img { object-fit: contain !important; }
+#controls { gap: 8px; }
+#samples { min-height: 0; }
+#samples .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: 4px !important; }
+@media (max-width: 760px) {
+  .gradio-container { padding: 4px !important; overflow-x: hidden; }
+  #main { flex-direction: column-reverse; flex-wrap: nowrap; }
+  #main > * { width: 100%; min-width: 0 !important; }
+  #compare { height: 42vh; min-height: 220px; }
+  #upload, #samples { order: 2; }
+}
+"""
+
+
+class Blocks(gr.Blocks):
+    """Refuses values that no control of the page sends, without a traceback in the log."""
+
+    async def preprocess_data(self, block_fn, *args, **kwargs):
+        try:
+            values = await super().preprocess_data(block_fn, *args, **kwargs)
+        except Exception as error:  # a component's own reading of a forged request raises anything at all
+            raise gr.Error("this request does not fit the page", print_exception=False) from error
+        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+            raise gr.Error("numbers must be finite", print_exception=False)
+        return values
+
+
+def build_page(models: Models, folder: Path) -> Blocks:
+    """The page, not yet served. folder: for the files to download."""
+    page = Page(models, folder)
+    with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        parts, inputs = {"session": gr.State(None)}, {}
+        gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=2, min_width=300, elem_id="controls"):
+                add_controls(page, parts, inputs)
+            with gr.Column(scale=5, min_width=320):
+                parts["message"] = gr.Markdown(HELP, elem_id="message")
+                look = {"show_label": False, "buttons": ["fullscreen"], "max_height": 2000, "elem_id": "compare"}
+                parts["compare"] = gr.ImageSlider(label="before | after", type="pil", interactive=False, **look)
+                parts["readout"] = gr.Markdown(elem_id="readout")
+        with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+            add_advanced(models.generator.config.n_tokens, parts, inputs)
+        connect(page, parts, inputs)
+    return blocks
+
+
+def add_controls(page: Page, parts: dict, inputs: dict) -> None:
+    """Photo, sample faces and sliders."""
+    label, kind = "Photo, or click a drawn face below", {"type": "filepath", "file_types": ["image"]}
+    inputs["photo"] = gr.File(label=label, height=100, elem_id="upload", **kind)
+    look = {"show_label": False, "columns": SAMPLES, "height": 80, "allow_preview": False, "buttons": []}
+    faces = [draw_sample(page.models, seed) for seed in range(SAMPLES)]
+    inputs["samples"] = gr.Gallery(faces, label="drawn faces", elem_id="samples", **look)
+    for name in page.names:
+        label, low, high = SLIDERS[name]
+        step, value = (1, 0) if name == "age" else (0.01, 0.5)
+        parts[name] = gr.Slider(low, high, value, step=step, label=label, elem_id=name)
+    with gr.Row():
+        inputs["reset"] = gr.Button("Reset", size="sm", elem_id="reset")
+        parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
+
+
+def add_advanced(n_tokens: int, parts: dict, inputs: dict) -> None:
+    """Layers, refinement, the expression of a reference, landmarks by hand, the aligned face, the command."""
+    with gr.Row():
+        inputs["first"] = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
+        inputs["last"] = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
+        inputs["steps"] = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
+        inputs["again"] = gr.Button("Refine further", size="sm", elem_id="refine")
+    with gr.Row():
+        label = "A face whose expression is taken over"
+        inputs["reference"] = gr.File(label=label, type="filepath", height=100, elem_id="reference")
+        inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
+        inputs["aligned"] = gr.Checkbox(label="the photo is an aligned face already", elem_id="aligned")
+        label = "face not found? five points by hand: eyes, nose, mouth corners (pixels)"
+        inputs["points"] = gr.Textbox(label=label, elem_id="points")
+    label = "aligned, inverted, edited"
+    parts["crops"] = gr.Gallery(label=label, columns=3, height=160, allow_preview=False, elem_id="crops")
+    parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
+
+
+def draw_sample(models: Models, seed: int) -> Image.Image:
+    editor = PhotoEditor(models)
+    editor.set_drawn(seed)
+    return shrink(editor.photo, 96)
+
+
+def connect(page: Page, parts: dict, inputs: dict) -> None:
+    """Events: each function's answer, {component name: value}, goes to the components of those names."""
+    session, photo, outputs = parts["session"], inputs["photo"], list(parts.values())
+
+    def to_components(answer: dict):
+        return {parts[name]: value for name, value in answer.items()} or gr.skip()
+
+    def streaming(function):
+        def stream(*inputs):
+            answer = None
+            for answer in function(*inputs):
+                yield to_components(answer)
+            if answer is None:
+                yield gr.skip()  # of a function that yields nothing gradio empties all outputs
+
+        return stream
+
+    def plain(function, **settings):
+        return lambda *inputs: to_components(function(*inputs, **settings))
+
+    def pick(session, event=None):
+        data = getattr(event, "_data", None)  # not SelectData: a forged request has no such event
+        seed = data.get("index") if isinstance(data, dict) else None
+        return to_components(page.pick(seed if seed in range(SAMPLES) else 0, session))
+
+    pick.__annotations__["event"] = gr.EventData  # gradio looks here; a string would not resolve
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    every = {**quiet, "trigger_mode": "multiple"}  # a second photo, or its refinement, while the first is at work
+    save = [plain(page.save), [session], [parts["download"]]]
+    refine = [streaming(page.refine), [session, inputs["steps"]], outputs]
+
+    upload = [photo, inputs["aligned"], inputs["points"], session]
+    uploaded = photo.upload(streaming(page.upload), upload, outputs, **every)
+    for event in (uploaded.then(*refine, **every), inputs["again"].click(*refine, **quiet)):
+        event.then(*save, **quiet)
+    photo.clear(plain(page.replace), [session], outputs, **quiet)
+    inputs["samples"].select(pick, [session], outputs, **every).then(*save, **quiet)
+
+    sliders = [parts[name] for name in page.names]
+    move = [session, inputs["first"], inputs["last"], *sliders]
+    dragged = [slider.input for slider in sliders]  # also by a typed number, which has no release
+    released = [slider.release for slider in (*sliders, inputs["first"], inputs["last"])]
+    like = inputs["like"].click(streaming(page.take_expression), [session, inputs["reference"]], outputs, **quiet)
+    for event in (
+        gr.on(dragged, plain(page.move), move, outputs, trigger_mode="always_last", **quiet),
+        gr.on(released, plain(page.move, rounds=ROUNDS), move, outputs, **quiet),
+        inputs["reset"].click(plain(page.reset), [session], outputs, **quiet),
+        like,
+    ):
+        event.then(*save, **quiet)
