@@ -1,4 +1,4 @@
-"""How demo.py's page looks, and which function of demo_app/page.py answers which control. Needs gradio."""
+"""The look of demo.py's page, and which function of demo_app/page.py answers which control. Needs gradio."""
 
 from __future__ import annotations
 
