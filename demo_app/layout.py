@@ -1,11 +1,10 @@
-"""The look of demo.py's page, and which function of demo_app/page.py answers which control. Needs gradio."""
+"""The look of demo.py's page, and which function of demo_app/page.py answers which control."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-import gradio as gr
 from PIL import Image
 
 from demo_app.editor import ROUNDS, PhotoEditor, shrink
@@ -33,40 +32,41 @@ CSS = """
 """
 
 
-class Blocks(gr.Blocks):
-    """Refuses values that no control of the page sends, without a traceback in the log."""
+def build_page(models: Models, folder: Path):
+    """The Gradio page, not yet served. folder: for the files to download."""
+    import gradio as gr
 
-    async def preprocess_data(self, block_fn, *args, **kwargs):
-        try:
-            values = await super().preprocess_data(block_fn, *args, **kwargs)
-        except Exception as error:  # a component's own reading of a forged request raises anything at all
-            raise gr.Error("this request does not fit the page", print_exception=False) from error
-        if any(isinstance(value, float) and not math.isfinite(value) for value in values):
-            raise gr.Error("numbers must be finite", print_exception=False)
-        return values
+    class Blocks(gr.Blocks):
+        """Refuses values that no control of the page sends, without a traceback in the log."""
 
+        async def preprocess_data(self, block_fn, *args, **kwargs):
+            try:
+                values = await super().preprocess_data(block_fn, *args, **kwargs)
+            except Exception as error:  # a component's own reading of a forged request raises anything at all
+                raise gr.Error("this request does not fit the page", print_exception=False) from error
+            if any(isinstance(value, float) and not math.isfinite(value) for value in values):
+                raise gr.Error("numbers must be finite", print_exception=False)
+            return values
 
-def build_page(models: Models, folder: Path) -> Blocks:
-    """The page, not yet served. folder: for the files to download."""
     page = Page(models, folder)
     with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         parts, inputs = {"session": gr.State(None)}, {}
         gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=300, elem_id="controls"):
-                add_controls(page, parts, inputs)
+                add_controls(gr, page, parts, inputs)
             with gr.Column(scale=5, min_width=320):
                 parts["message"] = gr.Markdown(HELP, elem_id="message")
                 look = {"show_label": False, "buttons": ["fullscreen"], "max_height": 2000, "elem_id": "compare"}
                 parts["compare"] = gr.ImageSlider(label="before | after", type="pil", interactive=False, **look)
                 parts["readout"] = gr.Markdown(elem_id="readout")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            add_advanced(models.generator.config.n_tokens, parts, inputs)
-        connect(page, parts, inputs)
+            add_advanced(gr, models.generator.config.n_tokens, parts, inputs)
+        connect(gr, page, parts, inputs)
     return blocks
 
 
-def add_controls(page: Page, parts: dict, inputs: dict) -> None:
+def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
     """Photo, sample faces and sliders."""
     label, kind = "Photo, or click a drawn face below", {"type": "filepath", "file_types": ["image"]}
     inputs["photo"] = gr.File(label=label, height=100, elem_id="upload", **kind)
@@ -82,7 +82,7 @@ def add_controls(page: Page, parts: dict, inputs: dict) -> None:
         parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
 
 
-def add_advanced(n_tokens: int, parts: dict, inputs: dict) -> None:
+def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
     """Layers, refinement, the expression of a reference, landmarks by hand, the aligned face, the command."""
     with gr.Row():
         inputs["first"] = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
@@ -107,7 +107,7 @@ def draw_sample(models: Models, seed: int) -> Image.Image:
     return shrink(editor.photo, 96)
 
 
-def connect(page: Page, parts: dict, inputs: dict) -> None:
+def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     """Events: each function's answer, {component name: value}, goes to the components of those names."""
     session, photo, outputs = parts["session"], inputs["photo"], list(parts.values())
 

@@ -1,4 +1,4 @@
-"""The functions behind the controls of demo.py's page: a photo, sliders, the edited photo (looks: demo_app/layout.py)."""
+"""The functions behind the controls of demo.py's page: a photo, sliders, the edited photo."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from common.cli import missing_package
+from demo_app.layout import CSS, build_page
 from demo_app.models import Models
 
 POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"  # the browser asks no other server
@@ -65,8 +66,6 @@ def serve(models: Models, folder: Path, *, host: str, port: int, max_upload_mb: 
     except ImportError as error:
         raise missing_package("the page of demo.py", error) from error
     from starlette.middleware import Middleware
-
-    from demo_app.layout import CSS, build_page
 
     blocks = build_page(models, folder)
     blocks.launch(
