@@ -17,74 +17,41 @@ Pasting keeps the photo's size, file format where it can hold a photo, alpha and
 or several pages the first is pasted into, of 16 bits per channel 8 are kept: it is said.
 """
 
-from __future__ import annotations
-
-import contextlib
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
-
-from common.cli import ArgumentParser, UsageError, UserError, add_rank_flags, positive_int, run_script
-from common.distributed import setup, shutdown
-from common.images import list_images, read_image, reading_losses
-from common.lock import lock_folder
+from common.cli import ArgumentParser, UsageError, positive_int, run_script
 from common.workers import n_cores
-from faces.align import DETAILS, FRAMINGS, paste_back, read_alignment
-from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
-from faces.photo_file import save_like
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos, of any depth, or one photo")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--size", type=int, default=256, help="side of the aligned faces in pixels")
-    parser.add_argument("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
-    parser.add_argument("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
-    parser.add_argument(
-        "--framing",
-        default="ffhq",
-        choices=FRAMINGS,
-        help="the formula of FFHQ, or the best fit of eyes and mouth to the mean face",
+    add = parser.add_argument
+    add("--photos", type=Path, required=True, help="folder of photos, of any depth, or one photo")
+    add("--output_dir", type=Path, required=True, help="folder of the results")
+    add("--size", type=int, default=256, help="side of the aligned faces in pixels")
+    add("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
+    add("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
+    add(
+        "--framing", default="ffhq", choices=("ffhq", "template"), help="FFHQ's formula, or the best fit to a mean face"
     )
-    parser.add_argument(
-        "--aligned_tolerance",
-        type=float,
-        default=4.0,
-        help="a square photo whose eyes and mouth lie within this many %% of its side from their "
-        "places in an FFHQ frame is taken as it is; 0: never",
+    tolerance = "square photos this close, in %% of the side, to an FFHQ frame are taken as they are; 0: none"
+    add("--aligned_tolerance", type=float, default=4.0, help=tolerance)
+    add("--max_yaw", type=float, default=90.0, help="leave out heads that are turned further, in degrees; 90: none")
+    add("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
+    add("--n_worker", type=positive_int, default=n_cores(), help="processes")
+    add("--overwrite", action="store_true", help="do all photos again")
+    add("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
+    add = parser.add_argument_group("pasting back").add_argument
+    add("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
+    add("--unedited", type=Path, metavar="DIR", help="the same faces before the edit: only what it changed is added")
+    add("--alignment", type=Path, help="alignment.json that was written with the crops")
+    add("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
+    detail = (
+        "the photo's detail that is finer than the crop: keep it where the edit left the structure alone (auto), ..."
     )
-    parser.add_argument(
-        "--max_yaw",
-        type=float,
-        default=90.0,
-        help="leave out heads that are turned further, in degrees (an estimate); 90: none",
-    )
-    parser.add_argument("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
-    parser.add_argument("--n_worker", type=positive_int, default=n_cores(), help="processes")
-    parser.add_argument("--overwrite", action="store_true", help="do all photos again")
-    parser.add_argument("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
-    add_rank_flags(parser)
-    paste = parser.add_argument_group("pasting back")
-    paste.add_argument("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
-    paste.add_argument(
-        "--unedited",
-        type=Path,
-        metavar="DIR",
-        help="folder of the same faces before the edit: only what it changed is added",
-    )
-    paste.add_argument("--alignment", type=Path, help="alignment.json that was written with the crops")
-    paste.add_argument("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
-    paste.add_argument(
-        "--detail",
-        default="auto",
-        choices=DETAILS,
-        help="detail of the photo that is finer than the crop: keep it where the edit left the "
-        "structure alone (auto), everywhere, nowhere",
-    )
+    add("--detail", default="auto", choices=("auto", "keep", "drop"), help=detail)
     return parser
 
 
@@ -99,85 +66,28 @@ def main(args) -> None:
         raise UsageError("--paste_back and --alignment go together")
     if args.unedited and not args.paste_back:
         raise UsageError("--unedited goes with --paste_back")
+
+    from dataclasses import fields
+
+    from common.lock import lock_folder
+    from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
+    from faces.paste import paste_folder
+
+    out = args.output_dir
     if args.paste_back:
-        paste_folder(
-            args.photos,
-            args.paste_back,
-            args.alignment,
-            args.output_dir,
-            unedited=args.unedited,
-            feather=args.feather,
-            detail=args.detail,
-        )
+        options = {"unedited": args.unedited, "feather": args.feather, "detail": args.detail}
+        paste_folder(args.photos, args.paste_back, args.alignment, out, **options)
         return
     settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
-    dist = setup("cpu", timeout=args.dist_timeout)
-    try:
-        with lock_folder(args.output_dir, "align_faces.py") if dist.is_main else contextlib.nullcontext():
-            records = align_folder(
-                list_photos([args.photos], args.output_dir),
-                args.output_dir,
-                settings,
-                dist=dist,
-                landmarks=args.landmarks,
-                n_worker=args.n_worker,
-                overwrite=args.overwrite,
-                weights_dir=args.weights_dir,
-            )
-            require_faces(records, args.output_dir)
-    finally:
-        shutdown()
-    if dist.is_main:
-        report(records, args.output_dir)
-
-
-def report(records, output_dir) -> None:
-    """Summary on stdout; on stderr each photo that was cut so tightly that most of its frame is made up."""
+    options = {name: getattr(args, name) for name in ("landmarks", "n_worker", "overwrite", "weights_dir")}
+    with lock_folder(out, "align_faces.py"):
+        records = align_folder(list_photos([args.photos], out), out, settings, **options)
+    require_faces(records, out)
     for record in records:
-        if TIGHT_NOTE in record.note:
+        if TIGHT_NOTE in record.note:  # most of its frame is made up
             print(f"note: {record.photo}: {record.note}", file=sys.stderr)
-    n_faces = sum(len(record.faces) for record in records)
-    print(
-        f"{n_faces} faces of {len(records)} photos ({count_outcomes(records)}): {output_dir / 'aligned'}, "
-        f"{output_dir / 'report.csv'}"
-    )
-
-
-# -- pasting back --------------------------------------------------------------------------------------------------
-
-
-def paste_folder(photos, edited, alignment_file, output_dir, *, unedited=None, **options):
-    """Pastes every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: a folder
-    with the same faces before the edit, under the same names.
-
-    Prints what was pasted and, one line each, what could not be. Raises ValueError when nothing could.
-    """
-    alignments = read_alignment(alignment_file)
-    root = photos if photos.is_dir() else photos.parent
-    by_photo: dict[str, list] = {}
-    problems = []
-    for path in list_images(edited):
-        if path.stem in alignments:
-            by_photo.setdefault(alignments[path.stem].source, []).append((path, alignments[path.stem]))
-        else:
-            problems.append(f"{path}: no face called {path.stem} in {alignment_file}")
-    pasted, n_faces, notes = 0, 0, []
-    for source, faces in tqdm(sorted(by_photo.items()), desc="pasting", unit="photo", disable=None):
-        try:
-            result = read_image(root / source)
-            for path, alignment in faces:
-                before = read_image(unedited / path.relative_to(edited)) if unedited else None
-                result = paste_back(result, read_image(path), alignment, unedited=before, **options)
-            saved = save_like(result, root / source, output_dir / source)
-            notes += [f"{saved} has {loss} of {root / source}" for loss in reading_losses(root / source)]
-            pasted, n_faces = pasted + 1, n_faces + len(faces)
-        except (ValueError, FileNotFoundError) as error:
-            problems.append(f"{root / source}: {error}")
-    for line in [f"left out: {problem}" for problem in problems] + [f"note: {note}" for note in notes]:
-        print(line, file=sys.stderr)
-    if pasted == 0:
-        raise UserError(f"no face of {edited} could be pasted into a photo of {photos} ({len(problems)} left out)")
-    print(f"{n_faces} faces pasted into {pasted} photos, {len(problems)} left out: {output_dir}")
+    n_faces, outcomes = sum(len(record.faces) for record in records), count_outcomes(records)
+    print(f"{n_faces} faces of {len(records)} photos ({outcomes}): {out / 'aligned'}, {out / 'report.csv'}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,14 @@
 """Training images: from an LMDB or a plain folder to an endless stream of uint8 batches.
 
 `open_dataset` takes either by path and looks closely before the first step: what would end a run after hours (a
-missing resolution, a half-written store, a damaged file) is one sentence at the start. Images stay uint8
-[3, size, size] until they are on the device; the trainer normalises there.
-
-The order is a pure function of (seed, position): `InfiniteSampler` counts positions in global samples, so a checkpoint
-needs that one number to go on at exactly the next image, on any number of processes.
-
-LMDB layout (docs/formats.md): f"{size}-{index:05d}" -> encoded image, b"length" -> ascii integer, and, when written by
-our prepare_data.py, b"manifest" -> JSON. Stores made by rosinality's prepare_data open as they are.
+missing resolution, a half-written store, a damaged file) is one sentence at the start. The order is a pure function of
+(seed, position): `InfiniteSampler` counts positions in global samples, so a checkpoint needs that one number to
+continue at exactly the next image, on any number of processes. LMDB layout: common/lmdb_store.py.
 
     dataset = open_dataset("faces.lmdb", 64)
-    sampler = InfiniteSampler(len(dataset), seed=0)
-    batches = data_loader(dataset, 16, sampler, workers=2)
+    batches = data_loader(dataset, 16, InfiniteSampler(len(dataset), seed=0), workers=2)
     images = next(batches)                                                # uint8 [16, 3, 64, 64]
 """
-
-from __future__ import annotations
 
 import atexit
 import os
@@ -29,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image
 from common.lmdb_store import (
@@ -54,10 +46,8 @@ def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None 
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder of images or an LMDB is expected"
-            f" (make one with {PREPARE} --out LMDB FOLDER)"
-        )
+        make = f"make one with {PREPARE} --out LMDB FOLDER"
+        raise FileNotFoundError(f"{path} does not exist: a folder of images or an LMDB is expected ({make})")
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | ARCHIVE_SUFFIXES:
         unpack = "unpack it and " if path.suffix.lower() in ARCHIVE_SUFFIXES else ""
         raise DatasetError(f"{path} is one file: {unpack}pass the folder of images, or an LMDB made with {PREPARE}")
@@ -65,27 +55,41 @@ def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None 
     return MultiResolutionDataset(path, size, transform) if is_lmdb else FolderDataset(path, size, transform)
 
 
-# -- LMDB ----------------------------------------------------------------------------------------------------------
-
-
 class MultiResolutionDataset(Dataset):
     """The images of one resolution in an LMDB; item i is uint8 [3, size, size], through `transform` if given.
 
-    The store is opened when the first item is read, in each process by itself, so that the object can be sent to
-    workers by fork or spawn. Opening checks that the store is whole, holds the resolution, and decodes three items.
-    Raises DatasetError; also from reading an item that is missing or damaged: nothing else is ever put in its place.
+    Each process opens the store for itself, so that the object can be sent to workers by fork or spawn. Opening checks
+    that the store is whole, holds the resolution, and decodes three items. Raises DatasetError, also from reading an
+    item that is missing or damaged: nothing else is ever put in its place.
     """
 
     def __init__(self, path: str | os.PathLike, size: int, transform: Callable | None = None):
         self.path, self.size, self.transform = Path(path), int(size), transform
         self._store, self._owner = None, None
-        store = open_store(self.path)
-        self._length = self._read_length(store)
-        self._check(store)
+        self._check(store := open_store(self.path))
         self.manifest = read_manifest(store)
-        if self.manifest is not None and len(self.manifest["names"]) != self._length:
-            n_names, again = len(self.manifest["names"]), f"run {PREPARE} --overwrite --out {self.path} ... again"
-            raise DatasetError(f"{self.path} has {self._length} images and names of {n_names}: {again}")
+        if self.manifest is not None and (n_names := len(self.manifest["names"])) != len(self):
+            again = f"run {PREPARE} --overwrite --out {self.path} ... again"
+            raise DatasetError(f"{self.path} has {len(self)} images and names of {n_names}: {again}")
+
+    def _check(self, store) -> None:
+        with reading(store) as transaction:
+            length = transaction.get(b"length")
+        if length is None:
+            again = f"run {PREPARE} --out {self.path} ... again"
+            raise DatasetError(f"{self.path} is unfinished (it has no `length`): {again}")
+        if not length.isdigit() or int(length) == 0:
+            raise DatasetError(f"{self.path} holds no images (length {length!r}): run {PREPARE} --out {self.path} ...")
+        if self.size not in (sizes := sizes_present(store)):
+            raise DatasetError(
+                f"{self.path} has no images of size {self.size} (present: {', '.join(map(str, sizes)) or 'none'}): pass"
+                f" --size with one of these, or run {PREPARE} --size {self.size} --out ANOTHER_LMDB ..."
+            )
+        self._length = int(length)
+        picked = random.Random(self.size).sample(range(self._length), min(3, self._length))
+        with reading(store) as transaction:
+            for index in {*picked, self._length - 1}:
+                self._decode(index, transaction.get(image_key(self.size, index)))
 
     @property
     def names(self) -> list[str]:
@@ -101,27 +105,20 @@ class MultiResolutionDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
-        """Several items in one transaction; the DataLoader calls this."""
-        with reading(self._reader()) as transaction:
-            encoded = [transaction.get(image_key(self.size, self._position(i))) for i in indices]
+        if not all(-self._length <= index < self._length for index in indices):
+            raise IndexError(f"items {indices} of {self.path}, which holds {self._length}")
+        if self._store is None or self._owner != os.getpid():
+            self._store, self._owner = open_store(self.path), os.getpid()
+        indices = [int(index) % self._length for index in indices]
+        with reading(self._store) as transaction:
+            encoded = [transaction.get(image_key(self.size, index)) for index in indices]
         return [self._decode(index, data) for index, data in zip(indices, encoded, strict=True)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_store": None, "_owner": None}
 
-    def _reader(self):
-        if self._store is None or self._owner != os.getpid():
-            self._store, self._owner = open_store(self.path), os.getpid()
-        return self._store
-
-    def _position(self, index: int) -> int:
-        if not -self._length <= index < self._length:
-            raise IndexError(f"item {index} of {self.path}, which holds {self._length}")
-        return int(index) % self._length
-
     def _decode(self, index: int, data: bytes | None) -> torch.Tensor:
-        key = image_key(self.size, self._position(index)).decode()
-        again = f"run {PREPARE} --overwrite --out {self.path} ... to make it anew"
+        key, again = image_key(self.size, index).decode(), f"run {PREPARE} --overwrite --out {self.path} ... again"
         if data is None:
             raise DatasetError(f"{self.path} lacks the item {key}: {again}")
         try:
@@ -133,64 +130,29 @@ class MultiResolutionDataset(Dataset):
             raise DatasetError(f"{self.path}: item {key} has {found}: {again}")
         return _as_tensor(image, self.transform)
 
-    def _read_length(self, store) -> int:
-        with reading(store) as transaction:
-            length = transaction.get(b"length")
-        if length is None:
-            again = f"run {PREPARE} --out {self.path} ... again"
-            raise DatasetError(f"{self.path} is unfinished (it has no `length`): {again}")
-        if not length.isdigit() or int(length) == 0:
-            raise DatasetError(f"{self.path} holds no images (length {length!r}): run {PREPARE} --out {self.path} ...")
-        return int(length)
-
-    def _check(self, store) -> None:
-        sizes = sizes_present(store)
-        if self.size not in sizes:
-            present = ", ".join(map(str, sizes)) or "none"
-            raise DatasetError(
-                f"{self.path} has no images of size {self.size} (present: {present}): pass --size with one of these,"
-                f" or run {PREPARE} --size {self.size} --out ANOTHER_LMDB ..."
-            )
-        picked = random.Random(self.size).sample(range(self._length), min(3, self._length))
-        with reading(store) as transaction:
-            for index in {*picked, self._length - 1}:
-                self._decode(index, transaction.get(image_key(self.size, index)))
-
-
-# -- folder --------------------------------------------------------------------------------------------------------
-
 
 class FolderDataset(Dataset):
-    """The images below a folder, fitted to size x size as they are read; item i is uint8 [3, size, size].
+    """The images below a folder, fitted (`fit_image`) to size x size as they are read; item i is uint8 [3, size, size].
 
-    For small sets and trials: each reading decodes the original. Opening looks at every file header; files that are no
-    images are left out, counted and listed once (`skipped`, pairs of path and reason). A file whose header is sound but
-    whose pixels are not raises DatasetError naming it when it is read.
+    Opening looks at every file header; files that are no images are left out, counted and listed once (`skipped`, pairs
+    of path and reason). A file with a sound header but damaged pixels raises DatasetError when it is read.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        size: int,
-        transform: Callable | None = None,
-        *,
-        fit: str = "crop",
-        resample: str = "lanczos",
-    ):
+    def __init__(self, path: str | os.PathLike, size: int, transform: Callable | None = None):
         self.path, self.size, self.transform = Path(path), int(size), transform
-        self.fit, self.resample = fit, resample
-        files = list_images(self.path)
-        reasons = [check_header(file) for file in files]
-        self.files = [file for file, reason in zip(files, reasons, strict=True) if reason is None]
-        self.skipped = [(file, reason) for file, reason in zip(files, reasons, strict=True) if reason is not None]
-        if not files:
+        reasons = {file: check_header(file) for file in list_images(self.path)}
+        self.files = [file for file, reason in reasons.items() if reason is None]
+        self.skipped = [(file, reason) for file, reason in reasons.items() if reason is not None]
+        if not reasons:
             raise DatasetError(f"{self.path} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
         if not self.files:
-            raise DatasetError(f"{self.path}: none of its {len(files)} image files can be read; the first: {files[0]}")
+            first = self.skipped[0][0]
+            raise DatasetError(f"{self.path}: none of its {len(reasons)} image files can be read; the first: {first}")
         if self.skipped:
             listed = "; ".join(f"{file} ({reason})" for file, reason in self.skipped[:10])
             more = f"; and {len(self.skipped) - 10} more" if len(self.skipped) > 10 else ""
-            warnings.warn(f"{len(self.skipped)} of {len(files)} image files are left out: {listed}{more}", stacklevel=2)
+            left_out = f"{len(self.skipped)} of {len(reasons)} image files are left out"
+            warnings.warn(f"{left_out}: {listed}{more}", stacklevel=2)
 
     @property
     def names(self) -> list[str]:
@@ -205,15 +167,12 @@ class FolderDataset(Dataset):
             image = read_image(self.files[index])
         except (ImageError, FileNotFoundError) as error:
             raise DatasetError(f"{error}: repair or remove it, or run {PREPARE}, which leaves it out") from error
-        return _as_tensor(fit_image(image, self.size, fit=self.fit, resample=self.resample), self.transform)
+        return _as_tensor(fit_image(image, self.size), self.transform)
 
 
 def _as_tensor(image, transform: Callable | None) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # uint8 [3, size, size]
     return tensor if transform is None else transform(tensor)
-
-
-# -- order ---------------------------------------------------------------------------------------------------------
 
 
 class InfiniteSampler:
@@ -223,10 +182,8 @@ class InfiniteSampler:
     takes p = position + r, position + r + R, ...: together the ranks see every image once per epoch, whatever R is.
     Iterating starts at `position` and never changes it (a loader prefetches); the consumer calls `advance`.
 
-    source_weights: expected draws of each image per epoch, by source folder (mean 1 over all images after scaling);
-    needs `names`, one path per image, whose first folder is the source. Raises ValueError for a source that no image
-    has. An epoch still has n draws: an image of weight 2.5 occurs two or three times in it, one of 0.4 in two epochs of
-    five.
+    source_weights: expected draws of each image per epoch, by source (the first folder of its path in `names`), scaled
+    to a mean of 1: an image of weight 2.5 occurs two or three times. Raises ValueError for a source that no image has.
     """
 
     def __init__(
@@ -253,9 +210,19 @@ class InfiniteSampler:
         while True:
             if p // self.n != epoch:
                 epoch = p // self.n
-                order = _epoch_order(self.n, self.seed, epoch, self._bounds)
+                order = self._order(epoch)
             yield int(order[p % self.n])
             p += self.world_size
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Image indices [n] of one epoch in order of drawing."""
+        # RandomState, because NumPy promises its stream for ever: a checkpoint resumes alike after an upgrade
+        random_state = np.random.RandomState([self.seed % 2**32, epoch])
+        order = random_state.permutation(self.n)
+        if self._bounds is None:
+            return order
+        points = np.arange(self.n) + random_state.random_sample()  # systematic: counts differ from weights by < 1
+        return np.searchsorted(self._bounds, points, side="right").clip(max=self.n - 1)[order]
 
     def advance(self, n_samples: int) -> None:
         """Counts samples used by all ranks together: batch x world_size per step."""
@@ -267,17 +234,13 @@ class InfiniteSampler:
         return state | ({"source_weights": self.source_weights} if self.source_weights else {})
 
     def load(self, state: dict) -> None:
-        """Goes on where `state` was taken. Warns if the data set or the weights of its sources have changed since."""
+        """Continues where `state` was taken. Warns if the data set or its source weights have changed since."""
         if state["n"] != self.n:
-            warnings.warn(
-                f"the data set had {state['n']} images and has {self.n} now: the order of images goes on differently",
-                stacklevel=2,
-            )
-        if state.get("source_weights") != self.source_weights:
-            warnings.warn(
-                f"images were drawn with source weights {state.get('source_weights')}, now with {self.source_weights}",
-                stacklevel=2,
-            )
+            before = f"the data set had {state['n']} images and has {self.n} now"
+            warnings.warn(f"{before}: the order of images goes on differently", stacklevel=2)
+        if (before := state.get("source_weights")) != self.source_weights:
+            changed = f"images were drawn with source weights {before}, now with {self.source_weights}"
+            warnings.warn(changed, stacklevel=2)
         self.position, self.seed = int(state["position"]), int(state["seed"])
 
 
@@ -294,26 +257,11 @@ def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarr
     return np.cumsum(weights * (len(weights) / weights.sum()))
 
 
-def _epoch_order(n: int, seed: int, epoch: int, bounds: np.ndarray | None = None) -> np.ndarray:
-    """Image indices [n] of one epoch in order of drawing; bounds: of _draw_bounds, None for every image once."""
-    # RandomState, because NumPy promises its stream for ever: a checkpoint resumes alike after an upgrade
-    random_state = np.random.RandomState([seed % 2**32, epoch])
-    order = random_state.permutation(n)
-    if bounds is None:
-        return order
-    points = np.arange(n) + random_state.random_sample()  # systematic sampling: counts differ from weights by < 1
-    return np.searchsorted(bounds, points, side="right").clip(max=n - 1)[order]
-
-
-# -- batches -------------------------------------------------------------------------------------------------------
-
-
 class BatchStream:
     """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader.
 
-    Each batch handed out advances `sampler.position` by batch x world_size: the sampler's state is what was consumed,
-    however much the workers have fetched ahead. To CUDA batches go on a stream of their own, beside the computation
-    that the device has not finished yet.
+    Each batch handed out advances `sampler.position` by batch x world_size: its state is what was consumed, however
+    much the workers have fetched ahead. To CUDA batches go on a stream of their own, beside the computation.
     """
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
@@ -323,7 +271,7 @@ class BatchStream:
         # Python itself asks the workers to end by SIGTERM, which they ignore, and would wait for ever
         atexit.register(_kill_workers, weakref.ref(self))
 
-    def __iter__(self) -> BatchStream:
+    def __iter__(self):
         return self
 
     def __next__(self) -> torch.Tensor:
@@ -364,34 +312,29 @@ def _kill_workers(stream: weakref.ref[BatchStream]) -> None:
 
 def data_loader(
     dataset: Dataset,
-    batch: int,
+    batch: int,  # per rank
     sampler: InfiniteSampler,
     *,
-    workers: int = 2,
-    device: str | torch.device = "cpu",
-    prefetch: int = 4,
-    start_method: str | None = None,
+    workers: int = 2,  # processes that decode (0: this one), alive as long as the stream
+    device: str | torch.device = "cpu",  # on CUDA the memory is pinned and the copy asynchronous
+    prefetch: int = 4,  # batches that each worker is ahead
+    start_method: str | None = None,  # fork, forkserver or spawn; default: the platform's
 ) -> BatchStream:
     """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs.
 
-    batch: per rank. workers: processes that decode (0: in this one), each `prefetch` batches ahead, alive as long as
-    the stream. On CUDA the memory is pinned and the copy asynchronous. start_method: fork, forkserver or spawn
-    (default: the platform's).
-    A DatasetError in a worker is raised here as itself, without the worker's traceback. Leaves the global random state
-    of this process alone, so resuming stays exact.
+    A DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone.
     """
     device = torch.device(device)
-    generator = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
     loader = DataLoader(
         _Fetch(dataset),
         batch_size=batch,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=_identity,
+        collate_fn=default_convert,
         pin_memory=device.type == "cuda",
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context=start_method if workers else None,
-        generator=generator,
+        generator=torch.Generator().manual_seed(sampler.seed),  # else the DataLoader draws from the global one
         worker_init_fn=_ignore_signals,
     )
     return BatchStream(loader, sampler, device)
@@ -415,11 +358,6 @@ class _Fetch(Dataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """Schedulers and Ctrl-C signal the whole process group; the workers must outlive the trainer's last step. They end
-    by a message, or killed, by BatchStream.close; or by themselves when the trainer is gone."""
+    """Schedulers and Ctrl-C signal the whole process group; the workers must outlive the trainer's last step."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
-
-
-def _identity(batch):
-    return batch

@@ -186,7 +186,7 @@ def require_equal(first, second, n, sizes):
 
 def measure_store(args, folder, sizes):
     """Writing alone: images that are encoded already."""
-    from common.lmdb_store import StoreWriter
+    from common.lmdb_build import StoreWriter
 
     images = [encode(file, sizes) for file in list_images(folder / "photos")]
     records = [[f"{i:05d}.jpg", len(p[0]), 0] for i, p in enumerate(images)]

@@ -1,18 +1,11 @@
-"""Strict readers of array files (.npy, .npz) that may come from anywhere.
-
-Sizes are checked before memory is taken, nothing is unpickled, and whatever is wrong becomes one ValueError that names
-the file.
-
-    arrays = read_npz("age.npz", "boundary")                                                    # {name: array}
-    normal = require_floats(arrays["normal"], "age.npz")
-"""
-
-from __future__ import annotations
+"""Strict readers of array files (.npy, .npz) from anywhere: sizes are checked before memory is taken, nothing is
+unpickled, and whatever is wrong becomes one ValueError that names the file."""
 
 import math
+import os
 import zipfile
 import zlib
-from pathlib import Path
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -25,29 +18,30 @@ DAMAGE = (ValueError, TypeError, EOFError, KeyError, OSError, MemoryError, Runti
 
 def read_npy(path, what: str = ".npy file") -> np.ndarray:
     """The array of a `.npy` file. Raises FileNotFoundError, or ValueError for anything but one whole, plain array."""
-    with open(require_file(path, what), "rb") as file:
-        try:
-            return _read_array(file, Path(path).stat().st_size)
-        except DAMAGE as error:
-            raise ValueError(f"{path} is truncated, damaged or not a .npy file ({error})") from error
+    with _open(path, what, ".npy") as file:
+        return _read_array(file, os.path.getsize(path))
 
 
 def read_npz(path, what: str = ".npz file") -> dict[str, np.ndarray]:
-    """{name: array} of a `.npz` file. Raises as `read_npy`; an archive that unpacks to a multiple of its size is
-    refused before it is unpacked."""
+    """{name: array} of a `.npz` file. Raises as `read_npy`, also for one that unpacks to far more than its size."""
+    with _open(path, what, ".npz") as file:
+        archive = zipfile.ZipFile(file)
+        if sum(member.file_size for member in archive.infolist()) > EXPANSION * os.path.getsize(path) + 2**20:
+            raise ValueError("it unpacks to far more than its own size")
+        arrays = {}
+        for member in archive.infolist():
+            with archive.open(member) as stream:
+                arrays[member.filename.removesuffix(".npy")] = _read_array(stream, member.file_size)
+        return arrays
+
+
+@contextmanager
+def _open(path, what: str, suffix: str):
     with open(require_file(path, what), "rb") as file:
         try:
-            archive = zipfile.ZipFile(file)
-            members = archive.infolist()
-            if sum(member.file_size for member in members) > EXPANSION * Path(path).stat().st_size + 2**20:
-                raise ValueError("it unpacks to far more than its own size")
-            arrays = {}
-            for member in members:
-                with archive.open(member) as stream:
-                    arrays[member.filename.removesuffix(".npy")] = _read_array(stream, member.file_size)
-            return arrays
+            yield file
         except DAMAGE as error:
-            raise ValueError(f"{path} is truncated, damaged or not a .npz file ({error})") from error
+            raise ValueError(f"{path} is truncated, damaged or not a {suffix} file ({error})") from error
 
 
 def _read_array(stream, n_bytes: int) -> np.ndarray:
@@ -62,11 +56,10 @@ def _read_array(stream, n_bytes: int) -> np.ndarray:
         raise ValueError("it holds Python objects, not numbers")
     if expected != found:
         raise ValueError(f"its header announces {expected:,} bytes, {found:,} follow")
-    if isinstance(stream, zipfile.ZipExtFile):
-        flat = np.frombuffer(bytearray(stream.read()), dtype)  # a checksum is compared at the end
-    else:
-        flat = np.fromfile(stream, dtype)
-    return flat.reshape(shape, order="F" if fortran else "C")
+    data = bytearray(expected)
+    if stream.readinto(data) != expected:  # of a zip, this compares its checksum as well
+        raise EOFError("it is cut short")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def require_floats(array: np.ndarray, source) -> np.ndarray:

@@ -24,14 +24,11 @@ class CheckpointError(ValueError):
     """A file that is not the checkpoint it should be, or a state that no checkpoint can hold."""
 
 
-# -- writing ---------------------------------------------------------------------------------------
-
-
 def save_checkpoint(path, state):
-    """Write `state` to `path`: nested dicts, lists and tuples of tensors, str, int, float, bool and None.
+    """Write `state` to `path`, atomically: nested dicts, lists and tuples of tensors, str, int, float, bool and None.
 
     Raises CheckpointError, before anything is written, naming the first entry that `weights_only=True` could not read
-    back; OSError naming `path` when the disk is full, in which case the previous file is untouched.
+    back; OSError naming `path` when the disk is full.
     """
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a checkpoint is a dict, not a {type(state).__name__}")
@@ -52,9 +49,8 @@ def _require_plain(value, name):
         for index, item in enumerate(value):
             _require_plain(item, f"{name}[{index}]")
     elif kind not in (*PLAIN, torch.Tensor, torch.nn.Parameter):
-        raise CheckpointError(
-            f"{name} is a {kind.__module__}.{kind.__qualname__}; checkpoints hold tensors and plain values only"
-        )
+        found = f"{kind.__module__}.{kind.__qualname__}"
+        raise CheckpointError(f"{name} is a {found}; checkpoints hold tensors and plain values only")
 
 
 def save_safetensors(path, tensors, metadata):
@@ -65,9 +61,6 @@ def save_safetensors(path, tensors, metadata):
     header = {str(name): json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in metadata.items()}
     with atomic_write(path) as file:
         file.write(save(tensors, header))
-
-
-# -- reading ---------------------------------------------------------------------------------------
 
 
 def require_file(path, what="file"):
@@ -85,9 +78,8 @@ def require_file(path, what="file"):
     if not head:
         raise CheckpointError(f"{path} is empty; expected a {what}, save or download it again")
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CheckpointError(
-            f"{path} is a web page, not a {what}: the download gave a log-in, quota or error page; download it again"
-        )
+        page = "the download gave a log-in, quota or error page; download it again"
+        raise CheckpointError(f"{path} is a web page, not a {what}: {page}")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the {what}: run `git lfs pull` where it came from")
     return path
@@ -98,8 +90,7 @@ def load_checkpoint(path, map_location="cpu"):
 
     Never runs code from the file: of Python objects it admits argparse.Namespace alone, the bag of plain values that
     rosinality's train.py saves as `args`. Raises FileNotFoundError when the file is absent and CheckpointError, in one
-    sentence, when it is a folder, empty, a web page, a git-lfs pointer, truncated, damaged, not a dictionary, or holds
-    other Python objects.
+    sentence, when it is damaged, something else, or holds other Python objects.
     """
     path = require_file(path, "checkpoint")
     _require_whole_archive(path)
@@ -110,30 +101,21 @@ def load_checkpoint(path, map_location="cpu"):
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged pickle can raise anything at all
-        raise CheckpointError(f"{path} {_load_failure(error)}") from error
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):  # the pickle opcode that names a class or function
+            objects = f"{path} holds Python objects ({refused[1]}) besides tensors and plain values; reading them could"
+            advice = "re-save its state_dict from the program that wrote it"
+            raise CheckpointError(f"{objects} run code, so it is refused: {advice}") from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        damage = f"{type(error).__name__}: {reason[:200]}"
+        raise CheckpointError(f"{path} is truncated, damaged or not a PyTorch checkpoint ({damage})") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
     return state
 
 
-def _load_failure(error):
-    """One-line summary of a torch.load error."""
-    message = str(error)
-    refused = re.search(r"GLOBAL (\S+)", message)  # the pickle opcode that names a class or function
-    if refused:
-        return (
-            f"holds Python objects ({refused[1]}) besides tensors and plain values; reading them could run code, so it "
-            "is refused: re-save its state_dict from the program that wrote it"
-        )
-    reason = message.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-    return f"is truncated, damaged or not a PyTorch checkpoint ({type(error).__name__}: {reason[:200]})"
-
-
 def _require_whole_archive(path, every_byte=False):
-    """Refuse a zip checkpoint that lost its end, where the directory is.
-
-    With `every_byte`, for files of our own: refuse one that is no zip (zeros after a power cut) or fails a checksum.
-    """
+    """Refuse a zip checkpoint that lost its end, where the directory is; with `every_byte`, for files of our own, also
+    one that is no zip (zeros after a power cut) or fails a checksum."""
     with open(path, "rb") as file:
         magic = file.read(10)
     if magic[8:] == b'{"':
@@ -142,8 +124,8 @@ def _require_whole_archive(path, every_byte=False):
         if every_byte:
             raise CheckpointError(f"{path} is damaged from its first byte on; use an earlier checkpoint")
         return
+    size = path.stat().st_size
     try:
-        size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > size:  # torch.save compresses nothing
                 raise CheckpointError(f"{path} is compressed, or claims more than its {size:,} bytes; save it again")
@@ -161,22 +143,24 @@ def load_safetensors(path):
     """
     from safetensors import SafetensorError, safe_open
 
+    def value(text):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):  # written by another program: the format itself knows only strings
+            return text
+
     path = require_file(path, "safetensors file")
     try:
         with safe_open(str(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            metadata = file.metadata() or {}
+            return tensors, {name: value(text) for name, text in (file.metadata() or {}).items()}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file ({error})") from error
-    return tensors, {name: _json_value(text) for name, text in metadata.items()}
 
 
 def load_export(path):
-    """(tensors, metadata) of an exported model: as `load_safetensors`, with the tensors that it shares with its base.
-
-    An export may name as `base` another one in its folder and leave out what is equal in both. Raises CheckpointError
-    when that file is absent or holds other weights.
-    """
+    """`load_safetensors` of an exported model, which may leave out the tensors that it shares with its `base`, another
+    export in its folder. Raises CheckpointError when that file is absent or holds other weights."""
     path = Path(path)
     tensors, metadata = load_safetensors(path)
     base = metadata.get("base")
@@ -187,23 +171,11 @@ def load_export(path):
     file = path.with_name(Path(base["file"]).name)
     if not file.exists():
         raise CheckpointError(f"{path} holds only what differs from {file.name}, which must lie in the same folder")
-    shared, of_base = load_safetensors(file)
-    if of_base.get("fingerprint") != base["fingerprint"]:
-        raise CheckpointError(
-            f"{path} belongs to a {file.name} with the fingerprint {base['fingerprint']}; the one "
-            f"beside it has {of_base.get('fingerprint')}"
-        )
+    shared, header = load_safetensors(file)
+    if (found := header.get("fingerprint")) != base["fingerprint"]:
+        expected = f"{path} belongs to a {file.name} with the fingerprint {base['fingerprint']}"
+        raise CheckpointError(f"{expected}; the one beside it has {found}")
     return {**shared, **tensors}, metadata
-
-
-def _json_value(text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):  # written by another program: the format itself knows only strings
-        return text
-
-
-# -- identity --------------------------------------------------------------------------------------
 
 
 def fingerprint(state_dict):
@@ -217,10 +189,8 @@ def fingerprint(state_dict):
 
 
 def latest_checkpoint(folder):
-    """Newest valid `*.pt` in `folder` by the number its name ends with (`001000.pt`), or None.
-
-    A damaged file is passed over with a warning; files whose names end without a number are none of ours.
-    """
+    """Newest valid `*.pt` in `folder` by the number its name ends with (`001000.pt`), or None; a damaged file is passed
+    over with a warning."""
     numbered = [(re.search(r"(\d+)$", path.stem), path) for path in Path(folder).glob("*.pt")]
     for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
         try:
@@ -233,18 +203,14 @@ def latest_checkpoint(folder):
 
 
 def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
-    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences.
-
-    A network's `unused` are names that files may have in addition.
-    """
+    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences. A network's
+    `unused` are names that files may have in addition."""
     own, unused = network.state_dict(), getattr(network, "unused", ())
     wrong = [f"{k} is absent" for k in own if k not in state]
     wrong += [f"{k} is unknown" for k in state if k not in own and k not in unused]
-    shared = [k for k in own if k in state]
+    found = {k: list(state[k].shape) for k in own if k in state}
     wrong += [
-        f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}"
-        for k in shared
-        if state[k].shape != own[k].shape
+        f"{k} is {shape}, expected {list(own[k].shape)}" for k, shape in found.items() if shape != [*own[k].shape]
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

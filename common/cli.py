@@ -1,13 +1,7 @@
-"""Command lines: one parser class and one way to end a script, so that every script behaves alike.
+"""Command lines: one parser class and one way to end a script: `run_script(main, build_parser())`.
 
 Exit status 0 on success, 1 on a user's mistake or a failing machine (one `error: ...` line on stderr, no traceback),
-2 on misuse of the flags, 130 on Ctrl-C, 143 on SIGTERM. A bug keeps its traceback; WPP_TRACEBACK=1 keeps it for the
-rest as well.
-
-    def build_parser(): parser = ArgumentParser(description=__doc__); ...; return parser
-    def main(args): ...
-    if __name__ == "__main__":
-        run_script(main, build_parser())
+2 on misuse of the flags, 130 on Ctrl-C, 143 on SIGTERM. A bug keeps its traceback; WPP_TRACEBACK=1 keeps all.
 """
 
 import argparse
@@ -22,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300.0  # seconds that a collective may take
-# Choices of flags that several parsers offer; what they stand for is in common/precision.py, images.py and latents.py
+# Choices of flags that several parsers offer
 PRECISIONS = ("fp32", "bf16", "fp16")
 FITS = ("crop", "pad", "squash")
 FILTERS = ("nearest", "box", "area", "bilinear", "hamming", "bicubic", "lanczos")
@@ -31,7 +25,7 @@ RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scri
 
 
 class UserError(ValueError):
-    """A mistake of the user's. Its message is one sentence: the file or flag, what is expected, what is there."""
+    """A mistake of the user's, in one sentence: the file or flag, what is expected, what is there."""
 
 
 class UsageError(UserError):
@@ -53,18 +47,12 @@ class Flags(argparse.Namespace):
     __slots__ = ("given",)
 
     def fill(self, values: dict) -> dict:
-        """Set flags that the user did not give to `values`, ignoring names that are no flags here.
-
-        Returns those whose value changed. One mechanism for what a continued run was started with and for the settings
-        that a model's file recommends: a flag given by hand always wins.
-        """
-        known = vars(self)
-        changed = {
-            name: value
-            for name, value in values.items()
-            if name in known and name not in self.given and known[name] != value
-        }
-        known.update(changed)
+        """Set flags that the user did not give to `values`; names that are no flags here are ignored. Returns those
+        whose value changed."""
+        flags = vars(self)
+        free = {name: value for name, value in values.items() if name in flags and name not in self.given}
+        changed = {name: value for name, value in free.items() if flags[name] != value}
+        flags.update(changed)
         return changed
 
 
@@ -72,7 +60,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the line breaks of the description; shows the defaults that say something."""
 
     def _get_help_string(self, action):
-        # None and False are the absence of a choice: "(default: None)" is noise
         if action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)
@@ -86,9 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
         self.register("type", float, _finite)
         self.register("type", int, _whole)
 
@@ -98,16 +83,13 @@ class ArgumentParser(argparse.ArgumentParser):
         if namespace is None:
             spelt = {arg.partition("=")[0] for arg in args}
             flags.given = {action.dest for flag, action in self._option_string_actions.items() if flag in spelt}
-            flags.given |= {
-                action.dest
-                for action in self._actions
-                if not action.option_strings and getattr(flags, action.dest, None) != action.default
-            }
+            positional = [action for action in self._actions if not action.option_strings]
+            flags.given |= {a.dest for a in positional if getattr(flags, a.dest, None) != a.default}
         for name in RESULT_FLAGS:
-            if (folder := getattr(flags, name, None)) and _holds_our_code(Path(folder)):
-                self.error(
-                    f"--{name} {Path(folder)} is a folder of this project's code: choose another, such as results/"
-                )
+            folder = getattr(flags, name, None)
+            if folder and ROOT in (path := Path(folder).resolve(), *path.parents) and any(path.glob("*.py")):
+                place = f"--{name} {Path(folder)} is a folder of this project's code"
+                self.error(f"{place}: choose another, such as results/")
         return flags, rest
 
     def add_hidden_alias(self, old, flag):
@@ -128,11 +110,6 @@ class ArgumentParser(argparse.ArgumentParser):
         return spelt
 
 
-def _holds_our_code(folder):
-    folder = folder.resolve()
-    return ROOT in (folder, *folder.parents) and any(folder.glob("*.py"))
-
-
 def _finite(text):
     value = float(text)
     if not math.isfinite(value):
@@ -149,57 +126,36 @@ def _whole(text):
 
 def positive(text):
     """A `type` for flags: a finite number above 0."""
-    value = _finite(text)
-    if value <= 0:
+    if (value := _finite(text)) <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
     return value
 
 
 def positive_int(text):
     """A `type` for flags: a whole number from 1."""
-    value = _whole(text)
-    if value < 1:
+    if (value := _whole(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
     return value
 
 
 def add_device_flags(parser):
     """Add `--device` and `--ops`, and what several processes need: see `add_rank_flags`."""
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
-    parser.add_argument(
-        "--ops",
-        choices=("auto", "ref", "triton"),
-        help="kernels of activations and resampling: auto (Triton on CUDA, else the PyTorch reference) "
-        "| ref | triton; default: $WPP_OPS, else auto",
-    )
+    add = parser.add_argument
+    add("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
+    ops = "kernels: auto (Triton on CUDA, else PyTorch) | ref (PyTorch) | triton; default: $WPP_OPS, else auto"
+    add("--ops", choices=("auto", "ref", "triton"), help=ops)
     add_rank_flags(parser)
 
 
 def add_rank_flags(parser):
     """Add `--dist_timeout`, for `setup`, and the `--local_rank` that `torch.distributed.launch` passes."""
-    parser.add_argument("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
-    parser.add_argument(
-        "--dist_timeout",
-        type=positive,
-        default=TIMEOUT,
-        help="seconds that several processes wait for one that is silent; a collective that takes longer fails",
-    )
-
-
-def flags_without_help(parser):
-    """Names of the arguments of `parser` and of its sub-commands that lack a help text: must be empty (tested)."""
-    missing = []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, subparser in action.choices.items():
-                missing += [f"{name} {flag}" for flag in flags_without_help(subparser)]
-        elif not action.help:
-            missing.append("/".join(action.option_strings) or action.dest)
-    return missing
+    add = parser.add_argument
+    add("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
+    add("--dist_timeout", type=positive, default=TIMEOUT, help="seconds after which a silent process counts as dead")
 
 
 def require_one_start(args, published):
-    """Raise UsageError unless a training's --resume, its `published` flag and --init_from are given one alone, or
+    """Raise UsageError unless only one of a training's --resume, `published` flag and --init_from is given, or
     --resume auto with --init_from: weights for where there is no run to continue yet."""
     given = [flag for flag in ("resume", published, "init_from") if getattr(args, flag)]
     if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
@@ -209,8 +165,7 @@ def require_one_start(args, published):
 def run(main, parser, argv=None):
     """Parse `argv` (default: the command line), call `main(args)` and return the exit status, an int.
 
-    `main` returns None or a status. ValueError and OSError (absent file, full disk, no permission, lost peer ...) and
-    lack of memory become one line on stderr; every other exception is a bug of ours and is let through.
+    ValueError, OSError and lack of memory become one line on stderr; any other exception is a bug and let through.
     """
     try:
         args = parser.parse_args(argv)
@@ -235,10 +190,7 @@ def run(main, parser, argv=None):
 
 @contextlib.contextmanager
 def _sigterm_unwinds():
-    """Let SIGTERM unwind the stack (files are closed, locks released); a second one ends the process at once.
-
-    Trainings replace this by a handler of their own (common/interrupt.py).
-    """
+    """Let SIGTERM unwind the stack (files are closed, locks released); a second one ends the process at once."""
     owner = os.getpid()
 
     def stop(number, frame):
@@ -266,12 +218,8 @@ def run_script(main, parser):
 
 
 def exit_process(status):
-    """End the process with `status`. One of several ranks ends without taking the interpreter apart.
-
-    While Python does that, a thread of torch.distributed that still lets go of a tensor aborts the process (SIGABRT;
-    pytorch's pull request 179291; seen here in two of some hundred test runs), and the launcher takes finished work
-    for failed.
-    """
+    """End the process with `status`. One of several ranks ends without taking the interpreter apart: a thread of
+    torch.distributed that still lets go of a tensor would abort it (SIGABRT; pytorch's pull request 179291)."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         atexit._run_exitfuncs()
         sys.stdout.flush()
@@ -298,8 +246,7 @@ def _one_line(error):
 
 
 def is_out_of_memory(error) -> bool:
-    """Whether an error is lack of memory: of a GPU, or of the machine, for which PyTorch raises a RuntimeError that
-    names its allocator."""
+    """Lack of memory of a GPU, or of the machine: PyTorch raises a RuntimeError that names its allocator."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without importing torch
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,8 +1,5 @@
-"""Devices, ranks and the few collectives the toolkit needs: torchrun, `torch.distributed.launch`, or a single process.
-
-Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK), as both launchers set it; without it every function
-here works as rank 0 of 1 and no process group exists.
-"""
+"""Devices, ranks and the few collectives the toolkit needs. Ranks come from the environment (RANK, WORLD_SIZE,
+LOCAL_RANK) that torchrun and `torch.distributed.launch` set; without it this is rank 0 of 1, alone."""
 
 import ctypes
 import itertools
@@ -49,11 +46,9 @@ class Distributed:
 
 
 def resolve_device(name, *, ops=None):
-    """torch.device for 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'.
-
-    ops: kernels for the whole process from here on (`op.dispatch.choose`); None leaves the choice as it is.
-    Raises UsageError for another name, ValueError for a device this machine lacks, or one that cannot run these `ops`.
-    """
+    """torch.device for 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'. ops: kernels for the whole
+    process from here on (`op.dispatch.choose`); None leaves the choice as it is. Raises UsageError for another name,
+    ValueError for a device this machine lacks, or one that cannot run these `ops`."""
     name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -73,31 +68,23 @@ def resolve_device(name, *, ops=None):
 
 
 def tune_allocator():
-    """Keep freed memory in the process (glibc on Linux; elsewhere nothing happens). Call it before large work.
-
-    By default glibc maps every large tensor anew and hands it back when freed, so that each elementwise operation pays
-    a page fault per 4 KiB: several times the cost of the arithmetic. The process stays at its peak size in return.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(trim_threshold, 2**31 - 1)
-    libc.mallopt(mmap_max, 0)
+    """Keep freed memory in the process (glibc on Linux), which stays at its peak size in return. By default glibc maps
+    every large tensor anew: each elementwise operation pays a page fault per 4 KiB, several times the arithmetic."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)
 
 
 def setup(device="auto", *, ops=None, timeout=TIMEOUT):
     """Join the other processes, if there are any, and return this one's Distributed. device, ops: of `resolve_device`.
 
-    A `cuda` without index becomes `cuda:LOCAL_RANK`. Backend: nccl on CUDA where PyTorch has it, else gloo. An
-    all-reduce that waits for more than `timeout` seconds raises DistributedError. So does what waits for work (barrier,
-    gather, broadcast) when a rank has died; it may take long as long as all ranks live. A rank without a sign of life
-    for `timeout` seconds (a cut network) ends this process, with the line that names it. Call `shutdown()` at the end.
+    An all-reduce that waits for more than `timeout` seconds raises DistributedError; so does what waits for work
+    (barrier, gather, broadcast) when a rank has died. A rank without a sign of life for `timeout` seconds (a cut
+    network) ends this process, with the line that names it. Call `shutdown()` at the end.
     """
     global _control, _watch
-    rank, world_size, local_rank = (
-        _env_int(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world_size, local_rank = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1), _env_int("LOCAL_RANK", 0)
     device = resolve_device(device, ops=ops)
     if device.type == "cpu":
         tune_allocator()
@@ -129,10 +116,7 @@ def _env_int(name, default):
 
 class _Watch:
     """Signs of life of all ranks, exchanged by a thread through the store, and how many collectives each has entered.
-
-    A second thread ends the process when a rank is silent: gloo and nccl themselves wait for the packets of a cut
-    network for ever. A process that ends is no such case: its connections close, which the collectives notice.
-    """
+    A second thread ends the process when a rank is silent: gloo and nccl wait for a cut network for ever."""
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.timeout = store, rank, timeout
@@ -156,12 +140,14 @@ class _Watch:
             if self.ended.wait(BEAT):
                 return None
 
+    def silent(self, seconds):
+        """Ranks without a sign of life for so long."""
+        return [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > seconds]
+
     def _guard(self):
         while not self.ended.wait(BEAT) and not self.failing:
-            if silent := [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > self.timeout]:
-                if self.rank in silent:  # no answer from the store
-                    silent = [0]
-                names = ", ".join(map(str, silent))
+            if silent := self.silent(self.timeout):
+                names = "0" if self.rank in silent else ", ".join(map(str, silent))  # no answer from rank 0's store
                 print(f"error: no sign of life of rank {names} for {self.timeout:g} s", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -170,7 +156,7 @@ class _Watch:
         self.failing = True  # the collective's own error is about to be told
         time.sleep(2 * BEAT)
         late = [rank for rank, (_, entered) in enumerate(self.beats) if entered < self.entered]
-        return late or [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > 3 * BEAT]
+        return late or self.silent(3 * BEAT)
 
 
 def shutdown():
@@ -202,16 +188,13 @@ def _named(what):
         behind = _watch.behind() if _watch is not None else ()
         who = f"rank {', '.join(map(str, behind))}" if behind else "another rank"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DistributedError(
-            f"rank {rank} of {world_size}: {what} failed, {who} has stopped or hangs ({reason})"
-        ) from error
+        failed = f"rank {rank} of {world_size}: {what} failed, {who} has stopped or hangs ({reason})"
+        raise DistributedError(failed) from error
 
 
 def barrier(timeout=None):
-    """Wait for all ranks, at most `timeout` seconds (default: that of `setup`).
-
-    Raises DistributedError, on rank 0 with the name of the rank that did not come.
-    """
+    """Wait for all ranks, at most `timeout` seconds (None: as long as they live). Raises DistributedError, on rank 0
+    with the name of the rank that did not come."""
     if _joined():
         with _named("barrier"):
             dist.monitored_barrier(_control, None if timeout is None else timedelta(seconds=timeout))
@@ -220,26 +203,20 @@ def barrier(timeout=None):
 @torch.no_grad()
 def all_reduce_mean(tensors):
     """Replace each floating-point tensor by its mean over ranks, in place: one flat buffer per dtype, one collective.
-    A single contiguous tensor is its own buffer.
-
-    The list must have the same shapes in the same order on every rank (gradients: fill absent ones with zeros).
-    """
+    The list must have the same shapes in the same order on every rank (gradients: fill absent ones with zeros)."""
     tensors = list(tensors)
     if not _joined():
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        if len(group) == 1 and group[0].is_contiguous():
-            with _named("all-reduce"):
-                dist.all_reduce(group[0])
-            group[0] /= dist.get_world_size()
-            continue
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        single = len(group) == 1 and group[0].is_contiguous()  # its own buffer
+        flat = group[0] if single else torch.cat([tensor.reshape(-1) for tensor in group])
         with _named("all-reduce"):
             dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        pieces = flat.split([tensor.numel() for tensor in group])
-        torch._foreach_copy_(group, [piece.view(tensor.shape) for piece, tensor in zip(pieces, group, strict=True)])
+        if not single:
+            parts = flat.split([tensor.numel() for tensor in group])
+            torch._foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
 
 
 def gather_list(item):

@@ -4,8 +4,6 @@ with atomic_write("report.csv") as file: file.write(b"...")
 entries = read_json("alignment.json", {"version": int, "faces": [dict]}, what="alignment.json of align_faces.py")
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools
@@ -30,18 +28,13 @@ MAX_JSON = 256 << 20  # bytes; the alignment.json of 70,000 faces has 60 MB
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY = re.compile(rf"\.tmp-{_HOST}-(\d+)-(\w*)-\d+\b")  # process id and start, number of the call
 _count = itertools.count()
-_swept: set[Path] = set()  # folders that this process has looked through for what killed ones left
-
-
-# -- writing -------------------------------------------------------------------------------------------------------
+_swept: set[Path] = set()  # folders in which this process has removed what killed ones left
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Binary file that appears under `path` only when the block ends well, complete.
-
-    sync: and on the disk, so that it survives a power cut. See `atomic_path`.
-    """
+    """Binary file that appears under `path` only when the block ends well, complete; sync: and on the disk, so that it
+    survives a power cut. See `atomic_path`."""
     with atomic_path(path, suffix="", sync=sync) as temporary, open(temporary, "wb") as file:
         yield file
         file.flush()
@@ -49,20 +42,19 @@ def atomic_write(path: str | os.PathLike, *, sync: bool = True) -> Iterator[Bina
             os.fsync(file.fileno())
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+def write_text(path: str | os.PathLike, text: str, encoding: str = "utf-8", errors: str = "strict") -> None:
+    """Write `text`, atomically."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(encoding, errors))
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike, *, suffix: str | None = None, sync: bool = True) -> Iterator[Path]:
     """A temporary path for the block to write to, which takes the name `path` when the block ends well.
 
-    It lies in the same folder (created when absent) under a name of its own for each process and call, so that any
-    number may write the same `path`: the last one wins. On any exception it is removed and what was under `path` stays;
-    what a killed process left is removed by the next one that writes to the folder. suffix: of the temporary name
-    (default: that of `path`). Raises OSError naming `path` (full disk, no permission).
+    It lies in the same folder (created when absent) under a name of its own: of several writers the last wins. On any
+    exception it is removed and what was under `path` stays; what a killed process left is removed by the next writer.
+    suffix: of the temporary name (default: that of `path`). Raises OSError naming `path`.
     """
     path = Path(path)
     suffix = path.suffix if suffix is None else suffix
@@ -73,24 +65,21 @@ def atomic_path(path: str | os.PathLike, *, suffix: str | None = None, sync: boo
         try:
             yield temporary
             os.replace(temporary, path)
-            if sync:
-                _sync_folder(path.parent)
+            if sync and os.name != "nt":  # Windows cannot open folders and needs no such call
+                descriptor = os.open(path.parent, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except Exception as error:
-        cause = _os_error(error)  # torch.save hides ENOSPC behind a RuntimeError of its own
+        cause = error  # torch.save hides ENOSPC behind a RuntimeError of its own
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno is not None):
+            cause = cause.__cause__ or cause.__context__
         unnamed = cause is not None and cause.filename is None and cause.errno in DISK_ERRORS
         if not unnamed and getattr(cause, "filename", None) != str(temporary):
             raise
         raise OSError(cause.errno, f"could not be written: {cause.strerror}", str(path)) from error
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError among `error` and the errors it was raised from, else None."""
-    while error is not None and not (isinstance(error, OSError) and error.errno is not None):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _sweep(folder: Path) -> None:
@@ -98,33 +87,16 @@ def _sweep(folder: Path) -> None:
     if folder in _swept:
         return
     _swept.add(folder)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            match = _TEMPORARY.match(entry.name)
-            if match and process_start(int(match[1])) != match[2]:
-                with contextlib.suppress(OSError):
-                    os.unlink(entry.path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut; Windows cannot open folders and needs no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# -- reading -------------------------------------------------------------------------------------------------------
+    for name in os.listdir(folder):
+        match = _TEMPORARY.match(name)
+        if match and process_start(int(match[1])) != match[2]:
+            with contextlib.suppress(OSError):
+                os.unlink(folder / name)
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """The file at `path`, opened for reading. Never waits for a pipe and never reads a device.
-
-    Raises FileNotFoundError (also for a link to nothing, which is named), UserError when it is no regular file.
-    """
+    """The file at `path`, opened for reading. Never waits for a pipe and never reads a device. Raises FileNotFoundError
+    (a link to nothing is named), UserError when it is no regular file."""
     path = Path(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -140,16 +112,13 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: str | os.PathLike, schema, *, what: str, max_bytes: int = MAX_JSON):
-    """The value in a JSON file, of the shape `schema` (see `check_shape`); what: the kind of file, for messages.
-
-    Numbers are finite and whole ones have at most 64 bits. Raises FileNotFoundError, or UserError naming the file and
-    the first place where it is not what it should be.
-    """
+def read_json(path: str | os.PathLike, schema, *, what: str):
+    """The value in a JSON file, of the shape `schema` (see `check_shape`), its numbers finite, whole ones of at most 64
+    bits; what: the kind of file. Raises FileNotFoundError, or UserError naming the file and the first wrong place."""
     with open_regular(path) as file:
-        text = file.read(max_bytes + 1)
-    if len(text) > max_bytes:
-        raise UserError(f"{path} is no {what}: it has more than {max_bytes >> 20} MiB")
+        text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON:
+        raise UserError(f"{path} is no {what}: it has more than {MAX_JSON >> 20} MiB")
     return parse_json(text, schema, source=path, what=what)
 
 
@@ -160,10 +129,9 @@ def parse_json(text: str | bytes, schema, *, source, what: str):
         check_shape(value, schema)
     except RecursionError as error:
         raise UserError(f"{source} is no {what}: it is nested too deeply") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source} is no {what}: not JSON ({error})") from error
     except ValueError as error:
-        raise UserError(f"{source} is no {what}: {error}") from error
+        reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{source} is no {what}: {reason}") from error
     return value
 
 
@@ -174,52 +142,42 @@ def check_shape(value, schema, where: str = "") -> None:
     such, {name: schema} for an object (a name that ends with "?" may be absent; others are ignored), or {str: schema}
     for an object of such under any names.
     """
-    if isinstance(schema, tuple):
-        if not any(_fits(value, alternative) for alternative in schema):
-            raise ValueError(_mismatch(value, " or ".join(map(_name, schema)), where))
-        deeper = [s for s in schema if isinstance(s, (list, dict)) and _fits(value, s)]
-        return check_shape(value, deeper[0], where) if deeper else None
-    if not _fits(value, schema):
-        raise ValueError(_mismatch(value, _name(schema), where))
+    alternatives = schema if isinstance(schema, tuple) else (schema,)
+    fitting = [alternative for alternative in alternatives if _fits(value, alternative)]
+    if not fitting:
+        found = "null" if value is None else _name(type(value))
+        raise ValueError(f"{f'`{where}`' if where else 'it'} is {found}, not {' or '.join(map(_name, alternatives))}")
+    schema = next((s for s in fitting if isinstance(s, (list, dict))), None)
     if isinstance(schema, list):
         for index, item in enumerate(value):
             check_shape(item, schema[0], f"{where}[{index}]")
-    elif isinstance(schema, dict) and str in schema:
+    elif schema and str in schema:
         for key, item in value.items():
             check_shape(item, schema[str], f"{where}[{key[:40]!r}]")
-    elif isinstance(schema, dict):
+    elif schema:
         for key, expected in schema.items():
             name = key.removesuffix("?")
             inner = f"{where}.{name}" if where else name
             if name in value:
                 check_shape(value[name], expected, inner)
-            elif not key.endswith("?"):
+            elif name == key:
                 raise ValueError(f"`{inner}` is absent")
-    return None
 
 
 def _fits(value, schema) -> bool:
-    if schema is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if schema is int:
-        return isinstance(value, int) and not isinstance(value, bool)
     if schema is None:
         return value is None
-    return isinstance(value, schema if isinstance(schema, type) else type(schema))
+    schema = schema if isinstance(schema, type) else type(schema)
+    if schema in (int, float):
+        return isinstance(value, (int, schema)) and not isinstance(value, bool)
+    return isinstance(value, schema)
 
 
-_NAMES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", list: "a list"}
+_NAMES = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", list: "a list", None: "null"}
 
 
 def _name(schema) -> str:
-    if schema is None:
-        return "null"
-    return _NAMES.get(schema if isinstance(schema, type) else type(schema), "an object")
-
-
-def _mismatch(value, expected: str, where: str) -> str:
-    found = "null" if value is None else _name(type(value))
-    return f"{f'`{where}`' if where else 'it'} is {found}, not {expected}"
+    return _NAMES.get(schema if schema is None or isinstance(schema, type) else type(schema), "an object")
 
 
 def _int64(text: str) -> int:

@@ -1,6 +1,4 @@
-"""Several images as one: grids, captioned rows, attention maps."""
-
-from __future__ import annotations
+"""Several images as one: grids, captioned rows, attention maps, loss curves."""
 
 import io
 import os
@@ -20,17 +18,15 @@ DIFFERENCE_GAIN = 2  # |difference| is shown twice as bright
 
 
 def make_grid(images, nrow: int = 8, *, padding: int = 2) -> np.ndarray:
-    """Tensor [N, 3, H, W] in [-1, 1], or a sequence of images of one size -> one uint8 array [rows, columns, 3].
-
-    nrow: images per row. White between them, nothing around.
-    """
+    """Tensor [N, 3, H, W] in [-1, 1], or a sequence of images of one size -> one uint8 array [rows, columns, 3] with
+    `nrow` images per row, white between them and nothing around."""
     from torchvision.utils import make_grid  # a second or two to import
 
     cells = [np.asarray(to_pil(image)) for image in images]
     if not cells:
         raise ValueError("a grid needs at least one image")
-    if any(cell.shape != cells[0].shape for cell in cells):
-        raise ValueError(f"the images of a grid have one size, not {sorted({cell.shape[1::-1] for cell in cells})}")
+    if len(sizes := {cell.shape[1::-1] for cell in cells}) > 1:
+        raise ValueError(f"the images of a grid have one size, not {sorted(sizes)}")
     if len(cells) == 1:
         return cells[0]
     stack = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # [N, 3, H, W]
@@ -72,10 +68,8 @@ def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Ima
 
 
 def similarity_figure(maps: torch.Tensor) -> Image.Image:
-    """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as heat maps of one scale.
-
-    A row per block; of one head, four blocks per row.
-    """
+    """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as heat maps of one scale, a row per block; of
+    one head, four blocks per row."""
     from matplotlib.figure import Figure
 
     maps = maps.detach().float().cpu().numpy()
@@ -84,25 +78,20 @@ def similarity_figure(maps: torch.Tensor) -> Image.Image:
     n_rows = -(-n_blocks * n_heads // n_columns)
     figure = Figure(figsize=(1.8 * n_columns + 0.8, 1.9 * n_rows), dpi=100, layout="compressed")
     axes = figure.subplots(n_rows, n_columns, squeeze=False)
-    for axis in axes.flat:
+    for i, axis in enumerate(axes.flat):
         axis.set_axis_off()
-    for i, axis in enumerate(axes.flat[: n_blocks * n_heads]):
-        block, head = divmod(i, n_heads)
-        drawn = axis.imshow(maps[block, head], vmin=float(maps.min()), vmax=float(maps.max()))
-        axis.set_title(f"block {block + 1} head {head + 1}", fontsize=8)
+        if i < n_blocks * n_heads:
+            block, head = divmod(i, n_heads)
+            drawn = axis.imshow(maps[block, head], vmin=float(maps.min()), vmax=float(maps.max()))
+            axis.set_title(f"block {block + 1} head {head + 1}", fontsize=8)
     figure.colorbar(drawn, ax=axes)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
 
 
-# -- comparisons ---------------------------------------------------------------------------------------------------
-
-
 def comparison_grid(originals: Sequence, images: Sequence, captions: Sequence[str]) -> Image.Image:
-    """Columns of original, |difference| and reconstruction (the paper's inversion.png has the last two).
-
-    Images are uint8 arrays [S, S, 3] of one size. The difference of 8-bit values is shown DIFFERENCE_GAIN times.
-    """
+    """Columns of original, |difference| and reconstruction (the paper's inversion.png has the last two); images are
+    uint8 arrays [S, S, 3] of one size."""
     factor = -(-SMALLEST // originals[0].shape[0])
     differences = [difference_map(a, b) for a, b in zip(originals, images, strict=True)]
     cells = [cell.repeat(factor, 0).repeat(factor, 1) for cell in (*originals, *differences, *images)]

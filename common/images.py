@@ -1,23 +1,20 @@
 """The one place where images are read, fitted, converted and written.
 
-Photos arrive in every form that phones, cameras and editors produce: turned by an EXIF tag, in the colour space of an
-ICC profile, with alpha, a palette, one channel, four inks or sixteen bits. `read_image` brings each to 8-bit sRGB,
-or refuses it in one sentence. Networks use float32 [3, H, W] in [-1, 1]; files and screens use uint8 [H, W, 3];
-`to_tensor` and `to_uint8` are the only two lines between them, and their round trip is exact.
+Photos arrive in every form: turned by an EXIF tag, in the colour space of an ICC profile, with alpha, a palette, one
+channel, four inks or sixteen bits. `read_image` brings each to 8-bit sRGB, or refuses it in one sentence. Networks use
+float32 [3, H, W] in [-1, 1]; files and screens use uint8 [H, W, 3]; `to_tensor` and `to_uint8` are the only two lines
+between them, and their round trip is exact.
 
-    from common.images import read_image, fit_image, to_tensor, save_image
     image = to_tensor(fit_image(read_image("photo.heic"), 256))         # float32 [3, 256, 256] in [-1, 1]
     save_image(image, "face.png")
 """
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import importlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +23,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from common.cli import FILTERS, FITS, UserError
 from common.files import atomic_write, open_regular
 
-# torch is imported where a tensor is made, not here: the encoding workers of prepare_data.py start without it.
+# torch is imported where a tensor is made: the encoding workers of prepare_data.py start without it.
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .tga .avif .jp2 .heic .heif".split()
-)
+_suffixes = ".jpg .jpeg .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm .pnm .tga .avif .jp2 .heic .heif"
+IMAGE_SUFFIXES = frozenset(_suffixes.split())
 # Of the formats that Pillow knows those that hold photos; not EPS, which it gives to Ghostscript, a program of its own.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000", "HEIF")
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -48,10 +44,7 @@ class ImageError(ValueError):
     """A file is not a readable image; the message is one sentence that names it."""
 
 
-# -- reading -------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
+@contextlib.contextmanager
 def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     """PIL's image of a file, or of its bytes, as it is: the one place that decodes. Raises as `read_image`, also for
     what the decoder raises in the block."""
@@ -67,13 +60,12 @@ def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
 
 
 def read_image(source: str | os.PathLike | bytes, *, background: Sequence[int] | None = WHITE) -> Image.Image:
-    """Read an image file, or its bytes, as 8-bit sRGB.
+    """Read an image file, or its bytes, as 8-bit sRGB: a PIL image of mode RGB, or RGBA with alpha kept.
 
     EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on `background` (R, G, B in 0..255;
-    None: kept), palette, grey and CMYK expanded, 16-bit grey scaled to 8 bits. Of an animation the first frame is
-    taken; `reading_losses` tells of that. Returns a PIL image without metadata, of mode RGB, or RGBA with alpha kept.
-    Raises FileNotFoundError if the file is absent, ImageError, whatever the decoder raises, if it is damaged, cut
-    short, no image, no regular file, larger than MAX_PIXELS, or of a type without a defined range (32-bit float).
+    None: kept), 16-bit grey scaled to 8 bits. Of an animation the first frame is taken (see `reading_losses`).
+    Raises FileNotFoundError if the file is absent, ImageError, whatever the decoder raises, if it is damaged, no image,
+    no regular file, larger than MAX_PIXELS, or of a type without a defined range (32-bit float).
     """
     with open_image(source) as image:
         return _to_srgb(image, None if background is None else tuple(background))
@@ -100,8 +92,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 def reading_losses(path: str | os.PathLike) -> list[str]:
     """In words, all that `read_image` leaves out of a file; alpha is not among it, `background=None` keeps it."""
     with _open(path) as image:
-        losses = []
-        n_frames = getattr(image, "n_frames", 1)
+        losses, n_frames = [], getattr(image, "n_frames", 1)
         if n_frames > 1 and image.format != "MPO":  # a phone's JPEG, whose further images are previews and depth
             losses.append(f"only the first of its {n_frames} {'pages' if image.format == 'TIFF' else 'frames'}")
         if image.mode[0] == "I" or any(";16" in str(tile[3]) for tile in image.tile):
@@ -110,12 +101,11 @@ def reading_losses(path: str | os.PathLike) -> list[str]:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All that claims to be an image below a folder, at any depth, sorted by its POSIX path relative to it.
+    """All that claims to be an image, by its suffix, below a folder at any depth, sorted by its relative POSIX path.
 
-    Told by suffix, in any case. Hidden files and folders are left out, links to folders followed once. Nothing else is:
-    links to nothing, pipes and sub-folders that may not be opened are listed too, and are reported by whoever tries to
-    read them. Raises FileNotFoundError if the folder is absent, ValueError if it is a file, OSError if it cannot be
-    opened.
+    Hidden files and folders are left out, links to folders followed once. Nothing else is left out: dangling links,
+    pipes and closed sub-folders are reported by whoever tries to read them. Raises FileNotFoundError if the folder is
+    absent, ValueError if it is a file, OSError if it cannot be opened.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -136,7 +126,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _open(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
     is_bytes = isinstance(source, (bytes, bytearray, memoryview))
     with io.BytesIO(source) if is_bytes else open_regular(source) as file:
@@ -179,8 +169,8 @@ def _to_srgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Im
     if image.mode == "RGB" and image.format in ("PNG", "JPEG", "WEBP") and not (_SPECIAL & image.info.keys()):
         image.info = {}
         return image  # the common case, and every item of an LMDB
-
-    image = _upright(image)
+    with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about orientation; the pixels are sound
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # I, I;16, I;16B, F
         image = _sixteen_to_eight(image)
     alpha = None
@@ -199,13 +189,6 @@ def _to_srgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Im
         image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
     image.info = {}
     return image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image  # a damaged EXIF block says nothing about orientation; the pixels are sound
 
 
 def _sixteen_to_eight(image: Image.Image) -> Image.Image:
@@ -232,25 +215,21 @@ def _icc_transform(profile: bytes, mode: str):
         return None  # damaged, or for another number of channels than the image has: shown as plain RGB
 
 
-# -- fitting -------------------------------------------------------------------------------------------------------
-
-
 def fit_image(
     image: Image.Image, size: int, *, fit: str = "crop", resample: str = "lanczos", background: Sequence[int] = WHITE
 ) -> Image.Image:
-    """Make an image square: size x size pixels.
+    """Make an image square: size x size pixels; one that has the size already comes back unchanged.
 
     fit: `crop` keeps the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes
-    the aspect. resample: a name in RESAMPLE. An image that has the size already comes back unchanged.
+    the aspect. resample: a name in RESAMPLE.
     """
     if fit not in FITS:
         raise ValueError(f"fit is one of {', '.join(FITS)}, not {fit!r}")
     if resample not in RESAMPLE:
         raise ValueError(f"resample is one of {', '.join(RESAMPLE)}, not {resample!r}")
-    width, height = image.size
+    (width, height), method = image.size, RESAMPLE[resample]
     if (width, height) == (size, size):
         return image
-    method = RESAMPLE[resample]
     if fit == "squash" or width == height:
         return image.resize((size, size), method)
     if fit == "crop":
@@ -262,9 +241,6 @@ def fit_image(
     canvas = Image.new("RGB", (size, size), tuple(background))
     canvas.paste(image.resize(inner, method), ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return canvas
-
-
-# -- conversion ----------------------------------------------------------------------------------------------------
 
 
 def to_tensor(image):
@@ -279,10 +255,7 @@ def to_tensor(image):
 
 
 def to_uint8(images) -> np.ndarray:
-    """Tensor [..., 3, H, W] in [-1, 1], any float type and device -> uint8 array [..., H, W, 3] in 0..255.
-
-    Values beyond the range are clamped. The tensor itself is not changed.
-    """
+    """Tensor [..., 3, H, W] in [-1, 1], any float type and device -> uint8 array [..., H, W, 3]; clamped."""
     scaled = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
     return np.ascontiguousarray(scaled.movedim(-3, -1).cpu().numpy())
 
@@ -297,14 +270,11 @@ def to_pil(image) -> Image.Image:
     return Image.fromarray(array).convert("RGB")
 
 
-# -- writing -------------------------------------------------------------------------------------------------------
-
-
 def save_image(image, path: str | os.PathLike, *, quality: int = 95) -> Path:
-    """Write a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix.
+    """Write a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix. Atomic.
 
-    quality: of JPEG (written without chroma subsampling) and WebP. The folder is made when absent; the file appears
-    when it is complete. Raises ValueError for a suffix that is no image format, OSError naming the file (full disk).
+    quality: of JPEG (written without chroma subsampling) and WebP. Raises ValueError for a suffix that is no image
+    format, OSError naming the file (full disk).
     """
     path = Path(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())

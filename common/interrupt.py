@@ -1,8 +1,4 @@
-"""Orderly ends: SIGTERM and Ctrl-C ask a long run to finish its step and save, instead of killing it.
-
-stop = StopSignal()
-while not stop.raised: ...
-"""
+"""Orderly ends: SIGTERM and Ctrl-C ask a long run to finish its step and save, instead of killing it."""
 
 import signal
 

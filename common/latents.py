@@ -21,7 +21,7 @@ from common.cli import SPACES, UsageError, UserError
 from common.files import atomic_write, read_json
 from common.runs import to_plain
 
-LATENTS_FILE = "latents file (.npy)"
+RENDERING = {"seeds?": [int], "noise?": (str, None), "noise_seed?": (int, None)}
 SCHEMA = {  # of latents.json (common/files.py)
     "names": [str],
     "shape": [int],
@@ -31,17 +31,8 @@ SCHEMA = {  # of latents.json (common/files.py)
     "losses?": ({str: [(float, None)]}, None),
     "alignment?": ([object], None),
     "noise?": (bool, None),
-    "extra?": (
-        {
-            "condition?": {"values": [[float]]},
-            "rendering?": {"seeds?": [int], "noise?": (str, None), "noise_seed?": (int, None)},
-        },
-        None,
-    ),
+    "extra?": ({"condition?": {"values": [[float]]}, "rendering?": RENDERING}, None),
 }
-
-
-# -- drawing ---------------------------------------------------------------------------------------
 
 
 def parse_seeds(text, flag="--seeds"):
@@ -51,15 +42,14 @@ def parse_seeds(text, flag="--seeds"):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last >= 2**32:  # the generator takes 32 bits
-            raise UsageError(
-                f"{flag} {text}: {part.strip()!r} is neither a seed (0 to {2**32 - 1}) nor a range like 0-35"
-            )
+            limits = f"neither a seed (0 to {2**32 - 1}) nor a range like 0-35"
+            raise UsageError(f"{flag} {text}: {part.strip()!r} is {limits}")
         seeds += range(first, last + 1)
     return seeds
 
 
 def parse_layers(text, n_tokens, flag="--layers"):
-    """'0-3,8' -> [0, 1, 2, 3, 8]; UsageError when it cannot be read, UserError beyond a code's last layer."""
+    """'0-3,8' -> [0, 1, 2, 3, 8]; UsageError when it cannot be read, UserError beyond the last layer."""
     try:
         layers = parse_seeds(text)
     except ValueError:
@@ -82,13 +72,20 @@ def draw_z(seeds, n_tokens, dim, *, w_space=False):
     return z
 
 
+def n_tokens(size):
+    """Latents per image of a generator for `size` x `size`: 2 (log2(size) - 1). ValueError off powers of two."""
+    if size < 8 or size & (size - 1):
+        raise ValueError(f"image size {size}: expected a power of two from 8")
+    return 2 * (size.bit_length() - 2)
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Latents:
-    """Latents and what their file says of them; those of other programs have no fingerprint, losses, alignment or
-    extra, and only a `.pt` has noise."""
+    """Latents and the metadata of their file; those of other programs have no fingerprint, losses, alignment or extra,
+    and only a `.pt` has noise."""
 
     latents: torch.Tensor  # float32 [N, L, D], CPU
     names: list[str]  # N, in the order of the latents
@@ -105,60 +102,51 @@ class Latents:
         return len(self.latents)
 
 
-def n_tokens(size):
-    """Latents per image of a generator for `size` x `size`: 2 (log2(size) - 1). ValueError off powers of two."""
-    if size < 8 or size & (size - 1):
-        raise ValueError(f"image size {size}: expected a power of two from 8")
-    return 2 * (size.bit_length() - 2)
-
-
 def save_latents(
-    folder, latents, *, names, space, size, fingerprint, losses=None, alignment=None, noise=None, extra=None
+    folder,
+    latents,  # float [N, L, D] tensor or array, L = n_tokens(size); for space 'w' also [N, D], repeated over L
+    *,
+    names,  # N strings, such as the image files'
+    space,
+    size,
+    fingerprint,  # of the generator (`common.checkpoint.fingerprint`), or None when unknown
+    losses=None,  # {name: N numbers}
+    alignment=None,  # N JSON values
+    noise=None,  # per layer [N, 1, r, r]
+    extra=None,  # JSON values
 ):
     """Write a folder of latents; every file is complete on the disk before the first of them takes its name.
 
-    latents      float [N, L, D] tensor or array, L = n_tokens(size); for space 'w' also [N, D], repeated over L
-    names        N strings, such as the image files'
-    fingerprint  of the generator (`common.checkpoint.fingerprint`), or None when unknown
-    losses       {name: N numbers}; alignment: N JSON values; noise: per layer [N, 1, r, r]; extra: JSON values
-
     Raises ValueError when the parts do not fit each other or a latent is not finite; OSError naming the file.
     """
-    folder = Path(folder)
-    latents = _array(latents)
+    folder, latents = Path(folder), _array(latents)
     if space not in SPACES:
         raise ValueError(f"space {space!r}: expected one of {', '.join(SPACES)}")
     if latents.ndim == 2 and space == "w":
         latents = np.repeat(latents[:, None], n_tokens(size), axis=1)  # [N, D] -> [N, L, D]
     _check_latents(latents, folder, size)
     if space == "w" and (latents != latents[:, :1]).any():
-        raise ValueError(f"{folder}: latents of space w repeat one code over all tokens, these differ: they are w+")
+        raise ValueError(f"{folder}: latents of space w repeat one vector over all tokens, these differ: they are w+")
     noise = None if noise is None else [_array(layer) for layer in noise]
-    counts = {"names": len(names), "alignment": len(latents) if alignment is None else len(alignment)}
-    counts |= {f"losses[{name!r}]": len(values) for name, values in (losses or {}).items()}
-    counts |= {f"noise[{index}]": len(layer) for index, layer in enumerate(noise or [])}
-    for part, count in counts.items():
-        if count != len(latents):
-            raise ValueError(f"{folder}: {len(latents)} latents, but {count} in {part}")
+    parts = {"names": names} | ({} if alignment is None else {"alignment": alignment})
+    parts |= {f"losses[{name!r}]": values for name, values in (losses or {}).items()}
+    parts |= {f"noise[{index}]": layer for index, layer in enumerate(noise or [])}
+    for part, values in parts.items():
+        if len(values) != len(latents):
+            raise ValueError(f"{folder}: {len(latents)} latents, but {len(values)} in {part}")
 
-    description = {
-        "format": 1,
-        "names": [str(name) for name in names],
-        "space": space,
-        "size": size,
-        "shape": latents.shape,
-        "fingerprint": fingerprint,
-        "losses": losses or {},
-        "alignment": alignment,
-        "noise": noise is not None,
-        "extra": extra or {},
-    }
-    text = json.dumps(to_plain(description), ensure_ascii=False, indent=1)
+    info = {"format": 1, "names": [str(name) for name in names], "space": space, "size": size, "shape": latents.shape}
+    info |= {"fingerprint": fingerprint, "losses": losses or {}, "alignment": alignment, "noise": noise is not None}
+    text = json.dumps(to_plain(info | {"extra": extra or {}}), ensure_ascii=False, indent=1)
     with ExitStack() as files:  # left in reverse order: the description takes its name last
         files.enter_context(atomic_write(folder / "latents.json")).write(text.encode())
         if noise is not None:
-            np.savez(files.enter_context(atomic_write(folder / "noise.npz")), **_named_layers(noise))
-        _write_array(files.enter_context(atomic_write(folder / "latents.npy")), latents)
+            layers = {f"noise_{index:02d}": layer for index, layer in enumerate(noise)}
+            np.savez(files.enter_context(atomic_write(folder / "noise.npz")), **layers)
+        # numpy.save, but through `file.write`, whose error on a full disk carries its errno
+        file = files.enter_context(atomic_write(folder / "latents.npy"))
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(latents))
+        file.write(latents.data)
     if noise is None:
         (folder / "noise.npz").unlink(missing_ok=True)  # of an earlier save
 
@@ -168,21 +156,10 @@ def _array(values):
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
-def _named_layers(noise):
-    return {f"noise_{index:02d}": layer for index, layer in enumerate(noise)}
-
-
-def _write_array(file, array):
-    """numpy.save, but through `file.write`, whose error on a full disk carries its errno (numpy's own does not)."""
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(array.data)
-
-
 def _check_latents(latents, path, size):
     if latents.ndim != 3 or latents.shape[1] != n_tokens(size):
-        raise ValueError(
-            f"{path}: latents of shape {list(latents.shape)}; expected [N, {n_tokens(size)}, D] for image size {size}"
-        )
+        expected = f"[N, {n_tokens(size)}, D] for image size {size}"
+        raise ValueError(f"{path}: latents of shape {list(latents.shape)}; expected {expected}")
     finite = np.isfinite(latents).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(f"{path}: latent {int(finite.argmin())} has values that are not finite")
@@ -199,30 +176,30 @@ def load_latents(path, *, expect_space=None, expect_shape=None, expect_fingerpri
     path = Path(path)
     file = path / "latents.npy" if path.is_dir() else path
     sidecar = file.with_name("latents.json")
-    if file.name == "latents.npy" and sidecar.exists():
-        latents = _described(require_floats(read_npy(file, LATENTS_FILE), file), file, sidecar)
-    elif file.suffix == ".pt":
-        latents = _projected(file, expect_space, expect_shape)
+    spaces = (expect_space,) if isinstance(expect_space, str) else expect_space
+    if file.suffix == ".pt":
+        latents = _projected(file, spaces, expect_shape)
     elif file.suffix == ".npz":  # of stylegan2-ada-pytorch's and stylegan3's projector.py: [1, L, D]
         arrays = read_npz(file, "latents file (.npz)")
         if "w" not in arrays:
             raise ValueError(f"{file} is no projected_w.npz: expected floating-point latents under the name w")
-        latents = _bare(require_floats(arrays["w"], file), file, expect_space, expect_shape)
+        latents = _bare(require_floats(arrays["w"], file), file, spaces, expect_shape)
     else:
-        latents = _bare(require_floats(read_npy(file, LATENTS_FILE), file), file, expect_space, expect_shape)
+        array = require_floats(read_npy(file, "latents file (.npy)"), file)
+        described = file.name == "latents.npy" and sidecar.exists()
+        latents = _described(array, file, sidecar) if described else _bare(array, file, spaces, expect_shape)
     latents.path = path
-    _expect(latents, expect_space, expect_shape, expect_fingerprint)
+    _expect(latents, spaces, expect_shape, expect_fingerprint)
     return latents
 
 
-def _projected(file, expect_space, expect_shape):
+def _projected(file, spaces, expect_shape):
     """rosinality's projector.py: {path of an image: {"latent": [L, D] or, of W, [D], "noise": [1, 1, r, r] each}}."""
     images = load_checkpoint(require_file(file, "latents file (.pt)"))
     ws = [entry.get("latent") if isinstance(entry, dict) else None for entry in images.values()]
     if not ws or not all(torch.is_tensor(w) and w.is_floating_point() for w in ws):
-        raise ValueError(
-            f"{file} is no projection of rosinality's projector.py: expected the latent of each image under its path"
-        )
+        expected = "expected the latent of each image under its path"
+        raise ValueError(f"{file} is no projection of rosinality's projector.py: {expected}")
     maps = [entry.get("noise") for entry in images.values()]
     try:
         array = _array(torch.stack(ws))
@@ -230,94 +207,71 @@ def _projected(file, expect_space, expect_shape):
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file}: latents or noise maps of different shapes ({error})") from error
     array = require_floats(array, file)
-    if array.ndim == 2:  # one vector per image, whatever their number
-        array = array[:, None]
-    latents = _bare(array, file, expect_space, expect_shape)
+    latents = _bare(array[:, None] if array.ndim == 2 else array, file, spaces, expect_shape)  # [N, D]: N images
     latents.names = [PureWindowsPath(str(path)).name for path in images]  # takes either kind of slash
-    latents.noise = _finite_noise(noise, file)
+    if noise is not None and not all(bool(torch.isfinite(layer).all()) for layer in noise):
+        raise ValueError(f"{file}: noise maps with values that are not finite")
+    latents.noise = noise
     return latents
 
 
 def _described(array, file, sidecar):
     info = read_json(sidecar, SCHEMA, what="description of latents")
     if list(array.shape) != info["shape"] or len(info["names"]) != len(array):
-        raise ValueError(
-            f"{file} has the shape {list(array.shape)}, but {sidecar.name} describes {info['shape']} with "
-            f"{len(info['names'])} names"
-        )
+        described = f"{sidecar.name} describes {info['shape']} with {len(info['names'])} names"
+        raise ValueError(f"{file} has the shape {list(array.shape)}, but {described}")
     _check_latents(array, file, info["size"])
     noise = None
     if info.get("noise"):
-        path = file.with_name("noise.npz")
-        layers = read_npz(path, "noise file")
-        noise = _finite_noise([torch.from_numpy(require_floats(layers[name], path)) for name in sorted(layers)], path)
-    return Latents(
-        torch.from_numpy(array),
-        info["names"],
-        info.get("space"),
-        info["size"],
-        info.get("fingerprint"),
-        info.get("losses") or {},
-        info.get("alignment"),
-        noise,
-        info.get("extra") or {},
-    )
+        layers = read_npz(path := file.with_name("noise.npz"), "noise file")
+        noise = [torch.from_numpy(require_floats(layers[name], path)) for name in sorted(layers)]
+    losses, extra = info.get("losses") or {}, info.get("extra") or {}
+    space, fingerprint, alignment = (info.get(name) for name in ("space", "fingerprint", "alignment"))
+    w = torch.from_numpy(array)
+    return Latents(w, info["names"], space, info["size"], fingerprint, losses, alignment, noise, extra)
 
 
-def _finite_noise(noise, source):
-    if noise is not None and not all(bool(torch.isfinite(layer).all()) for layer in noise):
-        raise ValueError(f"{source}: noise maps with values that are not finite")
-    return noise
-
-
-def _bare(array, file, expect_space, expect_shape):
+def _bare(array, file, spaces, expect_shape):
     """Latents of a file that says nothing: [N, L, D]; [N, 1, D], one vector per image (W); or two axes.
 
     [L, D] is how this field saves one face, [N, D] how it saves N vectors of W. L rows are one face to a W++ generator;
-    where W codes and a W+ face are both expected they could be either, and are refused.
+    where N vectors of W and a W+ face are both expected they could be either, and are refused.
     """
     length = array.shape[1] if array.ndim == 3 else 0
+    expected = "[N, L, D], L even and at least 4"
+    space = spaces[0] if spaces is not None and len(spaces) == 1 else None
+    if expect_shape is not None:
+        expected = f"[N, {expect_shape[0]}, {expect_shape[1]}], or [{expect_shape[0]}, {expect_shape[1]}] of one face"
     if expect_shape is not None and array.shape[-1:] == tuple(expect_shape[1:]):
-        length, spaces = expect_shape[0], (expect_space,) if isinstance(expect_space, str) else expect_space
+        length = expect_shape[0]
         one_face = array.ndim == 2 and len(array) == length
         takes_w = spaces is None or "w" in spaces
-        if one_face and spaces is None or one_face and takes_w and len(spaces) > 1:
+        if one_face and takes_w and space is None:
+            either = f"one face in W+ or {length} faces in W: save the former as [1, {length}, {array.shape[1]}]"
             raise ValueError(
-                f"{file}: {list(array.shape)} may be one face in W+ or {length} faces in W: save the former as "
-                f"[1, {length}, {array.shape[1]}], the latter as [{length}, 1, {array.shape[1]}]"
+                f"{file}: {list(array.shape)} may be {either}, the latter as [{length}, 1, {array.shape[1]}]"
             )
         if one_face and not takes_w:
             array = array[None]  # [L, D] -> [1, L, D]
         elif array.ndim == 2 or array.shape[1:2] == (1,):
-            array, expect_space = np.repeat(array.reshape(len(array), 1, -1), length, axis=1), "w"
+            array, space = np.repeat(array.reshape(len(array), 1, -1), length, axis=1), "w"
         length = array.shape[1] if array.ndim == 3 else 0
     if length < 4 or length % 2:
-        expected = "[N, L, D], L even and at least 4"
-        if expect_shape is not None:
-            expected = (
-                f"[N, {expect_shape[0]}, {expect_shape[1]}], or [{expect_shape[0]}, {expect_shape[1]}] of one face"
-            )
         raise ValueError(f"{file}: latents of shape {list(array.shape)}; expected {expected}")
     size = 2 ** (length // 2 + 1)
     _check_latents(array, file, size)
-    space = expect_space if isinstance(expect_space, str) else None
     return Latents(torch.from_numpy(array), [f"{index:05d}" for index in range(len(array))], space, size)
 
 
 def _expect(latents, spaces, shape, fingerprint):
-    if spaces is not None and latents.space is not None:
-        spaces = (spaces,) if isinstance(spaces, str) else tuple(spaces)
-        if latents.space not in spaces:
-            raise ValueError(f"{latents.path}: latents of space {latents.space}; expected {' or '.join(spaces)}")
+    if spaces is not None and latents.space is not None and latents.space not in spaces:
+        raise ValueError(f"{latents.path}: latents of space {latents.space}; expected {' or '.join(spaces)}")
     found = tuple(latents.latents.shape[1:])
     if shape is not None and found != tuple(shape):
-        raise ValueError(
-            f"{latents.path}: latents of shape {list(found)} per image (size {latents.size}); the generator takes "
-            f"{list(shape)}"
-        )
+        per_image = f"latents of shape {list(found)} per image (size {latents.size})"
+        raise ValueError(f"{latents.path}: {per_image}; the generator takes {list(shape)}")
     accepted = (fingerprint,) if fingerprint is None or isinstance(fingerprint, str) else tuple(fingerprint)
     if None not in accepted and latents.fingerprint not in (None, *accepted):
         given = accepted[0] + "".join(f", trained from {other}" for other in accepted[1:])
-        raise ValueError(
-            f"{latents.path}: latents of the generator {latents.fingerprint}; the checkpoint given is {given}"
-        )
+        made = f"latents of the generator {latents.fingerprint}"
+        raise ValueError(f"{latents.path}: {made}; the checkpoint given is {given}")

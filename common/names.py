@@ -1,10 +1,4 @@
-"""Strings that come from files, as paths: made harmless where we choose the name, checked where it must stay.
-
-folder / f"boundary-{safe_name(boundary.attribute)}.npz"
-path_inside(output_dir, alignment.source)
-"""
-
-from __future__ import annotations
+"""Strings that come from files and become names of files: every one passes here."""
 
 import re
 
@@ -14,9 +8,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  #
 
 def safe_name(text: str, fallback: str = "unnamed") -> str:
     """`text` as one part of a path: no separators, control characters or leading dots, never empty, not too long.
-
-    Every string that comes from a file and goes into a path passes here. Letters of any script stay as they are.
-    """
+    Letters of any script stay as they are."""
     name = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]', "_", str(text)).strip().lstrip(".").rstrip(". ")
     while len(name.encode()) > 2 * LENGTH or len(name) > LENGTH:
         name = name[:-1]

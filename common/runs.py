@@ -1,11 +1,10 @@
-"""The run folder: what was asked (options.json), what happened (log.jsonl, TensorBoard), and where results go.
+"""The run folder: its options (options.json), what happened (log.jsonl, TensorBoard), and where results go.
 
 RUN/options.json      options, command line, versions, git commit; of an earlier start: options-1.json, -2 ...
 RUN/log.jsonl         one JSON object per line: {"step", "time" (seconds since 1970), "group", name: value ...}
 RUN/{sample,similarity,checkpoint,tensorboard_log}/
 """
 
-import contextlib
 import json
 import math
 import os
@@ -22,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError
-from common.cli import Flags
-from common.files import atomic_write
+from common.cli import ROOT, Flags
+from common.files import atomic_write, write_text
 
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
@@ -34,17 +33,9 @@ INVOCATION = ("exp_name", "exp_dir", "out", "resume", "ckpt", "checkpoint_path",
 
 
 def restore_options(args: Flags, stored: dict, source, *, keep=()) -> str:
-    """Give a continued run the options of its checkpoint; a flag on the command line wins.
-
-    args: the parsed flags, filled in place (in `main`, before anything is derived from them). stored: the options in
-    the checkpoint `source`. Names that are no flags any more are ignored; MACHINE, INVOCATION and `keep` are left as
-    they are. All else is restored: data, schedule (`iter`, intervals), losses, seed.
-    Returns a sentence on the given flags that differ from the file, for rank 0 to print; "" when there are none.
-    Raises CheckpointError for an option of the wrong type.
-
-        if changed := restore_options(args, state.get("options", {}), path):
-            print(changed)
-    """
+    """Give a continued run the options `stored` in its checkpoint `source`, but for MACHINE, INVOCATION and `keep`; a
+    flag on the command line wins. Returns a sentence on the given flags that differ from the file, "" when there are
+    none. Raises CheckpointError for an option of the wrong type."""
     flags, left = vars(args), {*MACHINE, *INVOCATION, *keep}
     options = {name: value for name, value in stored.items() if name in flags and name not in left}
     for name, value in options.items():
@@ -69,25 +60,19 @@ def to_plain(value):
         return to_plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    return str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def write_json(path, value):
     """Write `value` (see `to_plain`) as readable UTF-8 JSON, atomically."""
-    with atomic_write(path) as file:
-        file.write(
-            (json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        )
+    write_text(path, json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
 
 
 class Run:
     """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written.
 
-    `options`: dict or argparse.Namespace. `resume_step`: what an earlier start logged from this step on is dropped, in
-    log.jsonl and in TensorBoard, so that a resumed run shows every step once. `folders`: created inside. Raises OSError
-    naming the folder.
+    options: dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on, in
+    log.jsonl and in TensorBoard. folders: created inside. Raises OSError naming the folder.
     """
 
     def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None, folders=FOLDERS):
@@ -98,20 +83,30 @@ class Run:
             return
         for name in folders:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._keep_earlier_options()
-        self.write_json("options.json", _circumstances(options))
+        if (earlier := self.folder / "options.json").exists():
+            count = len(list(self.folder.glob("options-*.json")))
+            earlier.rename(self.folder / f"options-{count + 1}.json")
+        circumstances = {  # enough to repeat the run
+            "options": options if isinstance(options, dict) else vars(options),
+            "command": [sys.executable, *sys.argv],
+            "world_size": int(os.environ.get("WORLD_SIZE") or 1),
+            "versions": {"python": platform.python_version()} | {n: v for n, v in package_versions().items() if v},
+            "platform": platform.platform(),
+            "git": git_commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        self.write_json("options.json", circumstances)
         log = self.folder / "log.jsonl"
         if log.exists():
             truncate_log(log, math.inf if resume_step is None else resume_step)
         self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
         if use_tensorboard:
-            self._board = _open_tensorboard(self.folder / "tensorboard_log", resume_step)
-
-    def _keep_earlier_options(self):
-        current = self.folder / "options.json"
-        if current.exists():
-            count = len(list(self.folder.glob("options-*.json")))
-            current.rename(self.folder / f"options-{count + 1}.json")
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
+            except ImportError as error:
+                warnings.warn(f"TensorBoard is not installed ({error}): log.jsonl is still written", stacklevel=2)
+            else:
+                self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
 
     def path(self, *parts):
         """Path inside the run folder, whose parent exists on the main process."""
@@ -127,10 +122,9 @@ class Run:
         scalars = to_plain(scalars)
         line = {"step": step, "time": round(time.time(), 3), "group": group, **scalars}
         self._log.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if self._board is not None:
-            for name, value in scalars.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{group}/{name}", value, step)
+        for name, value in scalars.items():
+            if self._board is not None and isinstance(value, (int, float)):
+                self._board.add_scalar(f"{group}/{name}", value, step)
 
     def write_json(self, name, value):
         """Write `value` to the file `name` of the run folder."""
@@ -150,15 +144,6 @@ class Run:
         self.close()
 
 
-def _open_tensorboard(folder, purge_step):
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
-    except ImportError as error:
-        warnings.warn(f"TensorBoard is not installed ({error}): log.jsonl is still written", stacklevel=3)
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
 def package_versions(names=PACKAGES):
     """{package: version, None where it is absent}; by default of those that results depend on."""
     versions = dict.fromkeys(names)
@@ -168,43 +153,23 @@ def package_versions(names=PACKAGES):
     return versions
 
 
-def _circumstances(options):
-    """Content of options.json: enough to repeat the run."""
-    present = {package: version for package, version in package_versions().items() if version}
-    return {
-        "options": options if isinstance(options, dict) else vars(options),
-        "command": [sys.executable, *sys.argv],
-        "world_size": int(os.environ.get("WORLD_SIZE") or 1),
-        "versions": {"python": platform.python_version(), **present},
-        "platform": platform.platform(),
-        "git": git_commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
 def git_commit():
     """Commit of this checkout, with '+changes' where the work tree differs; None without git or repository."""
-    root = Path(__file__).resolve().parents[1]
-    answers = []
-    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
-        try:
-            done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode != 0:
-            return None
-        answers.append(done.stdout.strip())
-    commit, changes = answers
-    return commit + ("+changes" if changes else "")
+
+    def git(*command):
+        command = ["git", "-C", str(ROOT), *command]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts; a last line torn by a crash is left out.
-
-    Raises FileNotFoundError, or ValueError naming the line when one before the last is not JSON.
-    """
-    lines = Path(path).read_bytes().split(b"\n")
-    whole, torn = lines[:-1], lines[-1]  # a whole line ends with a newline
+    """The lines of a log.jsonl as dicts; a last line torn by a crash is left out. Raises FileNotFoundError, or
+    ValueError naming the line when one before the last is not JSON."""
+    *whole, torn = Path(path).read_bytes().split(b"\n")  # a whole line ends with a newline
     records = []
     for number, line in enumerate(whole, 1):
         try:
@@ -225,13 +190,13 @@ def truncate_log(path, step):
 
 
 class StepBar(tqdm):
-    """Progress over training steps: a bar on a terminal, a line per `note` in a log file; nothing unless `main`."""
+    """Progress over training steps: a bar on a terminal, a line per `report` in a log file; nothing unless `main`."""
 
     def __init__(self, total, initial=0, *, main=True):
         super().__init__(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=None if main else True)
         self.main = main
 
-    def note(self, step, text):
+    def report(self, step, text):
         if not self.disable:
             self.set_postfix_str(text)
         elif self.main:
@@ -240,17 +205,14 @@ class StepBar(tqdm):
 
 def peak_bytes() -> int:
     """Most memory that this process ever had resident; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux's ru_maxrss begins at the size of the process that started this one
-        found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
-        if found:
-            return 1024 * int(found[1])
+    status = Path("/proc/self/status")  # Linux's ru_maxrss begins at the size of the process that started this one
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+)", status.read_text())):
+        return 1024 * int(found[1])
     try:
         import resource  # not on Windows
     except ImportError:
         return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def format_duration(seconds):
@@ -258,11 +220,7 @@ def format_duration(seconds):
     if not math.isfinite(seconds):
         return "?"
     seconds = max(0, round(seconds))
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if minutes == 0:
-        return f"{seconds}s"
-    if hours == 0:
-        return f"{minutes}m {seconds % 60:02d}s"
-    if days == 0:
-        return f"{hours}h {minutes % 60:02d}m"
-    return f"{days}d {hours % 24:02d}h"
+    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if seconds >= length:
+            return f"{seconds // length}{unit} {seconds % length // part:02d}{smaller}"
+    return f"{seconds}s"

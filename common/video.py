@@ -1,9 +1,4 @@
-"""Frames to a video: .mp4 through ffmpeg (of the package imageio-ffmpeg), .gif and .webp through Pillow.
-
-save_video(frames, "film.mp4", fps=25)
-"""
-
-from __future__ import annotations
+"""Frames to a video: .mp4 through ffmpeg (of the package imageio-ffmpeg), .gif and .webp through Pillow."""
 
 import errno
 import importlib
@@ -27,10 +22,9 @@ GIF_FPS = 50  # viewers play shorter pauses than two hundredths of a second at a
 def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Path:
     """Write frames (tensors [3, H, W] in [-1, 1], uint8 arrays or PIL images, all of one size) as .mp4, .gif or .webp.
 
-    Frames may be a generator: .mp4 is encoded while they come (H.264). An odd height or width loses its last line,
-    which H.264 cannot store. The file appears when it is complete.
-    Raises ValueError for another suffix, no frames, a frame rate that the format cannot hold, or .mp4 without the
-    package imageio[ffmpeg]; OSError naming the file when it cannot be written (full disk).
+    Frames may be a generator: .mp4 (H.264) is encoded while they come; it cannot store an odd last row or column.
+    Atomic. Raises ValueError for another suffix, no frames, a frame rate that the format cannot hold, or .mp4 without
+    the package imageio[ffmpeg]; OSError naming the file when it cannot be written (full disk).
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -78,14 +72,12 @@ def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: 
             for frame in itertools.chain([first], rest):
                 process.stdin.write(np.ascontiguousarray(np.asarray(frame)[:height, :width]))
             process.stdin.close()
-            failed = process.wait() != 0
         except BrokenPipeError:  # it has given up
-            process.wait()
-            failed = True
+            pass
         except BaseException:
             process.kill()
             raise
-        if failed:
+        if process.wait() != 0:
             said.seek(0)
             lines = said.read().decode(errors="replace").replace(f"{path}: ", "").splitlines()
             raise OSError(errno.EIO, next(iter(lines), f"ffmpeg ended with {process.returncode}"), str(path))

@@ -17,11 +17,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from common.checkpoint import require_file
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from common.files import atomic_write
-
-ROOT = Path(__file__).resolve().parents[1]
+from common.cli import ROOT, ArgumentParser, UsageError, UserError, run_script
 
 
 @dataclass(frozen=True)
@@ -50,9 +46,8 @@ class Weight:
 # torchvision and pytorch-fid put the first 8 digits of the sha256 into the file name; DEX's digests are those of its
 # git-lfs pointers; the other digests were computed on the files that this project was developed with. That
 # MobileFaceNet comes from the page given is inferred from its layout and preprocessing, not confirmed.
-WEIGHTS = {
-    row["name"]: Weight(**row) for row in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-}
+_rows = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+WEIGHTS = {row["name"]: Weight(**row) for row in _rows}
 
 
 def get_weight(name):
@@ -79,33 +74,26 @@ def find(name, weights_dir=None):
 
 
 def require(name, weights_dir=None):
-    """Path of the weights called `name`, checked against their sha256 where it is known.
-
-    Raises FileNotFoundError with the URL and the place to put the file; ValueError when the file found is another one.
-    """
-    weight = get_weight(name)
-    path = find(name, weights_dir)
+    """Path of the weights called `name`, checked against their sha256 where it is known. Raises FileNotFoundError with
+    the URL and the place to put the file; ValueError when the file is another one."""
+    weight, path = get_weight(name), find(name, weights_dir)
     if path is None:
-        action = (
-            f"run `python -m common.weights get {weight.name}` or download" if weight.downloadable else "get it from"
-        )
+        get = f"run `python -m common.weights get {weight.name}` or download" if weight.downloadable else "get it from"
         raise FileNotFoundError(
-            f"{weight.file} ({weight.used_for}; {weight.size:.0f} MiB, {weight.licence}) is not here: {action} "
-            f"{weight.url} and put it into {_home(weights_dir)}; without it: {weight.without}"
+            f"{weight.file} ({weight.used_for}; {weight.size:.0f} MiB, {weight.licence}) is not here: {get} "
+            f"{weight.url} and put it into {search_folders(weights_dir)[0]}; without it: {weight.without}"
         )
     return verify(weight, path)
 
 
 def verify(weight, path):
     """`path`, when it holds `weight`. Raises ValueError (web page, git-lfs pointer, empty, another sha256)."""
+    from common.checkpoint import require_file
+
     path = require_file(path, "weights file")
-    if weight.sha256 is not None:
-        found = file_sha256(path)
-        if not found.startswith(weight.sha256):
-            raise UserError(
-                f"{path} is not the {weight.name} known here (sha256 begins {found[:16]}, expected "
-                f"{weight.sha256[:16]}): get it again from {weight.url}"
-            )
+    if weight.sha256 is not None and not (found := file_sha256(path)).startswith(weight.sha256):
+        expected = f"(sha256 begins {found[:16]}, expected {weight.sha256[:16]})"
+        raise UserError(f"{path} is not the {weight.name} known here {expected}: get it again from {weight.url}")
     return path
 
 
@@ -118,49 +106,34 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def _home(weights_dir=None):
-    """Folder for new weights."""
-    return Path(weights_dir or os.environ.get("WPP_WEIGHTS") or ROOT / "checkpoints")
-
-
 def download(name, weights_dir=None):
     """Fetch the weights `name` into `weights_dir` (default $WPP_WEIGHTS, else `checkpoints/`) and return their path.
+    Raises ValueError when they are not what the registry knows, or cannot be had by a plain download; OSError naming
+    the URL when the network fails. In neither case is there a new file."""
+    from tqdm import tqdm
 
-    The file appears only when it is complete and is what the registry knows. Raises ValueError when it is not, or
-    cannot be had by a plain download; OSError naming the URL when the network fails.
-    """
+    from common.files import atomic_write
+
     weight = get_weight(name)
-    path = _home(weights_dir) / weight.file
+    path = search_folders(weights_dir)[0] / weight.file
     if not weight.downloadable:
         raise UserError(f"{weight.file} has no direct download: get it from {weight.url} and put it into {path.parent}")
     try:
         with urllib.request.urlopen(weight.url, timeout=60) as response, atomic_write(path) as file:
-            _copy(response, file, weight)
+            total = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=weight.file, disable=None) as progress:
+                while block := response.read(2**20):
+                    progress.update(file.write(block))
+            if total is not None and (n_bytes := file.tell()) < total:
+                raise UserError(f"the connection ended after {n_bytes:,} of {total:,} bytes; try again")
             file.flush()
-            _verify_download(weight, file.name)
+            verify(weight, file.name)
+    except ValueError as error:  # the temporary file has gone: say where it came from
+        raise UserError(f"{weight.url}: {str(error).replace(file.name, 'the download')}") from error
     except (urllib.error.URLError, HTTPException, ConnectionError, TimeoutError) as error:
         reason = getattr(error, "reason", None) or error
         raise OSError(f"{weight.url}: {reason}; download it by other means into {path.parent}") from error
     return path
-
-
-def _verify_download(weight, temporary):
-    try:
-        verify(weight, temporary)
-    except ValueError as error:  # the temporary file is about to go: say where it came from
-        raise UserError(str(error).replace(temporary, weight.url)) from error
-
-
-def _copy(response, file, weight):
-    from tqdm import tqdm
-
-    total = int(response.headers.get("Content-Length") or 0) or None
-    with tqdm(total=total, unit="B", unit_scale=True, desc=weight.file, disable=None) as progress:
-        while block := response.read(2**20):
-            file.write(block)
-            progress.update(len(block))
-    if total is not None and file.tell() < total:
-        raise UserError(f"{weight.url}: the connection ended after {file.tell():,} of {total:,} bytes; try again")
 
 
 def build_parser():

@@ -1,7 +1,5 @@
 """Work for several processes, results in order; the workers end with whoever started them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,8 +19,8 @@ def n_cores() -> int:
 
 
 def map_ordered(function: Callable, items: Iterable, n_worker: int, ahead: int = 64) -> Iterator:
-    """`function` of each item, in their order, in `n_worker` processes (1: in this one), each at most `ahead` items
-    before the first result is taken. function and items are pickled. Raises UserError when a worker dies."""
+    """`function` of each item, in their order, in `n_worker` processes (1: in this one), which work at most `ahead`
+    items ahead. function and items are pickled. Raises UserError when a worker dies."""
     if n_worker <= 1:
         yield from map(function, items)
         return
@@ -38,9 +36,8 @@ def map_ordered(function: Callable, items: Iterable, n_worker: int, ahead: int =
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, most likely for lack of memory: start again with a smaller --n_worker"
-        ) from error
+        lost = "a worker process was killed, most likely for lack of memory"
+        raise UserError(f"{lost}: start again with a smaller --n_worker") from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -24,8 +24,8 @@ from demo_app.targets import EXPRESSION, NEAR, Reading, Target
 from editing.edit import edit_codes, nearest_crossing, nearest_value, render_codes
 from editing.evaluate import score_frames
 from faces.align import Alignment, align, crop_aligned, to_bytes
-from faces.blend import blend_edit, head_mask, paste_edit
 from faces.detect import FaceDetector
+from faces.paste import blend_edit, head_mask, paste_edit
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from sampling.render import map_latents, noise_maps, render, seeded_z

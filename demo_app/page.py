@@ -16,7 +16,7 @@ from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, expression_
 from demo_app.models import Models
 from demo_app.targets import FLAGS, Target
 from faces.align import TEMPLATE, AlignError, parse_landmarks
-from faces.photo_file import save_like
+from faces.paste import save_like
 
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file

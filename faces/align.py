@@ -1,18 +1,14 @@
-"""Photos to aligned faces, and edited faces back into their photos: frame, crop, paste.
+"""Photos to aligned faces: the frame of a face, and the crop. Edited faces go back by faces/paste.py.
 
-Framing: the formula of FFHQ (Karras et al. 2019, arXiv 1812.04948) from eyes and mouth corners. Pasting: the inverse
-mapping with a feathered border, from the Alignment that was kept beside the crop.
+Framing: the formula of FFHQ (Karras et al. 2019, arXiv 1812.04948) from eyes and mouth corners.
 
     face = FaceDetector().detect(photo)[0]                                  # faces/detect.py; photo: PIL image
     alignment = align(photo, face.landmarks, size=256, score=face.score)
     crop = crop_aligned(photo, alignment)                                   # PIL image, 256 x 256
-    photo = paste_back(photo, edited, alignment)
 
 Coordinates are pixels of the upright photo with pixel centres at whole numbers. Landmarks are in YuNet's order: right
 eye, left eye, nose, right and left mouth corner, where right is the person's right, the image's left.
 """
-
-from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, fields
@@ -23,41 +19,33 @@ from PIL import Image
 
 from common.cli import UserError
 from common.files import read_json
-from common.images import to_pil
 
 # Where eyes and mouth corners lie in an FFHQ frame, in units of the side. Solved from the development data's aligned
 # twins, which are least-squares similarities to these four points (to 0.004 degrees and 0.006%); at 128 pixels
 # (47.81, 60.11), (79.82, 59.88), (50.02, 93.64), (78.45, 93.34), the mean of FFHQ's own faces to 0.2 pixels.
 TEMPLATE = (np.array([[47.809, 60.110], [79.820, 59.877], [50.022, 93.644], [78.452, 93.339]]) + 0.5) / 128
-FRAMINGS = ("ffhq", "template")
 MAX_SIZE = 1 << 14  # pixels of a crop's side
-PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 NOSE_PROTRUSION = 0.87  # of the nose tip before the eyes, in half eye distances, of an average head (27 of 31 mm)
 
 
 class AlignError(UserError):
-    """A face cannot be framed, cropped or pasted as asked; the message is one sentence."""
+    """A face cannot be framed, cropped or pasted; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Geometry of a crop in its photo: all that `crop_aligned` and `paste_back` need, as plain values.
+    """Geometry of a crop in its photo, as plain values."""
 
-    quad: corners upper left, lower left, lower right, upper right. whole: the crop is the whole photo, resized (it was
-    aligned already). size: of the crop in pixels; photo_size: (width, height). yaw: degrees, an estimate, positive
-    towards the image's right. name: of the crop without suffix; source: of the photo, relative to its folder.
-    """
-
-    quad: list[list[float]]
-    photo_size: list[int]
-    size: int
+    quad: list[list[float]]  # corners upper left, lower left, lower right, upper right
+    photo_size: list[int]  # width, height
+    size: int  # of the crop in pixels
     landmarks: list[list[float]]
-    whole: bool = False
-    yaw: float = 0.0
+    whole: bool = False  # the crop is the whole photo, resized (it was aligned already)
+    yaw: float = 0.0  # degrees, an estimate, positive towards the image's right
     box: list[float] | None = None
     score: float | None = None
-    name: str = ""
-    source: str = ""
+    name: str = ""  # of the crop, without suffix
+    source: str = ""  # of the photo, relative to its folder
 
     @property
     def side(self) -> float:
@@ -69,28 +57,14 @@ class Alignment:
 
 
 # A face in alignment.json, for read_json
-FACE = {
-    "quad": [[float]],
-    "photo_size": [int],
-    "size": int,
-    "landmarks": [[float]],
-    "whole?": bool,
-    "yaw?": float,
-    "box?": ([float], None),
-    "score?": (float, None),
-    "name?": str,
-    "source?": str,
-}
+FACE = {"quad": [[float]], "photo_size": [int], "size": int, "landmarks": [[float]], "whole?": bool, "yaw?": float}
+FACE |= {"box?": ([float], None), "score?": (float, None), "name?": str, "source?": str}
 
 
 def read_alignment(path) -> dict[str, Alignment]:
-    """{name: Alignment} of an alignment.json. Raises FileNotFoundError, or AlignError when it is something else."""
-    try:
-        state = read_json(path, {"faces": [FACE]}, what="alignment.json of align_faces.py")
-        faces = [alignment_of(face) for face in state["faces"]]
-    except UserError as error:
-        raise AlignError(str(error)) from error
-    return {face.name: face for face in faces}
+    """{name: Alignment} of an alignment.json. Raises FileNotFoundError, or UserError when it is something else."""
+    state = read_json(path, {"faces": [FACE]}, what="alignment.json of align_faces.py")
+    return {face.name: face for face in map(alignment_of, state["faces"])}
 
 
 def alignment_of(values: dict) -> Alignment:
@@ -129,19 +103,15 @@ def parse_landmarks(value, where="landmarks") -> list[np.ndarray]:
         points = np.asarray(value, np.float64)
     except (TypeError, ValueError):
         points = np.empty(0)
-    if points.shape == (10,) or points.shape == (5, 2):
-        points = points.reshape(1, 5, 2)
-    elif points.ndim == 2 and points.shape[1] == 10:
+    if points.shape[-2:] == (5, 2) or points.shape[-1:] == (10,):
         points = points.reshape(-1, 5, 2)
-    if points.ndim != 3 or points.shape[1:] != (5, 2) or len(points) == 0 or not np.isfinite(points).all():
+    if points.ndim != 3 or len(points) == 0 or not np.isfinite(points).all():
         raise AlignError(f"{where}: expected five points [x, y] per face, got {str(value)[:80]}")
     for face in points:
         across, down = face[1] - face[0], face[3:].mean(0) - face[:2].mean(0)
         if across[0] * down[1] - across[1] * down[0] <= 0:
-            raise AlignError(
-                f"{where}: the points must be right eye, left eye, nose, right and left mouth corner; the "
-                "right eye is the one on the left of the image"
-            )
+            order = "right eye, left eye, nose, right and left mouth corner"
+            raise AlignError(f"{where}: the points must be {order}; the right eye is the one on the left of the image")
     return list(points)
 
 
@@ -152,13 +122,11 @@ def ffhq_quad(landmarks) -> np.ndarray:
     eyes, mouth = (right_eye + left_eye) / 2, (right_mouth + left_mouth) / 2
     across, down = left_eye - right_eye, mouth - eyes
     x = across + (down[1], -down[0])  # the eye line plus the eye-mouth line turned by 90 degrees
-    length = np.hypot(*x)
-    half = max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
+    length, half = np.hypot(*x), max(2.0 * np.hypot(*across), 1.8 * np.hypot(*down))
     if length < 1e-6 or half < 1:
         raise AlignError("the landmarks of a face coincide")
     x = x / length * half
-    y = np.array((-x[1], x[0]))
-    centre = eyes + 0.1 * down
+    y, centre = np.array((-x[1], x[0])), eyes + 0.1 * down
     return np.stack([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
 
 
@@ -197,6 +165,9 @@ def template_error(landmarks, photo_size) -> float:
     return float(np.linalg.norm(points - TEMPLATE, axis=1).mean())
 
 
+FRAMINGS = {"ffhq": ffhq_quad, "template": template_quad}
+
+
 def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **info) -> Alignment:
     """The Alignment of one face. photo: PIL image; landmarks [5, 2]; info: score, box, name, source.
 
@@ -208,20 +179,10 @@ def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04,
         raise ValueError(f"framing is one of {', '.join(FRAMINGS)}, not {framing!r}")
     width, height = photo.size
     whole = template_error(landmarks, photo.size) <= aligned_tolerance
-    if whole:
-        quad = np.array([[0, 0], [0, height], [width, height], [width, 0]]) - 0.5
-    else:
-        quad = ffhq_quad(landmarks) if framing == "ffhq" else template_quad(landmarks)
+    quad = np.array([[0, 0], [0, height], [width, height], [width, 0]]) - 0.5 if whole else FRAMINGS[framing](landmarks)
     _require_frame(quad, photo.size)
-    return Alignment(
-        quad=np.round(quad, 3).tolist(),
-        photo_size=[width, height],
-        size=size,
-        whole=whole,
-        landmarks=np.round(landmarks, 3).tolist(),
-        yaw=round(estimate_yaw(landmarks), 1),
-        **info,
-    )
+    quad, points = np.round(quad, 3).tolist(), np.round(landmarks, 3).tolist()
+    return Alignment(quad, [width, height], size, points, whole, round(estimate_yaw(landmarks), 1), **info)
 
 
 def outside_share(alignment: Alignment) -> float:
@@ -244,10 +205,10 @@ def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = No
         return photo if photo.size == (size, size) else photo.resize((size, size), Image.Resampling.LANCZOS)
     quad, side = np.array(alignment.quad) + 0.5, alignment.side
     border = max(round(0.1 * side), 3)
-    wanted_low, wanted_high = np.floor(quad.min(0)) - border, np.ceil(quad.max(0)) + border
-    low, high = np.maximum(wanted_low, 0).astype(int), np.minimum(wanted_high, photo.size).astype(int)
+    target_low, target_high = np.floor(quad.min(0)) - border, np.ceil(quad.max(0)) + border
+    low, high = np.maximum(target_low, 0).astype(int), np.minimum(target_high, photo.size).astype(int)
     part = photo.crop((*low, *high))
-    quad, missing = quad - low, np.concatenate((low - wanted_low, wanted_high - high))
+    quad, missing = quad - low, np.concatenate((low - target_low, target_high - high))
 
     shrink = int(0.5 * side / size)
     if shrink > 1:
@@ -262,10 +223,10 @@ def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = No
     fine = size * max(1, int(np.ceil(side / size)))  # no coarser than the photo, so that nothing aliases
     across, down = (quad[3] - quad[0]) / fine, (quad[1] - quad[0]) / fine
     mapping = (across[0], down[0], quad[0, 0], across[1], down[1], quad[0, 1])
-    return Image.fromarray(to_bytes(_resample(part, (fine, fine), mapping, fine // size)))
+    return Image.fromarray(to_bytes(resample(part, (fine, fine), mapping, fine // size)))
 
 
-def _resample(image: Image.Image, size, mapping, reduce=1) -> np.ndarray:
+def resample(image: Image.Image, size, mapping, reduce=1) -> np.ndarray:
     """float32 [H, W(, 3)]: affine, then averaged over blocks of `reduce` pixels.
 
     Pillow's own transforms are not exact: of bytes they cut the fraction off, half a grey level on the mean, and the
@@ -297,102 +258,10 @@ def _extend(part: Image.Image, pad, side: float) -> Image.Image:
     pixels = np.pad(np.asarray(part, np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
     height, width = pixels.shape[:2]
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
-    # 1 at the outer edge, 0 at the photo's border, negative inside
-    outside = np.maximum(
-        1 - np.minimum(x / left, (width - 1 - x) / right), 1 - np.minimum(y / top, (height - 1 - y) / bottom)
-    )[..., None]
+    # outside: 1 at the outer edge, 0 at the photo's border, negative inside
+    inside = np.minimum(np.minimum(x / left, (width - 1 - x) / right), np.minimum(y / top, (height - 1 - y) / bottom))
+    outside = 1 - inside[..., None]
     blurred = ndimage.gaussian_filter(pixels, (0.02 * side, 0.02 * side, 0))
     pixels += (blurred - pixels) * np.clip(3 * outside + 1, 0, 1)
     pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(outside, 0, 1)
     return Image.fromarray(to_bytes(pixels))
-
-
-# -- pasting -------------------------------------------------------------------------------------------------------
-
-DETAILS = ("auto", "keep", "drop")
-STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
-
-
-def add_change(crop, edited, unedited) -> np.ndarray:
-    """A crop of the photo plus what an edit changed in the generator's image of it, so that what the inversion missed
-    stays the photo's. Three uint8 images [H, H, 3] of one size, arrays or PIL images; returns uint8 [H, H, 3]."""
-    crop, edited, unedited = (np.asarray(image, np.int16) for image in (crop, edited, unedited))
-    return np.clip(crop + edited - unedited, 0, 255).astype(np.uint8)
-
-
-def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
-    """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
-
-    photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
-    any size. unedited: the same face before the edit, as the generator draws it: then only what the edit changed is
-    added, and all detail of the photo is kept. feather: width of the soft border, of the face's side. detail: a crop is
-    often coarser than the photo, and pasting it would blur; `keep` changes the photo only by what was edited, so that
-    its fine detail stays, `drop` pastes the face as it is, `auto` keeps the detail where the edit left the structure
-    alone. Pixels outside the frame are not touched.
-    Raises AlignError when the photo has another size than the one that was aligned, the face is not square, or not as
-    large as the unedited one.
-    """
-    photo, face = to_pil(photo), to_pil(face)
-    if detail not in DETAILS:
-        raise ValueError(f"detail is one of {', '.join(DETAILS)}, not {detail!r}")
-    if list(photo.size) != list(alignment.photo_size):
-        raise AlignError(
-            f"{alignment.source or 'the photo'} has {photo.width}x{photo.height} pixels, but "
-            f"{alignment.photo_size[0]}x{alignment.photo_size[1]} when it was aligned"
-        )
-    if face.width != face.height:
-        raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
-    crop = crop_aligned(photo, alignment, face.width)
-    if unedited is not None:
-        unedited = to_pil(unedited)
-        if unedited.size != face.size:
-            raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
-        face, detail = Image.fromarray(add_change(crop, face, unedited)), "keep"
-    mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
-    keep = _unchanged(face, crop) if detail == "auto" else np.full(mask.shape, float(detail == "keep"))
-    layers = [face, crop, *(Image.fromarray(plane.astype(np.float32)) for plane in (mask, keep))]
-    return composite(photo, layers, alignment)
-
-
-def composite(photo, layers, alignment):
-    """photo + mask * (face - mix), where mix lies between the photo (detail dropped) and its own crop (kept)."""
-    side = max(1, round(alignment.side))
-    if layers[0].width > side:  # no finer than the photo, else the mapping would alias
-        layers = [layer.resize((side, side), Image.Resampling.LANCZOS) for layer in layers]
-    quad = np.array(alignment.quad) + 0.5
-    low = np.clip(np.floor(quad.min(0)), 0, photo.size).astype(int)
-    high = np.clip(np.ceil(quad.max(0)), 0, photo.size).astype(int)
-    across, down = quad[3] - quad[0], quad[1] - quad[0]
-    inverse = np.linalg.inv(np.stack([across, down], axis=1)) * layers[0].width  # photo -> face pixels
-    photo = photo.copy()
-    band = max(1, 2**22 // max(1, high[0] - low[0]))  # rows at a time: memory stays bounded for any photo
-    for top in range(low[1], high[1], band):
-        box = int(low[0]), top, int(high[0]), int(min(top + band, high[1]))
-        size = box[2] - box[0], box[3] - box[1]
-        shift = inverse @ (np.array(box[:2]) - quad[0])
-        mapping = (*inverse[0], shift[0], *inverse[1], shift[1])
-        face, crop, mask, keep = (_resample(layer, size, mapping) for layer in layers)
-        mask, keep = (np.clip(plane, 0, 1)[..., None] for plane in (mask, keep))
-        original = np.asarray(photo.crop(box), np.float32)
-        result = original + mask * (face - original - keep * (crop - original))
-        photo.paste(Image.fromarray(to_bytes(result)), box[:2])
-    return photo
-
-
-def feather_mask(size, feather) -> np.ndarray:
-    """[size, size], 1 inside, falling smoothly to 0 at the border over `feather` of the side."""
-    dist = (np.arange(size) + 0.5) / size
-    ramp = np.clip(np.minimum(dist, 1 - dist) / max(feather, 1e-9), 0, 1)
-    ramp = ramp * ramp * (3 - 2 * ramp)
-    return np.outer(ramp, ramp)
-
-
-def _unchanged(face, crop) -> np.ndarray:
-    """[H, H]: 1 where the edit left the image's structure alone (a tint is no structure), towards 0 where not."""
-    from scipy import ndimage
-
-    change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)
-    blur = [0.02 * face.width] * 2 + [0]
-    mean = ndimage.gaussian_filter(change, blur)
-    spread = ndimage.gaussian_filter(np.square(change - mean), blur).mean(-1)
-    return np.exp(-spread / STRUCTURE_SCALE**2)

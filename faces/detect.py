@@ -6,8 +6,6 @@ Coordinates are pixels of the photo with pixel centres at whole numbers. Landmar
 eye, nose, right and left mouth corner, where right is the person's right, the image's left.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,7 +49,13 @@ class FaceDetector:
     OVERLAP = 0.4  # intersection over union from which two detections are one face
 
     def __init__(self, weights_dir=None, *, score_threshold: float = 0.6):
-        self.cv2 = _import_cv2()
+        try:
+            import cv2
+        except ImportError as error:
+            raise DetectorError(f"finding faces needs OpenCV: pip install opencv-python-headless ({error})") from error
+        cv2.setNumThreads(1)  # the photos are what is done in parallel
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns about a target nobody set
+        self.cv2 = cv2
         model = require("yunet_640", weights_dir).read_bytes()  # bytes: OpenCV cannot open every path on every system
         buffer, empty = np.frombuffer(model, np.uint8), np.empty(0, np.uint8)
         self.net = self.cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), score_threshold, 0.3, 5000)
@@ -70,7 +74,11 @@ class FaceDetector:
             found += self._look(_window(photo, -margin * np.array(photo.size), span, size))
             if found and not many:
                 break
-        faces = [self._refine(photo, row) for row in self._unique(found)]
+        unique: list[np.ndarray] = []
+        for row in sorted(found, key=lambda row: (-row[14], *row[:4])):
+            if all(_overlap(row[:4], other[:4]) < self.OVERLAP for other in unique):
+                unique.append(row)
+        faces = [self._refine(photo, row) for row in unique]
         return sorted(faces, key=lambda face: (-face.box[2] * face.box[3], face.box))
 
     def _look(self, window, mirrored=False) -> list[np.ndarray]:
@@ -92,13 +100,6 @@ class FaceDetector:
             centre = window.to_photo(row[:2] + row[2:4] / 2)
             results.append(np.concatenate((centre - extent / 2, extent, window.to_photo(points).ravel(), row[14:])))
         return results
-
-    def _unique(self, rows) -> list[np.ndarray]:
-        kept: list[np.ndarray] = []
-        for row in sorted(rows, key=lambda row: (-row[14], *row[:4])):
-            if all(_overlap(row[:4], other[:4]) < self.OVERLAP for other in kept):
-                kept.append(row)
-        return kept
 
     def _refine(self, photo, row) -> Detection:
         landmarks, degrees = row[4:14].reshape(5, 2), 0.0
@@ -126,19 +127,6 @@ class FaceDetector:
         return looks
 
 
-def _import_cv2():
-    try:
-        import cv2
-    except ImportError as error:
-        raise DetectorError(f"finding faces needs OpenCV: pip install opencv-python-headless ({error})") from error
-    cv2.setNumThreads(1)  # the photos are what is done in parallel
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns about a target nobody set
-    return cv2
-
-
-# -- windows onto the photo ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Window:
     """Pixels uint8 [H, W, 3] of a part of the photo, and where they lie: matrix (window + 1/2) + corner - 1/2."""
@@ -157,12 +145,12 @@ def _window(photo, corner, span, size) -> _Window:
     high = np.clip(np.ceil(corner + span), low + 1, photo.size).astype(int)
     scale = size / span
     inner = np.maximum(np.round((high - low) * scale), 1).astype(int)
-    dist = np.round((low - corner) * scale).astype(int)
+    offset = np.round((low - corner) * scale).astype(int)
     part = photo.resize(tuple(inner), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=3.0)
     canvas = Image.new("RGB", tuple(int(v) for v in size), GREY)
-    canvas.paste(part, tuple(int(v) for v in dist))
+    canvas.paste(part, tuple(int(v) for v in offset))
     scale = inner / (high - low)
-    return _Window(np.asarray(canvas), np.diag(1 / scale), low - dist / scale + 0.0)
+    return _Window(np.asarray(canvas), np.diag(1 / scale), low - offset / scale + 0.0)
 
 
 def _turned_window(photo, middle, span, size, degrees) -> _Window:
@@ -176,9 +164,8 @@ def _turned_window(photo, middle, span, size, degrees) -> _Window:
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     shift = outer_size / 2 - turn @ np.full(2, size / 2)
     mapping = (*turn[0], shift[0], *turn[1], shift[1])
-    pixels = Image.fromarray(outer.pixels).transform(
-        (size, size), Image.Transform.AFFINE, mapping, Image.Resampling.BILINEAR, fillcolor=GREY
-    )
+    affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    pixels = Image.fromarray(outer.pixels).transform((size, size), affine, mapping, bilinear, fillcolor=GREY)
     return _Window(np.asarray(pixels), outer.matrix @ turn, outer.matrix @ shift + outer.corner)
 
 

@@ -1,23 +1,19 @@
 """A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
 
     photos = list_photos([Path("photos")], Path("my-faces"))
-    align_folder(photos, Path("my-faces"), AlignSettings(size=256), dist=setup("cpu"), n_worker=8)
+    align_folder(photos, Path("my-faces"), AlignSettings(size=256), n_worker=8)
 
 OUT/aligned/NAME.png; OUT/alignment.json: {"version", "settings", "faces": [Alignment as a dict], "photos": [{"photo",
 "name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}; OUT/report.csv: the same for people. While a run
-is under way its records stand in OUT/.alignment-RANK.jsonl, one line per photo, from which a killed run continues.
+is under way its records stand in OUT/.alignment-0.jsonl, one line per photo, from which a killed run continues.
 """
 
-from __future__ import annotations
-
-import csv
 import functools
 import io
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,14 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.distributed import barrier, gather_list, shard
-from common.files import atomic_write, open_regular, parse_json, read_json
+from common.files import atomic_write, open_regular, parse_json, read_json, write_text
 from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
+from common.tables import csv_text
 from common.workers import map_ordered
 from faces.align import (
     FACE,
-    PROFILE_YAW,
     Alignment,
     align,
     alignment_of,
@@ -47,53 +42,44 @@ from faces.detect import DetectorError, FaceDetector
 VERSION = 1
 REPORT = ("photo", "outcome", "faces_found", "faces_aligned", "names", "score", "yaw", "note")
 PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
+PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 TIGHT_NOTE = "cut too tightly"
 TIGHT = 0.4  # share of a frame outside its photo from which it is said
 RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
-STATE = {"version": int, "settings": {str: object}, "faces": [FACE], "photos": [RECORD | {"faces": [str]}]}
 
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """All that the crops depend on, beside the photos. faces: largest, all, or an index as text, 0 being the largest.
-
-    aligned_tolerance: % of the side; max_yaw: degrees. See align_faces.py --help.
-    """
+    """All that the crops depend on, beside the photos; see align_faces.py --help."""
 
     size: int = 256
-    faces: str = "largest"
+    faces: str = "largest"  # or all, or an index as text, 0 being the largest
     framing: str = "ffhq"
-    aligned_tolerance: float = 4.0
-    max_yaw: float = 90.0
+    aligned_tolerance: float = 4.0  # % of the side
+    max_yaw: float = 90.0  # degrees
     score_threshold: float = 0.6
 
 
 @dataclass(frozen=True)
 class PhotoTask:
-    """A photo to align. source: its path relative to the photos' folder; name: of its crop, without suffix.
-
-    landmarks: faces given by hand (see `parse_landmarks`), None to look for some; stamp: see `PhotoRecord`.
-    """
+    """A photo to align."""
 
     path: Path
-    source: str
-    name: str
+    source: str  # its path relative to the photos' folder
+    name: str  # of its crop, without suffix
     settings: AlignSettings = field(default_factory=AlignSettings)
-    landmarks: object = None
+    landmarks: object = None  # faces given by hand (see `parse_landmarks`), None to look for some
     stamp: str = ""
     weights_dir: Path | None = None
 
 
 @dataclass(frozen=True)
 class PhotoRecord:
-    """The outcome of one photo: aligned, already aligned, no face, skipped, unreadable or bad landmarks.
-
-    stamp: changes when the photo or its landmarks change.
-    """
+    """The outcome of one photo: aligned, already aligned, no face, skipped, unreadable or bad landmarks."""
 
     photo: str
     name: str
-    stamp: str
+    stamp: str  # changes when the photo or its landmarks change
     outcome: str
     faces_found: int = 0
     note: str = ""
@@ -132,35 +118,54 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
         chosen, notes = _choose(faces, settings)
         alignments, crops = [], []
         for i, (points, info) in enumerate(chosen):
-            alignment = align(
-                photo,
-                points,
-                size=settings.size,
-                framing=settings.framing,
-                name=task.name if len(chosen) == 1 else f"{task.name}_face{i}",
-                source=task.source,
-                aligned_tolerance=settings.aligned_tolerance / 100,
-                **info,
-            )
+            info |= {"name": task.name if len(chosen) == 1 else f"{task.name}_face{i}", "source": task.source}
+            info |= {"framing": settings.framing, "aligned_tolerance": settings.aligned_tolerance / 100}
+            alignment = align(photo, points, size=settings.size, **info)
             crop_aligned(photo, alignment).save(buffer := io.BytesIO(), "PNG")
             crops.append((alignment.name, buffer.getvalue()))
             alignments.append(alignment)
     except UserError as error:
         return replace(record, outcome="bad landmarks", note=str(error)), []
-    whole = bool(crops) and all(alignment.whole for alignment in alignments)
+    whole = all(alignment.whole for alignment in alignments)
     outcome = "skipped" if not crops else "already aligned" if whole else "aligned"
     note = ", ".join(notes + _remarks(alignments))
     return replace(record, outcome=outcome, faces_found=len(faces), note=note, faces=alignments), crops
 
 
+def _given_faces(task: PhotoTask) -> list[tuple] | None:
+    """Faces given by hand: in the --landmarks file, or in a JSON file beside the photo with an entry "landmarks"."""
+    value, where = task.landmarks, f"--landmarks, {task.source}"
+    if value is None:
+        where = task.path.with_suffix(".json")
+        if not where.is_file():
+            return None
+        value = read_json(where, object, what="file of landmarks")
+        if isinstance(value, dict) and "landmarks" not in value:
+            return None  # some other program's
+    return [(points, {}) for points in parse_landmarks(value, where)]
+
+
+def _choose(faces, settings):
+    """The faces to align and, in words, what was left out. faces: (landmarks, info), largest first."""
+    notes, chosen = [], faces
+    if settings.faces != "all":
+        index = 0 if settings.faces == "largest" else int(settings.faces)
+        chosen = faces[index : index + 1]
+        if not chosen:
+            notes.append(f"there is no face {index}, only {len(faces)}")
+        elif len(faces) > 1:
+            notes.append(f"{len(faces)} faces, {'the largest' if index == 0 else f'number {index}'} taken")
+    kept = [(points, info) for points, info in chosen if abs(estimate_yaw(points)) <= settings.max_yaw]
+    if len(kept) < len(chosen):
+        notes.append(f"{len(chosen) - len(kept)} turned by more than {settings.max_yaw:g} degrees")
+    return kept, notes
+
+
 def _remarks(alignments: list[Alignment]) -> list[str]:
-    remarks = []
-    if any(abs(face.yaw) > PROFILE_YAW for face in alignments):
-        remarks.append("profile")
+    remarks = ["profile"] if any(abs(face.yaw) > PROFILE_YAW for face in alignments) else []
     # an eye, the nose or a mouth corner beyond the border: what the crop shows there is mirrored
-    if any(not (0 <= np.array(face.landmarks)).all() for face in alignments) or any(
-        (np.array(face.landmarks) > np.array(face.photo_size) - 1).any() for face in alignments
-    ):
+    clipped = [np.clip(face.landmarks, 0, np.array(face.photo_size) - 1) for face in alignments]
+    if any((points != face.landmarks).any() for points, face in zip(clipped, alignments, strict=True)):
         remarks.append("partly outside the photo")
     if (share := max(map(outside_share, alignments), default=0.0)) > TIGHT:
         remarks.append(f"{TIGHT_NOTE}: {share:.0%} of the frame lies outside the photo and is filled by mirroring")
@@ -179,70 +184,7 @@ def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> b
     return template_error(faces[0].landmarks, image.size) <= tolerance if faces else None
 
 
-def _choose(faces, settings):
-    """The faces to align and, in words, what was left out. faces: (landmarks, info), largest first."""
-    notes, which = [], settings.faces
-    if which == "all":
-        chosen = faces
-    else:
-        index = 0 if which == "largest" else int(which)
-        chosen = faces[index : index + 1]
-        if not chosen:
-            notes.append(f"there is no face {index}, only {len(faces)}")
-        elif len(faces) > 1:
-            notes.append(f"{len(faces)} faces, {'the largest' if index == 0 else f'number {index}'} taken")
-    kept = [(points, info) for points, info in chosen if abs(estimate_yaw(points)) <= settings.max_yaw]
-    if len(kept) < len(chosen):
-        notes.append(f"{len(chosen) - len(kept)} turned by more than {settings.max_yaw:g} degrees")
-    return kept, notes
-
-
-def _given_faces(task: PhotoTask) -> list[tuple] | None:
-    """Faces given by hand: in the --landmarks file, or in a JSON file beside the photo with an entry "landmarks"."""
-    if task.landmarks is not None:
-        return [(points, {}) for points in parse_landmarks(task.landmarks, f"--landmarks, {task.source}")]
-    beside = task.path.with_suffix(".json")
-    if not beside.is_file():
-        return None
-    value = read_json(beside, object, what="file of landmarks")
-    if isinstance(value, dict) and "landmarks" not in value:
-        return None  # some other program's
-    return [(points, {}) for points in parse_landmarks(value, beside)]
-
-
 # -- a folder ------------------------------------------------------------------------------------------------------
-
-
-def align_folder(photos, output_dir, settings, *, dist, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
-    """Align photos, as `list_photos` gives them; each process of `dist` does its share.
-
-    photos: {source: path}; records of faces and photos bear the source. landmarks: JSON file {photo: landmarks} of
-    faces given by hand. Returns PhotoRecords, in the order of the photos; `require_faces` tells whether any has a face.
-    """
-    output_dir = Path(output_dir)
-    by_hand = {} if landmarks is None else read_json(landmarks, {str: object}, what="object {photo: landmarks}")
-    earlier = {} if overwrite else _read_records(output_dir, settings)
-    names = choose_names(photos, {source: record.name for source, record in earlier.items()})
-    tasks = []
-    for source, path in photos.items():
-        given = _lookup(by_hand, source)
-        tasks.append(PhotoTask(path, source, names[source], settings, given, _stamp(path, given), weights_dir))
-    barrier()  # every process has read the earlier records before one writes
-    share = [tasks[i] for i in shard(len(tasks), dist.rank, dist.world_size)]
-    parts = gather_list(_align_all(share, earlier, output_dir, n_worker, dist))
-    records = [record for part in parts for record in part]
-    if dist.is_main:
-        _write_results(output_dir, settings, records)
-    barrier()
-    return records
-
-
-def require_faces(records, output_dir: Path) -> None:
-    """Raise UserError when not one of the photos gave a face."""
-    if not any(record.faces for record in records):
-        raise UserError(
-            f"none of {len(records)} photos gave a face ({count_outcomes(records)}): see {output_dir / 'report.csv'}"
-        )
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
@@ -264,38 +206,59 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
     return dict(sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in found))
 
 
+def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
+    """Align photos, as `list_photos` gives them: {source: path}; records of faces and photos bear the source.
+
+    landmarks: JSON file {photo: landmarks} of faces given by hand. Returns PhotoRecords, in the order of the photos;
+    `require_faces` tells whether any has a face. One process at a time (common/lock.py).
+    """
+    output_dir = Path(output_dir)
+    by_hand = {} if landmarks is None else read_json(landmarks, {str: object}, what="object {photo: landmarks}")
+    earlier = {} if overwrite else _read_records(output_dir, settings)
+    names = choose_names(photos, {source: record.name for source, record in earlier.items()})
+    todo, records = [], {}
+    for source, path in photos.items():
+        keys = (source, Path(source).name, Path(source).stem)  # what faces by hand may be called
+        given = next((by_hand[key] for key in keys if key in by_hand), None)
+        task = PhotoTask(path, source, names[source], settings, given, _stamp(path, given), weights_dir)
+        records[source] = earlier.get(source)
+        crops = [output_dir / "aligned" / f"{face.name}.png" for face in getattr(records[source], "faces", ())]
+        if getattr(records[source], "stamp", None) != task.stamp or not all(crop.is_file() for crop in crops):
+            todo.append(task)
+    journal = output_dir / ".alignment-0.jsonl"
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    results = map_ordered(align_photo, todo, min(n_worker, -(-len(todo) // PHOTOS_PER_WORKER)))
+    with open(journal, "a", encoding="utf-8") as log:
+        # The empty line ends one that a kill may have torn
+        log.write("\n" + json.dumps({"settings": asdict(settings), "version": VERSION}) + "\n")
+        for record, crops in tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None):
+            for name, png in crops:
+                with atomic_write(output_dir / "aligned" / f"{name}.png") as file:
+                    file.write(png)
+            records[record.photo] = record
+            log.write(json.dumps(asdict(record)) + "\n")
+            log.flush()
+    _write_results(output_dir, settings, list(records.values()))
+    return list(records.values())
+
+
+def _stamp(path, given) -> str:
+    files = [file for file in (path, path.with_suffix(".json")) if file.is_file()]
+    parts = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files]
+    return " ".join(parts + ([json.dumps(given)] if given is not None else []))
+
+
+def require_faces(records, output_dir: Path) -> None:
+    """Raise UserError when not one of the photos gave a face."""
+    if not any(record.faces for record in records):
+        report = output_dir / "report.csv"
+        raise UserError(f"none of {len(records)} photos gave a face ({count_outcomes(records)}): see {report}")
+
+
 def count_outcomes(records) -> str:
     """'12 aligned, 1 no face'"""
     outcomes = sorted(record.outcome for record in records)
     return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
-
-
-def _align_all(tasks, earlier, output_dir, n_worker, dist) -> list[PhotoRecord]:
-    """Records in the order of the tasks; each crop is written, then its record appended to the journal."""
-    done = {task.source: earlier[task.source] for task in tasks if _is_done(task, earlier, output_dir)}
-    todo = [task for task in tasks if task.source not in done]
-    if not todo:
-        return [done[task.source] for task in tasks]
-    journal = output_dir / f".alignment-{dist.rank}.jsonl"
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    results = align_photos(todo, n_worker)
-    bar = tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None if dist.is_main else True)
-    with open(journal, "a", encoding="utf-8") as log:
-        # The empty line ends one that a kill may have torn
-        log.write("\n" + json.dumps({"settings": asdict(todo[0].settings), "version": VERSION}) + "\n")
-        for task, (record, crops) in zip(todo, bar, strict=True):
-            for name, png in crops:
-                with atomic_write(output_dir / "aligned" / f"{name}.png") as file:
-                    file.write(png)
-            done[task.source] = record
-            log.write(json.dumps(asdict(record)) + "\n")
-            log.flush()
-    return [done[task.source] for task in tasks]
-
-
-def align_photos(tasks: list[PhotoTask], n_worker: int = 1) -> Iterator[tuple[PhotoRecord, list]]:
-    """`align_photo` of every task, in their order, in up to n_worker processes."""
-    return map_ordered(align_photo, tasks, min(n_worker, -(-len(tasks) // PHOTOS_PER_WORKER)))
 
 
 def choose_names(sources, taken) -> dict[str, str]:
@@ -319,45 +282,27 @@ def choose_names(sources, taken) -> dict[str, str]:
     return names
 
 
-def _lookup(by_hand, source):
-    """Landmarks under the photo's relative path, file name or stem, in this order."""
-    keys = (source, Path(source).name, Path(source).stem)
-    return next((by_hand[key] for key in keys if key in by_hand), None)
-
-
-def _stamp(path, given) -> str:
-    """Changes when the photo or its landmarks change."""
-    files = [file for file in (path, path.with_suffix(".json")) if file.is_file()]
-    parts = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files]
-    return " ".join(parts + ([json.dumps(given)] if given is not None else []))
-
-
 # -- records -------------------------------------------------------------------------------------------------------
-
-
-def _is_done(task, earlier, output_dir) -> bool:
-    record = earlier.get(task.source)
-    return (
-        record is not None
-        and record.stamp == task.stamp
-        and all((output_dir / "aligned" / f"{face.name}.png").is_file() for face in record.faces)
-    )
 
 
 def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
     """{photo: record} of earlier runs with these settings: alignment.json, and the journals of a killed run."""
-    records: dict[str, PhotoRecord] = {}
+    header = {"settings": asdict(settings), "version": VERSION}
+    entries = []
     final = output_dir / "alignment.json"
     if final.is_file():
         try:
             state = read_json(final, {"version": int, "settings": {str: object}}, what="alignment.json")
-            if state["version"] == VERSION and state["settings"] == asdict(settings):
-                state = read_json(final, STATE, what="alignment.json")
-                faces = {face["name"]: alignment_of(face) for face in state["faces"]}
-                for row in state["photos"]:
-                    records[row["photo"]] = PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]})
+            if header == {name: state[name] for name in header}:
+                shape = {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]}
+                state = read_json(final, shape, what="alignment.json")
+                faces = {face["name"]: face for face in state["faces"]}
+                entries = [row | {"faces": [faces[name] for name in row["faces"]]} for row in state["photos"]]
+            records = [_record(entry) for entry in entries]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{final} is damaged ({error}): delete it, or use --overwrite") from error
+    else:
+        records = []
     for journal in sorted(output_dir.glob(".alignment-*.jsonl")):
         same = False
         with open_regular(journal) as file:
@@ -365,14 +310,17 @@ def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
                 try:
                     entry = parse_json(line, {}, source=journal, what="journal")
                     if "settings" in entry:
-                        same = entry == {"settings": asdict(settings), "version": VERSION}
+                        same = entry == header
                     elif same:
                         entry = parse_json(line, RECORD | {"faces": [FACE]}, source=journal, what="journal")
-                        record = PhotoRecord(**entry | {"faces": [alignment_of(face) for face in entry["faces"]]})
-                        records[record.photo] = record
+                        records.append(_record(entry))
                 except (ValueError, TypeError):
                     continue  # the line that a kill tore, or an empty one
-    return records
+    return {record.photo: record for record in records}
+
+
+def _record(entry: dict) -> PhotoRecord:
+    return PhotoRecord(**entry | {"faces": [alignment_of(face) for face in entry["faces"]]})
 
 
 def _write_results(output_dir, settings, records) -> None:
@@ -380,25 +328,19 @@ def _write_results(output_dir, settings, records) -> None:
     photos = [{**vars(record), "faces": [face.name for face in record.faces]} for record in records]
     state = {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos}
     write_json(output_dir / "alignment.json", state)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(REPORT)
+    rows = [REPORT]
     for record in records:
         names = " | ".join(face.name for face in record.faces)
         scores = " ".join(f"{face.score:.2f}" for face in record.faces if face.score is not None)
         yaws = " ".join(f"{face.yaw:.0f}" for face in record.faces)
-        row = (record.photo, record.outcome, record.faces_found, len(record.faces), names, scores, yaws, record.note)
-        writer.writerow(row)
-    with atomic_write(output_dir / "report.csv") as file:
-        # The mark lets spreadsheets read UTF-8; a name may hold bytes that are none
-        file.write(text.getvalue().encode("utf-8-sig", "surrogateescape"))
+        outcome = (record.photo, record.outcome, record.faces_found, len(record.faces))
+        rows.append((*outcome, names, scores, yaws, record.note))
+    # The mark lets spreadsheets read UTF-8; a name may hold bytes that are none
+    write_text(output_dir / "report.csv", csv_text(rows), "utf-8-sig", "surrogateescape")
     listed = {face["name"] for face in faces}
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
-        print(
-            f"note: {len(others)} images in {output_dir / 'aligned'} are of no photo of this run, the first is "
-            f"{others[0]}; they are not in alignment.json",
-            file=sys.stderr,
-        )
+        strangers = f"{len(others)} images in {output_dir / 'aligned'} are of no photo of this run"
+        print(f"note: {strangers}, the first is {others[0]}; they are not in alignment.json", file=sys.stderr)
     for journal in output_dir.glob(".alignment-*.jsonl"):
         journal.unlink()

@@ -4,23 +4,24 @@ state, notes = read_source(Path("ffhq.pkl"))
 export_generator("ffhq.pkl", "ffhq.safetensors", half=True)
 """
 
-from __future__ import annotations
-
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.checkpoint import load_strictly, save_checkpoint
 from common.cli import UserError
 from common.export import export_discriminator, export_ema
 from common.files import read_json
+from common.images import save_image, to_uint8
 from interop.nvidia import differences, discriminator_tensors, generator_tensors, mean_latent
 from interop.nvidia_pickle import read_networks
 from model import Discriminator, Generator, GeneratorConfig, load_generator, read_generator
 
-PICKLES = (".pkl", ".pickle")
 SAMPLES = 10_000  # behind the stored statistics of w
-KEPT = ("step", "condition", "noise", "recommended", "vision_aided", "aid")  # of what the source says of itself
+KEPT = ("step", "condition", "noise", "recommended", "vision_aided", "aid")  # of a source's metadata
+SETTINGS = {str: {str: (str, float, bool, None, list)}}  # per script, flag names and values
 
 
 def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]:
@@ -30,25 +31,25 @@ def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]
     where the file has them. ema_only: the EMA generator alone, in its own number format (else float32).
     Raises FileNotFoundError, or CheckpointError or UserError naming what is wrong with the file.
     """
-    if path.suffix.lower() in PICKLES:
-        return read_pickle(path, ema_only=ema_only)
+    if path.suffix.lower() in (".pkl", ".pickle"):
+        return _read_pickle(path, ema_only)
     load_generator(path)  # refuses what does not fit or is damaged
     weights, config, file = read_generator(path)
     state = {"g_ema": weights, "config": config.to_dict()}
     state |= {name: file[name] for name in KEPT if file.get(name) is not None}
     state |= {"noise": noise} if (noise := file.get("options", {}).get("noise")) else {}
-    if not ema_only:
-        state["g_ema"] = {name: tensor.float() for name, tensor in weights.items()}
-        for network in ("g", "d", "aux_d", "critic"):  # the last: aux_d in earlier versions
-            if network in file and path.suffix != ".safetensors":
-                state[network] = {name: tensor.float() for name, tensor in file[network].items()}
-        if isinstance(file.get("latent_avg"), torch.Tensor):
-            state["latent_avg"] = file["latent_avg"].float()
+    if ema_only:
+        return state, []
+    state["g_ema"] = {name: tensor.float() for name, tensor in weights.items()}
+    for network in ("g", "d", "aux_d", "critic"):  # the last: aux_d in earlier versions
+        if network in file and path.suffix != ".safetensors":
+            state[network] = {name: tensor.float() for name, tensor in file[network].items()}
+    if isinstance(file.get("latent_avg"), torch.Tensor):
+        state["latent_avg"] = file["latent_avg"].float()
     return state, []
 
 
-def read_pickle(path: Path, *, ema_only: bool) -> tuple[dict, list[str]]:
-    """`read_source` of NVIDIA's pickles."""
+def _read_pickle(path: Path, ema_only: bool) -> tuple[dict, list[str]]:
     networks = read_networks(path)
     if "G_ema" not in networks:
         raise UserError(f"{path} has no G_ema, the averaged generator: found {', '.join(networks)}")
@@ -71,12 +72,11 @@ def read_pickle(path: Path, *, ema_only: bool) -> tuple[dict, list[str]]:
 def write_checkpoint(path: Path, state: dict) -> None:
     """A .pt with rosinality's tensor names and the config. Raises CheckpointError for tensors that do not fit it."""
     config = GeneratorConfig.from_dict(state["config"])
-    networks = {"g": Generator, "g_ema": Generator, "d": Discriminator}
     written = dict(state)
-    for name in networks.keys() & state.keys():
-        network = networks[name](config)
-        load_strictly(network, state[name], name)
-        written[name] = network.state_dict()
+    for name, kind in {"g": Generator, "g_ema": Generator, "d": Discriminator}.items():
+        if name in state:
+            load_strictly(network := kind(config), state[name], name)
+            written[name] = network.state_dict()
     save_checkpoint(path, written)
 
 
@@ -98,7 +98,9 @@ def export_generator(
     state, notes = read_source(source, ema_only=not with_d)
     if with_d and "d" not in state:
         raise UserError(f"--with_d: {source} holds no discriminator: expected a checkpoint of train.py")
-    settings = state.get("recommended") if recommended is None else read_settings(recommended)
+    settings = state.get("recommended")
+    if recommended is not None:
+        settings = read_json(recommended, SETTINGS, what="table of flags per script")
     generator = Generator(GeneratorConfig.from_dict(state["config"])).eval()
     load_strictly(generator, {name: tensor.float() for name, tensor in state["g_ema"].items()}, source)
     statistics = (*generator.latent_statistics(SAMPLES), SAMPLES)
@@ -108,6 +110,23 @@ def export_generator(
     return identity, notes
 
 
-def read_settings(path: str | Path) -> dict:
-    """{script: {flag: value}} of a JSON file. Raises UserError for another shape."""
-    return read_json(path, {str: {str: (str, float, bool, None, list)}}, what="table of flags per script")
+@torch.no_grad()
+def draw_check(path: Path, seed: int, image_path: str | None) -> str:
+    """Read a written file again, draw an image with it and tell, in two lines, what both are.
+
+    z is numpy's RandomState(seed).randn, as in NVIDIA's scripts: their `--seeds=0 --trunc=1 --noise-mode=const`.
+    image_path: where the image is kept. Raises UserError when it is not finite.
+    """
+    generator = load_generator(path)
+    config = generator.config
+    z = torch.from_numpy(np.random.RandomState(seed).randn(*generator.draw_z(1).shape)).float()
+    image, _ = generator(z, randomize_noise=False)
+    if not torch.isfinite(image).all():
+        raise UserError(f"{path} was written, but the image it draws is not finite: diverged weights?")
+    pixels = to_uint8(image)[0]
+    if image_path:
+        save_image(pixels, image_path)
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:12]
+    network = f"{config.space} generator, {config.size} px, {config.n_mlp} mapping layers"
+    drawn = f"seed {seed} with the stored noise: mean {image.mean():.4f}, std {image.std():.4f}"
+    return f"{network}, fingerprint {generator.fingerprint}\ncheck: {drawn}, pixels sha256 {digest}"

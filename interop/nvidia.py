@@ -10,9 +10,8 @@ filters) is refused in words; what it computes in another way (clamping, groups 
     Generator(config).load_state_dict(state)
 """
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -25,9 +24,7 @@ from model import Discriminator, Generator, GeneratorConfig, infer_config, stdde
 OURS_ALONE = re.compile(r"token|.*\.kernel")  # constants of our networks
 THEIRS_ALONE = re.compile(r"(.*\.)?(resample_filter|w_avg)")  # w_avg is kept apart: latent_avg of a checkpoint
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names: theirs -> ours
+# -- names: theirs -> ours -----------------------------------------------------------------------------------------
 
 
 def generator_names(size: int, n_mlp: int) -> dict[str, str]:
@@ -60,23 +57,16 @@ def _both(theirs: str, ours: str, ours_bias: str | None = None) -> dict[str, str
 
 
 def _modulated(theirs: str, ours: str, bias: str) -> dict[str, str]:
-    return {
-        f"{theirs}.weight": f"{ours}.conv.weight",
-        f"{theirs}.bias": bias,
-        **_both(f"{theirs}.affine", f"{ours}.conv.modulation"),
-    }
+    names = {f"{theirs}.weight": f"{ours}.conv.weight", f"{theirs}.bias": bias}
+    return names | _both(f"{theirs}.affine", f"{ours}.conv.modulation")
 
 
 def _styled(theirs: str, ours: str, noise: int) -> dict[str, str]:
-    return {
-        **_modulated(theirs, ours, f"{ours}.activate.bias"),
-        f"{theirs}.noise_strength": f"{ours}.noise.weight",
-        f"{theirs}.noise_const": f"noises.noise_{noise}",
-    }
+    names = {f"{theirs}.noise_strength": f"{ours}.noise.weight", f"{theirs}.noise_const": f"noises.noise_{noise}"}
+    return _modulated(theirs, ours, f"{ours}.activate.bias") | names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
+# -- tensors -------------------------------------------------------------------------------------------------------
 
 
 def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Tensor], GeneratorConfig]:
@@ -86,19 +76,19 @@ def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Te
     StyleGAN2's or has what ours has not: labels, another architecture, activation, filter or mapping network.
     """
     size = _require_stylegan2(network, "Generator", "skip", source)
-    fc = sorted((n for n in network.tensors if re.fullmatch(r"mapping\.fc\d+\.weight", n)), key=lambda n: (len(n), n))
-    widths = {side for n in fc for side in network.tensors[n].shape} | {network.layers[""].values.get("w_dim")}
+    fc = [name.removesuffix(".weight") for name in network.tensors if re.fullmatch(r"mapping\.fc\d+\.weight", name)]
+    widths = {side for name in fc for side in network.tensors[f"{name}.weight"].shape}
+    widths.add(network.layers[""].values.get("w_dim"))
     if len(widths) != 1 or not fc:
-        raise CheckpointError(
-            f"{source} maps z to w through layers of {sorted(widths, key=str)} numbers; ours are all of one width"
-        )
+        found = f"layers of {sorted(widths, key=str)} numbers"
+        raise CheckpointError(f"{source} maps z to w through {found}; ours are all of one width")
     state = _rename(network, generator_names(size, len(fc)), source)
-    rate = {network.layers[n.removesuffix(".weight")].values.get("bias_gain") for n in fc}
-    _require_linear_gains(network, [n.removesuffix(".weight") for n in fc], source)
-    if len(rate) != 1 or not isinstance(lr := rate.pop(), (int, float)):
+    rates = {network.layers[name].values.get("bias_gain") for name in fc}
+    _require_linear_gains(network, fc, source)
+    if len(rates) != 1 or not isinstance(rate := rates.pop(), (int, float)):
         raise CheckpointError(f"{source} has mapping layers of different lr_multiplier; ours share one")
     try:
-        config = replace(infer_config(state), lr_mlp=float(lr))
+        config = replace(infer_config(state), lr_mlp=float(rate))
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from None
     return _complete(Generator(config), state, source), config
@@ -109,10 +99,8 @@ def discriminator_tensors(network: Network, config: GeneratorConfig, source: str
     size = _require_stylegan2(network, "Discriminator", "resnet", source)
     statistic = network.layers.get("b4.mbstd")
     if statistic is None or statistic.values.get("num_channels") != 1:
-        raise CheckpointError(
-            f"{source} has not one minibatch statistic (mbstd_num_channels), which ours has; "
-            "convert to .safetensors, which holds the generator alone"
-        )
+        other = f"{source} has not one minibatch statistic (mbstd_num_channels), which ours has"
+        raise CheckpointError(f"{other}; convert to .safetensors, which holds the generator alone")
     _require_linear_gains(network, [], source)
     return _complete(Discriminator(config), _rename(network, discriminator_names(size), source), source)
 
@@ -126,11 +114,10 @@ def mean_latent(network: Network) -> torch.Tensor | None:
 def _rename(network: Network, names: dict[str, str], source: str) -> dict[str, torch.Tensor]:
     """Every tensor under our name and shape; CheckpointError when one is absent or has no place with us."""
     tensors = {name: value for name, value in network.tensors.items() if not THEIRS_ALONE.fullmatch(name)}
-    absent = [name for name in names if name not in tensors]
-    unknown = [name for name in tensors if name not in names]
-    if absent or unknown:
-        said = f"has no {absent[0]}" if absent else f"has {unknown[0]}, for which ours has no place"
-        raise CheckpointError(f"{source} is another network than StyleGAN2's published ones: it {said}")
+    wrong = [f"no {name}" for name in names if name not in tensors]
+    wrong += [f"{name}, for which ours has no place" for name in tensors if name not in names]
+    if wrong:
+        raise CheckpointError(f"{source} is another network than StyleGAN2's published ones: it has {wrong[0]}")
     return {ours: _reshape(ours, tensors[theirs]) for theirs, ours in names.items()}
 
 
@@ -155,51 +142,42 @@ def _complete(network: torch.nn.Module, state: dict, source: str) -> dict[str, t
     return network.state_dict()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What cannot be taken over, and what is computed in another way
+# -- what cannot be taken over, and what is computed in another way ------------------------------------------------
 
 
 def _require_stylegan2(network: Network, kind: str, architecture: str, source: str) -> int:
     """The image size of a network that computes what our `kind` computes; CheckpointError for any other."""
+    for obstacle in _obstacles(network, kind, architecture):
+        raise CheckpointError(f"{source} {obstacle}")
+    return network.layers[""].values["img_resolution"]
+
+
+def _obstacles(network: Network, kind: str, architecture: str) -> Iterator[str]:
     top, layers = network.layers[""], network.layers
     if any(layer.kind == "SynthesisInput" for layer in layers.values()):
-        raise CheckpointError(
-            f"{source} is a StyleGAN3 network (config stylegan3-t or stylegan3-r), whose layers ours "
-            "has not: only networks of config stylegan2 can be converted"
-        )
+        layers_of = "is a StyleGAN3 network (config stylegan3-t or stylegan3-r), whose layers ours has not"
+        yield f"{layers_of}: only networks of config stylegan2 can be converted"
     if top.kind != kind:
-        raise CheckpointError(f"{source} is a {top.kind}; expected a {kind}")
-    if top.values.get("c_dim"):
-        raise CheckpointError(
-            f"{source} is conditional on {top.values['c_dim']} labels, which ours has no input for: "
-            "only unconditional networks can be converted"
-        )
-    if top.values.get("img_channels") != 3:
-        raise CheckpointError(f"{source} has images of {top.values.get('img_channels')} channels; ours have 3")
+        yield f"is a {top.kind}; expected a {kind}"
+    if labels := top.values.get("c_dim"):
+        no_input = f"is conditional on {labels} labels, which ours has no input for"
+        yield f"{no_input}: only unconditional networks can be converted"
+    if (channels := top.values.get("img_channels")) != 3:
+        yield f"has images of {channels} channels; ours have 3"
     size = top.values.get("img_resolution")
     if type(size) is not int or size < 8 or size & (size - 1):
-        raise CheckpointError(f"{source} has images of {size} px; ours have a power of two from 8")
+        yield f"has images of {size} px; ours have a power of two from 8"
     for name, layer in layers.items():
-        found = layer.values.get("architecture", architecture)
-        if found != architecture:
-            raise CheckpointError(
-                f"{source} has the architecture {found!r} ({name}); ours is {architecture!r} of StyleGAN2's config F"
-            )
-        linear = name.endswith((".affine", ".out", ".skip"))
-        expected = "linear" if linear else "lrelu"
-        if layer.values.get("activation", expected) != expected:
-            raise CheckpointError(
-                f"{source} has the activation {layer.values['activation']!r} in {name}; ours is {expected!r}"
-            )
-    for name, tensor in network.tensors.items():
-        if name.endswith("resample_filter") and not same_filter(tensor):
-            raise CheckpointError(f"{source} resamples with another filter than [1, 3, 3, 1] ({name})")
-    return size
-
-
-def same_filter(tensor: torch.Tensor) -> bool:
+        if (found := layer.values.get("architecture", architecture)) != architecture:
+            yield f"has the architecture {found!r} ({name}); ours is {architecture!r} of StyleGAN2's config F"
+        expected = "linear" if name.endswith((".affine", ".out", ".skip")) else "lrelu"
+        if (found := layer.values.get("activation", expected)) != expected:
+            yield f"has the activation {found!r} in {name}; ours is {expected!r}"
     kernel = make_kernel()
-    return tensor.shape == kernel.shape and torch.allclose(tensor.float(), kernel, atol=1e-6)
+    for name, tensor in network.tensors.items():
+        same = tensor.shape == kernel.shape and torch.allclose(tensor.float(), kernel, atol=1e-6)
+        if name.endswith("resample_filter") and not same:
+            yield f"resamples with another filter than [1, 3, 3, 1] ({name})"
 
 
 def _require_linear_gains(network: Network, mapping: list[str], source: str) -> None:
@@ -217,11 +195,8 @@ def differences(network: Network) -> list[str]:
         found.append(f"NVIDIA's code clamps activations to +-{min(clamps)}, ours does not")
     if any(layer.values.get("use_fp16") for layer in layers):
         found.append("NVIDIA's code runs the highest resolutions in 16 bits on a GPU, ours in 32 unless told otherwise")
-    statistic = network.layers.get("b4.mbstd")
-    group, largest = statistic and statistic.values.get("group_size"), stddev_group(4)
-    if statistic is not None and group != largest:
-        found.append(
-            f"the minibatch statistic is taken over groups of {group or 'all'} images, ours of at most "
-            f"{largest}: scores differ in larger batches"
-        )
+    statistic, largest = network.layers.get("b4.mbstd"), stddev_group(4)
+    if statistic is not None and (group := statistic.values.get("group_size")) != largest:
+        groups = f"groups of {group or 'all'} images, ours of at most {largest}"
+        found.append(f"the minibatch statistic is taken over {groups}: scores differ in larger batches")
     return found

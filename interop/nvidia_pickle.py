@@ -17,7 +17,6 @@ import re
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -31,10 +30,10 @@ PLAIN = (str, int, float, bool, type(None))
 
 @dataclass
 class Layer:
-    """A module: the name of its class, and its plain attributes with `_init_args` and `_init_kwargs` among them."""
+    """A module."""
 
-    kind: str
-    values: dict
+    kind: str  # the name of its class
+    values: dict  # its plain attributes
 
 
 @dataclass
@@ -48,11 +47,16 @@ class Network:
 def read_networks(path) -> dict[str, Network]:
     """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them; tensors on the CPU.
 
-    Raises FileNotFoundError, or CheckpointError, in one sentence, when the file is a folder, empty, a web page, a
-    git-lfs pointer, truncated, damaged, no such pickle, or asks for anything but the parts of a network.
+    Raises FileNotFoundError, or CheckpointError, in one sentence, when the file is damaged, no such pickle, or asks for
+    anything but the parts of a network.
     """
     path = require_file(path, "network pickle")
-    _require_pickle(path)
+    with open(path, "rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        raise CheckpointError(f"{path} is a PyTorch checkpoint, no network pickle: give it a name that ends with .pt")
+    if head[:1] != b"\x80":  # the opcode that every pickle since protocol 2 begins with
+        raise CheckpointError(f"{path} is not a pickle; expected a network pickle of NVIDIA's (.pkl)")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's on TypedStorage, the form that pickled tensors have
@@ -68,22 +72,12 @@ def read_networks(path) -> dict[str, Network]:
     except Exception as error:  # a damaged pickle can raise anything at all
         if refused := re.search(r"GLOBAL (\S+)", str(error)):  # torch's reader of the numbers of a tensor
             raise _refusal(path, refused[1]) from error
-        raise CheckpointError(
-            f"{path} is truncated, damaged or not one of NVIDIA's network pickles ({type(error).__name__}: "
-            f"{str(error)[:200]})"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        damaged = f"{path} is truncated, damaged or not one of NVIDIA's network pickles ({reason})"
+        raise CheckpointError(damaged) from error
     if not networks:
         raise CheckpointError(f"{path} holds none of the networks {', '.join(NETWORKS)}")
     return networks
-
-
-def _require_pickle(path: Path) -> None:
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head == b"PK\x03\x04":
-        raise CheckpointError(f"{path} is a PyTorch checkpoint, no network pickle: give it a name that ends with .pt")
-    if head[:1] != b"\x80":  # the opcode that every pickle since protocol 2 begins with
-        raise CheckpointError(f"{path} is not a pickle; expected a network pickle of NVIDIA's (.pkl)")
 
 
 # -- what the pickle's names stand for -----------------------------------------------------------------------------
@@ -156,10 +150,6 @@ def _tensor(storage, offset, size, stride, *rest):
     return _Tensor(storage.value.as_strided(size, stride, offset))  # checks the bounds; set_ would enlarge a storage
 
 
-def _parameter(data, *rest):
-    return data
-
-
 class _Call:
     """Object given to the pickle for a name: a function that it can call but not change."""
 
@@ -180,7 +170,7 @@ ALLOWED = {
     ("dnnlib.util", "EasyDict"): dict,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "set"): set,
-    ("torch._utils", "_rebuild_parameter"): _Call(_parameter),
+    ("torch._utils", "_rebuild_parameter"): _Call(lambda data, *rest: data),
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_tensor),
     ("torch.storage", "_load_from_bytes"): _Call(_storage),
     ("numpy", "dtype"): _Call(_DType),
@@ -193,10 +183,8 @@ for _numpy in ("numpy.core", "numpy._core"):  # before and since numpy 2
 
 
 def _refusal(path, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} asks for {name!r}, which is no part of a StyleGAN2 network of NVIDIA's; reading it could run code, so "
-        "it is refused"
-    )
+    foreign = f"{path} asks for {name!r}, which is no part of a StyleGAN2 network of NVIDIA's"
+    return CheckpointError(f"{foreign}; reading it could run code, so it is refused")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -210,10 +198,8 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if module == "dnnlib.tflib.network":
-            raise CheckpointError(
-                f"{self.path} is a pickle of the TensorFlow version of StyleGAN: legacy.py of NVlabs/stylegan3 turns "
-                "it into one that can be converted"
-            )
+            convert = "legacy.py of NVlabs/stylegan3 turns it into one that can be converted"
+            raise CheckpointError(f"{self.path} is a pickle of the TensorFlow version of StyleGAN: {convert}")
         raise _refusal(self.path, f"{module}.{name}")
 
 
@@ -222,14 +208,11 @@ class _Unpickler(pickle.Unpickler):
 
 def _collect(module: _Module, prefix: str, network: Network, depth: int = 0) -> None:
     """Enter `module` and all below it in `network`, under dotted names that begin with `prefix`."""
-    if depth > DEEPEST:
-        raise ValueError(f"more than {DEEPEST} modules within each other")
-    if len(network.layers) > MOST:
-        raise ValueError(f"more than {MOST} modules")
+    if depth > DEEPEST or len(network.layers) > MOST:
+        raise ValueError(f"more than {MOST} modules, or {DEEPEST} within each other")
     state = module.state
     plain = {name: value for name, value in state.items() if type(value) in PLAIN}
-    given = {name: state[name] for name in ("_init_args", "_init_kwargs") if name in state}
-    network.layers[prefix.removesuffix(".")] = Layer(module.kind, plain | given)
+    network.layers[prefix.removesuffix(".")] = Layer(module.kind, plain)
     for group in ("_parameters", "_buffers"):  # frozen layers (--freezed) keep their weights as buffers
         for name, value in state[group].items():
             if isinstance(value, _Tensor) and isinstance(value.value, torch.Tensor):

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from common.cli import UserError
-from common.distributed import Distributed
+from common.distributed import Distributed, broadcast_object
 from common.images import ImageError, fit_image, image_size, list_images, read_image
 from common.lmdb_store import BUILDING_FILE, DATA_FILE
+from common.workers import n_cores
 from dataset import MultiResolutionDataset
 from faces.align import read_alignment
 from faces.folder import AlignSettings, align_folder, list_photos, looks_aligned, require_faces
@@ -155,11 +156,10 @@ def open_faces(
     raw = {source_of[path]: path for path, aligned in chosen if not aligned}
     if not raw:
         return images
-    n_worker = max(1, (os.cpu_count() or 1) // dist.world_size)
-    settings = AlignSettings(size=size)
-    photos = align_folder(
-        dict(sorted(raw.items())), folder, settings, dist=dist, n_worker=n_worker, weights_dir=weights_dir
-    )
+    photos, raw = None, dict(sorted(raw.items()))
+    if dist.is_main:
+        photos = align_folder(raw, folder, AlignSettings(size=size), n_worker=n_cores(), weights_dir=weights_dir)
+    photos = broadcast_object(photos)
     crops = {photo.photo: [folder / "aligned" / f"{face.name}.png" for face in photo.faces] for photo in photos}
     faces = [face for path, aligned in chosen for face in ([path] if aligned else crops[source_of[path]])]
     if not faces:

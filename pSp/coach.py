@@ -265,7 +265,7 @@ class Coach:
                 left = (total - step) * (now - since) / (step - since_step)
                 run.log(step, "train", **metrics)
                 run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))
-                bar.note(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
+                bar.report(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
                 since, since_step = now, step
             if "val" in due:
                 metrics = self.validate_and_save(held_out, run, opts)

@@ -468,11 +468,12 @@ def seconds_after_the_error(command, cwd):
 
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]])
 def test_no_command_outlives_its_error_line(launcher, damaged_store, tiny_flags, root, tmp_path):
-    flags = ["--path", damaged_store, "--exp_name", tmp_path / "run", "--device", "cpu", "--batch", 4, "--workers", 2]
+    flags = ["--path", damaged_store, "--device", "cpu", "--batch", 4, "--workers", 2]
     command = [sys.executable, *launcher, root / "train.py", *flags, *tiny_flags, "--iter", 9]
     limit = 12 if launcher else 5  # the launcher itself looks after its processes every few seconds
-    for _ in range(3):  # a busy machine is given another chance; what waits for ever fails at each
-        seconds, status, said = seconds_after_the_error(list(map(str, command)), tmp_path)
+    for i in range(3):  # a busy machine is given another chance; what waits for ever fails at each
+        run = [*map(str, command), "--exp_name", str(tmp_path / f"run{i}")]
+        seconds, status, said = seconds_after_the_error(run, tmp_path)
         assert status == 1 and "is damaged" in said and ("Traceback" not in said or launcher), said
         if seconds < limit:
             break

@@ -165,14 +165,14 @@ def import_it(name):
     module = importlib.import_module(name)
     result = {"seconds": time.process_time() - start, "cuda": torch.cuda.is_initialized()}
     if name in scripts:
-        from common.cli import ArgumentParser, flags_without_help
+        from common.cli import ArgumentParser
         parser = module.build_parser()
         shown = [action for action in parser._actions if action.help != "==SUPPRESS=="]  # without hidden aliases
         flags = [flag for action in shown for flag in action.option_strings if flag.startswith("--")]
         both = [flag for flag in flags for other in (flag.replace("_", "-"), "--" + flag[2:].replace("-", "_"))
                 if parser._declared_spelling([other]) != [flag]]
         result |= {"main": list(inspect.signature(module.main).parameters), "flags": flags,
-                   "without_help": flags_without_help(parser), "misspelt": both,
+                   "without_help": [action.dest for action in shown if not action.help], "misspelt": both,
                    "ours": isinstance(parser, ArgumentParser) and not parser.allow_abbrev}
     return result
 

@@ -185,7 +185,7 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepB
     run.log(step, "Speed", **speed)
     shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
     wait, left = f"{speed['data_wait']:.1%}", format_duration(speed["eta_s"])
-    bar.note(step, f"{shown}, {speed['images_per_s']} img/s, data wait {wait}, left {left}")
+    bar.report(step, f"{shown}, {speed['images_per_s']} img/s, data wait {wait}, left {left}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import ArgumentParser, UsageError, UserError, flags_without_help, positive, positive_int, run
+from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run
 
 
 def build_parser():
@@ -44,7 +44,6 @@ def test_subcommands_accept_both_spellings():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("get").add_argument("--weights_dir")
     assert parser.parse_args(["get", "--weights-dir", "x"]).weights_dir == "x"
-    assert flags_without_help(parser) == ["get --weights_dir"]
 
 
 def test_no_abbreviations():
@@ -57,13 +56,6 @@ def test_help_keeps_lines_and_shows_defaults(capsys):
     assert "first line\nsecond line" in text
     assert "(default: test)" in text and "(default: -30.0)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
-
-
-def test_flags_without_help():
-    parser = build_parser()
-    assert flags_without_help(parser) == []
-    parser.add_argument_group("more").add_argument("--silent", "-s")
-    assert flags_without_help(parser) == ["--silent/-s"]
 
 
 def raiser(error):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common import files
 from common.cli import UserError
 from common.files import atomic_write, open_regular, read_json
 
@@ -199,11 +200,12 @@ def test_json_that_would_break_a_reader(tmp_path, text, message):
         read_json(path, SHAPE, what="result")
 
 
-def test_json_is_bounded(tmp_path):
+def test_json_is_bounded(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_bytes(b" " * (2 << 20) + b"{}")
+    monkeypatch.setattr(files, "MAX_JSON", 1 << 20)
     with pytest.raises(UserError, match="more than 1 MiB"):
-        read_json(path, {}, what="result", max_bytes=1 << 20)
+        read_json(path, {}, what="result")
     path.unlink()
     path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match="a device or a pipe"):

@@ -138,7 +138,7 @@ def test_step_bar_without_a_terminal(capsys):
     for main in (True, False):
         with StepBar(10, 2, main=main) as bar:
             bar.update()
-            bar.note(3, "d 1.000")
+            bar.report(3, "d 1.000")
     assert capsys.readouterr().err == "step 3 of 10: d 1.000\n"
 
 

@@ -9,7 +9,7 @@ from demo_app.editor import PhotoEditor, PhotoError, position_for, scale_alignme
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.targets import Reading, Target
 from faces.align import crop_aligned
-from faces.blend import blend_edit, edit_region, paste_edit
+from faces.paste import blend_edit, edit_region, paste_edit
 
 
 def test_no_edit_leaves_the_photo(editor, astronaut):

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 from PIL import Image, ImageCms, ImageFile
@@ -20,7 +18,7 @@ from common.images import read_image
 from common.lock import lock_folder
 from faces.align import Alignment, align, crop_aligned, read_alignment
 from faces.folder import choose_names, looks_aligned
-from faces.photo_file import save_like
+from faces.paste import save_like
 
 
 @pytest.fixture
@@ -153,36 +151,6 @@ def test_workers_change_nothing(tmp_path, astronaut):
     assert len(files) == 11
     for file in files:
         assert (tmp_path / "out1" / file).read_bytes() == (tmp_path / "out2" / file).read_bytes()
-
-
-@pytest.mark.slow
-def test_shards_under_torchrun_change_nothing(tmp_path, astronaut, root):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(5):
-        astronaut.resize((64 + i, 64 + i)).save(folder / f"{i}.png")
-    by_hand = {f"{i}.png": ((ASTRONAUT + 0.5) * (64 + i) / 512 - 0.5).tolist() for i in range(5)}
-    (tmp_path / "faces.json").write_text(json.dumps(by_hand), encoding="utf-8")
-    flags = ["--photos", str(folder), "--size", "64", "--n_worker", "1", "--landmarks", str(tmp_path / "faces.json")]
-    assert run(align_faces.main, align_faces.build_parser(), [*flags, "--output_dir", str(tmp_path / "alone")]) == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*launch, str(root / "align_faces.py"), *flags, "--output_dir", str(tmp_path / "two")],
-        env=environment,
-        check=True,
-        timeout=600,
-        capture_output=True,
-    )
-    for name in ("alignment.json", "report.csv", "aligned/4.png"):
-        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
-
-
-def test_the_older_launcher_is_understood():
-    """torch.distributed.launch passes --local-rank, before PyTorch 2 --local_rank."""
-    for flag in ("--local-rank=1", "--local_rank=1"):
-        args = align_faces.build_parser().parse_args(["--photos", "a", "--output_dir", "b", flag])
-        assert args.local_rank == 1
 
 
 def test_which_faces(tmp_path, astronaut, capsys):

@@ -12,6 +12,7 @@ from PIL import Image
 from points import ASTRONAUT, FRONTAL, difference, turned, wave, wave_photo
 
 import common.weights
+from common.cli import UserError
 from common.images import read_image
 from faces.align import (
     TEMPLATE,
@@ -22,11 +23,11 @@ from faces.align import (
     estimate_yaw,
     ffhq_quad,
     parse_landmarks,
-    paste_back,
     read_alignment,
     template_error,
     template_quad,
 )
+from faces.paste import paste_back
 
 # -- framing -------------------------------------------------------------------------------------------------------
 
@@ -359,11 +360,11 @@ def test_real_photos_against_their_twins(detector, real_faces):
 )
 def test_damaged_alignment_files_are_refused(tmp_path, content):
     (tmp_path / "alignment.json").write_text(content)
-    with pytest.raises(AlignError, match="alignment.json is no alignment.json of align_faces.py"):
+    with pytest.raises(UserError, match="alignment.json is no alignment.json of align_faces.py"):
         read_alignment(tmp_path / "alignment.json")
 
 
 def test_library_needs_no_opencv_to_crop_and_paste(root):
     """OpenCV is imported where a detector is built, not before."""
-    code = "import sys, align_faces, faces.align; sys.exit('cv2' in sys.modules)"
+    code = "import sys, faces.align, faces.paste; sys.exit('cv2' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(root), check=True, timeout=300)

@@ -10,7 +10,7 @@ import lmdb
 import pytest
 from preparing import ROOT, command, contents, noise
 
-import prepare_data
+from common import lmdb_build
 from common.lmdb_store import DatasetError
 from common.lock import lock_folder
 from dataset import MultiResolutionDataset
@@ -22,7 +22,7 @@ def test_up_to_date_ends_at_once(photos, tmp_path, monkeypatch, capsys):
     args = ["--out", tmp_path / "out", "--n_worker", 1, "--size", 8, photos]
     assert command(*args) == 0
     before = (tmp_path / "out" / "data.mdb").stat()
-    monkeypatch.setattr(prepare_data, "encode_all", None)  # must not be called
+    monkeypatch.setattr(lmdb_build, "encode_all", None)  # must not be called
     assert command(*args) == 0
     captured = capsys.readouterr()
     assert "up to date" in captured.err and captured.out.count("9 images") == 2
@@ -60,21 +60,23 @@ def test_another_tools_finished_and_unfinished_lmdb(photos, tmp_path, capsys):
 KILL = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import common.lmdb_store, prepare_data
+import prepare_data
+from common import lmdb_build
 from common.cli import run
-prepare_data.BATCH_FILES, prepare_data.CHUNK = 2, 1
+lmdb_build.BATCH_FILES, lmdb_build.CHUNK = 2, 1
 {patch}
 if __name__ == "__main__":
     sys.exit(run(prepare_data.main, prepare_data.build_parser(), sys.argv[1:]))
 """
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
-IN_A_WRITE = (
-    "put = common.lmdb_store.StoreWriter._put\n"
-    "def die(self, transaction, items):\n"
-    "    put(self, transaction, items)\n"
-    f"    if len(self.good) >= 4: {DIE}\n"
-    "common.lmdb_store.StoreWriter._put = die"
-)
+IN_A_WRITE = f"""
+put = lmdb_build.StoreWriter._put
+class Deadly(dict):
+    def items(self):
+        yield from super().items()
+        {DIE}
+lmdb_build.StoreWriter._put = lambda self, entries: put(self, Deadly(entries) if len(self.good) >= 4 else entries)
+"""
 PATCHES = {"inside the third transaction": IN_A_WRITE, "before the rename": f"os.replace = lambda *args: {DIE}"}
 
 

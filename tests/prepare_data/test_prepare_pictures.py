@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from preparing import command, contents, decoded, manifest, noise
 
-import prepare_data
+from common import lmdb_build
 from common.images import fit_image, read_image
 from common.lmdb_store import DatasetError, open_store
 from dataset import MultiResolutionDataset
@@ -36,7 +36,7 @@ def test_writes_every_picture_at_every_size_in_order(photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("spelling", [["--n_worker", "3"], ["--n-worker", "2"]])
 def test_workers_do_not_change_the_result(photos, tmp_path, monkeypatch, spelling):
-    monkeypatch.setattr(prepare_data, "CHUNK", 2)
+    monkeypatch.setattr(lmdb_build, "CHUNK", 2)
     (photos / "bad.png").write_text("no image")
     assert command("--out", tmp_path / "one", "--n_worker", 1, "--size", 8, "--path", photos, "--max_bad", 1) == 0
     assert command("--out", tmp_path / "many", *spelling, "--size", 8, "--path", photos, "--max-bad", 1) == 0

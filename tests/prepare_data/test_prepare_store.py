@@ -6,17 +6,16 @@ import sys
 import pytest
 from preparing import ROOT, command, contents
 
-import common.lmdb_store
-import prepare_data
-from common.lmdb_store import StoreWriter
+from common import lmdb_build
+from common.lmdb_build import StoreWriter
 from dataset import MultiResolutionDataset
 
 # -- the store -----------------------------------------------------------------------------------------------------
 
 
 def test_the_map_grows(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(common.lmdb_store, "FIRST_MAP_SIZE", 1 << 16)
-    monkeypatch.setattr(prepare_data, "BATCH_FILES", 2)
+    monkeypatch.setattr(lmdb_build, "FIRST_MAP_SIZE", 1 << 16)
+    monkeypatch.setattr(lmdb_build, "BATCH_FILES", 2)
     assert command("--out", tmp_path / "small", "--n_worker", 1, "--size", "64,96", photos) == 0
     monkeypatch.undo()
     assert command("--out", tmp_path / "large", "--n_worker", 1, "--size", "64,96", photos) == 0
@@ -34,7 +33,7 @@ def test_the_file_is_no_larger_than_its_content(photos, tmp_path):
 def test_a_full_disk_stops_early_in_one_sentence(tmp_path, monkeypatch, free, message):
     sources = [[f"{i}.png", 1, 1] for i in range(1000)]
     usage = type("usage", (), {"free": free})
-    monkeypatch.setattr(common.lmdb_store.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(lmdb_build.shutil, "disk_usage", lambda _: usage)
     with StoreWriter(tmp_path, {"sizes": [8]}, sources) as writer:
         with pytest.raises(OSError, match=f"{message}.*{tmp_path}"):
             for _ in range(2):
@@ -71,8 +70,8 @@ def test_runs_from_another_folder(photos, tmp_path):
     assert result.stdout.startswith("out: 9 images at 8 px")
 
 
-def test_starts_without_torch():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import prepare_data; sys.exit('torch' in sys.modules)"
+def test_workers_start_without_torch():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import common.lmdb_build; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)]).returncode == 0
 
 

@@ -10,15 +10,9 @@ import pytest
 import torch
 from generating import close, command, images_in, new_generator, seed_images
 
-import generate
 from common.checkpoint import save_checkpoint
-from common.cli import flags_without_help
 from common.export import export_ema
 from model import load_generator
-
-
-def test_every_flag_has_help():
-    assert not flags_without_help(generate.build_parser())
 
 
 @pytest.mark.parametrize(

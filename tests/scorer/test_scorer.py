@@ -19,7 +19,6 @@ from torch import nn
 import train_scorer
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, save_checkpoint, save_safetensors
 from common.cli import run
-from scorer import backends as other_scorers
 from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex
 from scorer.evaluation import accuracy_report, auc, balanced_accuracy, calibration_error, format_report, measure
 from scorer.interface import expected_age, resize
@@ -741,13 +740,6 @@ def test_evaluation_without_what_it_needs(planted, tmp_path, capsys):
     assert call("--evaluate", tmp_path / "faces", "--scorer", file, "--sizes", "big") == 2
     assert call("--out", tmp_path / "none", "--export", tmp_path / "e.safetensors") == 1
     assert "holds no checkpoint to export" in capsys.readouterr().err
-
-
-def test_every_flag_has_a_help_text():
-    from common.cli import flags_without_help
-
-    assert flags_without_help(train_scorer.build_parser()) == []
-    assert other_scorers.__doc__ and train_scorer.__doc__
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,245 @@
+"""Edited faces back into their photos, by the Alignment that was kept beside the crop (faces/align.py).
+
+    photo = paste_back(photo, edited, alignment)                  # the face itself, with a feathered border
+    photo = paste_edit(photo, edited, unedited, alignment)        # the change alone, blended by region
+    save_like(photo, "photos/alice.jpg", "edited/alice.jpg")      # format, alpha, EXIF, profile of the photo's file
+
+A plain difference keeps all that the inversion missed, so that an edit meets features of the photo that lie a few
+pixels beside those it was made for: a smile becomes a shadow, wrinkles lose half of their contrast. `blend_edit` takes
+the missed part of the photo in three bands: light (blurred over LIGHT of the side) is kept everywhere; structure, up to
+the generator's resolution, goes where the edit is strong; so does most of the detail beyond that resolution.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+from scipy import ndimage
+
+from common.cli import UserError
+from common.files import atomic_write
+from common.images import WHITE, list_images, open_image, read_image, reading_losses, to_pil
+from faces.align import AlignError, Alignment, crop_aligned, read_alignment, resample, to_bytes
+
+DETAILS = ("auto", "keep", "drop")
+STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
+
+LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
+SPREAD = 0.025  # of the side: radius of an edit's region
+WEAK, STRONG = 3.0, 12.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
+DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
+FEATHER = 0.05  # of the side: width of the soft border
+HEAD = (0.5, 0.52), (0.46, 0.5)  # centre and radii of the ellipse that edits stay in, of the side of an FFHQ frame
+FADE = 0.25  # of these radii: where an edit fades out
+
+KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
+ORIENTATION = 0x0112  # EXIF tag
+
+
+def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
+    """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
+
+    photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
+    any size. unedited: the same face before the edit, as the generator draws it: then only what the edit changed is
+    added, and all detail of the photo is kept. feather: width of the soft border, of the face's side. detail: of the
+    photo, finer than the crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone.
+    Pixels outside the frame are not touched. Raises AlignError for sizes that do not fit each other.
+    """
+    photo, face = to_pil(photo), to_pil(face)
+    if detail not in DETAILS:
+        raise ValueError(f"detail is one of {', '.join(DETAILS)}, not {detail!r}")
+    if face.width != face.height:
+        raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
+    _require_same_size(photo, alignment)
+    crop = crop_aligned(photo, alignment, face.width)
+    if unedited is not None:
+        unedited = to_pil(unedited)
+        if unedited.size != face.size:
+            raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
+        new, old, drawn = (np.asarray(image, np.int16) for image in (face, crop, unedited))
+        face, detail = Image.fromarray(to_bytes(old + new - drawn)), "keep"
+    mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
+    keep = _unchanged(face, crop) if detail == "auto" else np.full(mask.shape, float(detail == "keep"))
+    return _composite(photo, face, crop, mask, keep, alignment)
+
+
+def _require_same_size(photo, alignment) -> None:
+    if list(photo.size) != list(alignment.photo_size):
+        width, height = alignment.photo_size
+        found = f"{alignment.source or 'the photo'} has {photo.width}x{photo.height} pixels"
+        raise AlignError(f"{found}, but {width}x{height} when it was aligned")
+
+
+def _composite(photo, face, crop, mask, keep, alignment) -> Image.Image:
+    """photo + mask * (face - mix), where mix lies between the photo (keep 0) and its own crop (keep 1)."""
+    layers = [face, crop, *(Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in (mask, keep))]
+    side = max(1, round(alignment.side))
+    if face.width > side:  # no finer than the photo, else the mapping would alias
+        layers = [layer.resize((side, side), Image.Resampling.LANCZOS) for layer in layers]
+    quad = np.array(alignment.quad) + 0.5
+    low = np.clip(np.floor(quad.min(0)), 0, photo.size).astype(int)
+    high = np.clip(np.ceil(quad.max(0)), 0, photo.size).astype(int)
+    across, down = quad[3] - quad[0], quad[1] - quad[0]
+    inverse = np.linalg.inv(np.stack([across, down], axis=1)) * layers[0].width  # photo -> face pixels
+    photo = photo.copy()
+    band = max(1, 2**22 // max(1, high[0] - low[0]))  # rows at a time: memory stays bounded for any photo
+    for top in range(low[1], high[1], band):
+        box = int(low[0]), top, int(high[0]), int(min(top + band, high[1]))
+        size, shift = (box[2] - box[0], box[3] - box[1]), inverse @ (np.array(box[:2]) - quad[0])
+        mapping = (*inverse[0], shift[0], *inverse[1], shift[1])
+        new, old, weight, kept = (resample(layer, size, mapping) for layer in layers)
+        weight, kept = (np.clip(plane, 0, 1)[..., None] for plane in (weight, kept))
+        original = np.asarray(photo.crop(box), np.float32)
+        photo.paste(Image.fromarray(to_bytes(original + weight * (new - original - kept * (old - original)))), box[:2])
+    return photo
+
+
+def _smooth(ramp) -> np.ndarray:
+    """0 up to 0, 1 from 1, without a kink between."""
+    ramp = np.clip(ramp, 0, 1)
+    return ramp * ramp * (3 - 2 * ramp)
+
+
+def feather_mask(size, feather) -> np.ndarray:
+    """[size, size], 1 inside, falling smoothly to 0 at the border over `feather` of the side."""
+    at = (np.arange(size) + 0.5) / size
+    ramp = _smooth(np.minimum(at, 1 - at) / max(feather, 1e-9))
+    return np.outer(ramp, ramp)
+
+
+def _unchanged(face, crop) -> np.ndarray:
+    """[H, H]: 1 where the edit left the image's structure alone (a tint is no structure), towards 0 where not."""
+    change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)
+    blur = [0.02 * face.width] * 2 + [0]
+    spread = ndimage.gaussian_filter(np.square(change - ndimage.gaussian_filter(change, blur)), blur).mean(-1)
+    return np.exp(-spread / STRUCTURE_SCALE**2)
+
+
+# -- blending by region --------------------------------------------------------------------------------------------
+
+
+def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
+    """Share of the drawn face at each pixel, float32 [H, W] in 0..1. Images float32 [H, W, 3]."""
+    side = len(edited)
+    change = (edited - unedited).mean(-1)
+    change = change - ndimage.gaussian_filter(change, LIGHT * side)  # a tint is no structure
+    strength = np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
+    return _smooth((strength - WEAK) / (STRONG - WEAK))
+
+
+def head_mask(size: int) -> np.ndarray:
+    """Weight of an edit, float32 [size, size]: 1 on the face, 0 in the background of an aligned frame."""
+    (x, y), (width, height) = HEAD
+    at = (np.arange(size, dtype=np.float32) + 0.5) / size
+    radius = np.hypot((at[None] - x) / width, (at[:, None] - y) / height)
+    return (_smooth((1 - radius) / FADE) * feather_mask(size, FEATHER)).astype(np.float32)
+
+
+def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
+    """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face.
+
+    crop: [H, H, 3]; edited, unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8.
+    """
+    crop, edited, unedited = map(to_pil, (crop, edited, unedited))
+    before, after, photo = _resize(unedited, crop.width), _resize(edited, crop.width), np.asarray(crop, np.float32)
+    region = edit_region(after, before)[..., None]
+    coarse = _resize(crop.resize(edited.size, Image.Resampling.BOX), crop.width)  # of the generator's resolution
+    missed = coarse - before
+    light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])
+    kept = light + (1 - region) * (missed - light) + (1 - (1 - DETAIL) * region) * (photo - coarse)
+    return after + kept, region[..., 0]
+
+
+def paste_edit(photo: Image.Image, edited, unedited, alignment: Alignment) -> Image.Image:
+    """The photo, original size, with an edit of the face that `alignment` had cropped from it. See `blend_edit`.
+
+    Pixels outside the frame are not touched. Raises AlignError when the photo has another size than the aligned one.
+    """
+    _require_same_size(photo, alignment)
+    crop = crop_aligned(photo, alignment)
+    blended, region = blend_edit(crop, edited, unedited)
+    keep = 1 - (1 - DETAIL) * region  # of the detail finer than the crop
+    return _composite(photo, Image.fromarray(to_bytes(blended)), crop, head_mask(crop.width), keep, alignment)
+
+
+def _resize(image: Image.Image, size: int) -> np.ndarray:
+    """float32 [size, size, 3], bicubic, values beyond 0..255 kept."""
+    planes = [plane.convert("F").resize((size, size), Image.Resampling.BICUBIC) for plane in image.split()]
+    return np.stack([np.asarray(plane) for plane in planes], -1)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def save_like(image, photo, path) -> Path:
+    """Write `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else PNG is added to
+    the name), its alpha, its EXIF with the orientation set to upright, an sRGB profile if it had one, its resolution.
+    """
+    with open_image(photo) as original:
+        exif, info, has_alpha = original.getexif(), dict(original.info), original.has_transparency_data
+    if ORIENTATION in exif:
+        exif[ORIENTATION] = 1
+    encoder = Image.registered_extensions().get(path.suffix.lower())
+    if encoder not in KEPT_FORMATS:
+        path, encoder = path.with_name(path.name + ".png"), "PNG"
+    options = {"exif": exif.tobytes()} if len(exif) else {}
+    if info.get("icc_profile"):
+        options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if info.get("dpi"):
+        options["dpi"] = info["dpi"]
+    options |= {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "exact": True}}.get(encoder, {})
+    if has_alpha and encoder != "JPEG":
+        image = with_alpha(image, read_image(photo, background=None))
+    with atomic_write(path) as file:
+        image.save(file, encoder, **options)
+    return path
+
+
+def with_alpha(image, original) -> Image.Image:
+    """`image`, an edit of `original` (RGBA) as it looks on white, as RGBA that looks so on white: where nothing was
+    edited, the colours beneath the alpha are those of `original`."""
+    if original.mode != "RGBA":
+        return image
+    white = Image.new("RGBA", original.size, WHITE)
+    seen = np.asarray(Image.alpha_composite(white, original).convert("RGB"), np.float32)
+    colours, alpha = np.asarray(original, np.float32)[..., :3], np.asarray(original.getchannel("A"), np.float32) / 255
+    change = np.asarray(image, np.float32) - seen
+    change[np.abs(change) <= 1] = 0  # of rounding
+    result = Image.fromarray(to_bytes(colours + change / np.maximum(alpha, 1 / 255)[..., None]))
+    result.putalpha(original.getchannel("A"))
+    return result
+
+
+def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: Path, *, unedited=None, **options):
+    """Paste every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: a folder
+    with the same faces before the edit, under the same names; options: of `paste_back`.
+
+    Prints what was pasted and, one line each, what could not be. Raises UserError when nothing could.
+    """
+    from tqdm import tqdm
+
+    alignments, root = read_alignment(alignment_file), photos if photos.is_dir() else photos.parent
+    by_photo: dict[str, list] = {}
+    problems, notes, n_pasted, n_faces = [], [], 0, 0
+    for path in list_images(edited):
+        if path.stem in alignments:
+            by_photo.setdefault(alignments[path.stem].source, []).append((path, alignments[path.stem]))
+        else:
+            problems.append(f"{path}: no face called {path.stem} in {alignment_file}")
+    for source, faces in tqdm(sorted(by_photo.items()), desc="pasting", unit="photo", disable=None):
+        try:
+            result = read_image(root / source)
+            for path, alignment in faces:
+                before = read_image(unedited / path.relative_to(edited)) if unedited else None
+                result = paste_back(result, read_image(path), alignment, unedited=before, **options)
+            saved = save_like(result, root / source, output_dir / source)
+            notes += [f"{saved} has {loss} of {root / source}" for loss in reading_losses(root / source)]
+            n_pasted, n_faces = n_pasted + 1, n_faces + len(faces)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(f"{root / source}: {error}")
+    for line in [f"left out: {problem}" for problem in problems] + [f"note: {note}" for note in notes]:
+        print(line, file=sys.stderr)
+    if n_pasted == 0:
+        raise UserError(f"no face of {edited} could be pasted into a photo of {photos} ({len(problems)} left out)")
+    print(f"{n_faces} faces pasted into {n_pasted} photos, {len(problems)} left out: {output_dir}")
