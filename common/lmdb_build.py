@@ -67,7 +67,12 @@ def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 
         writer.write(batch)
         skipped = csv_text([("path", "reason"), *writer.skipped])
         write_text(out / "skipped.csv", skipped, errors="surrogateescape")
-        _refuse_bad(path, len(writer.skipped), len(files), max_bad, out / "skipped.csv")
+        n_bad, n_all, listed = len(writer.skipped), len(files), f"they are listed in {out / 'skipped.csv'}"
+        if n_bad == n_all:
+            raise UserError(f"none of the {n_all} image files in {path} can be read: {listed}")
+        if n_bad > (max_bad * n_all if isinstance(max_bad, float) else max_bad):
+            bad = f"{n_bad} of {n_all} image files in {path} cannot be read, more than --max_bad {max_bad} allows"
+            raise UserError(f"{bad}: {listed}; repair or remove them, or allow more")
         return writer.finish(pillow=PIL.__version__)
 
 
@@ -85,10 +90,8 @@ def _digest(sources: list[list]) -> str:
 
 
 def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
-    """The manifest of `out` if it is what these settings would make of these files; None if there is none yet.
-
-    Raises UserError if it is a finished store of something else.
-    """
+    """The manifest of `out` if it is what these settings would make of these files; None if there is none yet. Raises
+    UserError if it is a finished store of something else."""
     try:
         store = open_store(out)
     except DatasetError:
@@ -105,19 +108,6 @@ def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
     else:
         change = "from other files" if manifest else "by another tool"
     raise UserError(f"{out} is a finished LMDB made {change}: choose another --out, or replace it with --overwrite")
-
-
-def _refuse_bad(path: Path, n_bad: int, n_all: int, max_bad: int | float, listed: Path) -> None:
-    if n_bad == n_all:
-        raise UserError(f"none of the {n_all} image files in {path} can be read: they are listed in {listed}")
-    if n_bad > (max_bad * n_all if isinstance(max_bad, float) else max_bad):
-        raise UserError(
-            f"{n_bad} of {n_all} image files in {path} cannot be read, more than --max_bad {max_bad} allows: they are "
-            f"listed in {listed}; repair or remove them, or allow more"
-        )
-
-
-# -- encoding ------------------------------------------------------------------------------------------------------
 
 
 def encode_all(paths: list[Path], settings: dict, n_worker: int):
@@ -176,9 +166,6 @@ def _encode_compat(path: Path, settings: dict) -> tuple[list[bytes], tuple[int, 
         crop = resized.crop((left, top, left + size, top + size))
         encoded.append(_encode(crop, "jpeg", quality=settings["quality"]))
     return encoded, (width, height)
-
-
-# -- writing -------------------------------------------------------------------------------------------------------
 
 
 class StoreWriter:

@@ -5,6 +5,7 @@ RUN/log.jsonl         one JSON object per line: {"step", "time" (seconds since 1
 RUN/{sample,similarity,checkpoint,tensorboard_log}/
 """
 
+import contextlib
 import json
 import math
 import os

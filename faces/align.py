@@ -144,10 +144,8 @@ def template_quad(landmarks) -> np.ndarray:
 
 
 def estimate_yaw(landmarks) -> float:
-    """Degrees by which the head is turned, from how far the nose leaves the line from eyes to mouth; +-10 or so.
-
-    Positive: towards the right of the image.
-    """
+    """Degrees by which the head is turned to the right of the image, from how far the nose leaves the line from eyes to
+    mouth; +-10 or so."""
     right_eye, left_eye, nose, right_mouth, left_mouth = np.asarray(landmarks, np.float64)
     eyes, across = (right_eye + left_eye) / 2, left_eye - right_eye
     down = (right_mouth + left_mouth) / 2 - eyes
@@ -171,9 +169,9 @@ FRAMINGS = {"ffhq": ffhq_quad, "template": template_quad}
 def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **info) -> Alignment:
     """The Alignment of one face. photo: PIL image; landmarks [5, 2]; info: score, box, name, source.
 
-    framing: ffhq (the published formula) or template (least squares to the mean face, as the development data were
-    made). A square photo whose template_error is at most aligned_tolerance is taken as it is (0: never). Raises
-    AlignError for landmarks that frame nothing, or something far from the photo.
+    framing: ffhq (the published formula) or template (least squares to the mean face). A square photo whose
+    template_error is at most aligned_tolerance is taken as it is (0: never). Raises AlignError for landmarks that frame
+    nothing, or something far from the photo.
     """
     if framing not in FRAMINGS:
         raise ValueError(f"framing is one of {', '.join(FRAMINGS)}, not {framing!r}")

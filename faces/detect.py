@@ -17,7 +17,7 @@ GREY = (128, 128, 128)  # beyond the borders of a photo
 
 
 class DetectorError(ValueError):
-    """The detector cannot be built, or cannot take a photo; the message is one sentence."""
+    """The detector cannot be built, or cannot take a photo."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import atomic_write, open_regular, parse_json, read_json, write_text
+from common.files import atomic_write, check_shape, open_regular, parse_json, read_json, write_text
 from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
 from common.tables import csv_text
@@ -86,9 +86,6 @@ class PhotoRecord:
     faces: list[Alignment] = field(default_factory=list)
 
 
-# -- one photo -----------------------------------------------------------------------------------------------------
-
-
 @functools.lru_cache(maxsize=1)
 def _detector(weights_dir, score_threshold):
     return FaceDetector(weights_dir, score_threshold=score_threshold)
@@ -115,7 +112,7 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
             faces = [(f.landmarks, {"box": [round(v, 2) for v in f.box], "score": round(f.score, 4)}) for f in seen]
         if not faces:
             return record, []
-        chosen, notes = _choose(faces, settings)
+        chosen, notes = _choose(faces, settings.faces, settings.max_yaw)
         alignments, crops = [], []
         for i, (points, info) in enumerate(chosen):
             info |= {"name": task.name if len(chosen) == 1 else f"{task.name}_face{i}", "source": task.source}
@@ -145,19 +142,19 @@ def _given_faces(task: PhotoTask) -> list[tuple] | None:
     return [(points, {}) for points in parse_landmarks(value, where)]
 
 
-def _choose(faces, settings):
+def _choose(faces, which, max_yaw):
     """The faces to align and, in words, what was left out. faces: (landmarks, info), largest first."""
     notes, chosen = [], faces
-    if settings.faces != "all":
-        index = 0 if settings.faces == "largest" else int(settings.faces)
+    if which != "all":
+        index = 0 if which == "largest" else int(which)
         chosen = faces[index : index + 1]
         if not chosen:
             notes.append(f"there is no face {index}, only {len(faces)}")
         elif len(faces) > 1:
             notes.append(f"{len(faces)} faces, {'the largest' if index == 0 else f'number {index}'} taken")
-    kept = [(points, info) for points, info in chosen if abs(estimate_yaw(points)) <= settings.max_yaw]
+    kept = [(points, info) for points, info in chosen if abs(estimate_yaw(points)) <= max_yaw]
     if len(kept) < len(chosen):
-        notes.append(f"{len(chosen) - len(kept)} turned by more than {settings.max_yaw:g} degrees")
+        notes.append(f"{len(chosen) - len(kept)} turned by more than {max_yaw:g} degrees")
     return kept, notes
 
 
@@ -182,9 +179,6 @@ def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> b
     except (ImageError, OSError, DetectorError):
         return None
     return template_error(faces[0].landmarks, image.size) <= tolerance if faces else None
-
-
-# -- a folder ------------------------------------------------------------------------------------------------------
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
@@ -282,45 +276,36 @@ def choose_names(sources, taken) -> dict[str, str]:
     return names
 
 
-# -- records -------------------------------------------------------------------------------------------------------
-
-
 def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
     """{photo: record} of earlier runs with these settings: alignment.json, and the journals of a killed run."""
     header = {"settings": asdict(settings), "version": VERSION}
-    entries = []
-    final = output_dir / "alignment.json"
-    if final.is_file():
-        try:
+    records, final = {}, output_dir / "alignment.json"
+    try:
+        if final.is_file():
             state = read_json(final, {"version": int, "settings": {str: object}}, what="alignment.json")
             if header == {name: state[name] for name in header}:
-                shape = {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]}
-                state = read_json(final, shape, what="alignment.json")
-                faces = {face["name"]: face for face in state["faces"]}
-                entries = [row | {"faces": [faces[name] for name in row["faces"]]} for row in state["photos"]]
-            records = [_record(entry) for entry in entries]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{final} is damaged ({error}): delete it, or use --overwrite") from error
-    else:
-        records = []
+                check_shape(state, {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]})
+                faces = {face["name"]: alignment_of(face) for face in state["faces"]}
+                for row in state["photos"]:
+                    records[row["photo"]] = PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{final} is damaged ({error}): delete it, or use --overwrite") from error
     for journal in sorted(output_dir.glob(".alignment-*.jsonl")):
         same = False
         with open_regular(journal) as file:
-            for line in file:
-                try:
-                    entry = parse_json(line, {}, source=journal, what="journal")
-                    if "settings" in entry:
-                        same = entry == header
-                    elif same:
-                        entry = parse_json(line, RECORD | {"faces": [FACE]}, source=journal, what="journal")
-                        records.append(_record(entry))
-                except (ValueError, TypeError):
-                    continue  # the line that a kill tore, or an empty one
-    return {record.photo: record for record in records}
-
-
-def _record(entry: dict) -> PhotoRecord:
-    return PhotoRecord(**entry | {"faces": [alignment_of(face) for face in entry["faces"]]})
+            lines = file.readlines()
+        for line in lines:
+            try:
+                entry = parse_json(line, {}, source=journal, what="journal")
+                if "settings" in entry:
+                    same = entry == header
+                elif same:
+                    check_shape(entry, RECORD | {"faces": [FACE]})
+                    faces = [alignment_of(face) for face in entry["faces"]]
+                    records[entry["photo"]] = PhotoRecord(**entry | {"faces": faces})
+            except (ValueError, TypeError):
+                continue  # the line that a kill tore, or an empty one
+    return records
 
 
 def _write_results(output_dir, settings, records) -> None:

@@ -1,9 +1,9 @@
 """Reads the network pickles of NVlabs/stylegan2-ada-pytorch and NVlabs/stylegan3 without running anything in them.
 
 Such a `.pkl` is a plain pickle of {"G", "D", "G_ema", ...}. Each module in it is a call of
-`torch_utils.persistence._reconstruct_persistent_obj` on a dictionary of its class name, its attributes and its Python
-source, which NVIDIA's own reader executes. Here that call only keeps class name and attributes, the source is dropped,
-and the few other names that such a pickle may ask for are stand-ins as well; every name beyond them is refused.
+`torch_utils.persistence._reconstruct_persistent_obj` on its class name, attributes and Python source, which NVIDIA's
+own reader executes. Here that call keeps class name and attributes, the few other names that such a pickle may ask for
+are replaced as well, and every name beyond them is refused.
 
     networks = read_networks("ffhq.pkl")
     networks["G_ema"].tensors["synthesis.b4.const"].shape        # [512, 4, 4]
@@ -80,9 +80,6 @@ def read_networks(path) -> dict[str, Network]:
     return networks
 
 
-# -- what the pickle's names stand for -----------------------------------------------------------------------------
-
-
 class _Module:
     """A persistent object as it lies in the file: nothing of its class exists here."""
 
@@ -118,8 +115,7 @@ class _Array:
     def __init__(self, *content):
         pass
 
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 def _number(dtype, data):
@@ -201,9 +197,6 @@ class _Unpickler(pickle.Unpickler):
             convert = "legacy.py of NVlabs/stylegan3 turns it into one that can be converted"
             raise CheckpointError(f"{self.path} is a pickle of the TensorFlow version of StyleGAN: {convert}")
         raise _refusal(self.path, f"{module}.{name}")
-
-
-# -- modules within modules ----------------------------------------------------------------------------------------
 
 
 def _collect(module: _Module, prefix: str, network: Network, depth: int = 0) -> None:

@@ -121,7 +121,7 @@ def test_no_latents(tmp_path):
         ({"alignment": [None] * 4}, "but 4 in alignment"),
         ({"noise": [np.zeros((1, 1, 4, 4))]}, "but 1 in noise"),
         ({"space": "z"}, "expected one of w, w"),
-        ({"space": "w"}, "repeat one code"),
+        ({"space": "w"}, "repeat one vector"),
         ({"size": 64}, r"expected \[N, 10, D\] for image size 64"),
         ({"latents": torch.zeros(3, 16)}, r"shape \[3, 16\]"),
         ({"latents": torch.full((3, 8, 16), torch.nan)}, "latent 0 has values that are not finite"),
