@@ -33,10 +33,16 @@ def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
     holder = {"what": what, "pid": pid, "start": process_start(pid), "host": platform.node()}
     holder["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
     ended = threading.Event()
+
+    def keep_fresh():
+        while not ended.wait(TOUCH_EVERY):
+            with contextlib.suppress(OSError):
+                os.utime(lock)
+
     try:
         lock.write_text(json.dumps(holder), encoding="utf-8")
         _require_alone(folder, lock)
-        threading.Thread(target=_keep_fresh, args=(lock, ended), daemon=True).start()
+        threading.Thread(target=keep_fresh, daemon=True).start()
         yield
     finally:
         ended.set()
@@ -91,9 +97,3 @@ def _live_writers(folder: Path, lock: Path) -> list[tuple[Path, dict]]:
             else:
                 path.unlink()
     return others
-
-
-def _keep_fresh(lock: Path, ended: threading.Event) -> None:
-    while not ended.wait(TOUCH_EVERY):
-        with contextlib.suppress(OSError):
-            os.utime(lock)

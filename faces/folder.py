@@ -4,8 +4,8 @@
     align_folder(photos, Path("my-faces"), AlignSettings(size=256), n_worker=8)
 
 OUT/aligned/NAME.png; OUT/alignment.json: {"version", "settings", "faces": [Alignment as a dict], "photos": [{"photo",
-"name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}; OUT/report.csv: the same for people. While a run
-is under way its records stand in OUT/.alignment-0.jsonl, one line per photo, from which a killed run continues.
+"name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}, also written while a run is under way, so that a
+killed one continues; OUT/report.csv: the same for people.
 """
 
 import functools
@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import atomic_write, check_shape, open_regular, parse_json, read_json, write_text
+from common.files import atomic_write, check_shape, read_json, write_text
 from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
 from common.tables import csv_text
@@ -41,6 +42,7 @@ from faces.detect import DetectorError, FaceDetector
 
 VERSION = 1
 REPORT = ("photo", "outcome", "faces_found", "faces_aligned", "names", "score", "yaw", "note")
+SAVE_EVERY = 30.0  # seconds
 PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
 PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 TIGHT_NOTE = "cut too tightly"
@@ -131,14 +133,13 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
 
 def _given_faces(task: PhotoTask) -> list[tuple] | None:
     """Faces given by hand: in the --landmarks file, or in a JSON file beside the photo with an entry "landmarks"."""
-    value, where = task.landmarks, f"--landmarks, {task.source}"
-    if value is None:
-        where = task.path.with_suffix(".json")
-        if not where.is_file():
-            return None
-        value = read_json(where, object, what="file of landmarks")
+    value, where, beside = task.landmarks, f"--landmarks, {task.source}", task.path.with_suffix(".json")
+    if value is None and beside.is_file():
+        value, where = read_json(beside, object, what="file of landmarks"), beside
         if isinstance(value, dict) and "landmarks" not in value:
             return None  # some other program's
+    elif value is None:
+        return None
     return [(points, {}) for points in parse_landmarks(value, where)]
 
 
@@ -219,20 +220,21 @@ def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, ov
         crops = [output_dir / "aligned" / f"{face.name}.png" for face in getattr(records[source], "faces", ())]
         if getattr(records[source], "stamp", None) != task.stamp or not all(crop.is_file() for crop in crops):
             todo.append(task)
-    journal = output_dir / ".alignment-0.jsonl"
-    journal.parent.mkdir(parents=True, exist_ok=True)
+    saved, done = time.monotonic(), 0
     results = map_ordered(align_photo, todo, min(n_worker, -(-len(todo) // PHOTOS_PER_WORKER)))
-    with open(journal, "a", encoding="utf-8") as log:
-        # The empty line ends one that a kill may have torn
-        log.write("\n" + json.dumps({"settings": asdict(settings), "version": VERSION}) + "\n")
+    try:
         for record, crops in tqdm(results, total=len(todo), desc="aligning", unit="photo", disable=None):
             for name, png in crops:
                 with atomic_write(output_dir / "aligned" / f"{name}.png") as file:
                     file.write(png)
-            records[record.photo] = record
-            log.write(json.dumps(asdict(record)) + "\n")
-            log.flush()
-    _write_results(output_dir, settings, list(records.values()))
+            records[record.photo], done = record, done + 1
+            if time.monotonic() - saved > SAVE_EVERY:
+                _write_records(output_dir, settings, records)
+                saved = time.monotonic()
+    finally:
+        if done or not todo:  # what a run that ends here has done
+            _write_records(output_dir, settings, records)
+    _report(output_dir, records.values())
     return list(records.values())
 
 
@@ -277,55 +279,41 @@ def choose_names(sources, taken) -> dict[str, str]:
 
 
 def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
-    """{photo: record} of earlier runs with these settings: alignment.json, and the journals of a killed run."""
-    header = {"settings": asdict(settings), "version": VERSION}
-    records, final = {}, output_dir / "alignment.json"
+    """{photo: record} of earlier runs with these settings, finished or not: what their alignment.json says."""
+    records, file = {}, output_dir / "alignment.json"
     try:
-        if final.is_file():
-            state = read_json(final, {"version": int, "settings": {str: object}}, what="alignment.json")
-            if header == {name: state[name] for name in header}:
+        if file.is_file():
+            state = read_json(file, {"version": int, "settings": {str: object}}, what="alignment.json")
+            if (state["version"], state["settings"]) == (VERSION, asdict(settings)):
                 check_shape(state, {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]})
                 faces = {face["name"]: alignment_of(face) for face in state["faces"]}
                 for row in state["photos"]:
                     records[row["photo"]] = PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{final} is damaged ({error}): delete it, or use --overwrite") from error
-    for journal in sorted(output_dir.glob(".alignment-*.jsonl")):
-        same = False
-        with open_regular(journal) as file:
-            lines = file.readlines()
-        for line in lines:
-            try:
-                entry = parse_json(line, {}, source=journal, what="journal")
-                if "settings" in entry:
-                    same = entry == header
-                elif same:
-                    check_shape(entry, RECORD | {"faces": [FACE]})
-                    faces = [alignment_of(face) for face in entry["faces"]]
-                    records[entry["photo"]] = PhotoRecord(**entry | {"faces": faces})
-            except (ValueError, TypeError):
-                continue  # the line that a kill tore, or an empty one
+        raise UserError(f"{file} is damaged ({error}): delete it, or use --overwrite") from error
     return records
 
 
-def _write_results(output_dir, settings, records) -> None:
-    faces = [face.to_dict() for record in records for face in record.faces]
-    photos = [{**vars(record), "faces": [face.name for face in record.faces]} for record in records]
+def _write_records(output_dir, settings, records) -> None:
+    known = [record for record in records.values() if record is not None]
+    faces = [face.to_dict() for record in known for face in record.faces]
+    photos = [{**vars(record), "faces": [face.name for face in record.faces]} for record in known]
     state = {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos}
     write_json(output_dir / "alignment.json", state)
-    rows = [REPORT]
+
+
+def _report(output_dir, records) -> None:
+    rows, listed = [REPORT], set()
     for record in records:
-        names = " | ".join(face.name for face in record.faces)
+        names = [face.name for face in record.faces]
         scores = " ".join(f"{face.score:.2f}" for face in record.faces if face.score is not None)
         yaws = " ".join(f"{face.yaw:.0f}" for face in record.faces)
         outcome = (record.photo, record.outcome, record.faces_found, len(record.faces))
-        rows.append((*outcome, names, scores, yaws, record.note))
+        rows.append((*outcome, " | ".join(names), scores, yaws, record.note))
+        listed |= set(names)
     # The mark lets spreadsheets read UTF-8; a name may hold bytes that are none
     write_text(output_dir / "report.csv", csv_text(rows), "utf-8-sig", "surrogateescape")
-    listed = {face["name"] for face in faces}
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
         strangers = f"{len(others)} images in {output_dir / 'aligned'} are of no photo of this run"
         print(f"note: {strangers}, the first is {others[0]}; they are not in alignment.json", file=sys.stderr)
-    for journal in output_dir.glob(".alignment-*.jsonl"):
-        journal.unlink()

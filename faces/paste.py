@@ -60,7 +60,12 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="au
         new, old, drawn = (np.asarray(image, np.int16) for image in (face, crop, unedited))
         face, detail = Image.fromarray(to_bytes(old + new - drawn)), "keep"
     mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
-    keep = _unchanged(face, crop) if detail == "auto" else np.full(mask.shape, float(detail == "keep"))
+    keep = np.full(mask.shape, float(detail == "keep"))
+    if detail == "auto":  # 1 where the edit left the image's structure alone (a tint is no structure)
+        change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)
+        blur = [0.02 * face.width] * 2 + [0]
+        spread = ndimage.gaussian_filter(np.square(change - ndimage.gaussian_filter(change, blur)), blur).mean(-1)
+        keep = np.exp(-spread / STRUCTURE_SCALE**2)
     return _composite(photo, face, crop, mask, keep, alignment)
 
 
@@ -106,17 +111,6 @@ def feather_mask(size, feather) -> np.ndarray:
     at = (np.arange(size) + 0.5) / size
     ramp = _smooth(np.minimum(at, 1 - at) / max(feather, 1e-9))
     return np.outer(ramp, ramp)
-
-
-def _unchanged(face, crop) -> np.ndarray:
-    """[H, H]: 1 where the edit left the image's structure alone (a tint is no structure), towards 0 where not."""
-    change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)
-    blur = [0.02 * face.width] * 2 + [0]
-    spread = ndimage.gaussian_filter(np.square(change - ndimage.gaussian_filter(change, blur)), blur).mean(-1)
-    return np.exp(-spread / STRUCTURE_SCALE**2)
-
-
-# -- blending by region --------------------------------------------------------------------------------------------
 
 
 def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
@@ -167,9 +161,6 @@ def _resize(image: Image.Image, size: int) -> np.ndarray:
     """float32 [size, size, 3], bicubic, values beyond 0..255 kept."""
     planes = [plane.convert("F").resize((size, size), Image.Resampling.BICUBIC) for plane in image.split()]
     return np.stack([np.asarray(plane) for plane in planes], -1)
-
-
-# -- files ---------------------------------------------------------------------------------------------------------
 
 
 def save_like(image, photo, path) -> Path:

@@ -447,7 +447,7 @@ def damaged_store(tmp_path_factory):
 
 
 def seconds_after_the_error(command, cwd):
-    """How long a command lives after its `error:` line, its status and all it printed on stderr."""
+    """Seconds that a command lives after its `error:` line, its status and all it printed on stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

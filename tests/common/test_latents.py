@@ -211,7 +211,7 @@ def test_one_face_saved_alone(tmp_path):
 
 
 def rosinality_projection(latents, noise=(4, 8, 8)):
-    """As its projector.py saves it."""
+    """A projection as rosinality's projector.py saves it."""
     draw = torch.Generator().manual_seed(2)
     return {
         f"faces/people/ü {i}.jpg": {

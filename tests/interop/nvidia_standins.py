@@ -131,7 +131,7 @@ def drawing(seed=0):
 
 
 def snapshot(draw=None, **networks):
-    """What NVIDIA's training loop pickles."""
+    """Content of a pickle of NVIDIA's training loop."""
     draw = draw or drawing()
     made = {"G": new_nvidia_generator(draw), "D": new_nvidia_discriminator(draw), "G_ema": new_nvidia_generator(draw)}
     settings = sys.modules["dnnlib.util"].EasyDict(path="ffhq.zip", use_labels=False, resolution=16)

@@ -274,7 +274,7 @@ def test_files_that_are_no_network_pickle(content, tmp_path):
 
 
 def test_allowed_names_are_out_of_the_pickles_reach():
-    """What find_class hands out must not be changeable by the pickle: types of C, or our sealed callables."""
+    """Objects that find_class hands out must not be changeable by the pickle: types of C, or our sealed callables."""
     for value in ALLOWED.values():
         with pytest.raises((TypeError, AttributeError)):
             value.wpp_test = 1
