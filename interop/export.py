@@ -15,7 +15,7 @@ from common.cli import UserError
 from common.export import export_discriminator, export_ema
 from common.files import read_json
 from common.images import save_image, to_uint8
-from interop.nvidia import differences, discriminator_tensors, generator_tensors, mean_latent
+from interop.nvidia import differences, discriminator_tensors, generator_tensors
 from interop.nvidia_pickle import read_networks
 from model import Discriminator, Generator, GeneratorConfig, load_generator, read_generator
 
@@ -59,8 +59,8 @@ def _read_pickle(path: Path, ema_only: bool) -> tuple[dict, list[str]]:
     notes = [f"G_ema: {note}" for note in differences(average)]
     if ema_only:
         return state, notes
-    if (mean := mean_latent(average)) is not None:
-        state["latent_avg"] = mean
+    if (mean := average.tensors.get("mapping.w_avg")) is not None:  # [w_dim], where NVIDIA truncates towards
+        state["latent_avg"] = mean.float().clone()
     if "G" in networks:
         state["g"], _ = generator_tensors(networks["G"], f"{path}: G")
     if "D" in networks:

@@ -4,10 +4,6 @@ Both sides keep weights at unit variance and scale them at run time, share the g
 upsampled RGB first and transpose, not flip, the kernel of an up-convolution: every tensor is taken over as it is, under
 another name and with axes of length 1 where ours has them. What ours cannot compute (labels, other architectures, other
 filters) is refused in words; what it computes in another way (clamping, groups of the minibatch statistic) is said.
-
-    networks = read_networks("ffhq.pkl")
-    state, config = generator_tensors(networks["G_ema"], "ffhq.pkl: G_ema")
-    Generator(config).load_state_dict(state)
 """
 
 import re
@@ -103,12 +99,6 @@ def discriminator_tensors(network: Network, config: GeneratorConfig, source: str
         raise CheckpointError(f"{other}; convert to .safetensors, which holds the generator alone")
     _require_linear_gains(network, [], source)
     return _complete(Discriminator(config), _rename(network, discriminator_names(size), source), source)
-
-
-def mean_latent(network: Network) -> torch.Tensor | None:
-    """w_avg [w_dim], the running mean of w that NVIDIA truncates towards; None where it was not tracked."""
-    mean = network.tensors.get("mapping.w_avg")
-    return None if mean is None else mean.float().clone()
 
 
 def _rename(network: Network, names: dict[str, str], source: str) -> dict[str, torch.Tensor]:

@@ -5,9 +5,7 @@ Such a `.pkl` is a plain pickle of {"G", "D", "G_ema", ...}. Each module in it i
 own reader executes. Here that call keeps class name and attributes, the few other names that such a pickle may ask for
 are replaced as well, and every name beyond them is refused.
 
-    networks = read_networks("ffhq.pkl")
-    networks["G_ema"].tensors["synthesis.b4.const"].shape        # [512, 4, 4]
-    networks["G_ema"].layers["synthesis.b4"].values["architecture"]
+    read_networks("ffhq.pkl")["G_ema"].tensors["synthesis.b4.const"].shape        # [512, 4, 4]
 """
 
 import io

@@ -23,7 +23,7 @@ from common.lmdb_store import DatasetError, open_store, sizes_present
 from dataset import FolderDataset, InfiniteSampler, MultiResolutionDataset, data_loader, open_dataset
 
 
-def picture(index, size):
+def flat_image(index, size):
     """Flat colour that tells the index."""
     return Image.new("RGB", (size, size), (index, 2 * index, size))
 
@@ -46,7 +46,7 @@ def write_lmdb(folder, items, length=None):
 
 
 def rosinality_items(n=7, sizes=(8, 16)):
-    return {f"{size}-{i:05d}": encode(picture(i, size), "JPEG", quality=100) for i in range(n) for size in sizes}
+    return {f"{size}-{i:05d}": encode(flat_image(i, size), "JPEG", quality=100) for i in range(n) for size in sizes}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_transform_gets_the_uint8_tensor(store, face_folder):
 
 
 def test_more_than_99999_items_and_grey_ones(tmp_path):
-    items = {"8-00000": encode(Image.new("L", (8, 8), 9)), "8-100000": encode(picture(1, 8))}
+    items = {"8-00000": encode(Image.new("L", (8, 8), 9)), "8-100000": encode(flat_image(1, 8))}
     with pytest.raises(DatasetError, match="lacks the item 8-"):
         open_dataset(write_lmdb(tmp_path / "holes", items, 100001), 8)
     data = open_dataset(write_lmdb(tmp_path / "grey", {"8-00000": items["8-00000"]}, 1), 8)
@@ -98,7 +98,7 @@ def test_absent_path(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "words"), [("face.JPG", "pass the folder"), ("faces.zip", "unpack it")])
-def test_a_single_picture_or_archive(tmp_path, name, words):
+def test_a_single_image_or_archive(tmp_path, name, words):
     (tmp_path / name).write_bytes(b"PK")
     message = refused(tmp_path / name)
     assert words in message and "--out" not in message, "no advice that would overwrite the file"
@@ -151,13 +151,13 @@ def test_undecodable_items(tmp_path):
 
 
 def test_item_of_another_size(tmp_path):
-    items = {f"8-{i:05d}": encode(picture(i, 16)) for i in range(3)}
+    items = {f"8-{i:05d}": encode(flat_image(i, 16)) for i in range(3)}
     assert "16x16 pixels, not 8x8" in refused(write_lmdb(tmp_path / "a.lmdb", items, 3))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_found_later_is_one_sentence_and_no_other_image(tmp_path, workers):
-    items = {f"8-{i:05d}": encode(picture(i, 8)) for i in range(40)}
+    items = {f"8-{i:05d}": encode(flat_image(i, 8)) for i in range(40)}
     data = open_dataset(write_lmdb(tmp_path / "a.lmdb", items, 40), 8)
     with lmdb.open(str(tmp_path / "b.lmdb"), map_size=1 << 24) as env, env.begin(write=True) as transaction:
         for key, value in {**items, "8-00020": items["8-00020"][:40], "length": b"40"}.items():
@@ -181,7 +181,7 @@ def test_folder(tmp_path):
     for i in range(5):
         path = tmp_path / f"{i % 2}" / f"ü 中文 {i}.png"
         path.parent.mkdir(exist_ok=True)
-        picture(i, 20).save(path)
+        flat_image(i, 20).save(path)
     data = open_dataset(tmp_path, 8)
     assert isinstance(data, FolderDataset) and len(data) == 5 and not data.skipped
     assert data.names == [f"0/ü 中文 {i}.png" for i in (0, 2, 4)] + [f"1/ü 中文 {i}.png" for i in (1, 3)]
@@ -195,7 +195,7 @@ def test_folder_without_images(tmp_path):
 
 
 def test_folder_leaves_out_and_lists_what_is_no_image(tmp_path):
-    picture(1, 8).save(tmp_path / "good.png")
+    flat_image(1, 8).save(tmp_path / "good.png")
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"2 of 3 image files are left out: .*empty\.jpg.*text\.png"):
@@ -442,7 +442,7 @@ def test_module_names():
 def damaged_store(tmp_path_factory):
     """200 items of 16 px, of which those that opening looks at are sound, and no other."""
     sound = {*random.Random(16).sample(range(200), 3), 199}
-    items = {f"16-{i:05d}": encode(picture(i, 16)) if i in sound else b"\x89PNG damaged" for i in range(200)}
+    items = {f"16-{i:05d}": encode(flat_image(i, 16)) if i in sound else b"\x89PNG damaged" for i in range(200)}
     return write_lmdb(tmp_path_factory.mktemp("damaged") / "faces.lmdb", items, 200)
 
 
@@ -530,7 +530,7 @@ for seed in range(40):
 def test_flipped_bytes_in_a_store_are_read_or_refused(tmp_path, root):
     """Fuzz: no hang and no other error than a DatasetError, at opening or reading. LMDB has no checksums, so a flip may
     also change an image's pixels, or lead beyond the mapped file (SIGBUS: at most one case in a hundred)."""
-    items = {f"{size}-{i:05d}": encode(picture(i, size)) for size in (8, 16) for i in range(40)}
+    items = {f"{size}-{i:05d}": encode(flat_image(i, size)) for size in (8, 16) for i in range(40)}
     store = write_lmdb(tmp_path / "a.lmdb", items, 40)
     (tmp_path / "case").mkdir()
     command = [sys.executable, "-c", FLIPS, str(tmp_path / "case"), str(store)]

@@ -1,4 +1,4 @@
-"""common/images.py: every kind of picture is read rightly or refused in one sentence; conversions are exact."""
+"""common/images.py: every kind of image is read rightly or refused in one sentence; conversions are exact."""
 
 import io
 import os
@@ -128,7 +128,7 @@ def test_background_is_the_callers():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation(orientation, image_format):
-    # EXIF 2.32, tag 0x0112: how the stored picture was made from the upright one, undone by reading
+    # EXIF 2.32, tag 0x0112: how the stored image was made from the upright one, undone by reading
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> the Image.Transpose that stores it
     upright = corners()
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
@@ -292,10 +292,10 @@ def test_to_tensor_of_pil_and_grey():
 
 def test_grid():
     images = torch.stack([torch.full((3, 4, 4), v) for v in (-1.0, 0.0, 1.0)])
-    sheet = make_grid(images, nrow=2, padding=2)
-    assert sheet.shape == (10, 10, 3) and sheet.dtype == np.uint8
-    assert sheet[0, 0].tolist() == [0, 0, 0] and sheet[6, 0].tolist() == [255, 255, 255]
-    assert (sheet[4:6] == 255).all() and (sheet[:, 4:6] == 255).all() and (sheet[6:, 6:] == 255).all()
+    grid = make_grid(images, nrow=2, padding=2)
+    assert grid.shape == (10, 10, 3) and grid.dtype == np.uint8
+    assert grid[0, 0].tolist() == [0, 0, 0] and grid[6, 0].tolist() == [255, 255, 255]
+    assert (grid[4:6] == 255).all() and (grid[:, 4:6] == 255).all() and (grid[6:, 6:] == 255).all()
     assert make_grid(images, nrow=8).shape == (4, 16, 3)
     with pytest.raises(ValueError, match="at least one"):
         make_grid([])

@@ -59,7 +59,7 @@ def test_draw_z_tokens():
 
 
 def test_draw_z_is_frozen():
-    """The picture of a seed must not change with a release: values of torch's CPU generator, mt19937."""
+    """The image of a seed must not change with a release: values of torch's CPU generator, mt19937."""
     assert torch.allclose(draw_z([0], 1, 16)[0, 0, :3], torch.tensor([-1.1258, -1.1524, -0.2506]), atol=1e-4)
 
 
@@ -97,9 +97,9 @@ def test_round_trip(tmp_path):
 
 
 def test_w_space_is_repeated(tmp_path):
-    code = torch.randn(2, 16)
-    read = load_latents(save(tmp_path, code, space="w"), expect_space=("w", "w+"))
-    assert torch.equal(read.latents, code[:, None].expand(2, 8, 16))
+    w = torch.randn(2, 16)
+    read = load_latents(save(tmp_path, w, space="w"), expect_space=("w", "w+"))
+    assert torch.equal(read.latents, w[:, None].expand(2, 8, 16))
 
 
 def test_second_save_leaves_no_stale_noise(tmp_path):

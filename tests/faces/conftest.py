@@ -38,4 +38,4 @@ def no_detector(monkeypatch):
     monkeypatch.setattr(faces.folder, "FaceDetector", NoDetector)
     faces.folder._detector.cache_clear()
     yield
-    faces.folder._detector.cache_clear()  # other tests shall not meet the stand-in
+    faces.folder._detector.cache_clear()  # other tests shall not meet this replacement

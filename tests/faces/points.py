@@ -1,4 +1,4 @@
-"""Faces by their five points, and pictures with known values."""
+"""Faces by their five points, and images with known values."""
 
 import numpy as np
 from PIL import Image
@@ -9,7 +9,7 @@ FRONTAL = np.array([(100.0, 100.0), (140.0, 100.0), (120.0, 120.0), (104.0, 145.
 
 
 def wave(x, y):
-    """A smooth picture [..., 3] in 0..255 with known values at any place."""
+    """A smooth image [..., 3] in 0..255 with known values at any place."""
     return np.stack(
         [
             127 + 100 * np.sin(x / 17) * np.cos(y / 23),

@@ -183,7 +183,7 @@ def test_faces_that_are_cut_off_are_reported(tmp_path, astronaut):
     assert rows["whole.png"]["note"] == "" and rows["half.png"]["note"].startswith("partly outside the photo")
 
 
-def test_pictures_of_another_run_are_pointed_out(photos, tmp_path, capsys):
+def test_images_of_another_run_are_pointed_out(photos, tmp_path, capsys):
     align_cli(photos, tmp_path / "out")
     assert "note:" not in capsys.readouterr().err
     (photos / "same.jpg").unlink()
@@ -266,7 +266,7 @@ def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
 
     unedited = tmp_path / "unedited"
     unedited.mkdir()
-    for path in edited.glob("other*.png"):  # of the two faces one has a picture of before the edit
+    for path in edited.glob("other*.png"):  # of the two faces one has a image of before the edit
         drawn = Image.new("RGB", (64, 64), (90, 90, 90))
         drawn.save(unedited / path.name)
         drawn.save(path)

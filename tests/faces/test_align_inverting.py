@@ -120,7 +120,7 @@ def test_photos_are_aligned_first(script, invert, photos, tmp_path, astronaut, c
 
     done = [path.stat().st_mtime_ns for path in sorted((out / "aligned").iterdir())]
     assert invert(script, [photos], out, "--align", "auto", *flags) == 0
-    assert [path.stat().st_mtime_ns for path in sorted((out / "aligned").iterdir())] == done, "a second start goes on"
+    assert [path.stat().st_mtime_ns for path in sorted((out / "aligned").iterdir())] == done, "a second start continues"
 
 
 def test_the_order_of_the_photos_stays(invert, photos, tmp_path):
@@ -211,7 +211,7 @@ def absent(*args, **kwargs):
 
 @pytest.mark.slow
 def test_two_processes_share_the_photos(photos, tmp_path, root):
-    (photos / "nobody.png").unlink()  # its workers have no stand-in for the detector
+    (photos / "nobody.png").unlink()  # its workers have no replacement of the detector
     command = [
         sys.executable,
         "-m",

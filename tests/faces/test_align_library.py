@@ -1,5 +1,5 @@
 """Alignment, the library: the published formula, crops to a fraction of a pixel, pasting that leaves no trace, the
-detector. The faces are generated pictures and scikit-image's astronaut."""
+detector. The faces are generated images and scikit-image's astronaut."""
 
 import csv
 import subprocess
@@ -121,7 +121,7 @@ def test_crops_are_exact(size, degrees):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_border_is_that_of_ffhq(transposed):
     """The recipe's steps one by one, in closed form. The photo has fine dots of 200 on 100, a quarter of the pixels, in
-    its first 64 columns, and 30 elsewhere. Frame of 400 pixels from column -60, so the picture is mirrored over 120
+    its first 64 columns, and 30 elsewhere. Frame of 400 pixels from column -60, so the image is mirrored over 120
     (0.3 sides): outwards the blur (8 pixels) leaves the dots' mean, 125, which fades to the median, 30, over those 120;
     inwards the blur fades out over a third, 40 columns. The step at 64 is three deviations from what is compared."""
     pixels = np.full((600, 600), 30.0)
@@ -299,9 +299,9 @@ def test_landmarks_follow_the_photo(detector, astronaut, scale, degrees):
     expected = turned((upright + 0.5) * scale - 0.5 - centre, degrees, 1, centre)
     (face,) = detector.detect(photo)
     assert np.linalg.norm(face.landmarks - expected, axis=1).max() < 0.12 * 43.3 * scale
-    frame, wanted = ffhq_quad(face.landmarks), ffhq_quad(expected)
-    across, wanted = (complex(*(quad[3] - quad[0])) for quad in (frame, wanted))
-    assert abs(np.degrees(np.angle(across / wanted))) <= detector.UPRIGHT
+    frame, target = ffhq_quad(face.landmarks), ffhq_quad(expected)
+    across, target = (complex(*(quad[3] - quad[0])) for quad in (frame, target))
+    assert abs(np.degrees(np.angle(across / target))) <= detector.UPRIGHT
 
 
 def test_several_faces_largest_first(detector, astronaut):
@@ -315,7 +315,7 @@ def test_several_faces_largest_first(detector, astronaut):
 
 
 @pytest.mark.parametrize("size", [(5, 5), (3, 2000), (300, 200)])
-def test_pictures_without_faces(detector, size):
+def test_images_without_faces(detector, size):
     assert detector.detect(Image.new("RGB", size, (120, 90, 70))) == []
 
 
@@ -335,18 +335,18 @@ def test_real_photos_against_their_twins(detector, real_faces):
     if not photos.is_dir() or not twins.is_dir():
         pytest.skip(f"no photos beside {real_faces}")
     with open(photos / "photos.csv", encoding="utf-8", newline="") as file:
-        twin = {row["photo"]: row["aligned_file_in_faces_heldout"] for row in csv.DictReader(file)}
+        reference = {row["photo"]: row["aligned_file_in_faces_heldout"] for row in csv.DictReader(file)}
     with open(twins / "labels.csv", encoding="utf-8", newline="") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
     columns = "rex rey lex ley nx ny rmx rmy lmx lmy".split()
     errors = []
-    for name in sorted(name for name in twin if name.startswith(("aaf", "lfw")))[::9]:
+    for name in sorted(name for name in reference if name.startswith(("aaf", "lfw")))[::9]:
         photo = read_image(photos / name)
         landmarks = detector.detect(photo)[0].landmarks
         quad = np.array(align(photo, landmarks, framing="template", aligned_tolerance=0).quad)
         axes = np.stack([quad[3] - quad[0], quad[1] - quad[0]], axis=1)
         place = np.linalg.solve(axes, (landmarks - quad[0]).T).T * 128 - 0.5
-        expected = np.array([float(rows[twin[name]][column]) for column in columns]).reshape(5, 2)
+        expected = np.array([float(rows[reference[name]][column]) for column in columns]).reshape(5, 2)
         errors.append(np.linalg.norm(place - expected, axis=1).mean())
     assert np.mean(errors) < 1 and np.max(errors) < 1.5
 

@@ -179,7 +179,7 @@ def expected_w(t, z):
     return x
 
 
-def expected_picture(t, w):
+def expected_image(t, w):
     """[1, 3, S, S] of one w [w_dim], the same in all layers, with the stored noise."""
 
     def style(name):
@@ -209,7 +209,7 @@ def expected_picture(t, w):
 
 
 def expected_logits(t, x):
-    """[N, 1] of one group of pictures."""
+    """[N, 1] of one group of images."""
 
     def conv(name, x, pad):
         weight = t[f"{name}.weight"]

@@ -23,8 +23,8 @@ from nvidia_standins import (
     Module,
     convolution,
     drawing,
+    expected_image,
     expected_logits,
-    expected_picture,
     expected_w,
     new_nvidia_discriminator,
     new_nvidia_generator,
@@ -116,15 +116,15 @@ def test_networks_compute_what_nvidias_compute(size, n_mlp, widths, protocol, nv
         with torch.no_grad():
             images, latents = made[ours](z, randomize_noise=False)
         assert_close(latents[:, 0], w)
-        assert_close(images, torch.cat([expected_picture(t, row) for row in w]))
-    pictures = drawing(3)(3, 3, size, size)
-    assert_close(made["d"](pictures).detach(), expected_logits(tensors_of(data["D"]), pictures))
+        assert_close(images, torch.cat([expected_image(t, row) for row in w]))
+    images = drawing(3)(3, 3, size, size)
+    assert_close(made["d"](images).detach(), expected_logits(tensors_of(data["D"]), images))
     assert torch.equal(state["latent_avg"], data["G_ema"].at("mapping").buffers["w_avg"])
     assert "token" not in state["g_ema"], "rosinality's strict load would refuse it"
 
 
 def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
-    """generate.py draws with both files, a training starts from the checkpoint, and the check tells their picture."""
+    """generate.py draws with both files, a training starts from the checkpoint, and the check tells their image."""
     data = snapshot()
     path = nvidia("a.pkl", data)
     assert (
@@ -133,7 +133,7 @@ def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     w = expected_w(tensors_of(data["G_ema"]), torch.from_numpy(np.random.RandomState(7).randn(1, 16)))
-    image = expected_picture(tensors_of(data["G_ema"]), w[0])
+    image = expected_image(tensors_of(data["G_ema"]), w[0])
     assert f"seed 7 with the stored noise: mean {image.mean():.4f}, std {image.std():.4f}" in lines[3]
     seven = np.asarray(read_image(tmp_path / "seven.png")).astype(int)
     assert np.abs(seven - ((image[0] + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy()).max() < 0.51
@@ -161,8 +161,8 @@ def test_differences_are_told(nvidia, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "+-256" in out and "16 bits" in out and "groups of 8 images, ours of at most 4" in out
     made, _ = networks_in(tmp_path / "a.pt")
-    pictures = drawing(3)(8, 3, 16, 16)
-    assert_close(made["d"](pictures, group=8).detach(), expected_logits(tensors_of(discriminator), pictures))
+    images = drawing(3)(8, 3, 16, 16)
+    assert_close(made["d"](images, group=8).detach(), expected_logits(tensors_of(discriminator), images))
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A folder of pictures."""
+"""A folder of images."""
 
 import pytest
 from preparing import noise
@@ -6,7 +6,7 @@ from preparing import noise
 
 @pytest.fixture
 def photos(tmp_path):
-    """Nine readable pictures in a tree, of several shapes and names."""
+    """Nine readable images in a tree, of several shapes and names."""
     folder = tmp_path / "photos"
     names = ["b.png", "a/ü 中文 .png", "a/c.PNG", "a/b/d.png", "z.png", "e.png", "f.png", "g.png", "h.png"]
     for i, name in enumerate(names):

@@ -15,7 +15,7 @@ from common.lmdb_store import DatasetError, open_store
 from dataset import MultiResolutionDataset
 
 
-def test_writes_every_picture_at_every_size_in_order(photos, tmp_path, capsys):
+def test_writes_every_image_at_every_size_in_order(photos, tmp_path, capsys):
     out = tmp_path / "ü.lmdb"
     assert command("--out", out, "--n_worker", 1, "--size", "16,8", photos) == 0
     assert "9 images at 8, 16 px (png, lanczos, crop)" in capsys.readouterr().out
