@@ -18,7 +18,7 @@ from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import Models
 from demo_app.targets import Target
 from faces.align import AlignError, crop_aligned, outside_share
-from faces.photo_file import save_like
+from faces.paste import save_like
 
 SIDE = 900  # pixels of the longer side of a photo in before_after/
 TIGHT = 0.4  # share of a face's frame outside the photo from which it is said

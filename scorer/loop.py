@@ -72,7 +72,7 @@ def train(trainer: ScorerTrainer, table, store, validation, sampler, run: Run, *
             speed = count * batch / (time.perf_counter() - tick)
             run.log(step, "Loss", **dict(zip(names, means, strict=True)))
             run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
-            bar.note(step, f"loss {sum(means):.3f}, {speed:.0f} img/s")
+            bar.report(step, f"loss {sum(means):.3f}, {speed:.0f} img/s")
             sums.zero_()
             count, tick = 0, time.perf_counter()
         if "val" in due:
