@@ -24,9 +24,9 @@ def named(*suffixes: str):
     """A `type` for flags: a file name with one of these suffixes."""
 
     def check(text):
-        if Path(text).suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text}: expected a name that ends with {', '.join(suffixes)}")
-        return text
+        if Path(text).suffix.lower() in suffixes:
+            return text
+        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends with {', '.join(suffixes)}")
 
     return check
 
@@ -35,17 +35,15 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="training checkpoint (.pt) or exported generator (.safetensors)")
-    presets = "settings where no flag is given: those of the generator's file, or of the published scripts"
-    add("--preset", choices=("recommended", "published"), default="recommended", help=presets)
+    presets = ("recommended", "published")
+    add("--preset", choices=presets, default=presets[0], help="settings where no flag is given")
     add_source_flags(parser.add_argument_group("what to render"))
     add_mode_flags(parser.add_argument_group("mixing and interpolation"))
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", "--outdir", default="generated", help="folder of the images; made when absent")
-    grid = "all images in one as well, grid.png, NROW per row (default: a square)"
-    add("--grid", nargs="?", type=int, const=0, metavar="NROW", help=grid)
-    latents = "save the w of the images as well, for --latents; default OUTPUT_DIR/latents"
-    add("--save_latents", nargs="?", const="", metavar="FOLDER", help=latents)
+    add("--grid", nargs="?", type=int, const=0, metavar="NROW", help="grid.png as well, NROW per row")
+    add("--save_latents", nargs="?", const="", metavar="FOLDER", help="save w; default OUTPUT_DIR/latents")
     add("--batch", type=positive_int, default=8, help="images per forward pass")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
     parser.add_argument("--export", type=named(".safetensors"), help=argparse.SUPPRESS)  # convert.py has these now
@@ -60,10 +58,8 @@ def add_source_flags(group) -> None:
     """Add what names an image: seed or saved latents, truncation, noise, attributes."""
     source, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     source("--seeds", help="such as 7 or 0-35,40; default 0-35")
-    latents = "saved latents with their saved noise instead (also .npy, rosinality's .pt, NVIDIA's projected_w.npz)"
-    source("--latents", metavar="FOLDER|FILE", help=latents)
-    truncation = "w = mean + psi (w - mean), per token; 1: none, 0: the mean image"
-    add("--truncation", "--trunc", type=float, default=1.0, metavar="PSI", help=truncation)
+    source("--latents", metavar="FOLDER|FILE", help="saved latents instead; other programs' .npy, .pt, .npz too")
+    add("--truncation", "--trunc", type=float, default=1.0, metavar="PSI", help="w = mean + psi (w - mean), per token")
     add("--truncation_mean", type=positive_int, default=10_000, metavar="N", help="samples for the mean of w")
     noise = "stored maps, maps drawn from each seed, or zeros; default const, for --latents as they were saved"
     add("--noise", choices=("const", "random", "none"), help=noise)
@@ -77,15 +73,10 @@ def add_mode_flags(group) -> None:
     mode, add = group.add_mutually_exclusive_group().add_argument, group.add_argument
     mixing = "a grid of every row's latent with layers of every column's: seeds, or, with --latents, positions from 0"
     mode("--mix", nargs=2, metavar=("ROWS", "COLS"), help=mixing)
-    loop = "closed loop through the seeds or latents: straight in w, or spherical in z"
-    mode("--interpolate", nargs="?", const="w", choices=("w", "z"), help=loop)
-    layers = "layers (tokens of w) taken from the columns: 0-3 is coarse, pose and shape"
-    add("--mix_layers", default="0-3", metavar="RANGE", help=layers)
-    add(
-        "--video",
-        type=named(".mp4", ".gif", ".webp"),
-        help="where: .mp4, .gif or .webp; default OUTPUT_DIR/interpolation.mp4",
-    )
+    mode("--interpolate", nargs="?", const="w", choices=("w", "z"), help="closed loop, straight in w or spherical in z")
+    add("--mix_layers", default="0-3", metavar="RANGE", help="layers taken from the columns: 0-3 is pose and shape")
+    video = named(".mp4", ".gif", ".webp")
+    add("--video", type=video, help=".mp4, .gif or .webp file; default OUTPUT_DIR/interpolation.mp4")
     add("--frames", type=positive_int, default=60, help="frames from one seed to the next")
     add("--fps", type=positive, default=30, help="frames per second")
 

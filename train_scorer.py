@@ -6,7 +6,6 @@ with validation.json. A run stopped at any moment continues with --resume auto a
 
     python train_scorer.py --labels faces/labels.csv --data faces --out runs/scorer
     python train_scorer.py --labels celeba.csv --data celeba --attributes age,Bald,Wearing_Hat --out runs/hats
-    python train_scorer.py --out runs/scorer --export scorer.safetensors          # of the newest checkpoint
     python train_scorer.py --evaluate faces-heldout --scorer runs/scorer/scorer.safetensors --sizes 0,64,32
     python train_scorer.py --evaluate images --scorer dex --dex_crop --scores scores.csv
 """
@@ -17,7 +16,12 @@ from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
 
-NOT_RESTORED = ("export", "full", "evaluate", "scorer", "sizes", "report", "scores", "dex_crop")  # of one invocation
+NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "report", "scores", "dex_crop")  # of one invocation
+
+
+def sizes(text: str) -> list[int]:
+    """A `type` for flags: pixels separated by commas."""
+    return [int(size) for size in text.split(",")]
 
 
 def build_parser() -> ArgumentParser:
@@ -26,14 +30,11 @@ def build_parser() -> ArgumentParser:
     add("--labels", help="CSV: a column of file names, one column per attribute, blank where unknown")
     add("--data", help="folder that the file names are relative to")
     add("--out", help="run folder; everything is written below it")
-    columns = "comma-separated columns; auto: the known attributes that have labels; all: every column of numbers too"
-    add("--attributes", default="auto", help=columns)
-    trust = "weight of labels by their maker, as a column COLUMN_src names it; 0 leaves them out"
-    add("--trust", metavar="SOURCE=WEIGHT,...", help=trust)
+    add("--attributes", default="auto", help="comma-separated columns; auto: known ones; all: all numbers")
+    add("--trust", metavar="SOURCE=WEIGHT,...", help="weight of labels by their maker, named by a column COLUMN_src")
     add("--validation", type=float, default=0.08, help="fraction of the people kept out of training")
     add("--split_seed", type=int, default=0, help="of the split; another seed keeps out other people")
-    resume = "continue with the run's own options; auto: from its newest checkpoint, if any"
-    add("--resume", metavar="auto|PATH", help=resume)
+    add("--resume", metavar="auto|PATH", help="continue with the run's options; auto: its newest checkpoint")
 
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
@@ -46,17 +47,14 @@ def build_parser() -> ArgumentParser:
     add("--val_every", type=positive_int, default=500, help="steps between measurements on the validation split")
     add("--save_every", type=positive_int, default=250, help="steps between checkpoints")
     add("--log_every", type=positive_int, default=50, help="steps between log lines")
+    add("--full", action="store_true", help="scorer.safetensors with float32 instead of float16 weights")
     add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
     add_device_flags(parser)
 
-    add = parser.add_argument_group("export and evaluation").add_argument
-    export = "write the scorer here too; without --data: of the newest checkpoint, no training"
-    add("--export", metavar="FILE", help=export)
-    add("--full", action="store_true", help="export float32 instead of float16 weights")
+    add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
-    scorers = "face-scorer | face-scorer-eval | dex | dex_age | dex_gender | FILE.safetensors | FILE.json"
-    add("--scorer", default="face-scorer", help=scorers)
-    add("--sizes", default="0", help="comma-separated pixels to show faces at; 0: as they are")
+    add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_age, dex_gender, FILE")
+    add("--sizes", type=sizes, default="0", help="comma-separated pixels to show faces at; 0: as they are")
     add("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
     add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels, as the original")
@@ -81,16 +79,13 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device, ops=args.ops)
     if args.evaluate:
-        sizes, writing = parse_sizes(args.sizes), {"report": args.report, "scores": args.scores}
+        options = {"sizes": args.sizes, "report": args.report, "scores": args.scores}
         loading = {"device": device, "weights_dir": args.weights_dir, "dex_crop": args.dex_crop}
-        evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, sizes=sizes, **writing, **loading)
+        evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
         return
 
     # Start: new, or the options and the state of a checkpoint.
-    only_export = bool(args.export and args.out and not args.data)
-    state, source = find_start(args.out, "auto" if only_export else args.resume) if args.out else (None, None)
-    if only_export and state is None:
-        raise FileNotFoundError(f"{args.out} holds no checkpoint to export")
+    state, source = find_start(args.out, args.resume) if args.out else (None, None)
     if state and (changed := restore_options(args, state["options"], source, keep=NOT_RESTORED)):
         print(changed)
     if missing := [f"--{flag}" for flag in ("labels", "data", "out") if not getattr(args, flag)]:
@@ -100,7 +95,7 @@ def main(args) -> None:
     settings = ScorerSettings(args.iter, args.batch, args.lr, args.weight_decay, args.seed)
     scorer_file = Path(args.out) / "scorer.safetensors"
     done = state is not None and isinstance(state.get("step"), int) and state["step"] >= args.iter
-    if done and scorer_file.is_file() and not args.export:
+    if done and scorer_file.is_file() and not args.full:
         print(f"{args.out}: step {state['step']} of {args.iter}, nothing was left to do; the scorer is {scorer_file}")
         return
 
@@ -116,7 +111,7 @@ def main(args) -> None:
         sampler.load(state["sampler"])
 
     # Training, then the export.
-    if not (only_export or done):
+    if not done:
         resumed = trainer.step + 1 if state else None
         with lock_folder(args.out, "training"), Run(args.out, args, resume_step=resumed) as run:
             start = f"continuing {source}" if state else "a new run"
@@ -126,19 +121,8 @@ def main(args) -> None:
             every = {"log": args.log_every, "val": args.val_every, "save": args.save_every}
             validation, saved = (tables[1], stores[1]), {"every": every, "options": dict(vars(args))}
             train(trainer, tables[0], stores[0], validation, sampler, run, **saved)
-    paths = [] if only_export or (done and scorer_file.is_file()) else [scorer_file]
-    paths += [Path(args.export)] if args.export else []
-    report = export(trainer, tables[1], stores[1], paths, half=not args.full)
-    if paths[0] == scorer_file:
-        write_json(scorer_file.with_name("validation.json"), report)
-
-
-def parse_sizes(text: str) -> list[int]:
-    """Pixels of the flag --sizes."""
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError:
-        raise UsageError(f"--sizes {text}: expected pixels separated by commas, 0 for as they are") from None
+    report = export(trainer, tables[1], stores[1], scorer_file, half=not args.full)
+    write_json(scorer_file.with_name("validation.json"), report)
 
 
 if __name__ == "__main__":

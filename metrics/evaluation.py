@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import re
 import sys
 import warnings
@@ -27,10 +26,8 @@ def evaluate(
     real: Features, fake: Features, metrics: Iterable[str], *, nearest_k=None, device="cpu", progress=False
 ) -> list[dict]:
     """Records (see metrics.protocol) of `fid`, `kid` and `prdc`, of features of one extractor and protocol.
-
     nearest_k: of prdc; default 3 under the protocol `paper`, else 5. Warnings about a number are in its `notes`.
-    Raises ValueError for unlike features, or too few, or ones that are not finite.
-    """
+    Raises ValueError for unlike features, or too few, or ones that are not finite."""
     protocol, extractor = real.protocol, real.extractor
     if (fake.protocol, fake.extractor) != (protocol, extractor):
         raise ValueError("real and fake features were computed with different extractors or protocols")
@@ -86,7 +83,7 @@ def compare(
     workers: int,  # threads that decode images
     weights_dir: str | None,  # of the extractor's weights
     cache_dir: str | None,  # of the feature cache; "none": no cache
-    truncation: str,  # psi, or several with commas between
+    truncation: list[float],  # psi, each in turn
     truncation_mean: int,  # samples for the mean of w
     noise: str,  # of NOISE_MODES
     seed: int,  # of the generated images
@@ -97,7 +94,7 @@ def compare(
     local_rank: int = 0,  # torch.distributed.launch passes it; not used
 ) -> None:
     """Print and append the metrics of every checkpoint at every truncation against the real images."""
-    fakes, truncations = find_fakes(fake or ckpt, start_num), parse_truncations(truncation)
+    fakes = find_fakes(fake or ckpt, start_num)
     if n_sample < 1 or batch < 1:
         raise UsageError(f"--n_sample and --batch must be at least 1, got {n_sample} and {batch}")
     # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
@@ -111,7 +108,7 @@ def compare(
         options = {"batch": batch, "dist": dist, "cache_dir": cache_folder(cache_dir)}
         options["order"] = "drawn" if as_published else None
         reals: dict[int | None, Features] = {}
-        for path, psi in itertools.product(fakes, truncations):
+        for path, psi in itertools.product(fakes, truncation):
             path = exported_meanwhile(path)
             sampling = Sampling(psi, truncation_mean, noise, seed)
             source = open_images(path, network, sampling=sampling, size=size, **opening)
@@ -140,9 +137,7 @@ def exported_meanwhile(path: Path) -> Path:
 
 def size_for(real: Path, size: int | str | None) -> int | None:
     """Pixels that the real images are taken at, given those of the generated ones.
-
-    '32x32' are images of a folder as they are: an LMDB gives its images of that size, a folder its own as they are.
-    """
+    '32x32' are images of a folder as they are: an LMDB gives its images of that size, a folder its own as they are."""
     if isinstance(size, str):
         width, _, height = size.partition("x")
         return int(width) if width == height and width.isdecimal() and is_lmdb(real) else None
@@ -166,17 +161,6 @@ def find_fakes(fake: str | None, start_num: int = 0) -> list[Path]:
     if not chosen:
         raise UserError(f"{path} has no checkpoint from step {start_num} on (the last is {max(steps.values())})")
     return chosen
-
-
-def parse_truncations(text: str) -> list[float]:
-    """Numbers of the flag --truncation."""
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        values = [math.nan]
-    if not all(map(math.isfinite, values)):
-        raise UsageError(f"--truncation {text}: expected a number such as 0.7, or several with commas between")
-    return values
 
 
 def default_output(fake: Path) -> Path:

@@ -28,13 +28,12 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     from common.distributed import setup, shutdown
-    from metrics.evaluation import parse_truncations
     from metrics.extractors import build_extractor
     from metrics.features import cache_folder, extract, open_images, save_features
     from metrics.protocol import PROTOCOLS
     from metrics.sources import Sampling
 
-    sampling = Sampling(parse_truncations(args.truncation)[0], args.truncation_mean, args.noise, args.seed)
+    sampling = Sampling(args.truncation[0], args.truncation_mean, args.noise, args.seed)
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
         extractor = build_extractor(

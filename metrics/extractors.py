@@ -55,10 +55,8 @@ class Extractor:
 
 def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred=AUTO) -> Extractor:
     """The extractor `name` on `device`; `auto` takes the first of `preferred` whose weights are at hand.
-
     Raises UsageError for an unknown name, FileNotFoundError with the URL when its weights are not at hand (for `auto`:
-    those of the first of `preferred`).
-    """
+    those of the first of `preferred`)."""
     if name not in ("auto", *EXTRACTORS):
         raise UsageError(f"--extractor {name}: expected auto, {', '.join(sorted(EXTRACTORS))}")
     absent = []
@@ -114,10 +112,8 @@ def build_inception(protocol: Protocol, weights_dir) -> Extractor:
 
 def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     """torchvision's VGG-16 up to fc2 and its ReLU: [N, 4096].
-
     The paper's code feeds [-1, 1] at the images' own size; the other protocols resize to 224 and normalise as the
-    network was trained.
-    """
+    network was trained."""
     from torchvision.models import vgg16
 
     state, sha256 = _state("vgg16", weights_dir)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from common.cli import ArgumentParser, add_device_flags
 
 IMAGES = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
+
+
+def numbers(text: str) -> list[float]:
+    """A `type` for flags: finite numbers with commas between."""
+    values = [float(part) for part in text.split(",")]
+    if not all(map(math.isfinite, values)):
+        raise ValueError
+    return values
 
 
 def add_feature_flags(parser: ArgumentParser) -> None:
@@ -17,16 +26,20 @@ def add_feature_flags(parser: ArgumentParser) -> None:
     protocols = "images to extractor: paper (pytorch-fid), tf-compat (torch-fidelity, most papers), clean (clean-fid)"
     add("--protocol", choices=("paper", "tf-compat", "clean"), default="tf-compat", help=protocols)
     add("--n_sample", type=int, default=50_000, help="images of each side; all there are, when fewer")
-    sizes = "pixels: size of an LMDB, or to fit a folder to; default: as they are, or those of the generated images"
-    add("--size", type=int, help=sizes)
+    add("--size", type=int, help="pixels of the images; default: as they are, or those of the generated images")
     add("--batch", type=int, default=64, help="images per forward pass and process")
     add("--workers", type=int, default=2, help="threads that decode images")
     add("--weights_dir", help="folder with the extractor's weights, looked into first")
-    caches = "folder of the feature cache; none: no cache; default $WPP_CACHE, else ~/.cache/wpp/features"
-    add("--cache_dir", help=caches)
+    add("--cache_dir", help="folder of the feature cache, or none; default $WPP_CACHE, else ~/.cache/wpp/features")
 
     add = parser.add_argument_group("generated images").add_argument
-    add("--truncation", default="1", metavar="PSI[,PSI...]", help="w = mean + psi (w - mean); several values: a sweep")
+    add(
+        "--truncation",
+        type=numbers,
+        default="1",
+        metavar="PSI[,PSI...]",
+        help="w = mean + psi (w - mean); several values: a sweep",
+    )
     add("--truncation_mean", type=int, default=10_000, help="samples for the mean of w")
     add("--noise", default="random", help="random (drawn for each image), const (the stored maps), none")
     add("--seed", type=int, default=0, help="seed of the images")
@@ -41,7 +54,6 @@ def comparison_parser(description: str) -> ArgumentParser:
     add("--fake", help="like --real, or a folder of checkpoints: each of them (default: ./checkpoint)")
     add("--ckpt", help="another name of --fake; with a --fake of latents: their generator")
     add("--start_num", type=int, default=0, help="first step of a folder of checkpoints")
-    output = "file to add a JSON line per result to; default: metrics.jsonl of the checkpoint's run folder, else here"
-    add("--output", type=Path, help=output)
+    add("--output", type=Path, help="file to add results to; default: metrics.jsonl of the checkpoint's run, else here")
     add_feature_flags(parser)
     return parser

@@ -35,12 +35,10 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 
 class Monitor:
     """Evaluates a generator against the training images, always by the same draws.
-
     Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
     so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
     computed at once: what is missing shows before the training starts. Raises UsageError for too few images,
-    FileNotFoundError when the extractor's weights are not at hand.
-    """
+    FileNotFoundError when the extractor's weights are not at hand."""
 
     def __init__(
         self,

@@ -36,9 +36,7 @@ def path_lengths(
     progress: bool = False,
 ) -> np.ndarray:
     """n path lengths, float64 [n], on every rank; pair i is drawn from its own seed, so no batch or rank changes it.
-
-    Raises ValueError for another space, or when a length is not finite.
-    """
+    Raises ValueError for another space, or when a length is not finite."""
     config = generator.config
     if space not in ("z", config.space):
         raise UserError(f"--space {space}: this generator has z and {config.space}")

@@ -23,18 +23,15 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--ckpt", required=True, type=Path, help="checkpoint (.pt) or exported generator (.safetensors)")
     add("--space", choices=("z", "w", "w++"), help="z, or the generator's own w or w++ (default)")
-    sampling = "pairs anywhere on the path between two latents, or at its start"
-    add("--sampling", choices=("full", "end"), default="full", help=sampling)
-    perceptual = "vgg as published, squeeze, alex, discriminator:CHECKPOINT, scorer:FILE; auto: the first LPIPS at hand"
-    add("--perceptual", default="auto", metavar="NAME", help=perceptual)
+    add("--sampling", choices=("full", "end"), default="full", help="pairs anywhere on the path, or at its start")
+    add("--perceptual", default="auto", metavar="NAME", help="vgg as published, squeeze, alex, scorer:FILE ...")
     add("--epsilon", type=float, default=1e-4, help="step, as a share of the path")
     add("--crop", action="store_true", help="compare the centre of the face only, as for FFHQ")
     add("--n_sample", type=int, default=50_000, help="pairs")
     add("--batch", type=int, default=16, help="pairs per forward pass and process")
     add("--seed", type=int, default=0, help="seed of the latents")
     add("--weights_dir", help="folder with the network's weights, looked into first")
-    output = "file to add the result to; default: metrics.jsonl of the checkpoint's run folder, else here"
-    add("--output", type=Path, help=output)
+    add("--output", type=Path, help="file to add it to; default: metrics.jsonl of the checkpoint's run, else here")
     add_device_flags(parser)
     return parser
 

@@ -22,8 +22,8 @@ from metrics.flags import comparison_parser
 
 def build_parser():
     parser = comparison_parser(__doc__)
-    radius = "neighbour that sets a ball's radius; default 3 under --protocol paper, else 5"
-    parser.add_argument("--nearest_k", type=positive_int, help=radius)
+    add = parser.add_argument
+    add("--nearest_k", type=positive_int, help="neighbour at a ball's radius; default 3 under --protocol paper, else 5")
     return parser
 
 

@@ -115,9 +115,7 @@ def flat(record: dict, prefix: str = "") -> dict:
 
 def unlike(first: dict, second: dict, vary: Iterable[str] = ()) -> list[str]:
     """Differences that make two results incomparable, as 'extractor.name squeeze against inception'.
-
-    vary: dotted names that may differ, such as `fake.truncation` along a sweep.
-    """
+    vary: dotted names that may differ, such as `fake.truncation` along a sweep."""
     sides = flat(first), flat(second)
     names = dict.fromkeys(name for side in sides for name in side if not name.startswith("code."))
     pairs = {name: [side.get(name) for side in sides] for name in names if name not in FREE | set(vary)}

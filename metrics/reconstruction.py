@@ -25,8 +25,7 @@ MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    folders = "folders written by projector.py or pSp's inference; ROW: its name in the table"
-    add("folders", nargs="+", metavar="[ROW=]FOLDER", help=folders)
+    add("folders", nargs="+", metavar="[ROW=]FOLDER", help="folders of projector.py or pSp's inference, named ROW")
     add("--method", help="method of all folders whose latents.json does not tell it (projector, pSp)")
     add("--measures", default="perceptual,mse", help=f"comma-separated, of {', '.join(MEASURES)}")
     add("--format", choices=("text", "csv", "latex"), default="text", help="format of the table")

@@ -6,7 +6,7 @@ with --against truncation, one row per truncation of a sweep. Results that were 
 listed with --allow_unlike.
 
     python metrics/report.py W=runs/w W++=runs/wpp
-    python metrics/report.py W=runs/w W++=runs/wpp --csv table.csv --latex table.tex --png curve.png
+    python metrics/report.py W=runs/w W++=runs/wpp --csv table.csv --png curve.png
     python metrics/report.py sweep.jsonl --against truncation --metric recall-squeeze --png sweep.png
 """
 
@@ -26,25 +26,20 @@ def build_parser() -> ArgumentParser:
     add("runs", nargs="+", metavar="[NAME=]PATH", help="run folders or metrics.jsonl files")
     add("--pick", choices=("best", "last"), default="best", help="checkpoint of each row: the best by FID, or the last")
     add("--metric", help="metric of the curve; default: the first of the table")
-    axes = "horizontal axis of the curve; images: of the training, in thousands"
-    add("--against", choices=("images", "step", "truncation"), default="images", help=axes)
+    add("--against", choices=("images", "step", "truncation"), default="images", help="horizontal axis of the curve")
     add("--csv", type=Path, help="write the table as CSV")
-    add("--latex", type=Path, help="write the table as a LaTeX tabular")
     add("--png", type=Path, help="draw the curve")
     add("--curve_csv", type=Path, help="write the points of the curve as CSV")
-    where = "only results with these entries, such as n_fake=50000 fake.truncation=1"
-    add("--where", nargs="+", default=[], metavar="NAME=VALUE", help=where)
-    unlike = "show results that were not computed alike, and say how they differ"
-    add("--allow_unlike", action="store_true", help=unlike)
+    add("--allow_unlike", action="store_true", help="show results that were not computed alike, with their differences")
     return parser
 
 
 def main(args) -> None:
     from common.files import write_text
     from common.tables import csv_text, text_table
-    from metrics.runs import build_curve, build_table, by_truncation, check, draw_curve, latex_table, read_runs
+    from metrics.runs import build_curve, build_table, by_truncation, check, draw_curve, read_runs
 
-    runs = read_runs(args.runs, args.where)
+    runs = read_runs(args.runs)
     differences = check(runs, args.against, args.allow_unlike)
     header, rows = build_table(by_truncation(runs) if args.against == "truncation" else runs, args.pick)
     print(text_table(header, rows))
@@ -52,8 +47,6 @@ def main(args) -> None:
         print(f"warning: not computed alike: {line}", file=sys.stderr)
     if args.csv:
         write_text(args.csv, csv_text([["name", *header[1:]], *rows]))
-    if args.latex:
-        write_text(args.latex, latex_table(header, rows))
     if args.png or args.curve_csv:
         metric = args.metric or header[3]
         curves = {name: build_curve(records, metric, args.against) for name, records in runs.items()}

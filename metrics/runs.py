@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.cli import UsageError, UserError
+from common.cli import UserError
 from common.files import atomic_write
 from common.tables import cell
-from metrics.protocol import flat, read_records, require_alike
+from metrics.protocol import read_records, require_alike
 
 LOWER_IS_BETTER = ("fid", "kid", "ppl")
 ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")
@@ -24,11 +24,8 @@ def best_of(metric: str):
     return min if family(metric) in LOWER_IS_BETTER else max
 
 
-def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dict]]:
-    """{name: records} of NAME=PATH or PATH arguments; the last result where one was computed twice.
-
-    where: NAME=VALUE conditions on entries of the records, such as fake.truncation=0.7.
-    """
+def read_runs(arguments: list[str]) -> dict[str, list[dict]]:
+    """{name: records} of NAME=PATH or PATH arguments; the last result where one was computed twice."""
     runs: dict[str, list[dict]] = {}
     for argument in arguments:
         name, equals, path = argument.partition("=")
@@ -42,24 +39,13 @@ def read_runs(arguments: list[str], where: list[str] = ()) -> dict[str, list[dic
             raise UserError(f"two runs are called {name}: name them as in A={path}")
         latest = {}
         for record in read_records(file):
-            if all(_matches(record, condition) for condition in where):
-                real = (record.get("real") or {}).get("digest")  # another real set or protocol is another result
-                key = (record["metric"], _subject(record), record["n_fake"], str(record.get("protocol")), real)
-                latest[key] = record
+            real = (record.get("real") or {}).get("digest")  # another real set or protocol is another result
+            key = (record["metric"], _subject(record), record["n_fake"], str(record.get("protocol")), real)
+            latest[key] = record
         runs[name] = list(latest.values())
         if not latest:
-            raise UserError(f"{file} holds no results" + (f" where {' '.join(where)}" if where else ""))
+            raise UserError(f"{file} holds no results")
     return runs
-
-
-def _matches(record: dict, condition: str) -> bool:
-    entries, (name, equals, text) = flat(record), condition.partition("=")
-    if not equals or name not in entries:
-        raise UsageError(f"--where {condition}: expected NAME=VALUE with one of {', '.join(entries)}")
-    try:
-        return float(text) == entries[name]
-    except ValueError:
-        return text == str(entries[name])
 
 
 def _subject(record: dict) -> tuple:
@@ -120,26 +106,6 @@ def check(runs: dict[str, list[dict]], against: str, allow: bool) -> list[str]:
         same = [record for records in runs.values() for record in records if record["metric"] == metric]
         differences += [f"{metric}: {line}" for line in require_alike(same, vary=vary, allow=allow)]
     return differences
-
-
-def latex_table(header: list[str], rows: list[list]) -> str:
-    """A tabular with the best value of each metric in bold."""
-    columns = list(zip(*rows, strict=True))
-    best = [
-        best_of(name)([v for v in column if v is not None], default=None)
-        for name, column in zip(header[3:], columns[3:], strict=True)
-    ]
-    lines = [" & ".join(_latex(name) for name in header) + r" \\", r"\hline"]
-    for name, step, images, *values in rows:
-        marked = [v is not None and v == top and len(rows) > 1 for v, top in zip(values, best, strict=True)]
-        cells = [rf"\textbf{{{cell(v)}}}" if bold else cell(v) for v, bold in zip(values, marked, strict=True)]
-        lines.append(" & ".join([_latex(name), cell(step), cell(images), *cells]) + r" \\")
-    start = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
-    return "\n".join([start, r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
-
-
-def _latex(text: str) -> str:
-    return "".join(rf"\{c}" if c in "&%$#_{}" else c for c in text)
 
 
 def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, against: str, path: Path) -> None:

@@ -182,10 +182,8 @@ def is_lmdb(path: Path) -> bool:
 
 def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, device="cpu", workers: int = 2):
     """The images at `path`: checkpoint, folder of latents or .npy (of the generator `ckpt`), LMDB, folder of images.
-
     size: pixels to take from an LMDB, or to fit a folder to (default: the only size there is; images as they are).
-    Raises FileNotFoundError or ValueError in one sentence.
-    """
+    Raises FileNotFoundError or ValueError in one sentence."""
     path, sampling = Path(path), sampling or Sampling()
     if not path.exists():
         expected = "a folder of images, LMDB, checkpoint, folder of latents or features (.npz) is expected"

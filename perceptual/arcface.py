@@ -101,9 +101,7 @@ def arcface_state(path: str | Path) -> dict:
 
 def load_arcface(device="cpu", weights_dir: str | Path | None = None) -> ArcFace:
     """IR-SE50 ArcFace in eval mode, gradients off for its weights (they flow to the image).
-
-    Raises FileNotFoundError saying where to get the file, CheckpointError when it is another network's.
-    """
+    Raises FileNotFoundError saying where to get the file, CheckpointError when it is another network's."""
     path = require("arcface_ir_se50", weights_dir)
     network = ArcFace()
     load_strictly(network, arcface_state(path), path)

@@ -45,9 +45,7 @@ def _resampling(n_in, n_out, low, high):
 
 def resample_box(images, box, size):
     """The part `box` (left, top, right, bottom, of the side) of images [N, C, H, W] as [N, C, size, size].
-
-    Two matrix products: differentiable to any order and the same on every device.
-    """
+    Two matrix products: differentiable to any order and the same on every device."""
     height, width = images.shape[-2:]
     left, top, right, bottom = box
     columns = _resampling(width, size, left * width, right * width).to(images)
@@ -107,9 +105,7 @@ class InvertedResidual(nn.Module):
 
 class MobileFaceNet(nn.Module):
     """Faces in the ArcFace template, [N, 3, 112, 112], ImageNet mean and std -> embedding [N, 128], not normalised.
-
-    Tensor names are those of the published state dict (common/weights.py: mobilefacenet).
-    """
+    Tensor names are those of the published state dict (common/weights.py: mobilefacenet)."""
 
     # expansion, width, repeats, first stride
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -137,20 +133,10 @@ class MobileFaceNet(nn.Module):
         return self.bn(self.conv3(self.gdconv(x)).flatten(1))  # [N, 128]
 
 
-def load_mobilefacenet(weights_dir=None):
-    """MobileFaceNet with its published weights. Raises FileNotFoundError saying where to get them."""
-    path = require("mobilefacenet", weights_dir)
-    network = MobileFaceNet()
-    load_strictly(network, load_checkpoint(path), path)
-    return network
-
-
 class Identity(nn.Module):
     """Frozen recognition network: FFHQ-framed images [N, 3, H, H] in [-1, 1], any H, -> embeddings of length 1.
-
     network: faces [N, 3, 112, 112] -> [N, D]. crop: images -> such faces, in [-1, 1]. mean, std: of pixels in [0, 1],
-    per channel, by which the network's input is normalised; None for [-1, 1].
-    """
+    per channel, by which the network's input is normalised; None for [-1, 1]."""
 
     def __init__(self, network, name, crop, *, mean=None, std=None):
         super().__init__()
@@ -184,16 +170,15 @@ WEIGHTS = {"ir_se50": "arcface_ir_se50", "mobilefacenet": "mobilefacenet"}
 
 def build_identity(name="auto", device="cpu", weights_dir=None):
     """The Identity called `name`: ir_se50, mobilefacenet, or auto (the first of them whose weights are found).
-
-    Raises UsageError for another name, FileNotFoundError saying where the weights are to be had.
-    """
+    Raises UsageError for another name, FileNotFoundError saying where the weights are to be had."""
     if name not in ("auto", *WEIGHTS):
         raise UsageError(f"identity network {name!r} is unknown: expected auto, {' or '.join(WEIGHTS)}")
     if name == "auto":
         name = next((known for known, weights in WEIGHTS.items() if find(weights, weights_dir)), "mobilefacenet")
     if name == "ir_se50":
         return Identity(load_arcface("cpu", weights_dir), name, crop_as_psp).to(device)
-    network = load_mobilefacenet(weights_dir)
+    path, network = require("mobilefacenet", weights_dir), MobileFaceNet()
+    load_strictly(network, load_checkpoint(path), path)
     return Identity(network, name, crop_for_arcface, mean=IMAGENET_MEAN, std=IMAGENET_STD).to(device)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,10 +29,8 @@ MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
 @torch.no_grad()
 def measure(originals, images, *, perceptual, identity=None) -> dict[str, torch.Tensor]:
     """{measure: float64 [N], CPU} of images [N, 3, H, H] in [-1, 1].
-
     perceptual: the distance of perceptual/lpips.py, larger images averaged down to 256 pixels as in the projector;
-    mse on [-1, 1]; psnr in dB; ssim 0..1; identity: cosine similarity by perceptual/identity.py, left out when None.
-    """
+    mse on [-1, 1]; psnr in dB; ssim 0..1; identity: cosine similarity by perceptual/identity.py, left out when None."""
     mse = (originals - images).double().square().mean((1, 2, 3))
     values = {"perceptual": perceptual(average_down(originals), average_down(images)), "mse": mse}
     values |= {"psnr": 10 * torch.log10(4 / mse), "ssim": structural_similarity(originals, images)}  # the range is 2
@@ -47,10 +46,8 @@ def average_down(images, size: int = 256):
 
 def structural_similarity(a, b) -> torch.Tensor:
     """SSIM (Wang et al. 2004) of images [N, 3, H, W] in [-1, 1], mean over colours -> float64 [N], CPU.
-
     scikit-image's with the settings of the paper: Gaussian window of 11 pixels, population variances, borders left out.
-    ValueError below 11 pixels.
-    """
+    ValueError below 11 pixels."""
     from skimage.metrics import structural_similarity as ssim  # half a second to import
 
     if min(a.shape[-2:]) < 11:
@@ -87,9 +84,7 @@ def write_measures(
     path, names: Sequence[str], values: dict, *, perceptual: str, identity: str | None, steps=None, originals=None
 ) -> None:
     """One line per image: position, name, MEASURES (blank where not measured), what measured them, steps taken.
-
-    originals: image_digest of each original as it was measured.
-    """
+    originals: image_digest of each original as it was measured."""
     rows = [["index", "name", *MEASURES, "perceptual_by", "identity_by", "steps", "original"]]
     for i, name in enumerate(names):
         numbers = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
@@ -119,11 +114,8 @@ def read_measures(path) -> Measured:
 
 def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and population standard deviation of the finite values; NaN when there are none."""
-    finite = [float(value) for value in values if math.isfinite(value)]
-    if not finite:
-        return math.nan, math.nan
-    mean = math.fsum(finite) / len(finite)
-    return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in finite) / len(finite))
+    finite = np.array([value for value in map(float, values) if math.isfinite(value)])
+    return (float(finite.mean()), float(finite.std())) if len(finite) else (math.nan, math.nan)
 
 
 def summary(values: dict[str, Sequence[float]], *, perceptual: str, identity: str | None = None) -> str:

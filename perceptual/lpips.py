@@ -38,9 +38,7 @@ NORM_EPSILON = 1e-10  # the lpips package's
 
 class Perceptual(nn.Module, ABC):
     """A frozen distance: images [N, 3, H, W] in [-1, 1], twice -> [N], float32. Gradients reach the images only.
-
-    `features` is the expensive half; `distance` takes two of its results, of N images each or of N and 1.
-    """
+    `features` is the expensive half; `distance` takes two of its results, of N images each or of N and 1."""
 
     name: str
 
@@ -86,12 +84,10 @@ def _unit_length(layer):
 
 class Lpips(Perceptual):
     """LPIPS version 0.1, the value of `lpips.LPIPS(net=net)`.
-
     net: vgg, alex or squeeze. backbone: state dict of torchvision's network, whole or its `features` alone. dtype: of
     the backbone (bfloat16 halves its memory; the distance itself stays float32). upsample_small: images with a side
     below 64 pixels are enlarged, bilinear, until it has 64; the name then ends with `-up64`. Raises CheckpointError
-    when the state dict is not that network's.
-    """
+    when the state dict is not that network's."""
 
     def __init__(self, net, backbone, *, dtype=torch.float32, upsample_small=False, source="the backbone"):
         super().__init__()
@@ -145,11 +141,9 @@ def _build_lpips(net, backbone, source):
 
 class FeatureDistance(Perceptual):
     """Mean over layers of the squared difference between unit-length activations: LPIPS without learnt weights.
-
     network: a module with `feature_maps(images [N, 3, H, W] in [-1, 1]) -> list of tensors [N, C, h, w]`; it is frozen.
     size: pixels that the network takes; others are resized (bilinear, antialiased); None when it resizes by itself.
-    Values lie in 0..4.
-    """
+    Values lie in 0..4."""
 
     def __init__(self, network, name, *, size=None, dtype=torch.float32):
         super().__init__()
@@ -185,9 +179,7 @@ class DiscriminatorFeatures(nn.Module):
 
 def load_discriminator(path):
     """The discriminator `d` of a training checkpoint, in eval mode, float32.
-
-    Raises FileNotFoundError, or CheckpointError when the file holds none.
-    """
+    Raises FileNotFoundError, or CheckpointError when the file holds none."""
     state = load_checkpoint(path)
     if not isinstance(state.get("d"), dict) or not isinstance(state.get("config"), dict):
         raise CheckpointError(f"{path} holds no discriminator (d) and config: expected a checkpoint of train.py")

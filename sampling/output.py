@@ -115,10 +115,8 @@ def write_loop(generator, source: Source, dist, *, frames, path, fps, **settings
 
 def loop_images(generator, source: Source, dist, *, z, truncation, mean, frames, batch) -> Iterator[np.ndarray]:
     """The frames of the loop, on every rank. z: the points in z, or None for straight lines in w.
-
     At every point stands that seed's or latent's own image with its own noise, which is blended in between. The ranks
-    render blocks of frames in turn, so that memory does not grow with the length.
-    """
+    render blocks of frames in turn, so that memory does not grow with the length."""
     n, total = len(source.names), len(source.names) * frames
     points = list(source.ws(range(n))) if z is None else z
     one_noise = not callable(source.noise) and len(source.noise[0]) == 1

@@ -51,10 +51,8 @@ def map_latents(
     generator: Generator, z: Iterable[torch.Tensor], *, truncation: float = 1.0, mean=None, batch: int = 8
 ) -> Iterator[torch.Tensor]:
     """w, CPU float32 [L, style_dim] each, of z as `seeded_z` gives it.
-
     truncation: psi in w = mean + psi * (w - mean), per token; mean [1, L, style_dim] (`generator.mean_latent`) is
-    needed unless psi is 1 (ValueError).
-    """
+    needed unless psi is 1 (ValueError)."""
     if truncation != 1 and mean is None:
         raise ValueError("truncation needs mean = generator.mean_latent(n)")
     for block in blocks(z, batch):
@@ -196,9 +194,7 @@ def read_latents(generator: Generator, path, *, accept: Sequence[str] = ()) -> L
 
 def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:
     """The attributes [N, d] under which saved latents belong to their images; None where none are recorded.
-
-    Raises ValueError when they do not fit the generator.
-    """
+    Raises ValueError when they do not fit the generator."""
     if CONDITION not in saved.extra:
         return None
     values, shape = torch.tensor(saved.extra[CONDITION]["values"]), [len(saved), generator.config.condition_dim]
@@ -209,10 +205,8 @@ def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None
 
 def file_names(names: Sequence[str]) -> list[str]:
     """Paths without suffix, all different and inside the output folder, of names such as 'people/ü 1.jpg'.
-
     The suffix of an image goes; where that makes two names equal ('a.jpg', 'a.png') it stays, then a number is added.
-    Letters of either case count as equal, as they do on Windows and macOS.
-    """
+    Letters of either case count as equal, as they do on Windows and macOS."""
     whole = [safe_path(name, "image") for name in names]
     short = [str(Path(name).with_suffix("")) if Path(name).suffix.lower() in IMAGE_SUFFIXES else name for name in whole]
     counts = Counter(name.casefold() for name in short)
@@ -229,11 +223,9 @@ def file_names(names: Sequence[str]) -> list[str]:
 @torch.no_grad()
 def synthesise(generator: Generator, ws, *, noise=None, condition=None, first: int = 0) -> list[np.ndarray]:
     """Images, uint8 [S, S, 3] in 0..255, of latents w [N, L, D], in one forward pass.
-
     noise: per layer [N or 1, 1, r, r] (default: the stored maps); condition: attributes [N or 1, d] of a conditional
     generator (default: the neutral 0.5). first: position of the first image, for messages. Raises ValueError on
-    latents that do not fit the generator, or when an image is not finite.
-    """
+    latents that do not fit the generator, or when an image is not finite."""
     device = generator.token.device
     maps = [layer.to(device) for layer in (noise or generator.fixed_noise())]
     condition = None if condition is None else condition.to(device).expand(len(ws), -1)  # [N, d]
@@ -250,9 +242,7 @@ def render(
     generator: Generator, latents: Iterable[torch.Tensor], *, noise: Noise | None = None, batch: int = 8, condition=None
 ) -> Iterator[np.ndarray]:
     """The images of any number of latents w [L, D], by `synthesise`, `batch` at a time and when they are needed.
-
-    noise: see `Noise`; condition: attributes [N, d], or [1, d] for all.
-    """
+    noise: see `Noise`; condition: attributes [N, d], or [1, d] for all."""
     start = 0
     for block in blocks(latents, batch):
         positions = range(start, start + len(block))

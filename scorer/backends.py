@@ -79,10 +79,8 @@ def read_vgg(path, classes: int) -> Vgg:
 
 class DexScorer(AttributeScorer):
     """Apparent age = sum over i = 0..100 of i p_i; gender = the softmax of [woman, man], of which this gives man.
-
     Input BGR in 0..255 without mean subtraction, the whole face resized to 224; with `crop` the centre 224 of 256, as
-    the original's slicing does. (The original code and pytorch-DEX sum (i + 1) p_i: their ages are one year higher.)
-    """
+    the original's slicing does. (The original code and pytorch-DEX sum (i + 1) p_i: their ages are one year higher.)"""
 
     def __init__(self, networks: dict[str, Vgg], *, crop: bool = False):
         super().__init__()
@@ -112,9 +110,7 @@ class DexScorer(AttributeScorer):
 
 def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False, age=None, gender=None) -> DexScorer:
     """DEX from common.weights (`age_sd.pth`, `gender_sd.pth`), or from the files `age` and `gender` if given.
-
-    name: `dex` (both), `dex_age` or `dex_gender`. Raises FileNotFoundError with the place to get the file.
-    """
+    name: `dex` (both), `dex_age` or `dex_gender`. Raises FileNotFoundError with the place to get the file."""
     parts = [name.removeprefix("dex_")] if name.startswith("dex_") else list(DEX_CLASSES)
     paths = {part: {"age": age, "gender": gender}[part] or require(f"dex_{part}", weights_dir) for part in parts}
     return DexScorer({part: read_vgg(path, DEX_CLASSES[part]) for part, path in paths.items()}, crop=crop)

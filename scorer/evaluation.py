@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from common.cli import UserError
 from common.files import write_text
@@ -25,16 +25,13 @@ AGE_BANDS = ((0, 10), (10, 20), (20, 40), (40, 60), (60, 101))
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a positive outranks a negative, ties half. NaN without both."""
-    positive = np.asarray(positive, bool)
-    return float(roc_auc_score(positive, scores)) if positive.any() and not positive.all() else float("nan")
+    return float(roc_auc_score(positive, scores)) if np.any(positive) and not np.all(positive) else float("nan")
 
 
 def balanced_accuracy(predicted: np.ndarray, positive: np.ndarray) -> float:
     """Mean of the hit rates on positives and on negatives. NaN without both."""
-    predicted, positive = np.asarray(predicted, bool), np.asarray(positive, bool)
-    if positive.all() or not positive.any():
-        return float("nan")
-    return float((predicted[positive].mean() + (~predicted[~positive]).mean()) / 2)
+    both = np.any(positive) and not np.all(positive)
+    return float(balanced_accuracy_score(positive, np.asarray(predicted, bool))) if both else float("nan")
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
@@ -47,10 +44,8 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 def measure(attribute: Attribute, scores: np.ndarray, labels: np.ndarray) -> dict:
     """Plain numbers for one attribute; scores and labels [n], all known, n > 0.
-
     Years and values: mae, bias (score minus label), correlation, slope of the score over the label (below 1: drawn to
-    the mean); years also within_5 and mae per band. Probability: balanced_accuracy, auc, ece, mae, positives.
-    """
+    the mean); years also within_5 and mae per band. Probability: balanced_accuracy, auc, ece, mae, positives."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
     error = scores - labels
     numbers = {"n": len(labels), "mae": float(np.abs(error).mean())}
@@ -101,10 +96,8 @@ def format_report(report: dict) -> str:
 
 def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report, scores, device, **loading) -> None:
     """Print how good the scorer `name` is on the faces of a folder, shown at each size; the last line is JSON.
-
     labels: a CSV; None: labels.csv of the folder. report: JSON file for the numbers; scores: CSV file, which
-    read_labels understands, for the score of every face at the first size; or None. loading: of `load_scorer`.
-    """
+    read_labels understands, for the score of every face at the first size; or None. loading: of `load_scorer`."""
     scorer = load_scorer(name, device, **loading)
     names, table = read_evaluation(folder, labels, scorer)
     if table is None and not scores:

@@ -49,9 +49,7 @@ class AttributeScorer(nn.Module, ABC):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """float [N, 3, H, W] in [-1, 1] (clamped to it), any size -> [N, A] in the units of `units`, columns `names`.
-
-        Differentiable in the images. Raises ValueError for another shape.
-        """
+        Differentiable in the images. Raises ValueError for another shape."""
         return self.to_scores(self.margins(images))
 
     def to_scores(self, margins: torch.Tensor) -> torch.Tensor:

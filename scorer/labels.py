@@ -67,9 +67,7 @@ KNOWN = {attribute.name: (attribute, columns) for attribute, columns in _KNOWN}
 @dataclass(frozen=True)
 class LabelTable:
     """N rows of labels. values, weights: float32 [N, A]; a missing label is NaN with weight 0.
-
-    sources: per row and attribute who made the label ("" when the file does not say). path: the file, for messages.
-    """
+    sources: per row and attribute who made the label ("" when the file does not say). path: the file, for messages."""
 
     path: Path
     attributes: tuple[Attribute, ...]
@@ -90,9 +88,7 @@ class LabelTable:
 
     def split(self, fraction: float, seed: int = 0) -> tuple[LabelTable, LabelTable]:
         """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
-
-        Raises ValueError when one of the two would be empty.
-        """
+        Raises ValueError when one of the two would be empty."""
         hashes = [hashlib.sha256(f"{seed}/{identity}".encode()).hexdigest() for identity in self.identities]
         held = np.array([int(text[:8], 16) / 2**32 < fraction for text in hashes], bool)
         if not held.any() or held.all():
@@ -103,9 +99,7 @@ class LabelTable:
 
 def present_faces(table: LabelTable, folder) -> LabelTable:
     """The rows whose file is an image and that have at least one label; the others are counted and listed.
-
-    Raises FileNotFoundError when no file of the table is in the folder, ValueError when nothing usable is left.
-    """
+    Raises FileNotFoundError when no file of the table is in the folder, ValueError when nothing usable is left."""
     paths = [Path(folder) / name for name in table.names]
     reasons = [check_header(path) if path.is_file() else "absent" for path in paths]
     wrong = [f"{name} ({reason})" for name, reason in zip(table.names, reasons, strict=True) if reason]

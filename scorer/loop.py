@@ -43,10 +43,8 @@ def find_start(out, resume: str | None) -> tuple[dict | None, Path | None]:
 
 def train(trainer: ScorerTrainer, table, store, validation, sampler, run: Run, *, every: dict, options: dict) -> None:
     """Steps trainer.step .. iter - 1 on a table and its FaceStore; validation is such a pair too.
-
     every: steps between log lines, measurements and checkpoints (log, val, save). options: saved in checkpoints.
-    Raises UserError for a loss that is not finite, before anything is saved, and after an orderly stop.
-    """
+    Raises UserError for a loss that is not finite, before anything is saved, and after an orderly stop."""
     stop, order = StopSignal(), iter(sampler)
     total, batch = trainer.settings.iter, trainer.settings.batch
     names = [attribute.name for attribute in table.attributes]
@@ -98,7 +96,7 @@ def log_validation(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, 
         run.log(trainer.step, f"Validation {name}", **{key: numbers[key] for key in HEADLINES if key in numbers})
 
 
-def export(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, paths: list[Path], *, half: bool) -> dict:
+def export(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, path: Path, *, half: bool) -> dict:
     """Calibrate on the validation split, measure the very weights that are written, print and return the report."""
     network = ScorerNetwork(trainer.config).eval()
     weights = trainer.average.state_dict()
@@ -109,8 +107,7 @@ def export(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, paths: l
     report = accuracy_report(scorer.to_scores(scorer.margins_of(outputs)).numpy(), table)
     trained = {"steps": trainer.step, "batch": trainer.settings.batch, "seed": trainer.settings.seed}
     trained["validation_faces"] = len(table)
-    for path in paths:
-        save_scorer(path, scorer, half=half, training=trained, validation=report, terms=TERMS)
+    save_scorer(path, scorer, half=half, training=trained, validation=report, terms=TERMS)
     print(format_report(report))
-    print(f"{paths[-1]}: {paths[-1].stat().st_size / 1e6:.2f} MB, step {trainer.step}")
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, step {trainer.step}")
     return report

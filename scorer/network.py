@@ -107,10 +107,8 @@ def split_outputs(outputs: torch.Tensor, attributes) -> list[torch.Tensor]:
 
 class Scorer(AttributeScorer):
     """A trained ScorerNetwork, calibrated. calibration: attribute -> (scale, offset) of its logits.
-
     Probability: sigmoid(scale * logit + offset). Years: softmax(scale * logits), then the expected value + offset.
-    `fingerprint` identifies the weights.
-    """
+    `fingerprint` identifies the weights."""
 
     def __init__(self, network: ScorerNetwork, calibration: dict | None = None):
         super().__init__()
@@ -149,9 +147,7 @@ class Scorer(AttributeScorer):
 @torch.no_grad()
 def score_files(scorer: AttributeScorer, paths, *, size: int = 0, batch: int = 64, device="cpu") -> np.ndarray:
     """Scores of image files, float32 [N, A], shown at `size` x `size` pixels (0: as they are).
-
-    Raises FileNotFoundError or ImageError naming the file.
-    """
+    Raises FileNotFoundError or ImageError naming the file."""
     scores, label = np.empty((len(paths), len(scorer.names)), np.float32), f"scoring{f' at {size} px' if size else ''}"
     for start in tqdm(range(0, len(paths), batch), unit="batch", desc=label, disable=None):
         groups: dict[tuple, list] = {}  # images of one size go through together
@@ -167,9 +163,7 @@ def score_files(scorer: AttributeScorer, paths, *, size: int = 0, batch: int = 6
 
 def save_scorer(path, scorer: Scorer, *, half: bool = True, **metadata) -> Path:
     """Write `.safetensors`: weights, and in the header config, calibration, attribute names and units, `metadata`.
-
-    half: matrices and kernels as float16 (vectors stay float32). Returns the path.
-    """
+    half: matrices and kernels as float16 (vectors stay float32). Returns the path."""
     tensors = scorer.network.state_dict()
     if half:
         tensors = {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}
@@ -202,12 +196,10 @@ def read_scorer(path) -> Scorer:
 
 def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop: bool = False) -> AttributeScorer:
     """The scorer called `name`, frozen, on `device`.
-
     name: `face-scorer` or `face-scorer-eval` (bundled), a `.safetensors` file of train_scorer.py, `dex` (or `dex_age`,
     `dex_gender` alone; weights from common.weights), or a `.json` that describes a classifier file.
     dex_crop: DEX sees the centre 224 of 256 pixels, as the original code does, instead of the whole face.
-    Raises FileNotFoundError or ValueError in one sentence.
-    """
+    Raises FileNotFoundError or ValueError in one sentence."""
     from scorer.backends import load_classifier, load_dex
 
     device, name = resolve_device(device), str(name)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.optimize import minimize
 
 from common.checkpoint import CheckpointError, load_strictly
 from common.distributed import mix_seeds
@@ -68,9 +69,7 @@ class FaceStore:
 
 def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Alter float images [N, 3, S, S] in [-1, 1]: mirrored, moved, coarse, sharp or soft, tinted, noisy, JPEG.
-
-    A third of the batch is shown at 32 pixels and a sixth at 24 to 48, since generators may be that small.
-    """
+    A third of the batch is shown at 32 pixels and a sixth at 24 to 48, since generators may be that small."""
     n, size = len(images), images.shape[-1]
 
     def uniform(low, high, *shape):
@@ -135,9 +134,7 @@ def age_distribution(years: torch.Tensor) -> torch.Tensor:
 
 def label_losses(outputs: torch.Tensor, values: torch.Tensor, attributes) -> torch.Tensor:
     """Outputs [N, K], labels [N, A] (NaN where missing) -> loss of every label [N, A], 0 where it is missing.
-
-    No NaN reaches the gradient: a missing label is replaced before the loss, not masked after it.
-    """
+    No NaN reaches the gradient: a missing label is replaced before the loss, not masked after it."""
     known, columns = values.isfinite(), []
     labels = torch.where(known, values, 0.0).unbind(1)
     for logits, value, attribute in zip(split_outputs(outputs, attributes), labels, attributes, strict=True):
@@ -160,9 +157,7 @@ def attribute_losses(outputs, values, weights, attributes, mean_weights) -> torc
 
 class ScorerTrainer:
     """Network, its moving average and AdamW with a warm-up and a half cosine over `settings.iter` steps.
-
-    mean_weights: [A], of the labels of the training set.
-    """
+    mean_weights: [A], of the labels of the training set."""
 
     def __init__(self, config: ScorerConfig, settings: ScorerSettings, mean_weights, device="cpu"):
         self.config, self.settings, self.device = config, settings, torch.device(device)
@@ -250,10 +245,8 @@ def _describe(config: ScorerConfig) -> str:
 
 def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor, attributes) -> dict:
     """Outputs [N, K] on a validation split, its labels and weights [N, A] -> {attribute: (scale, offset)}.
-
     Probability: Platt's two numbers; years: one temperature (scale = 1/T), by weighted likelihood of the rounded label;
-    values need none. Where there are too few labels (under 20, or of one kind only) the scores stay as they are.
-    """
+    values need none. Where there are too few labels (under 20, or of one kind only) the scores stay as they are."""
     result, columns = {}, (split_outputs(outputs.double(), attributes), values.double().T, weights.double().T)
     for logits, value, weight, attribute in zip(*columns, attributes, strict=True):
         use = value.isfinite() & (weight > 0)
@@ -269,15 +262,11 @@ def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor
 
 def _fit(loss, logits, target, weight) -> tuple[float, float]:
     """(scale, offset) of the logits that minimise the weighted mean loss; the scale stays within 1/10..10."""
-    log_scale, offset = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
-    optimiser = torch.optim.LBFGS([log_scale, offset], max_iter=100, line_search_fn="strong_wolfe")
 
-    def closure():
-        optimiser.zero_grad()
-        losses = loss(logits * log_scale.clamp(-2.3, 2.3).exp() + offset, target, reduction="none")
-        value = (losses * weight).sum() / weight.sum()
-        value.backward()
-        return value
+    def mean_loss(parameters):
+        log_scale, offset = parameters
+        losses = loss(logits * math.exp(log_scale) + offset, target, reduction="none")
+        return float((losses * weight).sum() / weight.sum())
 
-    optimiser.step(closure)
-    return float(log_scale.detach().clamp(-2.3, 2.3).exp()), float(offset.detach())
+    log_scale, offset = minimize(mean_loss, (0.0, 0.0), bounds=((-2.3, 2.3), (None, None))).x
+    return math.exp(log_scale), float(offset)

@@ -116,10 +116,10 @@ def inputs(tmp_path, monkeypatch):
         ckpt = tmp_path / f"{space}.pt"
         save_checkpoint(ckpt, {"g_ema": network.state_dict(), "config": config.to_dict(), "step": 7})
         generator = load_generator(ckpt, "cpu")
-        codes = generator.get_latent(torch.randn(3, 32) if w_space else torch.randn(3, 6, 32)).detach()
+        ws = generator.get_latent(torch.randn(3, 32) if w_space else torch.randn(3, 6, 32)).detach()
         folder = tmp_path / f"{space} latents"
         save_latents(
-            folder, codes, names=["ü.png", "b.png", "c.png"], space=space, size=16, fingerprint=generator.fingerprint
+            folder, ws, names=["ü.png", "b.png", "c.png"], space=space, size=16, fingerprint=generator.fingerprint
         )
         normal = np.random.RandomState(0).randn(1, 32 if w_space else 6 * 32).astype(np.float32)
         boundary = Boundary(
@@ -200,26 +200,26 @@ def test_misuse(inputs, tmp_path, capsys):
 def test_faces_of_a_conditional_generator_are_scored_under_their_attributes(inputs, tmp_path):
     torch.manual_seed(4)
     config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2)
-    ckpt, folder, path = tmp_path / "cgan.pt", tmp_path / "own", tmp_path / "age.npz"
+    ckpt, folder, path = tmp_path / "cgan.pt", tmp_path / "saved", tmp_path / "age.npz"
     save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
     generator = load_generator(ckpt, "cpu")
-    codes, own = generator.get_latent(torch.randn(2, 6, 32)).detach(), torch.tensor([[0.0, 1.0], [0.9, 0.2]])
+    ws, attributes = generator.get_latent(torch.randn(2, 6, 32)).detach(), torch.tensor([[0.0, 1.0], [0.9, 0.2]])
     save_latents(
         folder,
-        codes,
+        ws,
         names=["a.png", "b.png"],
         space="w++",
         size=16,
         fingerprint=generator.fingerprint,
-        extra={CONDITION: {"values": own.tolist()}},
+        extra={CONDITION: {"values": attributes.tolist()}},
     )
     normal = np.full((1, 192), 192**-0.5, np.float32)
     Boundary(normal, 0.0, "age", "w++", 0.0, 1.0, fingerprint=generator.fingerprint).save(path)
     assert command([(ckpt, folder, path)], tmp_path / "out") == 0
     with open(tmp_path / "out" / "faces.csv", encoding="utf-8-sig", newline="") as file:
         found = [float(row["origin"]) for row in csv.DictReader(file)]
-    pictures = list(render(generator, codes, condition=own))
-    assert found == pytest.approx(evaluate(pictures, ColourScorer()).scores[:, 0], abs=0.1)
+    images = list(render(generator, ws, condition=attributes))
+    assert found == pytest.approx(evaluate(images, ColourScorer()).scores[:, 0], abs=0.1)
 
 
 def test_two_processes_share_the_faces(inputs, tmp_path, root):

@@ -42,8 +42,8 @@ class SameFace:
         return torch.ones(len(a))
 
 
-def pictures(n=3, size=24, seed=0):
-    """Smooth random pictures in [-1, 1]; the second set is near the first."""
+def random_pairs(n=3, size=24, seed=0):
+    """Smooth random images in [-1, 1]; the second set is near the first."""
     draw = torch.Generator().manual_seed(seed)
     a = torch.nn.functional.interpolate(torch.rand(n, 3, 6, 6, generator=draw), (size, size), mode="bilinear") * 2 - 1
     return a, (a + 0.2 * torch.randn(a.shape, generator=draw)).clamp(-1, 1)
@@ -54,7 +54,7 @@ def pictures(n=3, size=24, seed=0):
 
 def test_ssim_is_that_of_scikit_image():
     metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed")
-    a, b = pictures()
+    a, b = random_pairs()
     expected = [
         metrics.structural_similarity(
             x.permute(1, 2, 0).double().numpy(),
@@ -74,7 +74,7 @@ def test_ssim_is_that_of_scikit_image():
 
 
 def test_measures_by_hand():
-    a, b = pictures()
+    a, b = random_pairs()
     distance = MeanDistance()
     values = measure(a, b, perceptual=distance, identity=SameFace())
     assert list(values) == list(MEASURES) and all(v.dtype == torch.float64 for v in values.values())
@@ -87,8 +87,8 @@ def test_measures_by_hand():
     assert measure(a, a, perceptual=distance)["psnr"].isinf().all()
 
 
-def test_large_pictures_are_averaged_down_for_the_perceptual_distance():
-    a, b = pictures(1, 512)
+def test_large_images_are_averaged_down_for_the_perceptual_distance():
+    a, b = random_pairs(1, 512)
     distance = MeanDistance()
     measure(a, b, perceptual=distance)
     assert distance.size == 256
@@ -113,8 +113,8 @@ def test_table_on_disk(tmp_path):
     with open(path, encoding="utf-8", newline="") as file:
         assert [row["steps"] for row in csv.DictReader(file)] == ["3", "4"]
     assert found.originals is None
-    pictures = [np.full((4, 4, 3), value, np.uint8) for value in (0, 1)] + [np.zeros((2, 8, 3), np.uint8)]
-    digests = [image_digest(picture) for picture in pictures]
+    images = [np.full((4, 4, 3), value, np.uint8) for value in (0, 1)] + [np.zeros((2, 8, 3), np.uint8)]
+    digests = [image_digest(image) for image in images]
     assert len(set(digests)) == 3 and all(len(digest) == 12 for digest in digests)
     write_measures(path, names, values, perceptual="lpips-vgg", identity=None, originals=digests[:2])
     assert read_measures(path).originals == digests[:2]
@@ -218,7 +218,7 @@ def test_unlike_numbers_are_refused(inversion, tmp_path, capsys):
 
 
 def test_unlike_protocols_are_refused(inversion, capsys):
-    """Another identity network, pictures of another size, other pictures under the same names."""
+    """Another identity network, images of another size, other images under the same names."""
     w = inversion("w", "w", identity="mobilefacenet", originals=["0a", "0b"])
     other = inversion("arcface", "w++", identity="ir_se50")
     table(w, other, "--measures", "mse,identity", expect=1)
@@ -253,7 +253,7 @@ def test_folders_that_are_no_inversions(inversion, tmp_path, capsys):
 
 
 def test_table_of_what_the_projector_writes(tmp_path, tiny_config, tiny_w_config, face_folder, capsys):
-    """W, W+ and W++ of the same pictures make one table; a picture that changed under its name is noticed."""
+    """W, W+ and W++ of the same images make one table; a image that changed under its name is noticed."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for path in sorted(face_folder.glob("face 0[12].png")):

@@ -1,5 +1,5 @@
 """The identity network: the framing leads to the ArcFace template, the layout is the published one, it tells people
-apart, and it is a frozen, differentiable function of each picture alone."""
+apart, and it is a frozen, differentiable function of each image alone."""
 
 import csv
 import random
@@ -27,17 +27,17 @@ def mobilefacenet():
 
 @pytest.fixture(scope="module")
 def random_identity():
-    """The same layout with random weights, and the norms of noise: without them every picture has one embedding."""
+    """Identity with random weights, and the norms of noise: without them every image has one embedding."""
     torch.manual_seed(0)
     network = MobileFaceNet()
     for norm in (module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
         norm.momentum = None  # cumulative: one pass sets the statistics
     with torch.no_grad():
-        network.train()(crop_for_arcface(pictures(8, 64)) * 2)
+        network.train()(crop_for_arcface(random_images(8, 64)) * 2)
     return Identity(network, "random", crop_for_arcface)
 
 
-def pictures(n, size):
+def random_images(n, size):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(size)) * 2 - 1
 
 
@@ -46,7 +46,7 @@ def pictures(n, size):
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256, 1024])
 def test_landmarks_reach_the_template(size):
-    """A spot at each mean landmark lands where ArcFace wants it, whatever the size of the picture."""
+    """A spot at each mean landmark lands where ArcFace wants it, whatever the size of the image."""
     at = (FRAME + 0.5) / 128 * size - 0.5
     grid = torch.arange(size, dtype=torch.float32)
     spots = torch.stack(
@@ -62,7 +62,7 @@ def test_landmarks_reach_the_template(size):
 
 
 def test_resampling_is_torchs_antialiased_bilinear():
-    images = pictures(2, 50).double()
+    images = random_images(2, 50).double()
     for size in (50, 20, 112):
         expected = F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
         torch.testing.assert_close(resample_box(images, (0, 0, 1, 1), size), expected, atol=1e-6, rtol=0)
@@ -72,10 +72,10 @@ def test_resampling_is_torchs_antialiased_bilinear():
 
 
 def test_psp_crop_is_the_published_one():
-    images = pictures(2, 256)
+    images = random_images(2, 256)
     expected = F.adaptive_avg_pool2d(images[:, :, 35:223, 32:220], (112, 112))
     assert torch.equal(crop_as_psp(images), expected)
-    assert crop_as_psp(pictures(1, 64)).shape == (1, 3, 112, 112)
+    assert crop_as_psp(random_images(1, 64)).shape == (1, 3, 112, 112)
 
 
 # -- the network ---------------------------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ def test_layout():
     assert [i for i, block in enumerate(network.features) if not block.residual] == [0, 5, 12]
 
 
-def test_embedding_is_per_picture_and_of_length_one(random_identity):
-    images = pictures(3, 40)
+def test_embedding_is_per_image_and_of_length_one(random_identity):
+    images = random_images(3, 40)
     embeddings = random_identity.embed(images)
     assert embeddings.shape == (3, 128) and embeddings.dtype == torch.float32
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
@@ -120,9 +120,9 @@ def test_embedding_is_per_picture_and_of_length_one(random_identity):
     assert similarity[1].item() == pytest.approx(1, abs=1e-5)
 
 
-def test_gradients_reach_the_picture_only(random_identity):
-    images = pictures(1, 64).requires_grad_()
-    random_identity.similarity(images, pictures(1, 32)).sum().backward()
+def test_gradients_reach_the_image_only(random_identity):
+    images = random_images(1, 64).requires_grad_()
+    random_identity.similarity(images, random_images(1, 32)).sum().backward()
     assert images.grad.isfinite().all() and images.grad.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in random_identity.parameters())
     nn.ModuleList([random_identity]).train()  # inside a model that trains
@@ -157,7 +157,7 @@ def test_auto_prefers_psps_own(monkeypatch):
     monkeypatch.setattr("perceptual.identity.load_arcface", lambda device, weights_dir: Kept())
     identity = build_identity("auto")
     assert identity.name == "ir_se50"
-    images = pictures(2, 256)
+    images = random_images(2, 256)
     identity.embed(images)
     # x / 2 + 1/2 rounds by up to 2^-25, and (that - 1/2) / (1/2) doubles it
     torch.testing.assert_close(identity.network.seen, crop_as_psp(images), atol=2**-24, rtol=0)

@@ -206,7 +206,7 @@ def test_bfloat16_is_near_and_named(squeeze):
         assert squeeze(a, b).dtype == torch.float32
 
 
-# -- stand-ins -----------------------------------------------------------------------------------------------------
+# -- fallbacks -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -263,12 +263,12 @@ class Scorer(nn.Module):
 
 
 def test_scorer_features(monkeypatch):
-    asked = []
+    names = []
     monkeypatch.setattr(
-        "perceptual.lpips.load_scorer", lambda name, device, weights_dir: asked.append(name) or Scorer()
+        "perceptual.lpips.load_scorer", lambda name, device, weights_dir: names.append(name) or Scorer()
     )
     perceptual = build_perceptual("scorer:runs/ü/smile.safetensors", weights_dir="w")
-    assert asked == ["runs/ü/smile.safetensors"] and perceptual.name == "scorer-features(smile.safetensors)"
+    assert names == ["runs/ü/smile.safetensors"] and perceptual.name == "scorer-features(smile.safetensors)"
     assert_frozen_and_per_image(perceptual, 16)
 
 

@@ -1,4 +1,4 @@
-"""What the tests in this folder share."""
+"""Helpers shared by the tests of generate.py."""
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def new_generator(**changes):
 
 
 def write_ckpt(path, network):
-    """As train.py writes it: g_ema beside g, which differs."""
+    """A checkpoint like those of train.py: g_ema beside g, which differs."""
     other = {name: tensor + 1 for name, tensor in network.state_dict().items()}
     state = {"g": other, "g_ema": network.state_dict(), "config": network.config.to_dict(), "step": 7}
     save_checkpoint(path, state)

@@ -73,7 +73,7 @@ def test_saved_latents_give_the_same_pictures(ckpt, generator, tmp_path, flags):
 def saved_projection(generator, folder, **changes):
     """Latents as the projector leaves them: names of photos, and optimised noise maps."""
     names = ["people/ü 1.jpg", "a.png", "a.jpg"]
-    codes = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2, 3]))))
+    ws = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2, 3]))))
     noise = noise_maps(generator, "random", seeds=[7, 8, 9])([0, 1, 2])
     options = {
         "names": names,
@@ -83,34 +83,34 @@ def saved_projection(generator, folder, **changes):
         "noise": noise,
         **changes,
     }
-    save_latents(folder, codes, **options)
-    return codes, noise
+    save_latents(folder, ws, **options)
+    return ws, noise
 
 
 def test_latents_with_saved_noise(ckpt, generator, tmp_path):
-    codes, noise = saved_projection(generator, tmp_path / "p")
+    ws, noise = saved_projection(generator, tmp_path / "p")
     assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--output_dir", tmp_path / "out", "--batch", 2) == 0
     found = images_in(tmp_path / "out")
     assert list(found) == ["a.jpg.png", "a.png.png", "people/ü 1.png"]
-    expected = list(render(generator, codes, noise=noise))
-    for picture, name in zip(expected, ["people/ü 1.png", "a.png.png", "a.jpg.png"], strict=True):
-        assert close(found[name], picture)
-    (alone,) = render(generator, codes[1:2], noise=select_noise(noise, [1]))
+    expected = list(render(generator, ws, noise=noise))
+    for image, name in zip(expected, ["people/ü 1.png", "a.png.png", "a.jpg.png"], strict=True):
+        assert close(found[name], image)
+    (alone,) = render(generator, ws[1:2], noise=select_noise(noise, [1]))
     assert close(alone, expected[1])
     assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--noise", "none", "--output_dir", tmp_path / "q") == 0
     assert not np.array_equal(images_in(tmp_path / "q")["a.jpg.png"], found["a.jpg.png"])
 
 
 def test_mix_and_loop_of_latents(ckpt, generator, tmp_path, monkeypatch):
-    codes, noise = saved_projection(generator, tmp_path / "p")
+    ws, noise = saved_projection(generator, tmp_path / "p")
     assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--mix", "2", "0-1", "--output_dir", tmp_path) == 0
-    sheet = np.asarray(Image.open(tmp_path / "mix.png"))
-    (expected,) = render(generator, [mix(codes[2], codes[1], range(4))], noise=select_noise(noise, [2]))
-    assert close(sheet[18:, 36:], expected)
+    grid = np.asarray(Image.open(tmp_path / "mix.png"))
+    (expected,) = render(generator, [mix(ws[2], ws[1], range(4))], noise=select_noise(noise, [2]))
+    assert close(grid[18:, 36:], expected)
     seen = []
     monkeypatch.setattr("sampling.output.save_video", lambda frames, path, fps: seen.extend(frames))
     assert command("--ckpt", ckpt, "--latents", tmp_path / "p", "--interpolate", "--frames", 2) == 0
-    assert close(np.stack(seen[::2]), np.stack(list(render(generator, codes, noise=noise))))
+    assert close(np.stack(seen[::2]), np.stack(list(render(generator, ws, noise=noise))))
 
 
 def test_bare_array(wpp_ckpt, tmp_path):
@@ -121,22 +121,22 @@ def test_bare_array(wpp_ckpt, tmp_path):
 
 def test_projections_of_other_programs(wpp_ckpt, tmp_path):
     generator = load_generator(wpp_ckpt)
-    codes = generator.get_latent(torch.randn(2, 6, 32)).detach()
+    ws = generator.get_latent(torch.randn(2, 6, 32)).detach()
     noise = [torch.randn(2, *layer.shape[1:]) for layer in generator.fixed_noise()]
     torch.save(
         {
-            f"faces/{name}.jpg": {"latent": codes[i], "noise": [layer[i : i + 1] for layer in noise]}
+            f"faces/{name}.jpg": {"latent": ws[i], "noise": [layer[i : i + 1] for layer in noise]}
             for i, name in enumerate(("anna", "ü b"))
         },
         tmp_path / "project.pt",
     )
-    np.savez(tmp_path / "projected_w.npz", w=codes[:1].numpy())
+    np.savez(tmp_path / "projected_w.npz", w=ws[:1].numpy())
     for file, names, maps in (("project.pt", ["anna", "ü b"], noise), ("projected_w.npz", ["00000"], None)):
         out = tmp_path / f"of {file}"
         assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / file, "--output_dir", out) == 0
-        expected = render(generator, codes[: len(names)], noise=maps)
-        for name, picture in zip(names, expected, strict=True):
-            assert close(Image.open(out / f"{name}.png"), picture)
+        expected = render(generator, ws[: len(names)], noise=maps)
+        for name, image in zip(names, expected, strict=True):
+            assert close(Image.open(out / f"{name}.png"), image)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_half_export(ckpt, generator, tmp_path):
 
 
 def test_export_beside_its_base(tmp_path, capsys):
-    """What is equal is left out, of a file that reads back as a whole one; without its base it says what is missing."""
+    """Equal tensors are left out; the file reads back as a whole one, and without its base says what is missing."""
     base, whole, part = (tmp_path / f"{name}.safetensors" for name in ("base", "whole", "part"))
     network = new_generator()
     assert command("--ckpt", write_ckpt(tmp_path / "1.pt", network), "--export", base, "--half") == 0
@@ -227,7 +227,7 @@ def test_export_beside_its_base(tmp_path, capsys):
 
 
 def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_config):
-    """What --keep does while training and what --export does are one; another program's file is left alone."""
+    """The export of --keep while training and that of --export are one; another program's file is left alone."""
     trainer = Trainer(tiny_config, TrainSettings(batch=1), Distributed(0, 0, 1, torch.device("cpu"), None))
     folder = tmp_path / "run" / "checkpoint"
     with Run(tmp_path / "run", {}, use_tensorboard=False) as opened:

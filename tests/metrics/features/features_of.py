@@ -1,4 +1,4 @@
-"""What the tests in this folder share."""
+"""Helpers shared by the tests of features."""
 
 import shutil
 

@@ -78,15 +78,15 @@ def test_truncation_and_noise_modes(checkpoint, tiny):
     full, half, none = (values(open_source(checkpoint, sampling=Sampling(psi)), tiny, 12) for psi in (1, 0.5, 0))
     assert full.std(0).mean() > half.std(0).mean() > none.std(0).mean()
     still = open_source(checkpoint, sampling=Sampling(0, noise="const"))
-    assert values(still, tiny, 4).std(0).max() < 1e-4  # one mean code, one noise: one image
+    assert values(still, tiny, 4).std(0).max() < 1e-4  # one mean w, one noise: one image
     with pytest.raises(ValueError, match="--noise loud: expected one of const, random, none"):
         Sampling(noise="loud")
 
 
-def test_facts_of_a_checkpoint(checkpoint, tmp_path):
-    about = open_source(checkpoint).info
-    assert (about["step"], about["images"], about["ema"]) == (20, 20 * 4 * 2, True)
-    assert about["fingerprint"] == load_generator(checkpoint).fingerprint and about["space"] == "w++"
+def test_info_of_a_checkpoint(checkpoint, tmp_path):
+    info = open_source(checkpoint).info
+    assert (info["step"], info["images"], info["ema"]) == (20, 20 * 4 * 2, True)
+    assert info["fingerprint"] == load_generator(checkpoint).fingerprint and info["space"] == "w++"
     alone = shutil.copy(checkpoint, tmp_path / "g.safetensors")
     assert open_source(alone).info["images"] is None
 
@@ -111,15 +111,17 @@ def test_latents_of_a_conditional_generator_keep_their_attributes(tmp_path):
     config, ckpt = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8, condition_dim=2), tmp_path / "cgan.pt"
     save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
     generator = load_generator(ckpt)
-    w, own = generator.get_latent(generator.draw_z(3, torch.Generator().manual_seed(0))), torch.rand(3, 2)
-    facts = {"names": ["a", "b", "c"], "space": "w++", "size": 16, "fingerprint": generator.fingerprint}
-    save_latents(tmp_path / "own", w, **facts, extra={"condition": {"values": own.tolist()}})
-    save_latents(tmp_path / "neutral", w, **facts)
+    w, attributes = generator.get_latent(generator.draw_z(3, torch.Generator().manual_seed(0))), torch.rand(3, 2)
+    info = {"names": ["a", "b", "c"], "space": "w++", "size": 16, "fingerprint": generator.fingerprint}
+    save_latents(tmp_path / "saved", w, **info, extra={"condition": {"values": attributes.tolist()}})
+    save_latents(tmp_path / "neutral", w, **info)
     source, neutral = (
-        open_source(tmp_path / name, ckpt=ckpt, sampling=Sampling(noise="const")) for name in ("own", "neutral")
+        open_source(tmp_path / name, ckpt=ckpt, sampling=Sampling(noise="const")) for name in ("saved", "neutral")
     )
     images = torch.cat(list(source.batches([0, 1, 2], 2, "cpu")))
-    torch.testing.assert_close(images, generator(w, input_is_latent=True, randomize_noise=False, condition=own)[0])
+    torch.testing.assert_close(
+        images, generator(w, input_is_latent=True, randomize_noise=False, condition=attributes)[0]
+    )
     assert (source.info["condition"], neutral.info["condition"]) == ("saved", "neutral")
     assert source.digest([0, 1, 2]) != neutral.digest([0, 1, 2]), "their features are cached apart"
 

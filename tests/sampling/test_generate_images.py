@@ -56,13 +56,13 @@ def test_truncation_is_per_token(generator):
 
 
 def test_render_is_lazy_and_refuses(generator):
-    code = next(map_latents(generator, seeded_z(generator, [0])))
-    endless = render(generator, iter(lambda: code, None))
+    w = next(map_latents(generator, seeded_z(generator, [0])))
+    endless = render(generator, iter(lambda: w, None))
     assert np.array_equal(next(endless), next(endless))
     with pytest.raises(ValueError, match="takes w"):
-        next(render(generator, [code[:2]]))
+        next(render(generator, [w[:2]]))
     with pytest.raises(ValueError, match="not finite at image 2"):
-        list(render(generator, [code, code * float("nan")]))
+        list(render(generator, [w, w * float("nan")]))
 
 
 def test_mix_swaps_tokens():
