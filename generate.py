@@ -10,8 +10,6 @@ images. What the file recommends (truncation, noise) holds where no flag is give
     python generate.py --ckpt faces.safetensors --latents projection/ --output_dir rendered
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import replace

@@ -10,8 +10,6 @@ with validation.json. A run stopped at any moment continues with --resume auto a
     python train_scorer.py --evaluate images --scorer dex --dex_crop --scores scores.csv
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
@@ -31,7 +29,6 @@ def build_parser() -> ArgumentParser:
     add("--data", help="folder that the file names are relative to")
     add("--out", help="run folder; everything is written below it")
     add("--attributes", default="auto", help="comma-separated columns; auto: known ones; all: all numbers")
-    add("--trust", metavar="SOURCE=WEIGHT,...", help="weight of labels by their maker, named by a column COLUMN_src")
     add("--validation", type=float, default=0.08, help="fraction of the people kept out of training")
     add("--split_seed", type=int, default=0, help="of the split; another seed keeps out other people")
     add("--resume", metavar="auto|PATH", help="continue with the run's options; auto: its newest checkpoint")
@@ -70,7 +67,7 @@ def main(args) -> None:
     from common.runs import Run, restore_options, write_json
     from dataset import InfiniteSampler
     from scorer.evaluation import evaluate_folder
-    from scorer.labels import parse_trust, read_labels, split_faces
+    from scorer.labels import read_labels, split_faces
     from scorer.loop import export, find_start, train
     from scorer.network import ScorerConfig
     from scorer.training import FaceStore, ScorerSettings, ScorerTrainer
@@ -100,7 +97,7 @@ def main(args) -> None:
         return
 
     # Data and networks.
-    table = read_labels(args.labels, args.attributes, trust=parse_trust(args.trust))
+    table = read_labels(args.labels, args.attributes)
     tables = split_faces(table, args.data, args.validation, args.split_seed)
     stores = [FaceStore([Path(args.data) / name for name in part.names], args.input_size) for part in tables]
     config = ScorerConfig(table.attributes, args.width, args.input_size)

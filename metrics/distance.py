@@ -4,8 +4,6 @@ FID: Heusel et al. 2017 (arXiv 1706.08500); KID, unbiased and so better for smal
 (arXiv 1801.01401).
 """
 
-from __future__ import annotations
-
 import torch
 
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's

@@ -19,8 +19,6 @@ torchrun share the faces among them. Measures:
               cosine similarity, distance, and mean absolute change of the other attributes (age in years / 100)
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

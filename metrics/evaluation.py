@@ -1,7 +1,5 @@
 """From two sets of images to stamped numbers: what fid.py, prdc.py and train.py --eval_every share."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re

@@ -3,8 +3,6 @@
 python metrics/extract_features.py faces.lmdb --size 256 --extractor vgg16 --protocol paper --out faces-vgg16.npz
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,13 +3,8 @@
 `inception` is torch-fidelity's network (FID), `vgg16` torchvision's up to fc2 (the paper's PRDC), `squeeze` the
 pooled features of SqueezeNet 1.1 and `scorer` those of the bundled face scorer: fallbacks where the weights of the
 others are absent (`auto` takes the first there is). A number from a fallback carries its name (`fid-squeeze`) and
-compares with no published one. Another extractor is one function in EXTRACTORS:
-
-    def build_mine(protocol, weights_dir):
-        return Extractor("mine", network, size=64, dim=128, mean=(127.5,) * 3, std=(127.5,) * 3, sha256=digest)
+compares with no published one. Another extractor is one function in EXTRACTORS.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass, field
 

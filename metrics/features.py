@@ -1,12 +1,9 @@
 """Features of images: computed in micro-batches, shared among the ranks, kept in a cache keyed by content and protocol.
 
-Every rank takes a contiguous share of the images; rank 0 ends with all features in order. The cache file of a set goes
-by the sha256 of its images (of the weights and the draw, for a generator), of the extractor's weights and of the
-protocol: a changed image, filter or extractor is another file, a moved folder is not. A cache that cannot be written or
-read costs time, never a result. The same `.npz` is accepted wherever images are.
+The cache file of a set goes by the sha256 of its images (of the weights and the draw, for a generator), of the
+extractor's weights and of the protocol. A cache that cannot be written or read costs time, never a result. The same
+`.npz` is accepted wherever images are.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json

@@ -10,8 +10,6 @@ Inception's; where its weights are absent the fallback is named: `fid-squeeze` c
     torchrun --nproc_per_node 8 metrics/fid.py --real ffhq.lmdb --fake faces.safetensors --truncation 0.5,0.7,1
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Flags of the commands that compare images by features; no torch, so that `--help` is quick."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

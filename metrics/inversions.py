@@ -1,7 +1,5 @@
 """Folders of inverted faces compared and tabulated: the functions behind reconstruction.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

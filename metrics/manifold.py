@@ -5,8 +5,6 @@ Precision and recall: Kynkäänniemi et al. 2019 (arXiv 1904.06991); density and
 centre than the centre's k-th neighbour, strictly. Density is not capped at 1. Real and fake do not commute.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,10 +1,4 @@
-"""Metrics while a generator is trained (train.py --eval_every): into the run's log, and the best weights into a file.
-
-monitor = Monitor(run, "faces.lmdb", 64, metrics=("fid", "prdc"), n=5000, dist=dist)
-monitor.evaluate(g_ema, step, images)        # on every rank
-"""
-
-from __future__ import annotations
+"""Metrics while a generator is trained (train.py --eval_every): into the run's log, and the best weights into a file."""
 
 import torch
 

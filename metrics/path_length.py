@@ -1,7 +1,5 @@
 """Perceptual path length (Karras et al. 2019, arXiv 1812.04948, section 4.1): the function behind ppl.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

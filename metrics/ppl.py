@@ -8,8 +8,6 @@ noise maps are the stored ones. `ppl-w` is LPIPS with VGG; another perceptual ne
     python metrics/ppl.py --ckpt faces.safetensors --space z --perceptual squeeze --n_sample 5000
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

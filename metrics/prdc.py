@@ -9,8 +9,6 @@ replacement. Density is not capped at 1: above it, fakes crowd where reals are d
     python metrics/prdc.py --dataset faces.lmdb --ckpt runs/faces/checkpoint --protocol paper --start_num 200000
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

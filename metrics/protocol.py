@@ -14,8 +14,6 @@ From more real images than --n_sample, `paper` takes the first for FID, as the p
 draws, without replacement (the published PRDC drew with it, which shrinks the radii: not repeated here).
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import time

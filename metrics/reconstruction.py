@@ -10,8 +10,6 @@ or images of another size are refused.
     python metrics/reconstruction.py runs/w runs/wpp --format latex --measures perceptual,mse,psnr --output table.tex
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -10,8 +10,6 @@ listed with --allow_unlike.
     python metrics/report.py sweep.jsonl --against truncation --metric recall-squeeze --png sweep.png
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

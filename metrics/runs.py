@@ -1,7 +1,5 @@
 """Results of runs (metrics.jsonl) as the table and the curve of report.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from common.cli import UserError

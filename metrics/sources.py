@@ -1,11 +1,8 @@
 """Sources of images: a folder, an LMDB, a generator checkpoint or saved latents, told apart by content.
 
-A source knows how many images it has, gives any selection of them in order, and has a digest of their content, the
-key of the feature cache. Generated image i of seed s is the one of `generate.py --seeds S --noise random` with
-S = s * 1,000,000 + i, whatever the batch size, device or number of processes.
+Generated image i of seed s is the one of `generate.py --seeds S --noise random` with S = s * 1,000,000 + i, whatever
+the batch size, device or number of processes.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json

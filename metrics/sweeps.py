@@ -1,7 +1,5 @@
 """Edits of inverted faces measured along a boundary: the functions behind editing.py, which names the measures."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

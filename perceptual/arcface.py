@@ -5,8 +5,6 @@ loads into `ArcFace` strictly, and its `input_layer` and `body` into the encoder
 Sources: Deng et al. 2019 (arXiv 1801.07698, the IR unit), Hu et al. 2018 (arXiv 1709.01507, squeeze and excitation).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,15 +1,13 @@
 """Who is it? Face embeddings of aligned images, differentiable: identity loss, and how alike two faces are.
 
-Images are framed as FFHQ frames them (faces/align.py), so that eyes and mouth lie at fixed places and one fixed box
-leads to the framing that a recognition network was trained with. MobileFaceNet (Chen et al. 2018, arXiv 1804.07573,
-Apache-2.0 weights) is small and may be used freely; IR-SE50 ArcFace is that of pSp, for research only.
+Images are framed as FFHQ frames them (faces/align.py): one fixed box leads to the framing that a recognition network
+was trained with. MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, Apache-2.0 weights) is small and may be used
+freely; IR-SE50 ArcFace is that of pSp, for research only.
 
     identity = build_identity("auto", "cuda")
     loss = (1 - identity.similarity(images, photos)).mean()         # [N, 3, H, H] in [-1, 1], any size, -> [N]
     reference = identity.embed(photos)                              # [N, 128], length 1: compute once, use often
 """
-
-from __future__ import annotations
 
 import functools
 from collections import OrderedDict

@@ -6,8 +6,6 @@
 Images are measured as they are saved, 8 bits per channel: whoever has the files gets the same numbers.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import math
@@ -67,7 +65,7 @@ class Measured:
     identity: str | None
     originals: list[str] | None = None  # image_digest of each, where it was written
 
-    def restrict(self, names: set[str]) -> Measured:
+    def restrict(self, names: set[str]) -> "Measured":
         """The rows of these images."""
         keep = [i for i, name in enumerate(self.names) if name in names]
         values = {measure: [column[i] for i in keep] for measure, column in self.values.items()}

@@ -10,8 +10,6 @@ learnt weights: useful as a loss, not comparable with LPIPS. `.name` tells which
     loss = perceptual.distance(perceptual.features(images), target).mean()   # images [N, 3, H, W] in [-1, 1] -> [N]
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path

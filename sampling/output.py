@@ -1,7 +1,5 @@
 """Files of generate.py: images with grid and latents, grids of mixtures, loops as videos; shared among the ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ device. What is computed from it is equal up to rounding: batches of another siz
     for image in render(generator, ws, noise=noise_maps(generator, "const")): ...
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

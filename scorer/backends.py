@@ -10,8 +10,6 @@
   mean and std are of RGB in 0..1, torchvision's; "channels": "bgr" and "range": 255 for networks of Caffe's descent.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Labels here may be soft (another network's probabilities): above 0.5 counts as y
 calibration compares mean prediction with mean label.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -67,30 +65,18 @@ def measure(attribute: Attribute, scores: np.ndarray, labels: np.ndarray) -> dic
 
 
 def accuracy_report(scores: np.ndarray, table: LabelTable) -> dict:
-    """scores [N, A] of the faces of `table` -> {attribute: measure(...), plus `by_source` where makers differ}."""
-    report = {}
-    for column, attribute in enumerate(table.attributes):
-        labels, makers = table.values[:, column], table.sources[:, column]
-        known = np.isfinite(labels)
-        if not known.any():
-            continue
-        report[attribute.name] = measure(attribute, scores[known, column], labels[known])
-        groups = {maker: known & (makers == maker) for maker in sorted(set(makers[known]) - {""})}
-        if len(groups) > 1:
-            by_source = {
-                maker: measure(attribute, scores[rows, column], labels[rows]) for maker, rows in groups.items()
-            }
-            report[attribute.name]["by_source"] = by_source
-    return report
+    """scores [N, A] of the faces of `table` -> {attribute: measure(...)}, without attributes that have no label."""
+    known = np.isfinite(table.values)  # [N, A]
+    columns = zip(table.attributes, scores.T, table.values.T, known.T, strict=True)
+    return {a.name: measure(a, column[rows], labels[rows]) for a, column, labels, rows in columns if rows.any()}
 
 
 def format_report(report: dict) -> str:
     """The report as a table for people."""
-    lines = [f"{'attribute':14}{'labels by':16}{'n':>6}  numbers"]
+    lines = [f"{'attribute':14}{'n':>6}  numbers"]
     for name, numbers in report.items():
-        for maker, values in (("all", numbers), *numbers.get("by_source", {}).items()):
-            cells = [f"{key} {value:.3f}" for key, value in values.items() if isinstance(value, float)]
-            lines.append(f"{name:14}{maker:16}{values['n']:6}  {'  '.join(cells)}")
+        cells = [f"{key} {value:.3f}" for key, value in numbers.items() if isinstance(value, float)]
+        lines.append(f"{name:14}{numbers['n']:6}  {'  '.join(cells)}")
     return "\n".join(lines)
 
 
@@ -115,14 +101,7 @@ def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report
             print(format_report(reports[str(size)]), end="\n\n")
     if report:
         write_json(report, {"scorer": name, "folder": folder, "faces": len(names), "sizes": reports})
-    brief = {
-        size: {
-            attribute: {key: round(value, 4) for key, value in numbers.items() if isinstance(value, float)}
-            for attribute, numbers in at_size.items()
-        }
-        for size, at_size in reports.items()
-    }
-    print(json.dumps({"scorer": name, "faces": len(names), "sizes": brief}))
+    print(json.dumps({"scorer": name, "faces": len(names), "sizes": reports}))
 
 
 def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str], LabelTable | None]:

@@ -1,7 +1,5 @@
 """The interface of all attribute scorers: images in, years and probabilities out, differentiable."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

@@ -3,13 +3,7 @@
 Any label may be missing in any row. Where a column `<column>_src` says who made a label, TRUST weighs it: another
 network's guess counts less than the data set's own record. The validation split never parts the images of one person.
 What a -1 means is decided by the convention of the whole file (CelebA: -1 no, 1 yes), not by the values of one column.
-
-    table = read_labels("faces/labels.csv")                    # age, gender, smile ...: those the file has labels for
-    table = read_labels("list_attr_celeba.csv", "Young,Bald")  # any column, -1/1 included
-    training, validation = table.split(0.08, seed=0)
 """
-
-from __future__ import annotations
 
 import csv
 import hashlib
@@ -67,7 +61,7 @@ KNOWN = {attribute.name: (attribute, columns) for attribute, columns in _KNOWN}
 @dataclass(frozen=True)
 class LabelTable:
     """N rows of labels. values, weights: float32 [N, A]; a missing label is NaN with weight 0.
-    sources: per row and attribute who made the label ("" when the file does not say). path: the file, for messages."""
+    path: the file, for messages."""
 
     path: Path
     attributes: tuple[Attribute, ...]
@@ -75,18 +69,17 @@ class LabelTable:
     identities: tuple[str, ...]  # the name, where the file knows no identity
     values: np.ndarray
     weights: np.ndarray
-    sources: np.ndarray  # of str, [N, A]
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def select(self, rows) -> LabelTable:
+    def select(self, rows) -> "LabelTable":
         rows = np.asarray(rows, np.int64)
         texts = {field: tuple(getattr(self, field)[i] for i in rows) for field in ("names", "identities")}
-        arrays = {field: getattr(self, field)[rows] for field in ("values", "weights", "sources")}
+        arrays = {field: getattr(self, field)[rows] for field in ("values", "weights")}
         return replace(self, **texts, **arrays)
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[LabelTable, LabelTable]:
+    def split(self, fraction: float, seed: int = 0) -> tuple["LabelTable", "LabelTable"]:
         """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
         Raises ValueError when one of the two would be empty."""
         hashes = [hashlib.sha256(f"{seed}/{identity}".encode()).hexdigest() for identity in self.identities]
@@ -120,26 +113,11 @@ def split_faces(table: LabelTable, folder, fraction: float, seed: int) -> tuple[
     training, validation = present_faces(table, folder).split(fraction, seed)
     for attribute, weight in zip(table.attributes, training.weights.sum(0), strict=True):
         if weight == 0:
-            advice = "leave it out of --attributes or raise its --trust"
-            raise ValueError(f"{table.path}: no training face has a label for {attribute.name!r}; {advice}")
+            raise ValueError(f"{table.path}: no training face has a label for {attribute.name!r}: leave it out")
     return training, validation
 
 
-def parse_trust(text: str | None) -> dict[str, float]:
-    """'deepface-pred=0.1,mine=1' on top of TRUST. Raises ValueError."""
-    trust = dict(TRUST)
-    for part in filter(None, (text or "").split(",")):
-        source, equals, weight = part.partition("=")
-        try:
-            trust[source.strip()] = float(weight)
-        except ValueError:
-            equals = ""
-        if not equals or not 0 <= trust[source.strip()] < math.inf:
-            raise ValueError(f"--trust {part}: expected SOURCE=WEIGHT with a weight of 0 or more")
-    return trust
-
-
-def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | None = None) -> LabelTable:
+def read_labels(path, attributes: str = "auto") -> LabelTable:
     """The labels in a CSV with a column of file names (NAME_COLUMNS) and one column per attribute.
 
     attributes: comma-separated names; of KNOWN ones by their usual columns, else of any column: values 0..1, yes/no or
@@ -158,7 +136,7 @@ def read_labels(path, attributes: str = "auto", *, trust: dict[str, float] | Non
     read = []
     for name in _chosen(path, columns, rows, attributes):
         try:
-            labels = _read_attribute(path, columns, rows, name, TRUST if trust is None else trust)
+            labels = _read_attribute(path, columns, rows, name)
         except ValueError as error:
             if attributes != "all" or name in KNOWN:
                 raise
@@ -209,8 +187,8 @@ def _chosen(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
     return names
 
 
-def _read_attribute(path, columns, rows, name: str, trust) -> tuple | None:
-    """(Attribute, values [N], weights [N], sources [N]), or None when every cell is empty."""
+def _read_attribute(path, columns, rows, name: str) -> tuple | None:
+    """(Attribute, values [N], weights [N]), or None when every cell is empty."""
     attribute, sources = KNOWN.get(name, (None, (name.lower(),)))
     column = next(c for c in sources if c.lstrip("!") in columns)
     inverted, column = column.startswith("!"), column.lstrip("!")
@@ -240,9 +218,8 @@ def _read_attribute(path, columns, rows, name: str, trust) -> tuple | None:
         values = values.clip(None, AGE_BINS - 1)
     values = 1 - values if inverted else values
     maker = columns.get(f"{column}_src") or columns.get(SHARED_SOURCE.get(column, ""))
-    makers = np.array([row[maker] if maker else "" for row in rows])
-    weights = np.array([trust.get(source, 1.0) for source in makers], np.float32) * known
-    return attribute, values, weights, makers
+    weights = np.array([TRUST.get(row[maker], 1.0) if maker else 1.0 for row in rows], np.float32) * known
+    return attribute, values, weights
 
 
 def _without_sign(path, columns, rows, header: str, values: np.ndarray) -> np.ndarray:

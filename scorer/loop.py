@@ -1,7 +1,5 @@
 """The training loop of an attribute scorer, and everything that it writes: log, checkpoints, the scorer at the end."""
 
-from __future__ import annotations
-
 import time
 from itertools import islice
 from pathlib import Path

@@ -1,8 +1,7 @@
 """Attribute scorers: images in, age, gender, smile, eyes and mouth open ... out, in stated units and differentiable.
 
 `load_scorer` gives every scorer one interface: the bundled networks, files of train_scorer.py, DEX, or a classifier
-file of somebody else's (scorer/backends.py). A loaded scorer is frozen and stays in evaluation mode; gradients flow
-through it to the images. It resizes by itself: any size of image will do.
+file of somebody else's (scorer/backends.py). A loaded scorer is frozen; gradients flow through it to the images.
 
     scorer = load_scorer("face-scorer", "cuda")         # or a .safetensors file, "dex", "classifier.json"
     scores = scorer(images)                             # [N, 3, H, W] in [-1, 1] -> [N, A]: years, probabilities
@@ -12,8 +11,6 @@ The network: a small residual network (He et al. 2016; blocks from torchvision);
 distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit per attribute, calibrated on the
 validation split (Platt 1999; temperature for age).
 """
-
-from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,7 +50,7 @@ class ScorerConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> ScorerConfig:
+    def from_dict(cls, values: dict) -> "ScorerConfig":
         """Raises ValueError for a network that is no longer supported, KeyError or TypeError for no config at all."""
         values = dict(values)
         for name, supported in FIXED.items():

@@ -7,8 +7,6 @@ entropy with soft labels. A missing label has weight 0; the sum over a batch is 
 over the training set, so that an attribute with few labels counts as much as the others.
 """
 
-from __future__ import annotations
-
 import copy
 import io
 import math

@@ -6,8 +6,6 @@ and third-party weights. Computes nothing, downloads nothing, needs no GPU and n
     python tools/doctor.py
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Figures like the paper's: networks and faces, their inversions, and the images in rows and columns with captions."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,7 +46,7 @@ class Models:
     steps: int  # of every inversion
     names: list[str]
     faces: list[np.ndarray]
-    inversions: dict[str, Inversion] = field(default_factory=dict)
+    inversions: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The machine in words, for doctor.py."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

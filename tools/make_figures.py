@@ -9,8 +9,6 @@ Faces are scikit-image's astronaut and faces that the generators draw. Everythin
 command gives the same files. A figure for which a model is absent is left out with a sentence.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

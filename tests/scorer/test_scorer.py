@@ -22,7 +22,7 @@ from common.cli import run
 from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex
 from scorer.evaluation import accuracy_report, auc, balanced_accuracy, calibration_error, format_report, measure
 from scorer.interface import expected_age, resize
-from scorer.labels import AGE_BINS, KNOWN, Attribute, parse_trust, present_faces, read_labels
+from scorer.labels import AGE_BINS, KNOWN, Attribute, present_faces, read_labels
 from scorer.network import Scorer, ScorerConfig, ScorerNetwork, load_scorer, read_scorer, save_scorer
 from scorer.training import (
     FaceStore,
@@ -67,15 +67,14 @@ def test_labels_of_the_known_columns(tmp_path):
         ["file", "age", "gender", "narrow_eyes", "age_src", "expression_src", "identity"],
         ["ü 1.jpg", "30", "M", "0.2", "aaf", "farl-pred", "a"],
         ["2.jpg", "", "F", "", "deepface-pred", "", ""],
-        ["3.jpg", "140", "", "1", "deepface-pred", "mine", "a"],
+        ["3.jpg", "140", "", "1", "deepface-pred", "azure-dcgm", "a"],
     )
-    table = read_labels(path, trust=parse_trust("mine=0.5"))
+    table = read_labels(path)
     assert [a.name for a in table.attributes] == ["age", "gender", "eyes_open"]
     assert table.names == ("ü 1.jpg", "2.jpg", "3.jpg") and table.identities == ("a", "2.jpg", "a")
     expected = np.array([[30, 1, 0.8], [np.nan, 0, np.nan], [100, np.nan, 0]], np.float32)
     np.testing.assert_allclose(table.values, expected)  # eyes_open is one minus narrow_eyes; ages end at 100
-    np.testing.assert_allclose(table.weights, [[1, 1, 1], [0, 1, 0], [0.1, 0, 0.5]])
-    assert table.sources[2].tolist() == ["deepface-pred", "", "mine"]
+    np.testing.assert_allclose(table.weights, [[1, 1, 1], [0, 1, 0], [0.1, 0, 0.7]])
 
 
 def test_labels_of_other_columns(tmp_path):
@@ -162,9 +161,6 @@ def test_files_that_are_no_labels(tmp_path):
     (tmp_path / "l.csv").write_bytes("file,age\nä,1".encode("utf-16"))
     with pytest.raises(ValueError, match="not a CSV file in UTF-8"):
         read_labels(tmp_path / "l.csv")
-    for text in ("deepface-pred", "a=x", "a=-1"):
-        with pytest.raises(ValueError, match="SOURCE=WEIGHT"):
-            parse_trust(text)
 
 
 def test_nobody_is_on_both_sides_of_the_split(tmp_path):
@@ -374,18 +370,11 @@ def test_accuracy_by_closed_form():
     assert measure(AGE, np.array([20.0]), np.array([10.0]))["n"] == 1
 
 
-def test_report_by_source(tmp_path):
-    path = write_csv(
-        tmp_path / "l.csv",
-        ["file", "age", "age_src", "smile"],
-        ["1", "10", "aaf", "1"],
-        ["2", "20", "guess", "0"],
-        ["3", "", "", "1"],
-    )
+def test_report_of_labelled_faces_alone(tmp_path):
+    path = write_csv(tmp_path / "l.csv", ["file", "age", "smile"], ["1", "10", "1"], ["2", "20", "0"], ["3", "", "1"])
     report = accuracy_report(np.array([[12.0, 0.9], [25, 0.2], [50, 0.6]]), read_labels(path))
-    assert report["age"]["n"] == 2 and report["age"]["by_source"]["guess"]["mae"] == 5
-    assert report["smile"]["n"] == 3 and "by_source" not in report["smile"]
-    assert "guess" in format_report(report)
+    assert (report["age"]["n"], report["age"]["mae"], report["smile"]["n"]) == (2, 3.5, 3)
+    assert "3.500" in format_report(report)
 
 
 def test_calibration_recovers_a_planted_one():
@@ -715,7 +704,6 @@ def test_faces_that_are_absent_or_damaged_are_left_out(planted, tmp_path):
         (["--batch", "0"], 2, "argument --batch: expected a whole number from 1"),
         (["--validation", "1"], 2, "--validation is a fraction"),
         (["--input_size", "16"], 1, "32 to 1024"),
-        (["--trust", "x"], 1, "SOURCE=WEIGHT"),
         (["--data", ""], 2, "missing: --data"),
         (["--resume", "none.pt"], 1, "none.pt: no such checkpoint"),
         (["--evaluate", "nowhere"], 1, "no such scorer"),
