@@ -1,4 +1,4 @@
-"""Metrics while a generator is trained (train.py --eval_every): into the run's log, and the best weights into a file."""
+"""Metrics while a generator is trained (train.py --eval_every): into the log, and the best weights into a file."""
 
 import torch
 

@@ -7,7 +7,7 @@
        "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
   outputs: `sigmoid` (independent attributes), `softmax` (exclusive classes, each a probability) or `linear` (values).
-  mean and std are of RGB in 0..1, torchvision's; "channels": "bgr" and "range": 255 for networks of Caffe's descent.
+  mean and std are of RGB in 0..1; torchvision's by default.
 """
 
 import re
@@ -26,8 +26,8 @@ from scorer.labels import AGE_BINS, KNOWN, Attribute
 DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels
 DEX_CLASSES = {"age": AGE_BINS, "gender": 2}
 OUTPUTS = {"sigmoid": "probability", "softmax": "probability", "linear": "value"}
-DESCRIPTION = {"arch": str, "weights": str, "attributes": [str], "outputs?": str, "input_size?": int, "mean?": [float]}
-DESCRIPTION |= {"std?": [float], "channels?": str, "range?": float}
+DESCRIPTION = {"arch": str, "weights": str, "attributes": [str], "outputs?": str, "input_size?": int}
+DESCRIPTION |= {"mean?": [float], "std?": [float]}
 
 
 class Vgg(nn.Module):
@@ -115,36 +115,21 @@ def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False, age=Non
 
 
 class ClassifierScorer(AttributeScorer):
-    """Any network [N, 3, S, S] -> [N, A]. mean and std are of RGB in 0..value_range, also where channels are bgr."""
+    """Any network [N, 3, S, S] -> [N, A]. mean and std are of RGB in 0..1."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        names,
-        *,
-        outputs: str = "sigmoid",
-        input_size: int = 224,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        channels: str = "rgb",
-        value_range: float = 1.0,
-    ):
+    def __init__(self, network, names, *, outputs="sigmoid", input_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
         if outputs not in OUTPUTS:
             raise ValueError(f"outputs are {', '.join(OUTPUTS)}, not {outputs!r}")
-        if channels not in ("rgb", "bgr"):
-            raise ValueError(f"channels are rgb or bgr, not {channels!r}")
         self.network, self.outputs, self.input_size = network, outputs, input_size
         self.attributes = tuple(Attribute(name, OUTPUTS[outputs]) for name in names)
-        self.bgr, self.value_range = channels == "bgr", value_range
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.freeze()
 
     def margins(self, images: torch.Tensor) -> torch.Tensor:
         x = resize(require_images(images), self.input_size)
-        x = ((x + 1) * (self.value_range / 2) - self.mean) / self.std
-        logits = self.network(x.flip(1) if self.bgr else x)
+        logits = self.network(((x + 1) / 2 - self.mean) / self.std)
         if logits.ndim != 2 or logits.shape[1] != len(self.attributes):
             attributes = f"{len(self.attributes)} attributes ({', '.join(self.names)})"
             raise ValueError(f"the classifier gives {list(logits.shape[1:])} numbers per image for {attributes}")
@@ -169,7 +154,7 @@ def load_classifier(path) -> ClassifierScorer:
     network = _build(path, arch, len(names))
     load_strictly(network, {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, weights)
     try:
-        return ClassifierScorer(network, names, value_range=described.pop("range", 1.0), **described)
+        return ClassifierScorer(network, names, **described)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
