@@ -200,12 +200,10 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, devi
         return lmdb_source(path, size, workers)
     dataset = NativeFolder(path) if size is None else open_dataset(path, size)
     codecs = sorted({file.suffix.lower().lstrip(".") for file in dataset.files})
-    fitted = (
-        ("x".join(map(str, dataset.expected)), None, None) if size is None else (size, dataset.resample, dataset.fit)
-    )
+    native = size is None and "x".join(map(str, dataset.expected))
+    fitted = {"size": size or native, "filter": size and "lanczos", "fit": size and "crop"}  # defaults of fit_image
     info = {"kind": "folder", "path": str(path), "codec": ",".join(codecs)}
-    info |= dict(zip(("size", "filter", "fit"), fitted, strict=True))
-    return ImageSource(dataset, info | {"skipped": len(dataset.skipped)}, workers)
+    return ImageSource(dataset, info | fitted | {"skipped": len(dataset.skipped)}, workers)
 
 
 def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
