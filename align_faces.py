@@ -56,6 +56,10 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
+    from common.lock import lock_folder
+    from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
+    from faces.paste import paste_folder
+
     if args.size < 8 or args.aligned_tolerance < 0:
         raise UsageError("--size takes 8 or more, --aligned_tolerance 0 or more")
     if not 0 <= args.feather <= 0.5 or not 0 < args.score_threshold < 1:
@@ -67,18 +71,12 @@ def main(args) -> None:
     if args.unedited and not args.paste_back:
         raise UsageError("--unedited goes with --paste_back")
 
-    from dataclasses import fields
-
-    from common.lock import lock_folder
-    from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
-    from faces.paste import paste_folder
-
     out = args.output_dir
     if args.paste_back:
         options = {"unedited": args.unedited, "feather": args.feather, "detail": args.detail}
         paste_folder(args.photos, args.paste_back, args.alignment, out, **options)
         return
-    settings = AlignSettings(**{field.name: getattr(args, field.name) for field in fields(AlignSettings)})
+    settings = AlignSettings(**{name: getattr(args, name) for name in vars(AlignSettings())})
     options = {name: getattr(args, name) for name in ("landmarks", "n_worker", "overwrite", "weights_dir")}
     with lock_folder(out, "align_faces.py"):
         records = align_folder(list_photos([args.photos], out), out, settings, **options)

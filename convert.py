@@ -37,6 +37,9 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
+    from common.export import discriminator_file
+    from interop.export import draw_check, export_generator, read_source, write_checkpoint
+
     source, target = Path(args.source), Path(args.target)
     options = {"half": args.half, "recommended": args.recommended, "with_d": args.with_d, "base": args.base}
     if target.suffix not in (".pt", ".safetensors"):
@@ -48,9 +51,6 @@ def main(args) -> None:
         raise UsageError(f"--seed takes 0 to {2**32 - 1}, got {args.seed}")
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: IN and OUT are the same file")
-
-    from common.export import discriminator_file
-    from interop.export import draw_check, export_generator, read_source, write_checkpoint
 
     if target.suffix == ".safetensors":
         (_, notes), held = export_generator(source, target, **options), "g_ema"

@@ -40,10 +40,8 @@ ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
 
 
 def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None = None) -> Dataset:
-    """Opens the LMDB or the folder of images at `path`, told apart by content.
-
-    Raises FileNotFoundError if the path is absent, DatasetError if it cannot give images of size x size.
-    """
+    """Opens the LMDB or the folder of images at `path`, told apart by content. Raises FileNotFoundError if the path is
+    absent, DatasetError if it cannot give images of size x size."""
     path = Path(path)
     if not path.exists():
         make = f"make one with {PREPARE} --out LMDB FOLDER"
@@ -133,10 +131,8 @@ class MultiResolutionDataset(Dataset):
 
 class FolderDataset(Dataset):
     """The images below a folder, fitted (`fit_image`) to size x size as they are read; item i is uint8 [3, size, size].
-
     Opening looks at every file header; files that are no images are left out, counted and listed once (`skipped`, pairs
-    of path and reason). A file with a sound header but damaged pixels raises DatasetError when it is read.
-    """
+    of path and reason). A file with a sound header but damaged pixels raises DatasetError when it is read."""
 
     def __init__(self, path: str | os.PathLike, size: int, transform: Callable | None = None):
         self.path, self.size, self.transform = Path(path), int(size), transform
@@ -258,11 +254,9 @@ def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarr
 
 
 class BatchStream:
-    """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader.
-
-    Each batch handed out advances `sampler.position` by batch x world_size: its state is what was consumed, however
-    much the workers have fetched ahead. To CUDA batches go on a stream of their own, beside the computation.
-    """
+    """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader. Each batch handed out
+    advances `sampler.position` by batch x world_size: its state is what was consumed, however much the workers have
+    fetched ahead. To CUDA batches go on a stream of their own, beside the computation."""
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
         self.loader, self.sampler, self.device = loader, sampler, device
@@ -320,10 +314,8 @@ def data_loader(
     prefetch: int = 4,  # batches that each worker is ahead
     start_method: str | None = None,  # fork, forkserver or spawn; default: the platform's
 ) -> BatchStream:
-    """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs.
-
-    A DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone.
-    """
+    """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs. A
+    DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone."""
     device = torch.device(device)
     loader = DataLoader(
         _Fetch(dataset),

@@ -26,10 +26,8 @@ class CheckpointError(ValueError):
 
 def save_checkpoint(path, state):
     """Write `state` to `path`, atomically: nested dicts, lists and tuples of tensors, str, int, float, bool and None.
-
     Raises CheckpointError, before anything is written, naming the first entry that `weights_only=True` could not read
-    back; OSError naming `path` when the disk is full.
-    """
+    back; OSError naming `path` when the disk is full."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a checkpoint is a dict, not a {type(state).__name__}")
     _require_plain(state, "state")
@@ -64,10 +62,8 @@ def save_safetensors(path, tensors, metadata):
 
 
 def require_file(path, what="file"):
-    """Path of a file that exists, is not empty and is not a web page or git-lfs pointer saved under its name.
-
-    Raises FileNotFoundError or CheckpointError with the sentence to show; `what` names the kind of file expected.
-    """
+    """Path of a file that exists, is not empty and is not a web page or git-lfs pointer saved under its name. Raises
+    FileNotFoundError or CheckpointError with the sentence to show; `what` names the kind of file expected."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}")
@@ -137,10 +133,8 @@ def _require_whole_archive(path, every_byte=False):
 
 
 def load_safetensors(path):
-    """(tensors, metadata) of a `.safetensors` file: CPU tensors by name, JSON values by name.
-
-    Raises FileNotFoundError or CheckpointError as `load_checkpoint` does.
-    """
+    """(tensors, metadata) of a `.safetensors` file: CPU tensors by name, JSON values by name. Raises FileNotFoundError
+    or CheckpointError as `load_checkpoint` does."""
     from safetensors import SafetensorError, safe_open
 
     def value(text):

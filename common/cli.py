@@ -67,10 +67,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without abbreviations, where `--foo_bar` and `--foo-bar` are the same flag however it was declared.
-
     Numbers are finite: `type=float` takes no nan or inf, `type=int` nothing beyond 64 bits. No result goes into a
-    folder of the project's own code.
-    """
+    folder of the project's own code."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
@@ -163,10 +161,8 @@ def require_one_start(args, published):
 
 
 def run(main, parser, argv=None):
-    """Parse `argv` (default: the command line), call `main(args)` and return the exit status, an int.
-
-    ValueError, OSError and lack of memory become one line on stderr; any other exception is a bug and let through.
-    """
+    """Parse `argv` (default: the command line), call `main(args)` and return the exit status, an int. ValueError,
+    OSError and lack of memory become one line on stderr; any other exception is a bug and let through."""
     try:
         args = parser.parse_args(argv)
     except SystemExit as stop:  # argparse: 0 after --help, 2 on misuse

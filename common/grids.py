@@ -43,9 +43,7 @@ def make_strip(
     images, captions: Sequence[str] | None = None, *, nrow: int | None = None, font_size: int = 12, padding: int = 2
 ) -> Image.Image:
     """Images side by side (or `nrow` per row) with a caption below each; a caption too long for its cell is cut.
-
-    images: tensor [N, 3, H, W] in [-1, 1] or a sequence of images of one size; captions: one per image.
-    """
+    images: tensor [N, 3, H, W] in [-1, 1] or a sequence of images of one size; captions: one per image."""
     cells = [to_pil(image) for image in images]
     if captions is not None and len(captions) != len(cells):
         raise ValueError(f"{len(captions)} captions for {len(cells)} images")

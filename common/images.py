@@ -218,11 +218,9 @@ def _icc_transform(profile: bytes, mode: str):
 def fit_image(
     image: Image.Image, size: int, *, fit: str = "crop", resample: str = "lanczos", background: Sequence[int] = WHITE
 ) -> Image.Image:
-    """Make an image square: size x size pixels; one that has the size already comes back unchanged.
-
-    fit: `crop` keeps the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes
-    the aspect. resample: a name in RESAMPLE.
-    """
+    """Make an image square: size x size pixels; one that has the size already comes back unchanged. fit: `crop` keeps
+    the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes the aspect.
+    resample: a name in RESAMPLE."""
     if fit not in FITS:
         raise ValueError(f"fit is one of {', '.join(FITS)}, not {fit!r}")
     if resample not in RESAMPLE:
@@ -272,10 +270,8 @@ def to_pil(image) -> Image.Image:
 
 def save_image(image, path: str | os.PathLike, *, quality: int = 95) -> Path:
     """Write a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix. Atomic.
-
     quality: of JPEG (written without chroma subsampling) and WebP. Raises ValueError for a suffix that is no image
-    format, OSError naming the file (full disk).
-    """
+    format, OSError naming the file (full disk)."""
     path = Path(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format is None:

@@ -60,11 +60,9 @@ def parse_layers(text, n_tokens, flag="--layers"):
 
 
 def draw_z(seeds, n_tokens, dim, *, w_space=False):
-    """Standard normal z, float32 [N, n_tokens, dim] on the CPU; image i depends on seeds[i] alone.
-
-    Each image has its own generator, so neither batch size nor device changes it. W++ draws one vector per token;
-    with `w_space` one vector is drawn and repeated over the tokens, as the W mapping network is trained.
-    """
+    """Standard normal z, float32 [N, n_tokens, dim] on the CPU; image i depends on seeds[i] alone. Each image has its
+    own generator, so neither batch size nor device changes it. W++ draws one vector per token; with `w_space` one
+    vector is drawn and repeated over the tokens, as the W mapping network is trained."""
     z = torch.empty(len(seeds), n_tokens, dim)
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -115,10 +113,8 @@ def save_latents(
     noise=None,  # per layer [N, 1, r, r]
     extra=None,  # JSON values
 ):
-    """Write a folder of latents; every file is complete on the disk before the first of them takes its name.
-
-    Raises ValueError when the parts do not fit each other or a latent is not finite; OSError naming the file.
-    """
+    """Write a folder of latents; every file is complete on the disk before the first of them takes its name. Raises
+    ValueError when the parts do not fit each other or a latent is not finite; OSError naming the file."""
     folder, latents = Path(folder), _array(latents)
     if space not in SPACES:
         raise ValueError(f"space {space!r}: expected one of {', '.join(SPACES)}")
@@ -232,11 +228,9 @@ def _described(array, file, sidecar):
 
 
 def _bare(array, file, spaces, expect_shape):
-    """Latents of a file that says nothing: [N, L, D]; [N, 1, D], one vector per image (W); or two axes.
-
-    [L, D] is how this field saves one face, [N, D] how it saves N vectors of W. L rows are one face to a W++ generator;
-    where N vectors of W and a W+ face are both expected they could be either, and are refused.
-    """
+    """Latents of a file that says nothing: [N, L, D]; [N, 1, D], one vector per image (W); or two axes. [L, D] is how
+    this field saves one face, [N, D] how it saves N vectors of W. L rows are one face to a W++ generator; where N
+    vectors of W and a W+ face are both expected they could be either, and are refused."""
     length = array.shape[1] if array.ndim == 3 else 0
     expected = "[N, L, D], L even and at least 4"
     space = spaces[0] if spaces is not None and len(spaces) == 1 else None

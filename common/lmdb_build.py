@@ -170,9 +170,7 @@ def _encode_compat(path: Path, settings: dict) -> tuple[list[bytes], tuple[int, 
 
 class StoreWriter:
     """Fills FOLDER/building.mdb with encoded images and makes it FOLDER/data.mdb at the end; for one writer at a time.
-
-    settings: go into the manifest; `sizes` among them. sources: [name, bytes, mtime] of every file, in order.
-    """
+    settings: go into the manifest; `sizes` among them. sources: [name, bytes, mtime] of every file, in order."""
 
     def __init__(self, folder: Path, settings: dict, sources: list[list]):
         self.folder, self.settings, self.sources = folder, settings, sources

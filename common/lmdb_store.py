@@ -46,10 +46,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_store(path: str | os.PathLike) -> lmdb.Environment:
-    """Open an LMDB (folder or bare file) for reading, shared within this process.
-
-    Raises DatasetError if there is none, or if it is cut short or no LMDB at all.
-    """
+    """Open an LMDB (folder or bare file) for reading, shared within this process. Raises DatasetError if there is none,
+    or if it is cut short or no LMDB at all."""
     path = Path(path)
     file = path if path.is_file() else path / DATA_FILE
     key = os.path.realpath(file)

@@ -70,11 +70,9 @@ def write_json(path, value):
 
 
 class Run:
-    """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written.
-
-    options: dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on, in
-    log.jsonl and in TensorBoard. folders: created inside. Raises OSError naming the folder.
-    """
+    """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written. options:
+    dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on, in log.jsonl and
+    in TensorBoard. folders: created inside. Raises OSError naming the folder."""
 
     def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None, folders=FOLDERS):
         self.folder = Path(folder)

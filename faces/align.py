@@ -94,10 +94,8 @@ def _require_frame(quad, photo_size) -> None:
 
 
 def parse_landmarks(value, where="landmarks") -> list[np.ndarray]:
-    """Faces [5, 2] given by hand: five [x, y], ten numbers, a list of such, or {"landmarks": any of these}.
-
-    Raises AlignError when it is none of these, not finite, or not in the order of the five points.
-    """
+    """Faces [5, 2] given by hand: five [x, y], ten numbers, a list of such, or {"landmarks": any of these}. Raises
+    AlignError when it is none of these, not finite, or not in the order of the five points."""
     value = value.get("landmarks") if isinstance(value, dict) else value
     try:
         points = np.asarray(value, np.float64)

@@ -30,11 +30,9 @@ class Detection:
 
 
 class FaceDetector:
-    """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone.
-
-    score_threshold: below it a detection is no face. Not for several threads at once. Raises FileNotFoundError naming
-    the weights when they are absent, DetectorError without OpenCV.
-    """
+    """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone. score_threshold:
+    below it a detection is no face. Not for several threads at once. Raises FileNotFoundError naming the weights when
+    they are absent, DetectorError without OpenCV."""
 
     PASSES = (640, 1600, 320)  # longer side that the photo is scaled to; the next only when nothing was found
     MANY_PASSES = (640, 1600)

@@ -94,10 +94,8 @@ def _detector(weights_dir, score_threshold):
 
 
 def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
-    """The record of one photo, and (name, PNG) of each crop. Runs in the workers; nothing in a photo raises.
-
-    Raises FileNotFoundError without the detector's weights, DetectorError without OpenCV, where they are needed.
-    """
+    """The record of one photo, and (name, PNG) of each crop. Runs in the workers; nothing in a photo raises. Raises
+    FileNotFoundError without the detector's weights, DetectorError without OpenCV, where they are needed."""
     settings, record = task.settings, PhotoRecord(task.source, task.name, task.stamp, "no face")
     try:
         photo = read_image(task.path)
@@ -203,10 +201,8 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
 
 def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
     """Align photos, as `list_photos` gives them: {source: path}; records of faces and photos bear the source.
-
     landmarks: JSON file {photo: landmarks} of faces given by hand. Returns PhotoRecords, in the order of the photos;
-    `require_faces` tells whether any has a face. One process at a time (common/lock.py).
-    """
+    `require_faces` tells whether any has a face. One process at a time (common/lock.py)."""
     output_dir = Path(output_dir)
     by_hand = {} if landmarks is None else read_json(landmarks, {str: object}, what="object {photo: landmarks}")
     earlier = {} if overwrite else _read_records(output_dir, settings)

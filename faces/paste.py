@@ -131,10 +131,8 @@ def head_mask(size: int) -> np.ndarray:
 
 
 def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
-    """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face.
-
-    crop: [H, H, 3]; edited, unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8.
-    """
+    """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face. crop: [H,
+    H, 3]; edited, unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8."""
     crop, edited, unedited = map(to_pil, (crop, edited, unedited))
     before, after, photo = _resize(unedited, crop.width), _resize(edited, crop.width), np.asarray(crop, np.float32)
     region = edit_region(after, before)[..., None]
@@ -146,10 +144,8 @@ def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paste_edit(photo: Image.Image, edited, unedited, alignment: Alignment) -> Image.Image:
-    """The photo, original size, with an edit of the face that `alignment` had cropped from it. See `blend_edit`.
-
-    Pixels outside the frame are not touched. Raises AlignError when the photo has another size than the aligned one.
-    """
+    """The photo, original size, with an edit of the face that `alignment` had cropped from it. See `blend_edit`. Pixels
+    outside the frame are not touched. Raises AlignError when the photo has another size than the aligned one."""
     _require_same_size(photo, alignment)
     crop = crop_aligned(photo, alignment)
     blended, region = blend_edit(crop, edited, unedited)

@@ -89,11 +89,9 @@ def export_generator(
     with_d: bool = False,  # the discriminator as well, beside it
     recommended: str | Path | None = None,  # JSON of settings per script; default: those of the source
 ) -> tuple[str, list[str]]:
-    """Write the EMA generator of a checkpoint as .safetensors, with the statistics of its w.
-
-    Returns its fingerprint, and sentences on what will differ. Raises UserError, before anything is written, for a
-    source without the discriminator that `with_d` needs, and what `read_source` and `export_ema` raise.
-    """
+    """Write the EMA generator of a checkpoint as .safetensors, with the statistics of its w. Returns its fingerprint,
+    and sentences on what will differ. Raises UserError, before anything is written, for a source without the
+    discriminator that `with_d` needs, and what `read_source` and `export_ema` raise."""
     source, target = Path(source), Path(target)
     state, notes = read_source(source, ema_only=not with_d)
     if with_d and "d" not in state:
@@ -112,11 +110,9 @@ def export_generator(
 
 @torch.no_grad()
 def draw_check(path: Path, seed: int, image_path: str | None) -> str:
-    """Read a written file again, draw an image with it and tell, in two lines, what both are.
-
-    z is numpy's RandomState(seed).randn, as in NVIDIA's scripts: their `--seeds=0 --trunc=1 --noise-mode=const`.
-    image_path: where the image is kept. Raises UserError when it is not finite.
-    """
+    """Read a written file again, draw an image with it and tell, in two lines, what both are. z is numpy's
+    RandomState(seed).randn, as in NVIDIA's scripts: their `--seeds=0 --trunc=1 --noise-mode=const`. image_path: where
+    the image is kept. Raises UserError when it is not finite."""
     generator = load_generator(path)
     config = generator.config
     z = torch.from_numpy(np.random.RandomState(seed).randn(*generator.draw_z(1).shape)).float()

@@ -66,11 +66,9 @@ def _styled(theirs: str, ours: str, noise: int) -> dict[str, str]:
 
 
 def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Tensor], GeneratorConfig]:
-    """State dict and config (W) of our Generator that draws what `network` (G or G_ema) draws, in float32.
-
-    source: file and network, for messages. Raises CheckpointError, in one sentence, for a network that is none of
-    StyleGAN2's or has what ours has not: labels, another architecture, activation, filter or mapping network.
-    """
+    """State dict and config (W) of our Generator that draws what `network` (G or G_ema) draws, in float32. source: file
+    and network, for messages. Raises CheckpointError, in one sentence, for a network that is none of StyleGAN2's or has
+    what ours has not: labels, another architecture, activation, filter or mapping network."""
     size = _require_stylegan2(network, "Generator", "skip", source)
     fc = [name.removesuffix(".weight") for name in network.tensors if re.fullmatch(r"mapping\.fc\d+\.weight", name)]
     widths = {side for name in fc for side in network.tensors[f"{name}.weight"].shape}

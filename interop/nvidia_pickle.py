@@ -43,11 +43,9 @@ class Network:
 
 
 def read_networks(path) -> dict[str, Network]:
-    """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them; tensors on the CPU.
-
-    Raises FileNotFoundError, or CheckpointError, in one sentence, when the file is damaged, no such pickle, or asks for
-    anything but the parts of a network.
-    """
+    """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them; tensors on the CPU. Raises
+    FileNotFoundError, or CheckpointError, in one sentence, when the file is damaged, no such pickle, or asks for
+    anything but the parts of a network."""
     path = require_file(path, "network pickle")
     with open(path, "rb") as file:
         head = file.read(4)
