@@ -94,7 +94,7 @@ def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video, n
             raise UsageError(message)
 
 
-def main(args) -> int:
+def main(args) -> None:
     import torch
 
     from common.distributed import setup, shutdown
@@ -121,7 +121,7 @@ def main(args) -> int:
                 exported = {"half": args.half, "base": args.base, "with_d": args.with_d}
                 identity, _ = export_generator(args.ckpt, args.export, **exported)
                 print(f"{args.export}: the generator, fingerprint {identity}")
-            return 0
+            return
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         if args.preset == "recommended" and not args.latents:
             changed = args.fill(generator.recommended.get("generate", {}))
@@ -150,12 +150,10 @@ def main(args) -> int:
             video = {"frames": args.frames, "fps": args.fps, "path": Path(args.video or folder / "interpolation.mp4")}
             write_loop(generator, source, dist, z=z, batch=args.batch, **drawing, **video)
         else:
-            latents_folder = None if args.save_latents is None else Path(args.save_latents or folder / "latents")
-            files = {"folder": folder, "grid": args.grid, "latents_folder": latents_folder}
-            write_images(generator, source, dist, batch=args.batch, **files)
+            saved = None if args.save_latents is None else Path(args.save_latents or folder / "latents")
+            write_images(generator, source, dist, batch=args.batch, folder=folder, grid=args.grid, latents_folder=saved)
     finally:
         shutdown()
-    return 0
 
 
 if __name__ == "__main__":

@@ -111,10 +111,9 @@ def main(args) -> None:
     if not done:
         resumed = trainer.step + 1 if state else None
         with lock_folder(args.out, "training"), Run(args.out, args, resume_step=resumed) as run:
-            start = f"continuing {source}" if state else "a new run"
+            start = f"continuing {source}, step {trainer.step} of {args.iter}" if state else "a new run"
             faces = f"{len(tables[0])} faces, {len(tables[1])} for validation"
-            print(f"{run.folder}: {start}, {', '.join(a.name for a in table.attributes)}; {faces}; ", end="")
-            print(f"step {trainer.step} of {args.iter} on {trainer.device}", flush=True)
+            print(f"{run.folder}: {start}; {', '.join(a.name for a in table.attributes)}; {faces}", flush=True)
             every = {"log": args.log_every, "val": args.val_every, "save": args.save_every}
             validation, saved = (tables[1], stores[1]), {"every": every, "options": dict(vars(args))}
             train(trainer, tables[0], stores[0], validation, sampler, run, **saved)

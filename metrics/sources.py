@@ -23,18 +23,7 @@ from common.latents import Latents
 from common.lmdb_store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
 from dataset import FolderDataset, MultiResolutionDataset, open_dataset
 from model import Generator, load_generator
-from sampling.render import (
-    NOISE_MODES,
-    blocks,
-    map_latents,
-    noise_maps,
-    read_latents,
-    saved_condition,
-    seeded_z,
-    select_condition,
-    select_noise,
-    truncate,
-)
+from sampling import render
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next
@@ -50,8 +39,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.noise not in NOISE_MODES:
-            raise UsageError(f"--noise {self.noise}: expected one of {', '.join(NOISE_MODES)}")
+        if self.noise not in render.NOISE_MODES:
+            raise UsageError(f"--noise {self.noise}: expected one of {', '.join(render.NOISE_MODES)}")
         if not 0 <= self.seed < 4294:
             raise UsageError(f"--seed {self.seed}: expected 0 to 4293")
 
@@ -90,7 +79,7 @@ class ImageSource:
         self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             ahead = ()
-            for following in [*blocks(positions, batch), ()]:
+            for following in [*render.blocks(positions, batch), ()]:
                 images, ahead = ahead, pool.map(self.dataset.__getitem__, following)
                 if images:
                     yield torch.stack(list(images)).to(device)
@@ -120,7 +109,7 @@ class GeneratorSource:
 
     def __init__(self, generator: Generator, sampling: Sampling, info: dict, saved: Latents | None = None):
         self.generator, self.sampling, self.saved = generator, sampling, saved
-        self.condition = None if saved is None else saved_condition(saved, generator)  # [N, d]
+        self.condition = None if saved is None else render.saved_condition(saved, generator)  # [N, d]
         self.n = SEED_STRIDE if saved is None else len(saved)
         config, truncation = generator.config, sampling.truncation
         own = {"size": config.size, "space": config.space, "truncation": truncation, "seed": sampling.seed}
@@ -150,15 +139,16 @@ class GeneratorSource:
         device, psi = generator.token.device, sampling.truncation
         mean = None if psi == 1 else generator.mean_latent(sampling.truncation_mean)
         seeds = range(sampling.seed * SEED_STRIDE, (sampling.seed + 1) * SEED_STRIDE)
-        noise = saved.noise if saved and saved.noise else noise_maps(generator, sampling.noise, seeds=seeds)
-        for chosen in blocks(positions, batch):
+        noise = saved.noise if saved and saved.noise else render.noise_maps(generator, sampling.noise, seeds=seeds)
+        for chosen in render.blocks(positions, batch):
             if saved is None:
-                z = seeded_z(generator, (seeds[i] for i in chosen))
-                ws = torch.stack(list(map_latents(generator, z, truncation=psi, mean=mean, batch=batch)))  # [B, L, D]
+                z = render.seeded_z(generator, (seeds[i] for i in chosen))
+                ws = render.map_latents(generator, z, truncation=psi, mean=mean, batch=batch)
+                ws = torch.stack(list(ws))  # [B, L, D]
             else:
-                ws = truncate(saved.latents[chosen].to(device), psi, mean)
-            maps = [layer.to(device) for layer in select_noise(noise, chosen)]
-            condition = select_condition(self.condition, chosen)
+                ws = render.truncate(saved.latents[chosen].to(device), psi, mean)
+            maps = [layer.to(device) for layer in render.select_noise(noise, chosen)]
+            condition = render.select_condition(self.condition, chosen)
             condition = None if condition is None else condition.to(device)
             images, _ = generator(ws.to(device), input_is_latent=True, noise=maps, condition=condition)
             if not torch.isfinite(images).all():
@@ -195,7 +185,7 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, devi
             raise UserError(f"{path} holds latents: --ckpt names the generator they belong to")
         generator = load_generator(ckpt, device)
         info = {"kind": "latents", "path": str(path), **checkpoint_info(Path(ckpt))}
-        return GeneratorSource(generator, sampling, info, read_latents(generator, path))
+        return GeneratorSource(generator, sampling, info, render.read_latents(generator, path))
     if is_lmdb(path):
         return lmdb_source(path, size, workers)
     dataset = NativeFolder(path) if size is None else open_dataset(path, size)

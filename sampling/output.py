@@ -15,19 +15,8 @@ from common.images import save_image
 from common.latents import save_latents
 from common.video import save_video
 from model import Generator
-from sampling.render import (
-    CONDITION,
-    RECORD,
-    Source,
-    blend_noise,
-    blocks,
-    loop_position,
-    map_latents,
-    mix,
-    select_noise,
-    slerp,
-    synthesise,
-)
+from sampling import render
+from sampling.render import Source, blocks
 
 
 def mean_w(generator: Generator, truncation: float, samples: int, dist: Distributed) -> torch.Tensor | None:
@@ -58,9 +47,9 @@ def write_images(generator: Generator, source: Source, dist, *, batch, folder: P
         nrow = grid or math.ceil(len(kept_images) ** 0.5)
         print(f"{save_grid(kept_images, folder / 'grid.png', nrow=nrow)}: all of them in a grid")
     if latents_folder is not None:
-        config, extra = generator.config, {RECORD: source.origin}
+        config, extra = generator.config, {render.RECORD: source.origin}
         if source.condition is not None:
-            extra[CONDITION] = {"values": source.condition.expand(len(source.names), -1).tolist()}
+            extra[render.CONDITION] = {"values": source.condition.expand(len(source.names), -1).tolist()}
         info = {"space": config.space, "size": config.size, "fingerprint": generator.fingerprint, "extra": extra}
         save_latents(latents_folder, np.stack(kept_ws), names=source.names, **info)
         print(f"{latents_folder}: their w, for --latents")
@@ -73,7 +62,7 @@ def write_mixture(generator, source: Source, dist, *, batch, rows, columns, laye
         raise UserError(f"--mix names position {beyond[0]}: the latents have the positions 0-{n - 1}")
     ws = list(source.ws(chosen))
     cells = list(zip(ws, chosen, strict=True))  # each a latent, and the position that its noise comes from
-    cells += [(mix(w, column, layers), r) for w, r in zip(ws, rows, strict=False) for column in ws[len(rows) :]]
+    cells += [(render.mix(w, column, layers), r) for w, r in zip(ws, rows, strict=False) for column in ws[len(rows) :]]
     local = shard(len(cells), dist.rank, dist.world_size)
     images = []
     with progress(len(local), dist) as bar:
@@ -120,21 +109,21 @@ def loop_images(generator, source: Source, dist, *, z, truncation, mean, frames,
     one_noise = not callable(source.noise) and len(source.noise[0]) == 1
     for start in range(0, total, batch * dist.world_size):
         first = min(start + batch * dist.rank, total)
-        ends = [loop_position(frame, n, frames) for frame in range(first, min(first + batch, total))]
+        ends = [render.loop_position(frame, n, frames) for frame in range(first, min(first + batch, total))]
         images = []
         if ends:
-            between = torch.lerp if z is None else slerp
+            between = torch.lerp if z is None else render.slerp
             ws = [between(points[a], points[b], t) for a, b, t in ends]
             if z is not None:
-                ws = list(map_latents(generator, ws, truncation=truncation, mean=mean, batch=batch))
+                ws = list(render.map_latents(generator, ws, truncation=truncation, mean=mean, batch=batch))
             noise, condition = source.noise, source.condition
             if not one_noise:
-                maps = {i: select_noise(noise, [i]) for i in {i for a, b, _ in ends for i in (a, b)}}
-                layers = [blend_noise(maps[a], maps[b], t) for a, b, t in ends]
+                maps = {i: render.select_noise(noise, [i]) for i in {i for a, b, _ in ends for i in (a, b)}}
+                layers = [render.blend_noise(maps[a], maps[b], t) for a, b, t in ends]
                 noise = [torch.cat(layer) for layer in zip(*layers, strict=True)]  # per layer [B, 1, r, r]
             if condition is not None and len(condition) > 1:
                 condition = torch.stack([torch.lerp(condition[a], condition[b], t) for a, b, t in ends])
-            images = synthesise(generator, torch.stack(ws), noise=noise, condition=condition, first=first)
+            images = render.synthesise(generator, torch.stack(ws), noise=noise, condition=condition, first=first)
         for part in gather_list(images):
             yield from part
 
