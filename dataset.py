@@ -1,9 +1,8 @@
 """Training images: from an LMDB or a plain folder to an endless stream of uint8 batches.
 
-`open_dataset` takes either by path and looks closely before the first step: what would end a run after hours (a
-missing resolution, a half-written store, a damaged file) is one sentence at the start. The order is a pure function of
-(seed, position): `InfiniteSampler` counts positions in global samples, so a checkpoint needs that one number to
-continue at exactly the next image, on any number of processes. LMDB layout: common/lmdb_store.py.
+`open_dataset` looks closely before the first step: what would end a run after hours (a missing resolution, a damaged
+file) is one sentence at the start. The order is a pure function of (seed, position in global samples): a checkpoint
+needs that one number to continue at exactly the next image, on any number of processes.
 
     dataset = open_dataset("faces.lmdb", 64)
     batches = data_loader(dataset, 16, InfiniteSampler(len(dataset), seed=0), workers=2)

@@ -152,11 +152,11 @@ def add_rank_flags(parser):
     add("--dist_timeout", type=positive, default=TIMEOUT, help="seconds after which a silent process counts as dead")
 
 
-def require_one_start(args, published):
+def require_one_start(flags, published):
     """Raise UsageError unless only one of a training's --resume, `published` flag and --init_from is given, or
     --resume auto with --init_from: weights for where there is no run to continue yet."""
-    given = [flag for flag in ("resume", published, "init_from") if getattr(args, flag)]
-    if len(given) > 1 and (args.resume, given) != ("auto", ["resume", "init_from"]):
+    given = [flag for flag in ("resume", published, "init_from") if getattr(flags, flag)]
+    if len(given) > 1 and (flags.resume, given) != ("auto", ["resume", "init_from"]):
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")
 
 

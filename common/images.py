@@ -1,12 +1,8 @@
 """The one place where images are read, fitted, converted and written.
 
-Photos arrive in every form: turned by an EXIF tag, in the colour space of an ICC profile, with alpha, a palette, one
-channel, four inks or sixteen bits. `read_image` brings each to 8-bit sRGB, or refuses it in one sentence. Networks use
-float32 [3, H, W] in [-1, 1]; files and screens use uint8 [H, W, 3]; `to_tensor` and `to_uint8` are the only two lines
-between them, and their round trip is exact.
-
-    image = to_tensor(fit_image(read_image("photo.heic"), 256))         # float32 [3, 256, 256] in [-1, 1]
-    save_image(image, "face.png")
+`read_image` brings photos of every form (EXIF, ICC profiles, alpha, palettes, one channel, four inks, sixteen bits) to
+8-bit sRGB, or refuses them in one sentence. Networks use float32 [3, H, W] in [-1, 1]; files and screens use uint8
+[H, W, 3]; `to_tensor` and `to_uint8` are the only two lines between them, and their round trip is exact.
 """
 
 import contextlib
@@ -82,11 +78,9 @@ def check_header(path: str | os.PathLike) -> str | None:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
     """Width and height as the header has them, before any EXIF orientation; None if it is no image."""
-    try:
-        with _open(path) as image:
-            return image.size
-    except Exception:
-        return None
+    with contextlib.suppress(Exception), _open(path) as image:
+        return image.size
+    return None
 
 
 def reading_losses(path: str | os.PathLike) -> list[str]:

@@ -33,19 +33,24 @@ MACHINE = ("device", "ops", "local_rank", "threads", "workers", "test_workers", 
 INVOCATION = ("exp_name", "exp_dir", "out", "resume", "ckpt", "checkpoint_path", "init_from", "path_positional")
 
 
-def restore_options(args: Flags, stored: dict, source, *, keep=()) -> str:
+def restore_options(flags: Flags, stored: dict, source, *, keep=()) -> str:
     """Give a continued run the options `stored` in its checkpoint `source`, but for MACHINE, INVOCATION and `keep`; a
     flag on the command line wins. Returns a sentence on the given flags that differ from the file, "" when there are
     none. Raises CheckpointError for an option of the wrong type."""
-    flags, left = vars(args), {*MACHINE, *INVOCATION, *keep}
-    options = {name: value for name, value in stored.items() if name in flags and name not in left}
+    values, left = vars(flags), {*MACHINE, *INVOCATION, *keep}
+    options = {name: value for name, value in stored.items() if name in values and name not in left}
     for name, value in options.items():
-        default = flags[name]
+        default = values[name]
         numbers = isinstance(default, (int, float)) and isinstance(value, (int, float))
-        if name not in args.given and None not in (default, value) and type(value) is not type(default) and not numbers:
+        if (
+            name not in flags.given
+            and None not in (default, value)
+            and type(value) is not type(default)
+            and not numbers
+        ):
             raise CheckpointError(f"{source}: its option {name} is {value!r}, expected a {type(default).__name__}")
-    changed = [f"--{n} {flags[n]} (was {v})" for n, v in options.items() if n in args.given and flags[n] != v]
-    args.fill(options)
+    changed = [f"--{n} {values[n]} (was {v})" for n, v in options.items() if n in flags.given and values[n] != v]
+    flags.fill(options)
     return f"options of {source}, but {', '.join(changed)}" if changed else ""
 
 

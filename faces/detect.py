@@ -69,7 +69,7 @@ class FaceDetector:
             margin = 0.25 if side < 640 else 0.0  # a face that fills the photo needs space around it
             span = np.array(photo.size) * (1 + 2 * margin)
             size = np.round(np.maximum(span * side / longer, 16)).astype(int)
-            found += self._look(_window(photo, -margin * np.array(photo.size), span, size))
+            found += self._look(_window(photo, (np.array(photo.size) - 1) / 2, span, size))
             if found and not many:
                 break
         unique: list[np.ndarray] = []
@@ -117,7 +117,7 @@ class FaceDetector:
         middle = box[:2] + box[2:4] / 2
         looks = []
         for size in self.WINDOWS:
-            window = _turned_window(photo, middle, span, size, degrees)
+            window = _window(photo, middle, np.full(2, span), (size, size), degrees)
             for mirrored in (False, True):
                 best = max(self._look(window, mirrored), key=lambda other: _overlap(box, other[:4]), default=None)
                 if best is not None and _overlap(box, best[:4]) >= self.OVERLAP:
@@ -137,34 +137,18 @@ class _Window:
         return (np.asarray(points) + 0.5) @ self.matrix.T + self.corner - 0.5
 
 
-def _window(photo, corner, span, size) -> _Window:
-    """The part of the photo at `corner`, `span` wide, scaled to `size` (width, height); grey beyond its borders."""
-    low = np.clip(np.floor(corner), 0, np.array(photo.size) - 1).astype(int)
-    high = np.clip(np.ceil(corner + span), low + 1, photo.size).astype(int)
-    scale = size / span
-    inner = np.maximum(np.round((high - low) * scale), 1).astype(int)
-    offset = np.round((low - corner) * scale).astype(int)
-    part = photo.resize(tuple(inner), Image.Resampling.BILINEAR, box=(*low, *high), reducing_gap=3.0)
-    canvas = Image.new("RGB", tuple(int(v) for v in size), GREY)
-    canvas.paste(part, tuple(int(v) for v in offset))
-    scale = inner / (high - low)
-    return _Window(np.asarray(canvas), np.diag(1 / scale), low - offset / scale + 0.0)
-
-
-def _turned_window(photo, middle, span, size, degrees) -> _Window:
-    """The square of side `span` around `middle`, turned so that what leans by `degrees` is upright: [size, size]."""
-    if degrees == 0:
-        return _window(photo, middle - span / 2 + 0.5, np.full(2, span), np.full(2, size))
-    outer_size = int(np.ceil(1.42 * size)) + 2  # holds the square however it is turned
-    outer_span = span * outer_size / size
-    outer = _window(photo, middle - outer_span / 2 + 0.5, np.full(2, outer_span), np.full(2, outer_size))
-    angle = np.radians(degrees)
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    shift = outer_size / 2 - turn @ np.full(2, size / 2)
-    mapping = (*turn[0], shift[0], *turn[1], shift[1])
+def _window(photo, middle, span, size, degrees=0.0) -> _Window:
+    """View of the photo around `middle`, `span` wide in it and `size` pixels (width, height), turned so that what leans
+    by `degrees` is upright; grey beyond the photo's borders."""
+    cos, sin, size = np.cos(np.radians(degrees)), np.sin(np.radians(degrees)), np.asarray(size)
+    matrix = np.array([[cos, -sin], [sin, cos]]) * (span / size)
+    corner = middle + 0.5 - matrix @ (size / 2)
+    shrink = max(1, int(np.min(span / size)))  # else the mapping would alias
+    ((a, b), (c, d)), (x, y) = matrix / shrink, corner / shrink
+    part = photo.reduce(shrink) if shrink > 1 else photo
     affine, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    pixels = Image.fromarray(outer.pixels).transform((size, size), affine, mapping, bilinear, fillcolor=GREY)
-    return _Window(np.asarray(pixels), outer.matrix @ turn, outer.matrix @ shift + outer.corner)
+    view = part.transform(tuple(size.tolist()), affine, (a, b, x, c, d, y), bilinear, fillcolor=GREY)
+    return _Window(np.asarray(view), matrix, corner)
 
 
 def _lean(landmarks) -> float:

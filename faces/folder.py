@@ -1,11 +1,9 @@
 """A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
 
-    photos = list_photos([Path("photos")], Path("my-faces"))
-    align_folder(photos, Path("my-faces"), AlignSettings(size=256), n_worker=8)
+    align_folder(list_photos([Path("photos")], out), out, AlignSettings(size=256), n_worker=8)
 
-OUT/aligned/NAME.png; OUT/alignment.json: {"version", "settings", "faces": [Alignment as a dict], "photos": [{"photo",
-"name", "outcome", "faces_found", "faces": names, "note", "stamp"}]}, also written while a run is under way, so that a
-killed one continues; OUT/report.csv: the same for people.
+OUT/aligned/NAME.png; OUT/alignment.json (docs/formats.md), also written while a run is under way, so that a killed one
+continues; OUT/report.csv: the same for people.
 """
 
 import functools

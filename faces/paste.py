@@ -1,13 +1,10 @@
 """Edited faces back into their photos, by the Alignment that was kept beside the crop (faces/align.py).
 
-    photo = paste_back(photo, edited, alignment)                  # the face itself, with a feathered border
-    photo = paste_edit(photo, edited, unedited, alignment)        # the change alone, blended by region
-    save_like(photo, "photos/alice.jpg", "edited/alice.jpg")      # format, alpha, EXIF, profile of the photo's file
-
-A plain difference keeps all that the inversion missed, so that an edit meets features of the photo that lie a few
-pixels beside those it was made for: a smile becomes a shadow, wrinkles lose half of their contrast. `blend_edit` takes
-the missed part of the photo in three bands: light (blurred over LIGHT of the side) is kept everywhere; structure, up to
-the generator's resolution, goes where the edit is strong; so does most of the detail beyond that resolution.
+`paste_back` pastes a face with a feathered border, or the plain difference that an edit made. A difference keeps all
+that the inversion missed, so that an edit meets features of the photo that lie a few pixels beside those it was made
+for: a smile becomes a shadow. `paste_edit` takes the missed part of the photo in three bands: light (blurred over LIGHT
+of the side) is kept everywhere; structure, up to the generator's resolution, goes where the edit is strong; so does
+most of the detail beyond that resolution.
 """
 
 import sys
