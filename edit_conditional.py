@@ -31,14 +31,15 @@ from common.checkpoint import load_safetensors
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
 from common.distributed import gather_list, setup, shard, shutdown
 from common.files import check_shape
-from common.images import FITS, read_image, save_image
+from common.flags import add_face_flags
+from common.images import read_image, save_image
 from common.names import safe_name
 from common.tables import append_table, write_skipped, write_table
 from editing.attributes import AttributeReader, load_reader, read_condition
 from editing.edit import InvertedFace, face_at
 from editing.evaluate import evaluate, score_frames
 from editing.transfer import Target, caption, condition_path, pair_up, render_path, target_path, transfer_grid
-from inversion.inputs import add_align_flag, open_faces
+from inversion.inputs import open_faces
 from inversion.projector import check_settings
 from inversion.report import ORIGINALS
 from inversion.runner import invert_images
@@ -86,9 +87,8 @@ def build_parser() -> ArgumentParser:
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     group = parser.add_argument_group("inversion", "see projector.py")
     group.add_argument("--preset", choices=("published",), help="the paper's settings, whatever the model recommends")
-    add_align_flag(group)
+    add_face_flags(group)
     add = group.add_argument
-    add("--fit", choices=FITS, default="crop", help="for images that are not square")
     add("--step", type=int, default=1000, help="optimisation steps")
     add("--lr", type=float, default=0.1, help="step size of Adam")
     add("--noise", type=float, default=0.05, help="perturbation of the latent at the first step")
@@ -115,10 +115,7 @@ def _read_settings(args) -> dict:
     if args.steps < 2 or args.mean_samples < 2:
         raise UsageError(f"--steps and --mean_samples take 2 or more, got {args.steps} and {args.mean_samples}")
     settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
-    try:
-        check_settings(**settings)
-    except ValueError as error:
-        raise UsageError(f"--{error}".replace("--steps", "--step")) from None
+    check_settings(**settings)
     return settings
 
 

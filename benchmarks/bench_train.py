@@ -127,7 +127,7 @@ def our_schedule(row: Row, args, dist: Distributed) -> Schedule:
 
     def average():
         if settings.augment:
-            trainer.ada.update(all_reduce=torch.distributed.all_reduce if dist.world_size > 1 else None)
+            trainer.ada.update()
         update_average(trainer.g_ema, trainer.g)
 
     phases = {phase.name: partial(trainer.run_phase, phase, images) for phase in trainer.phases} | {"average": average}

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.checkpoint import CheckpointError
-from common.cli import ROOT, Flags
+from common.checkpoint import CheckpointError, latest_checkpoint
+from common.cli import ROOT, Flags, UserError
 from common.files import atomic_write, write_text
 
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
@@ -52,6 +52,36 @@ def restore_options(flags: Flags, stored: dict, source, *, keep=()) -> str:
     changed = [f"--{n} {values[n]} (was {v})" for n, v in options.items() if n in flags.given and values[n] != v]
     flags.fill(options)
     return f"options of {source}, but {', '.join(changed)}" if changed else ""
+
+
+def find_start(folder, resume, init_from, *, flag) -> tuple[Path | None, bool]:
+    """(file that a training starts from, whether to continue it); (None, False): from random weights.
+
+    folder: the run's checkpoints. resume: "auto", the newest of them if any, or a path. init_from: weights for a new
+    run. flag: the one that names the run. Raises UserError where an earlier run would be overwritten, or branched off
+    from anything but its newest checkpoint.
+    """
+    newest = latest_checkpoint(folder) if folder.is_dir() else None
+    if newest is None:
+        continues = resume not in (None, "", "auto")
+        path = resume if continues else init_from
+        return Path(path) if path else None, continues
+    if not resume:
+        hint = f"--resume auto continues it, another --{flag} starts a new one"
+        raise UserError(f"{folder.parent} already holds a run ({newest.name}): {hint}")
+    if resume != "auto" and newest.resolve() != Path(resume).resolve():
+        hint = f"continue {resume} in another --{flag}"
+        raise UserError(f"{folder.parent} already holds a run, up to {newest.name}: {hint}")
+    return newest, True
+
+
+def start_wandb(project: str, flag: str, name: str, options: dict) -> None:
+    """Mirror what goes to TensorBoard to Weights & Biases. Raises UserError when its package is absent."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--{flag} needs the wandb package: pip install wandb") from None
+    wandb.init(project=project, name=name, config=options, sync_tensorboard=True, resume="allow")
 
 
 def to_plain(value):

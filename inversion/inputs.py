@@ -1,10 +1,6 @@
 """Images to invert, by position: from folders, single files or an LMDB, in a fixed order; photos are aligned first.
 
-    images = open_faces(["photos/", "another face.jpg"], 256, Path("inverted"), align="auto", dist=setup())
-    image = images.read(0)                                                  # uint8 [3, 256, 256]
-
-Used by projector.py, pSp/scripts/inference.py and edit_conditional.py. Encoders and generators of aligned faces cannot
-represent a face that lies elsewhere in the image: raw photos without `--align auto` are worth a warning.
+images = open_faces(["photos/", "another face.jpg"], 256, Path("inverted"), align="auto", dist=setup())
 """
 
 from __future__ import annotations
@@ -32,20 +28,15 @@ LOOKED_AT = 64  # images checked for the warning about photos
 
 
 class Images:
-    """Images by position. names: unique; paths: their files, none for an LMDB; load: position -> uint8 image."""
+    """Images by position. names: unique; paths: their files, none for an LMDB; read: position -> uint8 [3, size, size],
+    with ImageError or DatasetError, in one sentence, for what is no readable image."""
 
-    def __init__(
-        self, names: Iterable[str], size: int, load: Callable[[int], torch.Tensor], paths: Sequence[Path] = ()
-    ):
-        self.names, self.size, self.load, self.paths = _unique_names(names), size, load, list(paths)
+    def __init__(self, names: Iterable[str], read: Callable[[int], torch.Tensor], paths: Sequence[Path] = ()):
+        self.names, self.read, self.paths = _unique_names(names), read, list(paths)
         self.left_out: dict[str, str] = {}  # photo -> why it gave no image (`open_faces`)
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def read(self, position: int) -> torch.Tensor:
-        """uint8 [3, size, size]. ImageError or DatasetError, in one sentence, for what is no readable image."""
-        return self.load(position)
 
     def alignment(self) -> list[dict | None]:
         """Per image the record of align_faces.py (alignment.json beside it or one folder up), or None."""
@@ -53,10 +44,8 @@ class Images:
         for folder in {folder for path in self.paths for folder in (path.parent, path.parent.parent)}:
             file = folder / "alignment.json"
             records[folder] = read_alignment(file) if file.is_file() else {}
-        found = (
-            records[path.parent].get(path.stem) or records[path.parent.parent].get(path.stem) for path in self.paths
-        )
-        return [None if record is None else record.to_dict() for record in found] or [None] * len(self)
+        of_paths = (records[p.parent].get(p.stem) or records[p.parent.parent].get(p.stem) for p in self.paths)
+        return [None if record is None else record.to_dict() for record in of_paths] or [None] * len(self)
 
 
 def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, position: int) -> torch.Tensor:
@@ -68,13 +57,11 @@ def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, positio
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def open_images(
-    sources: Sequence[str | os.PathLike], size: int, *, fit: str = "crop", resample: str = "lanczos"
-) -> Images:
+def open_images(sources: Sequence, size: int, *, fit: str = "crop", resample: str = "lanczos") -> Images:
     """The images of one LMDB, or of folders (any depth, sorted) and files in the order given.
 
-    fit, resample: of `fit_image` (common/images.py), for images that are not of this size. Raises FileNotFoundError for
-    a path that is absent, ValueError when there is no image or an LMDB has none of this size.
+    fit, resample: of common.images.fit_image. Raises FileNotFoundError for a path that is absent, ValueError when there
+    is no image or an LMDB has none of this size.
     """
     entries: list[tuple[str, Path]] = []
     for source in map(Path, sources):
@@ -84,13 +71,13 @@ def open_images(
             if len(sources) > 1:
                 raise UserError(f"{source} is an LMDB: give it alone, here {len(sources)} data sets are given")
             dataset = MultiResolutionDataset(source, size)
-            return Images(dataset.names, size, dataset.__getitem__)
+            return Images(dataset.names, dataset.__getitem__)
         files = list_images(source) if source.is_dir() else [source]
         if not files:
             raise UserError(f"{source} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
         entries += [(path.relative_to(source).as_posix() if source.is_dir() else path.name, path) for path in files]
     names, paths = zip(*entries, strict=True)
-    return Images(names, size, functools.partial(read_file, paths, size, fit, resample), paths)
+    return Images(names, functools.partial(read_file, paths, size, fit, resample), paths)
 
 
 def _unique_names(names) -> list[str]:
@@ -114,34 +101,22 @@ def pixel_seed(image: torch.Tensor, seed: int) -> int:
 # -- alignment -----------------------------------------------------------------------------------------------------
 
 
-def add_align_flag(parser) -> None:
-    parser.add_argument(
-        "--align",
-        choices=("auto", "off"),
-        default="off",
-        help="auto: images that align_faces.py has not aligned yet are aligned first, into OUTPUT_DIR/aligned; "
-        "off: all are taken as they are",
-    )
-
-
 def open_faces(
-    sources,
+    sources: Sequence,
     size: int,
-    folder: Path,
+    folder: Path,  # of the results: faces are aligned into folder/aligned
     *,
-    align: str,
+    align: str,  # "auto": crops of align_faces.py and LMDBs stay as they are, of other photos the largest face is taken
     dist: Distributed,
-    fit: str = "crop",
+    fit: str = "crop",  # as resample, of open_images
     resample: str = "lanczos",
     weights_dir: Path | None = None,
-    limit: int | None = None,
+    limit: int | None = None,  # only the first images are looked at and aligned
 ) -> Images:
-    """`open_images` of the sources; align "auto": of their faces, the largest of each photo, which `align_folder`
-    puts into folder/aligned with folder/alignment.json, in the order of the photos. LMDBs and crops of align_faces.py
-    stay as they are. limit: only the first images are looked at and aligned.
+    """`open_images` of the sources, aligned where asked for, in the order of the photos; all ranks must call it.
 
-    `left_out` of the result: {photo: why it gave no face}. All ranks must call it. Raises as `open_images`;
-    FileNotFoundError without the detector's weights, UserError when no photo gives a face.
+    Photos without a face are in `left_out`. Raises as `open_images`; FileNotFoundError without the detector's weights,
+    UserError when no photo gives a face.
     """
     images = open_images(sources, size, fit=fit, resample=resample)
     if not images.paths:  # an LMDB
@@ -181,9 +156,6 @@ def warn_of_photos(records: list[tuple[Path, dict | None]], size: int) -> None:
         width, height = image_size(path) or (size, size)
         suspicious = (width != height or width > 2 * size) and not is_crop(path, record)
         if suspicious and looks_aligned(path) is not True:
-            print(
-                f"warning: {path} has {width}x{height} pixels and seems not to be aligned, as faces must be: use "
-                "--align auto, or align_faces.py before",
-                file=sys.stderr,
-            )
+            advice = "as faces must be: use --align auto, or align_faces.py before"
+            print(f"warning: {path} has {width}x{height} pixels and seems not to be aligned, {advice}", file=sys.stderr)
             return

@@ -4,8 +4,8 @@ Adam on w and on one set of noise maps per image (Karras et al. 2020, arXiv 1912
 of the official projector. In W one vector serves all layers; in W+ (Abdal et al. 2019, arXiv 1904.03189) every layer
 has its own; in W++ (Li et al. 2024, arXiv 2105.14230) that is what the mapping network itself gives.
 
-Losses, noise normalisation, draws and early stopping are per image, so that the images of a batch are independent up
-to rounding. (The published program averages the noise terms over the batch; for one image both are the same.)
+Everything is per image, so that the images of a batch are independent up to rounding. (The published program averages
+the noise terms over the batch; for one image both are the same.)
 
     perceptual = build_perceptual("squeeze", "cpu")
     result = project(generator, images, perceptual=perceptual, steps=300)         # images [N, 3, S, S] in [-1, 1]
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from common.cli import UsageError
 from model import Generator
 from perceptual.image_metrics import average_down
 
@@ -47,26 +48,20 @@ def choose_space(generator: Generator, space: str | None) -> str:
     if space is None:
         return SPACES[native][0]
     if space not in SPACES[native]:
-        raise ValueError(
-            f"space {space} does not exist in a {native.upper()} generator, whose spaces are "
-            f"{' or '.join(SPACES[native])}: W and W+ need a W generator, W++ a W++ generator"
-        )
+        names = f"a {native.upper()} generator, whose spaces are {' or '.join(SPACES[native])}"
+        raise ValueError(f"space {space} does not exist in {names}: W and W+ need a W generator, W++ a W++ generator")
     return space
 
 
 def check_settings(*, steps: int, **settings: float) -> None:
-    """Raises ValueError for settings of `project` that cannot work."""
+    """Raises UsageError, naming the flag, for settings of `project` that cannot work."""
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise UsageError(f"--step must be at least 1, got {steps}")
     for name, value in settings.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
+            raise UsageError(f"--{name} must be 0 or more, got {value}")
         if name in FRACTIONS and value > 1:
-            raise ValueError(f"{name} is a fraction from 0 to 1, got {value}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses, each [N]: one value per image
+            raise UsageError(f"--{name} is a fraction from 0 to 1, got {value}")
 
 
 def noise_regularisation(maps: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -90,19 +85,11 @@ def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a - b).square().mean((1, 2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules
-
-
 def learning_rate(step: int, end: int, *, lr: float, rise: float, fall: float) -> float:
     """Linear over the first `rise` steps (from 0, as published), then constant, a cosine over the last `fall`."""
     up = min(1.0, step / rise) if rise else 1.0
     down = min(1.0, (end - step) / fall) if fall else 1.0
     return lr * up * (0.5 - 0.5 * math.cos(down * math.pi))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimisation
 
 
 def project(
@@ -178,13 +165,8 @@ def project(
         if strength:
             drawn = [torch.randn(ws.shape[1:], generator=draws[i]) * (end[i] == steps) for i in active]
             ws = ws + torch.stack(drawn).to(ws) * strength * std[: ws.shape[1], None]
-        synth, _ = generator(
-            ws.expand(-1, config.n_tokens, -1),
-            input_is_latent=True,
-            noise=maps,
-            dtype=dtype,
-            condition=None if condition is None else condition[active].to(images),
-        )  # [A, 3, S, S]
+        inputs = {"noise": maps, "condition": None if condition is None else condition[active].to(images)}
+        synth, _ = generator(ws.expand(-1, config.n_tokens, -1), input_is_latent=True, dtype=dtype, **inputs)
 
         # Losses [A], and the gradient of their sum: every image by itself, the weights not at all.
         losses = {
@@ -194,9 +176,8 @@ def project(
         }
         visible = losses["perceptual"] + mse * losses["mse"]
         optimizer.zero_grad()
-        (visible + noise_regularize * losses["noise"]).sum().backward(
-            inputs=[leaf for i in active for leaf in leaves[i]]
-        )
+        total = (visible + noise_regularize * losses["noise"]).sum()
+        total.backward(inputs=[leaf for i in active for leaf in leaves[i]])
         synth, visible = synth.detach(), visible.detach()
         window_loss[active] += visible
         if callback is not None:
@@ -207,8 +188,8 @@ def project(
 
         # Step; then every noise map back to mean 0 and deviation 1.
         for i in active:
-            rate = learning_rate(step, end[i], lr=lr, rise=lr_rampup * steps, fall=fall[i])
-            optimizer.param_groups[i]["lr"] = rate
+            group, rise = optimizer.param_groups[i], lr_rampup * steps
+            group["lr"] = learning_rate(step, end[i], lr=lr, rise=rise, fall=fall[i])
         optimizer.step()
         with torch.no_grad():
             for layer in (layer for i in active for layer in leaves[i][1:]):
@@ -216,11 +197,9 @@ def project(
 
         # Plateaus, at the end of a window: the fall takes the same fraction of the image's own total.
         if early_stop and (step + 1) % window == 0:
+            rest = math.ceil((step + 1) * lr_rampdown / max(1 - lr_rampdown, 1e-9))
             for i in active:
-                average, rest = (
-                    float(window_loss[i]) / window,
-                    math.ceil((step + 1) * lr_rampdown / max(1 - lr_rampdown, 1e-9)),
-                )
+                average = float(window_loss[i]) / window
                 if end[i] == steps and last_loss[i] - average < early_stop * last_loss[i] < math.inf:
                     end[i], fall[i] = min((step + 1 + rest, rest), (steps, fall[i]))
                 last_loss[i] = average

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from common.cli import UserError
 from common.files import atomic_write
 from common.grids import comparison_grid, plot_curves
-from common.images import read_image
+from common.images import read_image, save_image
 from common.latents import save_latents
 from common.runs import write_json
 from common.tables import write_skipped
@@ -42,9 +42,8 @@ def load_result(path: Path) -> dict | None:
         with np.load(path, allow_pickle=False) as arrays:
             noise = [arrays[name] for name in sorted(arrays.files) if name.startswith("noise_")]
             curves = {name: arrays[f"curve_{name}"] for name in CURVES}
-            return {"latents": arrays["latents"], "noise": noise, "curves": curves} | json.loads(
-                str(arrays["metadata"])
-            )
+            metadata = json.loads(str(arrays["metadata"]))
+            return {"latents": arrays["latents"], "noise": noise, "curves": curves} | metadata
     except Exception:  # a damaged archive can raise anything
         return None
 
@@ -52,71 +51,93 @@ def load_result(path: Path) -> dict | None:
 # -- all of them ---------------------------------------------------------------------------------------------------
 
 
-def write_report(
-    folder: Path,
-    images,
-    failures: dict[int, str],
-    *,
-    config: dict,
-    attributes: Sequence[str] | None = None,
-    published_names: bool = False,
-) -> None:
+def write_report(folder: Path, images, failures: dict[int, str], *, config: dict, attributes, published_names) -> None:
     """Write the files of a whole run, and one line of results on stdout; on rank 0, when all images are finished.
 
     failures: position -> why an image was left out. config: settings and names of the networks. attributes: names of
-    each image's condition. published_names: also origin_I.png and project_I.png. ValueError when there is no result.
+    each image's condition, or None. published_names: also origin_I.png and project_I.png. UserError without any result.
     """
-    done, stems = [i for i in range(len(images)) if i not in failures], file_names(images.names)
-    results = {i: load_result(folder / RESULTS / f"{stems[i]}.npz") for i in done}
-    failures |= {i: "its result is damaged: run the same command again" for i in done if results[i] is None}
+    stems = file_names(images.names)
+    results = {i: load_result(folder / RESULTS / f"{stems[i]}.npz") for i in range(len(images)) if i not in failures}
+    failures |= {i: "its result is damaged: run the same command again" for i in results if results[i] is None}
+    done = [i for i in results if i not in failures]
+    require_results(folder, images, failures, done)
+    results, stems = [results[i] for i in done], [stems[i] for i in done]
+    condition = {"attributes": attributes, "values": [result["condition"] for result in results]}
+
+    def pair(k):
+        return [np.asarray(read_image(folder / kind / f"{stems[k]}.png")) for kind in (ORIGINALS, PROJECTED)]
+
+    line = write_results(
+        folder,
+        images,
+        done,
+        np.stack([result["latents"] for result in results]),
+        {name: [result["measures"][name] for result in results] for name in results[0]["measures"]},
+        method="projector",
+        generator={"space": config["space"], "size": config["size"], "fingerprint": config["generator"]},
+        by={"perceptual": config["perceptual"], "identity": config["identity"]},
+        originals=[image_digest(pair(k)[0]) for k in range(len(done))],
+        pair=pair,
+        n_pairs=len(done),
+        settings=config,
+        extra={"settings": config} | ({CONDITION: condition} if attributes else {}),
+        noise=[np.stack(layer) for layer in zip(*(result["noise"] for result in results), strict=True)],
+        steps=[result["steps"] for result in results],
+    )
+    curves = {name: np.stack([result["curves"][name] for result in results]) for name in CURVES}
+    write_curves(folder, curves, [images.names[i] for i in done])
+    for i, stem in enumerate(stems if published_names else ()):
+        for kind in (ORIGINALS, PROJECTED):
+            shutil.copyfile(folder / kind / f"{stem}.png", folder / f"{kind}_{i}.png")
+    print(f"{folder}: {len(done)} images in {config['space'].upper()}: {line}")
+
+
+def require_results(folder: Path, images, failures: dict[int, str], done: Sequence[int]) -> None:
+    """Write skipped.csv; UserError when nothing is left."""
     write_skipped(folder, images.left_out | {images.names[i]: failures[i] for i in sorted(failures)})
-    done = [i for i in done if i not in failures]
     if not done:
         first = next(iter(failures.values()))
         raise UserError(f"none of the {len(images)} images could be inverted; the first: {first}")
-    names, results, stems = [images.names[i] for i in done], [results[i] for i in done], [stems[i] for i in done]
-    alignment = images.alignment()
+
+
+def write_results(
+    folder: Path,
+    images,  # all of them, of inversion/inputs.py
+    done: Sequence[int],  # positions of those that have results, which are in the same order
+    latents: np.ndarray,  # float32 [N, L, D]
+    measures: dict[str, list[float]],  # of perceptual/image_metrics.py
+    *,
+    method: str,
+    generator: dict,  # its space, size and fingerprint
+    by: dict,  # names of the networks that compared
+    originals: list[str],  # image_digest of each
+    pair: Callable[[int], Sequence[np.ndarray]],  # original and reconstruction k, uint8 [S, S, 3], of the grids
+    n_pairs: int,
+    settings: dict,
+    extra: dict,  # for latents.json
+    noise: list[np.ndarray] | None = None,
+    steps: list[int] | None = None,
+    **more,  # for reconstruction.json
+) -> str:
+    """latents.npy and .json, reconstruction.csv and .json, grid_K.png; returns a line on the measures."""
+    alignment, names = images.alignment(), [images.names[i] for i in done]
     alignment = [alignment[i] for i in done]
-    extra = {"method": "projector", "settings": config}
-    if attributes:
-        extra[CONDITION] = {"attributes": attributes, "values": [result["condition"] for result in results]}
-    measures = {name: [result["measures"][name] for result in results] for name in results[0]["measures"]}
-    save_latents(
-        folder,
-        np.stack([result["latents"] for result in results]),
-        names=names,
-        space=config["space"],
-        size=config["size"],
-        fingerprint=config["generator"],
-        losses=measures,
-        alignment=alignment if any(alignment) else None,
-        noise=[np.stack(layer) for layer in zip(*(result["noise"] for result in results), strict=True)],
-        extra=extra,
-    )
-    steps = [result["steps"] for result in results]
-    by = {"perceptual": config["perceptual"], "identity": config["identity"]}
-    originals = [image_digest(np.asarray(read_image(folder / ORIGINALS / f"{stem}.png"))) for stem in stems]
+    saved = {"names": names, "losses": measures, "alignment": alignment if any(alignment) else None, "noise": noise}
+    save_latents(folder, latents, extra={"method": method} | extra, **saved, **generator)
     write_measures(folder / "reconstruction.csv", names, measures, steps=steps, originals=originals, **by)
-    write_summary(
-        folder, "projector", measures, space=config["space"], settings=config, mean_steps=np.mean(steps), **by
-    )
-    write_curves(folder, {name: np.stack([result["curves"][name] for result in results]) for name in CURVES}, names)
-    write_grids(folder, stems, names, measures)
-    for i, stem in enumerate(stems if published_names else ()):
-        shutil.copyfile(folder / ORIGINALS / f"{stem}.png", folder / f"origin_{i}.png")
-        shutil.copyfile(folder / PROJECTED / f"{stem}.png", folder / f"project_{i}.png")
-    print(f"{folder}: {len(done)} images in {config['space'].upper()}: {summary(measures, **by)}")
-
-
-def write_summary(folder: Path, method: str, measures: dict, *, space, settings, perceptual, identity, **more) -> None:
-    """reconstruction.json: means and deviations of the measures, {name: N numbers}, and what they belong to."""
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in measures.items()}
-    content = {"method": method, "space": space, "count": len(measures["mse"]), "perceptual_by": perceptual}
-    content |= {"identity_by": identity, "measures": statistics, "settings": settings, **more}
+    content = {"method": method, "space": generator["space"], "count": len(done), "perceptual_by": by["perceptual"]}
+    content |= {"identity_by": by["identity"], "measures": statistics, "settings": settings, **more}
+    content |= {"mean_steps": np.mean(steps)} if steps else {}
     write_json(folder / "reconstruction.json", content)
-
-
-# -- curves --------------------------------------------------------------------------------------------------------
+    for start in range(0, n_pairs, PER_GRID):
+        block = range(start, min(start + PER_GRID, n_pairs))
+        pairs = zip(*map(pair, block), strict=True)
+        captions = [f"{names[k]}: {measures['perceptual'][k]:.3f}, mse {measures['mse'][k]:.4f}" for k in block]
+        save_image(comparison_grid(*pairs, captions), folder / f"grid_{start // PER_GRID:03d}.png")
+    remove_grids(folder, -(-n_pairs // PER_GRID))
+    return summary(measures, **by)
 
 
 def write_curves(folder: Path, curves: dict[str, np.ndarray], names: Sequence[str]) -> None:
@@ -132,24 +153,9 @@ def write_curves(folder: Path, curves: dict[str, np.ndarray], names: Sequence[st
     plot_curves(curves, CURVE_EVERY, folder / "curves.png")
 
 
-# -- grids ---------------------------------------------------------------------------------------------------------
-
-
-def write_grids(folder: Path, stems: Sequence[str], names: Sequence[str], measures: dict) -> None:
-    """grid_K.png: PER_GRID images each, from the folders of originals and reconstructions."""
-    for start in range(0, len(stems), PER_GRID):
-        block = range(start, min(start + PER_GRID, len(stems)))
-        files = ([folder / kind / f"{stems[i]}.png" for i in block] for kind in (ORIGINALS, PROJECTED))
-        pairs = [[np.asarray(read_image(file)) for file in column] for column in files]
-        captions = [f"{names[i]}: {measures['perceptual'][i]:.3f}, mse {measures['mse'][i]:.4f}" for i in block]
-        with atomic_write(folder / f"grid_{start // PER_GRID:03d}.png") as file:
-            comparison_grid(*pairs, captions).save(file, "PNG")
-    remove_numbered(folder, ("grid_*.png",), -(-len(stems) // PER_GRID))
-
-
-def remove_numbered(folder: Path, patterns: Iterable[str], n: int) -> None:
-    """Remove files such as grid_012.png of an earlier, longer run: those whose number is n or more."""
-    for path in (path for pattern in patterns for path in folder.glob(pattern)):
-        number = path.stem.rpartition("_")[2]
-        if number.isdigit() and int(number) >= n:
+def remove_grids(folder: Path, first: int) -> None:
+    """Remove the grids of an earlier, longer run: grid_K.png with K of `first` or more."""
+    for path in folder.glob("grid_*.png"):
+        number = path.stem.removeprefix("grid_")
+        if number.isdigit() and int(number) >= first:
             path.unlink()

@@ -1,7 +1,6 @@
 """Invert many images into one folder of results: in batches, shared among ranks, resumable.
 
-Every image is written as soon as it is finished: inversions/NAME.npz (w, noise maps, curves, measures), origin/NAME.png
-and project/NAME.png. The same command resumes an interrupted run; tables, grids and latents.npy follow at the end.
+Every image is written as soon as it is finished; tables, grids and latents.npy follow at the end (report.py).
 """
 
 from __future__ import annotations
@@ -23,14 +22,12 @@ from common.files import read_json
 from common.images import save_image, to_tensor, to_uint8
 from common.lock import lock_folder
 from common.runs import to_plain, write_json
-from common.video import save_video
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from inversion.report import ORIGINALS, PROJECTED, RESULTS, load_result, save_result, write_report
-from perceptual.image_metrics import average_down, measure
+from perceptual.image_metrics import measure
 from sampling.render import blocks, file_names, render
 
-FRAMES = 100  # of a video, at most
 DIVERGED = "the optimisation diverged: try a smaller --lr, or --precision fp32"
 
 
@@ -51,7 +48,6 @@ def invert_images(
     seed: int = 0,  # of noise maps and perturbations, with the pixels
     mean_samples: int = 10_000,  # for mean and deviation of w
     dtype: torch.dtype | None = None,  # of the convolutions while optimising
-    video: str | None = None,  # suffix of videos of the optimisation
     overwrite: bool = False,  # remove the results of other settings
     published_names: bool = False,  # also origin_I.png and project_I.png
 ) -> None:
@@ -65,7 +61,7 @@ def invert_images(
     config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}
     config = json.loads(json.dumps(to_plain(config | (recorded or {}))))
     batch = min(batch, max(1, 512 // size)) if device.type == "cpu" else batch
-    stems, steps, statistics, failures, frames = file_names(images.names), settings["steps"], None, {}, {}
+    stems, steps, statistics, failures = file_names(images.names), settings["steps"], None, {}
     positions = shard(len(images), dist.rank, dist.world_size)
     bar = tqdm(total=len(positions) * steps, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
 
@@ -88,15 +84,13 @@ def invert_images(
         bar.update(len(active))
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {float(losses.mean()):.4f}")
-        if video and step % max(1, steps // FRAMES) == 0:
-            for i, image in zip(active, to_uint8(average_down(synth)), strict=True):
-                frames.setdefault(i, []).append(image)
 
     with lock_folder(folder, "an inversion") if dist.is_main else contextlib.nullcontext(), bar:
         if dist.is_main:
             prepare_folder(folder, config, overwrite)
         barrier()
         for block in blocks(pending(), batch):
+            # Optimise a batch.
             where, pixels, digests = zip(*block, strict=True)
             target = torch.stack(pixels).to(device).float() / 127.5 - 1  # [B, 3, S, S]
             begin = start(where, target) if start else {}
@@ -105,6 +99,8 @@ def invert_images(
             common = {"perceptual": perceptual, "space": space, "statistics": statistics, "dtype": dtype}
             seeds = [pixel_seed(image, seed) for image in pixels]
             projection = project(generator, target, seeds=seeds, callback=watch, **common, **begin, **settings)
+
+            # Measure and write every image of it.
             for i, position in enumerate(where):
                 bar.update(steps - int(projection.steps[i]))
                 condition = begin["condition"][i : i + 1] if "condition" in begin else None
@@ -120,17 +116,14 @@ def invert_images(
                 if synth is None:
                     failures[position] = DIVERGED
                     continue
-                original = to_uint8(target[i])
+                original, stem = to_uint8(target[i]), stems[position]
                 pair = (to_tensor(image)[None].to(device) for image in (original, synth))
                 values = measure(*pair, perceptual=perceptual, identity=identity)
                 result["measures"] = {name: float(value) for name, value in values.items()}
-                save_image(original, folder / ORIGINALS / f"{stems[position]}.png")
-                save_image(synth, folder / PROJECTED / f"{stems[position]}.png")
-                if video:
-                    last = frames[i][-1:] * (FRAMES // 4)
-                    save_video(frames[i] + last, folder / "video" / f"{stems[position]}.{video}", fps=25)
-                save_result(folder / RESULTS / f"{stems[position]}.npz", result)
-            frames.clear()
+                save_image(original, folder / ORIGINALS / f"{stem}.png")
+                save_image(synth, folder / PROJECTED / f"{stem}.png")
+                save_result(folder / RESULTS / f"{stem}.npz", result)
+
         failures = {position: reason for part in gather_list(failures) for position, reason in part.items()}
         if dist.is_main:
             bar.close()
@@ -159,8 +152,6 @@ def prepare_folder(folder: Path, config: dict, overwrite: bool) -> None:
     changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
     if changed:
         changes = "; ".join(f"{name} {earlier.get(name)}, now {config.get(name)}" for name in changed[:3])
-        raise UserError(
-            f"{folder} holds results made with other settings ({changes}): choose another --output_dir, or start anew "
-            "with --overwrite"
-        )
+        hint = "choose another --output_dir, or start anew with --overwrite"
+        raise UserError(f"{folder} holds results made with other settings ({changes}): {hint}")
     write_json(file, config)

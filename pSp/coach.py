@@ -1,9 +1,5 @@
 """Training of a pSp encoder: one step, validation, the loop, and everything that is written (upstream's Coach).
 
-E/checkpoints/iteration_N.pt, best_model.pt (lowest validation loss), timestamp.txt   as published
-E/opt.json                                                                             as published: the flags
-E/options.json, log.jsonl, tensorboard_log/, sample/                                   as every trainer here
-
 Every random number of a step is drawn from (seed, step, rank), as in training/trainer.py: no random state is saved, and
 a run that was stopped continues exactly. Each rank normalises its own batch (or all together with --sync_batchnorm on
 CUDA); the running statistics are averaged over ranks before they are used.
@@ -13,12 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.cli import UserError
@@ -28,77 +22,15 @@ from common.interrupt import StopSignal
 from common.lmdb_store import DatasetError
 from common.precision import DTYPES
 from common.runs import Run, StepBar, format_duration
-from pSp.data_configs import DATASETS, RESIZE_FACTORS, make_pair, normalise
+from common.stats import Stats
+from pSp.data_configs import DATASETS
+from pSp.images import make_pair, normalise, read_batches
 from pSp.losses import EncoderLoss
 from pSp.psp import pSp, psp_state
 from pSp.ranger import Ranger
+from pSp.settings import TrainSettings
 
-OPTIMISERS = ("ranger", "adam")
 SHOWN = 8  # images per row of a sample grid
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Settings of a training run; the names are the flags. Raises ValueError for what cannot work."""
-
-    dataset_type: str = "ffhq_encode"
-    resize_factors: tuple[int, ...] = RESIZE_FACTORS
-    batch_size: int = 4  # per process
-    learning_rate: float = 1e-4
-    optim_name: str = "ranger"
-    train_decoder: bool = False
-    sync_batchnorm: bool = False
-    precision: str = "fp32"
-    seed: int = 0
-    max_steps: int = 500_000
-    image_interval: int = 1000  # steps between sample grids of training images
-    board_interval: int = 50  # log lines
-    val_interval: int = 1000  # validations
-    save_interval: int | None = None  # checkpoints; None: only at the end
-    keep: int = 2  # checkpoints that keep their optimiser state; 0: all
-
-    def __post_init__(self):
-        for name in ("batch_size", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_steps", "image_interval", "board_interval", "val_interval", "save_interval"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.keep < 0:
-            raise ValueError(f"--keep is out of range: {self.keep}")
-        if self.optim_name not in OPTIMISERS:
-            raise ValueError(f"--optim_name is one of {', '.join(OPTIMISERS)}, not {self.optim_name}")
-
-    def due(self, step: int) -> set[str]:
-        """Events after this step: image, board, val, save; everything but image after the last."""
-        save = self.save_interval or self.max_steps
-        every = {"image": self.image_interval, "board": self.board_interval, "val": self.val_interval, "save": save}
-        due = {name for name, interval in every.items() if step % interval == 0}
-        return due | {"board", "val", "save"} if step == self.max_steps else due
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The validation images, read in order by every rank for its own share."""
-
-    dataset: Dataset
-    batch_size: int = 2
-    workers: int = 0
-
-    def batches(self, indices: range) -> Iterator[torch.Tensor]:
-        """uint8 batches [n, 3, S, S]; the last one may be smaller. DatasetError, in one line even from a worker."""
-        images = Subset(self.dataset, list(indices))
-        if not len(images):
-            return
-        workers = min(self.workers, len(images))
-        loader = DataLoader(
-            images, self.batch_size, num_workers=workers, collate_fn=torch.stack, generator=torch.Generator()
-        )
-        try:
-            yield from loader
-        except DatasetError as error:
-            reason = str(error).strip().rpartition("\n")[2]  # a worker's error brings its traceback along
-            raise DatasetError(reason.partition("DatasetError: ")[2] or reason) from None
 
 
 class Coach:
@@ -111,7 +43,7 @@ class Coach:
         net.decoder.requires_grad_(settings.train_decoder)
         if settings.sync_batchnorm and dist.world_size > 1:
             if dist.device.type != "cuda":
-                raise ValueError("--sync_batchnorm works on CUDA only: PyTorch has no such layer elsewhere")
+                raise UserError("--sync_batchnorm works on CUDA only: PyTorch has no such layer elsewhere")
             net.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(net.encoder)
         self.net = net.to(dist.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
@@ -121,18 +53,13 @@ class Coach:
         self.dtype = DTYPES[settings.precision]
         self.best: float | None = None  # lowest validation loss so far
         self.last: tuple | None = None  # source, target and output of the latest batch
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-
-    @property
-    def step(self) -> int:
-        return self.net.step
+        self.stats = Stats(dist.device)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self, images: torch.Tensor) -> None:
         """One update on this process's uint8 batch [B, 3, S, S], mirrored at random."""
-        torch.manual_seed(mix_seeds(self.settings.seed, self.step, self.dist.rank))
+        torch.manual_seed(mix_seeds(self.settings.seed, self.net.step, self.dist.rank))
         images = normalise(images, self.dist.device)
         source, target = make_pair(images, self.source, factors=self.settings.resize_factors, training=True)
         for loss, values in self.passes(source, target, randomize_noise=True):
@@ -143,9 +70,7 @@ class Coach:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.net.step += 1
-        for name, value in latest.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._count += 1
+        self.stats.report(**latest)
 
     def passes(self, source, target, *, randomize_noise: bool):
         """Yield loss and its named parts of a batch in [-1, 1] per pass of the encoder: one, or ReStyle's n_iters.
@@ -159,23 +84,27 @@ class Coach:
         for _ in range(net.n_iters):
             w = net.encode_once(images, w, previous, self.dtype)
             output = net.face_pool(net.render(w, randomize_noise=randomize_noise, dtype=self.dtype))
-            yield self.loss(output, pooled, pooled_source, w, net.latent_avg)
+            yield self.loss(output, pooled, pooled_source, w, net.latent_avg if net.start_from_latent_avg else None)
             self.last = (pooled_source, pooled, output.detach())
             w, previous = w.detach(), net.fit(output.detach())
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def validate(self, held_out: HeldOut) -> tuple[dict[str, float], tuple | None]:
+    def validate(self, held_out: Dataset) -> tuple[dict[str, float], tuple | None]:
         """Mean of each loss over the held-out images, and (source, target, output) of this rank's first batch.
 
         Stored noise, no mirroring, running statistics: a pure function of the weights. All ranks must call it.
         """
         self.average_statistics()
         self.net.eval()
-        first, sums, n = None, {}, len(held_out.dataset)
-        for images in held_out.batches(shard(n, self.dist.rank, self.dist.world_size)):
-            images = normalise(images, self.dist.device)
+        first, sums, n, settings = None, {}, len(held_out), self.settings
+        part = shard(n, self.dist.rank, self.dist.world_size)
+        for items in read_batches(held_out.__getitem__, part, settings.test_batch_size, settings.test_workers):
+            for _, _, reason in items:
+                if reason:
+                    raise DatasetError(reason)
+            images = normalise(torch.stack([image for _, image, _ in items]), self.dist.device)
             source, target = make_pair(images, self.source, factors=self.settings.resize_factors, training=False)
             *_, (_, values) = self.passes(source, target, randomize_noise=False)
             for name, value in values.items():
@@ -189,16 +118,6 @@ class Coach:
     def average_statistics(self) -> None:
         """Average the encoder's running means and variances over ranks; early or late gives the same."""
         all_reduce_mean([b for b in self.net.encoder.buffers() if b.is_floating_point()])
-
-    def read_metrics(self) -> dict[str, float]:
-        """Means of the losses since the last call, over steps and ranks; waits for the device."""
-        if not self._count:
-            return {}
-        names = sorted(self._sums)
-        means = torch.stack([self._sums[name].float() / self._count for name in names])
-        all_reduce_mean([means])
-        self._sums, self._count = {}, 0
-        return dict(zip(names, means.tolist(), strict=True))
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -216,46 +135,41 @@ class Coach:
         Raises CheckpointError when the file has no such state, or that of another optimiser or network.
         """
         if "optimiser" not in state or not isinstance(state.get("sampler"), dict):
-            raise CheckpointError(
-                f"{source} cannot be continued, it holds no optimiser state; --init_from starts a "
-                "new run from its weights"
-            )
-        name = state.get("optim_name")
-        if name != self.settings.optim_name:
-            raise CheckpointError(
-                f"{source} was trained with --optim_name {name}, this run has {self.settings.optim_name}"
-            )
+            hint = "--init_from starts a new run from its weights"
+            raise CheckpointError(f"{source} cannot be continued, it holds no optimiser state; {hint}")
+        name, here = state.get("optim_name"), self.settings.optim_name
+        if name != here:
+            raise CheckpointError(f"{source} was trained with --optim_name {name}, this run has {here}")
         try:
             self.optimiser.load_state_dict(state["optimiser"])
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{source}: the optimiser belongs to another network ({error}); was --train_decoder the same?"
-            ) from None
+            which = f"the optimiser belongs to another network ({error}); was --train_decoder the same?"
+            raise CheckpointError(f"{source}: {which}") from None
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.learning_rate  # the flag of this run, not of the file
         self.best = state.get("best_val_loss")
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def train(self, batches, sampler, held_out: HeldOut, run: Run, opts: dict, stop: StopSignal) -> float:
+    def train(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> float:
         """Steps `step` .. max_steps with logs, validation and checkpoints. Returns the lowest validation loss.
 
         Raises UserError when a loss is not finite, before anything is saved, or after an orderly stop.
         """
         dist, total = self.dist, self.settings.max_steps
-        bar = StepBar(total, self.step, main=dist.is_main)
-        since, since_step, metrics = time.perf_counter(), self.step, {}
-        if self.step == 0:
+        bar = StepBar(total, self.net.step, main=dist.is_main)
+        since, since_step, metrics = time.perf_counter(), self.net.step, {}
+        if self.net.step == 0:
             metrics = self.validate_and_save(held_out, run, opts)  # also: a folder that cannot be written shows now
-        while self.step < total:
+        while self.net.step < total:
             self.train_step(next(batches))
             bar.update()
 
             # Ranks agree on stopping where they meet anyway.
-            step, due = self.step, self.settings.due(self.step)
+            step, due = self.net.step, self.settings.due(self.net.step)
             ending = (dist.world_size == 1 or bool(due)) and any(gather_list(stop.raised)) and step < total
             if due or ending:
-                metrics = self.read_metrics() or metrics
+                metrics = self.stats.read() or metrics
                 require_finite(metrics, step)
             if "image" in due and dist.is_main:
                 save_samples(self.last, run.path("sample", f"train_{step:06d}.png"))
@@ -280,28 +194,28 @@ class Coach:
         bar.close()
         return self.best
 
-    def validate_and_save(self, held_out: HeldOut, run: Run, opts: dict) -> dict[str, float]:
+    def validate_and_save(self, held_out: Dataset, run: Run, opts: dict) -> dict[str, float]:
         """Validate, log, write the sample grid, and best_model.pt when the loss is the lowest so far."""
         metrics, shown = self.validate(held_out)
-        require_finite(metrics, self.step, "validation ")
+        require_finite(metrics, self.net.step, "validation ")
         better = self.best is None or metrics["loss"] < self.best
         if better:
             self.best = metrics["loss"]
         state = self.state_dict(opts, optimiser=False) if better else None
         if self.dist.is_main:
-            run.log(self.step, "test", **metrics)
+            run.log(self.net.step, "test", **metrics)
             if shown is not None:  # this rank may have had no image
-                save_samples(shown, run.path("sample", f"{self.step:06d}.png"))
+                save_samples(shown, run.path("sample", f"{self.net.step:06d}.png"))
             if better:
                 save_checkpoint(run.path("checkpoints", "best_model.pt"), state)
-                append_note(run, f"**Best**: Step - {self.step}, Loss - {self.best:.3f} \n{metrics}\n")
+                append_note(run, f"**Best**: Step - {self.net.step}, Loss - {self.best:.3f} \n{metrics}\n")
         return metrics
 
     def save(self, state: dict, metrics: dict, run: Run) -> None:
         """Write iteration_N.pt; beyond `keep` of them the older ones lose their optimiser state (a quarter is left)."""
-        path, keep = run.path("checkpoints", f"iteration_{self.step}.pt"), self.settings.keep
+        path, keep = run.path("checkpoints", f"iteration_{self.net.step}.pt"), self.settings.keep
         save_checkpoint(path, state)
-        append_note(run, f"Step - {self.step}, \n{metrics}\n")
+        append_note(run, f"Step - {self.net.step}, \n{metrics}\n")
         full = sorted(path.parent.glob("iteration_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
         for older in full[-keep - 1 : -keep] if keep else []:
             state = load_checkpoint(older)
@@ -325,7 +239,5 @@ def require_finite(metrics: dict[str, float], step: int, which: str = "") -> Non
     """Raise UserError naming the losses that are not finite."""
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
-        raise UserError(
-            f"the {which}loss {', '.join(bad)} is not finite at step {step}: nothing was saved since the "
-            "last checkpoint; a lower --learning_rate may help"
-        )
+        hint = "nothing was saved since the last checkpoint; a lower --learning_rate may help"
+        raise UserError(f"the {which}loss {', '.join(bad)} is not finite at step {step}: {hint}")

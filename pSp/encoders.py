@@ -1,15 +1,9 @@
 """The pSp encoders: image [N, 3, S, S] -> w, relative to the average w (Richardson et al. 2021, section 3.1).
 
-GradualStyleEncoder                      feature pyramid, one small network per token          -> [N, L, 512]
-BackboneEncoderUsingLastLayerIntoW       one w from the last feature map, for all layers       -> [N, 512]
-BackboneEncoderUsingLastLayerIntoWPlus   all tokens from the last feature map                  -> [N, L, 512]
-Encoder4Editing                          the first with w_i = w_0 + delta_i (e4e)              -> [N, L, 512]
-
-Names of classes and tensors are those of eladrich/pixel2style2pixel and omertov/encoder4editing (the last, which has
-the tensors of the first). With `input_nc` 6 an encoder sees its own reconstruction beside the image (ReStyle; see
-pSp/psp.py). The number of tokens follows from the generator, so that every size from 32 to 1024 works;
-`EncoderConfig.for_generator` chooses a narrower, shallower network on a smaller image for generators below 256 px,
-which the published 256 px input would enlarge.
+Names of classes and tensors are those of eladrich/pixel2style2pixel and omertov/encoder4editing. With `input_nc` 6 an
+encoder sees its own reconstruction beside the image (ReStyle; see pSp/psp.py). The number of tokens follows from the
+generator; generators below 256 px, which the published 256 px input would enlarge, get a narrower, shallower network on
+a smaller image.
 
     encoder = build_encoder(EncoderConfig.for_generator(generator.config))
     offsets = encoder(images)                                    # add generator.mean_latent() for w
@@ -30,9 +24,8 @@ from common.cli import UserError
 from common.weights import find
 from layers import EqualLinear
 from perceptual.arcface import DEPTHS, MODES, STRIDES, arcface_state, build_body, input_layer
+from pSp.settings import E4E, GRADUAL, INTO_W, INTO_W_PLUS
 
-GRADUAL, E4E = "GradualStyleEncoder", "Encoder4Editing"
-INTO_W, INTO_W_PLUS = "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus"
 PUBLISHED_INPUT = 256  # pixels
 COARSE, MIDDLE = 3, 7  # tokens below 3 come from the coarsest tap, below 7 from the middle, the rest from the finest
 POOL = 7  # the side to which IntoWPlus pools its last map
@@ -59,9 +52,8 @@ class EncoderConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"the encoder's {name} is a number from 1 to {most}, not {value!r}")
-        size = self.input_size
-        if not isinstance(size, int) or size < 16 or size > 1024 or size & (size - 1):
-            raise ValueError(f"the encoder's input_size is a power of two from 16 to 1024, not {size}")
+        if self.input_size not in (16, 32, 64, 128, 256, 512, 1024):
+            raise ValueError(f"the encoder's input_size is a power of two from 16 to 1024, not {self.input_size}")
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -139,9 +131,6 @@ class Backbone(nn.Module):
 
     def features(self, images) -> list[torch.Tensor]:
         """The three taps, fine to coarse: [N, 2w, s, s], [N, 4w, s/2, s/2], [N, 8w, s/4, s/4], s = tap_sizes[0]."""
-        expected = (self.config.input_nc, self.config.input_size, self.config.input_size)
-        if images.shape[1:] != expected:
-            raise ValueError(f"the encoder takes images [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
         x = self.input_layer(images.contiguous(memory_format=torch.channels_last))
         taps = []
         for index, unit in enumerate(self.body):
@@ -168,8 +157,8 @@ class GradualStyleEncoder(Backbone):
         middle = enlarge(coarse, middle) + self.latlayer1(middle)  # [N, 8w, s/2, s/2]
         fine = enlarge(middle, fine) + self.latlayer2(fine)  # [N, 8w, s, s]
         pyramid = (fine, middle, coarse)
-        codes = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
-        return torch.stack(codes, 1)  # [N, L, style_dim]
+        ws = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
+        return torch.stack(ws, 1)  # [N, L, style_dim]
 
 
 class Encoder4Editing(GradualStyleEncoder):
@@ -202,9 +191,8 @@ class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
         channels = config.channels
-        self.output_layer_2 = nn.Sequential(
-            nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(POOL), nn.Flatten(), nn.Linear(channels * POOL**2, channels)
-        )
+        linear = nn.Linear(channels * POOL**2, channels)
+        self.output_layer_2 = nn.Sequential(nn.BatchNorm2d(channels), nn.AdaptiveAvgPool2d(POOL), nn.Flatten(), linear)
         self.linear = EqualLinear(channels, config.style_dim * config.n_styles)
 
     def forward(self, images):
@@ -221,7 +209,6 @@ ENCODERS = {
 
 
 def build_encoder(config: EncoderConfig) -> nn.Module:
-    """The encoder of a config, randomly initialised."""
     return ENCODERS[config.encoder_type](config)
 
 
@@ -239,10 +226,8 @@ def init_backbone(encoder: Backbone, init: str, weights_dir=None) -> str:
     if init == "auto" and not (path and fits):
         return f"random weights (IR-SE50 ArcFace {'has another shape' if path else 'is not here'})"
     if not fits:
-        raise UserError(
-            f"--encoder_init {path} is an IR-SE50 of width 64, this encoder has the depth {config.depth}, "
-            f"the width {config.width} and the mode {config.mode}"
-        )
+        has = f"the depth {config.depth}, the width {config.width} and the mode {config.mode}"
+        raise UserError(f"--encoder_init {path} is an IR-SE50 of width 64, this encoder has {has}")
     state = arcface_state(path)
     if config.input_nc > 3:
         rest = encoder.input_layer[0].weight[:, 3:].detach()

@@ -1,7 +1,7 @@
 """Faces to w with a trained pSp network: the function behind scripts/inference.py.
 
     inversion = invert(net, images, range(len(images)), perceptual=build_perceptual("auto"))
-    save_inversion(folder, net, inversion, images.names, ...)
+    save_inversion(folder, net, images, inversion, ...)
 
 The generator's stored noise maps are used, with which generate.py --latents renders the same images, up to the rounding
 of another batch size.
@@ -10,24 +10,23 @@ of another batch size.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from PIL import Image
 
+from common.cli import UserError
 from common.files import atomic_write
-from common.grids import comparison_grid
-from common.images import ImageError, save_image, to_tensor, to_uint8
-from common.latents import draw_z, save_latents
-from common.lmdb_store import DatasetError
-from common.tables import write_skipped
-from inversion.report import PER_GRID, remove_numbered, write_summary
-from perceptual.image_metrics import image_digest, measure, summary, write_measures
-from pSp.data_configs import normalise, shrink
+from common.images import save_image, to_tensor, to_uint8
+from common.latents import draw_z
+from inversion.report import PER_GRID, require_results, write_results
+from perceptual.image_metrics import image_digest, measure
+from pSp.images import normalise, read_batches, shrink
 from pSp.psp import pSp
+from sampling.render import file_names
 
 COUPLED_EVERY = 100  # images coupled with their original even without --couple_outputs, as published
 GRIDS = 8  # comparison grids at most
@@ -53,27 +52,22 @@ class Inversion:
             self.values.setdefault(name, []).extend(values)
 
 
-class Readable(Dataset):
-    """Images for worker processes: (position, uint8 [3, S, S], None), or (position, None, why it cannot be read)."""
+class Folders:
+    """Where images go: inference_results/ and inference_coupled/, below downsampling_F for super-resolution."""
 
-    def __init__(self, images):
-        self.images = images
+    def __init__(self, exp_dir: Path, names: list[str], *, couple: bool, factor: int, size: int):
+        below = "" if factor == 1 else f"downsampling_{factor}"
+        self.results, self.coupled = exp_dir / "inference_results" / below, exp_dir / "inference_coupled" / below
+        self.names, self.couple, self.factor, self.size = file_names(names), couple, factor, size
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int):
-        try:
-            return position, self.images.read(position), None
-        except (ImageError, DatasetError, OSError, RuntimeError, MemoryError) as error:  # decoders raise them all
-            return position, None, str(error) or type(error).__name__
-
-
-def read_batches(images, positions: Iterable[int], batch: int, workers: int) -> Iterator[list]:
-    """Lists of Readable's items, in order, the last one shorter."""
-    chosen = Subset(Readable(images), list(positions))
-    if len(chosen):
-        yield from DataLoader(chosen, batch, num_workers=min(workers, len(chosen)), collate_fn=list)
+    def save(self, position: int, original: np.ndarray, source: np.ndarray, output: np.ndarray) -> None:
+        """Arrays uint8 [S, S, 3]; the coupled image is original (with `source` for super-resolution) and output."""
+        name = f"{self.names[position]}.png"
+        save_image(output, self.results / name)
+        if self.couple or position % COUPLED_EVERY == 0:
+            parts = [original, output] if self.factor == 1 else [original, source, output]
+            resized = [np.asarray(Image.fromarray(part).resize((self.size, self.size))) for part in parts]
+            save_image(np.concatenate(resized, 1), self.coupled / name)
 
 
 @torch.no_grad()
@@ -98,7 +92,7 @@ def invert(
     Measured are the 8-bit images, at 256 px or the generator's size where that is smaller.
     """
     device, result = net.latent_avg.device, Inversion()
-    for items in read_batches(images, positions, batch, workers):
+    for items in read_batches(images.read, positions, batch, workers):
         result.skipped += [(position, reason) for position, image, reason in items if image is None]
         items = [item for item in items if item[1] is not None]
         if not items:
@@ -132,12 +126,11 @@ def invert(
 def style_mixing(net: pSp, layers: list[int], alpha: float | None, seed: int) -> Callable:
     """mix(position, w) for `invert`: the tokens `layers` taken from a random sample, alpha of the way (None: 1).
 
-    The sample belongs to (seed, position) alone. ValueError for a layer the generator does not have.
+    The sample belongs to (seed, position) alone. UserError for a layer the generator does not have.
     """
     config = net.decoder.config
-    beyond = [layer for layer in layers if not 0 <= layer < config.n_tokens]
-    if beyond:
-        raise ValueError(f"--latent_mask {beyond[0]}: this generator has the layers 0-{config.n_tokens - 1}")
+    if beyond := [layer for layer in layers if not 0 <= layer < config.n_tokens]:
+        raise UserError(f"--latent_mask {beyond[0]}: this generator has the layers 0-{config.n_tokens - 1}")
 
     def mix(position, w):
         z = draw_z([seed + position], config.n_tokens, config.style_dim, w_space=config.w_space).to(w.device)
@@ -166,63 +159,47 @@ def retrieve(result: Inversion, n: int, perceptual, identity, device) -> dict[st
     """`retrieval` among the first n images of a result, by the perceptual distance and, if it is there, identity."""
     shares = {"perceptual": retrieval(result.shown[:n], perceptual.features, perceptual.distance, device)}
     if identity is not None:
-        shares["identity"] = retrieval(
-            result.shown[:n], lambda images: [identity.embed(images)], lambda a, b: -(a[0] * b[0]).sum(1), device
-        )
+        embed, distance = (lambda images: [identity.embed(images)]), (lambda a, b: -(a[0] * b[0]).sum(1))
+        shares["identity"] = retrieval(result.shown[:n], embed, distance, device)
     return shares
 
 
 def save_inversion(
-    folder: str | Path,
+    folder: Path,
     net: pSp,
+    images,
     result: Inversion,
-    names: list[str],
     *,
     perceptual: str,
     identity: str | None,
-    alignment: list | None = None,
-    left_out: dict[str, str] | None = None,
-    extra: dict | None = None,
-    retrieved: dict | None = None,
+    settings: dict,
+    retrieved: dict,
 ) -> str:
-    """Write everything but the images themselves: see the head of scripts/inference.py.
+    """Write everything but the images themselves: see the head of scripts/inference.py. retrieved: of `retrieve`.
 
-    names, alignment: of all images, by position. left_out: photo -> why it is not among them. retrieved: of
-    `retrieve`. Returns the summary line. ValueError when nothing could be read.
+    Returns the summary line. UserError when nothing could be read.
     """
-    folder = Path(folder)
-    write_skipped(folder, (left_out or {}) | {names[position]: reason for position, reason in result.skipped})
-    if not result.positions:
-        first = f": {result.skipped[0][1]}" if result.skipped else ""
-        raise ValueError(f"none of {len(names)} images could be read{first}")
-    kept = [names[position] for position in result.positions]
-    save_latents(
-        folder,
-        np.stack(result.latents),
-        names=kept,
-        space=net.space,
-        size=net.decoder.config.size,
-        fingerprint=net.decoder.fingerprint,
-        losses=result.values,
-        alignment=None if alignment is None else [alignment[position] for position in result.positions],
-        extra={"method": "pSp", "step": net.step, "perceptual": perceptual, "identity": identity} | (extra or {}),
-    )
+    require_results(folder, images, dict(result.skipped), result.positions)
     by = {"perceptual": perceptual, "identity": identity}
-    write_measures(folder / "reconstruction.csv", kept, result.values, originals=result.originals, **by)
-    for name in ("perceptual", "mse"):  # the published files, one value per picture
+    line = write_results(
+        folder,
+        images,
+        result.positions,
+        np.stack(result.latents),
+        result.values,
+        method="pSp",
+        generator={"space": net.space, "size": net.decoder.config.size, "fingerprint": net.decoder.fingerprint},
+        by=by,
+        originals=result.originals,
+        pair=result.shown.__getitem__,
+        n_pairs=min(SHOWN, len(result.shown)),
+        settings=settings,
+        extra={"step": net.step} | by | settings,
+        **({"retrieval": retrieved} if retrieved else {}),
+    )
+    for name in ("perceptual", "mse"):  # the published files, one value per image
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array(result.values[name]))
-    more = {"retrieval": retrieved} if retrieved else {}
-    write_summary(folder, "pSp", result.values, space=net.space, settings=extra or {}, **by, **more)
-    line = summary(result.values, **by)
     runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
     (folder / "stats.txt").write_text(f"{runtime}\n{line}\n", encoding="utf-8")
-    shown = list(zip(kept, result.shown[:SHOWN], strict=False))
-    for index in range(0, len(shown), PER_GRID):
-        names, pairs = zip(*shown[index : index + PER_GRID], strict=True)
-        numbers = zip(names, result.values["perceptual"][index:], result.values["mse"][index:], strict=False)
-        captions = [f"{name}: {distance:.3f}, mse {mse:.4f}" for name, distance, mse in numbers]
-        grid = comparison_grid(*zip(*pairs, strict=True), captions)
-        save_image(grid, folder / f"grid_{index // PER_GRID:03d}.png")
-    remove_numbered(folder, ("grid_*.png",), -(-len(shown) // PER_GRID))
     return line

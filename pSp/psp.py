@@ -6,10 +6,8 @@
 An encoder of six input channels refines its answer in the manner of ReStyle (Alaluf et al. 2021, arXiv 2104.02699,
 equations 1 and 2): it sees image and reconstruction, at first that of the average w, and w_t+1 = w_t + E(x, y_t).
 
-The published checkpoint, {"state_dict": encoder.* and decoder.*, "latent_avg", "opts"}, is what is written, with the
-configs of both networks, the step and the training state beside it; files of eladrich/pixel2style2pixel, ReStyle, e4e
-and TransStyleGAN are read, their architecture from their tensors and opts. An exported encoder (.safetensors) is the
-encoder alone, in half precision, and names the generator that it was trained for.
+Files of eladrich/pixel2style2pixel, ReStyle, e4e and TransStyleGAN are read, their architecture from their tensors and
+opts. An exported encoder (.safetensors) is the encoder alone, in half precision, and names its generator.
 """
 
 from __future__ import annotations
@@ -33,32 +31,19 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
     """encoder(images) + latent_avg -> w -> decoder. `space` is w++ with a W++ generator, else w or w+.
 
     latent_avg: [1, L, D], the generator's mean w per token. n_iters: passes of an encoder of six channels; others have
-    one. Raises ValueError for an encoder and a generator that do not fit, or a W encoder on a W++ generator, whose w
-    differs from token to token by construction.
+    one. Raises ValueError for an encoder and a generator that do not fit.
     """
 
-    def __init__(
-        self,
-        config: EncoderConfig,
-        decoder: Generator,
-        latent_avg: torch.Tensor,
-        *,
-        start_from_latent_avg: bool = True,
-        n_iters: int = RESTYLE_PASSES,
-    ):
+    def __init__(self, config: EncoderConfig, decoder: Generator, latent_avg, *, start_from_latent_avg=True, n_iters=5):
         super().__init__()
         generator = decoder.config
         self.learn_in_w = config.encoder_type == INTO_W
         if self.learn_in_w and not generator.w_space:
-            raise ValueError(
-                f"{INTO_W} (--learn_in_w) gives one code for all layers: it needs a W generator, this one "
-                "is W++; use GradualStyleEncoder"
-            )
+            hint = "it needs a W generator, this one is W++; use GradualStyleEncoder"
+            raise ValueError(f"{INTO_W} (--learn_in_w) gives one w for all layers: {hint}")
         if (config.n_styles, config.style_dim) != (generator.n_tokens, generator.style_dim):
-            raise ValueError(
-                f"the encoder gives {config.n_styles} codes of width {config.style_dim}, the generator "
-                f"({generator.size} px) takes {generator.n_tokens} of {generator.style_dim}"
-            )
+            takes = f"the generator ({generator.size} px) takes {generator.n_tokens} of {generator.style_dim}"
+            raise ValueError(f"the encoder gives {config.n_styles} tokens of width {config.style_dim}, {takes}")
         if generator.condition_dim:
             raise ValueError("pSp inverts into an unconditional generator, this one is conditional")
         self.refines = config.input_nc == 6
@@ -82,16 +67,11 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
     @property
     def description(self) -> str:
         config, passes = self.config, f", {self.n_iters} passes" if self.refines else ""
-        return (
-            f"{config.encoder_type} (depth {config.depth}, width {config.width}, {config.input_size} px{passes}) into "
-            f"{self.space} of a {self.decoder.config.size} px generator"
-        )
+        shape = f"depth {config.depth}, width {config.width}, {config.input_size} px{passes}"
+        return f"{config.encoder_type} ({shape}) into {self.space} of a {self.decoder.config.size} px generator"
 
     def fit(self, images):
-        """Square images [N, C, H, H] of any size -> the encoder's input size, bilinear, antialiased where they shrink.
-
-        The filter of upstream's Resize((256, 256)) on a PIL image, up to its rounding to 8 bits.
-        """
+        """Square images [N, C, H, H] of any size -> the encoder's input size, by the filter of upstream's Resize."""
         size = self.config.input_size
         if images.shape[-1] == size:
             return images
@@ -134,27 +114,19 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
             w = self.encode_once(images, w, previous, dtype)
         return w
 
-    def forward(self, images, *, resize: bool = True, randomize_noise: bool = True, dtype: torch.dtype | None = None):
+    def forward(self, images, *, resize: bool = True, randomize_noise: bool = True):
         """Reconstructions [N, 3, image_size | size, ...] (`resize`: face_pool) and their w [N, L, D]."""
-        w = self.encode(images, dtype)
-        output = self.render(w, randomize_noise=randomize_noise, dtype=dtype)
+        w = self.encode(images)
+        output = self.render(w, randomize_noise=randomize_noise)
         return (self.face_pool(output) if resize else output), w
 
 
 def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Tensor:
     """An average w as any of the published tools stores it, [D], [1, D], [L, D] or [1, L, D], as [1, L, D]."""
-    if not isinstance(latent_avg, torch.Tensor):
-        raise ValueError(f"latent_avg is a {type(latent_avg).__name__}, expected a tensor")
-    shape = list(latent_avg.shape)
-    if latent_avg.ndim == 3 and shape[0] == 1:
-        latent_avg = latent_avg[0]
-    if latent_avg.ndim == 1:
-        latent_avg = latent_avg[None]
-    if latent_avg.ndim != 2 or latent_avg.shape[1] != config.style_dim or len(latent_avg) not in (1, config.n_tokens):
-        raise ValueError(
-            f"latent_avg {shape} does not fit a generator with codes [{config.n_tokens}, {config.style_dim}]"
-        )
-    return latent_avg.float().expand(config.n_tokens, -1)[None].clone()
+    shape, n, width = tuple(latent_avg.shape), config.n_tokens, config.style_dim
+    if shape[-1:] != (width,) or shape[:-1] not in ((), (1,), (n,), (1, 1), (1, n)):
+        raise ValueError(f"latent_avg {list(shape)} does not fit a generator with w [{n}, {width}]")
+    return latent_avg.float().reshape(-1, width).expand(n, -1)[None].clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,18 +135,18 @@ def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Te
 
 def psp_state(net: pSp, opts: dict) -> dict:
     """The entries that rebuild `net`, under the published keys; the coach adds its own state."""
+    published = {
+        "output_size": net.decoder.config.size,
+        "encoder_type": net.config.encoder_type,
+        "start_from_latent_avg": net.start_from_latent_avg,
+        "learn_in_w": net.learn_in_w,
+        "input_nc": net.config.input_nc,
+        "n_iters_per_batch": net.n_iters,
+    }
     return {
         "state_dict": net.state_dict(),
         "latent_avg": net.latent_avg,
-        "opts": opts
-        | {
-            "output_size": net.decoder.config.size,
-            "encoder_type": net.config.encoder_type,
-            "start_from_latent_avg": net.start_from_latent_avg,
-            "learn_in_w": net.learn_in_w,
-            "input_nc": net.config.input_nc,
-            "n_iters_per_batch": net.n_iters,
-        },
+        "opts": opts | published,
         "encoder_config": net.config.to_dict(),
         "config": net.decoder.config.to_dict(),
         "fingerprint": generator_fingerprint(net.decoder.state_dict()),
@@ -191,11 +163,7 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
     """The network in a loaded checkpoint, on the CPU, in eval mode, gradients off. Raises CheckpointError."""
     state, opts = checkpoint.get("state_dict"), checkpoint.get("opts")
     if not isinstance(state, dict) or not isinstance(opts, dict):
-        hint = (
-            "; it holds a generator: an encoder for it is trained by pSp/scripts/train.py"
-            if "g_ema" in checkpoint
-            else ""
-        )
+        hint = "; it holds a generator: pSp/scripts/train.py trains an encoder for it" if "g_ema" in checkpoint else ""
         raise CheckpointError(f"{path} is no pSp checkpoint: it has no state_dict and opts{hint}")
     encoder, decoder = part(state, "encoder"), part(state, "decoder")
     try:
@@ -228,17 +196,22 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
 def load_psp(path: str | Path, device: str | torch.device = "cpu", generator: Generator | None = None) -> pSp:
     """The pSp network in a checkpoint of ours or of the published tools, eval mode, gradients off, on `device`.
 
-    generator: for an exported encoder, which holds none; default: the file that it names, beside it. Raises
-    FileNotFoundError, or CheckpointError in one sentence. `net.decoder.fingerprint` is that of the generator.
+    generator: the one that it must have been trained for; default: the one in the file, or that an exported encoder
+    names, beside it. Raises FileNotFoundError, or CheckpointError in one sentence. `net.decoder.fingerprint` is that of
+    the generator.
     """
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         return load_exported(path, generator).to(device)
-    return psp_from_state(load_checkpoint(path), path).to(device)
+    net = psp_from_state(load_checkpoint(path), path)
+    require_generator(path, net.decoder.fingerprint, generator)
+    return net.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The encoder alone
+def require_generator(path, fingerprint: str, generator: Generator | None) -> None:
+    """Raises CheckpointError when `generator` is another one than an encoder was trained for."""
+    if generator is not None and generator.fingerprint != fingerprint:
+        raise CheckpointError(f"{path} was trained for the generator {fingerprint}, not {generator.fingerprint}")
 
 
 def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
@@ -246,21 +219,17 @@ def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
 
     generator: name of the file of its generator, which readers look for beside this one.
     """
-    tensors = {
-        f"encoder.{name}": value.half() if value.ndim > 1 else value for name, value in net.encoder.state_dict().items()
+    weights = net.encoder.state_dict()
+    tensors = {f"encoder.{name}": value.half() if value.ndim > 1 else value for name, value in weights.items()}
+    header = {
+        "encoder_config": net.config.to_dict(),
+        "start_from_latent_avg": net.start_from_latent_avg,
+        "n_iters": net.n_iters,
+        "generator": generator,
+        "fingerprint": net.decoder.fingerprint,
+        "step": net.step,
     }
-    save_safetensors(
-        path,
-        tensors | {"latent_avg": net.latent_avg},
-        {
-            "encoder_config": net.config.to_dict(),
-            "start_from_latent_avg": net.start_from_latent_avg,
-            "n_iters": net.n_iters,
-            "generator": generator,
-            "fingerprint": net.decoder.fingerprint,
-            "step": net.step,
-        },
-    )
+    save_safetensors(path, tensors | {"latent_avg": net.latent_avg}, header)
 
 
 def load_exported(path: Path, generator: Generator | None = None) -> pSp:
@@ -272,24 +241,15 @@ def load_exported(path: Path, generator: Generator | None = None) -> pSp:
     if generator is None:
         beside = path.parent / Path(str(header["generator"])).name
         if not beside.is_file():
-            raise FileNotFoundError(
-                f"{path} is an encoder for the generator {beside.name} ({header['fingerprint']}), which is not beside "
-                "it: name it with --stylegan_weights"
-            )
+            where = "which is not beside it: name it with --stylegan_weights"
+            name = f"the generator {beside.name} ({header['fingerprint']})"
+            raise FileNotFoundError(f"{path} is an encoder for {name}, {where}")
         generator = load_generator(beside)
-    if generator.fingerprint != header["fingerprint"]:
-        raise CheckpointError(
-            f"{path} is an encoder for the generator {header['fingerprint']} ({header['generator']}), "
-            f"this one is {generator.fingerprint}"
-        )
+    require_generator(path, header["fingerprint"], generator)
+    options = {"start_from_latent_avg": bool(header.get("start_from_latent_avg")), "n_iters": header.get("n_iters", 1)}
     try:
-        net = pSp(
-            EncoderConfig.from_dict(header["encoder_config"]),
-            generator,
-            tensors.pop("latent_avg"),
-            start_from_latent_avg=bool(header.get("start_from_latent_avg")),
-            n_iters=header.get("n_iters", 1),
-        )
+        config = EncoderConfig.from_dict(header["encoder_config"])
+        net = pSp(config, generator, tensors.pop("latent_avg"), **options)
         net.step = int(header.get("step", 0))
     except MALFORMED as error:
         raise CheckpointError(f"{path}: {error}") from None

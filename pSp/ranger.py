@@ -1,8 +1,7 @@
 """Ranger, the optimiser of the published pSp: RAdam with gradient centralisation and Lookahead.
 
 Built on torch.optim.RAdam, whose update is the published one (threshold 5 on the length of the moving average, eps
-outside the root, plain momentum before it is reached); only the two additions are here. PyPI's `pytorch-ranger` rests
-since 2020, and `pytorch-optimizer` would be a dependency of a hundred optimisers for these few lines.
+outside the root, plain momentum before it is reached); only the two additions are here.
 Sources: Liu et al. 2020 (arXiv 1908.03265, RAdam), Zhang et al. 2019 (arXiv 1907.08610, Lookahead), Yong et al. 2020
 (arXiv 2004.01461, gradient centralisation); settings of lessw2020's Ranger 20.4.11, which pSp uses.
 
@@ -30,12 +29,7 @@ class Ranger(torch.optim.RAdam):
             group.setdefault("k", k)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """One update; returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self):
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p in moved:
             if p.ndim > 1:
@@ -50,4 +44,3 @@ class Ranger(torch.optim.RAdam):
                 anchors = [self.state[p]["slow"] for p in due]
                 torch._foreach_lerp_(anchors, due, group["alpha"])
                 torch._foreach_copy_(due, anchors)
-        return loss

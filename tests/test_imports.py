@@ -286,7 +286,8 @@ def test_help_from_any_folder(how, imported):
 def test_published_flags_of_train():
     """reference.md 5.1: names and defaults of the original; those of the networks are filled in for a new run."""
     import train
-    import training.resume
+    from training.resume import Start, resolve_architecture
+    from training.settings import ARCHITECTURE
 
     published = {
         "exp_name": "test",
@@ -310,8 +311,8 @@ def test_published_flags_of_train():
         "n_mlp": 8,
     }
     args = vars(train.build_parser().parse_args(["faces.lmdb"]))
-    config = training.resume.resolve_architecture({}, training.resume.Start())
-    args |= {name: getattr(config, name) for name in training.resume.ARCHITECTURE}
+    config = resolve_architecture({}, Start())
+    args |= {name: getattr(config, name) for name in ARCHITECTURE}
     assert {name: args[name] for name in published} == published
     args = train.build_parser().parse_args(["--local-rank=3", "--path", "faces.lmdb", "--exp-name", "x", "--w-space"])
     assert (args.local_rank, args.path, args.exp_name, args.w_space) == (3, "faces.lmdb", "x", True)

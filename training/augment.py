@@ -2,16 +2,11 @@
 generated, is transformed with probability p, and p follows how far the discriminator overfits.
 
 Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", arXiv 2006.06676. Appendix B: the
-transforms, their distributions and order; section 3: the control of p. This is the paper's `bgc` set:
-
-    b  pixel blitting   xflip, rotate90, xint (translation by whole pixels)
-    g  geometry         scale, rotate (before and after aniso), aniso (stretch), xfrac (translation by fractions)
-    c  colour           brightness, contrast, lumaflip, hue, saturation
+transforms, their distributions and order; section 3: the control of p. This is the paper's `bgc` set.
 
 Per image all geometry is one affine matrix from output to input pixels and all colour one affine matrix on RGB. Images
-are resampled at twice the resolution, between an orthogonal low-pass (sym6) and its transpose. All of it is linear in
-the image with first and second derivatives, which R1 needs. Different from NVIDIA's implementation: images that drew
-blits alone are moved by exact indexing, and reflection at the border has no end (theirs: one image side, then black).
+are resampled at twice the resolution, between an orthogonal low-pass (sym6) and its transpose. Different from NVIDIA's:
+images that drew blits alone are moved by exact indexing, and reflection at the border has no end.
 
     ada = AdaptiveAugment(target=0.6, length=500_000, device=device)
     logits = discriminator(ada(real)); ada.accumulate(logits); ada.update()
@@ -21,18 +16,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-GROUPS = {
-    "b": ("xflip", "rotate90", "xint"),
-    "g": ("scale", "rotate", "aniso", "xfrac"),
-    "c": ("brightness", "contrast", "lumaflip", "hue", "saturation"),
-}
-TRANSFORMS = GROUPS["b"] + GROUPS["g"] + GROUPS["c"]
+BLITS = ("xflip", "rotate90", "xint")  # xint: translation by whole pixels, xfrac: by fractions
+GEOMETRY = ("scale", "rotate", "aniso", "xfrac")  # rotate: before and after aniso, the stretch
+COLOURS = ("brightness", "contrast", "lumaflip", "hue", "saturation")
+TRANSFORMS = BLITS + GEOMETRY + COLOURS
 
 # Appendix B: ranges of the parameters. Translations are shares of the image side, scales are log2.
 XINT_MAX = XFRAC_STD = 0.125
@@ -40,52 +33,28 @@ SCALE_STD = ANISO_STD = 0.2
 BRIGHTNESS_STD, CONTRAST_STD, SATURATION_STD = 0.2, 0.5, 1.0
 
 # Columns of the noise, per image: uniforms that decide, then uniforms that give the values; drawn whatever p is.
-_DECISIONS = (*GROUPS["b"], "scale", "rotate", "aniso", "rotate_after", "xfrac", *GROUPS["c"])
+_RESAMPLED = ("scale", "rotate", "aniso", "rotate_after", "xfrac")
+_DECISIONS = (*BLITS, *_RESAMPLED, *COLOURS)
 _VALUES = (*_DECISIONS, "xint_y", "xfrac_y")
 N_NOISE = len(_DECISIONS) + len(_VALUES)
 
 # Low-pass of the sym6 wavelet (Daubechies' least asymmetric, 6 vanishing moments): orthonormal to its shifts by 2.
-SYM6 = (
-    0.015404109327027373,
-    0.0034907120842174702,
-    -0.11799011114819057,
-    -0.048311742585633,
-    0.4910559419267466,
-    0.787641141030194,
-    0.3379294217276218,
-    -0.07263752278646252,
-    -0.021060292512300564,
-    0.04472490177066578,
-    0.0017677118642428036,
-    -0.007800708325034148,
-)
+SYM6 = [
+    float(tap)
+    for tap in """
+    0.015404109327027373 0.0034907120842174702 -0.11799011114819057 -0.048311742585633
+    0.4910559419267466 0.787641141030194 0.3379294217276218 -0.07263752278646252
+    -0.021060292512300564 0.04472490177066578 0.0017677118642428036 -0.007800708325034148
+""".split()
+]
 MARGIN = 6  # pixels around the image that are doubled with it
-
-
-def parse_transforms(transforms: str | Iterable[str]) -> frozenset[str]:
-    """Names of TRANSFORMS from group letters ("bgc"), names, or a list of either. Raises ValueError for an unknown."""
-    names = set()
-    for item in map(str.strip, transforms.split(",") if isinstance(transforms, str) else transforms):
-        if item in TRANSFORMS:
-            names.add(item)
-        elif set(item) <= set(GROUPS):
-            names.update(name for letter in item for name in GROUPS[letter])
-        else:
-            expected = f"the letters b, g, c or names out of {', '.join(TRANSFORMS)}"
-            raise ValueError(f"unknown augmentation {item!r}: expected {expected}")
-    return frozenset(names)
-
-
-def draw_noise(n: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu") -> torch.Tensor:
-    """All the randomness of augmenting n images: uniforms in [0, 1), float32 [n, N_NOISE]."""
-    return torch.rand(n, N_NOISE, generator=generator, device=device if generator is None else generator.device)
 
 
 class Plan(NamedTuple):
     """Transforms of N images. Matrices are homogeneous ones without their constant last row."""
 
     blit: torch.Tensor  # [N, 2, 3] output pixel -> input pixel, both (x, y) from the centre, of the blits alone
-    geometry: torch.Tensor  # [N, 2, 3] the same, of blits and geometry
+    geometry: torch.Tensor  # [N, 2, 3] likewise, of blits and geometry
     colour: torch.Tensor  # [N, 3, 4] on RGB in [-1, 1]
     blitted: torch.Tensor  # bool [N], drew a blit
     resampled: torch.Tensor  # bool [N], drew geometry that is not a blit
@@ -99,12 +68,11 @@ def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transforms: str | Iterable[str] = "bgc") -> Plan:
+def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transforms: Iterable[str] = TRANSFORMS) -> Plan:
     """Noise [N, N_NOISE] -> transforms of N images of size x size, each drawn with probability p (a number, or a 0-dim
     tensor on the noise's device). Appendix B. No host sync."""
-    selected = parse_transforms(transforms)
     u = dict(zip(_VALUES, noise[:, len(_DECISIONS) :].unbind(1), strict=True))  # each [N]
-    chance = {name: p if name in selected else 0.0 for name in TRANSFORMS}
+    chance = {name: p if name in transforms else 0.0 for name in TRANSFORMS}
     chance["rotate"] = chance["rotate_after"] = 1 - (1 - chance["rotate"]) ** 0.5  # p_rot: P(before or after) = p
     drew = {name: noise[:, i] < chance[name] for i, name in enumerate(_DECISIONS)}  # each bool [N]
 
@@ -144,17 +112,11 @@ def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transform
     low, high = mean - turn, mean + turn
     rows = (same, low, high, shade), (high, same, low, shade), (low, high, same, shade)
     colour = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [N, 3, 4]
-    coloured = _any(drew, GROUPS["c"])
+    coloured = _any(drew, COLOURS)
     colour = torch.where(coloured[:, None, None], colour, torch.eye(3, 4, device=colour.device))  # free of rounding
 
-    return Plan(
-        blit=torch.cat([blit, blit_offset], 2),
-        geometry=torch.cat([linear, offset], 2),
-        colour=colour,
-        blitted=_any(drew, GROUPS["b"]),
-        resampled=_any(drew, ("scale", "rotate", "aniso", "rotate_after", "xfrac")),
-        coloured=coloured,
-    )
+    matrices = torch.cat([blit, blit_offset], 2), torch.cat([linear, offset], 2), colour
+    return Plan(*matrices, _any(drew, BLITS), _any(drew, _RESAMPLED), coloured)
 
 
 def _any(drew: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
@@ -169,69 +131,46 @@ def _rotation(theta: torch.Tensor) -> torch.Tensor:
     return _matrix2(torch.cos(theta), -torch.sin(theta), torch.sin(theta), torch.cos(theta))
 
 
-def augment(
-    images: torch.Tensor,
-    p: float | torch.Tensor,
-    generator: torch.Generator | None = None,
-    *,
-    transforms: str | Iterable[str] = "bgc",
-    noise: torch.Tensor | None = None,
-    static: bool | None = None,
-) -> torch.Tensor:
-    """Augment images [N, C, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1].
+def augment(images: torch.Tensor, p, *, transforms=TRANSFORMS, noise=None, static=None) -> torch.Tensor:
+    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1].
 
-    Same shape, dtype, device and memory format. Differentiable twice; computed in float32 (float64 for float64).
+    Same shape, dtype and memory format. Differentiable twice; computed in float32 (float64 for float64).
     p: a number from 0 to 1, or a 0-dim tensor; one on a GPU is never read by the host. At 0, known to the host, the
         very tensor comes back and nothing is drawn.
-    generator: source of the parameters, else the default generator of p's device. noise: draw_noise(N), drawn before.
-    static: the same work whatever was drawn, without host sync; False: images are not put through what they did not
-        draw. Both give the same images. None: static where the parameters are on a GPU.
-
-    Raises ValueError for images that are not square, smaller than 4 pixels, or not RGB when colour is selected.
+    noise: uniforms [N, N_NOISE]; default: drawn by the default generator of p's device.
+    static: do the same work whatever was drawn, without host sync; False: images are not put through what they did not
+        draw. Both give equal images. None: static where the parameters are on a GPU.
     """
     if isinstance(p, torch.Tensor) and p.device.type == "cpu" and not static:
         p = float(p)
-    if not isinstance(p, torch.Tensor) and not 0 <= p <= 1:
-        raise ValueError(f"augmentation probability: expected a number from 0 to 1, found {p}")
-    if images.ndim != 4 or images.shape[2] != images.shape[3] or images.shape[2] < 4 or not images.is_floating_point():
-        found = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"augmentation: expected float images [N, C, S, S] with S of at least 4, found {found}")
-    n, channels, _, size = images.shape
-    selected = parse_transforms(transforms)
-    if channels != 3 and selected & set(GROUPS["c"]):
-        raise ValueError(f"colour augmentation needs RGB images, found {channels} channels: use transforms='bg'")
     if not isinstance(p, torch.Tensor) and p == 0:
         return images
+    n, _, size, _ = images.shape
+    device = p.device if isinstance(p, torch.Tensor) else torch.device("cpu")
+    noise = torch.rand(n, N_NOISE, device=device) if noise is None else _to(noise, device)
+    with torch.no_grad():
+        plan = make_plan(noise, p, size, transforms)
+    static = device.type != "cpu" if static is None else static
 
-    noise = draw_noise(n, generator, getattr(p, "device", "cpu")) if noise is None else noise
-    if noise.shape != (n, N_NOISE):
-        raise ValueError(f"noise for {n} images: expected shape {(n, N_NOISE)}, found {tuple(noise.shape)}")
-    noise = _to(noise, p.device) if isinstance(p, torch.Tensor) else noise
-    with torch.no_grad(), torch.autocast(noise.device.type, enabled=False):
-        plan = make_plan(noise, p, size, selected)
-    static = noise.device.type != "cpu" if static is None else static
-
-    with torch.autocast(images.device.type, enabled=False):
-        x = images if images.dtype == torch.float64 else images.float()
-        if static:
-            plan = Plan(*(_to(part, x.device) for part in plan))
-            x = torch.where(plan.resampled[:, None, None, None], resample(x, plan.geometry), blit(x, plan.blit))
-        else:
-            x = _move_drawn(x, plan)
-        if selected & set(GROUPS["c"]) and (static or plan.coloured.any()):
-            colour = _to(plan.colour, x.device).to(x.dtype)
-            x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], x.flatten(2)).view(n, channels, size, size)
+    x = images if images.dtype == torch.float64 else images.float()
+    if static:
+        plan = Plan(*(_to(part, x.device) for part in plan))
+        x = torch.where(plan.resampled[:, None, None, None], resample(x, plan.geometry), blit(x, plan.blit))
+    else:
+        x = _move_drawn(x, plan)
+    if static or plan.coloured.any():
+        colour = _to(plan.colour, x.device).to(x.dtype)
+        x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], x.flatten(2)).view(images.shape)
     nhwc = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return x.to(images.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
 def _move_drawn(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """The geometry of x [N, C, S, S], the plan on the CPU: each image through what it drew and nothing else."""
+    """The geometry of x [N, 3, S, S], the plan on the CPU: each image through what it drew and nothing else."""
     index = plan.resampled.nonzero()[:, 0]  # of the images that must be resampled
-    moved = bool((plan.blitted & ~plan.resampled).any())
     if len(index) == len(x):
         return resample(x, _to(plan.geometry, x.device))
-    kept = blit(x, _to(plan.blit, x.device)) if moved else x
+    kept = blit(x, _to(plan.blit, x.device)) if (plan.blitted & ~plan.resampled).any() else x
     if not len(index):
         return kept
     geometry, index = _to(plan.geometry[index], x.device), _to(index, x.device)
@@ -288,8 +227,7 @@ def resample(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _taps(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # a constant born in inference mode could not be used in training afterwards
-        return torch.tensor(SYM6, dtype=dtype, device=device)[:, None]
+    return torch.tensor(SYM6, dtype=dtype, device=device)[:, None]
 
 
 # grid_sample is linear in the image: its gradient is the transposed sampling, whose gradient is the sampling again.
@@ -329,36 +267,20 @@ class AdaptiveAugment:
 
     p: the start; a 0-dim tensor on `device` afterwards. target: r to hold; None keeps p. length: images in which p may
     go from 0 to 1. interval: updates between adjustments. Nothing but state_dict() and reading p or r waits for the
-    device. Raises ValueError for settings out of range.
+    device. With several ranks, all must call update() and state_dict().
     """
 
-    def __init__(
-        self,
-        p: float = 0.0,
-        target: float | None = 0.6,
-        length: int = 500_000,
-        interval: int = 4,
-        *,
-        transforms: str | Iterable[str] = "bgc",
-        device: torch.device | str = "cpu",
-    ):
-        if not 0 <= p <= 1:
-            raise ValueError(f"augment_p: expected a number from 0 to 1, found {p}")
-        if target is not None and not -1 < target < 1:
-            raise ValueError(f"ada_target: expected a number between -1 and 1, found {target}")
-        if length <= 0 or interval < 1:
-            raise ValueError(f"ada_length and interval: expected positive numbers, found {length} and {interval}")
-        self.target, self.length, self.interval = target, length, interval
-        self.transforms = parse_transforms(transforms)
+    def __init__(self, p=0.0, target=0.6, length=500_000, interval=4, *, transforms=TRANSFORMS, device="cpu"):
+        self.target, self.length, self.interval, self.transforms = target, length, interval, transforms
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.p = torch.tensor(p, dtype=dtype, device=device)
         self.r = torch.zeros_like(self.p)  # E[sign(D(real))] of the last adjustment, for the log
         self._sums = torch.zeros(2, dtype=dtype, device=device)  # signs, images: since the last adjustment, this rank's
         self._updates = 0
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator | None = None, **options) -> torch.Tensor:
-        """augment() with this p and these transforms, and options as there."""
-        return augment(images, self.p, generator, transforms=self.transforms, **options)
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """augment() with this p and these transforms."""
+        return augment(images, self.p, transforms=self.transforms)
 
     @torch.no_grad()
     def accumulate(self, real_logits: torch.Tensor) -> None:
@@ -367,26 +289,21 @@ class AdaptiveAugment:
         self._sums[1] += real_logits.numel()
 
     @torch.no_grad()
-    def update(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> bool:
-        """Adjust p at every interval-th call, once per step; whether it did. all_reduce: sums a tensor over ranks."""
+    def update(self) -> bool:
+        """Adjust p at every interval-th call, once per step; whether it did."""
         self._updates += 1
         if self.target is None or self._updates % self.interval:
             return False
-        if all_reduce is not None:
-            all_reduce(self._sums)
-        signs, images = self._sums
+        signs, images = all_reduce_sum(self._sums)
         self.r.copy_(signs / images.clamp(min=1))
         step = torch.sign(self.r - self.target) * images / self.length  # 0 where no image was counted
         self.p.add_(step).clamp_(0, 1)
         self._sums.zero_()
         return True
 
-    def state_dict(self, all_reduce: Callable[[torch.Tensor], object] | None = None) -> dict:
-        """Plain numbers. All ranks must call this, with all_reduce, since the sums are each rank's own."""
-        sums = self._sums.clone()
-        if all_reduce is not None:
-            all_reduce(sums)
-        signs, images = sums.tolist()
+    def state_dict(self) -> dict:
+        """Plain numbers."""
+        signs, images = all_reduce_sum(self._sums.clone()).tolist()
         return {"p": self.p.item(), "r": self.r.item(), "signs": signs, "images": images, "updates": self._updates}
 
     def load_state_dict(self, state: dict, is_main: bool = True) -> None:
@@ -395,3 +312,10 @@ class AdaptiveAugment:
         self.r.fill_(state["r"])
         self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) * is_main)
         self._updates = int(state["updates"])
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor

@@ -1,11 +1,10 @@
 """Conditional training (the paper's cGAN figure): the generator is given attributes of faces as a condition.
 
 Every image is generated under the attributes of a real face (editing/attributes.py). The generator's loss has an L1
-term between the condition and what the frozen scorer reads in the image; the discriminator sees no condition. Started
-from an unconditional checkpoint (--init_from) the images are the same at first. `--light` trains nothing of the
-generator but the columns that the condition adds to the modulations: a direction of StyleSpace per attribute, the
-unconditional model staying what it is at 0.5. The discriminator is trained on: a frozen one is soon fooled together
-with the scorer, by blotches of colour that nobody would take for a smile.
+term between the condition and what the frozen scorer reads in the image; the discriminator sees no condition. `--light`
+trains nothing of the generator but the columns that the condition adds to the modulations: a direction of StyleSpace
+per attribute, the unconditional model staying what it is at 0.5. The discriminator is trained on: a frozen one is soon
+fooled together with the scorer.
 
     train.py --path faces.lmdb --condition face-scorer --init_from faces.pt --exp_name runs/cgan
 """
@@ -31,28 +30,10 @@ from editing.attributes import (
 )
 from model import GeneratorConfig
 from scorer.network import load_scorer
-from training.resume import Start
-from training.trainer import Trainer, TrainSettings, draw_ws
+from training.resume import Start, init_from
+from training.settings import ConditionSettings, TrainSettings
+from training.trainer import Trainer, draw_ws
 from training.transfer import is_modulation
-
-
-@dataclass(frozen=True)
-class ConditionSettings:
-    """Hyperparameters of the condition; the names are train.py's flags. Raises ValueError for what cannot work."""
-
-    attr_weight: float = 5.0
-    attr_ramp: int = 1000  # steps in which the weight rises from 0, after a warm start
-    attr_permute: float = 0.5
-    light: bool = False
-    light_lr: float = 0.01
-
-    def __post_init__(self):
-        if not 0 <= self.attr_weight < float("inf") or self.attr_ramp < 0:
-            raise ValueError(f"--attr_weight {self.attr_weight} --attr_ramp {self.attr_ramp}: expected 0 or more")
-        if not 0 < self.light_lr < float("inf"):
-            raise ValueError(f"--light_lr {self.light_lr}: expected above 0")
-        if not 0 <= self.attr_permute <= 1:
-            raise ValueError(f"--attr_permute is a probability, 0 to 1, got {self.attr_permute}")
 
 
 class ConditionalTrainer(Trainer):
@@ -60,19 +41,10 @@ class ConditionalTrainer(Trainer):
 
     scorer: the frozen scorer with the attributes of the condition; scorer_name: for the checkpoint. table: attributes
     [M, d] of real faces, in [0, 1], kept in the checkpoint, so that a resumed run draws the same conditions.
+    condition: ConditionSettings.
     """
 
-    def __init__(
-        self,
-        config: GeneratorConfig,
-        settings: TrainSettings,
-        dist: Distributed,
-        *,
-        scorer: AttributeReader,
-        scorer_name: str,
-        table: torch.Tensor,
-        condition: ConditionSettings,
-    ):
+    def __init__(self, config, settings, dist, *, scorer: AttributeReader, scorer_name, table, condition):
         if condition.light:  # path length depends on the columns of w, which stay
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, dist)
@@ -122,10 +94,8 @@ class ConditionalTrainer(Trainer):
 
     def warm_start(self, weights, source):
         if self.condition.light and "d" not in weights:
-            raise CheckpointError(
-                f"{source} has no discriminator, which --light needs to keep faces real: pass a training checkpoint "
-                "(.pt), or leave out --light"
-            )
+            hint = "pass a training checkpoint (.pt), or leave out --light"
+            raise CheckpointError(f"{source} has no discriminator, which --light needs to keep faces real: {hint}")
         super().warm_start(weights, source)
         if self.condition.light:  # what is kept must be what is averaged
             self.g.load_state_dict(self.g_ema.state_dict())
@@ -158,10 +128,8 @@ class ConditionSpec:
     fingerprint: str | None = None
 
 
-def resolve_condition(
-    scorer: str | None, attributes: str | None, light: bool | None, start: Start
-) -> ConditionSpec | None:
-    """Condition of a run from the flags (None: not given) and the file that it starts from; None: unconditional.
+def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start):
+    """ConditionSpec of a run from the flags (None: not given) and the file that it starts from; None: unconditional.
 
     Raises UsageError for flags that do not fit together, UserError for those that do not fit the file.
     """
@@ -189,29 +157,39 @@ def resolve_condition(
     return ConditionSpec(scorer, names, bool(light), stored.scorer_fingerprint if start.continues else None)
 
 
-def build_conditional_trainer(
+def build_trainer(
     config: GeneratorConfig,
     settings: TrainSettings,
     dist: Distributed,
     *,
-    spec: ConditionSpec,
+    spec: ConditionSpec | None,
     condition: ConditionSettings,
     dataset,
-    table: torch.Tensor | None,
-) -> ConditionalTrainer:
-    """Load the scorer and, without a `table`, score faces of the data set with it (on rank 0).
+    start: Start,
+) -> Trainer:
+    """The trainer, conditional where there is a `spec`, in the state of `start`.
 
-    Raises ConditionError for attributes that the scorer lacks, UserError for another scorer than a continued run's.
+    A new conditional run scores faces of the data set (on rank 0). Raises ConditionError for attributes that the scorer
+    lacks, UserError for another scorer than a continued run's.
     """
-    scorer = AttributeReader(load_scorer(spec.scorer, dist.device), spec.attributes)
-    if table is None:
-        table = broadcast_object(score_dataset(scorer, dataset, dist.device) if dist.is_main else None)
-    name = str(Path(spec.scorer).resolve()) if Path(spec.scorer).is_file() else spec.scorer
-    fingerprint = Condition.of(scorer, table, name).scorer_fingerprint
-    if spec.fingerprint not in (None, fingerprint):
-        raise UserError(
-            f"the run was trained with the scorer {spec.fingerprint}, --condition {spec.scorer} is {fingerprint}"
-        )
-    config = replace(config, condition_dim=len(scorer.names))
-    condition = replace(condition, light=spec.light)
-    return ConditionalTrainer(config, settings, dist, scorer=scorer, scorer_name=name, table=table, condition=condition)
+    if spec is None:
+        trainer = Trainer(config, settings, dist)
+    else:
+        scorer = AttributeReader(load_scorer(spec.scorer, dist.device), spec.attributes)
+        table = start.state.get("attributes") if start.continues else None
+        if table is None:
+            table = broadcast_object(score_dataset(scorer, dataset, dist.device) if dist.is_main else None)
+        name = str(Path(spec.scorer).resolve()) if Path(spec.scorer).is_file() else spec.scorer
+        fingerprint = Condition.of(scorer, table, name).scorer_fingerprint
+        if spec.fingerprint not in (None, fingerprint):
+            which = f"the scorer {spec.fingerprint}, --condition {spec.scorer} is {fingerprint}"
+            raise UserError(f"the run was trained with {which}")
+        config = replace(config, condition_dim=len(scorer.names))
+        condition = replace(condition, light=spec.light)
+        networks = {"scorer": scorer, "scorer_name": name, "table": table}
+        trainer = ConditionalTrainer(config, settings, dist, condition=condition, **networks)
+    if start.continues:
+        trainer.load_state_dict(start.state, start.path)
+    elif start.path:
+        init_from(trainer, start)
+    return trainer

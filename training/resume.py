@@ -10,15 +10,15 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, load_safetensors
-from common.cli import UsageError, UserError
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors
+from common.cli import UsageError
 from common.export import discriminator_file
+from common.runs import find_start
 from model import GeneratorConfig, infer_config, read_generator
-from training.trainer import Trainer, TrainSettings
+from training.settings import WIDTHS, TrainSettings
+from training.trainer import Trainer
 from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 
-WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
-ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)
 RENAMED = {"critic": "aux_d", "aid": "vision_aided", "aid_weight": "vision_aided_weight", "salt": "rng_offset"}
 
 
@@ -38,28 +38,14 @@ class Start:
 
 
 def read_start(exp_name: str | Path, *, resume: str | None = None, init_from: str | None = None) -> Start:
-    """Find and read the file that a run in the folder `exp_name` starts from.
+    """Find and read the file that a run in the folder `exp_name` starts from; see common.runs.find_start.
 
-    resume: "auto" (the newest checkpoint of the folder, if any) or a path. Raises UserError where this would overwrite
-    an earlier run, or branch off from anything but its newest checkpoint; CheckpointError for a file that is none.
+    Raises UserError where an earlier run would be overwritten, CheckpointError for a file that is none.
     """
-    folder = Path(exp_name) / "checkpoint"
-    newest = latest_checkpoint(folder) if folder.is_dir() else None
-    if newest is not None and not resume:
-        raise UserError(
-            f"{exp_name} already holds a run ({newest.name}): --resume auto continues it, "
-            "another --exp_name starts a new one"
-        )
-    if resume and resume != "auto":
-        path = Path(resume)
-        if newest is not None and newest.resolve() != path.resolve():
-            raise UserError(
-                f"{exp_name} already holds a run, up to {newest.name}: continue {path} in another --exp_name"
-            )
-        return read_checkpoint(path)
-    if newest is not None:
-        return read_checkpoint(newest)
-    return read_weights(init_from) if init_from else Start()
+    path, continues = find_start(Path(exp_name) / "checkpoint", resume, init_from, flag="exp_name")
+    if path is None:
+        return Start()
+    return read_checkpoint(path) if continues else read_weights(path)
 
 
 def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
@@ -108,7 +94,7 @@ def rename_keys(state: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What follows from it: flags (None: not given) and the file
+# Settings that follow from flags (None: not given) and the file
 
 
 def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
@@ -127,13 +113,9 @@ def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
 def resolve_noise(given: str | None, start: Start) -> str:
     """--noise of a continued run from its file; else as given, else that of the weights' training, else random."""
     stored = start.options.get("noise")
-    if not start.continues:
-        return given or stored or TrainSettings.noise
-    if stored and given not in (None, stored):
-        raise CheckpointError(
-            f"{start.path} was trained with --noise {stored}, not {given}: --init_from starts a new run"
-        )
-    return stored or given or TrainSettings.noise
+    if start.continues and stored:
+        require_kept("noise", given, stored, start)
+    return (start.continues and stored) or given or stored or TrainSettings.noise
 
 
 def resolve_vision_aided(given: str | None, start: Start) -> str:
@@ -141,22 +123,22 @@ def resolve_vision_aided(given: str | None, start: Start) -> str:
     if not start.continues:
         return given or ""
     stored = start.state.get("vision_aided", "")
-    if given not in (None, stored):
-        raise CheckpointError(
-            f"{start.path} was trained with --vision_aided {stored or '(none)'}, not {given or '(none)'}: --init_from "
-            "starts a new run from its weights"
-        )
+    require_kept("vision_aided", given, stored, start)
     return stored
+
+
+def require_kept(flag: str, given: str | None, stored: str, start: Start) -> None:
+    """Raises CheckpointError for a flag that a continued run cannot change."""
+    if given not in (None, stored):
+        trained = f"{start.path} was trained with --{flag} {stored or '(none)'}, not {given or '(none)'}"
+        raise CheckpointError(f"{trained}: --init_from starts a new run from its weights")
 
 
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
     if config.widths == other.widths:  # several rules give the same networks
         other = replace(other, **{name: getattr(config, name) for name in WIDTHS})
-    differing = [
-        f"--{name} {value} here, {getattr(other, name)} in the file"
-        for name, value in config.to_dict().items()
-        if getattr(other, name) != value
-    ]
+    pairs = ((name, value, getattr(other, name)) for name, value in config.to_dict().items())
+    differing = [f"--{name} {here} here, {there} in the file" for name, here, there in pairs if here != there]
     if differing:
         raise CheckpointError(f"{path} holds another architecture: {'; '.join(differing)}")
 

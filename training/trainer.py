@@ -24,56 +24,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from common.checkpoint import CheckpointError, load_strictly
 from common.distributed import Distributed, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
+from common.stats import Stats
 from model import Discriminator, Generator, GeneratorConfig
 from training.augment import AdaptiveAugment
 from training.losses import d_logistic_loss, g_nonsaturating_loss, path_lengths, path_penalty, r1_penalty
+from training.settings import TrainSettings
 from training.vision_aided import build_aux_discriminator, over_heads
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: rosinality's constant
 PHASES = ("d", "r1", "g", "path")  # the position is part of every seed
 WEIGHT_STREAM = 0x77656967
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Hyperparameters of the training; the names are train.py's flags. Raises ValueError for what cannot work."""
-
-    batch: int = 16  # per process
-    micro_batch: int = 0  # images per forward pass; 0: the whole batch
-    lr: float = 0.002
-    d_lr: float = 0.0  # of the discriminator; 0: lr
-    r1: float = 10.0
-    path_regularize: float = 2.0
-    path_batch_shrink: int = 2
-    d_reg_every: int = 16
-    g_reg_every: int = 4
-    mixing: float = 0.9  # W only: W++ has one z per token already
-    augment: bool = False
-    augment_p: float = 0.0  # 0: adaptive; else fixed
-    ada_target: float = 0.6
-    ada_length: int = 500_000
-    vision_aided: str = ""  # network of the vision-aided discriminator (training/vision_aided.py)
-    vision_aided_weight: float = 1.0
-    noise: str = "random"  # none: no noise enters the generator, w alone decides the image
-    precision: str = "fp32"
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in ("r1", "path_regularize", "d_lr", "vision_aided_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}")
-        for name in ("mixing", "augment_p"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is a probability, 0 to 1, got {getattr(self, name)}")
-        if self.micro_batch < 0 or (self.micro_batch and self.batch % self.micro_batch):
-            raise ValueError(f"--micro_batch {self.micro_batch} must divide --batch {self.batch}")
-
-    @property
-    def n_micro(self) -> int:
-        return self.batch // self.micro_batch if self.micro_batch else 1
 
 
 @dataclass(frozen=True)
@@ -110,13 +70,12 @@ class Trainer:
         d_networks = (self.d,) if self.aux_d is None else (self.d, self.aux_d)
         self.g_optim = build_adam((self.g,), settings.lr, settings.g_reg_every)
         self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, settings.d_reg_every)
-        r1_gain = settings.r1 / 2 * settings.d_reg_every
-        path_gain = settings.path_regularize * settings.g_reg_every
+        d_every, g_every = settings.d_reg_every, settings.g_reg_every
         phases = (
             Phase("d", self.d_loss, d_networks, self.d_optim),
-            Phase("r1", self.r1_loss, d_networks, self.d_optim, settings.d_reg_every, r1_gain),
+            Phase("r1", self.r1_loss, d_networks, self.d_optim, d_every, settings.r1 / 2 * d_every),
             Phase("g", self.g_loss, (self.g,), self.g_optim),
-            Phase("path", self.path_loss, (self.g,), self.g_optim, settings.g_reg_every, path_gain),
+            Phase("path", self.path_loss, (self.g,), self.g_optim, g_every, settings.path_regularize * g_every),
         )
         self.phases = [phase for phase in phases if phase.gain]
         self.frozen = noise_strengths(self.g) if settings.noise == "none" else []  # parameters of g never trained
@@ -139,7 +98,7 @@ class Trainer:
                     self.mean_path_length.copy_(self.next_path_mean)
                     self.next_path_mean.zero_()
         if self.settings.augment:
-            self.ada.update(all_reduce=torch.distributed.all_reduce if self.dist.world_size > 1 else None)
+            self.ada.update()
         update_average(self.g_ema, self.g)
         self.n_steps += 1
 
@@ -159,9 +118,8 @@ class Trainer:
             (loss * (phase.gain / n_micro)).backward()
 
         if update:
-            gradients = [
-                p.grad for group in phase.optimiser.param_groups for p in group["params"] if p.grad is not None
-            ]
+            parameters = (p for group in phase.optimiser.param_groups for p in group["params"])
+            gradients = [p.grad for p in parameters if p.grad is not None]
             all_reduce_mean(gradients)
             if self.dtype == torch.float16:  # overflow in one image must not end the run (as in stylegan2-ada-pytorch)
                 for gradient in gradients:
@@ -201,7 +159,7 @@ class Trainer:
         return self.adversarial_loss(fake)
 
     def adversarial_loss(self, fake: torch.Tensor) -> torch.Tensor:
-        """Generator's loss by the discriminator, plus that by the vision-aided discriminator where there is one."""
+        """Generator's loss by the discriminator and, where there is one, the vision-aided discriminator."""
         loss = g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
         self.stats.report(g=loss)
         if self.aux_d is None:
@@ -236,7 +194,7 @@ class Trainer:
             "step": self.n_steps,
             "rng_offset": self.rng_offset,
             "mean_path_length": float(self.mean_path_length),
-            "ada": self.ada.state_dict(torch.distributed.all_reduce if self.dist.world_size > 1 else None),
+            "ada": self.ada.state_dict(),
         }
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
@@ -246,10 +204,8 @@ class Trainer:
         """
         missing = [name for name in ("g", "d", "g_ema", "g_optim", "d_optim") if name not in state]
         if missing:
-            raise CheckpointError(
-                f"{source} cannot be continued: it lacks {', '.join(missing)}; "
-                "--init_from starts a new run from its weights"
-            )
+            hint = "--init_from starts a new run from its weights"
+            raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; {hint}")
         self.load_weights(state, source)
         for name, optimiser in (("g_optim", self.g_optim), ("d_optim", self.d_optim)):
             load_optimiser(optimiser, state[name], f"{source}: {name}")
@@ -277,32 +233,6 @@ class Trainer:
     def warm_start(self, weights: dict, source) -> None:
         """Begin a new run with these weights (--init_from)."""
         self.load_weights(weights, source)
-
-
-class Stats:
-    """Means of scalars, added up on the device; `read` is the one place that waits for it."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.sums = device, {}  # name: [sum, count]
-
-    def report(self, **values: torch.Tensor) -> None:
-        for name, value in values.items():
-            total = self.sums.setdefault(name, torch.zeros(2, device=self.device))
-            total[0] += value.detach()
-            total[1] += 1
-
-    def read(self) -> dict[str, float]:
-        """Means since the last call, over ranks. All ranks must call it."""
-        names = sorted(self.sums)
-        if not names:
-            return {}
-        sums = torch.stack([self.sums[name] for name in names])  # [names, 2]
-        self.sums.clear()
-        all_reduce_mean([sums])
-        return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def build_adam(networks: tuple[nn.Module, ...], lr: float, reg_every: int) -> torch.optim.Adam:

@@ -4,8 +4,6 @@ The image of a grown generator starts as the smaller one's, enlarged: the layers
 their contribution (ToRGB) starts at zero. The discriminator's new blocks start as a plain reduction to the smaller
 image. The idea is progressive growing (Karras et al. 2018, arXiv 1710.10196) without its fade-in, which skip
 connections to RGB make unnecessary (arXiv 1912.04958, section 4.1).
-
-    train.py --size 64 --init_from runs/faces-32/checkpoint/010000.pt ...
 """
 
 from __future__ import annotations
@@ -20,15 +18,13 @@ from model import Discriminator, Generator, GeneratorConfig
 
 def can_grow(small: GeneratorConfig, large: GeneratorConfig) -> bool:
     """Whether the configs differ in size (and the widths above the small size) alone."""
-    same = replace(small, size=large.size, channel_multiplier=large.channel_multiplier) == large
-    sides = [2**i for i in range(2, int(math.log2(small.size)) + 1)]
-    return same and small.size < large.size and all(small.channels(side) == large.channels(side) for side in sides)
+    alike = replace(small, size=large.size, channel_multiplier=large.channel_multiplier) == large
+    return alike and small.size < large.size and large.widths[: len(small.widths)] == small.widths
 
 
 @torch.no_grad()
 def grow_generator(state: dict, small: GeneratorConfig, generator: Generator) -> dict:
-    """A state dict for the larger `generator` that holds the smaller one's weights. Raises ValueError if it cannot."""
-    require_growth(small, generator.config)
+    """A state dict for the larger `generator` that holds the smaller one's weights; see can_grow."""
     grown = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
     n_old, n_new = small.n_tokens, generator.config.n_tokens
     for name, tensor in state.items():
@@ -53,10 +49,8 @@ def grow_generator(state: dict, small: GeneratorConfig, generator: Generator) ->
 @torch.no_grad()
 def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discriminator) -> dict:
     """A state dict for the larger `discriminator`; its new blocks pass on the reduced image where widths allow it."""
-    large = discriminator.config
-    require_growth(small, large)
     grown = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
-    added = int(math.log2(large.size // small.size))
+    added = int(math.log2(discriminator.config.size // small.size))
     for name, tensor in state.items():
         parts = name.split(".")
         if parts[0] == "convs" and parts[1] != "0":
@@ -78,8 +72,8 @@ def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discr
 def can_widen(narrow: GeneratorConfig, wide: GeneratorConfig) -> bool:
     """Whether the configs differ in feature maps alone, of which `wide` has as many or more at every resolution."""
     rule = {"channel_max": wide.channel_max, "channel_multiplier": wide.channel_multiplier}
-    same = replace(narrow, **rule, channel_base=wide.channel_base) == wide
-    return same and narrow.widths != wide.widths and all(map(int.__le__, narrow.widths, wide.widths))
+    alike = replace(narrow, **rule, channel_base=wide.channel_base) == wide
+    return alike and narrow.widths != wide.widths and all(map(int.__le__, narrow.widths, wide.widths))
 
 
 @torch.no_grad()
@@ -96,9 +90,8 @@ def widen(state: dict, network: Generator | Discriminator) -> dict:
         if old.shape == new.shape:
             widened[name] = new.copy_(old)
             continue
-        reads_maps = not is_modulation(name) and name != "input.input" and name.endswith("weight")
-        if not reads_maps:  # one number, kernel or style per map
-            new[tuple(slice(n) for n in old.shape)] = old
+        if is_modulation(name) or name == "input.input" or not name.endswith("weight"):
+            new[tuple(slice(n) for n in old.shape)] = old  # one number, kernel or style per map
         else:
             old, target = (old[0], new[0]) if old.ndim == 5 else (old, new)  # [out, in, ...]
             target[: old.shape[0]] = 0
@@ -115,10 +108,7 @@ def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
     """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation.
 
     The equalised scale 1/sqrt(inputs) is made up for: the images stay the same up to rounding, whatever the condition.
-    Raises ValueError when the generator has a condition already.
     """
-    if config.condition_dim:
-        raise ValueError(f"the generator has {config.condition_dim} condition inputs already")
     gain = math.sqrt((config.style_dim + n) / config.style_dim)
 
     def widen(weight):
@@ -130,8 +120,3 @@ def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
 def is_modulation(name: str) -> bool:
     """Whether a tensor of the generator turns w into factors of channels: [channels, style_dim + n]."""
     return name.endswith(".modulation.weight")
-
-
-def require_growth(small: GeneratorConfig, large: GeneratorConfig) -> None:
-    if not can_grow(small, large):
-        raise ValueError(f"cannot grow {small} into {large}: all but size and the new widths must agree")

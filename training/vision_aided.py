@@ -1,10 +1,9 @@
 """Vision-aided discriminator: small heads on the features of a frozen, trained network (train.py --vision_aided NAME).
 
-Realism in hours instead of days: the discriminator learns from nothing what images look like, a trained network knows.
 Kumari et al. 2022, "Ensembling Off-the-shelf Models for GAN Training", arXiv 2112.09130, section 3; one head per
 resolution as in Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007. `efficientnet` is their network
-with their random mixing of its maps; the others go without mixing. The generator is an ordinary one afterwards. What
-the frozen network was trained on enters the training: name it beside results, and evaluate with another network.
+with their random mixing of its maps; the others go without mixing. What the frozen network was trained on enters the
+training: name it beside results, and evaluate with another network.
 
     aux_d = build_aux_discriminator("squeeze")
     logits = aux_d(images)  # images [N, 3, S, S] in [-1, 1] -> one [N, P] per head
@@ -27,7 +26,8 @@ SIDE = 96  # pixels to which smaller images are enlarged: classification network
 EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
-TRANSFORMS, AUGMENT_P = "xflip,xint,brightness,contrast,saturation", 0.5  # heads on strong features overfit soon
+TRANSFORMS = ("xflip", "xint", "brightness", "contrast", "saturation")
+AUGMENT_P = 0.5  # heads on strong features overfit soon
 
 
 class VisionAidedDiscriminator(nn.Module):
@@ -76,8 +76,7 @@ class VisionAidedDiscriminator(nn.Module):
 def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:
     """The discriminator on `efficientnet`, or on the network of the perceptual distance `name`.
 
-    The frozen network computes in bfloat16 where the training does, else in float32. Raises UserError where a package
-    is missing, else what build_perceptual does.
+    Raises UserError where a package is missing, else what build_perceptual does.
     """
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
     if name == "efficientnet":

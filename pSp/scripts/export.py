@@ -13,9 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ArgumentParser, UsageError, UserError, run_script
-from model import load_generator
-from pSp.psp import export_encoder, load_psp
+from common.cli import ArgumentParser, UsageError, run_script
 
 
 def build_parser() -> ArgumentParser:
@@ -28,21 +26,16 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> int:
-    if Path(args.output).suffix.lower() != ".safetensors":
-        raise UsageError(f"--output {args.output}: expected a name that ends with .safetensors")
-    net, generator = load_psp(args.checkpoint_path), load_generator(args.stylegan_weights)
-    if generator.fingerprint != net.decoder.fingerprint:
-        raise UserError(
-            f"--stylegan_weights {args.stylegan_weights} is {generator.fingerprint}, the encoder in "
-            f"{args.checkpoint_path} was trained for {net.decoder.fingerprint}; one that was trained with "
-            "its decoder stays in its checkpoint"
-        )
-    export_encoder(net, args.output, Path(args.stylegan_weights).name)
-    size = Path(args.output).stat().st_size / 2**20
-    print(
-        f"{args.output}: {net.description}, step {net.step}, {size:.1f} MiB; keep it beside "
-        f"{Path(args.stylegan_weights).name}"
-    )
+    from model import load_generator
+    from pSp.psp import export_encoder, load_psp
+
+    output, generator = Path(args.output), Path(args.stylegan_weights)
+    if output.suffix.lower() != ".safetensors":
+        raise UsageError(f"--output {output}: expected a name that ends with .safetensors")
+    net = load_psp(args.checkpoint_path, generator=load_generator(generator))
+    export_encoder(net, output, generator.name)
+    size = output.stat().st_size / 2**20
+    print(f"{output}: {net.description}, step {net.step}, {size:.1f} MiB; keep it beside {generator.name}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A generator in W++ and one in W, samples of it, and a folder of pictures."""
+"""A generator in W++ and one in W, samples of it, and a folder of images."""
 
 from dataclasses import replace
 
@@ -51,7 +51,7 @@ def statistics(generator):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Five small pictures in a tree, one with a Unicode name."""
+    """Five small images in a tree, one with a Unicode name."""
     folder = tmp_path / "photos"
     (folder / "a b").mkdir(parents=True)
     draw = np.random.RandomState(0)

@@ -12,25 +12,9 @@ STEPS = 4
 
 def flags(checkpoint, dataset, out, *more):
     sources = dataset if isinstance(dataset, list) else [dataset]
-    return [
-        "--ckpt",
-        str(checkpoint),
-        "--dataset",
-        *map(str, sources),
-        "--output_dir",
-        str(out),
-        "--step",
-        str(STEPS),
-        "--perceptual",
-        f"discriminator:{checkpoint}",
-        "--identity",
-        "none",
-        "--device",
-        "cpu",
-        "--mean_samples",
-        "50",
-        *map(str, more),
-    ]
+    argv = ["--ckpt", checkpoint, "--dataset", *sources, "--output_dir", out, "--step", STEPS, "--device", "cpu"]
+    argv += ["--perceptual", f"discriminator:{checkpoint}", "--identity", "none", "--mean_samples", 50]
+    return [str(arg) for arg in (*argv, *more)]
 
 
 def start(*args, expect=0):

@@ -28,7 +28,7 @@ def test_published_options_and_defaults():
     }
     assert {name: vars(args)[name] for name in published} == published and str(args.output_dir) == "projection"
     defaults = {name: p.default for name, p in inspect.signature(project).parameters.items()}
-    settings = projector.read_settings(args)
+    settings = {"steps": args.step} | {name: vars(args)[name] for name in projector.SETTINGS}
     assert settings == {name: defaults[name] for name in settings} and len(settings) == 9
 
 
@@ -123,8 +123,8 @@ def load_double(generator):
 
 def test_own_samples_are_found_again(generator, samples, statistics):
     result = project(generator, samples, perceptual=PixelDistance(), statistics=statistics, steps=150, mse=1)
-    pictures, _ = generator(result.latents, input_is_latent=True, noise=result.noise)
-    error = (pictures.clamp(-1, 1) - samples).square().mean((1, 2, 3))
+    images, _ = generator(result.latents, input_is_latent=True, noise=result.noise)
+    error = (images.clamp(-1, 1) - samples).square().mean((1, 2, 3))
     first = result.curves["mse"][:, 0]
     assert (error < 0.2 * first).all(), (error, first)
     assert result.curves["mse"].shape == (5, 15) and (result.steps == 150).all()
@@ -148,23 +148,14 @@ def test_spaces(generator, w_generator, samples):
 
 
 def test_start_from_w_and_noise(generator, samples, statistics):
-    first = project(generator, samples[:2], perceptual=PixelDistance(), statistics=statistics, steps=60, noise=0)
-    more = project(
-        generator,
-        samples[:2],
-        perceptual=PixelDistance(),
-        statistics=statistics,
-        steps=1,
-        noise=0,
-        w_start=first.latents,
-        noise_start=first.noise,
-    )
+    common = {"perceptual": PixelDistance(), "statistics": statistics}
+    first = project(generator, samples[:2], **common, steps=60, noise=0)
+    again = {"w_start": first.latents, "noise_start": first.noise}
+    more = project(generator, samples[:2], **common, steps=1, noise=0, **again)
     assert torch.allclose(more.latents, first.latents), "the first step has size 0"
     assert (more.curves["perceptual"][:, 0] < first.curves["perceptual"][:, 0]).all()
     with pytest.raises(ValueError, match="does not fit 2 images of this generator"):
-        project(
-            generator, samples[:2], perceptual=PixelDistance(), statistics=statistics, w_start=first.latents[[0, 0, 1]]
-        )
+        project(generator, samples[:2], **common, w_start=first.latents[[0, 0, 1]])
 
 
 def test_bad_arguments(generator, samples, statistics):

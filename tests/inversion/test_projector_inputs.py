@@ -1,4 +1,4 @@
-"""projector.py with awkward inputs: pictures, LMDBs, full disks, long folders."""
+"""projector.py with awkward inputs: images, LMDBs, full disks, long folders."""
 
 import csv
 import errno
@@ -19,8 +19,8 @@ from inversion.inputs import open_images, pixel_seed
 # -- awkward inputs ------------------------------------------------------------------------------------------------
 
 
-def test_awkward_pictures(checkpoint, tmp_path, capsys):
-    """Sixteen bits, CMYK, an EXIF-turned photo, 3 x 5000 pixels, a folder named like a picture, two that are none."""
+def test_awkward_images(checkpoint, tmp_path, capsys):
+    """Sixteen bits, CMYK, an EXIF-turned photo, 3 x 5000 pixels, a folder named like an image, two that are none."""
     folder = tmp_path / "photos"
     folder.mkdir()
     grey = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
@@ -33,7 +33,7 @@ def test_awkward_pictures(checkpoint, tmp_path, capsys):
     turned.save(folder / "exif.png", exif=exif)
     Image.new("RGB", (3, 5000), (90, 160, 30)).save(folder / "thin.png")
     (folder / "x.png").mkdir()
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not an image")
     (folder / "cut.png").write_bytes((folder / "thin.png").read_bytes()[:60])
     start(checkpoint, folder, tmp_path / "out")
     err = capsys.readouterr().err
@@ -48,7 +48,7 @@ def test_awkward_pictures(checkpoint, tmp_path, capsys):
     assert sixteen.std() > 50, "16 bits are scaled, not cut off"
 
 
-def test_one_picture_and_a_folder_named_like_one(checkpoint, tmp_path):
+def test_one_image_and_a_folder_named_like_one(checkpoint, tmp_path):
     folder = tmp_path / "x.png"
     folder.mkdir()
     save_image(Image.new("RGB", (16, 16), (120, 60, 200)), folder / "face.png")
@@ -115,11 +115,11 @@ def test_full_disk(checkpoint, photos, tmp_path, monkeypatch, capsys):
 
 
 def test_seed_is_of_the_pixels():
-    picture = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    other = picture.clone()
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    other = image.clone()
     other[0, 0, 0] = 1
-    assert pixel_seed(picture, 0) == pixel_seed(picture.clone(), 0)
-    assert len({pixel_seed(picture, 0), pixel_seed(other, 0), pixel_seed(picture, 1)}) == 3
+    assert pixel_seed(image, 0) == pixel_seed(image.clone(), 0)
+    assert len({pixel_seed(image, 0), pixel_seed(other, 0), pixel_seed(image, 1)}) == 3
 
 
 def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
@@ -136,4 +136,4 @@ def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
     start(checkpoint, faces / "aligned", tmp_path / "out")
     anna, *others = load_latents(tmp_path / "out").alignment
     assert anna["source"] == "anna.jpg" and others == [None] * 3
-    assert len(times) == 2, "before and after the work, not for every picture"
+    assert len(times) == 2, "before and after the work, not for every image"

@@ -12,7 +12,7 @@ from perceptual.lpips import build_perceptual
 
 SAMPLES, STEPS = 8, 300
 # With the published settings it is not reached at 32 px. The perturbation, 0.05 x 50.7 (the deviation is a norm of 512
-# channels), is larger than a code's own deviation of 2.2 a channel; the regularisation outweighs all else on the
+# channels), is larger than w's own deviation of 2.2 a channel; the regularisation outweighs all else on the
 # smallest maps; and LPIPS alone hardly minds a shift of colour.
 FLAGS = {"mse": 10, "noise": 0, "noise_regularize": 100, "lr": 0.2, "lr_rampup": 0.02}
 
@@ -24,7 +24,7 @@ def test_own_samples_of_the_bundled_generator(root):
     generator = load_generator(root / "checkpoints" / "face-wpp-64.safetensors")
     images, _ = generator(generator.draw_z(SAMPLES, torch.Generator().manual_seed(0)), randomize_noise=False)
     images = torch.from_numpy(np.stack(to_uint8(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
-    found = project(
+    result = project(
         generator,
         images,
         perceptual=build_perceptual("squeeze"),
@@ -32,8 +32,8 @@ def test_own_samples_of_the_bundled_generator(root):
         statistics=generator.latent_statistics(500),
         **FLAGS,
     )
-    pictures, _ = generator(found.latents, input_is_latent=True, noise=found.noise)
-    error = (pictures.clamp(-1, 1) - images).square().mean((1, 2, 3))
+    synth, _ = generator(result.latents, input_is_latent=True, noise=result.noise)
+    error = (synth.clamp(-1, 1) - images).square().mean((1, 2, 3))
     apart = (images[:1] - images[1:]).square().mean((1, 2, 3))
     assert apart.min() > 0.05, "the samples differ, so that a mean face would not do"
     assert error.mean() < 0.01, error

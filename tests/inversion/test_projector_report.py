@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from common.grids import comparison_grid, difference_map, plot_curves
-from inversion.report import load_result, remove_numbered, save_result
+from inversion.report import load_result, remove_grids, save_result
 
 
 def test_difference_map_and_grid():
@@ -54,5 +54,5 @@ def test_result_of_an_image(tmp_path):
 def test_numbered_files_of_a_longer_run(tmp_path):
     for name in ("grid_000.png", "grid_001.png", "grid_x.png", "other_009.png"):
         (tmp_path / name).touch()
-    remove_numbered(tmp_path, ("grid_*.png",), 1)
+    remove_grids(tmp_path, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid_000.png", "grid_x.png", "other_009.png"]

@@ -6,5 +6,5 @@ from psp_networks import FakeIdentity, FakePerceptual
 
 @pytest.fixture
 def fake_networks(monkeypatch):
-    monkeypatch.setattr("perceptual.lpips.build_perceptual", lambda *_, **__: FakePerceptual())
+    monkeypatch.setattr("pSp.losses.build_perceptual", lambda *_, **__: FakePerceptual())
     monkeypatch.setattr("pSp.losses.build_identity", lambda *_, **__: FakeIdentity())

@@ -11,7 +11,8 @@ from psp_networks import LIGHT, UPSTREAM, UPSTREAM_ARCFACE, digest, tiny_generat
 from common.checkpoint import CheckpointError, save_checkpoint
 from model import GeneratorConfig
 from perceptual.arcface import ArcFace, Unit, arcface_state
-from pSp.encoders import E4E, ENCODERS, GRADUAL, INTO_W, EncoderConfig, build_encoder, infer_encoder_config
+from pSp.encoders import ENCODERS, EncoderConfig, build_encoder, infer_encoder_config
+from pSp.settings import E4E, GRADUAL, INTO_W
 
 # -- encoders ------------------------------------------------------------------------------------------------------
 
@@ -42,8 +43,8 @@ def test_style_count_and_taps_follow_the_generator(size):
         assert (config.width, config.depth, config.taps, config.tap_sizes) == (64, 50, (6, 20, 23), (64, 32, 16))
     with torch.device("meta"):
         encoder = build_encoder(config)
-        codes = encoder(torch.empty(2, 3, config.input_size, config.input_size))
-    assert codes.shape == (2, config.n_styles, 512) and len(encoder.styles) == config.n_styles
+        ws = encoder(torch.empty(2, 3, config.input_size, config.input_size))
+    assert ws.shape == (2, config.n_styles, 512) and len(encoder.styles) == config.n_styles
     strided = [len(style.convs) // 2 for style in encoder.styles]  # each style block ends at one pixel
     fine, middle, coarse = (int(math.log2(side)) for side in config.tap_sizes)
     assert strided == [coarse] * 3 + [middle] * 4 + [fine] * (config.n_styles - 7)
@@ -56,9 +57,9 @@ def test_output_shapes_and_gradients(kind, size):
     torch.manual_seed(0)
     config = EncoderConfig(kind, n_styles=8, style_dim=24, input_size=size, **LIGHT)
     encoder = build_encoder(config)
-    codes = encoder(torch.randn(3, 3, size, size))
-    assert codes.shape == ((3, 24) if kind == INTO_W else (3, 8, 24))
-    codes.square().sum().backward()
+    ws = encoder(torch.randn(3, 3, size, size))
+    assert ws.shape == ((3, 24) if kind == INTO_W else (3, 8, 24))
+    ws.square().sum().backward()
     unused = [name for name, p in encoder.named_parameters() if p.grad is None]
     assert unused == []
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import training.augment as A
-from training.augment import augment, draw_noise, make_plan
+from training.augment import augment, make_plan
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 DEVICES = ["cpu", CUDA]
@@ -34,7 +34,7 @@ def gauss(sigmas):
 
 
 def faces(n=2, size=16, seed=0, **options):
-    """Smooth random pictures in [-1, 1]: [n, 3, size, size]."""
+    """Smooth random images in [-1, 1]: [n, 3, size, size]."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, 3, size // 4 + 1, size // 4 + 1, generator=generator, dtype=torch.float64) * 2 - 1
     return F.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True).to(**options)
@@ -283,7 +283,7 @@ def test_r1_through_the_augmentation(device):
     rng = torch.Generator().manual_seed(0)
     x = faces(3, size=8).to(device)
     weight = torch.randn(2, 3, 3, 3, dtype=torch.float64, generator=rng).to(device).requires_grad_()
-    noise = draw_noise(3, rng)
+    noise = torch.rand(3, A.N_NOISE, generator=rng)
 
     def penalty(weight):
         images = x.detach().requires_grad_()

@@ -13,12 +13,13 @@ import sys
 import time
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import lmdb
 import pytest
 import torch
 from PIL import Image
-from trainers import assert_equal_states
+from trainers import assert_equal_states, make_trainer, random_images
 
 import train
 from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
@@ -42,13 +43,16 @@ def error_line(ending):
 
 
 @pytest.fixture
-def start_run(capfd, tiny_flags, tmp_path):
-    """Runs train.py's command line in this process; later flags override the tiny network's."""
+def start_run(capfd, tiny_flags, tmp_path, monkeypatch):
+    """Runs train.py's command line in this process; later flags override the tiny network's. TensorBoard and attention
+    maps, which take longer than the training, are those of `straight` alone."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock())
+    monkeypatch.setattr("training.loop.similarity_figure", lambda maps: Image.new("RGB", (8, 8)))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     capfd.readouterr()
 
     def start_run(*flags):
-        base = [*tiny_flags, "--device", "cpu", "--workers", "0", "--n_sample", "4", "--batch", "4", "--log_every", "1"]
+        base = [*tiny_flags, *"--device cpu --workers 0 --n_sample 4 --batch 4 --log_every 1".split()]
         argv = [*base, "--exp_name", str(tmp_path / "run"), *map(str, flags)]
         status = run(train.main, train.build_parser(), argv)
         return Ending(status, *capfd.readouterr())
@@ -56,6 +60,10 @@ def start_run(capfd, tiny_flags, tmp_path):
     yield start_run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def checkpoint(folder, step):
+    return load_checkpoint(folder / "checkpoint" / f"{step:06d}.pt")
 
 
 def good(ending):
@@ -66,15 +74,8 @@ def good(ending):
 def start(command, cwd, **options):
     """The command as a process of its own, one thread, output captured."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **options.pop("env", {})}
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=cwd,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True, **pipes, **options)
 
 
 def end(process, timeout=1200):
@@ -97,24 +98,8 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    small = [
-        *tiny_flags,
-        "--device",
-        "cpu",
-        "--iter",
-        "4",
-        "--save_every",
-        "2",
-        "--log_every",
-        "1",
-        "--keep",
-        "0",
-        "--workers",
-        "1",
-        "--augment",
-        "--sample_every",
-        "2",
-    ]
+    small = [*tiny_flags, *"--device cpu --iter 4 --save_every 2 --log_every 1 --keep 0 --workers 1 --augment".split()]
+    small += ["--sample_every", "2"]
     published = [
         "train.py",
         "--path",
@@ -131,10 +116,10 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
     assert "batch 8 x 2" in ending.out and ending.out.count("a new run") == 1, "one process speaks"
     folder = tmp_path / "launched"
     assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == ["000000.pt", "000002.pt", "000004.pt"]
-    assert load_checkpoint(folder / "checkpoint" / "000004.pt")["sampler"]["position"] == 4 * 8 * 2
+    assert checkpoint(folder, 4)["sampler"]["position"] == 4 * 8 * 2
     assert sorted(p.name for p in (folder / "sample").iterdir()) == ["000000.png", "000002.png", "000004.png"]
     with Image.open(folder / "sample" / "000004.png") as grid:
-        assert min(grid.size) >= 8 * 16, "64 pictures"
+        assert min(grid.size) >= 8 * 16, "64 images"
 
     half = tmp_path / "half" / "checkpoint"
     half.mkdir(parents=True)
@@ -147,29 +132,8 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
 
 # -- exact resume --------------------------------------------------------------------------------------------------
 
-EVENTFUL = [
-    "--batch",
-    "4",
-    "--augment",
-    "--ada_length",
-    "300",
-    "--d_reg_every",
-    "6",
-    "--log_every",
-    "1",
-    "--keep",
-    "1",
-    "--save_every",
-    "10",
-    "--sample_every",
-    "10",
-    "--n_sample",
-    "4",
-    "--workers",
-    "1",
-    "--device",
-    "cpu",
-]
+EVENTFUL = """--batch 4 --augment --ada_length 300 --d_reg_every 6 --log_every 1 --keep 1 --save_every 10
+    --sample_every 10 --n_sample 4 --workers 1 --device cpu""".split()
 
 
 def command(data, folder, tiny_flags, root, *flags):
@@ -242,8 +206,8 @@ def test_run_folder(straight):
 
     for kind in ("sample", "similarity"):
         assert sorted(p.name for p in (straight / kind).iterdir()) == ["000000.png", "000010.png", "000020.png"]
-        for picture in (straight / kind).iterdir():
-            with Image.open(picture) as image:
+        for path in (straight / kind).iterdir():
+            with Image.open(path) as image:
                 image.load()
     with Image.open(straight / "similarity" / "000020.png") as image:
         assert image.width > 4 * 6 and image.height > 2 * 6, "2 blocks x 4 heads of 6 tokens"
@@ -281,12 +245,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(straight, face_lmdb, tiny_fl
     assert "000021.pt" in line and "could not be written" in line
     assert kept.read_bytes() == before
     assert not [p.name for p in (folder / "checkpoint").iterdir() if p.name.startswith(".tmp")]
-    good(
-        start_run(
-            "--path", face_lmdb, *EVENTFUL, "--workers", "0", "--exp_name", folder, "--iter", 21, "--resume", "auto"
-        )
-    )
-    assert load_checkpoint(folder / "checkpoint" / "000021.pt")["step"] == 21
+    again = ("--workers", "0", "--exp_name", folder, "--iter", 21, "--resume", "auto")
+    good(start_run("--path", face_lmdb, *EVENTFUL, *again))
+    assert checkpoint(folder, 21)["step"] == 21
 
 
 def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
@@ -305,12 +266,12 @@ def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
             ending = start_run(face_lmdb, "--exp_name", folder, "--iter", 9)
         assert ending.status == 1
         assert "stopped at step 3" in error_line(ending) and "--resume auto" in error_line(ending)
-        assert load_checkpoint(folder / "checkpoint" / "000003.pt")["step"] == 3
+        assert checkpoint(folder, 3)["step"] == 3
         good(start_run(face_lmdb, "--exp_name", folder, "--iter", 4, "--resume", "auto"))
 
 
 def test_sigterm_to_the_whole_process_group(face_lmdb, tiny_flags, root, tmp_path):
-    """As a job scheduler or torchrun stops a run: the loader's workers get the signal too."""
+    """A job scheduler or torchrun stops a run so: the loader's workers get the signal too."""
     folder = tmp_path / "group"
     flags = ("--iter", 5000, "--workers", 2)
     process = start(command(face_lmdb, folder, tiny_flags, root, *flags), tmp_path, start_new_session=True)
@@ -378,9 +339,9 @@ def test_no_checkpoint_holds_a_nan(face_lmdb, start_run, tmp_path, monkeypatch, 
 def test_rollback_goes_on_with_fresh_draws(face_lmdb, start_run, tmp_path, monkeypatch, where):
     poison(monkeypatch, where, 3)
     good(start_run(face_lmdb, "--iter", 6, "--save_every", 2, "--on_nan", "rollback", "--g_reg_every", 1))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000006.pt")
+    state = checkpoint(tmp_path / "run", 6)
     assert state["rng_offset"] == 1 and state["step"] == 6 and finite(tmp_path / "run" / "checkpoint" / "000006.pt")
-    assert state["sampler"]["position"] == 6 * 4, "the pictures after the rollback are those of the steps"
+    assert state["sampler"]["position"] == 6 * 4, "the images after the rollback are those of the steps"
     (line,) = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["group"] == "Rollback"]
     assert line["step"] == 2 and line["checkpoint"] == "000002.pt"
     speeds = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["group"] == "Speed"]
@@ -391,7 +352,7 @@ def test_rollback_of_a_continued_run(face_lmdb, start_run, published_file, tmp_p
     """Continued in a new folder, it goes back to where it began."""
     poison(monkeypatch, "loss", 21)
     good(start_run(face_lmdb, "--ckpt", published_file, "--iter", 24, "--on_nan", "rollback"))
-    assert load_checkpoint(tmp_path / "run" / "checkpoint" / "000024.pt")["rng_offset"] == 1
+    assert checkpoint(tmp_path / "run", 24)["rng_offset"] == 1
     assert (tmp_path / "run" / "checkpoint" / "000020.pt").exists()
     assert (tmp_path / "run" / "sample" / "000020.png").exists()
 
@@ -405,12 +366,11 @@ def test_rollbacks_are_not_endless(face_lmdb, start_run, monkeypatch):
 # -- batches and variants ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", range(1, 10))
-def test_every_batch_size(batch, face_lmdb, start_run, tmp_path):
-    good(start_run(face_lmdb, "--size", 8, "--batch", batch, "--iter", 1, "--save_every", 1))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000001.pt")
-    assert state["sampler"]["position"] == batch
-    assert all(torch.isfinite(t).all() for t in state["g"].values())
+def test_every_batch_size():
+    for batch in range(1, 10):
+        trainer = make_trainer(GeneratorConfig(8, 32, 2, channel_max=8), batch=batch)
+        trainer.step(random_images(batch, size=8))
+        assert all(torch.isfinite(p).all() for p in trainer.g.parameters()), batch
 
 
 def test_data_set_smaller_than_the_batch(face_folder, start_run, tmp_path):
@@ -419,6 +379,7 @@ def test_data_set_smaller_than_the_batch(face_folder, start_run, tmp_path):
     for path in sorted(face_folder.rglob("*.png"))[:3]:
         shutil.copy(path, few)
     good(start_run(few, "--size", 8, "--batch", 8, "--iter", 2))
+    assert checkpoint(tmp_path / "run", 2)["sampler"]["position"] == 16
 
 
 def test_folder_of_images(face_folder, start_run):
@@ -427,8 +388,8 @@ def test_folder_of_images(face_folder, start_run):
 
 
 def test_w_space_with_mixing(face_lmdb, start_run, tmp_path):
-    good(start_run(face_lmdb, "--w_space", "--mixing", 1.0, "--iter", 3))
-    generator = load_generator(tmp_path / "run" / "checkpoint" / "000003.pt")
+    good(start_run(face_lmdb, "--w_space", "--mixing", 1.0, "--iter", 1))
+    generator = load_generator(tmp_path / "run" / "checkpoint" / "000001.pt")
     assert generator.config.space == "w" and generator.config.w_space
     assert not list((tmp_path / "run" / "similarity").iterdir()), "W has no attention"
     assert len(list((tmp_path / "run" / "sample").iterdir())) == 2
@@ -436,9 +397,9 @@ def test_w_space_with_mixing(face_lmdb, start_run, tmp_path):
 
 def test_independent_mappings_go_on(face_lmdb, start_run, tmp_path):
     """The ablation of W++ without attention: no attention maps, and its kind is read from the checkpoint."""
-    good(start_run(face_lmdb, "--independent", "--iter", 2))
-    good(start_run(face_lmdb, "--resume", "auto", "--iter", 3))
-    config = load_generator(tmp_path / "run" / "checkpoint" / "000003.pt").config
+    good(start_run(face_lmdb, "--independent", "--iter", 1))
+    good(start_run(face_lmdb, "--resume", "auto", "--iter", 2))
+    config = load_generator(tmp_path / "run" / "checkpoint" / "000002.pt").config
     assert config.independent and config.space == "w++"
     assert not list((tmp_path / "run" / "similarity").iterdir())
     ending = start_run(face_lmdb, "--independent", "--w_space", "--exp_name", tmp_path / "x")
@@ -447,15 +408,9 @@ def test_independent_mappings_go_on(face_lmdb, start_run, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(face_lmdb, start_run, tmp_path, precision):
-    good(start_run(face_lmdb, "--precision", precision, "--iter", 5, "--augment"))
-    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000005.pt")
+    good(start_run(face_lmdb, "--precision", precision, "--iter", 2, "--augment"))
+    state = checkpoint(tmp_path / "run", 2)
     assert all(t.dtype == torch.float32 and torch.isfinite(t).all() for t in state["g"].values())
-
-
-@pytest.mark.parametrize("micro", ["2", "auto"])
-def test_micro_batches(face_lmdb, start_run, tmp_path, micro):
-    good(start_run(face_lmdb, "--micro_batch", micro, "--iter", 2))
-    assert load_checkpoint(tmp_path / "run" / "checkpoint" / "000002.pt")["sampler"]["position"] == 8
 
 
 def test_auto_micro_batch_halves_until_it_fits(face_lmdb, start_run, tmp_path, monkeypatch):
@@ -468,10 +423,11 @@ def test_auto_micro_batch_halves_until_it_fits(face_lmdb, start_run, tmp_path, m
             raise torch.OutOfMemoryError("no memory")
 
     good(start_run(face_lmdb, "--augment", "--micro_batch", 2, "--iter", 2, "--exp_name", tmp_path / "given"))
+    assert checkpoint(tmp_path / "given", 2)["sampler"]["position"] == 8
     monkeypatch.setattr(Trainer, "run_phase", run_phase)
     good(start_run(face_lmdb, "--augment", "--micro_batch", "auto", "--iter", 2, "--exp_name", tmp_path / "found"))
     assert_same_training_state(*(tmp_path / name / "checkpoint" / "000002.pt" for name in ("given", "found")))
-    assert load_checkpoint(tmp_path / "found" / "checkpoint" / "000002.pt")["options"]["micro_batch"] == "2"
+    assert checkpoint(tmp_path / "found", 2)["options"]["micro_batch"] == "2"
     limit = 0
     ending = start_run(face_lmdb, "--micro_batch", "auto", "--iter", 2, "--exp_name", tmp_path / "never")
     assert ending.status == 1 and "memory" in error_line(ending)
@@ -489,7 +445,7 @@ def test_weights_and_biases_flag(face_lmdb, start_run, monkeypatch):
 @pytest.fixture(scope="module")
 def published_file(tmp_path_factory, straight):
     """A checkpoint as TransStyleGAN's train.py leaves it: five state dicts; the step in the name only."""
-    state = load_checkpoint(straight / "checkpoint" / "000020.pt")
+    state = checkpoint(straight, 20)
     path = tmp_path_factory.mktemp("published") / "000020.pt"
     torch.save({name: state[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}, path)
     return path
@@ -499,13 +455,13 @@ def published_file(tmp_path_factory, straight):
 def test_published_checkpoint_is_continued(face_lmdb, start_run, published_file, tmp_path, flag):
     ending = good(start_run(face_lmdb, flag, published_file, "--iter", 22))
     assert "step 20 of 22" in ending.out
-    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000022.pt")
+    state = checkpoint(tmp_path / "run", 22)
     assert state["step"] == 22 and next(iter(state["g_optim"]["state"].values()))["step"] > 20
 
 
 @pytest.mark.parametrize("kind", ["own", "published", "safetensors", "rosinality", "bare"])
 def test_init_from_starts_anew_with_the_weights(face_lmdb, start_run, straight, published_file, tmp_path, kind):
-    state = load_checkpoint(straight / "checkpoint" / "000020.pt")
+    state = checkpoint(straight, 20)
     path = {"own": straight / "checkpoint" / "000020.pt", "published": published_file}.get(kind)
     if kind == "safetensors":
         path = tmp_path / "g.safetensors"
@@ -515,7 +471,7 @@ def test_init_from_starts_anew_with_the_weights(face_lmdb, start_run, straight, 
         weights = {name: tensor for name, tensor in state["g_ema"].items() if kind == "bare" or name != "token"}
         torch.save(weights if kind == "bare" else {"g_ema": weights, "latent_avg": torch.zeros(32)}, path)
     good(start_run(face_lmdb, "--init_from", path, "--iter", 1))
-    first = load_checkpoint(tmp_path / "run" / "checkpoint" / "000000.pt")
+    first = checkpoint(tmp_path / "run", 0)
     assert first["step"] == 0 and first["g_optim"]["state"] == {}
     for name, tensor in state["g_ema"].items():
         assert torch.equal(first["g_ema"][name], tensor), name
@@ -528,7 +484,7 @@ def test_init_from_starts_anew_with_the_weights(face_lmdb, start_run, straight, 
 def test_one_command_starts_from_weights_and_restarts(face_lmdb, start_run, straight, tmp_path):
     """--init_from beside --resume auto, as a queue that starts a job again gives them; the file may be gone by then."""
     path, checkpoints = tmp_path / "g.safetensors", tmp_path / "run" / "checkpoint"
-    export_ema(load_checkpoint(straight / "checkpoint" / "000020.pt"), path)
+    export_ema(checkpoint(straight, 20), path)
     flags = (face_lmdb, "--resume", "auto", "--init_from", path)
     good(start_run(*flags, "--iter", 1))
     begun, given = load_checkpoint(checkpoints / "000000.pt"), load_generator(path).state_dict()
@@ -558,7 +514,7 @@ def test_a_continued_run_keeps_its_options(face_lmdb, start_run, tmp_path):
     first = (tmp_path / "run" / "checkpoint" / "000002.pt").read_bytes()
     flags = ["--exp_name", str(tmp_path / "run"), "--resume", "auto", "--device", "cpu", "--workers", "0"]
     assert run(train.main, train.build_parser(), [*flags, "--iter", "3"]) == 0
-    state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000003.pt")
+    state = checkpoint(tmp_path / "run", 3)
     names = ("r1", "lr", "path_regularize", "augment", "seed", "batch", "path", "save_every")
     assert [state["options"][name] for name in names] == [0.1, 0.006, 0, True, 3, 4, str(face_lmdb), 1]
     assert state["g_optim"]["param_groups"][0]["lr"] == pytest.approx(0.006 * 4 / 5)
@@ -570,10 +526,9 @@ def test_a_continued_run_keeps_its_options(face_lmdb, start_run, tmp_path):
     assert "(was 2)" in ending.out and "--lr" not in ending.out
     assert_same_training_state(*(tmp_path / name / "checkpoint" / "000003.pt" for name in ("run", "again")))
     ending = good(start_run(*base, "--lr", 0.001, "--iter", 4))
-    assert "000003.pt, but --iter 4 (was 3), --lr 0.001 (was 0.006)" in ending.out.replace(
-        "--lr 0.001 (was 0.006), --iter 4 (was 3)", "--iter 4 (was 3), --lr 0.001 (was 0.006)"
-    )
-    state = load_checkpoint(tmp_path / "again" / "checkpoint" / "000004.pt")
+    (line,) = (line for line in ending.out.splitlines() if "000003.pt, but " in line)
+    assert "--iter 4 (was 3)" in line and "--lr 0.001 (was 0.006)" in line
+    state = checkpoint(tmp_path / "again", 4)
     assert state["options"]["lr"] == 0.001
 
 
@@ -586,17 +541,10 @@ def test_nothing_left_to_do_is_said(face_lmdb, start_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
 
 
-def test_early_warnings(face_lmdb, start_run, tmp_path, monkeypatch):
-    """Few images, a small batch, and a training that would take years are said in the first minute."""
+def test_early_warnings(face_lmdb, start_run):
+    """Few images and a small batch are said at once."""
     ending = good(start_run(face_lmdb, "--iter", 1))
     assert "warning: a GAN learns 24 images by heart" in ending.err and "path length" in ending.err
-    monkeypatch.setattr("training.loop.MEASURE_SECONDS", 0)
-    step = Trainer.step
-    monkeypatch.setattr(
-        Trainer, "step", lambda self, images: os.kill(os.getpid(), signal.SIGTERM) or step(self, images)
-    )
-    ending = start_run(face_lmdb, "--iter", 10**12, "--exp_name", tmp_path / "never")
-    assert ending.err.count("warning: 999,999,999,999 steps are left,") == 1 and "days at this speed" in ending.err
 
 
 def test_a_second_training_in_the_same_folder_is_refused(face_lmdb, start_run, tmp_path):
@@ -656,7 +604,7 @@ def test_wrong_data(face_lmdb, start_run, tmp_path):
     """No images, no such size, cut short, nothing there: said before anything is written."""
     empty, short, building = tmp_path / "empty", tmp_path / "short.lmdb", tmp_path / "absent"
     empty.mkdir()
-    (empty / "notes.txt").write_text("no picture")
+    (empty / "notes.txt").write_text("no image")
     shutil.copytree(face_lmdb, short)
     data = (short / "data.mdb").read_bytes()
     (short / "data.mdb").write_bytes(data[: len(data) * 2 // 3])
@@ -685,7 +633,7 @@ def test_a_continued_run_reads_its_networks_from_the_file(face_lmdb, straight, t
         assert run(train.main, train.build_parser(), flags + extra) == 0, capsys.readouterr().err
         options = json.loads((Path(extra[1]) / "options.json").read_text(encoding="utf-8"))["options"]
         assert (options["size"], options["style_dim"], options["w_space"]) == (16, 32, False)
-    assert load_checkpoint(folder / "checkpoint" / "000021.pt")["step"] == 21
+    assert checkpoint(folder, 21)["step"] == 21
 
 
 def test_a_run_without_noise_stays_so(face_lmdb, start_run, published_file, tmp_path):
@@ -695,23 +643,23 @@ def test_a_run_without_noise_stays_so(face_lmdb, start_run, published_file, tmp_
     ending = start_run(face_lmdb, "--iter", 3, "--resume", "auto", "--noise", "random")
     assert ending.status == 1 and "was trained with --noise none, not random" in error_line(ending)
     export_ema(load_checkpoint(first), exported := tmp_path / "exported.safetensors")
-    for folder, flags, noise in (
-        ("run", ("--resume", "auto"), "none"),
-        ("export", ("--init_from", exported), "none"),
-        ("warm", ("--init_from", first), "none"),
-        ("other", ("--init_from", first, "--noise", "random"), "random"),
-        ("old", ("--resume", published_file), "random"),  # of a program without the flag
+    for folder, flags, noise, steps in (
+        ("run", ("--resume", "auto"), "none", 2),
+        ("export", ("--init_from", exported), "none", 1),
+        ("warm", ("--init_from", first), "none", 1),
+        ("other", ("--init_from", first, "--noise", "random"), "random", 1),
+        ("old", ("--resume", published_file), "random", 21),  # of a program without the flag
     ):
-        good(start_run(face_lmdb, "--iter", 23, "--exp_name", tmp_path / folder, *flags))
+        good(start_run(face_lmdb, "--iter", steps, "--exp_name", tmp_path / folder, *flags))
         options = json.loads((tmp_path / folder / "options.json").read_text(encoding="utf-8"))["options"]
         assert options["noise"] == noise, folder
-        state = load_checkpoint(tmp_path / folder / "checkpoint" / "000023.pt")
+        state = checkpoint(tmp_path / folder, steps)
         assert any(state["g"][name].any() for name in state["g"] if name.endswith("noise.weight")) == (noise != "none")
 
 
 def test_wrong_checkpoints(face_lmdb, start_run, straight, tmp_path):
     """Another architecture, a web page, a pickle that would run code, a generator alone, a torn file."""
-    state = load_checkpoint(straight / "checkpoint" / "000020.pt")
+    state = checkpoint(straight, 20)
     published = {name: state[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
     files = {name: tmp_path / name for name in ("own.pt", "page.pt", "evil.pt", "alone.pt", "torn.pt", "published.pt")}
     save_checkpoint(files["own.pt"], state)
@@ -760,29 +708,15 @@ def test_a_run_folder_that_cannot_be(face_lmdb, start_run, tmp_path):
         assert ending.status == 1 and "file" in error_line(ending)
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        (),
-        ("DATA", "--path", "DATA"),
-        ("DATA", "--ckpt", "a.pt", "--init_from", "b.pt"),
-        ("DATA", "--resume", "auto", "--ckpt", "b.pt"),
-        ("DATA", "--iter", "0"),
-        ("DATA", "--batch", "0"),
-        ("DATA", "--size", "100"),
-        ("DATA", "--style_dim", "40"),
-        ("DATA", "--micro_batch", "half"),
-        ("DATA", "--micro_batch", "-1"),
-        ("DATA", "--micro_batch", "3"),
-        ("DATA", "--augment_p", "0.5"),
-        ("DATA", "--keep", "-1"),
-        ("DATA", "--workers", "-1"),
-        ("DATA", "--precision", "fp8"),
-        ("DATA", "--path_reg", "2"),
-    ],
-)
+MISUSE = """
+DATA --path DATA | DATA --ckpt a.pt --init_from b.pt | DATA --resume auto --ckpt b.pt | DATA --iter 0 | DATA --batch 0 |
+DATA --size 100 | DATA --style_dim 40 | DATA --micro_batch half | DATA --micro_batch -1 | DATA --micro_batch 3 |
+DATA --augment_p 0.5 | DATA --keep -1 | DATA --workers -1 | DATA --precision fp8 | DATA --path_reg 2"""
+
+
+@pytest.mark.parametrize("flags", ["", *MISUSE.split("|")])
 def test_misuse_of_flags_is_status_2(flags, face_lmdb, start_run, tmp_path):
-    ending = start_run(*(face_lmdb if flag == "DATA" else flag for flag in flags))
+    ending = start_run(*(face_lmdb if flag == "DATA" else flag for flag in flags.split()))
     assert ending.status == 2 and "Traceback" not in ending.err
     assert not (tmp_path / "run").exists()
 

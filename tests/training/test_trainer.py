@@ -36,7 +36,7 @@ def seed_phase(trainer, phase, micro=0):
 
 
 def test_latents_of_the_runs_seed_are_no_rows_of_its_weights():
-    """Else the sample sheet of a run would show codes found nowhere else."""
+    """Else the sample grid of a run would show w found nowhere else."""
     for w_space in (True, False):
         config = GeneratorConfig(size=8, style_dim=256, n_mlp=1, channel_max=4, w_space=w_space)
         g = make_trainer(config, seed=0).g
@@ -101,8 +101,8 @@ def test_path_length_gradient_by_finite_differences(tiny_config, w_space):
 
     def penalty():
         torch.manual_seed(1)
-        image, codes = generator(z, noise=noise)
-        return (path_lengths(image, codes) - 0.3).square().mean()
+        image, ws = generator(z, noise=noise)
+        return (path_lengths(image, ws) - 0.3).square().mean()
 
     analytic, numeric = directional(penalty, generator.parameters())
     assert analytic == pytest.approx(numeric, rel=1e-5) and abs(numeric) > 1e-6
@@ -112,10 +112,10 @@ def test_path_length_formula():
     """Of a linear generator, whose Jacobian is known: sqrt(mean over tokens of sum over channels of (J^T y)^2)."""
     torch.manual_seed(0)
     jacobian = torch.randn(3 * 4 * 8, 5 * 7, dtype=torch.float64)
-    codes = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
-    images = (codes.flatten(1) @ jacobian.t()).view(2, 3, 4, 8)
+    ws = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    images = (ws.flatten(1) @ jacobian.t()).view(2, 3, 4, 8)
     torch.manual_seed(3)
-    lengths = path_lengths(images, codes)
+    lengths = path_lengths(images, ws)
     torch.manual_seed(3)
     y = torch.randn_like(images) / math.sqrt(4 * 8)
     back = (y.flatten(1) @ jacobian).view(2, 5, 7)
@@ -140,6 +140,9 @@ def test_path_length_formula():
         {"path_regularize": float("nan")},
         {"mixing": 5.0},
         {"augment_p": -0.1},
+        {"augment_p": 0.5},
+        {"ada_target": 1.0},
+        {"ada_length": 0},
     ],
 )
 def test_settings_that_cannot_work(wrong):
@@ -148,7 +151,7 @@ def test_settings_that_cannot_work(wrong):
 
 
 def test_published_defaults():
-    """Those of TransStyleGAN's train.py."""
+    """Defaults of TransStyleGAN's train.py."""
     settings = TrainSettings()
     assert (settings.batch, settings.r1, settings.path_regularize, settings.path_batch_shrink) == (16, 10, 2, 2)
     assert (settings.d_reg_every, settings.g_reg_every, settings.mixing, settings.lr) == (16, 4, 0.9, 0.002)
@@ -256,7 +259,7 @@ def test_path_phase_on_a_share_of_the_batch(tiny_config, monkeypatch):
 # -- moving average ------------------------------------------------------------------------------------------------
 
 
-def test_without_noise_the_codes_say_everything(tiny_config):
+def test_without_noise_w_says_everything(tiny_config):
     """--noise none: strengths are zero, stay so, and are set to zero in weights that had learned some."""
     loud = make_trainer(tiny_config)
     with torch.no_grad():
@@ -388,7 +391,7 @@ images = random_images(6)[3 * dist.rank : 3 * dist.rank + 3]
 for _ in range(4):
     trainer.step(images)
 result = {{"grads": {{str(k): v for k, v in seen.items()}}, "metrics": trainer.stats.read(),
-          "mean": trainer.mean_path_length, "ada": trainer.ada.state_dict(torch.distributed.all_reduce)}}
+          "mean": trainer.mean_path_length, "ada": trainer.ada.state_dict()}}
 torch.save(result, {out!r} + str(dist.rank))
 distributed.shutdown()
 """
@@ -400,7 +403,7 @@ def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    paths, out = [str(root), str(Path(__file__).parent)], str(tmp_path / "rank")
+    paths, out = [str(root), str(Path(__file__).parents[1])], str(tmp_path / "rank")
     program = WORKER.format(paths=paths, config=tiny_config.to_dict(), two=TWO, out=out)
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     workers = [

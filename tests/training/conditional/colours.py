@@ -1,4 +1,4 @@
-"""What the tests of the conditional GAN share: a small network and a scorer that sees colours (redness is its smile,
+"""Helpers of the conditional GAN's tests: a small network and a scorer that sees colours (redness is its smile,
 greenness its open eyes, brightness its age)."""
 
 import torch
@@ -7,7 +7,8 @@ from common.distributed import Distributed
 from model import GeneratorConfig
 from scorer.interface import AttributeScorer, require_images
 from scorer.labels import Attribute
-from training.conditional import ConditionalTrainer, ConditionSettings
+from training.conditional import ConditionalTrainer
+from training.settings import ConditionSettings
 from training.trainer import TrainSettings
 
 SMALL = {"size": 32, "style_dim": 64, "n_mlp": 2, "channel_max": 16}

@@ -28,7 +28,7 @@ def reader():
 
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
-    """A training checkpoint of a generator that makes pictures of about the right contrast."""
+    """A training checkpoint of a generator that makes images of about the right contrast."""
     torch.manual_seed(3)
     trainer = Trainer(GeneratorConfig(**SMALL), TrainSettings(batch=4), ALONE)
     with torch.no_grad():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from colours import FLAGS, NAMES, SMALL, ColourScorer, gradients_of, make_trainer, random_images
 from PIL import Image
+from trainers import assert_equal_states
 
 import generate
 import train
@@ -30,7 +31,7 @@ from editing.attributes import (
 )
 from model import Generator, GeneratorConfig, load_generator
 from scorer.labels import Attribute
-from training.conditional import ConditionSettings
+from training.settings import ConditionSettings
 from training.transfer import add_condition_columns, is_modulation
 
 # -- numbers of faces, requests, the loss --------------------------------------------------------------------------
@@ -115,41 +116,25 @@ def test_warm_start_gives_the_same_random_images(w_space):
     conditional = Generator(GeneratorConfig(**SMALL, w_space=w_space, condition_dim=3)).eval().requires_grad_(False)
     conditional.load_state_dict(add_condition_columns(plain.state_dict(), plain.config, 3))
     z = plain.draw_z(4)
-    expected, codes = plain(z, randomize_noise=False)
+    expected, ws = plain(z, randomize_noise=False)
     found, own = conditional(z, randomize_noise=False, condition=torch.rand(4, 3))
-    assert (expected - found).abs().max() < 1e-4 and torch.equal(codes, own)
+    assert (expected - found).abs().max() < 1e-4 and torch.equal(ws, own)
     naive = {
         name: tensor if not is_modulation(name) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
         for name, tensor in plain.state_dict().items()
     }
     conditional.load_state_dict(naive)
     assert (conditional(z, randomize_noise=False)[0] - expected).abs().max() > 1e-3, "the scale matters"
-    with pytest.raises(ValueError, match="3 condition inputs already"):
-        add_condition_columns(naive, conditional.config, 3)
 
 
-def start(tmp_path, lmdb, *flags):
-    argv = [
-        "--path",
-        lmdb,
-        "--exp_name",
-        tmp_path,
-        "--condition",
-        "colour",
-        "--attributes",
-        ",".join(NAMES),
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--n_sample",
-        "12",
-        "--batch",
-        "4",
-        "--log_every",
-        "2",
-        *flags,
-    ]
+SHORT = "--device cpu --workers 0 --n_sample 12 --batch 4 --log_every 2".split()
+
+
+CONDITION = ("--condition", "colour", "--attributes", ",".join(NAMES))
+
+
+def start(folder, lmdb, *flags, condition=CONDITION):
+    argv = ["--path", lmdb, "--exp_name", folder, *condition, *SHORT, *flags]
     return run(train.main, train.build_parser(), [str(arg) for arg in argv])
 
 
@@ -209,53 +194,17 @@ def test_training_follows_the_request(reader, unconditional, light):
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
-def assert_same_state(a, b):
-    def compare(x, y, name):
-        if isinstance(x, dict):
-            assert list(x) == list(y), name
-            for key in x:
-                compare(x[key], y[key], f"{name}.{key}")
-        elif isinstance(x, (list, tuple)):
-            for i, (u, v) in enumerate(zip(x, y, strict=True)):
-                compare(u, v, f"{name}.{i}")
-        else:
-            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, name
-
-    for key in a.keys() - {"options"}:
-        compare(a[key], b[key], key)
-
-
 @pytest.mark.parametrize("mode", [[], ["--light"]])
 def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
     flags = [*mode, "--d_reg_every", "3", "--save_every", "4", "--attr_ramp", "6", "--augment", "--micro_batch", "2"]
     assert start(tmp_path / "whole", face_lmdb, *flags, "--init_from", unconditional, "--iter", "8") == 0
     assert start(tmp_path / "half", face_lmdb, *flags, "--init_from", unconditional, "--iter", "4") == 0
-    argv = [
-        "--path",
-        face_lmdb,
-        "--exp_name",
-        tmp_path / "half",
-        "--resume",
-        "auto",
-        "--iter",
-        "8",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-        "--batch",
-        "4",
-        "--n_sample",
-        "12",
-        "--log_every",
-        "2",
-        *flags[len(mode) :],
-    ]
-    assert run(train.main, train.build_parser(), [str(arg) for arg in argv]) == 0
+    again = ("--resume", "auto", "--iter", "8", *flags[len(mode) :])
+    assert start(tmp_path / "half", face_lmdb, *again, condition=()) == 0
     options = json.loads((tmp_path / "half" / "options.json").read_text(encoding="utf-8"))["options"]
     assert (options["condition"], options["light"]) == ("colour", bool(mode)), "scorer, attributes, mode from the file"
     whole, half = (load_checkpoint(tmp_path / name / "checkpoint" / "000008.pt") for name in ("whole", "half"))
-    assert_same_state(whole, half)
+    assert_equal_states(whole, half)
     assert whole["warm"] and whole["attributes"].shape == (24, 2) and whole["condition"]["light"] == bool(mode)
     losses = [line for line in read_log(tmp_path / "half" / "log.jsonl") if line["group"] == "Loss"]
     assert [line["step"] for line in losses] == [2, 4, 6, 8] and all(0 < line["attr"] < 1 for line in losses)
@@ -285,33 +234,9 @@ def test_two_processes(tmp_path, face_lmdb, root):
     torch.manual_seed(0)
     network = ScorerNetwork(ScorerConfig((Attribute("smile"), Attribute("eyes_open")), width=0.5, input_size=32))
     save_scorer(tmp_path / "scorer.safetensors", Scorer(network))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "train.py",
-        "--path",
-        face_lmdb,
-        "--exp_name",
-        tmp_path / "run",
-        "--condition",
-        tmp_path / "scorer.safetensors",
-        "--attributes",
-        "smile,eyes_open",
-        *FLAGS,
-        "--iter",
-        "2",
-        "--batch",
-        "4",
-        "--n_sample",
-        "4",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 train.py --path".split()]
+    command += [face_lmdb, "--exp_name", tmp_path / "run", "--condition", tmp_path / "scorer.safetensors", *FLAGS]
+    command += "--attributes smile,eyes_open --iter 2 --batch 4 --n_sample 4 --workers 0 --device cpu".split()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -321,12 +246,8 @@ def test_two_processes(tmp_path, face_lmdb, root):
 
 
 def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, unconditional):
-    assert (
-        start(
-            tmp_path / "run", face_lmdb, "--init_from", unconditional, "--iter", "4", "--save_every", "2", "--keep", "1"
-        )
-        == 0
-    )
+    flags = ("--init_from", unconditional, "--iter", "4", "--save_every", "2", "--keep", "1")
+    assert start(tmp_path / "run", face_lmdb, *flags) == 0
     folder = tmp_path / "run" / "checkpoint"
     state = load_checkpoint(folder / "000004.pt")
     condition = read_condition(folder / "000004.pt")
@@ -335,8 +256,8 @@ def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, uncond
     assert (condition.scorer, condition.scorer_fingerprint) == ("colour", "colour 6.0")
     assert read_condition(folder / "000002.safetensors") == condition
     assert load_safetensors(folder / "000002.safetensors")[1]["config"]["condition_dim"] == 2
-    with Image.open(tmp_path / "run" / "sample" / "000004.png") as sheet:
-        assert sheet.size == (5 * 34 - 2, 2 * 34 - 2), "12 images: two faces, five conditions"
+    with Image.open(tmp_path / "run" / "sample" / "000004.png") as grid:
+        assert grid.size == (5 * 34 - 2, 2 * 34 - 2), "12 images: two faces, five conditions"
     with pytest.raises(ConditionError, match="unconditional generator"):
         read_condition(unconditional)
 
@@ -371,22 +292,7 @@ def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
         return status, line[0]
 
     def plain(*flags):
-        argv = [
-            "--path",
-            face_lmdb,
-            "--exp_name",
-            tmp_path / "plain",
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            "--batch",
-            "4",
-            "--n_sample",
-            "4",
-            *flags,
-        ]
-        return run(train.main, train.build_parser(), [str(arg) for arg in argv])
+        return start(tmp_path / "plain", face_lmdb, *flags, condition=())
 
     assert error("--light", *FLAGS) == (
         2,

@@ -1,0 +1,85 @@
+"""Flags that several scripts have, and settings whose fields are flags. Without torch.
+
+@dataclass(frozen=True)
+class Settings:
+    lr: float = flag(0.002, "step size of Adam")
+
+add_fields(parser, Settings)
+settings = read_fields(Settings, vars(args))
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+
+from common.cli import FITS, PRECISIONS, Flags, add_device_flags
+
+
+def flag(default, help: str, **options):
+    """A field of a settings dataclass that is a flag as well; options: of `add_argument`."""
+    return field(default=default, metadata={"help": help, **options})
+
+
+def add_fields(group, settings: type) -> None:
+    """Add a flag for each `flag` of a dataclass: its name, type, default and help."""
+    for item in fields(settings):
+        if item.metadata:
+            kind = {"action": "store_true"} if isinstance(item.default, bool) else {"type": type(item.default)}
+            group.add_argument(f"--{item.name}", default=item.default, **kind | dict(item.metadata))
+
+
+def read_fields(settings: type, values: dict):
+    """The dataclass `settings` from the values of its fields' names, among others."""
+    return settings(**{item.name: values[item.name] for item in fields(settings) if item.name in values})
+
+
+def count(text: str) -> int:
+    """A `type` for flags: a whole number from 0. Raises ValueError, which argparse reports."""
+    if (value := int(text)) < 0:
+        raise ValueError(text)
+    return value
+
+
+def add_training_flags(parser, *, published: str, keep: int, workers: int, wandb: str) -> None:
+    """Where a training starts, what it keeps, the machine. published, wandb: names of two published flags."""
+    add = parser.add_argument_group("start", "a continued run keeps its options; a given flag wins").add_argument
+    add("--resume", metavar="auto|PATH", help="continue a run; auto: its newest checkpoint, if any")
+    add(f"--{published}", metavar="PATH", help="continue from this checkpoint (the published flag)")
+    add("--init_from", metavar="PATH", help="weights for a new run; with --resume auto: until there is a checkpoint")
+    add = parser.add_argument_group("run").add_argument
+    add("--precision", choices=PRECISIONS, default="fp32", help="of convolutions; losses stay in fp32")
+    add("--seed", type=int, default=0, help="of weights, data order and every draw")
+    add("--keep", type=count, default=keep, help="checkpoints that can be continued; 0: all; older ones: weights alone")
+    add("--workers", type=count, default=workers, help="loader processes (0: decode in the training process)")
+    add("--threads", type=count, default=0, help="CPU threads of this process; 0: PyTorch's choice")
+    add(f"--{wandb}", action="store_true", help="also log to Weights & Biases (pip install wandb)")
+    add_device_flags(parser)
+
+
+def add_preset_flag(group) -> None:
+    help = "the paper's settings, whatever the model's file recommends"
+    group.add_argument("--preset", choices=("published",), help=help)
+
+
+def fill_recommended(args: Flags, recommended: dict, names, source) -> str:
+    """Set those of the flags `names` that were not given to what a model's file, `source`, recommends.
+
+    A value of the wrong type is left out. Returns a sentence that names what changed; "" with --preset published.
+    """
+    given = vars(args)
+    fitting = {name: value for name, value in recommended.items() if name in names and _like(value, given[name])}
+    changed = {} if args.preset else args.fill(fitting)
+    flags = " ".join(f"--{name} {value}" for name, value in changed.items())
+    return f"{source} recommends {flags} (--preset published: the paper's settings)" if flags else ""
+
+
+def _like(value, default) -> bool:
+    numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
+    return default is None or type(value) is type(default) or numbers
+
+
+def add_face_flags(group) -> None:
+    """--align and --fit, for images that are not aligned or not square."""
+    add = group.add_argument
+    add("--align", choices=("auto", "off"), default="off", help="auto: align raw photos first, into OUTPUT_DIR/aligned")
+    add("--fit", choices=FITS, default="crop", help="for images that are not square")

@@ -1,0 +1,90 @@
+"""Settings of a training, without torch. The fields that have a help text are flags of train.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from common.cli import UsageError, positive_int
+from common.flags import count, flag
+
+WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
+ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)  # flags, None: as in the start file
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Hyperparameters of the networks' training. Raises UsageError for what cannot work."""
+
+    batch: int = flag(16, "images per step and process")
+    micro_batch: int = 0  # images per forward pass; 0: the whole batch
+    lr: float = flag(0.002, "Adam learning rate before the lazy-regularisation ratio")
+    d_lr: float = flag(0.0, "that of the discriminator; 0: --lr")
+    r1: float = flag(10.0, "weight of the R1 penalty; 0: none")
+    path_regularize: float = flag(2.0, "weight of path length regularisation; 0: none")
+    path_batch_shrink: int = flag(2, "batch divisor for path length regularisation")
+    d_reg_every: int = flag(16, "steps between R1 penalties")
+    g_reg_every: int = flag(4, "steps between path length penalties")
+    mixing: float = flag(0.9, "probability of style mixing (W only: W++ has one z per token)")
+    augment: bool = flag(False, "adaptive discriminator augmentation (for small sets)")
+    augment_p: float = flag(0.0, "fixed augmentation probability; 0: adaptive")
+    ada_target: float = flag(0.6, "target of E[sign(D(real))] for adaptive p")
+    ada_length: int = flag(500_000, "images in which p may go from 0 to 1")
+    vision_aided: str = ""  # network of the vision-aided discriminator (training/vision_aided.py)
+    vision_aided_weight: float = flag(1.0, "weight of its loss beside the discriminator's")
+    noise: str = "random"  # none: no noise enters the generator, w alone decides the image
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every", "ada_length"):
+            require(getattr(self, name) > 0, self, name, "must be positive")
+        for name in ("r1", "path_regularize", "d_lr", "vision_aided_weight"):
+            require(0 <= getattr(self, name) < math.inf, self, name, "must not be negative")
+        for name in ("mixing", "augment_p"):
+            require(0 <= getattr(self, name) <= 1, self, name, "is a probability, 0 to 1")
+        require(-1 < self.ada_target < 1, self, "ada_target", "is a number between -1 and 1")
+        require(self.augment or not self.augment_p, self, "augment_p", "needs --augment")
+        fits = self.micro_batch >= 0 and not (self.micro_batch and self.batch % self.micro_batch)
+        require(fits, self, "micro_batch", f"must divide --batch {self.batch}")
+
+    @property
+    def n_micro(self) -> int:
+        return self.batch // self.micro_batch if self.micro_batch else 1
+
+
+@dataclass(frozen=True)
+class ConditionSettings:
+    """Hyperparameters of the condition (training/conditional.py). Raises UsageError for what cannot work."""
+
+    attr_weight: float = flag(5.0, "weight of the L1 loss of the attributes")
+    attr_ramp: int = flag(1000, "steps in which it rises from 0 with --init_from")
+    attr_permute: float = flag(0.5, "probability that an attribute is taken from another face")
+    light: bool = False  # train only what the condition adds
+    light_lr: float = flag(0.01, "Adam learning rate under --light")
+
+    def __post_init__(self):
+        for name in ("attr_weight", "attr_ramp"):
+            require(0 <= getattr(self, name) < math.inf, self, name, "must not be negative")
+        require(0 < self.light_lr < math.inf, self, "light_lr", "must be positive")
+        require(0 <= self.attr_permute <= 1, self, "attr_permute", "is a probability, 0 to 1")
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Length of a run, and the steps between what it writes."""
+
+    iter: int = flag(800_000, "training steps in all", type=positive_int)
+    n_sample: int = flag(64, "images in a sample grid", type=positive_int)
+    sample_every: int = flag(500, "steps between sample grids and attention maps", type=positive_int)
+    save_every: int = flag(10_000, "steps between checkpoints", type=positive_int)
+    log_every: int = flag(50, "steps between log lines", type=positive_int)
+    eval_every: int = flag(0, "steps between evaluations; lowest FID: best.safetensors; 0: none", type=count)
+    keep: int = 3  # checkpoints that can be continued; of older ones the EMA generator stays; 0: all
+    on_nan: str = flag("stop", "at a loss that is not finite", choices=("stop", "rollback"))
+
+
+def require(fits: bool, settings, name: str, rule: str) -> None:
+    """Raise UsageError, naming the flag, unless `fits`."""
+    if not fits:
+        raise UsageError(f"--{name} {rule}, got {getattr(settings, name)}")
