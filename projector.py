@@ -13,8 +13,6 @@ inversions/NAME.npz; at the end latents.npy, latents.json and noise.npz; grids, 
 Settings that the generator's file recommends are used where no flag is given.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -9,8 +9,6 @@ of its checkpoint.
     torchrun --nproc_per_node 8 train.py --path ffhq.lmdb --exp_name runs/ffhq --batch 8 --n_sample 64
 """
 
-from __future__ import annotations
-
 from common.cli import ArgumentParser, UsageError, require_one_start, run_script
 from common.flags import add_fields, add_training_flags, read_fields
 from training.settings import ARCHITECTURE, ConditionSettings, LoopSettings, TrainSettings

@@ -8,8 +8,6 @@ add_fields(parser, Settings)
 settings = read_fields(Settings, vars(args))
 """
 
-from __future__ import annotations
-
 from dataclasses import field, fields
 
 from common.cli import FITS, PRECISIONS, Flags, add_device_flags
@@ -62,10 +60,8 @@ def add_preset_flag(group) -> None:
 
 
 def fill_recommended(args: Flags, recommended: dict, names, source) -> str:
-    """Set those of the flags `names` that were not given to what a model's file, `source`, recommends.
-
-    A value of the wrong type is left out. Returns a sentence that names what changed; "" with --preset published.
-    """
+    """Set those of the flags `names` that were not given to what a model's file, `source`, recommends. A value of the
+    wrong type is left out. Returns a sentence that names what changed; "" with --preset published."""
     given = vars(args)
     fitting = {name: value for name, value in recommended.items() if name in names and _like(value, given[name])}
     changed = {} if args.preset else args.fill(fitting)

@@ -1,7 +1,5 @@
 """Means of what a training reports, over steps and ranks."""
 
-from __future__ import annotations
-
 import torch
 
 from common.distributed import all_reduce_mean

@@ -3,8 +3,6 @@
 images = open_faces(["photos/", "another face.jpg"], 256, Path("inverted"), align="auto", dist=setup())
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -58,11 +56,9 @@ def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, positio
 
 
 def open_images(sources: Sequence, size: int, *, fit: str = "crop", resample: str = "lanczos") -> Images:
-    """The images of one LMDB, or of folders (any depth, sorted) and files in the order given.
-
-    fit, resample: of common.images.fit_image. Raises FileNotFoundError for a path that is absent, ValueError when there
-    is no image or an LMDB has none of this size.
-    """
+    """The images of one LMDB, or of folders (any depth, sorted) and files in the order given. fit, resample: of
+    common.images.fit_image. Raises FileNotFoundError for a path that is absent, ValueError when there is no image or an
+    LMDB has none of this size."""
     entries: list[tuple[str, Path]] = []
     for source in map(Path, sources):
         if not source.exists():
@@ -113,11 +109,9 @@ def open_faces(
     weights_dir: Path | None = None,
     limit: int | None = None,  # only the first images are looked at and aligned
 ) -> Images:
-    """`open_images` of the sources, aligned where asked for, in the order of the photos; all ranks must call it.
-
-    Photos without a face are in `left_out`. Raises as `open_images`; FileNotFoundError without the detector's weights,
-    UserError when no photo gives a face.
-    """
+    """`open_images` of the sources, aligned where asked for, in the order of the photos; all ranks must call it. Photos
+    without a face are in `left_out`. Raises as `open_images`; FileNotFoundError without the detector's weights,
+    UserError when no photo gives a face."""
     images = open_images(sources, size, fit=fit, resample=resample)
     if not images.paths:  # an LMDB
         return images

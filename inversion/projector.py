@@ -12,8 +12,6 @@ the noise terms over the batch; for one image both are the same.)
     images, _ = generator(result.latents, input_is_latent=True, noise=result.noise)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,10 +63,8 @@ def check_settings(*, steps: int, **settings: float) -> None:
 
 
 def noise_regularisation(maps: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared autocorrelation at a shift of one pixel, over all maps [N, 1, r, r] and scales down to 8 -> [N].
-
-    Keeps the maps from carrying the image (arXiv 1912.04958, eq. 11).
-    """
+    """Squared autocorrelation at a shift of one pixel, over all maps [N, 1, r, r] and scales down to 8 -> [N]. Keeps
+    the maps from carrying the image (arXiv 1912.04958, eq. 11)."""
     total = 0
     for noise in maps:
         while True:
@@ -115,12 +111,10 @@ def project(
     dtype: torch.dtype | None = None,  # of the generator's convolutions
     callback: Callable | None = None,  # callback(step, active, images [A, 3, S, S], losses [A]) at every step
 ) -> Projection:
-    """Find w and noise maps for images. Raises ValueError for settings, a space or shapes that do not fit.
-
-    An image is on a plateau when its loss, averaged over a twentieth of the steps, is less than `early_stop` below the
-    average before: it goes on as if its run had been planned to end soon. Images that have ended leave the batch;
-    `active` holds the positions of the others.
-    """
+    """Find w and noise maps for images. Raises ValueError for settings, a space or shapes that do not fit. An image is
+    on a plateau when its loss, averaged over a twentieth of the steps, is less than `early_stop` below the average
+    before: it goes on as if its run had been planned to end soon. Images that have ended leave the batch; `active`
+    holds the positions of the others."""
     fractions = {"lr_rampup": lr_rampup, "lr_rampdown": lr_rampdown, "noise_ramp": noise_ramp, "early_stop": early_stop}
     check_settings(steps=steps, lr=lr, noise=noise, noise_regularize=noise_regularize, mse=mse, **fractions)
     space, config, n = choose_space(generator, space), generator.config, len(images)

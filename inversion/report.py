@@ -1,7 +1,5 @@
 """Results of inversions on disk: one file per image while a run is under way, tables, grids and curves at its end."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -53,10 +51,9 @@ def load_result(path: Path) -> dict | None:
 
 def write_report(folder: Path, images, failures: dict[int, str], *, config: dict, attributes, published_names) -> None:
     """Write the files of a whole run, and one line of results on stdout; on rank 0, when all images are finished.
-
     failures: position -> why an image was left out. config: settings and names of the networks. attributes: names of
-    each image's condition, or None. published_names: also origin_I.png and project_I.png. UserError without any result.
-    """
+    each image's condition, or None. published_names: also origin_I.png and project_I.png. UserError without any
+    result."""
     stems = file_names(images.names)
     results = {i: load_result(folder / RESULTS / f"{stems[i]}.npz") for i in range(len(images)) if i not in failures}
     failures |= {i: "its result is damaged: run the same command again" for i in results if results[i] is None}

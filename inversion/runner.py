@@ -3,8 +3,6 @@
 Every image is written as soon as it is finished; tables, grids and latents.npy follow at the end (report.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -51,11 +49,9 @@ def invert_images(
     overwrite: bool = False,  # remove the results of other settings
     published_names: bool = False,  # also origin_I.png and project_I.png
 ) -> None:
-    """Project all images and write the report; all ranks must call it.
-
-    An image that cannot be read, or diverges, is listed in skipped.csv. Raises ValueError when the folder holds results
-    of other settings or another process writes to it, and when no image could be inverted.
-    """
+    """Project all images and write the report; all ranks must call it. An image that cannot be read, or diverges, is
+    listed in skipped.csv. Raises ValueError when the folder holds results of other settings or another process writes
+    to it, and when no image could be inverted."""
     space, device, size = choose_space(generator, space), generator.token.device, generator.config.size
     config = {**settings, "perceptual": perceptual.name, "identity": identity and identity.name, "space": space}
     config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}

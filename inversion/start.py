@@ -1,7 +1,5 @@
 """Where w starts: from a pSp encoder, or from saved latents."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +10,7 @@ from common.weights import file_sha256
 
 def open_start(kind: str, path: str, generator, space: str, names: list[str], *, load_encoder: Callable):
     """A function (positions, images [B, 3, S, S]) -> keywords of `project`, and what identifies it in the results.
-
-    kind: mean, encoder or latents. load_encoder: pSp.psp.load_psp, which stands above this package.
-    """
+    kind: mean, encoder or latents. load_encoder: pSp.psp.load_psp, which stands above this package."""
     if kind == "mean":
         return None, kind
     file = Path(path, "latents.npy") if Path(path).is_dir() else Path(path)

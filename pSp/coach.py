@@ -5,8 +5,6 @@ a run that was stopped continues exactly. Each rank normalises its own batch (or
 CUDA); the running statistics are averaged over ranks before they are used.
 """
 
-from __future__ import annotations
-
 import math
 import time
 
@@ -73,11 +71,9 @@ class Coach:
         self.stats.report(**latest)
 
     def passes(self, source, target, *, randomize_noise: bool):
-        """Yield loss and its named parts of a batch in [-1, 1] per pass of the encoder: one, or ReStyle's n_iters.
-
-        Each pass sees the one before as data: no gradient flows from one to the other. Keeps (source, target, output)
-        of the last pass for the sample grid.
-        """
+        """Yield loss and its named parts of a batch in [-1, 1] per pass of the encoder: one, or ReStyle's n_iters. Each
+        pass sees the one before as data: no gradient flows from one to the other. Keeps (source, target, output) of the
+        last pass for the sample grid."""
         net, w, previous = self.net, None, None
         images, pooled = net.fit(source), net.face_pool(target)
         pooled_source = pooled if source is target else net.face_pool(source)
@@ -92,10 +88,8 @@ class Coach:
 
     @torch.no_grad()
     def validate(self, held_out: Dataset) -> tuple[dict[str, float], tuple | None]:
-        """Mean of each loss over the held-out images, and (source, target, output) of this rank's first batch.
-
-        Stored noise, no mirroring, running statistics: a pure function of the weights. All ranks must call it.
-        """
+        """Mean of each loss over the held-out images, and (source, target, output) of this rank's first batch. Stored
+        noise, no mirroring, running statistics: a pure function of the weights. All ranks must call it."""
         self.average_statistics()
         self.net.eval()
         first, sums, n, settings = None, {}, len(held_out), self.settings
@@ -131,9 +125,7 @@ class Coach:
 
     def resume(self, state: dict, source) -> None:
         """Load optimiser and step of state_dict(); the network has been built from the same file (psp_from_state).
-
-        Raises CheckpointError when the file has no such state, or that of another optimiser or network.
-        """
+        Raises CheckpointError when the file has no such state, or that of another optimiser or network."""
         if "optimiser" not in state or not isinstance(state.get("sampler"), dict):
             hint = "--init_from starts a new run from its weights"
             raise CheckpointError(f"{source} cannot be continued, it holds no optimiser state; {hint}")
@@ -152,10 +144,8 @@ class Coach:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def train(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> float:
-        """Steps `step` .. max_steps with logs, validation and checkpoints. Returns the lowest validation loss.
-
-        Raises UserError when a loss is not finite, before anything is saved, or after an orderly stop.
-        """
+        """Steps `step` .. max_steps with logs, validation and checkpoints. Returns the lowest validation loss. Raises
+        UserError when a loss is not finite, before anything is saved, or after an orderly stop."""
         dist, total = self.dist, self.settings.max_steps
         bar = StepBar(total, self.net.step, main=dist.is_main)
         since, since_step, metrics = time.perf_counter(), self.net.step, {}

@@ -8,8 +8,6 @@ Paths are looked for in this order: the flag of pSp/scripts/train.py, the enviro
     celebs_super_resolution   source = target shrunk by a random factor of --resize_factors, and enlarged again
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from pathlib import Path

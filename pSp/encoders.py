@@ -213,11 +213,9 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
 
 
 def init_backbone(encoder: Backbone, init: str, weights_dir=None) -> str:
-    """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published; returns what was loaded.
-
-    init: auto (where the file is found and fits), none, or a file, which must fit (UserError, CheckpointError). Of six
-    input channels the first three get ArcFace's, as in ReStyle.
-    """
+    """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published; returns what was loaded. init: auto
+    (where the file is found and fits), none, or a file, which must fit (UserError, CheckpointError). Of six input
+    channels the first three get ArcFace's, as in ReStyle."""
     if init == "none":
         return "random weights"
     config = encoder.config
@@ -240,10 +238,8 @@ def init_backbone(encoder: Backbone, init: str, weights_dir=None) -> str:
 
 def infer_encoder_config(state: dict, stated: str | None = None) -> EncoderConfig:
     """The config of an encoder from its tensors: those of a published checkpoint, which holds none, have 256 px input.
-
     stated: the encoder_type in the file's opts, which alone tells Encoder4Editing from GradualStyleEncoder. Raises
-    CheckpointError when the tensors are no pSp encoder's, or not those of `stated`.
-    """
+    CheckpointError when the tensors are no pSp encoder's, or not those of `stated`."""
     if stated is not None and stated not in ENCODERS:
         raise CheckpointError(f"it holds an encoder of type {stated!r}; supported are {', '.join(ENCODERS)}")
     try:

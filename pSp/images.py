@@ -1,7 +1,5 @@
 """Images of an encoder: read in batches, and made into source and target."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -50,10 +48,8 @@ def mirror(images: torch.Tensor) -> torch.Tensor:
 
 
 def make_pair(images: torch.Tensor, kind: str, *, factors=RESIZE_FACTORS, training: bool):
-    """Source and target [N, 3, S, S] from images in [-1, 1]; the very same tensor where they do not differ.
-
-    Training mirrors at random and draws the factors; otherwise nothing is mirrored and factors are taken in turn.
-    """
+    """Source and target [N, 3, S, S] from images in [-1, 1]; the very same tensor where they do not differ. Training
+    mirrors at random and draws the factors; otherwise nothing is mirrored and factors are taken in turn."""
     target = mirror(images) if training else images
     if kind == "same":
         return target, target

@@ -88,9 +88,7 @@ def invert(
     keep_shown: int = SHOWN,  # pairs kept in `shown`
 ) -> Inversion:
     """w, reconstructions and measures of images (inversion/inputs.py); those that cannot be read are in `skipped`.
-
-    Measured are the 8-bit images, at 256 px or the generator's size where that is smaller.
-    """
+    Measured are the 8-bit images, at 256 px or the generator's size where that is smaller."""
     device, result = net.latent_avg.device, Inversion()
     for items in read_batches(images.read, positions, batch, workers):
         result.skipped += [(position, reason) for position, image, reason in items if image is None]
@@ -124,10 +122,8 @@ def invert(
 
 
 def style_mixing(net: pSp, layers: list[int], alpha: float | None, seed: int) -> Callable:
-    """mix(position, w) for `invert`: the tokens `layers` taken from a random sample, alpha of the way (None: 1).
-
-    The sample belongs to (seed, position) alone. UserError for a layer the generator does not have.
-    """
+    """mix(position, w) for `invert`: the tokens `layers` taken from a random sample, alpha of the way (None: 1). The
+    sample belongs to (seed, position) alone. UserError for a layer the generator does not have."""
     config = net.decoder.config
     if beyond := [layer for layer in layers if not 0 <= layer < config.n_tokens]:
         raise UserError(f"--latent_mask {beyond[0]}: this generator has the layers 0-{config.n_tokens - 1}")
@@ -144,11 +140,9 @@ def style_mixing(net: pSp, layers: list[int], alpha: float | None, seed: int) ->
 
 @torch.no_grad()
 def retrieval(shown: list[tuple[np.ndarray, np.ndarray]], features: Callable, distance: Callable, device) -> float:
-    """Share of the reconstructions whose nearest original is their own: does the output depend on the input?
-
-    shown: (original, output) pairs, uint8 [S, S, 3]. features(images [1, 3, S, S]) -> list of tensors [1, ...];
-    distance(features of N, features of 1) -> [N]. An encoder that always gives the mean face has 1 / n.
-    """
+    """Share of the reconstructions whose nearest original is their own: does the output depend on the input? shown:
+    (original, output) pairs, uint8 [S, S, 3]. features(images [1, 3, S, S]) -> list of tensors [1, ...];
+    distance(features of N, features of 1) -> [N]. An encoder that always gives the mean face has 1 / n."""
     originals, outputs = ([features(to_tensor(pair[side])[None].to(device)) for pair in shown] for side in (0, 1))
     originals = [torch.cat(layer) for layer in zip(*originals, strict=True)]
     nearest = [int(distance(originals, output).argmin()) for output in outputs]
@@ -176,9 +170,7 @@ def save_inversion(
     retrieved: dict,
 ) -> str:
     """Write everything but the images themselves: see the head of scripts/inference.py. retrieved: of `retrieve`.
-
-    Returns the summary line. UserError when nothing could be read.
-    """
+    Returns the summary line. UserError when nothing could be read."""
     require_results(folder, images, dict(result.skipped), result.positions)
     by = {"perceptual": perceptual, "identity": identity}
     line = write_results(

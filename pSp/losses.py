@@ -8,8 +8,6 @@ and the same L2 and LPIPS on the inner face alone (the crops). A part whose weig
     loss, parts = criterion(output, target, source, w, latent_avg)
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 import torch
@@ -52,10 +50,8 @@ class EncoderLoss:
 
     def __call__(self, output, target, source, w, latent_avg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss, and its parts detached under the published names (loss_l2, loss_lpips, loss_id, id_improve, ..., loss).
-
         output, target, source: [N, 3, H, H] in [-1, 1]; w [N, L, D]; latent_avg [1, L, D], or None for an encoder that
-        does not start from it. Means over the batch.
-        """
+        does not start from it. Means over the batch."""
         weights = self.weights
         parts: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=output.device)

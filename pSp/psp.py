@@ -10,8 +10,6 @@ Files of eladrich/pixel2style2pixel, ReStyle, e4e and TransStyleGAN are read, th
 opts. An exported encoder (.safetensors) is the encoder alone, in half precision, and names its generator.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -28,11 +26,9 @@ MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)  # w
 
 
 class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpoint
-    """encoder(images) + latent_avg -> w -> decoder. `space` is w++ with a W++ generator, else w or w+.
-
-    latent_avg: [1, L, D], the generator's mean w per token. n_iters: passes of an encoder of six channels; others have
-    one. Raises ValueError for an encoder and a generator that do not fit.
-    """
+    """encoder(images) + latent_avg -> w -> decoder. `space` is w++ with a W++ generator, else w or w+. latent_avg: [1,
+    L, D], the generator's mean w per token. n_iters: passes of an encoder of six channels; others have one. Raises
+    ValueError for an encoder and a generator that do not fit."""
 
     def __init__(self, config: EncoderConfig, decoder: Generator, latent_avg, *, start_from_latent_avg=True, n_iters=5):
         super().__init__()
@@ -86,11 +82,9 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
         return self.decoder(w, input_is_latent=True, randomize_noise=randomize_noise, dtype=dtype)[0]
 
     def encode_once(self, images, w=None, previous=None, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One pass: images [N, 3, input_size, input_size] in [-1, 1] -> w [N, L, D].
-
-        w, previous: of the pass before and its reconstruction at the encoder's input size, for an encoder of six
-        channels; None: the average. dtype: of the convolutions (autocast), None or float32 for none.
-        """
+        """One pass: images [N, 3, input_size, input_size] in [-1, 1] -> w [N, L, D]. w, previous: of the pass before
+        and its reconstruction at the encoder's input size, for an encoder of six channels; None: the average. dtype: of
+        the convolutions (autocast), None or float32 for none."""
         if self.refines:
             if previous is None:
                 with torch.no_grad():
@@ -195,11 +189,9 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
 
 def load_psp(path: str | Path, device: str | torch.device = "cpu", generator: Generator | None = None) -> pSp:
     """The pSp network in a checkpoint of ours or of the published tools, eval mode, gradients off, on `device`.
-
     generator: the one that it must have been trained for; default: the one in the file, or that an exported encoder
     names, beside it. Raises FileNotFoundError, or CheckpointError in one sentence. `net.decoder.fingerprint` is that of
-    the generator.
-    """
+    the generator."""
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
         return load_exported(path, generator).to(device)
@@ -215,10 +207,8 @@ def require_generator(path, fingerprint: str, generator: Generator | None) -> No
 
 
 def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
-    """Write the encoder as .safetensors: convolutions and matrices in half precision, all else in float32.
-
-    generator: name of the file of its generator, which readers look for beside this one.
-    """
+    """Write the encoder as .safetensors: convolutions and matrices in half precision, all else in float32. generator:
+    name of the file of its generator, which readers look for beside this one."""
     weights = net.encoder.state_dict()
     tensors = {f"encoder.{name}": value.half() if value.ndim > 1 else value for name, value in weights.items()}
     header = {

@@ -8,17 +8,13 @@ Sources: Liu et al. 2020 (arXiv 1908.03265, RAdam), Zhang et al. 2019 (arXiv 190
     optimiser = Ranger(encoder.parameters(), lr=1e-4)
 """
 
-from __future__ import annotations
-
 import torch
 
 
 class Ranger(torch.optim.RAdam):
     """alpha, k: every k steps the weights go back to slow + alpha * (fast - slow), which becomes the new slow weight.
-
     Gradients of matrices and convolutions lose their mean over all axes but the first. `state_dict` holds everything,
-    the slow weights included: continuing from it equals never having stopped.
-    """
+    the slow weights included: continuing from it equals never having stopped."""
 
     def __init__(self, params, lr=1e-3, *, alpha=0.5, k=6, betas=(0.95, 0.999), eps=1e-5, weight_decay=0.0):
         if not 0 <= alpha <= 1 or k < 1:

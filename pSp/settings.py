@@ -1,7 +1,5 @@
 """Settings of an encoder and its training, without torch. Fields with a help text are flags of scripts/train.py."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 from common.cli import UsageError, UserError

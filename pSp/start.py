@@ -1,7 +1,5 @@
 """Start of an encoder's training: the file it continues or takes its weights from, its network, its images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +19,7 @@ MEAN_SAMPLES = 10_000  # of the average w, as published
 
 def read_start(exp_dir, resume, checkpoint_path, init_from) -> tuple[dict | None, Path | None, bool]:
     """(state, its file, whether to continue it); (None, None, False): from scratch. Raises as common.runs.find_start.
-
-    checkpoint_path, the published flag, continues a checkpoint; one without optimiser state gives its weights alone.
-    """
+    checkpoint_path, the published flag, continues a checkpoint; one without optimiser state gives its weights alone."""
     if checkpoint_path and "optimiser" in load_weights(checkpoint_path):
         resume = checkpoint_path
     path, continues = find_start(Path(exp_dir) / "checkpoints", resume, init_from or checkpoint_path, flag="exp_dir")
@@ -89,11 +85,8 @@ def require_same(config: EncoderConfig, flags: EncoderFlags, source) -> None:
 
 
 def open_images(size: int, training: str, test: str | None, *, holdout: float, val_images: int):
-    """Training data and held-out data, uint8 [3, size, size].
-
-    test: path of the held-out images; None: the share `holdout` of the training images. val_images: the first of them;
-    0: all.
-    """
+    """Training data and held-out data, uint8 [3, size, size]. test: path of the held-out images; None: the share
+    `holdout` of the training images. val_images: the first of them; 0: all."""
     images: Dataset = open_dataset(training, size)
     if test is not None:
         held_out = open_dataset(test, size)

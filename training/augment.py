@@ -12,8 +12,6 @@ images that drew blits alone are moved by exact indexing, and reflection at the 
     logits = discriminator(ada(real)); ada.accumulate(logits); ada.update()
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Iterable

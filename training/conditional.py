@@ -9,8 +9,6 @@ fooled together with the scorer.
     train.py --path faces.lmdb --condition face-scorer --init_from faces.pt --exp_name runs/cgan
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,12 +35,9 @@ from training.transfer import is_modulation
 
 
 class ConditionalTrainer(Trainer):
-    """A Trainer whose generator takes attributes as a condition.
-
-    scorer: the frozen scorer with the attributes of the condition; scorer_name: for the checkpoint. table: attributes
-    [M, d] of real faces, in [0, 1], kept in the checkpoint, so that a resumed run draws the same conditions.
-    condition: ConditionSettings.
-    """
+    """A Trainer whose generator takes attributes as a condition. scorer: the frozen scorer with the attributes of the
+    condition; scorer_name: for the checkpoint. table: attributes [M, d] of real faces, in [0, 1], kept in the
+    checkpoint, so that a resumed run draws the same conditions. condition: ConditionSettings."""
 
     def __init__(self, config, settings, dist, *, scorer: AttributeReader, scorer_name, table, condition):
         if condition.light:  # path length depends on the columns of w, which stay
@@ -130,9 +125,7 @@ class ConditionSpec:
 
 def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start):
     """ConditionSpec of a run from the flags (None: not given) and the file that it starts from; None: unconditional.
-
-    Raises UsageError for flags that do not fit together, UserError for those that do not fit the file.
-    """
+    Raises UsageError for flags that do not fit together, UserError for those that do not fit the file."""
     path, stored = start.path, None
     if start.config is not None and start.config.condition_dim:
         stored = Condition.from_dict(start.state.get("condition") or {}, path)
@@ -167,11 +160,9 @@ def build_trainer(
     dataset,
     start: Start,
 ) -> Trainer:
-    """The trainer, conditional where there is a `spec`, in the state of `start`.
-
-    A new conditional run scores faces of the data set (on rank 0). Raises ConditionError for attributes that the scorer
-    lacks, UserError for another scorer than a continued run's.
-    """
+    """The trainer, conditional where there is a `spec`, in the state of `start`. A new conditional run scores faces of
+    the data set (on rank 0). Raises ConditionError for attributes that the scorer lacks, UserError for another scorer
+    than a continued run's."""
     if spec is None:
         trainer = Trainer(config, settings, dist)
     else:

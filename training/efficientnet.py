@@ -4,8 +4,6 @@ Tan & Le 2019, "EfficientNet", arXiv 1905.11946; the Lite networks of 2020 have 
 Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007: this network, mixed across channels and scales.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 
@@ -22,10 +20,8 @@ OUTPUT_BLOCKS = (2, 4, 10, 15)  # the last of each resolution
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 without its classifier, frozen; dtype: of the computation.
-
-    state: trained weights in the layout of the package efficientnet_lite_pytorch, which give channels and kernel sizes.
-    """
+    """EfficientNet-Lite0 without its classifier, frozen; dtype: of the computation. state: trained weights in the
+    layout of the package efficientnet_lite_pytorch, which give channels and kernel sizes."""
 
     def __init__(self, state: dict, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -76,11 +72,9 @@ class FrozenConv(nn.Module):
 
 class RandomMixing(nn.Module):
     """Maps [N, C, h, w], fine to coarse, each half the size of the one before -> mixtures of MIXED_WIDTHS channels and
-    the same sizes, by fixed random convolutions (Sauer et al. 2021, section 3.2; theirs also doubles the sizes).
-
-    Linear and no narrower than the maps, so little is lost, but a head cannot single out the few channels by which it
-    would tell real from generated at once. The weights follow from the seed and are not part of state_dict().
-    """
+    the same sizes, by fixed random convolutions (Sauer et al. 2021, section 3.2; theirs also doubles the sizes). Linear
+    and no narrower than the maps, so little is lost, but a head cannot single out the few channels by which it would
+    tell real from generated at once. The weights follow from the seed and are not part of state_dict()."""
 
     def __init__(self, channels, seed: int = 0):
         super().__init__()

@@ -3,8 +3,6 @@
 training_loop(trainer, batches, run, StopSignal(), LoopSettings(save_every=1000), options=vars(args))
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import sys
@@ -45,10 +43,8 @@ def training_loop(
     evaluate=None,  # callable of (g_ema, step, images seen), on every rank
     save_first: bool = False,  # also before the first step: shows now that it can be written, and rollbacks need one
 ) -> None:
-    """Steps n_steps .. settings.iter - 1, with what is due at their intervals and after the last.
-
-    Raises UserError at a number that is not finite, before a checkpoint is overwritten, and after an orderly stop.
-    """
+    """Steps n_steps .. settings.iter - 1, with what is due at their intervals and after the last. Raises UserError at a
+    number that is not finite, before a checkpoint is overwritten, and after an orderly stop."""
     dist, sampler, total, n_rollbacks = trainer.dist, batches.sampler, settings.iter, 0
     z = trainer.g.draw_z(settings.n_sample, torch.Generator().manual_seed(trainer.settings.seed))
     speed = Speed(trainer, total)

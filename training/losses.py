@@ -4,8 +4,6 @@ The non-saturating logistic loss (Goodfellow et al. 2014, arXiv 1406.2661, secti
 length regularisation, both applied lazily by the trainer (Karras et al. 2020, arXiv 1912.04958, section 3.1).
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -4,8 +4,6 @@ start = read_start("runs/faces", resume="auto")
 config = resolve_architecture({"size": 64}, start)  # also of a start without a file
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,10 +36,8 @@ class Start:
 
 
 def read_start(exp_name: str | Path, *, resume: str | None = None, init_from: str | None = None) -> Start:
-    """Find and read the file that a run in the folder `exp_name` starts from; see common.runs.find_start.
-
-    Raises UserError where an earlier run would be overwritten, CheckpointError for a file that is none.
-    """
+    """Find and read the file that a run in the folder `exp_name` starts from; see common.runs.find_start. Raises
+    UserError where an earlier run would be overwritten, CheckpointError for a file that is none."""
     path, continues = find_start(Path(exp_name) / "checkpoint", resume, init_from, flag="exp_name")
     if path is None:
         return Start()
@@ -144,11 +140,9 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
 
 
 def init_from(trainer: Trainer, start: Start) -> None:
-    """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew.
-
-    A smaller or narrower generator is grown, an unconditional one gets the condition that is trained
-    (training/transfer.py). Raises CheckpointError for any other difference.
-    """
+    """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew. A smaller or
+    narrower generator is grown, an unconditional one gets the condition that is trained (training/transfer.py). Raises
+    CheckpointError for any other difference."""
     state, config = start.state, start.config
     weights = state if "g_ema" in state else {"g_ema": state}
     generators = [name for name in ("g", "g_ema") if name in weights]

@@ -1,7 +1,5 @@
 """Settings of a training, without torch. The fields that have a help text are flags of train.py."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -10,8 +10,6 @@ a resumed run repeats the uninterrupted one, and R processes draw what one proce
     trainer.step(images)  # uint8 [16, 3, 64, 64]
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -199,9 +197,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Continue from state_dict(), or from a rosinality or TransStyleGAN checkpoint, which lacks config and step.
-
-        Learning rates and betas stay those of the settings. Raises CheckpointError naming `source`.
-        """
+        Learning rates and betas stay those of the settings. Raises CheckpointError naming `source`."""
         missing = [name for name in ("g", "d", "g_ema", "g_optim", "d_optim") if name not in state]
         if missing:
             hint = "--init_from starts a new run from its weights"
@@ -277,10 +273,8 @@ def prepare_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def draw_ws(g: Generator, n: int, mixing: float) -> torch.Tensor:
-    """ws [n, L, C] of fresh z; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1).
-
-    Both z of a mixture are mapped whether or not they are mixed: no host sync, the same shapes in every step.
-    """
+    """ws [n, L, C] of fresh z; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1). Both z of a
+    mixture are mapped whether or not they are mixed: no host sync, the same shapes in every step."""
     config, device = g.config, next(g.parameters()).device
     z = torch.randn(n, *g.draw_z(0).shape[1:], device=device)
     ws = g.get_latent(z)  # [n, L, C]

@@ -6,8 +6,6 @@ image. The idea is progressive growing (Karras et al. 2018, arXiv 1710.10196) wi
 connections to RGB make unnecessary (arXiv 1912.04958, section 4.1).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 
@@ -78,12 +76,10 @@ def can_widen(narrow: GeneratorConfig, wide: GeneratorConfig) -> bool:
 
 @torch.no_grad()
 def widen(state: dict, network: Generator | Discriminator) -> dict:
-    """A state dict for the wider `network` that computes what the narrower one of `state` does.
-
-    New feature maps start at random, and the weights by which old maps read them at zero, with a gradient. The
-    equalised scale 1/sqrt(inputs) is made up for. (Net2WiderNet, arXiv 1511.05641, splits maps instead: copies of one
-    map would stay alike without noise.) Only D's minibatch statistic, a mean over all maps, changes a little.
-    """
+    """A state dict for the wider `network` that computes what the narrower one of `state` does. New feature maps start
+    at random, and the weights by which old maps read them at zero, with a gradient. The equalised scale 1/sqrt(inputs)
+    is made up for. (Net2WiderNet, arXiv 1511.05641, splits maps instead: copies of one map would stay alike without
+    noise.) Only D's minibatch statistic, a mean over all maps, changes a little."""
     widened = {}
     for name, fresh in network.state_dict().items():
         old, new = fresh if name == "token" else state[name], fresh.clone()  # rosinality's files have no token
@@ -105,10 +101,8 @@ def widen(state: dict, network: Generator | Discriminator) -> dict:
 
 
 def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
-    """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation.
-
-    The equalised scale 1/sqrt(inputs) is made up for: the images stay the same up to rounding, whatever the condition.
-    """
+    """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation. The
+    equalised scale 1/sqrt(inputs) is made up for: the images stay the same up to rounding, whatever the condition."""
     gain = math.sqrt((config.style_dim + n) / config.style_dim)
 
     def widen(weight):

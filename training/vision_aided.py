@@ -9,8 +9,6 @@ training: name it beside results, and evaluate with another network.
     logits = aux_d(images)  # images [N, 3, S, S] in [-1, 1] -> one [N, P] per head
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -31,13 +29,10 @@ AUGMENT_P = 0.5  # heads on strong features overfit soon
 
 
 class VisionAidedDiscriminator(nn.Module):
-    """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, float32, one tensor [N, P] per head.
-
-    features: a frozen network with `activations(images) -> list of [N, C, h, w]`, such as a distance of
-    perceptual/lpips.py. The last layer of each resolution of at most 32 pixels gets a head, its activations brought to
-    one length per pixel; mixed: through RandomMixing. side: pixels to which smaller images are enlarged. state_dict()
-    holds the heads alone.
-    """
+    """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, float32, one tensor [N, P] per head. features: a frozen
+    network with `activations(images) -> list of [N, C, h, w]`, such as a distance of perceptual/lpips.py. The last
+    layer of each resolution of at most 32 pixels gets a head, its activations brought to one length per pixel; mixed:
+    through RandomMixing. side: pixels to which smaller images are enlarged. state_dict() holds the heads alone."""
 
     def __init__(self, features: nn.Module, *, mixed: bool = False, side: int = SIDE):
         super().__init__()
@@ -74,10 +69,8 @@ class VisionAidedDiscriminator(nn.Module):
 
 
 def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:
-    """The discriminator on `efficientnet`, or on the network of the perceptual distance `name`.
-
-    Raises UserError where a package is missing, else what build_perceptual does.
-    """
+    """The discriminator on `efficientnet`, or on the network of the perceptual distance `name`. Raises UserError where
+    a package is missing, else what build_perceptual does."""
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
     if name == "efficientnet":
         features = EfficientNetLite0(load_efficientnet(), dtype)

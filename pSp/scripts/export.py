@@ -6,8 +6,6 @@ folder. projector.py --init encoder:FILE and pSp/scripts/inference.py --checkpoi
     python pSp/scripts/export.py --checkpoint_path best_model.pt --stylegan_weights g.safetensors --output e.safetensors
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -9,8 +9,6 @@ and skipped.csv when a file could not be read. Several processes under torchrun 
         --test_batch_size 1 --test_workers 4 --resize_outputs --couple_outputs
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

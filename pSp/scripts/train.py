@@ -10,8 +10,6 @@ encoder that sees its own reconstruction and corrects it (ReStyle).
         --lpips_lambda 0.8 --l2_lambda 1 --id_lambda 0.1 --val_interval 2500 --save_interval 5000
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
