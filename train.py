@@ -81,14 +81,13 @@ def parse_micro_batch(text: str) -> str:
 
 
 def main(args) -> int:
-    from contextlib import ExitStack, closing, nullcontext
+    from contextlib import ExitStack, closing
 
     import torch
 
-    from common.distributed import barrier, setup, shutdown
+    from common.distributed import setup, shutdown
     from common.interrupt import StopSignal
-    from common.lock import lock_folder
-    from common.runs import Run, restore_options, start_wandb
+    from common.runs import open_run, restore_options
     from dataset import InfiniteSampler, data_loader, open_dataset
     from training.conditional import build_trainer, resolve_condition
     from training.loop import fit_micro_batch, report_start, start_monitor, training_loop
@@ -128,14 +127,11 @@ def main(args) -> int:
         if start.continues and "sampler" in start.state:
             sampler.load(start.state["sampler"])
         trainer = build_trainer(config, settings, dist, spec=spec, condition=condition, dataset=dataset, start=start)
-        if args.wandb and dist.is_main:  # before the TensorBoard writer, which it mirrors
-            start_wandb("wpp", "wandb", args.exp_name, options)
 
-        # The run folder; no rank writes before every rank has looked at it.
-        barrier()
-        stack.enter_context(lock_folder(args.exp_name, "training") if dist.is_main else nullcontext())
+        # The run folder.
         resume_step = trainer.n_steps + 1 if start.continues else None
-        run = stack.enter_context(Run(args.exp_name, options, main=dist.is_main, resume_step=resume_step))
+        run = open_run(args.exp_name, options, dist, resume_step=resume_step, wandb=args.wandb and "wpp")
+        run = stack.enter_context(run)
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=dist.device)
         stack.enter_context(closing(batches))
         if args.micro_batch == "auto":

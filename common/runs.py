@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, latest_checkpoint
 from common.cli import ROOT, Flags, UserError
+from common.distributed import barrier
 from common.files import atomic_write, write_text
+from common.lock import lock_folder
 
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
@@ -75,13 +77,20 @@ def find_start(folder, resume, init_from, *, flag) -> tuple[Path | None, bool]:
     return newest, True
 
 
-def start_wandb(project: str, flag: str, name: str, options: dict) -> None:
-    """Mirror what goes to TensorBoard to Weights & Biases. Raises UserError when its package is absent."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"--{flag} needs the wandb package: pip install wandb") from None
-    wandb.init(project=project, name=name, config=options, sync_tensorboard=True, resume="allow")
+@contextlib.contextmanager
+def open_run(folder, options: dict, dist, *, resume_step: int | None, folders=FOLDERS, wandb=None):
+    """The `Run` of a training, which alone writes to its folder; wandb: the project to mirror it to. All ranks call it,
+    and none writes before every rank has looked at the folder. Raises UserError when wandb is not installed."""
+    barrier()
+    with lock_folder(folder, "training") if dist.is_main else contextlib.nullcontext():
+        if wandb and dist.is_main:  # before the TensorBoard writer, which it mirrors
+            try:
+                from wandb import init
+            except ImportError:
+                raise UserError("Weights & Biases is not installed: pip install wandb") from None
+            init(project=wandb, name=Path(folder).name, config=options, sync_tensorboard=True, resume="allow")
+        with Run(folder, options, main=dist.is_main, resume_step=resume_step, folders=folders) as run:
+            yield run
 
 
 def to_plain(value):

@@ -1,5 +1,4 @@
-"""Data of an encoder: the published data-set types, where their images lie, and how the source image differs from the
-target that the encoder shall reproduce.
+"""Data of an encoder: the published data-set types, and where their images lie.
 
 Paths are looked for in this order: the flag of pSp/scripts/train.py, the environment variable, the table below.
 

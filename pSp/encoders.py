@@ -131,6 +131,9 @@ class Backbone(nn.Module):
 
     def features(self, images) -> list[torch.Tensor]:
         """The three taps, fine to coarse: [N, 2w, s, s], [N, 4w, s/2, s/2], [N, 8w, s/4, s/4], s = tap_sizes[0]."""
+        expected = (self.config.input_nc, self.config.input_size, self.config.input_size)
+        if images.shape[1:] != expected:
+            raise ValueError(f"the encoder takes images [N, {', '.join(map(str, expected))}], got {list(images.shape)}")
         x = self.input_layer(images.contiguous(memory_format=torch.channels_last))
         taps = []
         for index, unit in enumerate(self.body):

@@ -50,11 +50,23 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def parse_layers(text: str | None) -> list[int] | None:
+def read_settings(flags: dict) -> tuple[int, list[int] | None]:
+    """Factor of super-resolution (1: none) and layers to mix (None: none). UsageError for flags that do not fit."""
+    if not flags["exp_dir"]:
+        raise UsageError("where to? pass --exp_dir FOLDER")
+    if flags["n_outputs_to_generate"] is not None:
+        raise UserError("--n_outputs_to_generate is not supported: generate.py --latents EXP_DIR --mix ROWS COLS")
+    factors, mask = resize_factors(flags["resize_factors"] or "1"), flags["latent_mask"]
+    if len(factors) != 1:
+        raise UsageError(f"--resize_factors {flags['resize_factors']}: inference takes one factor")
+    if flags["retrieval"] == 1:
+        raise UsageError("--retrieval 1: expected at least two images, or 0")
+    if flags["mix_alpha"] is not None and (mask is None or not 0 <= flags["mix_alpha"] <= 1):
+        raise UsageError("--mix_alpha is a number from 0 to 1 and goes with --latent_mask")
     try:
-        return None if text is None else [int(part) for part in text.split(",")]
+        return factors[0], None if mask is None else [int(part) for part in mask.split(",")]
     except ValueError:
-        raise UsageError(f"--latent_mask {text}: expected layers such as 8,9,10") from None
+        raise UsageError(f"--latent_mask {mask}: expected layers such as 8,9,10") from None
 
 
 def main(args) -> int:
@@ -68,19 +80,8 @@ def main(args) -> int:
     from pSp.inference import SHOWN, Folders, Inversion, invert, retrieve, save_inversion, style_mixing
     from pSp.psp import load_psp
 
-    # Flags that cannot work.
-    if not args.exp_dir:
-        raise UsageError("where to? pass --exp_dir FOLDER")
-    if args.n_outputs_to_generate is not None:
-        raise UserError("--n_outputs_to_generate is not supported: generate.py --latents EXP_DIR --mix ROWS COLS")
-    factors = resize_factors(args.resize_factors) if args.resize_factors else (1,)
-    if len(factors) != 1:
-        raise UsageError(f"--resize_factors {args.resize_factors}: inference takes one factor")
-    if args.retrieval == 1:
-        raise UsageError("--retrieval 1: expected at least two images, or 0")
-    if args.mix_alpha is not None and (args.latent_mask is None or not 0 <= args.mix_alpha <= 1):
-        raise UsageError("--mix_alpha is a number from 0 to 1 and goes with --latent_mask")
-    (factor,), layers, exp_dir = factors, parse_layers(args.latent_mask), Path(args.exp_dir)
+    factor, layers = read_settings(vars(args))
+    exp_dir = Path(args.exp_dir)
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
 
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)

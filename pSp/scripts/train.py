@@ -78,14 +78,13 @@ def read_settings(flags: dict) -> tuple[TrainSettings, LossWeights, EncoderFlags
 
 
 def main(args) -> int:
-    from contextlib import ExitStack, nullcontext
+    from contextlib import ExitStack
 
     import torch
 
-    from common.distributed import barrier, setup, shutdown
+    from common.distributed import setup, shutdown
     from common.interrupt import StopSignal
-    from common.lock import lock_folder
-    from common.runs import Run, restore_options, start_wandb, write_json
+    from common.runs import open_run, restore_options, write_json
     from dataset import InfiniteSampler, data_loader
     from model import load_generator
     from pSp.coach import Coach
@@ -124,7 +123,7 @@ def main(args) -> int:
                 print(f"{args.exp_dir}: step {net.step} of {settings.max_steps}, nothing was left to do")
             return 0
 
-        # Data, losses, training state; no rank writes before every rank has looked at the folder.
+        # Data, losses, training state.
         train_path = training_path(args.train_path, args.dataset_type)
         test_path = find_path(args.test_path, dataset_type(args.dataset_type).test)
         split = {"holdout": args.holdout, "val_images": args.val_images}
@@ -136,15 +135,12 @@ def main(args) -> int:
         if continues:
             coach.resume(state, source)
             sampler.load(state["sampler"])
-        barrier()
 
         # The run folder.
-        stack.enter_context(lock_folder(args.exp_dir, "training") if dist.is_main else nullcontext())
         opts = vars(args) | {"output_size": net.decoder.config.size}
-        if args.use_wandb and dist.is_main:
-            start_wandb("wpp-psp", "use_wandb", Path(args.exp_dir).name, vars(args))
-        folders, resume_step = ("sample", "checkpoints", "tensorboard_log"), net.step + 1 if continues else None
-        run = stack.enter_context(Run(args.exp_dir, args, main=dist.is_main, resume_step=resume_step, folders=folders))
+        options = {"folders": ("sample", "checkpoints", "tensorboard_log"), "wandb": args.use_wandb and "wpp-psp"}
+        resume_step = net.step + 1 if continues else None
+        run = stack.enter_context(open_run(args.exp_dir, vars(args), dist, resume_step=resume_step, **options))
         if dist.is_main:
             write_json(run.path("opt.json"), opts)
             print(
