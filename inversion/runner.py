@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -108,8 +107,10 @@ def invert_images(
                     "condition": None if condition is None else condition[0].tolist(),
                     "digest": digests[i],
                 }
-                synth = reconstruct(generator, result, condition)
-                if synth is None:
+                w, noise = projection.latents[i : i + 1], [layer[i : i + 1] for layer in projection.noise]
+                try:
+                    synth = next(render(generator, w, noise=noise, condition=condition))
+                except ValueError:  # the image is not finite
                     failures[position] = DIVERGED
                     continue
                 original, stem = to_uint8(target[i]), stems[position]
@@ -126,17 +127,6 @@ def invert_images(
             names = {"attributes": attributes, "published_names": published_names}
             write_report(folder, images, failures, config=config, **names)
         barrier()
-
-
-def reconstruct(generator, result: dict, condition: torch.Tensor | None) -> np.ndarray | None:
-    """uint8 [S, S, 3] of w and noise maps; None when any of them is not finite."""
-    w, *noise = (torch.from_numpy(values)[None] for values in (result["latents"], *result["noise"]))
-    if not all(values.isfinite().all() for values in (w, *noise)):
-        return None
-    try:
-        return next(render(generator, w, noise=noise, condition=condition))
-    except ValueError:  # the image is not finite
-        return None
 
 
 def prepare_folder(folder: Path, config: dict, overwrite: bool) -> None:
