@@ -94,9 +94,6 @@ def pixel_seed(image: torch.Tensor, seed: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-# -- alignment -----------------------------------------------------------------------------------------------------
-
-
 def open_faces(
     sources: Sequence,
     size: int,

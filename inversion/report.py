@@ -21,8 +21,6 @@ from sampling.render import CONDITION, file_names
 RESULTS, ORIGINALS, PROJECTED = "inversions", "origin", "project"  # folders of the finished images
 PER_GRID = 8  # columns
 
-# -- one image -----------------------------------------------------------------------------------------------------
-
 
 def save_result(path: Path, result: dict) -> None:
     """Write what `load_result` reads. OSError naming the file when the disk is full; nothing half-written is left."""
@@ -44,9 +42,6 @@ def load_result(path: Path) -> dict | None:
             return {"latents": arrays["latents"], "noise": noise, "curves": curves} | metadata
     except Exception:  # a damaged archive can raise anything
         return None
-
-
-# -- all of them ---------------------------------------------------------------------------------------------------
 
 
 def write_report(folder: Path, images, failures: dict[int, str], *, config: dict, attributes, published_names) -> None:

@@ -109,10 +109,6 @@ class ConditionalTrainer(Trainer):
         self.warm = state["warm"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From flags to a trainer
-
-
 @dataclass(frozen=True)
 class ConditionSpec:
     """Condition of a run: a scorer by name, attributes of it, and the fingerprint that a continued run's must have."""

@@ -105,10 +105,6 @@ def training_loop(
                 raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Status
-
-
 class Speed:
     """Images per second, share of time spent waiting for data, memory and time left, since the last reading."""
 
@@ -177,10 +173,6 @@ def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int,
     return Monitor(run, path, trainer.config.size, metrics=parse_metrics(metric), **common).evaluate
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples and checkpoints
-
-
 @torch.no_grad()
 def save_samples(trainer: Trainer, run: Run, z: torch.Tensor) -> None:
     """Grid of the EMA generator on z [n, ...] with fixed noise maps; for W++ one figure of the attention maps."""
@@ -210,10 +202,6 @@ def save_and_prune(run: Run, state: dict, keep: int) -> None:
         if "config" in older_state:  # else another program's file, put here to continue from: the user's to remove
             export_ema(older_state, path.with_suffix(".safetensors"))
             path.unlink()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trouble
 
 
 def non_finite_networks(trainer: Trainer) -> list[str]:

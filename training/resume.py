@@ -89,10 +89,6 @@ def rename_keys(state: dict) -> dict:
     return state
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings that follow from flags (None: not given) and the file
-
-
 def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
     """Config of the networks: flags, else the file, else the published one. Raises UsageError for what cannot be
     built, CheckpointError for flags that contradict a continued run."""
