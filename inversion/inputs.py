@@ -106,8 +106,8 @@ def open_faces(
     weights_dir: Path | None = None,
     limit: int | None = None,  # only the first images are looked at and aligned
 ) -> Images:
-    """`open_images` of the sources, aligned where asked for, in the order of the photos; all ranks must call it. Photos
-    without a face are in `left_out`. Raises as `open_images`; FileNotFoundError without the detector's weights,
+    """`open_images` of the sources, with `align` "auto" aligned, in the order of the photos; all ranks must call it.
+    Photos without a face are in `left_out`. Raises as `open_images`; FileNotFoundError without the detector's weights,
     UserError when no photo gives a face."""
     images = open_images(sources, size, fit=fit, resample=resample)
     if not images.paths:  # an LMDB

@@ -113,7 +113,7 @@ def project(
 ) -> Projection:
     """Find w and noise maps for images. Raises ValueError for settings, a space or shapes that do not fit. An image is
     on a plateau when its loss, averaged over a twentieth of the steps, is less than `early_stop` below the average
-    before: it goes on as if its run had been planned to end soon. Images that have ended leave the batch; `active`
+    before: it continues as if its run had been planned to end soon. Images that have ended leave the batch; `active`
     holds the positions of the others."""
     fractions = {"lr_rampup": lr_rampup, "lr_rampdown": lr_rampdown, "noise_ramp": noise_ramp, "early_stop": early_stop}
     check_settings(steps=steps, lr=lr, noise=noise, noise_regularize=noise_regularize, mse=mse, **fractions)

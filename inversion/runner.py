@@ -88,17 +88,17 @@ def invert_images(
             # Optimise a batch.
             where, pixels, digests = zip(*block, strict=True)
             target = torch.stack(pixels).to(device).float() / 127.5 - 1  # [B, 3, S, S]
-            begin = start(where, target) if start else {}
-            if statistics is None and (settings.get("noise", 1) or "w_start" not in begin):
+            given = start(where, target) if start else {}
+            if statistics is None and (settings.get("noise", 1) or "w_start" not in given):
                 statistics = generator.latent_statistics(mean_samples)
             common = {"perceptual": perceptual, "space": space, "statistics": statistics, "dtype": dtype}
             seeds = [pixel_seed(image, seed) for image in pixels]
-            projection = project(generator, target, seeds=seeds, callback=watch, **common, **begin, **settings)
+            projection = project(generator, target, seeds=seeds, callback=watch, **common, **given, **settings)
 
             # Measure and write every image of it.
             for i, position in enumerate(where):
                 bar.update(steps - int(projection.steps[i]))
-                condition = begin["condition"][i : i + 1] if "condition" in begin else None
+                condition = given["condition"][i : i + 1] if "condition" in given else None
                 result = {
                     "latents": projection.latents[i].numpy(),
                     "noise": [layer[i].numpy() for layer in projection.noise],

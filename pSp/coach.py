@@ -1,15 +1,14 @@
 """Training of a pSp encoder: one step, validation, the loop, and everything that is written (upstream's Coach).
 
 Every random number of a step is drawn from (seed, step, rank), as in training/trainer.py: no random state is saved, and
-a run that was stopped continues exactly. Each rank normalises its own batch (or all together with --sync_batchnorm on
-CUDA); the running statistics are averaged over ranks before they are used.
+a run that was stopped continues exactly. Each rank normalises its own batch; the running statistics are averaged over
+ranks before they are used.
 """
 
 import math
 import time
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -39,10 +38,6 @@ class Coach:
         net.requires_grad_(False)
         net.encoder.requires_grad_(True)
         net.decoder.requires_grad_(settings.train_decoder)
-        if settings.sync_batchnorm and dist.world_size > 1:
-            if dist.device.type != "cuda":
-                raise UserError("--sync_batchnorm works on CUDA only: PyTorch has no such layer elsewhere")
-            net.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(net.encoder)
         self.net = net.to(dist.device).train()
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         optimiser = Ranger if settings.optim_name == "ranger" else torch.optim.Adam

@@ -123,10 +123,6 @@ def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Te
     return latent_avg.float().reshape(-1, width).expand(n, -1)[None].clone()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The file
-
-
 def psp_state(net: pSp, opts: dict) -> dict:
     """The entries that rebuild `net`, under the published keys; the coach adds its own state."""
     published = {

@@ -25,7 +25,6 @@ class TrainSettings:
     learning_rate: float = flag(1e-4, "of the optimiser")
     optim_name: str = flag("ranger", "optimiser", choices=("ranger", "adam"))
     train_decoder: bool = False
-    sync_batchnorm: bool = flag(False, "normalise over the batches of all processes (CUDA)")
     precision: str = "fp32"
     seed: int = 0
     max_steps: int = flag(500_000, "training steps in all")

@@ -1,4 +1,4 @@
-"""Small pSp networks, stand-ins for those of the losses, and what is known of upstream's."""
+"""Small pSp networks, replacements of those of the losses, and digests of upstream's."""
 
 import hashlib
 

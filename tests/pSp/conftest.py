@@ -1,4 +1,4 @@
-"""The networks of a pSp training's losses, stood in for."""
+"""Small networks in place of those of a pSp training's losses."""
 
 import pytest
 from psp_networks import FakeIdentity, FakePerceptual

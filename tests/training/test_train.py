@@ -414,7 +414,7 @@ def test_low_precision(face_lmdb, start_run, tmp_path, precision):
 
 
 def test_auto_micro_batch_halves_until_it_fits(face_lmdb, start_run, tmp_path, monkeypatch):
-    """What the probes leave behind does not show: the same weights as with the micro-batch given."""
+    """The probes leave nothing behind: the same weights as with the micro-batch given."""
     original, limit = Trainer.run_phase, 2
 
     def run_phase(self, phase, images, **options):

@@ -109,7 +109,7 @@ def test_path_length_gradient_by_finite_differences(tiny_config, w_space):
 
 
 def test_path_length_formula():
-    """Of a linear generator, whose Jacobian is known: sqrt(mean over tokens of sum over channels of (J^T y)^2)."""
+    """On a linear generator, whose Jacobian is known: sqrt(mean over tokens of sum over channels of (J^T y)^2)."""
     torch.manual_seed(0)
     jacobian = torch.randn(3 * 4 * 8, 5 * 7, dtype=torch.float64)
     ws = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
@@ -209,7 +209,7 @@ def test_weights_of_the_regularisers(tiny_config):
 
 
 def test_d_and_g_gradients_by_the_textbook(tiny_config):
-    """The same draws through straight loss formulas; each phase touches its own network only."""
+    """Equal draws through straight loss formulas; each phase touches its own network only."""
     trainer = make_trainer(tiny_config)
     seen = record_phases(trainer)
     trainer.step(random_images(4))

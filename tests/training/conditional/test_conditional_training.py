@@ -34,7 +34,7 @@ from scorer.labels import Attribute
 from training.settings import ConditionSettings
 from training.transfer import add_condition_columns, is_modulation
 
-# -- numbers of faces, requests, the loss --------------------------------------------------------------------------
+# -- numbers of faces, targets, the loss ---------------------------------------------------------------------------
 
 
 def test_attributes_are_numbers_from_0_to_1(reader):
@@ -56,7 +56,7 @@ def test_attributes_are_numbers_from_0_to_1(reader):
     )
 
 
-def test_requests_are_those_of_real_faces():
+def test_targets_are_those_of_real_faces():
     table = torch.arange(20.0)[:, None] + torch.tensor([[0.0, 100.0, 200.0]])
     torch.manual_seed(0)
     whole = draw_requests(table, 400, permute=0)
@@ -89,8 +89,8 @@ def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
     assert gradient[:, 64:].abs().sum() > 0 and gradient[:, :64].abs().sum() > 0
     assert reader.scorer.gain.grad is None and reader.scorer.gain.item() == before
     assert all(p.grad is None for p in trainer.d.parameters()), "nor the discriminator"
-    images, wanted = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.5]])
-    error = attribute_error(reader, images, wanted)
+    images, target = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.5]])
+    error = attribute_error(reader, images, target)
     assert torch.allclose(error, torch.tensor([[0.0, 0.5], [0.5, 0.0]]), atol=0.05)
 
 
@@ -164,7 +164,7 @@ def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional
 
 
 @pytest.mark.parametrize("light", [True, False])
-def test_training_follows_the_request(reader, unconditional, light):
+def test_training_follows_the_target(reader, unconditional, light):
     """The redness asked for moves the redness there is; before the training nothing does."""
     torch.manual_seed(0)
     known = load_checkpoint(unconditional)
@@ -174,18 +174,18 @@ def test_training_follows_the_request(reader, unconditional, light):
     trainer.warm_start(weights, "test")
 
     def changes():
-        """Requests [64, 2], and what they change in the attributes read, from those at the neutral 0.5."""
+        """Targets [64, 2], and what they change in the attributes read, from those at the neutral 0.5."""
         torch.manual_seed(9)
-        wanted, z = torch.rand(64, 2), trainer.g.draw_z(64)
+        target, z = torch.rand(64, 2), trainer.g.draw_z(64)
         with torch.no_grad():
-            read = [reader(trainer.g(z, randomize_noise=False, condition=request)[0]) for request in (wanted, None)]
-        return wanted, read[0] - read[1]
+            read = [reader(trainer.g(z, randomize_noise=False, condition=condition)[0]) for condition in (target, None)]
+        return target, read[0] - read[1]
 
     assert changes()[1].abs().max() < 1e-4
     for k in range(25):
         trainer.step(random_images(8, seed=k))
-    wanted, change = changes()
-    assert min(np.corrcoef(wanted[:, k], change[:, k])[0, 1] for k in range(2)) > 0.7
+    target, change = changes()
+    assert min(np.corrcoef(target[:, k], change[:, k])[0, 1] for k in range(2)) > 0.7
     assert change.abs().max() > 0.05
     metrics = trainer.stats.read()
     assert {"d", "g", "attr", "attr_smile", "attr_eyes_open"} <= set(metrics)
