@@ -43,8 +43,9 @@ def main(args) -> None:
 
     from common.distributed import resolve_device
     from demo_app.models import load_models
-    from demo_app.serve import serve
+    from demo_app.serve import prepare, serve
 
+    prepare()
     if args.threads:
         torch.set_num_threads(args.threads)
     names = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual", "weights_dir")

@@ -21,6 +21,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 FITS = ("crop", "pad", "squash")
 FILTERS = ("nearest", "box", "area", "bilinear", "hamming", "bicubic", "lanczos")
 SPACES = ("w", "w+", "w++")
+EXTRAS = {"gradio": "demo.py", "torch_fidelity": "FID and KID", "tensorboard": "TensorBoard's log"}  # package: stage
 RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scripts write to
 
 
@@ -30,11 +31,6 @@ class UserError(ValueError):
 
 class UsageError(UserError):
     """Flags that parse one by one but not together (exit status 2)."""
-
-
-def missing_package(stage: str, error: ImportError) -> UserError:
-    """The error of a stage whose package is not among the requirements of the main job."""
-    return UserError(f"{stage} needs {error.name or error}: pip install -r requirements-extra.txt")
 
 
 class Terminated(BaseException):
@@ -54,6 +50,12 @@ class Flags(argparse.Namespace):
         changed = {name: value for name, value in free.items() if flags[name] != value}
         flags.update(changed)
         return changed
+
+    def recommend(self, settings: dict, schema: dict, source) -> str:
+        """`fill` in the flags of `schema` (common/files.py) that the generator `source` recommends, and say which."""
+        changed = self.fill({name: value for name, value in settings.items() if f"{name}?" in schema})
+        flags = " ".join(f"--{flag} {value}" for flag, value in changed.items())
+        return f"{source} recommends {flags} (--preset published: the paper's settings)" if flags else ""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -232,6 +234,8 @@ def _one_line(error):
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         if error.filename2 is not None:
             text += f" ({error.filename2})"
+    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        text = f"{EXTRAS[error.name]} needs the package {error.name}: pip install -r requirements-extra.txt"
     elif isinstance(error, UnicodeError):  # a ValueError, but never a considered message
         return None
     elif isinstance(error, (ValueError, OSError)):

@@ -147,7 +147,8 @@ class Run:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
             except ImportError as error:
-                warnings.warn(f"TensorBoard is not installed ({error}): log.jsonl is still written", stacklevel=2)
+                message = f"TensorBoard is not installed ({error}), log.jsonl is still written"
+                warnings.warn(f"{message}: pip install -r requirements-extra.txt", stacklevel=2)
             else:
                 self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
 

@@ -35,7 +35,6 @@ READ = 128  # pixels at which edits are tried out before one is pasted
 TRIES = 13  # positions per attribute at which the photo is read
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-PROJECT_FLAGS = ("lr", "mse", "noise", "noise_regularize")  # that a generator's file may recommend
 
 
 class PhotoError(UserError):
@@ -232,9 +231,6 @@ class PhotoEditor:
     def _project(self, generator, statistics, space, starts, steps, callback=None) -> tuple[list[Inversion], float]:
         """Inversions refined from `starts`, and their mean loss."""
         images, losses = self._images(generator), []
-        recommended = generator.recommended.get("edit_photos", {})
-        settings = {"lr": LR_RATIO * float(statistics[1].mean()), "mse": 1.0, "noise": 0.0}
-        settings |= {name: value for name, value in recommended.items() if name in PROJECT_FLAGS}
         conditions = None if starts[0].condition is None else np.stack([start.condition for start in starts])
 
         def watch(step, active, synth, loss):
@@ -254,7 +250,9 @@ class PhotoEditor:
             seeds=[pixel_seed(image, 0) for image in ((images + 1) * 127.5).round().byte().cpu()],
             condition=None if conditions is None else torch.from_numpy(conditions),
             callback=watch,
-            **settings,
+            lr=LR_RATIO * float(statistics[1].mean()),
+            mse=1.0,
+            noise=0.0,
         )
         if not torch.isfinite(result.latents).all():
             raise PhotoError("the refinement diverged: use --quality fast")

@@ -14,19 +14,20 @@ from demo_app.page import CHUNK, HELP, SLIDERS, Page
 SAMPLES = 6  # drawn faces to click
 STEPS = 40  # of the refinement that follows the encoder
 CSS = """
-.gradio-container { padding: 8px 16px !important; max-width: 1700px !important; }
+.gradio-container { padding: 8px 16px !important; max-width: 1700px !important; margin: auto !important; }
 #message { min-height: 1.6em; }
 #title h1 { font-size: 1.1rem; margin: 0; }
-#compare { height: calc(100vh - 190px); min-height: 300px; }
+#main { --photo: max(300px, 100vh - 190px); }
+#compare, #compare img { height: var(--photo) !important; }
 #compare img { object-fit: contain !important; }
 #controls { gap: 8px; }
 #samples { min-height: 0; }
-#samples .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: 4px !important; }
+#samples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; padding: 4px !important; }
+#samples .thumbnail-item { min-width: 0 !important; width: 100% !important; height: auto !important; }
 @media (max-width: 760px) {
   .gradio-container { padding: 4px !important; overflow-x: hidden; }
-  #main { flex-direction: column-reverse; flex-wrap: nowrap; }
+  #main { flex-direction: column-reverse; flex-wrap: nowrap; --photo: max(220px, 42vh); }
   #main > * { width: 100%; min-width: 0 !important; }
-  #compare { height: 42vh; min-height: 220px; }
   #upload, #samples { order: 2; }
 }
 """
@@ -57,7 +58,7 @@ def build_page(models: Models, folder: Path):
                 add_controls(gr, page, parts, inputs)
             with gr.Column(scale=5, min_width=320):
                 parts["message"] = gr.Markdown(HELP, elem_id="message")
-                look = {"show_label": False, "buttons": ["fullscreen"], "max_height": 2000, "elem_id": "compare"}
+                look = {"show_label": False, "buttons": ["fullscreen"], "slider_position": 30, "elem_id": "compare"}
                 parts["compare"] = gr.ImageSlider(label="before | after", type="pil", interactive=False, **look)
                 parts["readout"] = gr.Markdown(elem_id="readout")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):

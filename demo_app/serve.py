@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from common.cli import missing_package
 from demo_app.layout import CSS, build_page
 from demo_app.models import Models
 
@@ -57,14 +56,17 @@ def allowed_hosts(host: str) -> set[str] | None:
     return {"localhost", "127.0.0.1", "::1", host} if loopback else None
 
 
+def prepare() -> None:
+    """Import gradio, which shall report to nobody. Raises ModuleNotFoundError."""
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False"}
+    import gradio  # noqa: F401
+
+
 def serve(models: Models, folder: Path, *, host: str, port: int, max_upload_mb: float):
     """Start to answer, in threads of its own; returns the Blocks, whose close() ends it. OSError for a port in use."""
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False"}
+    prepare()
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise missing_package("the page of demo.py", error) from error
+    import gradio as gr
     from starlette.middleware import Middleware
 
     blocks = build_page(models, folder)

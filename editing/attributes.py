@@ -1,13 +1,12 @@
 """The conditional GAN's condition: attributes of faces as numbers in [0, 1], read by a frozen scorer.
 
 The pipeline of the paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the attributes of a real face are stacked on
-every style code; an L1 loss compares them with what the same frozen classifier reads in the generated image. What
-training (training/conditional.py) and editing (edit_conditional.py) share is here.
+every style code; an L1 loss compares them with what the same frozen classifier reads in the generated image. Shared by
+training (training/conditional.py) and editing (edit_conditional.py).
 
     reader = AttributeReader(load_scorer("face-scorer"), ["smile", "eyes_open", "mouth_open"])
-    wanted = draw_requests(table, 16, permute=0.5)                       # [16, 3] in [0, 1]
-    loss = attribute_error(reader, images, wanted).mean()                # gradients reach the images
-    generator(z, condition=wanted)
+    targets = draw_requests(table, 16, permute=0.5)                      # [16, 3] in [0, 1]
+    loss = attribute_error(reader, images, targets).mean()               # gradients reach the images
 """
 
 from __future__ import annotations
@@ -29,16 +28,9 @@ from scorer.network import load_scorer
 
 DEFAULT_ATTRIBUTES = ("smile", "eyes_open", "mouth_open")
 UNIT_OF = {"probability": 1.0, "years": 100.0}  # kind -> what 1 stands for
-SCHEMA = {  # of the entry `condition` of a checkpoint (common/files.py)
-    "attributes": [str],
-    "kinds": [str],
-    "means": [float],
-    "scorer": str,
-    "scorer_fingerprint": str,
-    "gain?": float,
-    "light?": bool,
-}
-LISTS = ("attributes", "kinds", "means")
+LISTS = {"attributes": [str], "kinds": [str], "means": [float]}
+# Schema of the entry `condition` of a checkpoint (common/files.py).
+SCHEMA = LISTS | {"scorer": str, "scorer_fingerprint": str, "gain?": float, "light?": bool}
 TABLE = 5000  # real faces whose attributes stand for the data set
 SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
 
@@ -47,8 +39,7 @@ class ConditionError(ValueError):
     """Attributes, scorer or checkpoint that do not fit together; the message is one sentence."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Faces -> numbers
+# -- Faces -> numbers --------------------------------------------------------------------------------------------------
 
 
 class AttributeReader:
@@ -66,10 +57,8 @@ class AttributeReader:
         self.kinds = tuple(scorer.attributes[column].kind for column in self.columns)
         for name, kind in zip(names, self.kinds, strict=True):
             if kind not in UNIT_OF:
-                raise ConditionError(
-                    f"--attributes {name}: the scorer gives it as a {kind}, which has no scale from 0 "
-                    "to 1; a condition is a probability or years"
-                )
+                scale = f"the scorer gives it as a {kind}, which has no scale from 0 to 1"
+                raise ConditionError(f"--attributes {name}: {scale}; a condition is a probability or years")
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] in [-1, 1] -> [N, d] in [0, 1]; gradients flow to the images, the scorer keeps its weights."""
@@ -95,15 +84,14 @@ def score_dataset(reader: AttributeReader, dataset, device, *, n: int = TABLE, b
     return torch.cat(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requested attributes, and the loss on them
+# -- Requested attributes, and the loss on them ------------------------------------------------------------------------
 
 
 def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
-    """Requests [n, d] for n images: the attributes of real faces, rows of `table` [M, d].
+    """Target attributes [n, d] for n images: those of real faces, rows of `table` [M, d].
 
-    Each attribute is, with the probability `permute`, that of another face: attributes that go together in the data
-    are asked for one by one as well. Drawn from torch's global generator.
+    Each attribute is, with the probability `permute`, that of another face, which separates attributes that go together
+    in the data. Drawn from torch's global generator.
     """
     faces = torch.randint(len(table), (n, 1), device=table.device).expand(-1, table.shape[1])
     others = torch.randint(len(table), faces.shape, device=table.device)
@@ -112,10 +100,9 @@ def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tenso
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
-    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable.
+    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable; from torch's global generator.
 
     Stands between generator and scorer, so that what the scorer reads is in the face and not in the pixel grid.
-    Drawn from torch's global generator.
     """
     n, device = len(images), images.device
     u = torch.rand(n, 4, device=device)
@@ -129,13 +116,12 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
     return moved + NOISE * torch.randn_like(moved)
 
 
-def attribute_error(reader: AttributeReader, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """|C(T(image)) - wanted| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
-    return (reader(jitter(images)) - wanted).abs()
+def attribute_error(reader: AttributeReader, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """|C(T(image)) - target| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
+    return (reader(jitter(images)) - targets).abs()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What a conditional checkpoint says of its condition
+# -- What a conditional checkpoint says of its condition ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -152,14 +138,8 @@ class Condition:
 
     @classmethod
     def of(cls, reader: AttributeReader, table: torch.Tensor, scorer: str, light: bool = False) -> Condition:
-        return cls(
-            reader.names,
-            reader.kinds,
-            tuple(table.mean(0).tolist()),
-            str(scorer),
-            scorer_identity(reader.scorer),
-            light=light,
-        )
+        means, fingerprint = tuple(table.mean(0).tolist()), scorer_identity(reader.scorer)
+        return cls(reader.names, reader.kinds, means, str(scorer), fingerprint, light=light)
 
     def to_dict(self) -> dict:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -168,19 +148,15 @@ class Condition:
     def from_dict(cls, values: dict, source) -> Condition:
         try:
             check_shape(values, SCHEMA)
-            known = cls(
-                **{f.name: values[f.name] for f in fields(cls) if f.name in values}
-                | {n: tuple(values[n]) for n in LISTS}
-            )
-            if len({len(getattr(known, name)) for name in LISTS}) > 1 or set(known.kinds) - set(UNIT_OF):
-                raise ValueError(f"{len(known.attributes)} attributes of the kinds {', '.join(known.kinds)}")
+            values = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+            condition = cls(**values | {name: tuple(values[name]) for name in LISTS})
+            if len({len(values[name]) for name in LISTS}) > 1 or set(condition.kinds) - set(UNIT_OF):
+                raise ValueError(f"{len(condition.attributes)} attributes of the kinds {', '.join(condition.kinds)}")
+            if condition.gain != CONDITION_GAIN:
+                raise ValueError(f"its gain is {condition.gain}, this program uses {CONDITION_GAIN}")
         except ValueError as error:
             raise ConditionError(f"{source}: its condition is described in a way unknown here ({error})") from None
-        if known.gain != CONDITION_GAIN:
-            raise ConditionError(
-                f"{source}: its condition has the gain {known.gain}, this program uses {CONDITION_GAIN}"
-            )
-        return known
+        return condition
 
     @property
     def units(self) -> tuple[float, ...]:
@@ -190,70 +166,68 @@ class Condition:
     def index(self, name: str) -> int:
         """Position of an attribute. Raises ConditionError naming those there are."""
         if name not in self.attributes:
-            raise ConditionError(
-                f"this generator knows no attribute {name!r}: it was trained for {', '.join(self.attributes)}"
-            )
+            known = ", ".join(self.attributes)
+            raise ConditionError(f"this generator knows no attribute {name!r}: it was trained for {known}")
         return self.attributes.index(name)
 
-    def parse(self, requests: str) -> dict[int, float]:
-        """'smile=1,age=60' -> {position: number in [0, 1]}. Raises ValueError for what cannot be asked for."""
+    def parse(self, text: str) -> dict[int, float]:
+        """'smile=1,age=60' -> {position: number in [0, 1]}. Raises ValueError for values out of range."""
         values = {}
-        for request in requests.split(","):
-            name, _, text = request.strip().partition("=")
+        for part in text.split(","):
+            name, _, number = part.strip().partition("=")
             position = self.index(name)
             unit = self.units[position]
             try:
-                value = float(text) / unit
+                values[position] = float(number) / unit
             except ValueError:
-                raise UsageError(f"--set {request}: expected NAME=NUMBER, such as smile=1") from None
-            if not 0 <= value <= 1:
-                raise UserError(f"--set {request}: {name} goes from 0 to {unit:g}")
-            values[position] = value
+                raise UsageError(f"--set {part}: expected NAME=NUMBER, such as smile=1") from None
+            if not 0 <= values[position] <= 1:
+                raise UserError(f"--set {part}: {name} goes from 0 to {unit:g}")
         return values
 
-    def vector(self, requests: dict[int, float], base: torch.Tensor | None = None) -> torch.Tensor:
-        """[d]: `base` (default the means of the training images) with the requests of `parse` put in."""
+    def vector(self, targets: dict[int, float], base: torch.Tensor | None = None) -> torch.Tensor:
+        """[d]: `base` (default the means of the training images) with the targets of `parse` put in."""
         vector = torch.tensor(self.means) if base is None else base.clone()
-        for position, value in requests.items():
+        for position, value in targets.items():
             vector[position] = value
         return vector
 
 
-def load_reader(path, known: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
+def load_reader(path, condition: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
     """AttributeReader of the scorer that the generator in the file `path` was trained with; scorer: where to find it.
 
     Raises FileNotFoundError when the scorer that was named is absent, UserError when it is another, or not to be found.
     """
+    trained = f"{path} was trained with the scorer"
     try:
-        found = load_scorer(scorer or known.scorer, device, weights_dir=weights_dir)
+        result = load_scorer(scorer or condition.scorer, device, weights_dir=weights_dir)
     except FileNotFoundError as error:
         if scorer:
             raise
-        raise UserError(
-            f"{path} was trained with the scorer {known.scorer}, which is not here: name it with --scorer"
-        ) from error
-    if scorer_identity(found) != known.scorer_fingerprint:
-        raise UserError(
-            f"{path} was trained with the scorer {known.scorer_fingerprint}, {scorer or known.scorer} is "
-            f"{scorer_identity(found)}"
-        )
-    return AttributeReader(found, known.attributes)
+        raise UserError(f"{trained} {condition.scorer}, which is not here: name it with --scorer") from error
+    if (actual := scorer_identity(result)) != condition.scorer_fingerprint:
+        raise UserError(f"{trained} {condition.scorer_fingerprint}, {scorer or condition.scorer} is {actual}")
+    return AttributeReader(result, condition.attributes)
 
 
 def read_condition(path) -> Condition:
     """The condition of a generator file. Raises ConditionError when it is unconditional."""
     path = Path(path)
-    known = (load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)).get("condition")
-    if known is None:
-        raise ConditionError(
-            f"{path} is an unconditional generator: it takes no attributes; train one with train.py "
-            "--condition SCORER --init_from CHECKPOINT"
-        )
-    return Condition.from_dict(known, path)
+    file = load_safetensors(path)[1] if path.suffix == ".safetensors" else load_checkpoint(path)
+    if file.get("condition") is None:
+        how = "train one with train.py --condition SCORER --init_from CHECKPOINT"
+        raise ConditionError(f"{path} is an unconditional generator: it takes no attributes; {how}")
+    return Condition.from_dict(file["condition"], path)
+
+
+def base_fingerprint(path) -> str | None:
+    """Fingerprint of the generator that an exported one was trained from, where its header names it."""
+    base = load_safetensors(path)[1].get("base") if Path(path).suffix == ".safetensors" else None
+    return base.get("fingerprint") if isinstance(base, dict) else None
 
 
 def sample_requests(means: torch.Tensor) -> torch.Tensor:
-    """Requests [1 + 2d, d] for a grid: the means, then per attribute 0 and 1 with the others at their means."""
+    """Target attributes [1 + 2d, d] of a grid: the means, then each attribute at 0 and 1, the others at the means."""
     rows = means.repeat(1 + 2 * len(means), 1)
     for k in range(len(means)):
         rows[1 + 2 * k, k], rows[2 + 2 * k, k] = 0.0, 1.0

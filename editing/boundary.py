@@ -21,22 +21,9 @@ from common.checkpoint import require_file
 from common.files import atomic_write, parse_json
 
 # The text `boundary` of a file: name -> type (common/files.py).
-SCHEMA = {
-    "intercept": float,
-    "attribute": str,
-    "space": (str, None),
-    "mean": float,
-    "std": (float, None),
-    "fit?": str,
-    "ratio?": float,
-    "n_samples?": int,
-    "accuracies?": {str: (float, None)},
-    "orthogonal_to?": [str],
-    "given?": [str],
-    "truncation?": float,
-    "fingerprint?": (str, None),
-    "size?": (int, None),
-}
+SCHEMA = {"intercept": float, "attribute": str, "space": (str, None), "mean": float, "std": (float, None)}
+SCHEMA |= {"fit?": str, "ratio?": float, "n_samples?": int, "truncation?": float, "size?": (int, None)}
+SCHEMA |= {"accuracies?": {str: (float, None)}, "orthogonal_to?": [str], "given?": [str], "fingerprint?": (str, None)}
 
 
 class BoundaryError(ValueError):
@@ -45,31 +32,24 @@ class BoundaryError(ValueError):
 
 @dataclass(frozen=True)
 class Boundary:
-    """A unit normal in a latent space and what is known of it.
+    """A unit normal in a latent space, and its metadata."""
 
-    normal: float32 [1, D], D = 512 for w (and w+, layer by layer) or L * 512 for w++; intercept: the hyperplane is
-    normal . x + intercept = 0. mean, std: of normal . x over the samples it was fitted on, so that distances can be
-    given in standard deviations; std is None for a bare direction. accuracies: train, validation and remaining, each
-    0..1 or None. given: the attributes that were held fixed in the fit; orthogonal_to: those whose directions were
-    projected out. range: the lowest and highest distance, in standard deviations, at which edits still are faces.
-    """
-
-    normal: np.ndarray
-    intercept: float
+    normal: np.ndarray  # float32 [1, D], D = 512 for w (and w+, layer by layer) or L * 512 for w++
+    intercept: float  # the hyperplane is normal . x + intercept = 0
     attribute: str
     space: str | None
-    mean: float
-    std: float | None
+    mean: float  # of normal . x over the samples it was fitted on
+    std: float | None  # its deviation, a unit of distances; None for a bare direction
     fit: str = "ridge"
     ratio: float = 0.02
     n_samples: int = 0
-    accuracies: dict = field(default_factory=dict)
-    given: list = field(default_factory=list)
-    orthogonal_to: list = field(default_factory=list)
+    accuracies: dict = field(default_factory=dict)  # train, validation and remaining, each 0..1 or None
+    given: list = field(default_factory=list)  # attributes that were held fixed in the fit
+    orthogonal_to: list = field(default_factory=list)  # attributes whose directions were projected out
     truncation: float = 1.0
     fingerprint: str | None = None
     size: int | None = None
-    range: tuple[float, float] | None = None
+    range: tuple[float, float] | None = None  # lowest and highest distance at which edits still are faces, in std
 
     def project(self, ws: np.ndarray) -> np.ndarray:
         """Signed length of latents [N, D] along the normal, [N]; without the intercept, as published."""
@@ -78,9 +58,8 @@ class Boundary:
     def measured_on(self, latents) -> Boundary:
         """The boundary with mean and std of latents [N, D] (see `project_all`), and the hyperplane at their median."""
         along = project_all(latents, self.normal[0])
-        return replace(
-            self, mean=float(along.mean()), std=float(along.std()), intercept=-float(np.median(along)), accuracies={}
-        )
+        statistics = {"mean": float(along.mean()), "std": float(along.std()), "intercept": -float(np.median(along))}
+        return replace(self, **statistics, accuracies={})
 
     def save(self, path) -> Path:
         """Write `.npz`. Raises OSError naming the file."""
@@ -97,8 +76,7 @@ def load_boundary(path, *, space=None, width=None, fingerprint=None) -> Boundary
     """Read a boundary; space, width (of its normal) and fingerprint (of the generator) are checked where given.
 
     A `.npy` or `.pt` is a bare direction [1, D] or [D], such as those InterFaceGAN publishes: it has the name of its
-    file, goes through the origin, and has no std. Raises FileNotFoundError, or BoundaryError when it is another file or
-    belongs elsewhere.
+    file, goes through the origin, and has no std. Raises FileNotFoundError, or BoundaryError for another file or use.
     """
     path = Path(path)
     require_file(path, "boundary")
@@ -106,13 +84,10 @@ def load_boundary(path, *, space=None, width=None, fingerprint=None) -> Boundary
         boundary = _read_direction(path) if path.suffix in (".npy", ".pt") else _read_boundary(path)
     except ValueError as error:
         raise BoundaryError(f"{path} is no boundary of edit_attribute.py: {error}") from error
-    for what, found, expected in (
-        ("space", boundary.space, space),
-        ("generator", boundary.fingerprint, fingerprint),
-        ("width", boundary.normal.shape[1], width),
-    ):
-        if expected is not None and found is not None and found != expected:
-            raise BoundaryError(f"{path} is a boundary of {what} {found}, expected {expected}")
+    actual = {"space": boundary.space, "generator": boundary.fingerprint, "width": boundary.normal.shape[1]}
+    for what, expected in {"space": space, "generator": fingerprint, "width": width}.items():
+        if None not in (expected, actual[what]) and actual[what] != expected:
+            raise BoundaryError(f"{path} is a boundary of {what} {actual[what]}, expected {expected}")
     return boundary
 
 
@@ -125,13 +100,11 @@ def _read_boundary(path) -> Boundary:
         raise ValueError(f"its normal has shape {list(normal.shape)} or is not of length 1")
     info = parse_json(str(arrays["boundary"]), SCHEMA, source="its text", what="description of a boundary")
     if "range" in arrays:
-        bounds = require_floats(arrays["range"], "its range").ravel().tolist()
-        if len(bounds) != 2:
-            raise ValueError(f"its range has {len(bounds)} numbers")
-        low, high = bounds
-        if not low <= 0 <= high:
-            raise ValueError(f"its range goes from {low:g} to {high:g}; expected it about 0")
-        info["range"] = (low, high)
+        info["range"] = tuple(require_floats(arrays["range"], "its range").ravel().tolist())
+        if len(info["range"]) != 2:
+            raise ValueError(f"its range has {len(info['range'])} numbers")
+        if not info["range"][0] <= 0 <= info["range"][1]:
+            raise ValueError("its range goes from {:g} to {:g}; expected it about 0".format(*info["range"]))
     if info["std"] is not None and info["std"] <= 0:
         raise ValueError(f"its standard deviation is {info['std']:g}")
     known = {f.name for f in fields(Boundary)}
@@ -166,9 +139,8 @@ def project_all(latents, normal, block: int = 4096) -> np.ndarray:
 def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
     """The boundary with the directions of other boundaries projected out, so that moving leaves those attributes.
 
-    latents: samples [N, D]; mean and std along the new normal are theirs, and the hyperplane lies at their median. The
-    accuracies and the range were those of the old normal and go. Raises BoundaryError when nothing is left, or the
-    shapes differ.
+    latents: samples [N, D]; mean, std and median along the new normal are theirs; the accuracies and the range of the
+    old normal go. Raises BoundaryError when nothing is left, or the shapes differ.
     """
     for other in others:
         if other.normal.shape != boundary.normal.shape or {other.space, boundary.space} - {None, boundary.space}:
@@ -180,22 +152,20 @@ def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
     _, scale, basis = np.linalg.svd(normals, full_matrices=False)
     basis = basis[scale > 1e-6]  # [rank, D], orthonormal
     normal = boundary.normal[0].astype(np.float64)
-    left = normal - basis.T @ (basis @ normal)
-    length, names = np.linalg.norm(left), [other.attribute for other in others]
+    rest = normal - basis.T @ (basis @ normal)
+    length, names = np.linalg.norm(rest), [other.attribute for other in others]
     if length < 1e-3:
         raise BoundaryError(f"nothing of the boundary {boundary.attribute} is left beside {', '.join(names)}")
-    normal = (left / length).astype(np.float32)[None]
+    normal = (rest / length).astype(np.float32)[None]
     return replace(boundary, normal=normal, orthogonal_to=names, range=None).measured_on(latents)
 
 
 def move_along(w, boundary: Boundary, distances, *, distance="relative", layers=None) -> np.ndarray:
     """Latents along the normal: w [L, 512], distances [K] -> float32 [K, L, 512].
 
-    distance "relative": the distance is added. "absolute" (InterFaceGAN's manipulator, `linear_interpolate`): of one
-    vector per image (W++; W, where all layers are equal) the projection on the normal *is* the distance, so that the
-    unedited latent is in general none of the frames; to W+, a vector per layer, the distance is added. A 512-wide
-    boundary moves every layer by the same step. layers: those that move; the others stay (absolute: the projection of
-    the moving part is what is set).
+    distance "relative": the distance is added. "absolute" (InterFaceGAN's `linear_interpolate`): the projection on the
+    normal (W, W++; of the layers that move) *becomes* the distance; to W+, a vector per layer, it is added. A 512-wide
+    boundary moves every layer by the same step. layers: those that move.
     """
     w = np.asarray(w, np.float32)
     n_layers, width = w.shape
@@ -203,9 +173,8 @@ def move_along(w, boundary: Boundary, distances, *, distance="relative", layers=
     moving = np.zeros((n_layers, 1))
     moving[list(range(n_layers) if layers is None else layers)] = 1
     if boundary.normal.size not in (width, w.size):
-        raise BoundaryError(
-            f"boundary {boundary.attribute} has {boundary.normal.shape[1]} numbers, the latent {n_layers} x {width}"
-        )
+        numbers = boundary.normal.shape[1]
+        raise BoundaryError(f"boundary {boundary.attribute} has {numbers} numbers, the latent {n_layers} x {width}")
     if distance not in ("relative", "absolute"):
         raise BoundaryError(f"--distance {distance}: expected absolute or relative")
     normal = boundary.normal.reshape(-1, width).astype(np.float64)  # [1 or L, 512]

@@ -1,8 +1,6 @@
-"""Evaluation of edited frames: attribute scores, how alike they are to the inversion, whether they still are faces.
+"""Evaluation of edited frames: attribute scores, and similarity to the inversion.
 
-found = evaluate(frames, scorer, identity, perceptual)    # frames[0] is the inversion, the others are compared with it
-realism = Realism.of(scorer, drawn_frames)
-realism(scorer, frames)                                                                # [K] bool
+result = evaluate(frames, scorer, identity, perceptual)   # frames[0] is the inversion, the others are compared with it
 """
 
 from __future__ import annotations

@@ -11,15 +11,21 @@ where the plain one takes along what goes together in the data (older faces wear
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from editing.boundary import Boundary, BoundaryError, project_all
+from common.distributed import Distributed, broadcast_object
+from editing.boundary import Boundary, BoundaryError, orthogonalise, project_all
+from editing.realism import edit_range
+from editing.samples import Samples, labelled_seeds, score_samples, separable_ratio
 
 FITS = ("ridge", "svm", "svc")
 SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)
 RIDGE = 1.0  # strength of the penalty, in units of the mean variance of a latent's coordinates times the samples
 BLOCK = 512  # rows in memory at a time
+N_MEASURED = 10_000  # samples, at most, over which the statistics of a given direction are taken
 
 
 # -- extremes ------------------------------------------------------------------------------------------------------
@@ -142,7 +148,7 @@ def fit_boundary(
 
     svm, svc: the extremes, split 70/30 into training and validation; only these rows are read into memory. ridge: all
     samples but the validation extremes and a tenth of those between. Accuracies are reported on the training and
-    validation extremes and on the remaining samples (of ridge: those it did not see) against their median score.
+    validation extremes and on the remaining samples (ridge: those it did not see) against their median score.
     Raises BoundaryError for too few samples, scores that are not finite, or an unknown `fit`.
     """
     scores = np.asarray(scores, np.float64)
@@ -154,24 +160,21 @@ def fit_boundary(
         worst = int(np.argmin(np.isfinite(scores)))
         raise BoundaryError(f"score {worst} of {info.get('attribute') or 'the attribute'} is not finite")
     extremes = pick_extremes(scores, ratio, others=None if fit == "ridge" else others)
-    draw = np.random.default_rng(seed)
-    train, held = [], []
-    for end in map(draw.permutation, extremes):
-        cut = max(1, int(len(end) * SPLIT))
-        train.append(end[:cut])
-        held.append(end[cut:])
-    rest = np.setdiff1d(np.arange(len(scores)), np.concatenate(extremes))
+    draw, every = np.random.default_rng(seed), np.arange(len(scores))
+    ends = [np.split(draw.permutation(end), [max(1, int(len(end) * SPLIT))]) for end in extremes]
+    (low, held_low), (high, held_high) = ends
+    rest = np.setdiff1d(every, np.concatenate(extremes))
     if fit == "ridge":
         rest = draw.permutation(rest)[: len(rest) // 10]
-        used = np.setdiff1d(np.arange(len(scores)), np.concatenate((rest, *held)))
+        used = np.setdiff1d(every, np.concatenate((rest, held_low, held_high)))
         normal, intercept = fit_ridge(latents, scores, others=others, rows=used)
     else:
-        rows, side = np.concatenate(train), np.repeat([0, 1], [len(end) for end in train])
+        rows, side = np.concatenate((low, high)), np.repeat([0, 1], [len(low), len(high)])
         order = np.argsort(rows)  # ascending: a memory-mapped file is read once through
         normal, intercept = fit_svm(np.asarray(latents[rows[order]]), side[order], kernel=fit == "svc")
     along = project_all(latents, normal)
     above, median = along + intercept > 0, np.median(scores)
-    sides = {"train": (train[0], train[1]), "validation": (held[0], held[1])}
+    sides = {"train": (low, high), "validation": (held_low, held_high)}
     sides["remaining"] = (rest[scores[rest] <= median], rest[scores[rest] > median])
     return Boundary(
         normal=normal[None].astype(np.float32),
@@ -189,3 +192,55 @@ def fit_boundary(
 def _accuracy(above, low, high) -> float | None:
     hits = np.concatenate((~above[low], above[high]))
     return float(hits.mean()) if len(hits) else None
+
+
+def fit_attribute(
+    samples: Samples,
+    scorer,
+    attribute: str,  # of the scorer, or csv:FILE[:COLUMN] (editing/samples.py: labelled_seeds)
+    conditional: str = "auto",  # attributes to hold fixed: auto (all others with ridge), none, or names with commas
+    *,
+    fit: str,
+    ratio: float,
+    seed: int,
+    free_of,  # boundaries that are projected out
+    folder,  # where scores are kept; this and the following: see `score_samples`
+    batch: int,
+    dist: Distributed,
+) -> Boundary:
+    """Score samples, fit, project out, measure the range; the ranks share the scoring, and all return the boundary.
+
+    Raises ValueError for an attribute that the scorer does not know.
+    """
+    given, others = [], None
+    if attribute.startswith("csv:"):
+        seeds, scores, attribute = labelled_seeds(attribute.removeprefix("csv:"))
+        samples = Samples(samples.generator, seeds, truncation=samples.truncation, noise=samples.noise)
+        ratio = separable_ratio(scores)
+    else:
+        names = {"auto": scorer.names if fit == "ridge" else (), "none": ()}.get(conditional, conditional.split(","))
+        given = [name.strip() for name in names if name.strip() != attribute]
+        columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
+        table = score_samples(samples, scorer, folder=folder, batch=batch, dist=dist)[:, columns]
+        scores, others = table[:, 0], table[:, 1:] if given else None
+    if not dist.is_main:
+        return broadcast_object(None)
+    config, settings = samples.generator.config, {"fit": fit, "ratio": ratio, "seed": seed, "others": others}
+    info = {"space": config.space, "size": config.size, "fingerprint": samples.generator.fingerprint, "given": given}
+    info |= {"attribute": attribute, "truncation": samples.truncation}
+    boundary = fit_boundary(samples, scores, **settings, **info)
+    shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
+    if free_of:
+        boundary, shown = orthogonalise(boundary, free_of, samples), f"{shown} before the projection"
+    text = f" given {', '.join(given)}" if given else ""
+    print(f"{attribute}: {fit} on {len(samples)} samples{text}, accuracy {shown}")
+    if bounds := edit_range(samples, boundary, scorer):
+        print(f"{attribute}: edits stay faces from {bounds[0]:+g} to {bounds[1]:+g} standard deviations")
+    return broadcast_object(replace(boundary, range=bounds))
+
+
+def measured(boundary: Boundary, free_of, samples: Samples) -> Boundary:
+    """A given boundary with the directions `free_of` projected out, and its standard deviation over the samples."""
+    samples = Samples(samples.generator, samples.seeds[:N_MEASURED], truncation=samples.truncation)
+    boundary = boundary if boundary.std else boundary.measured_on(samples)
+    return orthogonalise(boundary, free_of, samples) if free_of else boundary

@@ -1,9 +1,9 @@
 """The range of a sweep: distances along a boundary up to which samples still are faces.
 
-Realism (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 3): on features of a network, how near an image lies to
+Realism (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 3): on features of a network, the distance of an image to
 the manifold of reference images, spanned by the spheres that reach to their k-th neighbours. Here the references are
-unedited samples, the features those of the scorer, and a face is what is at least as real as 95 % of the references
-are to each other. (The logit of the discriminator does not serve: it rises along edits that melt heads, docs/log.md.)
+unedited samples, the features those of the scorer, and a face is at least as real as 95 % of the references are to each
+other. (The logit of the discriminator does not serve: it rises along edits that melt heads, docs/log.md.)
 
     low, high = edit_range(samples, boundary, scorer)                                     # standard deviations
 """
@@ -20,7 +20,7 @@ from scorer.interface import AttributeScorer
 
 REFERENCES, EDITED = 500, 150  # samples that span the manifold; others that are moved
 NEIGHBOUR = 3  # k, published
-PASSING, SHARE = 0.95, 0.9  # of the references, by which a face is told; of the moved faces that must still be faces
+PASSING, SHARE = 0.95, 0.9  # of the references that pass as faces; of the moved faces that must still be faces
 STEP, LIMIT = 0.5, 6.0  # standard deviations
 
 
@@ -54,9 +54,8 @@ def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, flo
         return None
     n_edited = min(EDITED, len(samples) // 4)
     n_references = min(REFERENCES, len(samples) - n_edited)
-    rows = np.arange(n_references, n_references + n_edited)
-    config = samples.generator.config
-    normal = torch.from_numpy(boundary.normal).view(-1, config.style_dim).to(samples.generator.token.device)  # [1|L, C]
+    rows, generator = np.arange(n_references, n_references + n_edited), samples.generator
+    normal = torch.from_numpy(boundary.normal).view(-1, generator.config.style_dim).to(generator.token)  # [1|L, C]
 
     def features(rows, distance=0.0):
         frames = list(samples.frames(rows, offset=distance * boundary.std * normal))

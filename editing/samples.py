@@ -1,7 +1,7 @@
 """Random samples of a generator with their scores: what boundaries are fitted on.
 
-A sample is its seed: latent and noise are drawn from it, so that only the scores are kept, in chunks with which a
-killed run resumes and which other attributes reuse; the latents of the few samples that a fit needs are computed again.
+A sample is its seed: only the scores are kept, in chunks with which a killed run resumes and which other attributes
+reuse; the latents that a fit needs are computed again.
 
     samples = Samples(generator, range(100_000), truncation=0.8)
     table = score_samples(samples, scorer, folder="samples")                            # float32 [N, A]
@@ -24,7 +24,7 @@ from common.files import atomic_write, read_json
 from common.images import to_uint8
 from common.runs import write_json
 from editing.evaluate import score_frames
-from sampling.render import noise_maps, seeded_z, select_noise, truncate
+from sampling.render import blocks, noise_maps, seeded_z, select_noise, truncate
 from scorer.labels import read_labels
 
 CHUNK = 500  # samples per file of scores
@@ -90,20 +90,19 @@ def labelled_seeds(source: str) -> tuple[list[int], np.ndarray, str]:
     if not path or Path(source).exists():
         path, column = source, ""
     table = read_labels(path, column or "all")
-    if len(table.attributes) > 1:
-        names = ", ".join(attribute.name for attribute in table.attributes)
-        raise SamplesError(f"{path} has labels for {names}: name one, as in csv:{path}:{table.attributes[0].name}")
+    attributes = [attribute.name for attribute in table.attributes]
+    if len(attributes) > 1:
+        names = ", ".join(attributes)
+        raise SamplesError(f"{path} has labels for {names}: name one, as in csv:{path}:{attributes[0]}")
     labels, seeds = table.values[:, 0], []
     labelled = np.isfinite(labels)
     for row in np.flatnonzero(labelled):
         match = re.fullmatch(r"seed(\d{1,10})", PurePosixPath(table.names[row]).stem)
         if match is None:
-            raise SamplesError(
-                f"{path}: {table.names[row]!r} is no image of generate.py (seed0012.png ...): "
-                "for labels of other images train a scorer on them (train_scorer.py)"
-            )
+            message = f"{path}: {table.names[row]!r} is no image of generate.py (seed0012.png ...)"
+            raise SamplesError(f"{message}: for labels of other images train a scorer on them (train_scorer.py)")
         seeds.append(int(match[1]))
-    return seeds, labels[labelled], table.attributes[0].name
+    return seeds, labels[labelled], attributes[0]
 
 
 def separable_ratio(labels: np.ndarray) -> float:
@@ -123,31 +122,19 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     truncation or precision.
     """
     dist = dist or Distributed(0, 0, 1, samples.generator.token.device, None)
-    n, first, folder = len(samples), samples.seeds.start, Path(folder)
-    info = {
-        "generator": samples.generator.fingerprint,
-        "scorer": scorer_identity(scorer),
-        "names": list(scorer.names),
-        "first": first,
-        "noise": samples.noise,
-        "truncation": samples.truncation,
-        "chunk": CHUNK,
-        "precision": str(samples.generator.compute_dtype).removeprefix("torch."),
-    }
+    generator, first, folder = samples.generator, samples.seeds.start, Path(folder)
+    draw = {"truncation": samples.truncation, "noise": samples.noise}
+    info = {"generator": generator.fingerprint, "scorer": scorer_identity(scorer), "names": list(scorer.names)}
+    info |= {"first": first, "chunk": CHUNK, "precision": str(generator.compute_dtype).removeprefix("torch."), **draw}
     if dist.is_main:
         _claim(folder, info)
     barrier()
-    paths = {start: folder / f"scores-{start:08d}.npy" for start in range(0, n, CHUNK)}
+    paths = {start: folder / f"scores-{start:08d}.npy" for start in range(0, len(samples), CHUNK)}
     missing = [start for start, path in paths.items() if not path.is_file()]
     local = [missing[i] for i in shard(len(missing), dist.rank, dist.world_size)]
     for start in tqdm(local, unit_scale=CHUNK, unit="sample", desc="scoring samples", disable=None):
-        whole = Samples(  # a whole chunk, with which a larger n resumes
-            samples.generator,
-            range(first + start, first + start + CHUNK),
-            truncation=samples.truncation,
-            noise=samples.noise,
-        )
-        scores = _score(whole, scorer, batch)
+        seeds = range(first + start, first + start + CHUNK)  # a whole chunk, with which a larger n resumes
+        scores = _score(Samples(generator, seeds, **draw), scorer, batch)
         with atomic_write(paths[start]) as file:
             np.save(file, scores)
     barrier()
@@ -155,13 +142,12 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     for path, chunk in zip(paths.values(), chunks, strict=True):
         if chunk.shape != (CHUNK, len(scorer.names)):
             raise SamplesError(f"{path} holds scores {list(chunk.shape)}, expected {[CHUNK, len(scorer.names)]}")
-    return np.concatenate(chunks)[:n]
+    return np.concatenate(chunks)[: len(samples)]
 
 
 def _score(samples: Samples, scorer, batch: int) -> np.ndarray:
     frames = samples.frames(range(len(samples)), batch)
-    blocks = iter(lambda: [frame for _, frame in zip(range(batch), frames, strict=False)], [])
-    return np.concatenate([score_frames(scorer, block) for block in blocks])
+    return np.concatenate([score_frames(scorer, block) for block in blocks(frames, batch)])
 
 
 def scorer_identity(scorer) -> str:
@@ -170,17 +156,15 @@ def scorer_identity(scorer) -> str:
 
 
 def _claim(folder: Path, info: dict) -> None:
-    """Write what the folder's scores are of, or compare it with what is there."""
+    """Write the description of the folder's scores, or compare it with the one that is there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "samples.json"
     if not path.is_file():
         write_json(path, info)
         return
-    found = {"precision": "float32", "truncation": 1.0} | read_json(
-        path, dict, what="description of samples"
-    )  # older files do not say
+    older = {"precision": "float32", "truncation": 1.0}  # what earlier files leave out
+    stored = older | read_json(path, dict, what="description of samples")
     for key, expected in info.items():
-        if found.get(key) != expected:
-            raise SamplesError(
-                f"{folder} holds scores of {key} {found.get(key)}, expected {expected}: another folder, or remove it"
-            )
+        if stored.get(key) != expected:
+            held = f"{folder} holds scores of {key} {stored.get(key)}, expected {expected}"
+            raise SamplesError(f"{held}: another folder, or remove it")

@@ -24,6 +24,8 @@ def build_parser():
 
 
 def main(args) -> None:
+    import torch_fidelity  # noqa: F401 - where it is missing, that is said before the features are computed
+
     from metrics.evaluation import compare
 
     compare(("fid", "kid"), **vars(args))

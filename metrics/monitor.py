@@ -24,6 +24,8 @@ def parse_metrics(text: str) -> tuple[str, ...]:
     for name in names:
         if name not in METRICS:
             raise UsageError(f"--metric {text}: {name!r} is none of {', '.join(METRICS)}")
+    if {"fid", "kid"} & set(names):
+        import torch_fidelity  # noqa: F401 - where it is missing, that is said before the training
     return names
 
 

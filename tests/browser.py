@@ -55,7 +55,13 @@ class Visitor:
         options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
         self.patience, self.downloads = patience, Path(downloads)
         self.driver = webdriver.Chrome(options=options, service=Service(programs["chromedriver"]))
+        self.resize(width, height)
         self.driver.get(url)
+
+    def resize(self, width, height):
+        """The page's own size: a window is larger by its frame, and never narrower than 500 pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def close(self):
         self.driver.quit()
@@ -146,7 +152,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    """The photo, refined and made older, at three sizes of the window; an upload that is no image."""
+    """The photo, refined and made older, at three sizes of the page."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, (width, height) in {"demo-1": (1366, 768), "demo-2": (1920, 1080), "demo-3": (390, 844)}.items():
         visitor = Visitor(args.url, args.output_dir, width=width, height=height, patience=300)

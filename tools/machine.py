@@ -20,7 +20,8 @@ def report(device, weights_dir=None, ops=None) -> list[tuple[str, str]]:
     """(name, description) pairs. Raises ValueError for a device that is not here."""
     device = resolve_device(device, ops=ops)
     here = {name: path for name in WEIGHTS if (path := find(name, weights_dir))}
-    required = re.findall(r"^[\w.-]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    texts = [(ROOT / f"requirements{extra}.txt").read_text() for extra in ("", "-extra")]
+    required = re.findall(r"^[\w.-]+", "".join(texts), re.MULTILINE)
     versions = package_versions([*required, "triton"])
     compilers = ", ".join(f"{name} {shutil.which(name) or 'absent'}" for name in ("gcc", "nvcc"))
     absent = ", ".join(name for name in WEIGHTS if name not in here)

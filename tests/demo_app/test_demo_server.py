@@ -300,7 +300,6 @@ def test_a_visit(visitor, astronaut, tmp_path):
     visitor.wait("the edit in the download", edited)
     visitor.click("#samples img", 1)
     visitor.wait_for_text("#message", "seed0001")
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    visitor.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    visitor.resize(390, 844)
     visitor.wait("no overflow", lambda: visitor.driver.execute_script("return document.body.scrollWidth") <= 390)
     assert visitor.hosts() == {"127.0.0.1"}

@@ -22,6 +22,7 @@ from editing.evaluate import score_frames
 from editing.fit import fit_boundary
 from editing.realism import Realism, edit_range
 from editing.samples import Samples, SamplesError, score_samples
+from editing.sweep import describe_target
 from model import Generator, GeneratorConfig, load_generator
 from sampling.render import CONDITION, file_names, map_latents, render, seeded_z
 from scorer.interface import AttributeScorer, require_images
@@ -46,7 +47,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def scorer(monkeypatch):
-    monkeypatch.setattr(edit_attribute, "load_scorer", lambda *args, **kwargs: ColourScorer())
+    monkeypatch.setattr("scorer.network.load_scorer", lambda *args, **kwargs: ColourScorer())
     return ColourScorer()
 
 
@@ -301,8 +302,8 @@ def test_no_further_than_needed(score, target, wanted, why):
 
 def test_faces_that_miss_the_target_are_counted():
     scorer = ColourScorer()
-    assert edit_attribute.describe_target(scorer, "smile", 0.5, [0.5, 0.52]) == "smile=0.5: 2 of 2 faces within 0.05"
-    said = edit_attribute.describe_target(scorer, "age", 60, [61.9, 20, 40])
+    assert describe_target(scorer, "smile", 0.5, [0.5, 0.52]) == "smile=0.5: 2 of 2 faces within 0.05"
+    said = describe_target(scorer, "age", 60, [61.9, 20, 40])
     assert "age=60: 1 of 3 faces within 2;" in said and "20 to 40" in said
 
 
@@ -339,7 +340,7 @@ def test_the_range_ends_where_samples_are_no_faces_any_more(generator):
 
 
 def test_a_sweep_goes_as_far_as_the_boundary_says(ckpt, latents, scorer, tmp_path, generator, capsys, monkeypatch):
-    monkeypatch.setattr(edit_attribute, "load_scorer", lambda *args, **kwargs: PixelScorer())
+    monkeypatch.setattr("scorer.network.load_scorer", lambda *args, **kwargs: PixelScorer())
     assert (
         command(ckpt, latents, tmp_path / "fit", "--num_sample", "120", "--ratio", "0.2", "--steps", "1", "--at", "0")
         == 0
@@ -394,7 +395,7 @@ def test_recommended_settings_of_the_generator(ckpt, latents, scorer, tmp_path, 
         "edit": {"steps": 3, "truncation": 0.8, "unit": "std", "samples": "/etc", "nothing": 1},
         "projector": {"step": 1},
     }
-    monkeypatch.setattr(edit_attribute, "load_generator", lambda *args: generator)
+    monkeypatch.setattr("model.load_generator", lambda *args: generator)
     for flags, steps in (((), 3), (("--steps", "2"), 2), (("--preset", "published", "--steps", "4"), 4)):
         assert command(ckpt, latents, tmp_path / "out", "--boundary", path, *flags) == 0
         said = capsys.readouterr().err
@@ -421,7 +422,7 @@ def test_results_of_a_stopped_run_stay(ckpt, latents, scorer, tmp_path, generato
             raise KeyboardInterrupt
         return edit_face(*args, **kwargs)
 
-    monkeypatch.setattr(edit_attribute, "edit_face", stop_at_the_third)
+    monkeypatch.setattr("editing.edit.edit_face", stop_at_the_third)
     assert command(ckpt, latents, tmp_path / "out", "--boundary", path, "--steps", "2") == 130
     rows = table(tmp_path / "out")
     assert [row["image"] for row in rows] == ["a/ü 1", "a/ü 1", "b", "b"]

@@ -10,10 +10,12 @@ import torch
 from colours import NAMES, SMALL, ColourScorer, make_trainer, random_images
 from PIL import Image
 
+import common.distributed
 import edit_conditional
-import editing.attributes
+import editing.transfer
 import generate
 import projector
+import scorer.network
 import training.conditional
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
@@ -58,8 +60,8 @@ def faces(face_folder, tmp_path):
 @pytest.fixture
 def edit(cgan, unconditional, monkeypatch, capfd):
     """edit_conditional.py's command line: (status, stdout, error line)."""
-    for module in (edit_conditional, editing.attributes):
-        monkeypatch.setattr(module, "load_scorer", training.conditional.load_scorer)
+    for module in ("scorer.network", "editing.attributes"):
+        monkeypatch.setattr(f"{module}.load_scorer", training.conditional.load_scorer)
 
     def edit(*flags, ckpt=cgan):
         argv = [
@@ -187,18 +189,18 @@ def test_latents_are_read_again_and_set(edit, faces, tmp_path):
 def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, monkeypatch):
     """One face is held at a time, and what is kept of an edit has no images; grids are made from the files."""
     held, kept = [], []
-    whole, gather = edit_conditional.table_rows, edit_conditional.gather_list
+    whole, gather = editing.transfer.table_rows, common.distributed.gather_list
 
     def watched(*args):
         gc.collect()
         held.append(sum(type(thing) is InvertedFace for thing in gc.get_objects()))
         return whole(*args)
 
-    monkeypatch.setattr(edit_conditional, "table_rows", watched)
+    monkeypatch.setattr(editing.transfer, "table_rows", watched)
     monkeypatch.setattr(
-        edit_conditional, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items)
+        common.distributed, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items)
     )
-    monkeypatch.setattr(edit_conditional, "PER_GRID", 2)
+    monkeypatch.setattr(editing.transfer, "PER_GRID", 2)
     out = tmp_path / "cast"
     assert edit("--source", faces, "--reference", faces, "--output_dir", out)[0] == 0
     assert len(held) == 9 and max(held) <= 2, "this face, and at most the one before"
@@ -210,9 +212,9 @@ def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, m
 
 def test_the_second_scorer_is_looked_for_where_told(edit, faces, tmp_path, monkeypatch):
     folders = []
-    load = edit_conditional.load_scorer
+    load = scorer.network.load_scorer
     monkeypatch.setattr(
-        edit_conditional, "load_scorer", lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args)
+        scorer.network, "load_scorer", lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args)
     )
     flags = ["--set", "smile=1", "--eval_scorer", "other", "--weights_dir", tmp_path]
     assert edit("--source", faces, *flags, "--output_dir", tmp_path / "out")[0] == 0
@@ -351,14 +353,14 @@ def test_results_of_a_stopped_run_stay(edit, cgan, tmp_path, monkeypatch):
     ws = generator.get_latent(torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1)))
     described = {"names": ["a.png", "b.png", "c.png"], "space": "w++", "size": 32}
     save_latents(tmp_path / "l", ws, **described, fingerprint=generator.fingerprint)
-    whole = edit_conditional.read_face
+    whole = editing.transfer.read_face
 
     def stop_at_the_third(generator, reader, source, i, *args):
         if i == 2:
             raise KeyboardInterrupt
         return whole(generator, reader, source, i, *args)
 
-    monkeypatch.setattr(edit_conditional, "read_face", stop_at_the_third)
+    monkeypatch.setattr(editing.transfer, "read_face", stop_at_the_third)
     assert edit("--latent", tmp_path / "l", "--set", "smile=1", "--output_dir", tmp_path / "out")[0] == 130
     assert [row["image"] for row in table(tmp_path / "out")] == ["a", "a", "b", "b"]
     assert sorted(p.name for p in (tmp_path / "out" / "edited").iterdir()) == ["a.png", "b.png"]
@@ -369,13 +371,13 @@ def test_the_settings_that_a_generator_recommends(edit, cgan, faces, tmp_path, m
     used = []
     generator = load_generator(cgan)
     generator.recommended = {"projector": {"lr": 0.02, "mse": 1, "output_dir": "/etc"}}
-    monkeypatch.setattr(edit_conditional, "load_generator", lambda *args: generator)
+    monkeypatch.setattr("model.load_generator", lambda *args: generator)
 
     def note(*args, settings, **kwargs):
         used.append((settings["lr"], settings["mse"]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(edit_conditional, "invert_images", note)
+    monkeypatch.setattr("inversion.runner.invert_images", note)
     for flags in ((), ("--lr", "0.5"), ("--preset", "published")):
         assert edit("--source", faces, "--set", "smile=1", "--output_dir", tmp_path / "out", *flags)[0] == 130
     assert used == [(0.02, 1), (0.5, 1), (0.1, 0)]
