@@ -27,7 +27,7 @@ from benchmarks.measuring import child, circumstances, write_trace  # noqa: E402
 from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
-from editing.edit import render_codes  # noqa: E402
+from editing.edit import render_ws  # noqa: E402
 from editing.fit import fit_boundary, fit_svm, pick_extremes  # noqa: E402
 from model import Generator, GeneratorConfig  # noqa: E402
 
@@ -205,7 +205,7 @@ def measure_sweep(args):
     groups = [codes] if together else [codes[i : i + 1] for i in range(len(codes))]
 
     def render():
-        return [frame for group in groups for frame in render_codes(network, group, network.fixed_noise())]
+        return [frame for group in groups for frame in render_ws(network, group, network.fixed_noise())]
 
     if device.type == "cuda":
         render()  # compiles kernels, chooses algorithms

@@ -47,7 +47,7 @@ def face_at(source: Source, i: int) -> InvertedFace:
     return InvertedFace(source.names[i], w.numpy(), select_noise(source.noise, [i]), condition)
 
 
-def edit_codes(w, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
+def edit_w(w, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
     """Latents [K, L, C] of `w` [L, C] moved along several boundaries at once.
 
     distances: [K] along the first boundary, or [K, number of boundaries], latent units. distance, layers: see
@@ -64,7 +64,7 @@ def edit_codes(w, boundaries: Sequence[Boundary], distances, *, distance="relati
 
 
 @torch.no_grad()
-def render_codes(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray]:
+def render_ws(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray]:
     """Frames uint8 [size, size, 3] of ws [K, L, C] with the noise maps of one image, [1, 1, r, r] each.
 
     condition: attributes [1, d] or [K, d] of a conditional generator (default: the neutral 0.5). Raises ValueError for
@@ -86,11 +86,11 @@ def render_codes(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray
 def edit_face(
     generator, face: InvertedFace, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None
 ) -> list[np.ndarray]:
-    """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_codes`)."""
-    ws = edit_codes(face.w, boundaries, distances, distance=distance, layers=layers)
+    """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_w`)."""
+    ws = edit_w(face.w, boundaries, distances, distance=distance, layers=layers)
     ws = np.concatenate((np.asarray(face.w, np.float32)[None], ws))
     condition = None if face.condition is None else face.condition[None]
-    return list(render_codes(generator, ws, face.noise, condition=condition))
+    return list(render_ws(generator, ws, face.noise, condition=condition))
 
 
 # -- targets -------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class SamplesError(ValueError):
 
 class Samples:
     """Samples of a generator by seed. As an array of latents it has `shape`, `len` and indexing by an array of rows:
-    float32 [n, L * C] (W: [n, C]), computed when asked for; `frames` are their images.
+    float32 [n, L * C] (W: [n, C]), computed when needed; `frames` are their images.
 
     truncation: psi towards the mean latent. noise: random, const or none (sampling/render.py).
     """

@@ -12,7 +12,7 @@ from common.grids import make_strip
 from common.images import save_image
 from common.names import safe_name
 from editing.boundary import Boundary, load_boundary
-from editing.edit import InvertedFace, edit_codes, score_along, search_distance
+from editing.edit import InvertedFace, edit_w, score_along, search_distance
 from editing.evaluate import Evaluation
 
 ROUNDS = 3  # of the coordinate search for several targets at once: one edit moves the other attributes a little
@@ -60,7 +60,7 @@ def search_targets(generator, face: InvertedFace, boundaries, targets, scorer, l
     for _ in range(ROUNDS if len(targets) > 1 else 1):
         for k, (name, value) in targets.items():
             result[k] = 0
-            (start,) = edit_codes(face.w, boundaries, result[None], layers=layers)
+            (start,) = edit_w(face.w, boundaries, result[None], layers=layers)
             score = score_along(generator, replace(face, w=start), boundaries[k], scorer, scorer.column(name), layers)
             near, limit = tolerance(scorer, name), LIMIT * boundaries[k].std
             result[k], _ = search_distance(score, value, limit=limit, near=near)

@@ -19,7 +19,7 @@ from common.grids import make_strip
 from common.images import read_image, save_image
 from common.names import safe_name
 from editing.attributes import AttributeReader, Condition
-from editing.edit import InvertedFace, face_at, render_codes
+from editing.edit import InvertedFace, face_at, render_ws
 from editing.evaluate import evaluate, score_frames
 from editing.sweep import save_frames
 from inversion.report import ORIGINALS
@@ -113,7 +113,7 @@ def condition_path(face: InvertedFace, target: Target, ts: Sequence[float]) -> t
 def render_path(generator, face: InvertedFace, conditions: torch.Tensor) -> list[np.ndarray]:
     """Frames, uint8 [size, size, 3], of a face under conditions [K, d]."""
     ws = torch.as_tensor(face.w).expand(len(conditions), -1, -1)
-    return list(render_codes(generator, ws, face.noise, condition=conditions))
+    return list(render_ws(generator, ws, face.noise, condition=conditions))
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Headless Chromium, driven by selenium: for the test of the demo page, and for the pictures of it in docs/figures.
+"""Headless Chromium, driven by selenium: for the test of the demo page, and for images of it in docs/figures.
 
     python demo.py & python tests/browser.py --output_dir docs/figures --photo astronaut.png
 
@@ -126,7 +126,7 @@ class Visitor:
         return self.wait("the download", complete)[0]
 
     def hosts(self) -> set[str]:
-        """Servers that the browser has asked for anything."""
+        """Servers that the browser has contacted."""
         urls = [
             json.loads(line["message"])["message"]["params"].get("request", {}).get("url", "")
             for line in self.driver.get_log("performance")

@@ -22,7 +22,7 @@ def planted(n, width, *, noise=0.3, seed=0, mean=0.0):
     return latents, latents @ direction + noise * draw.standard_normal(n), direction
 
 
-def simple(normal, space="w++", **facts):
+def simple(normal, space="w++", **info):
     normal = np.asarray(normal, np.float32)
     return Boundary(
         normal=normal[None] / np.linalg.norm(normal),
@@ -31,7 +31,7 @@ def simple(normal, space="w++", **facts):
         space=space,
         mean=0.0,
         std=1.0,
-        **facts,
+        **info,
     )
 
 
@@ -174,19 +174,19 @@ def test_one_normal_for_every_layer():
 def test_orthogonal_moves_leave_the_other_attribute():
     draw = np.random.default_rng(3)
     age, glasses = simple(draw.standard_normal(24)), simple(draw.standard_normal(24))
-    codes = (draw.standard_normal((500, 24)) + 1).astype(np.float32)
-    codes += 3 * draw.standard_normal((500, 1)).astype(np.float32) * glasses.normal  # vary most along the one that goes
-    free = orthogonalise(age, [glasses], codes)
+    ws = (draw.standard_normal((500, 24)) + 1).astype(np.float32)
+    ws += 3 * draw.standard_normal((500, 1)).astype(np.float32) * glasses.normal  # vary most along the one that goes
+    free = orthogonalise(age, [glasses], ws)
     assert abs(free.normal[0] @ glasses.normal[0]) < 1e-6 and free.normal[0] @ age.normal[0] > 0.5
     frames = move_along(np.zeros((4, 6)), free, [5.0])
     assert abs(glasses.project(frames.reshape(1, -1))[0]) < 1e-5
-    along = free.project(codes)
+    along = free.project(ws)
     assert (free.mean, free.std) == pytest.approx((along.mean(), along.std()), abs=1e-4)
     assert np.mean(along + free.intercept > 0) == 0.5 and free.orthogonal_to == ["smile"] and not free.accuracies
     with pytest.raises(BoundaryError, match="nothing of the boundary"):
-        orthogonalise(age, [glasses, age], codes)
+        orthogonalise(age, [glasses, age], ws)
     with pytest.raises(BoundaryError, match="of space w "):
-        orthogonalise(age, [simple(draw.standard_normal(6), space="w")], codes)
+        orthogonalise(age, [simple(draw.standard_normal(6), space="w")], ws)
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

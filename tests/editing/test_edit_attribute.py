@@ -1,5 +1,5 @@
-"""edit_attribute.py: sampled scores are kept and go on, edits move the score they should, frames and tables are there,
-what does not fit is refused. The scorer of these tests sees the brightness of a picture and its redness."""
+"""edit_attribute.py: scores of samples are kept, edits move the score they should, frames and tables are there, misuse is
+refused. The scorer of these tests sees the brightness of an image and its redness."""
 
 import csv
 import re
@@ -17,7 +17,7 @@ from common.cli import run
 from common.distributed import Distributed
 from common.latents import load_latents, save_latents
 from editing.boundary import load_boundary
-from editing.edit import InvertedFace, edit_codes, edit_face, render_codes, score_along, search_distance
+from editing.edit import InvertedFace, edit_face, edit_w, render_ws, score_along, search_distance
 from editing.evaluate import score_frames
 from editing.fit import fit_boundary
 from editing.realism import Realism, edit_range
@@ -71,13 +71,13 @@ def generator(ckpt):
 
 @pytest.fixture
 def latents(generator, tmp_path):
-    codes = torch.stack(list(map_latents(generator, seeded_z(generator, [9000, 9001, 9002]))))
+    ws = torch.stack(list(map_latents(generator, seeded_z(generator, [9000, 9001, 9002]))))
     folder = tmp_path / "inverted"
     draw = torch.Generator().manual_seed(1)
     noise = [torch.randn(3, 1, *layer.shape[2:], generator=draw) for layer in generator.fixed_noise()]
     save_latents(
         folder,
-        codes,
+        ws,
         names=["a/ü 1.png", "b.png", "c.png"],
         space=generator.config.space,
         size=16,
@@ -114,13 +114,13 @@ def table(out):
 # -- samples -------------------------------------------------------------------------------------------------------
 
 
-def test_codes_by_row_are_those_of_the_seeds(generator):
-    codes = Samples(generator, range(5, 25))
-    whole = codes[np.arange(20)]
-    assert whole.shape == codes.shape == (20, 32 * (1 if generator.config.w_space else 6))
-    assert np.allclose(codes[np.array([7, 3])], whole[[7, 3]], atol=1e-5)
+def test_ws_by_row_are_those_of_the_seeds(generator):
+    ws = Samples(generator, range(5, 25))
+    whole = ws[np.arange(20)]
+    assert whole.shape == ws.shape == (20, 32 * (1 if generator.config.w_space else 6))
+    assert np.allclose(ws[np.array([7, 3])], whole[[7, 3]], atol=1e-5)
     (expected,) = map_latents(generator, seeded_z(generator, [5 + 7]))
-    assert np.allclose(whole[7], expected.numpy().reshape(-1)[: codes.shape[1]], atol=1e-5)
+    assert np.allclose(whole[7], expected.numpy().reshape(-1)[: ws.shape[1]], atol=1e-5)
 
 
 def test_scores_do_not_depend_on_batch_ranks_or_a_restart(generator, tmp_path, monkeypatch):
@@ -245,59 +245,59 @@ def test_the_frame_at_distance_zero_is_the_inversion(ckpt, latents, scorer, tmp_
 
 
 def test_published_distances_are_projections(generator):
-    codes = Samples(generator, range(200))
-    scores = codes[np.arange(200)] @ np.random.default_rng(0).standard_normal(codes.shape[1])
-    boundary = fit_boundary(codes, scores, ratio=0.1, space=generator.config.space)
-    (code,) = map_latents(generator, seeded_z(generator, [9000]))
-    moved = edit_codes(code, [boundary], [-30, 0, 30], distance="absolute")
+    ws = Samples(generator, range(200))
+    scores = ws[np.arange(200)] @ np.random.default_rng(0).standard_normal(ws.shape[1])
+    boundary = fit_boundary(ws, scores, ratio=0.1, space=generator.config.space)
+    (w,) = map_latents(generator, seeded_z(generator, [9000]))
+    moved = edit_w(w, [boundary], [-30, 0, 30], distance="absolute")
     flat = moved[:, 0] if generator.config.w_space else moved.reshape(3, -1)
     assert np.allclose(boundary.project(flat), [-30, 0, 30], atol=1e-3)
-    both = edit_codes(code, [boundary, boundary], [[1, 2]])
-    assert np.allclose(both, edit_codes(code, [boundary], [3]), atol=1e-5), "several edits add up"
+    both = edit_w(w, [boundary, boundary], [[1, 2]])
+    assert np.allclose(both, edit_w(w, [boundary], [3]), atol=1e-5), "several edits add up"
 
 
 def test_a_target_is_reached(generator):
     scorer = ColourScorer()
-    codes = Samples(generator, range(300))
-    code, noise = expand(generator, codes)[0], generator.fixed_noise()
-    scores = score_frames(scorer, list(render_codes(generator, expand(generator, codes), noise)))
-    boundary = fit_boundary(codes, scores[:, 0], ratio=0.1, space=generator.config.space)
-    score = score_along(generator, InvertedFace("a", code, noise), boundary, scorer, 0)
-    wanted = float(np.quantile(scores[:, 0], 0.7))
-    distance, found = search_distance(score, wanted, limit=6 * boundary.std)
-    assert found == pytest.approx(wanted, abs=0.5)
-    frame = list(render_codes(generator, edit_codes(code, [boundary], [distance]), noise))
+    ws = Samples(generator, range(300))
+    w, noise = expand(generator, ws)[0], generator.fixed_noise()
+    scores = score_frames(scorer, list(render_ws(generator, expand(generator, ws), noise)))
+    boundary = fit_boundary(ws, scores[:, 0], ratio=0.1, space=generator.config.space)
+    score = score_along(generator, InvertedFace("a", w, noise), boundary, scorer, 0)
+    expected = float(np.quantile(scores[:, 0], 0.7))
+    distance, found = search_distance(score, expected, limit=6 * boundary.std)
+    assert found == pytest.approx(expected, abs=0.5)
+    frame = list(render_ws(generator, edit_w(w, [boundary], [distance]), noise))
     assert score_frames(scorer, frame)[0, 0] == pytest.approx(found, abs=1e-3)
     edge, found = search_distance(score, 1000.0, limit=boundary.std)
     assert edge == pytest.approx(boundary.std), "out of reach: the nearer end"
 
 
 @pytest.mark.parametrize(
-    "target, wanted, why",
+    "target, expected, why",
     [
         (0.9, 0, "the face meets it as it is"),
         (0.6, 0.5, "the nearer of two crossings"),
         (2, 0, "crossed nowhere: of the stops with the highest score the one nearest to the face"),
     ],
 )
-def test_a_target_is_looked_for_near_the_face(target, wanted, why):
+def test_a_target_is_looked_for_near_the_face(target, expected, why):
     """A score that falls on both sides, as a smile's does once faces break: 0.9 at -1 and 0, 0.6 at -1.5 and 0.5."""
     found = search_distance(lambda at: 1 - 0.4 * (at + 0.5) ** 2, target, limit=6)
-    assert found[0] == pytest.approx(wanted, abs=0.01), why
+    assert found[0] == pytest.approx(expected, abs=0.01), why
     if target < 1:
         assert found[1] == pytest.approx(target, abs=0.01)
 
 
 @pytest.mark.parametrize(
-    "score, target, wanted, why",
+    "score, target, expected, why",
     [
         (lambda at: np.where(at > 5, 0.5, 0.9 - 0.7 * (at > 0.3)), 0.5, 0.3, "a broken face far out that reads it"),
         (lambda at: 1 / (1 + np.exp(-4 * at)), 1, 1, "a probability is never 1: the least step that is near enough"),
     ],
 )
-def test_no_further_than_needed(score, target, wanted, why):
+def test_no_further_than_needed(score, target, expected, why):
     found, _ = search_distance(score, target, limit=6, near=0.05)
-    assert found == pytest.approx(wanted, abs=0.01), why
+    assert found == pytest.approx(expected, abs=0.01), why
 
 
 def test_faces_that_miss_the_target_are_counted():
@@ -365,12 +365,12 @@ def test_a_sweep_goes_as_far_as_the_boundary_says(ckpt, latents, scorer, tmp_pat
 
 def test_bare_directions_are_boundaries(ckpt, latents, scorer, tmp_path, generator):
     """InterFaceGAN's public .npy: a distance of 2 in standard deviations of the samples along it."""
-    codes = Samples(generator, range(60))
-    direction = np.random.default_rng(1).standard_normal(codes.shape[1])
+    ws = Samples(generator, range(60))
+    direction = np.random.default_rng(1).standard_normal(ws.shape[1])
     np.save(tmp_path / "pose.npy", direction)
     flags = ("--num_sample", "60", "--boundary", tmp_path / "pose.npy", "--at", "2", "--unit", "std", "--distance")
     assert command(ckpt, latents, tmp_path / "out", *flags, "relative") == 0
-    std = (codes[np.arange(60)] @ (direction / np.linalg.norm(direction))).std()
+    std = (ws[np.arange(60)] @ (direction / np.linalg.norm(direction))).std()
     assert float(table(tmp_path / "out")[0]["distance"]) == pytest.approx(2 * std, rel=1e-3)
     assert (tmp_path / "out" / "frames" / "b_pose+2.png").is_file()
 
@@ -429,9 +429,9 @@ def test_results_of_a_stopped_run_stay(ckpt, latents, scorer, tmp_path, generato
     assert all((tmp_path / "out" / "frames" / row["frame"]).is_file() for row in rows)
 
 
-def expand(generator, codes):
+def expand(generator, ws):
     config = generator.config
-    rows = codes[np.arange(len(codes))]
+    rows = ws[np.arange(len(ws))]
     return np.broadcast_to(
         rows.reshape(len(rows), -1, config.style_dim), (len(rows), config.n_tokens, config.style_dim)
     ).copy()
@@ -468,10 +468,10 @@ def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
     assert "0123456789abcdef" in capsys.readouterr().err
 
 
-def test_labels_of_drawn_pictures_make_a_boundary(ckpt, latents, scorer, tmp_path, generator, capsys):
+def test_labels_of_drawn_images_make_a_boundary(ckpt, latents, scorer, tmp_path, generator, capsys):
     seeds = range(1000, 1120)
-    codes = Samples(generator, seeds)[np.arange(120)]
-    side = codes @ np.random.RandomState(0).randn(codes.shape[1])
+    ws = Samples(generator, seeds)[np.arange(120)]
+    side = ws @ np.random.RandomState(0).randn(ws.shape[1])
     rows = [f"seed{seed:04d}.png,{int(value > np.median(side))},x" for seed, value in zip(seeds, side, strict=True)]
     (tmp_path / "labels.csv").write_text("\n".join(["file,hat,note", *rows, "seed0003.png,,y"]), encoding="utf-8")
     out = tmp_path / "out"
@@ -492,7 +492,7 @@ def test_labels_of_drawn_pictures_make_a_boundary(ckpt, latents, scorer, tmp_pat
     assert command(ckpt, latents, out, *flags) == 0
     boundary = load_boundary(out / "boundary-hat.npz")
     assert (boundary.attribute, boundary.n_samples, boundary.ratio) == ("hat", 120, 0.5)
-    assert boundary.accuracies["train"] > 0.9 and np.mean((codes @ boundary.normal[0] > 0) == (side > 0)) > 0.6
+    assert boundary.accuracies["train"] > 0.9 and np.mean((ws @ boundary.normal[0] > 0) == (side > 0)) > 0.6
     names = [f"a/ü 1_hat{distance}.png" for distance in ("-2", "+0", "+2")]
     assert [row["frame"] for row in table(out) if row["origin"] == "0"] == names
     assert command(ckpt, latents, tmp_path / "again", "--boundary", out / "boundary-hat.npz", "--steps", "1") == 0
@@ -514,34 +514,34 @@ def test_two_targets_are_reached_together(ckpt, latents, scorer, tmp_path, capsy
             == 0
         )
     start = {name: float(table(out)[0][name]) for name in ("age", "smile")}
-    wanted = {"age": start["age"] + 2, "smile": start["smile"] + 0.03}
+    expected = {"age": start["age"] + 2, "smile": start["smile"] + 0.03}
     both = ("--boundary", out / "boundary-age.npz", out / "boundary-smile.npz", "--target")
-    targets = [f"{name}={value}" for name, value in wanted.items()]
+    targets = [f"{name}={value}" for name, value in expected.items()]
     assert command(ckpt, latents, tmp_path / "both", *both, *targets) == 0
     row = table(tmp_path / "both")[0]
-    assert float(row["age"]) == pytest.approx(wanted["age"], abs=0.3)
-    assert float(row["smile"]) == pytest.approx(wanted["smile"], abs=0.01)
+    assert float(row["age"]) == pytest.approx(expected["age"], abs=0.3)
+    assert float(row["smile"]) == pytest.approx(expected["smile"], abs=0.01)
     assert command(ckpt, latents, tmp_path / "no", *both, "beard=1", "age=2") == 2
     assert "--target beard: no --boundary moves it; they move age, smile" in capsys.readouterr().err
 
 
 def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_path, generator, capsys):
-    codes, paths = Samples(generator, range(60)), []
-    scores = score_samples(codes, scorer, folder=tmp_path / "samples")
+    ws, paths = Samples(generator, range(60)), []
+    scores = score_samples(ws, scorer, folder=tmp_path / "samples")
     for column, name in enumerate(("age", "smile")):
-        boundary = fit_boundary(codes, scores[:, column], ratio=0.3, attribute=name, space=generator.config.space)
+        boundary = fit_boundary(ws, scores[:, column], ratio=0.3, attribute=name, space=generator.config.space)
         paths.append(boundary.save(tmp_path / f"{name}.npz"))
     flags = ("--boundary", *paths, "--distance", "relative", "--unit", "std", "--at")
     assert command(ckpt, latents, tmp_path / "out", *flags, "2", "-1.5") == 0
     assert len(table(tmp_path / "out")) == 3
     boundaries = [load_boundary(path) for path in paths]
     source = load_latents(latents)
-    expected = edit_codes(source.latents[1], boundaries, [[2 * boundaries[0].std, -1.5 * boundaries[1].std]])
+    expected = edit_w(source.latents[1], boundaries, [[2 * boundaries[0].std, -1.5 * boundaries[1].std]])
     pair = np.concatenate((source.latents[1:2], expected))
-    inversion, picture = render_codes(generator, pair, [layer[1:2] for layer in source.noise])
+    inversion, image = render_ws(generator, pair, [layer[1:2] for layer in source.noise])
     frame = tmp_path / "out" / "frames" / "b_age+2_smile-1.5.png"
-    assert np.array_equal(np.asarray(Image.open(frame)), picture)
-    for folder, expected in (("edited", picture), ("unedited", inversion)):
+    assert np.array_equal(np.asarray(Image.open(frame)), image)
+    for folder, expected in (("edited", image), ("unedited", inversion)):
         by_name = Image.open(tmp_path / "out" / folder / f"{file_names(source.names)[1]}.png")
         assert np.array_equal(np.asarray(by_name), expected)
     for wrong in (("1", "2", "3"), ("1", "--target", "age=50")):
@@ -586,20 +586,20 @@ def test_faces_of_a_conditional_generator_keep_their_attributes(scorer, tmp_path
     ckpt = tmp_path / "cgan.pt"
     save_checkpoint(ckpt, {"g_ema": Generator(config).state_dict(), "config": config.to_dict()})
     generator = load_generator(ckpt, "cpu")
-    codes = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2]))))
-    own = torch.tensor([[0.0, 1.0], [0.9, 0.2]])
+    ws = torch.stack(list(map_latents(generator, seeded_z(generator, [1, 2]))))
+    source = torch.tensor([[0.0, 1.0], [0.9, 0.2]])
     save_latents(
         tmp_path / "l",
-        codes,
+        ws,
         names=["a.png", "b.png"],
         space="w++",
         size=16,
         fingerprint=generator.fingerprint,
-        extra={CONDITION: {"values": own.tolist()}},
+        extra={CONDITION: {"values": source.tolist()}},
     )
     out, flags = tmp_path / "out", ("--num_sample", "60", "--ratio", "0.2", "--distance", "relative")
-    inversions = list(render(generator, codes, condition=own))
-    assert not np.array_equal(inversions[1], next(render(generator, codes[1:]))), "the neutral picture is another"
+    inversions = list(render(generator, ws, condition=source))
+    assert not np.array_equal(inversions[1], next(render(generator, ws[1:]))), "the neutral image is another"
     value = score_frames(ColourScorer(), inversions[:1])[0, 0]
     for edit in (("--at", "0"), ("--target", f"age={value}")):  # the target is looked for under the attributes as well
         assert command(ckpt, tmp_path / "l", out, *flags, *edit) == 0

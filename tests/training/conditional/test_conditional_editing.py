@@ -316,7 +316,7 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
     described["fingerprint"] = load_generator(cgan).fingerprint
     save_latents(tmp_path / "own", torch.zeros(2, 8, 64), **described, extra={"condition": {"values": [[0.5], [0.5]]}})
     status, line = error("--source", tmp_path / "own", "--set", "smile=1")
-    assert status == 1 and "attributes [2, 1] of 2 images" in line
+    assert status == 1 and "attributes [2, 1] of the images" in line
     save_latents(tmp_path / "good", torch.zeros(2, 8, 64), **described)
     status, line = error("--source", tmp_path / "good", "--reference", faces, "--paired")
     assert status == 1 and "as many references as sources, found 3 and 2" in line
