@@ -1,4 +1,4 @@
-"""edit_attribute.py: scores of samples are kept, edits move the score they should, frames and tables are there, misuse is
+"""edit_attribute.py: scores of samples are kept, edits move the score they should, frames and tables come, misuse is
 refused. The scorer of these tests sees the brightness of an image and its redness."""
 
 import csv
