@@ -308,7 +308,10 @@ class PhotoEditor:
         curves = {name: self._curve(face, name) for name in targets}
         before = {name: float(curves[name][1][TRIES // 2]) for name in targets}
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
-        aims, best = dict(goals), (np.inf, {})
+        aims = {
+            n: before[n] if open_error(goals[n] - before[n], goals[n], kinds[n]) == 0 else goals[n] for n in targets
+        }
+        best = np.inf, {}
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
             at = self._within_safe(at)
@@ -316,7 +319,7 @@ class PhotoEditor:
                 return at
             (image,) = self._try(face, [at], layers)
             scores = dict(zip(targets, self.read([image])[0, columns], strict=True))
-            errors = {n: open_error(goals[n] - scores[n], goals[n], before[n], kinds[n]) for n in targets}
+            errors = {n: open_error(goals[n] - scores[n], goals[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
             best = min(best, (total, at), key=lambda item: item[0])
             if all(abs(error) <= NEAR[kinds[name]] / 2 for name, error in errors.items()):
@@ -367,15 +370,17 @@ def scale_alignment(alignment: Alignment, photo_size) -> Alignment:
     return replace(alignment, quad=quad.tolist(), photo_size=list(photo_size))
 
 
-def open_error(error: float, goal: float, before: float, kind: str) -> float:
-    """0 for a probability beyond its goal: more of a smile than the goal is no error."""
-    beyond = kind == "probability" and min(goal, 1 - goal) <= 0.1 and error * (goal - before) < 0
+def open_error(error: float, goal: float, kind: str) -> float:
+    """0 for a probability beyond a goal near 0 or 1: more of a smile than the goal is no error."""
+    beyond = kind == "probability" and (error < 0 if goal >= 0.9 else error > 0 and goal <= 0.1)
     return 0.0 if beyond else error
 
 
 def position_for(positions: np.ndarray, values: np.ndarray, goal: float, near: float) -> float:
-    """Position at which `values` (read at `positions`, [K]) reach a goal: on the crossing nearest to 0, by straight
-    lines; else the least of the positions that come within `near`, else that which comes nearest."""
+    """Position at which `values` (read at `positions`, [K]) reach a goal: 0 if it is reached there; on the crossing
+    nearest to 0, by straight lines; else the least of those within `near`, else that which comes nearest."""
+    if goal in values[positions == 0]:
+        return 0.0
     k = nearest_crossing(positions, values, goal)
     if k is None:
         return float(positions[nearest_value(positions, values, goal, near)])

@@ -153,7 +153,7 @@ class Condition:
             if len({len(values[name]) for name in LISTS}) > 1 or set(condition.kinds) - set(UNIT_OF):
                 raise ValueError(f"{len(condition.attributes)} attributes of the kinds {', '.join(condition.kinds)}")
             if condition.gain != CONDITION_GAIN:
-                raise ValueError(f"its gain is {condition.gain}, this program uses {CONDITION_GAIN}")
+                raise ValueError(f"it has the gain {condition.gain}, this program uses {CONDITION_GAIN}")
         except ValueError as error:
             raise ConditionError(f"{source}: its condition is described in a way unknown here ({error})") from None
         return condition

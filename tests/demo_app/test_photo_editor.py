@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from common.images import read_image
-from demo_app.editor import PhotoEditor, PhotoError, position_for, scale_alignment
+from demo_app.editor import PhotoEditor, PhotoError, open_error, position_for, scale_alignment
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.targets import Reading, Target
 from faces.align import crop_aligned
@@ -78,6 +78,16 @@ def test_position_of_a_goal():
     assert position_for(at, values, 33, 1) == pytest.approx(0.3)
     assert position_for(at, values, 90, 1) == 1  # nowhere reached: the nearest
     assert position_for(at, values, 30, 1) == 0
+    assert position_for(at, np.array([0.2, 0.5, 1.0, 0.9, 1.1]), 1.0, 0.1) == 0  # crossed elsewhere as well
+
+
+def test_a_man_who_should_be_a_man_has_arrived():
+    """Read as 1.00 in the photo, the goal is 0.97: above it is no error, 0.3 is one."""
+    goal = Target(1).goal(1.0, "probability")
+    assert open_error(goal - 1.0, goal, "probability") == 0
+    assert open_error(goal - 0.3, goal, "probability") == pytest.approx(0.67)
+    assert open_error(0.03 - 0.0, 0.03, "probability") == 0 and open_error(0.03 - 0.5, 0.03, "probability") < 0
+    assert open_error(46 - 50, 46, "years") == -4
 
 
 def test_visible():
