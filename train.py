@@ -129,7 +129,7 @@ def main(args) -> int:
         trainer = build_trainer(config, settings, dist, spec=spec, condition=condition, dataset=dataset, start=start)
 
         # The run folder.
-        resume_step = trainer.n_steps + 1 if start.continues else None
+        resume_step = trainer.n_steps + 1 if start.continues else 0
         run = open_run(args.exp_name, options, dist, resume_step=resume_step, wandb=args.wandb and "wpp")
         run = stack.enter_context(run)
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=dist.device)

@@ -109,7 +109,7 @@ def main(args) -> None:
 
     # Training, then the export.
     if not done:
-        resumed = trainer.step + 1 if state else None
+        resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
         with lock_folder(args.out, "training"), Run(args.out, args, resume_step=resumed) as run:
             start = f"continuing {source}, step {trainer.step} of {args.iter}" if state else "a new run"
             faces = f"{len(tables[0])} faces, {len(tables[1])} for validation"

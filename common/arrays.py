@@ -3,7 +3,6 @@ unpickled, and whatever is wrong becomes one ValueError that names the file."""
 
 import os
 import zipfile
-import zlib
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,8 +10,6 @@ import numpy as np
 from common.checkpoint import require_file
 
 EXPANSION = 200  # an archive may hold at most this many times its own size (deflate itself reaches 1,000 on zeros)
-# What numpy and zipfile raise for damaged content.
-DAMAGE = (ValueError, TypeError, EOFError, KeyError, OSError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read_npy(path, what: str = ".npy file") -> np.ndarray:
@@ -40,7 +37,7 @@ def _open(path, what: str, suffix: str):
     with open(require_file(path, what), "rb") as file:
         try:
             yield file
-        except DAMAGE as error:
+        except Exception as error:  # numpy, zipfile and zlib raise a dozen types for damaged content
             raise ValueError(f"{path} is truncated, damaged or not a {suffix} file ({error})") from error
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from common.files import atomic_write, open_regular
+from common.files import atomic_write, open_regular, parse_json
 
 PLAIN = (str, int, float, bool, type(None))
+DIGEST = "tensors_fingerprint"  # in the header of a .safetensors file that was written here
 
 
 class CheckpointError(ValueError):
@@ -52,13 +53,21 @@ def _require_plain(value, name):
 
 
 def save_safetensors(path, tensors, metadata):
-    """Write a flat dict of named tensors; `metadata` is a dict of JSON values, kept in the header. Atomic."""
+    """Write a flat dict of named tensors; `metadata` is a dict of JSON values, kept in the header. Atomic.
+
+    The header also has the fingerprint of the tensors, which `load_safetensors` compares.
+    """
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    metadata = {**metadata, DIGEST: fingerprint(tensors)}
     header = {str(name): json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in metadata.items()}
+    data = save(tensors, header)
+    end = 8 + int.from_bytes(data[:8], "little")  # of the header, which safetensors writes in a random order
+    text = json.dumps(json.loads(data[8:end]), ensure_ascii=False, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
     with atomic_write(path) as file:
-        file.write(save(tensors, header))
+        file.write(len(text).to_bytes(8, "little") + text + data[end:])
 
 
 def require_file(path, what="file"):
@@ -134,22 +143,25 @@ def _require_whole_archive(path, every_byte=False):
 
 def load_safetensors(path):
     """(tensors, metadata) of a `.safetensors` file: CPU tensors by name, JSON values by name. Raises FileNotFoundError
-    or CheckpointError as `load_checkpoint` does."""
+    or CheckpointError as `load_checkpoint` does, also where a bit of a tensor has changed."""
     from safetensors import SafetensorError, safe_open
 
     def value(text):
         try:
-            return json.loads(text)
-        except (ValueError, RecursionError):  # written by another program: the format itself knows only strings
+            return parse_json(text, object, source="header", what="JSON")
+        except ValueError:  # written by another program: the format itself knows only strings
             return text
 
     path = require_file(path, "safetensors file")
     try:
         with safe_open(str(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            return tensors, {name: value(text) for name, text in (file.metadata() or {}).items()}
+            metadata = {name: value(text) for name, text in (file.metadata() or {}).items()}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file ({error})") from error
+    if metadata.pop(DIGEST, (own := fingerprint(tensors))) != own:
+        raise CheckpointError(f"{path} is damaged: its tensors are not those that were written; copy it again")
+    return tensors, metadata
 
 
 def load_export(path):
@@ -202,9 +214,11 @@ def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
     own, unused = network.state_dict(), getattr(network, "unused", ())
     wrong = [f"{k} is absent" for k in own if k not in state]
     wrong += [f"{k} is unknown" for k in state if k not in own and k not in unused]
-    found = {k: list(state[k].shape) for k in own if k in state}
+    found = {k: getattr(state[k], "shape", type(state[k]).__name__) for k in own if k in state}
     wrong += [
-        f"{k} is {shape}, expected {list(own[k].shape)}" for k, shape in found.items() if shape != [*own[k].shape]
+        f"{k} is {shape if isinstance(shape, str) else list(shape)}, expected {list(own[k].shape)}"
+        for k, shape in found.items()
+        if shape != own[k].shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 2000  # characters of an error line
 TIMEOUT = 300.0  # seconds that a collective may take
 # Choices of flags that several parsers offer
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -242,7 +243,8 @@ def _one_line(error):
         text = str(error) or type(error).__name__
     else:
         return None
-    return " ".join(line.strip() for line in text.splitlines())
+    text = " ".join(line.strip() for line in text.splitlines())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."  # a message may quote what a file holds
 
 
 def is_out_of_memory(error) -> bool:

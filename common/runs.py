@@ -24,9 +24,10 @@ from tqdm import tqdm
 from common.checkpoint import CheckpointError, latest_checkpoint
 from common.cli import ROOT, Flags, UserError
 from common.distributed import barrier
-from common.files import atomic_write, write_text
+from common.files import atomic_write, open_regular, parse_json, write_text
 from common.lock import lock_folder
 
+LINE = {"step?": float, "time?": float, "group?": str}  # of log.jsonl
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
 
@@ -213,15 +214,16 @@ def git_commit():
 def read_log(path):
     """The lines of a log.jsonl as dicts; a last line torn by a crash is left out. Raises FileNotFoundError, or
     ValueError naming the line when one before the last is not JSON."""
-    *whole, torn = Path(path).read_bytes().split(b"\n")  # a whole line ends with a newline
+    with open_regular(path) as file:
+        *whole, torn = file.read().split(b"\n")  # a whole line ends with a newline
     records = []
     for number, line in enumerate(whole, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(parse_json(line, LINE, source=f"{path}, line {number}", what="line of a log"))
+        except ValueError:
             if number == len(whole) and not torn:
                 break
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise
     return records
 
 

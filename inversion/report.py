@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.arrays import read_npz, require_floats
 from common.cli import UserError
-from common.files import atomic_write
+from common.files import atomic_write, parse_json
 from common.grids import comparison_grid, plot_curves
 from common.images import read_image, save_image
 from common.latents import save_latents
@@ -20,6 +21,7 @@ from sampling.render import CONDITION, file_names
 
 RESULTS, ORIGINALS, PROJECTED = "inversions", "origin", "project"  # folders of the finished images
 PER_GRID = 8  # columns
+METADATA = {"measures": {str: float}, "steps": int, "condition": ([float], None), "digest": str}
 
 
 def save_result(path: Path, result: dict) -> None:
@@ -35,12 +37,14 @@ def load_result(path: Path) -> dict | None:
     """A finished image: latents [L, D], noise: per layer [1, r, r], curves: {name: [T]}, measures: {name: number},
     steps, condition (None or d numbers), digest (of pixels and settings). None for a file that is absent or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            noise = [arrays[name] for name in sorted(arrays.files) if name.startswith("noise_")]
-            curves = {name: arrays[f"curve_{name}"] for name in CURVES}
-            metadata = json.loads(str(arrays["metadata"]))
-            return {"latents": arrays["latents"], "noise": noise, "curves": curves} | metadata
-    except Exception:  # a damaged archive can raise anything
+        arrays = read_npz(path, "result of an inversion")
+        metadata = parse_json(str(arrays.pop("metadata")), METADATA, source=path, what="result of an inversion")
+        noise = [require_floats(arrays[name], path) for name in sorted(arrays) if name.startswith("noise_")]
+        curves = {name: arrays[f"curve_{name}"] for name in CURVES}  # NaN after an early stop
+        if any(curve.dtype != np.float32 or curve.ndim != 1 for curve in curves.values()):
+            raise ValueError("curves are float32 [T]")
+        return {"latents": require_floats(arrays["latents"], path), "noise": noise, "curves": curves} | metadata
+    except (FileNotFoundError, ValueError, KeyError):
         return None
 
 

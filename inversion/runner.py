@@ -60,20 +60,24 @@ def invert_images(
     positions = shard(len(images), dist.rank, dist.world_size)
     bar = tqdm(total=len(positions) * steps, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
 
-    def pending() -> Iterator[tuple[int, torch.Tensor, str]]:
-        """(position, uint8 image, digest) of the images that are not finished yet."""
-        for position in positions:
-            try:
-                image = images.read(position)
-            except Exception as error:  # libraries raise anything on damaged files, which must not end the run
-                failures[position] = str(error) or type(error).__name__
-            else:
+    def pending() -> Iterator[list[tuple[int, torch.Tensor, str]]]:
+        """Blocks of (position, uint8 image, digest) in which something is not finished. Always the same blocks, so that
+        a run that was killed within one makes all of it again, to the bit."""
+        for block in blocks(positions, batch):
+            read, n_finished = [], 0
+            for position in block:
+                try:
+                    image = images.read(position)
+                except Exception as error:  # libraries raise anything on damaged files, which must not end the run
+                    failures[position] = str(error) or type(error).__name__
+                    continue
                 digest = hashlib.sha256(json.dumps(config).encode() + image.numpy().tobytes()).hexdigest()
                 finished = load_result(folder / RESULTS / f"{stems[position]}.npz")
-                if not finished or finished["digest"] != digest:
-                    yield position, image, digest
-                    continue
-            bar.update(steps)
+                n_finished += finished is not None and finished["digest"] == digest
+                read.append((position, image, digest))
+            bar.update(steps * (len(block) - len(read) if n_finished < len(read) else len(block)))
+            if n_finished < len(read):
+                yield read
 
     def watch(step, active, synth, losses) -> None:
         bar.update(len(active))
@@ -84,7 +88,7 @@ def invert_images(
         if dist.is_main:
             prepare_folder(folder, config, overwrite)
         barrier()
-        for block in blocks(pending(), batch):
+        for block in pending():
             # Optimise a batch.
             where, pixels, digests = zip(*block, strict=True)
             target = torch.stack(pixels).to(device).float() / 127.5 - 1  # [B, 3, S, S]

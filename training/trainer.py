@@ -244,12 +244,12 @@ def load_optimiser(optimiser: torch.optim.Adam, state: dict, source: str) -> Non
     kept = [{name: group[name] for name in ("lr", "betas", "fused")} for group in optimiser.param_groups]
     try:
         optimiser.load_state_dict(state)
-    except (ValueError, KeyError) as error:
+        for parameter, moments in optimiser.state.items():  # Adam does not look at shapes
+            shapes = [list(moments[name].shape) for name in ("exp_avg", "exp_avg_sq")]
+            if shapes != [list(parameter.shape)] * 2:
+                raise ValueError(f"moments {shapes[0]} for {list(parameter.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{source} belongs to another network ({error})") from None
-    for parameter, moments in optimiser.state.items():  # Adam does not look at shapes
-        if moments["exp_avg"].shape != parameter.shape:
-            shapes = f"{list(moments['exp_avg'].shape)} for {list(parameter.shape)}"
-            raise CheckpointError(f"{source} belongs to another network (moments {shapes})")
     for group, settings in zip(optimiser.param_groups, kept, strict=True):
         group.update(settings, foreach=None)
 

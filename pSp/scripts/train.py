@@ -139,7 +139,7 @@ def main(args) -> int:
         # The run folder.
         opts = vars(args) | {"output_size": net.decoder.config.size}
         options = {"folders": ("sample", "checkpoints", "tensorboard_log"), "wandb": args.use_wandb and "wpp-psp"}
-        resume_step = net.step + 1 if continues else None
+        resume_step = net.step + 1 if continues else 0  # 0: also what a run logged that was killed before it saved
         run = stack.enter_context(open_run(args.exp_dir, vars(args), dist, resume_step=resume_step, **options))
         if dist.is_main:
             write_json(run.path("opt.json"), opts)

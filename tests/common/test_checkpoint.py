@@ -274,6 +274,29 @@ def test_safetensors_round_trip(tmp_path):
     assert names(tmp_path) == [path.name]
 
 
+def test_equal_exports_are_equal_files(tmp_path):
+    """safetensors itself writes the entries of its header in a random order."""
+    metadata = {f"name {i}": i for i in range(12)}
+    for i in range(4):
+        save_safetensors(tmp_path / f"{i}", {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16)}, metadata)
+    first, *others = ((tmp_path / f"{i}").read_bytes() for i in range(4))
+    assert set(others) == {first} and int.from_bytes(first[:8], "little") % 8 == 0
+    assert load_safetensors(tmp_path / "0")[1] == metadata
+
+
+def test_a_flipped_bit_of_any_tensor_is_refused(tmp_path):
+    """Whatever the file holds: generators, discriminators, encoders, scorers."""
+    path = tmp_path / "scorer.safetensors"
+    save_safetensors(path, {"w": torch.zeros(3, 4), "half": torch.ones(5).half(), "n": torch.tensor(7)}, {"step": 3})
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    assert load_safetensors(path)[1] == {"step": 3}
+    for byte in range(start, len(whole), 7):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1]) + whole[byte + 1 :])
+        with pytest.raises(CheckpointError, match="scorer.safetensors is damaged"):
+            load_safetensors(path)
+
+
 def test_safetensors_of_others_and_damaged(tmp_path):
     from safetensors.torch import save_file
 

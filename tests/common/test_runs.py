@@ -69,7 +69,7 @@ def test_torn_last_line(tmp_path):
 def test_damage_in_the_middle_is_an_error(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 0}\n{"ste\n{"step": 2}\n')
-    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: not JSON"):
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is no line of a log: not JSON"):
         read_log(log)
     with pytest.raises(FileNotFoundError):
         read_log(tmp_path / "absent.jsonl")

@@ -19,6 +19,7 @@ from torch import nn
 import train_scorer
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, save_checkpoint, save_safetensors
 from common.cli import run
+from common.runs import read_log
 from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex
 from scorer.evaluation import accuracy_report, auc, balanced_accuracy, calibration_error, format_report, measure
 from scorer.interface import expected_age, resize
@@ -617,7 +618,9 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
     assert "already holds a run" in capsys.readouterr().err
     assert call(*flags(planted, again, *common, "--resume", whole / "checkpoint" / "000008.pt")) == 1
     assert "already holds a run, up to 000004.pt" in capsys.readouterr().err
+    (again / "log.jsonl").write_text('{"step": 5, "time": 1, "group": "Loss", "age": 9}\n')
     assert call(*flags(planted, again, *common, "--resume", "auto")) == 0
+    assert "9}" not in (again / "log.jsonl").read_text(), "a step of the killed run stands beside its repetition"
     first, second = (load_checkpoint(folder / "checkpoint" / "000008.pt") for folder in (whole, again))
     assert first["sampler"] == second["sampler"] and first["step"] == second["step"] == 8
     for part in ("network", "average"):
@@ -625,6 +628,15 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
     assert_equal_files(whole / "scorer.safetensors", again / "scorer.safetensors")
     assert call(*flags(planted, again, *common, "--resume", "auto", "--iter", "9", "--width", "1")) == 1
     assert "holds another scorer: --width 0.5" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(planted, tmp_path):
+    """Also in the log: each step stands there once."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 1, "time": 1, "group": "Loss", "mouth_open": 9}\n')
+    assert call(*flags(planted, out, "--iter", "2", "--log_every", "1", "--resume", "auto")) == 0
+    assert [line["step"] for line in read_log(out / "log.jsonl") if line["group"] == "Loss"] == [1, 2]
 
 
 def snapshot(folder):
