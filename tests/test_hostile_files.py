@@ -43,7 +43,7 @@ from demo_app.models import Models
 from editing.attributes import Condition, read_condition
 from editing.boundary import Boundary, load_boundary
 from faces.align import align, read_alignment
-from interop.export import read_settings, read_source
+from interop.export import read_source
 from inversion.report import load_result, save_result
 from metrics import reconstruction, report
 from metrics.features import Features, load_features, save_features
@@ -182,7 +182,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     kind("log.jsonl", folder / "log.jsonl", function(read_log))
     (folder / "recommended.json").write_text(json.dumps({"projector": {"step": 300, "init": None, "x": [1]}}))
     store = (folder / "g.safetensors", folder / "out.safetensors", "--recommended", "FILE")
-    kind("recommended.json", folder / "recommended.json", function(read_settings), command(convert, *store))
+    kind("recommended.json", folder / "recommended.json", command(convert, *store))
 
     photos = folder / "photos"
     photos.mkdir()
@@ -285,7 +285,7 @@ def damage_array(array: np.ndarray, draw) -> np.ndarray:
         return np.array(damage_json(str(array), draw))
     if array.dtype == np.uint8:
         return np.frombuffer(damage_json(array.tobytes().decode(), draw).encode("utf-8", "surrogatepass"), np.uint8)
-    broken = array.astype(np.float64)
+    broken = array.astype(np.float64, copy=True)
     if broken.size:
         broken.flat[0] = draw.choice([np.nan, np.inf, 1e300])
     others = [broken.astype(array.dtype), array[..., None], array[:0], array.reshape(-1), array[..., :-1], array[0]]
