@@ -23,8 +23,10 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WPP_CACHE": "out/cache"}
 sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))
-import cv2, lmdb, matplotlib.figure, scipy.stats, skimage.data, sklearn, torch  # noqa - once, before the forks
-import numpy as np, torch._dynamo, torch.utils.tensorboard  # noqa
+import lmdb  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 from common.cli import ArgumentParser, positive_int, run_script  # noqa: E402
 from common.images import save_image  # noqa: E402
 from common.tables import text_table  # noqa: E402
@@ -59,6 +61,8 @@ def build_parser():
 
 def make_inputs() -> None:
     """A generator with a discriminator, faces with labels, photos: in the current folder."""
+    import skimage.data
+
     torch.manual_seed(0)
     config = GeneratorConfig(16, 16, 1, channel_max=8)
     networks = {"g_ema": Generator(config).state_dict(), "d": Discriminator(config).state_dict()}
@@ -135,6 +139,8 @@ def run_case(name: str, seconds: float, expected: dict[str, str], numbers: list[
 
 
 def main(args):
+    import cv2, matplotlib.figure, scipy.stats, sklearn, torch._dynamo, torch.utils.tensorboard  # noqa - before the forks
+
     os.chdir(folder := tempfile.mkdtemp(prefix="kill-"))
     make_inputs()
     whole, cases, draw = {}, [], random.Random(args.seed)
