@@ -41,8 +41,8 @@ def load_result(path: Path) -> dict | None:
         metadata = parse_json(str(arrays.pop("metadata")), METADATA, source=path, what="result of an inversion")
         noise = [require_floats(arrays[name], path) for name in sorted(arrays) if name.startswith("noise_")]
         curves = {name: arrays[f"curve_{name}"] for name in CURVES}  # NaN after an early stop
-        if any(curve.dtype != np.float32 or curve.ndim != 1 for curve in curves.values()):
-            raise ValueError("curves are float32 [T]")
+        if any(curve.dtype.kind != "f" or curve.ndim != 1 for curve in curves.values()):
+            raise ValueError("curves are numbers [T]")
         return {"latents": require_floats(arrays["latents"], path), "noise": noise, "curves": curves} | metadata
     except (FileNotFoundError, ValueError, KeyError):
         return None
