@@ -189,6 +189,8 @@ def test_files_of_a_run(trained, best, newest):
 
 def test_resuming_is_exact(trained, train, newest, tmp_path):
     half = tmp_path / "half"
+    half.mkdir()
+    (half / "log.jsonl").write_text('{"step": 0, "group": "test", "loss": 9}\n')  # killed before its first checkpoint
     assert train(half, "--save_interval", 2, "--val_interval", 2, "--max_steps", 2) == 0
     assert train(half, "--save_interval", 2, "--val_interval", 2, "--max_steps", 4, "--resume", "auto") == 0
     whole, resumed = load_checkpoint(newest), load_checkpoint(half / "checkpoints" / "iteration_4.pt")
