@@ -17,7 +17,7 @@ from demo_app.editor import Edited, PhotoEditor, shrink
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import Models
 from demo_app.targets import Target
-from faces.align import AlignError, crop_aligned, outside_share
+from faces.align import AlignError, outside_share
 from faces.paste import save_like
 
 SIDE = 900  # pixels of the longer side of a photo in before_after/
@@ -89,21 +89,19 @@ class PhotoBatch:
         saved = save_like(result.photo, path, target)
         pair = make_grid([shrink(image, SIDE) for image in (photo, result.photo)], 2, padding=8)
         save_image(pair, (self.folder / "before_after" / name).with_suffix(".jpg"), quality=90)
-        self.report(name, photo, result, bar)
+        self.report(name, result, bar)
         for loss in reading_losses(path):
             bar.write(f"note: {saved} has {loss} of {path}", file=sys.stderr)
 
-    def report(self, name: str, photo: Image.Image, result: Edited, bar: tqdm) -> None:
+    def report(self, name: str, result: Edited, bar: tqdm) -> None:
         """A line on stdout per face, and its share of overview.jpg and report.csv."""
         for i, face_edit in enumerate(result.faces):
-            alignment = face_edit.face.alignment
             label = name if len(result.faces) == 1 else f"{name}, face {i + 1}"
             words = [f"{attribute} {reading.describe()}" for attribute, reading in face_edit.readings.items()]
             bar.write(f"{label}: {'; '.join(words)}", file=sys.stdout)
-            if (share := outside_share(alignment)) > TIGHT:
+            if (share := outside_share(face_edit.face.alignment)) > TIGHT:
                 bar.write(f"note: {label}: {share:.0%} of the face's frame lies outside the photo", file=sys.stderr)
-            crops = [crop_aligned(image, alignment) for image in (photo, result.photo)]
-            self.tiles.append((*crops, words[0].split(",")[0]))
+            self.tiles.append((face_edit.face.crop, face_edit.crop, words[0].split(",")[0]))
             for attribute, reading in face_edit.readings.items():
                 values = {k: round(getattr(reading, k), 3) for k in ("before", "goal", "drawn", "photo")}
                 position = round(face_edit.positions.get(attribute, 0.0), 3)

@@ -70,6 +70,7 @@ class FaceEdit:
     face: Face
     positions: dict[str, float]
     readings: dict[str, Reading]
+    crop: Image.Image | None  # the aligned face in the edited photo
     changes: list[tuple[np.ndarray, np.ndarray]]  # per generator: inversion and edited face, uint8 [S, S, 3]
 
     def paste(self, photo: Image.Image) -> Image.Image:
@@ -178,10 +179,10 @@ class PhotoEditor:
         for face in self.faces:
             positions = self._search(face, targets, strength, layers, rounds)
             changes = [(before, after[0]) for before, after in self._draw(face, [positions], layers)]
-            result = FaceEdit(face, positions, {}, changes)
+            result = FaceEdit(face, positions, {}, None, changes)
             photo = result.paste(photo)
             crop = crop_aligned(photo, face.alignment)
-            results.append(replace(result, readings=self._readings(face, targets, changes, crop)))
+            results.append(replace(result, readings=self._readings(face, targets, changes, crop), crop=crop))
         return Edited(photo, results)
 
     def read(self, images) -> np.ndarray:
@@ -359,7 +360,7 @@ def expression_of(photo, models: Models) -> dict[str, Target]:
 def shrink(photo: Image.Image, longest: int) -> Image.Image:
     """A copy of at most `longest` pixels on the longer side."""
     small = photo.copy()
-    small.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    small.thumbnail((longest, longest), Image.Resampling.LANCZOS, reducing_gap=1.5)
     return small
 
 

@@ -19,7 +19,7 @@ CSS = """
 #title h1 { font-size: 1.1rem; margin: 0; }
 #main { --photo: max(300px, 100vh - 190px); }
 #compare, #compare img { height: var(--photo) !important; }
-#compare img { object-fit: contain !important; }
+#compare img { object-fit: contain !important; max-height: none !important; }
 #controls { gap: 8px; }
 #samples { min-height: 0; }
 #samples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; padding: 4px !important; }

@@ -76,7 +76,10 @@ class FaceDetector:
         for row in sorted(found, key=lambda row: (-row[14], *row[:4])):
             if all(_overlap(row[:4], other[:4]) < self.OVERLAP for other in unique):
                 unique.append(row)
-        faces = [self._refine(photo, row) for row in unique]
+        faces: list[Detection] = []
+        for face in (self._refine(photo, row) for row in unique):
+            if not any(is_same_face(face.landmarks, other.landmarks) for other in faces):
+                faces.append(face)
         return sorted(faces, key=lambda face: (-face.box[2] * face.box[3], face.box))
 
     def _look(self, window, mirrored=False) -> list[np.ndarray]:
@@ -123,6 +126,12 @@ class FaceDetector:
                 if best is not None and _overlap(box, best[:4]) >= self.OVERLAP:
                     looks.append(best)
         return looks
+
+
+def is_same_face(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether landmarks [5, 2] have centres nearer to each other than eyes: parts of a large face look like faces."""
+    eyes = max(np.linalg.norm(points[1] - points[0]) for points in (a, b))
+    return bool(np.linalg.norm(a.mean(0) - b.mean(0)) < eyes)
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,21 @@ def test_images_without_faces(detector, size):
     assert detector.detect(Image.new("RGB", size, (120, 90, 70))) == []
 
 
+def test_parts_of_a_large_face_are_no_faces_of_their_own():
+    """Landmarks that the detector gave for two people, each of whom fills half of a photo of 10 megapixels."""
+    from faces.detect import is_same_face
+
+    left, right, eye, again = np.array(
+        [
+            [[68, 1893], [860, 1883], [361, 2395], [112, 2842], [841, 2832]],
+            [[1934, 2172], [2319, 2140], [2286, 2591], [2021, 2879], [2340, 2858]],
+            [[616, 1893], [1103, 1881], [854, 2229], [641, 2422], [1112, 2403]],
+            [[41, 1883], [908, 1887], [409, 2393], [59, 2774], [887, 2777]],
+        ]
+    )
+    assert is_same_face(left, eye) and is_same_face(again, left) and not is_same_face(left, right)
+
+
 def test_absent_detector_is_named(monkeypatch, tmp_path):
     pytest.importorskip("cv2", reason="OpenCV (requirements.txt) runs the detector")
     from faces.detect import FaceDetector
