@@ -23,7 +23,7 @@ from common.cli import ArgumentParser, UserError, run
 
 
 class NoBrowserError(UserError):
-    """What is missing, in one sentence."""
+    """No browser: the message is a sentence that says which part is missing."""
 
 
 class Visitor:
@@ -135,7 +135,7 @@ class Visitor:
         return {urllib.parse.urlsplit(url).hostname for url in urls if url.startswith(("http", "ws"))}
 
     def screenshot(self, path) -> Path:
-        """What the window shows, as a PNG of at most 256 colours."""
+        """Picture of the window, as a PNG of at most 256 colours."""
         self.driver.execute_script("window.scrollTo(0, 0)")
         time.sleep(1)  # images fade in
         image = Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")

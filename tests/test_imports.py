@@ -416,7 +416,7 @@ def test_written_commands_parse():
 
 
 def complaint_about(target, args) -> str:
-    """What argparse says against a command; nothing for a program that is not ours."""
+    """Complaint of argparse about a command; nothing for a program that is not ours."""
     parser = parser_of(target)
     if parser is None:
         return ""

@@ -1,4 +1,4 @@
-"""What the demo page's server gives away, and one visit in headless Chromium."""
+"""The demo page's server: what it gives away, and one visit in headless Chromium."""
 
 import ast
 import asyncio

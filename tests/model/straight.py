@@ -1,4 +1,4 @@
-"""What the tests in this folder share."""
+"""Helpers that the tests in this folder share."""
 
 import math
 

@@ -18,7 +18,7 @@ from model import Discriminator, Generator, GeneratorConfig, infer_config, load_
 
 
 def published_checkpoint(config):
-    """What TransStyleGAN's train.py writes: five state dicts and nothing else."""
+    """A checkpoint as TransStyleGAN's train.py writes it: five state dicts and nothing else."""
     g, g_ema, d = Generator(config), Generator(config), Discriminator(config)
     return {
         "g": g.state_dict(),

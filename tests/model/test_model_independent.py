@@ -29,7 +29,7 @@ def test_a_token_hears_of_no_other(config, tiny_config):
 
 
 def test_each_token_is_an_mlp_of_its_own(config):
-    """The same numbers as a chain of EqualLinear with the token's weights: W's mapping network, once per token."""
+    """Equal to a chain of EqualLinear with the token's weights: W's mapping network, once per token."""
     torch.manual_seed(0)
     generator = Generator(config)
     z = torch.randn(3, config.n_tokens, config.style_dim)

@@ -252,7 +252,7 @@ def test_noise_bias_act_derivatives(noise_batch):
 
 
 def test_signatures():
-    """What code written for rosinality's `op` passes, by position and by name."""
+    """Arguments that code written for rosinality's `op` passes, by position and by name."""
     parameters = inspect.signature(upfirdn2d).parameters
     assert list(parameters) == ["input", "kernel", "up", "down", "pad"]
     assert [p.default for p in list(parameters.values())[2:]] == [1, 1, (0, 0)]
