@@ -10,6 +10,7 @@ with validation.json. A run stopped at any moment continues with --resume auto a
     python train_scorer.py --evaluate images --scorer dex --dex_crop --scores scores.csv
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
@@ -108,17 +109,19 @@ def main(args) -> None:
         sampler.load(state["sampler"])
 
     # Training, then the export.
-    if not done:
-        resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
-        with lock_folder(args.out, "training"), Run(args.out, args, resume_step=resumed) as run:
+    with ExitStack() as stack:
+        stack.enter_context(lock_folder(args.out, "training"))
+        if not done:
+            resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
+            run = stack.enter_context(Run(args.out, args, resume_step=resumed))
             start = f"continuing {source}, step {trainer.step} of {args.iter}" if state else "a new run"
             faces = f"{len(tables[0])} faces, {len(tables[1])} for validation"
             print(f"{run.folder}: {start}; {', '.join(a.name for a in table.attributes)}; {faces}", flush=True)
             every = {"log": args.log_every, "val": args.val_every, "save": args.save_every}
             validation, saved = (tables[1], stores[1]), {"every": every, "options": dict(vars(args))}
             train(trainer, tables[0], stores[0], validation, sampler, run, **saved)
-    report = export(trainer, tables[1], stores[1], scorer_file, half=not args.full)
-    write_json(scorer_file.with_name("validation.json"), report)
+        report = export(trainer, tables[1], stores[1], scorer_file, half=not args.full)
+        write_json(scorer_file.with_name("validation.json"), report)
 
 
 if __name__ == "__main__":

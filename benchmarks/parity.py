@@ -194,7 +194,7 @@ def main(args):
             rows += [(name, key, ours[key], value) for key, value in peer["found"].items()]
     print("| program | what | largest difference | largest value |\n|---|---|---|---|")
     for program, what, mine, theirs in rows + packages():
-        mine, theirs = (torch.as_tensor(value).detach().double() for value in (mine, theirs))
+        mine, theirs = (torch.as_tensor(value, dtype=torch.float64).detach() for value in (mine, theirs))
         print(f"| {program} | {what} | {(mine - theirs).abs().max():.1e} | {theirs.abs().max():.3g} |")
 
 
