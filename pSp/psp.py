@@ -22,7 +22,8 @@ from model import Generator, GeneratorConfig, infer_config, load_generator
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
 
 RESTYLE_PASSES = 5  # as published
-MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError)  # what building from a wrong file raises
+# What building from a wrong file raises
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError)
 
 
 class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpoint

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -366,6 +367,8 @@ def limits(case):
 def read_all(path, readers, case, capsys):
     """Statuses of the readers of a file that may hold anything; each refusal is one line."""
     statuses = []
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # as the scripts' are; those of pytest are strict
     for number, reader in enumerate(readers):
         capsys.readouterr()
         with limits(f"{case}, reader {number}"), warnings.catch_warnings():
