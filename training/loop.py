@@ -28,6 +28,7 @@ from training.settings import LoopSettings
 from training.trainer import Trainer
 
 MAX_ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
+LONG_DAYS, MEASURE_SECONDS = 100, 20  # time left that is worth a warning, once measured for so long
 FEW_IMAGES = 500  # below this a GAN memorises its training set
 LOSSES = ("d", "g", "r1", "aux_d", "aux_g", "attr")
 
@@ -71,6 +72,12 @@ def training_loop(
             trainer.step(images)
             step, last = trainer.n_steps, trainer.n_steps == total
             bar.update()
+            if dist.is_main and (days := speed.days_left()) > LONG_DAYS:
+                advice = "a smaller --iter, --size or --batch"
+                bar.write(
+                    f"warning: {total - step:,} steps are left, {days:,.0f} days at this speed: {advice}",
+                    file=sys.stderr,
+                )
 
             # Find what is due after it. Several ranks agree on a stop at log ticks only.
             every = (settings.log_every, settings.sample_every, settings.save_every)
@@ -110,7 +117,15 @@ class Speed:
 
     def __init__(self, trainer: Trainer, total: int):
         self.trainer, self.total = trainer, total
-        self.time, self.step, self.waited = time.perf_counter(), trainer.n_steps, 0.0
+        self.time, self.step, self.waited, self.measured = time.perf_counter(), trainer.n_steps, 0.0, False
+
+    def days_left(self) -> float:
+        """Days that the steps left will take, once, as soon as it can be told; else 0."""
+        seconds, step = time.perf_counter() - self.time, self.trainer.n_steps
+        if self.measured or seconds < MEASURE_SECONDS:
+            return 0
+        self.measured = True
+        return (self.total - step) * seconds / (step - self.step) / 86400
 
     def read(self) -> dict:
         now, step, dist = time.perf_counter(), self.trainer.n_steps, self.trainer.dist

@@ -541,10 +541,17 @@ def test_nothing_left_to_do_is_said(face_lmdb, start_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
 
 
-def test_early_warnings(face_lmdb, start_run):
-    """Few images and a small batch are said at once."""
+def test_early_warnings(face_lmdb, start_run, tmp_path, monkeypatch):
+    """Few images, a small batch, and a training that would take years are said in the first minute."""
     ending = good(start_run(face_lmdb, "--iter", 1))
     assert "warning: a GAN learns 24 images by heart" in ending.err and "path length" in ending.err
+    monkeypatch.setattr("training.loop.MEASURE_SECONDS", 0)
+    step = Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, images: os.kill(os.getpid(), signal.SIGTERM) or step(self, images)
+    )
+    ending = start_run(face_lmdb, "--iter", 10**12, "--exp_name", tmp_path / "never")
+    assert ending.err.count("warning: 999,999,999,999 steps are left,") == 1 and "days at this speed" in ending.err
 
 
 def test_a_second_training_in_the_same_folder_is_refused(face_lmdb, start_run, tmp_path):
