@@ -9,7 +9,7 @@ import numpy as np
 
 from common.arrays import read_npz, require_floats
 from common.cli import UserError
-from common.files import atomic_write, parse_json
+from common.files import atomic_path, atomic_write, parse_json
 from common.grids import comparison_grid, plot_curves
 from common.images import read_image, save_image
 from common.latents import save_latents
@@ -85,7 +85,8 @@ def write_report(folder: Path, images, failures: dict[int, str], *, config: dict
     write_curves(folder, curves, [images.names[i] for i in done])
     for i, stem in enumerate(stems if published_names else ()):
         for kind in (ORIGINALS, PROJECTED):
-            shutil.copyfile(folder / kind / f"{stem}.png", folder / f"{kind}_{i}.png")
+            with atomic_path(folder / f"{kind}_{i}.png") as copy:
+                shutil.copyfile(folder / kind / f"{stem}.png", copy)
     print(f"{folder}: {len(done)} images in {config['space'].upper()}: {line}")
 
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.files import atomic_write
+from common.files import atomic_write, write_text
 from common.images import save_image, to_tensor, to_uint8
 from common.latents import draw_z
 from inversion.report import PER_GRID, require_results, write_results
@@ -193,5 +193,5 @@ def save_inversion(
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array(result.values[name]))
     runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
-    (folder / "stats.txt").write_text(f"{runtime}\n{line}\n", encoding="utf-8")
+    write_text(folder / "stats.txt", f"{runtime}\n{line}\n")
     return line
