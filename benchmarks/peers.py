@@ -273,6 +273,8 @@ def main(args):
         torch.set_num_threads(args.threads)
     if not args.folder.is_dir():
         raise FileNotFoundError(f"{args.folder}: there is no such folder with the {args.peer} repository")
+    for ours in [name for name in sys.modules if name.partition(".")[0] in ("model", "op", "training")]:
+        del sys.modules[ours]
     sys.path.insert(0, str(args.folder.resolve()))  # before ours: its `model`, `op`, `training` are meant
     device = torch.device(args.device)
     forget_peak(device)

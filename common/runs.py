@@ -27,7 +27,7 @@ from common.distributed import barrier
 from common.files import atomic_write, open_regular, parse_json, write_text
 from common.lock import lock_folder
 
-LINE = {"step?": float, "time?": float, "group?": str}  # of log.jsonl
+LINE = {"step?": float, "time?": (float, str), "group?": str}  # of log.jsonl and metrics.jsonl, whose time is a text
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
 
