@@ -90,7 +90,7 @@ def main(args) -> None:
     from common.names import safe_name
     from common.tables import append_table, write_skipped, write_table
     from editing import transfer
-    from editing.attributes import AttributeReader, base_fingerprint, load_reader, read_condition
+    from editing.attributes import ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
     from inversion.inputs import open_faces
     from inversion.projector import check_settings
     from inversion.runner import invert_images
@@ -112,11 +112,13 @@ def main(args) -> None:
             print(text, file=sys.stderr)
         settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
         check_settings(**settings)
-        reader = load_reader(args.ckpt, condition, dist.device, scorer=args.scorer, weights_dir=args.weights_dir)
+        reader = load_condition_scorer(
+            args.ckpt, condition, dist.device, scorer=args.scorer, weights_dir=args.weights_dir
+        )
         scorers = {"read": reader.scorer}
         if args.eval_scorer:
             scorers["eval"] = load_scorer(args.eval_scorer, dist.device, weights_dir=args.weights_dir)
-            AttributeReader(scorers["eval"], condition.attributes)  # knows them all
+            ConditionScorer(scorers["eval"], condition.attributes)  # knows them all
         faces = {"align": args.align, "dist": dist, "fit": args.fit, "weights_dir": args.weights_dir}
 
         def open_all(paths, folder):

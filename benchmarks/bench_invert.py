@@ -105,7 +105,7 @@ def original(generator, images, *, perceptual, statistics, steps: int, mse: floa
 
 
 @torch.no_grad()
-def judge(generator, latents, noise, images, *, perceptual, mse) -> dict[str, float]:
+def evaluate(generator, latents, noise, images, *, perceptual, mse) -> dict[str, float]:
     """Mean loss of the pictures of these codes, without regularisation; one image at a time."""
     losses, errors = [], []
     for i in range(len(images)):
@@ -170,7 +170,7 @@ def main(args):
     rows = []
 
     def add(name, steps, latents, noise, seconds, cpu):
-        found = judge(generator, latents, noise, images, perceptual=perceptual, mse=args.mse)
+        found = evaluate(generator, latents, noise, images, perceptual=perceptual, mse=args.mse)
         rows.append(
             {
                 "name": name,

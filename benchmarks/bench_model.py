@@ -176,7 +176,7 @@ def measure_networks(args, device, original, precision):
     image = torch.randn(args.batch, 3, args.size, args.size, device=device)
     calls = {
         "generator": lambda: forward(g, codes, dtype),
-        "discriminator": lambda: judge(d, image, dtype),
+        "discriminator": lambda: discriminate(d, image, dtype),
         "latent": lambda: latent_gradient(g, codes, dtype),
     }
     chosen = {name: call for name, call in calls.items() if name in args.parts}
@@ -184,7 +184,7 @@ def measure_networks(args, device, original, precision):
 
 
 @torch.no_grad()
-def judge(d, image, dtype):
+def discriminate(d, image, dtype):
     return d(image, dtype=dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from common.checkpoint import CheckpointError
 from common.cli import ROOT, UserError
-from editing.attributes import AttributeReader, load_reader, read_condition
+from editing.attributes import ConditionScorer, load_condition_scorer, read_condition
 from editing.boundary import Boundary, BoundaryError, load_boundary
 from model import Generator, load_generator
 from perceptual.lpips import Perceptual, build_perceptual
@@ -38,7 +38,7 @@ class Conditional:
     """A conditional generator; reader: attributes as it takes them. statistics: mean [1, L, D], deviation [L] of w."""
 
     generator: Generator
-    reader: AttributeReader
+    reader: ConditionScorer
     statistics: tuple[torch.Tensor, torch.Tensor]
 
 
@@ -168,6 +168,6 @@ def load_boundaries(folder: Path, generator: Generator) -> dict[str, Boundary]:
 
 def load_conditional(path: str | Path, device, weights_dir: Path | None = None) -> Conditional:
     """Raises FileNotFoundError, or a ValueError for an unconditional generator or another scorer than its own."""
-    reader = load_reader(path, read_condition(path), device, weights_dir=weights_dir)
+    reader = load_condition_scorer(path, read_condition(path), device, weights_dir=weights_dir)
     generator = load_generator(path, device)
     return Conditional(generator, reader, generator.latent_statistics(MEAN_SAMPLES))

@@ -4,7 +4,7 @@ The pipeline of the paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the 
 every style code; an L1 loss compares them with what the same frozen classifier reads in the generated image. Shared by
 training (training/conditional.py) and editing (edit_conditional.py).
 
-    reader = AttributeReader(load_scorer("face-scorer"), ["smile", "eyes_open", "mouth_open"])
+    reader = ConditionScorer(load_scorer("face-scorer"), ["smile", "eyes_open", "mouth_open"])
     targets = draw_requests(table, 16, permute=0.5)                      # [16, 3] in [0, 1]
     loss = attribute_error(reader, images, targets).mean()               # gradients reach the images
 """
@@ -42,7 +42,7 @@ class ConditionError(ValueError):
 # -- Faces -> numbers --------------------------------------------------------------------------------------------------
 
 
-class AttributeReader:
+class ConditionScorer:
     """Chosen attributes of a scorer as numbers in [0, 1]: probabilities as they are, years / 100.
 
     Raises ValueError for an attribute that the scorer lacks or that has no such scale.
@@ -74,7 +74,7 @@ class AttributeReader:
         return torch.cat([self(block).cpu() for block in images.split(batch)])
 
 
-def score_dataset(reader: AttributeReader, dataset, device, *, n: int = TABLE, batch: int = 64) -> torch.Tensor:
+def score_dataset(reader: ConditionScorer, dataset, device, *, n: int = TABLE, batch: int = 64) -> torch.Tensor:
     """Attributes [M, d] of at most n images (uint8 [3, S, S]) of a data set, evenly spread over it; CPU."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)).tolist()
     rows = []
@@ -116,7 +116,7 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
     return moved + NOISE * torch.randn_like(moved)
 
 
-def attribute_error(reader: AttributeReader, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def attribute_error(reader: ConditionScorer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """|C(T(image)) - target| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
     return (reader(jitter(images)) - targets).abs()
 
@@ -137,7 +137,7 @@ class Condition:
     light: bool = False  # the last steps trained the columns of the condition alone
 
     @classmethod
-    def of(cls, reader: AttributeReader, table: torch.Tensor, scorer: str, light: bool = False) -> Condition:
+    def of(cls, reader: ConditionScorer, table: torch.Tensor, scorer: str, light: bool = False) -> Condition:
         means, fingerprint = tuple(table.mean(0).tolist()), scorer_identity(reader.scorer)
         return cls(reader.names, reader.kinds, means, str(scorer), fingerprint, light=light)
 
@@ -193,8 +193,8 @@ class Condition:
         return vector
 
 
-def load_reader(path, condition: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
-    """AttributeReader of the scorer that the generator in the file `path` was trained with; scorer: where to find it.
+def load_condition_scorer(path, condition: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
+    """ConditionScorer of the scorer that the generator in the file `path` was trained with; scorer: where to find it.
 
     Raises FileNotFoundError when the scorer that was named is absent, UserError when it is another, or not to be found.
     """
@@ -207,7 +207,7 @@ def load_reader(path, condition: Condition, device="cpu", *, scorer: str | None 
         raise UserError(f"{trained} {condition.scorer}, which is not here: name it with --scorer") from error
     if (actual := scorer_identity(result)) != condition.scorer_fingerprint:
         raise UserError(f"{trained} {condition.scorer_fingerprint}, {scorer or condition.scorer} is {actual}")
-    return AttributeReader(result, condition.attributes)
+    return ConditionScorer(result, condition.attributes)
 
 
 def read_condition(path) -> Condition:

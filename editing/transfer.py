@@ -18,7 +18,7 @@ import torch
 from common.grids import make_strip
 from common.images import read_image, save_image
 from common.names import safe_name
-from editing.attributes import AttributeReader, Condition
+from editing.attributes import Condition, ConditionScorer
 from editing.edit import InvertedFace, face_at, render_ws
 from editing.evaluate import evaluate, score_frames
 from editing.sweep import save_frames
@@ -50,7 +50,7 @@ class Column:
 # -- faces and targets ---------------------------------------------------------------------------------------------
 
 
-def read_targets(images, reader: AttributeReader, chosen: Sequence[int] | None, device) -> list[Target]:
+def read_targets(images, reader: ConditionScorer, chosen: Sequence[int] | None, device) -> list[Target]:
     """A target per reference: its attributes at the positions `chosen` (default all)."""
     targets, labels = [], set()
     for i, name in enumerate(images.names):
@@ -70,7 +70,7 @@ def original_file(folder: Path, name: str, i: int) -> Path:
     return named if named.is_file() else folder / f"origin_{i}.png"
 
 
-def read_face(generator, reader: AttributeReader, source, i: int, folder: Path, start: str) -> InvertedFace:
+def read_face(generator, reader: ConditionScorer, source, i: int, folder: Path, start: str) -> InvertedFace:
     """A face of saved latents. One without recorded attributes was found under the neutral 0.5."""
     face = face_at(source, i)
     condition = torch.full((len(reader.names),), 0.5) if face.condition is None else face.condition

@@ -19,8 +19,8 @@ from common.cli import UsageError, UserError
 from common.distributed import Distributed, broadcast_object
 from editing.attributes import (
     DEFAULT_ATTRIBUTES,
-    AttributeReader,
     Condition,
+    ConditionScorer,
     attribute_error,
     draw_requests,
     sample_requests,
@@ -39,7 +39,7 @@ class ConditionalTrainer(Trainer):
     condition; scorer_name: for the checkpoint. table: attributes [M, d] of real faces, in [0, 1], kept in the
     checkpoint, so that a resumed run draws the same conditions. condition: ConditionSettings."""
 
-    def __init__(self, config, settings, dist, *, scorer: AttributeReader, scorer_name, table, condition):
+    def __init__(self, config, settings, dist, *, scorer: ConditionScorer, scorer_name, table, condition):
         if condition.light:  # path length depends on the columns of w, which stay
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, dist)
@@ -162,7 +162,7 @@ def build_trainer(
     if spec is None:
         trainer = Trainer(config, settings, dist)
     else:
-        scorer = AttributeReader(load_scorer(spec.scorer, dist.device), spec.attributes)
+        scorer = ConditionScorer(load_scorer(spec.scorer, dist.device), spec.attributes)
         table = start.state.get("attributes") if start.continues else None
         if table is None:
             table = broadcast_object(score_dataset(scorer, dataset, dist.device) if dist.is_main else None)

@@ -5,7 +5,7 @@ import torch
 from colours import ALONE, NAMES, SMALL, ColourScorer
 
 from common.checkpoint import save_checkpoint
-from editing.attributes import AttributeReader
+from editing.attributes import ConditionScorer
 from model import GeneratorConfig
 from training import conditional
 from training.trainer import Trainer, TrainSettings
@@ -23,7 +23,7 @@ def colours(monkeypatch):
 
 @pytest.fixture
 def reader():
-    return AttributeReader(ColourScorer(), NAMES)
+    return ConditionScorer(ColourScorer(), NAMES)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from common.cli import run
 from common.export import export_ema
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
-from editing.attributes import AttributeReader, Condition
+from editing.attributes import Condition, ConditionScorer
 from editing.edit import InvertedFace
 from model import GeneratorConfig, load_generator
 from sampling.render import render
@@ -36,7 +36,7 @@ def cgan(unconditional, tmp_path_factory):
     config = GeneratorConfig(**SMALL, condition_dim=2)
     weights = add_condition_columns(state["g_ema"], GeneratorConfig(**SMALL), 2)
     torch.manual_seed(4)
-    reader = AttributeReader(ColourScorer(), NAMES)
+    reader = ConditionScorer(ColourScorer(), NAMES)
     trainer = make_trainer(reader, batch=4, lr=0.002, light=True, light_lr=0.03, attr_weight=50, attr_ramp=0)
     trainer.warm_start({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
     for k in range(20):
@@ -115,7 +115,7 @@ def test_faces_are_inverted_and_take_expressions(edit, faces, tmp_path, cgan):
     saved = load_latents(out / "inverted", expect_fingerprint=load_generator(cgan).fingerprint)
     assert saved.names == ["face 01.png", "face 02.png", "ü 中文.png"] and saved.noise is not None
     own = torch.tensor(saved.extra["condition"]["values"])
-    reader = AttributeReader(ColourScorer(), NAMES)
+    reader = ConditionScorer(ColourScorer(), NAMES)
     originals = [to_tensor(read_image(out / "inverted" / "origin" / name)) for name in saved.names]
     assert torch.allclose(own, reader.read(torch.stack(originals)), atol=1e-6), "each under its own attributes"
 

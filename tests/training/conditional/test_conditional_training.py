@@ -19,9 +19,9 @@ from common.cli import run
 from common.distributed import Distributed
 from common.runs import read_log
 from editing.attributes import (
-    AttributeReader,
     Condition,
     ConditionError,
+    ConditionScorer,
     attribute_error,
     draw_requests,
     jitter,
@@ -40,15 +40,15 @@ from training.transfer import add_condition_columns, is_modulation
 def test_attributes_are_numbers_from_0_to_1(reader):
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     scores = ColourScorer()(images)
-    read = AttributeReader(ColourScorer(), ["age", "smile"])(images)
+    read = ConditionScorer(ColourScorer(), ["age", "smile"])(images)
     assert torch.allclose(read, torch.stack([scores[:, 0] / 100, scores[:, 1]], 1))
     assert torch.allclose(reader.read(images, batch=2), scores[:, 1:3])
     with pytest.raises(ValueError, match="no attribute 'hat'; it has age, smile"):
-        AttributeReader(ColourScorer(), ["hat"])
+        ConditionScorer(ColourScorer(), ["hat"])
     with pytest.raises(ConditionError, match="beard: the scorer gives it as a value"):
-        AttributeReader(ColourScorer(), ["beard"])
+        ConditionScorer(ColourScorer(), ["beard"])
     with pytest.raises(ConditionError, match="different names"):
-        AttributeReader(ColourScorer(), ["smile", "smile"])
+        ConditionScorer(ColourScorer(), ["smile", "smile"])
     assert torch.allclose(
         score_dataset(reader, list(random_images(9)), "cpu", n=4),
         reader.read(random_images(9)[[0, 3, 5, 8]] / 127.5 - 1),
