@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-DATA   ?= ../shared/data
+DATA   ?= data
 TINY   ?= runs/tiny
 JOBS   ?= 2
 

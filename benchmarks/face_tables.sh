@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The paper's tables on real faces: synthesis, inversion, editing, conditional edits, for a W++ generator and its W twin.
+# The paper's tables on real faces: synthesis, inversion, editing, conditional edits, for a W++ generator and its W baseline.
 #
-#   DATA=../shared/data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries encoders editing conditional
+#   DATA=data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries encoders editing conditional
 #
-# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on. KINDS="wpp" leaves the W twin
+# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on. KINDS="wpp" leaves the W baseline
 # out. Projector, encoders and boundaries go on where they were stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
-DATA=${DATA:-../shared/data}
+DATA=${DATA:?set DATA to the folder that holds faces/ and faces-heldout/}
 OUT=${OUT:-runs/tables}
 FACES=${FACES:-runs/faces.lmdb}
 KINDS=${KINDS:-w wpp}

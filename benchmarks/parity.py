@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common.cli import ArgumentParser, run_script  # noqa: E402
 
+QUANTITIES = ("images", "w", "logits", "path lengths", "path gradient", "r1 gradient")
 REPOSITORIES = {"rosinality": "stylegan2-pytorch", "transstylegan": "TransStyleGAN", "nvidia": "stylegan2-ada-pytorch"}
 SIZE, N_MLP = 32, 4
 
@@ -69,14 +70,7 @@ def run_peer(name: str, folder: Path) -> dict:
     logits = d(real)
     (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
     (r1,) = torch.autograd.grad(slope.square().flatten(1).sum(1).mean(), d.convs[0][0].weight)
-    found = {
-        "images": images,
-        "w": w,
-        "logits": logits,
-        "path lengths": lengths,
-        "path gradient": path,
-        "r1 gradient": r1,
-    }
+    found = dict(zip(QUANTITIES, (images, w, logits, lengths, path, r1), strict=True))
     return {"g": g.state_dict(), "d": d.state_dict(), "z": z, "noise": noise, "found": found}
 
 
@@ -118,14 +112,7 @@ def ours_of_networks(peer: dict, w_space: bool) -> dict:
     real = peer["found"]["images"].detach().requires_grad_()
     logits = d(real)
     (r1,) = torch.autograd.grad(r1_penalty(logits, real), d.convs[0][0].weight)
-    return {
-        "images": images,
-        "w": w,
-        "logits": logits,
-        "path lengths": lengths,
-        "path gradient": path,
-        "r1 gradient": r1,
-    }
+    return dict(zip(QUANTITIES, (images, w, logits, lengths, path, r1), strict=True))
 
 
 def ours_of_operations(peer: dict) -> dict:

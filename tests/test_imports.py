@@ -284,7 +284,7 @@ def test_help_from_any_folder(how, imported):
 
 
 def test_published_flags_of_train():
-    """reference.md 5.1: names and defaults of the original; those of the networks are filled in for a new run."""
+    """Names and defaults of the original; those of the networks are filled in for a new run."""
     import train
     from training.resume import Start, resolve_architecture
     from training.settings import ARCHITECTURE

@@ -11,7 +11,7 @@ from model import STATISTICS_STREAM, Discriminator, Generator, GeneratorConfig, 
 
 
 def straight_mapping(state, z, heads=4, lr_mul=0.01):
-    """reference.md 4.2, line by line, from the tensors of a state dict. Returns codes [N, T, C] and attention maps."""
+    """The published mapping network, from a state dict. Returns w [N, T, C] and attention maps."""
     n, tokens, dim = z.shape
     n_blocks = len([name for name in state if name.endswith("atten.proj.weight")])
 
@@ -79,7 +79,7 @@ def test_wpp_mapping_has_a_second_derivative(tiny_config):
 
 
 def test_initial_statistics():
-    """reference.md 4.2: what the untrained published mapping gives (there over 2000 samples)."""
+    """Statistics of the untrained published mapping network (there over 2000 samples)."""
     torch.manual_seed(0)
     generator = Generator(GeneratorConfig(256, channel_max=1))
     z = generator.draw_z(400, torch.Generator().manual_seed(1))
@@ -116,7 +116,7 @@ def test_w_mapping_accepts_vectors_and_rows(tiny_w_config):
     rows = torch.randn(3, 6, 32).double()
     expected = straight_w_mapping(generator.state_dict(), rows)
     assert torch.allclose(generator.get_latent(rows), expected, atol=1e-10)
-    # rosinality's bias belongs to the channel; the original's CUDA kernel took it per row (reference.md 10.1, 3)
+    # rosinality's bias belongs to the channel; the original's CUDA kernel took it per row
     assert torch.allclose(generator.get_latent(z[:, None].expand(-1, 6, -1)), codes, atol=1e-10)
     image, latents = generator(z, randomize_noise=False)
     again, _ = generator(z[:, None].expand(-1, 6, -1), randomize_noise=False)
@@ -178,7 +178,7 @@ def test_truncation_is_per_token(tiny_config):
 
 
 def test_each_layer_reads_its_published_code(tiny_config):
-    """reference.md 4.4: conv1 reads code 0, to_rgb1 1; the up-convolution of block i 2i+1, conv 2i+2, ToRGB 2i+3."""
+    """conv1 reads latent 0, to_rgb1 1; the up-convolution of block i 2i+1, conv 2i+2, ToRGB 2i+3."""
     generator = Generator(tiny_config)
     codes = torch.randn(1, 6, 32, requires_grad=True)
     expected = {0: "conv1", 1: "to_rgb1 convs.0", 2: "convs.1", 3: "to_rgbs.0 convs.2", 4: "convs.3", 5: "to_rgbs.1"}

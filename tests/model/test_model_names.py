@@ -135,7 +135,7 @@ def test_tokens_and_shapes_at_every_size(size, tokens, w_space):
 
 
 def test_config_channels():
-    """reference.md 4.1: 512 up to 32 px, then 256m, 128m, 64m, 32m, 16m."""
+    """Published widths: 512 up to 32 px, then 256m, 128m, 64m, 32m, 16m."""
     found = [GeneratorConfig(1024, channel_multiplier=1).channels(r) for r in (4, 32, 64, 128, 256, 512, 1024)]
     assert found == [512, 512, 256, 128, 64, 32, 16]
     assert GeneratorConfig(256, channel_max=96).channels(64) == 96

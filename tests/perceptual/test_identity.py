@@ -82,7 +82,7 @@ def test_psp_crop_is_the_published_one():
 
 
 def test_layout():
-    """Names and shapes at the joints, as shared/data/README.md gives them."""
+    """Names and shapes at the joints of the published MobileFaceNet."""
     state = MobileFaceNet().state_dict()
     n_norm, n_blocks = 5, 15  # a norm: weight, bias, mean, variance, count
     n_conv = 1 + n_norm

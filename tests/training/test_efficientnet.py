@@ -119,7 +119,7 @@ def test_a_missing_package_is_named(monkeypatch, face_lmdb, tiny_flags, tmp_path
 
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
 def test_the_trained_network_knows_a_cat():
-    data = pytest.importorskip("skimage.data")
+    data = pytest.importorskip("skimage.data", reason="scikit-image (requirements.txt) brings the test photo")
     state = efficientnet.load_efficientnet()
     photo = torch.from_numpy(data.chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None]  # [1, 3, 300, 300]
     images = F.interpolate(photo.float(), (224, 224), mode="bilinear", antialias=True) / 127.5 - 1
