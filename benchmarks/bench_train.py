@@ -128,7 +128,7 @@ def our_schedule(row: Row, args, dist: Distributed) -> Schedule:
     def average():
         if settings.augment:
             trainer.ada.update()
-        update_average(trainer.g_ema, trainer.g)
+        update_average(trainer.g_ema, trainer.g, trainer.ema_decay)
 
     phases = {phase.name: partial(trainer.run_phase, phase, images) for phase in trainer.phases} | {"average": average}
 

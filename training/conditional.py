@@ -45,7 +45,6 @@ class ConditionalTrainer(Trainer):
         super().__init__(config, settings, dist)
         self.scorer, self.scorer_name, self.condition = scorer, scorer_name, condition
         self.table = table.to(dist.device)
-        self.warm = False  # started from trained weights: the weight of the attributes rises slowly
         if condition.light:
             self.g_optim.param_groups[0]["lr"] = condition.light_lr
             self.frozen = [parameter for name, parameter in self.g.named_parameters() if not is_modulation(name)]
@@ -94,19 +93,17 @@ class ConditionalTrainer(Trainer):
         super().warm_start(weights, source)
         if self.condition.light:  # what is kept must be what is averaged
             self.g.load_state_dict(self.g_ema.state_dict())
-        self.warm = True
 
     @property
     def header(self):
         return {"condition": Condition.of(self.scorer, self.table, self.scorer_name, self.condition.light).to_dict()}
 
     def state_dict(self):
-        return super().state_dict() | self.header | {"attributes": self.table.cpu().clone(), "warm": self.warm}
+        return super().state_dict() | self.header | {"attributes": self.table.cpu().clone()}
 
     def load_state_dict(self, state, source="checkpoint"):
         super().load_state_dict(state, source)
         self.table = state["attributes"].to(self.dist.device)
-        self.warm = state["warm"]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class TrainSettings:
     lr: float = flag(0.002, "Adam learning rate before the lazy-regularisation ratio")
     d_lr: float = flag(0.0, "that of the discriminator; 0: --lr")
     r1: float = flag(10.0, "weight of the R1 penalty; 0: none")
+    ema_images: int = flag(0, "images in which the average of the generator halves; 0: 312.5 steps, as published")
     path_regularize: float = flag(2.0, "weight of path length regularisation; 0: none")
     path_batch_shrink: int = flag(2, "batch divisor for path length regularisation")
     d_reg_every: int = flag(16, "steps between R1 penalties")
@@ -37,7 +38,7 @@ class TrainSettings:
     def __post_init__(self):
         for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every", "ada_length"):
             require(getattr(self, name) > 0, self, name, "must be positive")
-        for name in ("r1", "path_regularize", "d_lr", "vision_aided_weight"):
+        for name in ("r1", "path_regularize", "d_lr", "vision_aided_weight", "ema_images"):
             require(0 <= getattr(self, name) < math.inf, self, name, "must not be negative")
         for name in ("mixing", "augment_p"):
             require(0 <= getattr(self, name) <= 1, self, name, "is a probability, 0 to 1")

@@ -30,6 +30,7 @@ from training.settings import TrainSettings
 from training.vision_aided import build_aux_discriminator, over_heads
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: rosinality's constant
+EMA_RAMP = 0.05  # of the images seen so far: the longest half-life under --ema_images (stylegan2-ada-pytorch)
 PHASES = ("d", "r1", "g", "path")  # the position is part of every seed
 WEIGHT_STREAM = 0x77656967
 
@@ -79,6 +80,7 @@ class Trainer:
         self.frozen = noise_strengths(self.g) if settings.noise == "none" else []  # parameters of g never trained
 
         self.n_steps = 0
+        self.warm = False  # started from trained weights (--init_from)
         self.rng_offset = 0  # raised by a rollback, so that the same numbers are not drawn again
         self.mean_path_length = torch.zeros((), device=device)
         self.next_path_mean = torch.zeros((), device=device)  # mean over the micro-batches of this step
@@ -97,8 +99,19 @@ class Trainer:
                     self.next_path_mean.zero_()
         if self.settings.augment:
             self.ada.update()
-        update_average(self.g_ema, self.g)
+        update_average(self.g_ema, self.g, self.ema_decay)
         self.n_steps += 1
+
+    @property
+    def ema_decay(self) -> float:
+        """Decay of the generator's average at this step. The half-life of --ema_images rises with the images seen, but
+        not in a run from trained weights, whose average is good from the start (both as in stylegan2-ada-pytorch)."""
+        half_life, batch = self.settings.ema_images, self.settings.batch * self.dist.world_size
+        if not half_life:
+            return EMA_DECAY
+        if not self.warm:
+            half_life = min(half_life, EMA_RAMP * self.n_steps * batch)
+        return 0.5 ** (batch / half_life) if half_life else 0.0
 
     def run_phase(self, phase: Phase, images: torch.Tensor, *, update: bool = True) -> None:
         """Accumulate the gradients of one phase over the micro-batches; average them over ranks, update the weights."""
@@ -190,6 +203,7 @@ class Trainer:
         return state | {
             "config": self.config.to_dict(),
             "step": self.n_steps,
+            "warm": self.warm,
             "rng_offset": self.rng_offset,
             "mean_path_length": float(self.mean_path_length),
             "ada": self.ada.state_dict(),
@@ -206,6 +220,7 @@ class Trainer:
         for name, optimiser in (("g_optim", self.g_optim), ("d_optim", self.d_optim)):
             load_optimiser(optimiser, state[name], f"{source}: {name}")
         self.n_steps, self.rng_offset = int(state.get("step", 0)), int(state.get("rng_offset", 0))
+        self.warm = bool(state.get("warm"))
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
         if "ada" in state:
             self.ada.load_state_dict(state["ada"], is_main=self.dist.is_main)
@@ -229,6 +244,7 @@ class Trainer:
     def warm_start(self, weights: dict, source) -> None:
         """Begin a new run with these weights (--init_from)."""
         self.load_weights(weights, source)
+        self.warm = True
 
 
 def build_adam(networks: tuple[nn.Module, ...], lr: float, reg_every: int) -> torch.optim.Adam:
@@ -255,9 +271,9 @@ def load_optimiser(optimiser: torch.optim.Adam, state: dict, source: str) -> Non
 
 
 @torch.no_grad()
-def update_average(average: Generator, generator: Generator) -> None:
+def update_average(average: Generator, generator: Generator, decay: float) -> None:
     """Exponential moving average of the parameters; buffers (noise maps, token) are copied."""
-    get_ema_multi_avg_fn(EMA_DECAY)(list(average.parameters()), list(generator.parameters()), None)
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(generator.parameters()), None)
     torch._foreach_copy_(list(average.buffers()), list(generator.buffers()))
 
 

@@ -288,13 +288,41 @@ def test_average_decays_and_carries_buffers(tiny_config):
     with torch.no_grad():
         for tensor in trainer.g.state_dict().values():
             tensor.normal_()
-    update_average(trainer.g_ema, trainer.g)
+    update_average(trainer.g_ema, trainer.g, trainer.ema_decay)
     for name, parameter in trainer.g.named_parameters():
         expected = EMA_DECAY * before[name] + (1 - EMA_DECAY) * parameter
         assert torch.allclose(trainer.g_ema.get_parameter(name), expected, rtol=1e-5, atol=1e-7), name
     for name, buffer in trainer.g.named_buffers():
         assert torch.equal(trainer.g_ema.get_buffer(name), buffer), name
     assert not any(p.requires_grad for p in trainer.g_ema.parameters()) and not trainer.g_ema.training
+
+
+def test_half_life_of_the_average_in_images(tiny_config):
+    """Two processes of 4 images, a half-life of 400: 50 steps; at first 5 % of the images seen, as in stylegan2-ada."""
+    trainer = make_trainer(tiny_config, dist=replace(ALONE, world_size=2), ema_images=400)
+    for step, half_life in ((1, 0.4), (100, 40), (500, 200), (1000, 400), (5000, 400)):
+        trainer.n_steps = step
+        assert trainer.ema_decay == pytest.approx(0.5 ** (8 / half_life)), step
+    trainer.n_steps, trainer.warm = 1, True
+    assert trainer.ema_decay == pytest.approx(0.5 ** (1 / 50)) and trainer.ema_decay**50 == pytest.approx(0.5)
+    assert make_trainer(tiny_config).ema_decay == EMA_DECAY
+    with pytest.raises(ValueError, match="--ema_images must not be negative"):
+        TrainSettings(ema_images=-1)
+
+
+def test_average_of_the_first_step_keeps_trained_weights_alone(tiny_config):
+    start = make_trainer(tiny_config, seed=1).state_dict()
+    fresh, warm = (make_trainer(tiny_config, ema_images=40) for _ in range(2))
+    warm.warm_start(start, "start")
+    for trainer in (fresh, warm):
+        trainer.step(random_images(4))
+    name = "conv1.conv.weight"
+    assert torch.equal(fresh.g_ema.get_parameter(name), fresh.g.get_parameter(name))
+    expected = torch.lerp(warm.g.get_parameter(name), start["g_ema"][name], 0.5**0.1)
+    assert torch.allclose(warm.g_ema.get_parameter(name), expected, rtol=1e-4, atol=1e-6)
+    resumed = make_trainer(tiny_config, ema_images=40)
+    resumed.load_state_dict(warm.state_dict())
+    assert resumed.warm and resumed.ema_decay == warm.ema_decay
 
 
 # -- draws ---------------------------------------------------------------------------------------------------------
