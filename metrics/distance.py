@@ -35,8 +35,8 @@ def compute_kid(real, fake) -> tuple[float, dict]:
 
     real, fake = check_features(real, fake)
     size = min(KID_SUBSET_SIZE, len(real), len(fake))
-    subsets = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": KID_SEED}
-    result = kid_features_to_metric(fake, real, **subsets, verbose=False)
+    subsets = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": KID_SEED, "verbose": False}
+    result = kid_features_to_metric(fake, real, **subsets)
     notes = [] if size == KID_SUBSET_SIZE else [f"KID on subsets of {size}, not {KID_SUBSET_SIZE}: too few samples"]
     details = {"std": result[KEY_METRIC_KID_STD], "subsets": KID_SUBSETS, "subset_size": size, "notes": notes}
     return result[KEY_METRIC_KID_MEAN], details
@@ -50,10 +50,8 @@ def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"{name} features have the shape {list(features.shape)}; expected [N, D], N at least 2")
         if not torch.isfinite(features).all():
-            raise ValueError(
-                f"{name} features have values that are not finite (NaN, infinite): broken images, weights?"
-            )
-    dims = [side.shape[1] for side in sides.values()]
-    if dims[0] != dims[1]:
-        raise ValueError(f"real features have {dims[0]} dimensions, fake ones {dims[1]}: two extractors?")
-    return tuple(sides.values())
+            raise ValueError(f"{name} features have values that are not finite: broken images or weights?")
+    real, fake = sides.values()
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"real features have {real.shape[1]} dimensions, fake ones {fake.shape[1]}: two extractors?")
+    return real, fake

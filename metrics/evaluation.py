@@ -6,48 +6,43 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli import UsageError, UserError
-from common.distributed import setup, shutdown
+from common.distributed import Distributed, setup, shutdown
+from common.flags import read_fields
 from metrics.distance import compute_fid, compute_kid
 from metrics.extractors import AUTO, build_extractor, metric_name
 from metrics.features import Features, cache_folder, extract, open_images
-from metrics.manifold import PRDC, compute_prdc
+from metrics.flags import FeatureSettings, Sampling
+from metrics.manifold import compute_prdc
 from metrics.protocol import PROTOCOLS, append_records, make_record
-from metrics.sources import Sampling, is_checkpoint, is_lmdb
+from metrics.sources import is_checkpoint, is_lmdb, run_folder
 
 METRICS = ("fid", "kid", "prdc")
 
 
-def evaluate(
-    real: Features, fake: Features, metrics: Iterable[str], *, nearest_k=None, device="cpu", progress=False
-) -> list[dict]:
-    """Records (see metrics.protocol) of `fid`, `kid` and `prdc`, of features of one extractor and protocol.
+def evaluate(real: Features, fake: Features, metrics: Iterable[str], *, nearest_k=None, device="cpu") -> list[dict]:
+    """Records (see metrics.protocol) of METRICS, of features of one extractor and protocol.
     nearest_k: of prdc; default 3 under the protocol `paper`, else 5. Warnings about a number are in its `notes`.
-    Raises ValueError for unlike features, or too few, or ones that are not finite."""
-    protocol, extractor = real.protocol, real.extractor
-    if (fake.protocol, fake.extractor) != (protocol, extractor):
-        raise ValueError("real and fake features were computed with different extractors or protocols")
+    Raises ValueError for features that are too few or not finite."""
     results: list[tuple[str, float, dict]] = []
-    for metric in metrics:
-        if metric == "fid":
-            value, notes = compute_fid(real.values, fake.values)
-            results.append(("fid", value, {"notes": notes}))
-        elif metric == "kid":
-            results.append(("kid", *compute_kid(real.values, fake.values)))
-        elif metric == "prdc":
-            k = nearest_k or (3 if protocol["name"] == "paper" else 5)
-            values = compute_prdc(real.values, fake.values, nearest_k=k, device=device, progress=progress)
-            results += [(name, values[name], {"nearest_k": k, "notes": []}) for name in PRDC]
-        else:
-            raise UserError(f"--metric {metric}: expected {', '.join(METRICS)}")
-    general = find_warnings(real, fake)
-    sides = {"protocol": protocol, "extractor": extractor, "real": real.info, "fake": fake.info}
-    return [
-        make_record(metric_name(name, extractor["name"]), value, **d | {"notes": d["notes"] + general}, **sides)
-        for name, value, d in results
-    ]
+    if "fid" in metrics:
+        value, notes = compute_fid(real.values, fake.values)
+        results.append(("fid", value, {"notes": notes}))
+    if "kid" in metrics:
+        results.append(("kid", *compute_kid(real.values, fake.values)))
+    if "prdc" in metrics:
+        k = nearest_k or (3 if real.protocol["name"] == "paper" else 5)
+        values = compute_prdc(real.values, fake.values, nearest_k=k, device=device)
+        results += [(name, value, {"nearest_k": k, "notes": []}) for name, value in values.items()]
+    general, records = find_warnings(real, fake), []
+    sides = {"protocol": real.protocol, "extractor": real.extractor, "real": real.info, "fake": fake.info}
+    for name, value, details in results:
+        details["notes"] = details["notes"] + general
+        records.append(make_record(metric_name(name, real.extractor["name"]), value, **details, **sides))
+    return records
 
 
 def find_warnings(real: Features, fake: Features) -> list[str]:
@@ -59,69 +54,59 @@ def find_warnings(real: Features, fake: Features) -> list[str]:
         if n_copies:
             copies = f"{n_copies:,} of {len(rows):,} {name} images have exactly the features of another"
             notes.append(f"{copies}: repeated images, which shrink the balls around them")
-    sizes = [f"{s}x{s}" if isinstance(s := side.info.get("size"), int) else s for side in (real, fake)]
-    if None not in sizes and sizes[0] != sizes[1]:
-        notes.append(f"real images have {sizes[0]} pixels, generated ones {sizes[1]}: their resize tells them apart")
+    a, b = (side.info.get("size") for side in (real, fake))
+    if None not in (a, b) and a != b:
+        notes.append(f"real images have {a}x{a} pixels, generated ones {b}x{b}: their resize tells them apart")
     return notes
+
+
+def run_comparison(metrics: tuple[str, ...], flags: dict) -> None:
+    """`compare` under the flags of `comparison_parser`, in this process or in one of several."""
+    settings, sampling = (read_fields(kind, flags) for kind in (FeatureSettings, Sampling))
+    fakes = find_fakes(flags["fake"] or flags["ckpt"], flags["start_num"])
+    options = {name: flags.get(name) for name in ("ckpt", "output", "nearest_k")}
+    dist = setup(flags["device"], ops=flags["ops"], timeout=flags["dist_timeout"])
+    try:
+        pairs = itertools.product(fakes, (replace(sampling, truncation=psi) for psi in flags["truncation"]))
+        compare(metrics, Path(flags["real"]), pairs, settings, dist=dist, **options)
+    finally:
+        shutdown()
 
 
 def compare(
     metrics: tuple[str, ...],  # of METRICS
+    real: Path,  # folder, LMDB, checkpoint, latents or features
+    fakes: Iterable[tuple[Path, Sampling]],  # such as `real`, each measured against it
+    settings: FeatureSettings,
     *,
-    real: str,  # folder, LMDB, checkpoint, latents or features
-    fake: str | None,  # as `real`, or a folder of checkpoints; None: ckpt, else ./checkpoint
     ckpt: str | None,  # generator of latents
-    start_num: int,  # first step of a folder of checkpoints
     output: Path | None,  # file of the results; None: `default_output`
-    extractor: str,  # a name of metrics.extractors, or auto
-    protocol: str,  # a name of PROTOCOLS
-    n_sample: int,  # images of each side
-    size: int | None,  # pixels of the real images; None: as they are, or those of the generated ones
-    batch: int,  # images per forward pass and process
-    workers: int,  # threads that decode images
-    weights_dir: str | None,  # of the extractor's weights
-    cache_dir: str | None,  # of the feature cache; "none": no cache
-    truncation: list[float],  # psi, each in turn
-    truncation_mean: int,  # samples for the mean of w
-    noise: str,  # of NOISE_MODES
-    seed: int,  # of the generated images
-    device: str,
-    ops: str | None,
-    dist_timeout: float,
-    nearest_k: int | None = None,  # of prdc
-    local_rank: int = 0,  # torch.distributed.launch passes it; not used
+    nearest_k: int | None,  # of prdc
+    dist: Distributed,
 ) -> None:
-    """Print and append the metrics of every checkpoint at every truncation against the real images."""
-    fakes = find_fakes(fake or ckpt, start_num)
-    if n_sample < 1 or batch < 1:
-        raise UsageError(f"--n_sample and --batch must be at least 1, got {n_sample} and {batch}")
+    """Print and append the metrics of every set of generated images against the real ones."""
     # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
-    as_published = protocol == "paper" and metrics == ("prdc",)
-    preferred = ("vgg16", *AUTO[1:]) if as_published else AUTO
-    dist = setup(device, ops=ops, timeout=dist_timeout)
-    try:
-        network = {"weights_dir": weights_dir, "device": dist.device, "preferred": preferred}
-        network = build_extractor(extractor, PROTOCOLS[protocol], **network)
-        opening = {"ckpt": ckpt, "device": dist.device, "workers": workers}
-        options = {"batch": batch, "dist": dist, "cache_dir": cache_folder(cache_dir)}
-        options["order"] = "drawn" if as_published else None
-        reals: dict[int | None, Features] = {}
-        for path, psi in itertools.product(fakes, truncation):
-            path = exported_meanwhile(path)
-            sampling = Sampling(psi, truncation_mean, noise, seed)
-            source = open_images(path, network, sampling=sampling, size=size, **opening)
-            pixels = size or size_for(Path(real), source.info.get("size"))
-            if pixels not in reals:  # drawn from another seed than the fakes, if it is a generator as well
-                images = open_images(Path(real), network, sampling=Sampling(seed=seed + 1), size=pixels, **opening)
-                reals[pixels] = extract(images, network, n_sample, seed=seed + 1, **options)
-            features = extract(source, network, n_sample, seed=seed, **options)
-            if dist.is_main:
-                computing = {"nearest_k": nearest_k, "device": dist.device, "progress": True}
-                records = evaluate(reals[pixels], features, metrics, **computing)
-                report(path, records)
-                append_records(output or default_output(path), records)
-    finally:
-        shutdown()
+    as_published = settings.protocol == "paper" and metrics == ("prdc",)
+    network = {"weights_dir": settings.weights_dir, "preferred": ("vgg16", *AUTO[1:]) if as_published else AUTO}
+    network = build_extractor(settings.extractor, PROTOCOLS[settings.protocol], device=dist.device, **network)
+    opening = {"ckpt": ckpt, "device": dist.device, "workers": settings.workers}
+    options = {"batch": settings.batch, "dist": dist, "cache_dir": cache_folder(settings.cache_dir)}
+    options["order"] = "drawn" if as_published else None
+    reals: dict[int | None, Features] = {}
+    for path, sampling in fakes:
+        path = exported_meanwhile(path)
+        source = open_images(path, network, sampling=sampling, size=settings.size, **opening)
+        as_they_are = source.info.get("kind") == "folder" and not is_lmdb(real)  # one folder beside another
+        size = settings.size or (None if as_they_are else source.info.get("size"))
+        if size not in reals:  # drawn from another seed than the fakes, if it is a generator as well
+            other = Sampling(seed=sampling.seed + 1)
+            images = open_images(real, network, sampling=other, size=size, **opening)
+            reals[size] = extract(images, network, settings.n_sample, seed=other.seed, **options)
+        features = extract(source, network, settings.n_sample, seed=sampling.seed, **options)
+        if dist.is_main:
+            records = evaluate(reals[size], features, metrics, nearest_k=nearest_k, device=dist.device)
+            report(path, records)
+            append_records(output or default_output(path), records)
 
 
 def exported_meanwhile(path: Path) -> Path:
@@ -133,28 +118,17 @@ def exported_meanwhile(path: Path) -> Path:
     return exported
 
 
-def size_for(real: Path, size: int | str | None) -> int | None:
-    """Pixels that the real images are taken at, given those of the generated ones.
-    '32x32' are images of a folder as they are: an LMDB gives its images of that size, a folder its own as they are."""
-    if isinstance(size, str):
-        width, _, height = size.partition("x")
-        return int(width) if width == height and width.isdecimal() and is_lmdb(real) else None
-    return size
-
-
 def find_fakes(fake: str | None, start_num: int = 0) -> list[Path]:
     """`fake` itself, or the checkpoints of a folder from step `start_num` on, in order of their steps."""
     path = Path(fake or "checkpoint")
     if fake is None and not path.is_dir():
         raise UsageError("which images are to be evaluated? pass a checkpoint, folder, LMDB or features as --fake")
-    if not path.is_dir() or (path / "latents.npy").exists():
+    files = [file for file in path.iterdir() if is_checkpoint(file)] if path.is_dir() else []
+    if not files or (path / "latents.npy").exists():
         return [path]
-    files = [file for file in path.iterdir() if is_checkpoint(file)]
     steps = {file: int(match[0]) for file in files if (match := re.search(r"\d+$", file.stem))}
     if not steps:
-        if files:
-            raise UserError(f"{path}: its checkpoints are not named by step; pass one of them as --fake")
-        return [path]
+        raise UserError(f"{path}: its checkpoints are not named by step; pass one of them as --fake")
     chosen = sorted((file for file, step in steps.items() if step >= start_num), key=steps.get)
     if not chosen:
         raise UserError(f"{path} has no checkpoint from step {start_num} on (the last is {max(steps.values())})")
@@ -163,9 +137,7 @@ def find_fakes(fake: str | None, start_num: int = 0) -> list[Path]:
 
 def default_output(fake: Path) -> Path:
     """metrics.jsonl of the run folder that a checkpoint lies in, else of the current folder."""
-    run = fake.resolve().parent.parent
-    inside = is_checkpoint(fake) and fake.resolve().parent.name == "checkpoint" and (run / "options.json").exists()
-    return (run if inside else Path()) / "metrics.jsonl"
+    return (run_folder(fake) or Path()) / "metrics.jsonl"
 
 
 def report(path: Path, records: list[dict]) -> None:

@@ -4,6 +4,7 @@ python metrics/extract_features.py faces.lmdb --size 256 --extractor vgg16 --pro
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,17 +27,17 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     from common.distributed import setup, shutdown
+    from common.flags import read_fields
     from metrics.extractors import build_extractor
     from metrics.features import cache_folder, extract, open_images, save_features
+    from metrics.flags import Sampling
     from metrics.protocol import PROTOCOLS
-    from metrics.sources import Sampling
 
-    sampling = Sampling(args.truncation[0], args.truncation_mean, args.noise, args.seed)
+    sampling = replace(read_fields(Sampling, vars(args)), truncation=args.truncation[0])
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
     try:
-        extractor = build_extractor(
-            args.extractor, PROTOCOLS[args.protocol], weights_dir=args.weights_dir, device=dist.device
-        )
+        network = {"weights_dir": args.weights_dir, "device": dist.device}
+        extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], **network)
         opening = {"sampling": sampling, "size": args.size, "ckpt": args.ckpt, "workers": args.workers}
         source = open_images(args.source, extractor, device=dist.device, **opening)
         options = {"seed": args.seed, "batch": args.batch, "order": args.order}

@@ -6,7 +6,7 @@ others are absent (`auto` takes the first there is). A number from a fallback ca
 compares with no published one. Another extractor is one function in EXTRACTORS.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from common import weights
 from common.checkpoint import load_checkpoint
 from common.cli import UsageError
 from common.images import IMAGENET_MEAN, IMAGENET_STD
-from metrics.protocol import Protocol
+from metrics.protocol import PROTOCOLS, Protocol
 from scorer.network import load_scorer
 
 PIXEL_MEAN, PIXEL_STD = (tuple(255 * value for value in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -24,7 +24,7 @@ AUTO = ("inception", "squeeze", "scorer")  # `auto` takes the first whose weight
 PUBLISHED = ("inception", "vgg16")  # published numbers are made of these: metrics go by their plain names
 
 
-@dataclass
+@dataclass(frozen=True)
 class Extractor:
     """A network with what has to be done to an image before it: resized to `size`, then (x - mean) / std."""
 
@@ -35,7 +35,7 @@ class Extractor:
     mean: tuple[float, ...]  # per channel, of images in 0..255
     std: tuple[float, ...]
     sha256: str | None  # of the weights file
-    protocol: Protocol = field(default_factory=Protocol)
+    protocol: Protocol = PROTOCOLS["tf-compat"]
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -61,12 +61,10 @@ def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="
         except FileNotFoundError as error:
             absent.append(error)
             continue
-        extractor.name, extractor.protocol = candidate, protocol
-        extractor.network = extractor.network.eval().requires_grad_(False).to(device)
-        return extractor
-    if name == "auto":
-        raise FileNotFoundError(f"{absent[0]}; nor is there any of the fallbacks {', '.join(preferred[1:])}")
-    raise absent[0]
+        network = extractor.network.eval().requires_grad_(False).to(device)
+        return replace(extractor, name=candidate, network=network, protocol=protocol)
+    others = f"; nor is there any of the fallbacks {', '.join(preferred[1:])}" if name == "auto" else ""
+    raise FileNotFoundError(f"{absent[0]}{others}")
 
 
 def metric_name(metric: str, extractor: str) -> str:
@@ -75,21 +73,16 @@ def metric_name(metric: str, extractor: str) -> str:
     return metric if plain else f"{metric}-{extractor}"
 
 
-def _state(name: str, weights_dir) -> tuple[dict, str]:
-    """Checked tensors of third-party weights and the sha256 of their file."""
-    path = weights.require(name, weights_dir)
-    return load_checkpoint(path), weights.file_sha256(path)
-
-
 def build_squeeze(protocol: Protocol, weights_dir) -> Extractor:
     """SqueezeNet 1.1 (arXiv 1602.07360), the last Fire module averaged over the image: [N, 512]."""
     from torchvision.models import squeezenet1_1
 
-    state, sha256 = _state("squeezenet1_1_features", weights_dir)
+    path = weights.require("squeezenet1_1_features", weights_dir)
     features = squeezenet1_1(weights=None).features
-    features.load_state_dict({name.removeprefix("features."): value.float() for name, value in state.items()})
+    state = {name.removeprefix("features."): value.float() for name, value in load_checkpoint(path).items()}
+    features.load_state_dict(state)
     network = nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Extractor("squeeze", network, 128, 512, PIXEL_MEAN, PIXEL_STD, sha256)
+    return Extractor("squeeze", network, 128, 512, PIXEL_MEAN, PIXEL_STD, weights.file_sha256(path))
 
 
 def build_inception(protocol: Protocol, weights_dir) -> Extractor:
@@ -97,12 +90,13 @@ def build_inception(protocol: Protocol, weights_dir) -> Extractor:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     path = weights.require("inception", weights_dir)
-    _, sha256 = _state("inception", weights_dir)  # the library unpickles it: a file that passes here holds no code
+    load_checkpoint(path)  # the library unpickles it: a file that passes here holds no code
     inception = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     layers = list(inception.children())[:-1]  # in order of execution; without fc, which comes after the features
     # TensorFlow's graph subtracts 128 and divides by 128; pytorch-fid, which the paper's code uses, maps to [-1, 1]
     centre = HALF if protocol.name == "paper" else (128.0,) * 3
-    return Extractor("inception", nn.Sequential(*layers, nn.Flatten()), 299, 2048, centre, centre, sha256)
+    network = nn.Sequential(*layers, nn.Flatten())
+    return Extractor("inception", network, 299, 2048, centre, centre, weights.file_sha256(path))
 
 
 def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
@@ -111,13 +105,11 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     network was trained."""
     from torchvision.models import vgg16
 
-    state, sha256 = _state("vgg16", weights_dir)
-    vgg = vgg16(weights=None)
-    vgg.load_state_dict(state)
+    path, vgg = weights.require("vgg16", weights_dir), vgg16(weights=None)
+    vgg.load_state_dict(load_checkpoint(path))
     network = nn.Sequential(vgg.features, vgg.avgpool, nn.Flatten(), vgg.classifier[:6])
-    if protocol.name == "paper":
-        return Extractor("vgg16", network, None, 4096, HALF, HALF, sha256)
-    return Extractor("vgg16", network, 224, 4096, PIXEL_MEAN, PIXEL_STD, sha256)
+    size, mean, std = (None, HALF, HALF) if protocol.name == "paper" else (224, PIXEL_MEAN, PIXEL_STD)
+    return Extractor("vgg16", network, size, 4096, mean, std, weights.file_sha256(path))
 
 
 class ScorerFeatures(nn.Module):

@@ -22,10 +22,13 @@ from common.distributed import Distributed, broadcast_object, gather_list, shard
 from common.files import atomic_write, parse_json
 from common.lmdb_store import DatasetError
 from metrics.extractors import Extractor
-from metrics.sources import ImageSource, Sampling, open_source
+from metrics.flags import Sampling
+from metrics.sources import ImageSource, open_source
 
 FORMAT = 1  # raised when the same inputs give other features
 HERE = Distributed(0, 0, 1, torch.device("cpu"), None)
+ABOUT = {"n": int, "size?": (int, None), "truncation?": (float, None)}
+SCHEMA = {"about": ABOUT, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}  # of a file (.npz)
 
 
 @dataclass
@@ -58,7 +61,6 @@ def extract(
     batch: int = 64,  # images per forward pass and rank
     dist: Distributed = HERE,
     cache_dir: str | os.PathLike | None = None,  # None: no cache
-    progress: bool = True,
     order: str | None = None,  # of a larger set: `first` or `drawn`; None: as the protocol has it for FID
 ) -> Features:
     """Features of n images of a source (all there are, when fewer), chosen without replacement. All ranks must call it.
@@ -67,24 +69,27 @@ def extract(
     """
     if isinstance(source, Features):
         return source
-    protocol = extractor.protocol
-    order = order or ("first" if protocol.name == "paper" else "drawn")
+    order = order or ("first" if extractor.protocol.name == "paper" else "drawn")
     positions = source.choose(n, order, seed)
     info = {**source.info, "n": len(positions)}
     if isinstance(source, ImageSource):
         info["chosen"] = "all" if len(positions) == source.n else order
         info["seed"] = seed if info["chosen"] == "drawn" else None
     info["digest"] = broadcast_object(source.digest(positions) if dist.is_main else None)
-    features = Features(None, info, extractor.describe(), asdict(protocol))
+    features = Features(None, info, extractor.describe(), asdict(extractor.protocol))
     settings = [FORMAT, info["digest"], features.extractor, features.protocol]
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     cached = Path(cache_dir) / f"{key}.npz" if cache_dir is not None and dist.is_main else None
     if cached:
         features.values = _read_cache(cached, (len(positions), extractor.dim))
-    if not broadcast_object(features.values is not None):
-        features.values = _compute(source, extractor, positions, batch, dist, progress)
+    if broadcast_object(features.values is None):
+        features.values = _compute(source, extractor, positions, batch, dist)
         if cached:
-            _write_cache(cached, features)
+            try:
+                save_features(cached, features)
+            except OSError as error:  # named without the file: shown once per folder
+                reason = error.strerror or error
+                warnings.warn(f"features are not cached in {cache_dir} (--cache_dir): {reason}", stacklevel=2)
     return features
 
 
@@ -102,46 +107,23 @@ def _read_cache(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
         return None
 
 
-def _write_cache(path: Path, features: Features) -> None:
-    try:
-        save_features(path, features)
-    except OSError as error:  # named without the file: shown once per folder
-        reason = error.strerror or error
-        warnings.warn(f"features are not cached in {path.parent} (--cache_dir): {reason}", stacklevel=2)
-
-
-def _compute(source, extractor, positions, batch, dist, progress) -> torch.Tensor | None:
-    """All features on rank 0, to which the others send theirs batch by batch, so that none of them holds the whole."""
-    shares = [shard(len(positions), rank, dist.world_size) for rank in range(dist.world_size)]
-    result = torch.empty(len(positions), extractor.dim) if dist.is_main else None
-    batches = source.batches([positions[i] for i in shares[dist.rank]], batch, dist.device)
+def _compute(source, extractor, positions, batch, dist) -> torch.Tensor | None:
+    """All features, on rank 0; each rank computes a share. An error of one of them ends all, in its words."""
+    share, values, error = shard(len(positions), dist.rank, dist.world_size), [torch.empty(0, extractor.dim)], None
     title = f"{extractor.name} of {Path(source.info['path']).name}"
-    with tqdm(total=len(positions), desc=title, unit="img", disable=None if progress and dist.is_main else True) as bar:
-        for start in range(0, max(map(len, shares)), batch):
-            answers = gather_list(_next(batches, extractor, dist.device))  # one rank's error ends all, in its words
-            if error := next((error for _, error in answers if error), None):
-                raise DatasetError(error)
-            for share, (values, _) in zip(shares, answers, strict=True):
-                bar.update(len(values))
-                if dist.is_main:
-                    result[share.start + start : share.start + start + len(values)] = values
-    return result
-
-
-def _next(batches, extractor, device) -> tuple[torch.Tensor, str | None]:
-    """Features of the next batch, on the CPU, none after the last; or the sentence that says why there are none."""
-    none = torch.empty(0, extractor.dim)
-    try:
-        if (images := next(batches, None)) is None:
-            return none, None
-        features = extractor(images.to(device)).cpu()  # [B, D]
-    except (ValueError, OSError) as error:
-        return none, str(error)
-    if features.shape[1] != extractor.dim:
-        return none, f"{extractor.name} gives {features.shape[1]} features, {extractor.dim} were declared"
-    if not torch.isfinite(features).all():
-        return none, f"{extractor.name} gives features that are not finite: broken images or weights?"
-    return features, None
+    with tqdm(total=len(share), desc=title, unit="img", leave=False, disable=None if dist.is_main else True) as bar:
+        try:
+            for images in source.batches([positions[i] for i in share], batch, dist.device):
+                values.append(extractor(images.to(dist.device)).cpu())  # [B, D]
+                bar.update(len(images))
+                if not torch.isfinite(values[-1]).all():
+                    raise ValueError(f"{extractor.name} gives features that are not finite: broken images or weights?")
+        except (ValueError, OSError) as reason:
+            error = str(reason)
+    values, errors = zip(*gather_list((torch.cat(values), error)), strict=True)
+    if error := next(filter(None, errors), None):
+        raise DatasetError(error)
+    return torch.cat(values) if dist.is_main else None
 
 
 def cache_folder(cache_dir: str | None = None) -> Path | None:
@@ -163,9 +145,7 @@ def load_features(path: str | os.PathLike) -> Features:
     if not {"features", "known"} <= set(arrays):
         foreign = f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how"
         raise UserError(f"{foreign}: compute them anew from the images with metrics/extract_features.py")
-    about = {"n": int, "size?": (int, str, None), "truncation?": (float, None)}
-    schema = {"about": about, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}
-    metadata = parse_json(str(arrays["known"]), schema, source=path, what="features file")
+    metadata = parse_json(str(arrays["known"]), SCHEMA, source=path, what="features file")
     values = torch.from_numpy(require_floats(arrays["features"], path))
     shape = (metadata["about"]["n"], metadata["extractor"]["dim"])
     if values.shape != shape:
@@ -175,10 +155,8 @@ def load_features(path: str | os.PathLike) -> Features:
 
 def require_same(features: Features, extractor: Extractor, path) -> Features:
     """The features of a file, if they are this extractor's under this protocol; ValueError naming both sides."""
-    found, expected = (features.extractor, features.protocol), (extractor.describe(), asdict(extractor.protocol))
-    if found != expected:
-        sides = [
-            f"{e['name']} (weights {str(e.get('sha256'))[:8]}), protocol {p['name']}" for e, p in (found, expected)
-        ]
-        raise UserError(f"{path} holds features of {sides[0]}; expected those of {sides[1]}")
+    sides = [(features.extractor, features.protocol), (extractor.describe(), asdict(extractor.protocol))]
+    if sides[0] != sides[1]:
+        found, expected = (f"{e['name']} (weights {str(e.get('sha256'))[:8]}), protocol {p['name']}" for e, p in sides)
+        raise UserError(f"{path} holds features of {found}; expected those of {expected}")
     return features

@@ -26,9 +26,9 @@ def build_parser():
 def main(args) -> None:
     import torch_fidelity  # noqa: F401 - where it is missing, that is said before the features are computed
 
-    from metrics.evaluation import compare
+    from metrics.evaluation import run_comparison
 
-    compare(("fid", "kid"), **vars(args))
+    run_comparison(("fid", "kid"), vars(args))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Folders of inverted faces compared and tabulated: the functions behind reconstruction.py."""
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,11 @@ class Inversion:
     method: str
     measured: Measured
     size: int | None = None  # of the generator's images, pixels
+
+    def protocol(self, measures: list[str]) -> list[str]:
+        """In words, all that has to be equal for these measures to be compared."""
+        networks = [m for m in ("perceptual", "identity") if m in measures]
+        return [f"with images of {self.size} pixels", *(f"by {getattr(self.measured, m)}" for m in networks)]
 
 
 def split_row(text: str) -> tuple[Path, str | None]:
@@ -50,23 +56,18 @@ def read_inversion(folder: Path, method: str | None = None) -> Inversion:
 def comparable(inversions: list[Inversion], measures: list[str], *, common: bool = False) -> list[Inversion]:
     """The inversions, restricted to their common images if `common`; ValueError when they cannot be compared."""
     first = inversions[0]
-    networks = [m for m in ("perceptual", "identity") if m in measures]
     cells: dict[tuple[str, str], Inversion] = {}
-    for inversion in inversions:
-        other = cells.setdefault((inversion.method, inversion.space), inversion)
-        if other is not inversion:
-            both = f"{other.folder} and {inversion.folder} are both {inversion.method} in {inversion.space.upper()}"
+    for other in inversions:
+        same = cells.setdefault((other.method, other.space), other)
+        if same is not other:
+            both = f"{same.folder} and {other.folder} are both {other.method} in {other.space.upper()}"
             raise UserError(f"{both}: give one of them, or one of them a row (ROW=FOLDER)")
         for measure in measures:
-            if measure not in inversion.measured.values:
-                raise UserError(f"{inversion.folder} has no {measure}: its column of reconstruction.csv is blank")
-        sides = [
-            (f"with images of {i.size} pixels", *(f"by {getattr(i.measured, m)}" for m in networks))
-            for i in (first, inversion)
-        ]
-        for left, right in zip(*sides, strict=True):
+            if measure not in other.measured.values:
+                raise UserError(f"{other.folder} has no {measure}: its column of reconstruction.csv is blank")
+        for left, right in zip(first.protocol(measures), other.protocol(measures), strict=True):
             if left != right:
-                pair = f"{first.folder} was measured {left}, {inversion.folder} {right}"
+                pair = f"{first.folder} was measured {left}, {other.folder} {right}"
                 raise UserError(f"{pair}: the numbers cannot be compared")
     require_same_originals(inversions)
     names = set(first.measured.names).intersection(*(i.measured.names for i in inversions))
@@ -74,9 +75,9 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
         if not names:
             raise UserError("the folders have no image in common")
         return [replace(i, measured=i.measured.restrict(names)) for i in inversions]
-    for inversion in inversions:
-        if set(inversion.measured.names) != set(first.measured.names):
-            counts = [f"{i.folder} ({len(i.measured.names)} images)" for i in (first, inversion)]
+    for other in inversions:
+        if set(other.measured.names) != set(first.measured.names):
+            counts = [f"{i.folder} ({len(i.measured.names)} images)" for i in (first, other)]
             hint = f"--common compares the {len(names)} that all have"
             raise UserError(f"{' and '.join(counts)} hold different images: {hint}")
     return inversions
@@ -86,8 +87,7 @@ def require_same_originals(inversions: list[Inversion]) -> None:
     """ValueError when one name stands for different images, as far as the tables tell."""
     seen: dict[str, tuple[str, Path]] = {}
     for inversion in inversions:
-        originals = inversion.measured.originals or []
-        for name, digest in zip(inversion.measured.names, originals, strict=bool(originals)):
+        for name, digest in zip(inversion.measured.names, inversion.measured.originals or (), strict=False):
             first, folder = seen.setdefault(name, (digest, inversion.folder))
             if digest != first:
                 other = f"{name} is another image in {folder} than in {inversion.folder}"
@@ -97,30 +97,30 @@ def require_same_originals(inversions: list[Inversion]) -> None:
 def format_table(inversions: list[Inversion], measures: list[str], form: str) -> str:
     """Text, CSV or LaTeX: a row per method and measure, methods in the paper's order, then others as given."""
     measured = {(i.method, i.space): i.measured.values for i in inversions}
-    order = {method: index for index, method in enumerate(METHODS)}
-    rows = []
-    for method in sorted(dict.fromkeys(i.method for i in inversions), key=lambda name: order.get(name, len(METHODS))):
-        for measure in measures:
-            columns = [measured.get((method, space)) for space in SPACES]
-            cells = [None if column is None else mean_and_std(column[measure]) for column in columns]
-            rows.append((f"{method} {TITLES[measure]}", cells, 2 if measure == "psnr" else 4))
+    methods = sorted(dict.fromkeys(i.method for i in inversions), key=lambda name: (*METHODS, name).index(name))
+    rows = {}
+    for method, measure in itertools.product(methods, measures):
+        columns = [measured.get((method, space)) for space in SPACES]
+        rows[f"{method} {TITLES[measure]}"] = [column and mean_and_std(column[measure]) for column in columns]
     first = inversions[0].measured
     notes = {"perceptual": f"perceptual: {first.perceptual}", "mse": "mse on [-1, 1]"}
     notes["identity"] = f"identity: {first.identity}"
     note = ", ".join([f"{len(first.names)} images, mean +- std", *(notes[m] for m in notes if m in measures)])
     if form == "csv":
         header = ["inversion", *(f"{space}_{column}" for space in SPACES for column in ("mean", "std")), "note"]
-        numbers = [
-            [f"{value:.6g}" if cell else "" for cell in cells for value in cell or (0, 0)] for _, cells, _ in rows
-        ]
-        return csv_text([header, *([row[0], *values, note] for row, values in zip(rows, numbers, strict=True))])
+        lines = []
+        for title, cells in rows.items():
+            numbers = [[f"{value:.6g}" for value in cell] if cell else ["", ""] for cell in cells]
+            lines.append([title, *itertools.chain(*numbers), note])
+        return csv_text([header, *lines])
     join, absent = ("+-", "-") if form == "text" else (r" \pm ", "--")
     texts = []
-    for title, cells, digits in rows:
+    for title, cells in rows.items():
+        digits = 2 if title.endswith("PSNR") else 4
         values = [cell and join.join(f"{value:.{digits}f}" for value in cell) for cell in cells]
         texts.append([title, *(absent if v is None else f"${v}$" if form == "latex" else v for v in values)])
     if form == "text":
         return f"{text_table(['Inversion (mean +- std)', 'W', 'W+', 'W++'], texts)}\n{note}\n"
     lines = [" & ".join([title.replace("_", r"\_"), *values]) + r" \\" for title, *values in texts]
-    start = [r"\begin{tabular}{lccc}", r"\hline", "Inversion & $W$ & $W+$ & $W++$ \\\\", r"\hline"]
+    start = [r"\begin{tabular}{lccc}", r"\hline", r"Inversion & $W$ & $W+$ & $W++$ \\", r"\hline"]
     return "\n".join([*start, *lines, r"\hline", r"\end{tabular}", f"% {note}"]) + "\n"

@@ -20,7 +20,7 @@ PRDC = ("precision", "recall", "density", "coverage")
 
 
 @torch.no_grad()
-def compute_prdc(real, fake, *, nearest_k: int, device="cpu", progress: bool = False) -> dict[str, float]:
+def compute_prdc(real, fake, *, nearest_k: int, device="cpu") -> dict[str, float]:
     """{"precision", "recall", "density", "coverage"} of features real [N, D] and fake [M, D].
     nearest_k: the neighbour that sets a ball's radius, the centre itself not counted. Distances are computed in float64
     and rounded to float32, as in `prdc`. Memory beyond the features: about 3 x ENTRIES floats and BLOCK x D doubles.
@@ -31,7 +31,7 @@ def compute_prdc(real, fake, *, nearest_k: int, device="cpu", progress: bool = F
             raise ValueError(f"nearest_k {nearest_k}: expected at least 1 and fewer than the {n} {name} points")
     device = torch.device("cpu" if torch.device(device).type == "mps" else device)  # Metal has no float64
     inside, covered, recalled = 0, [], []
-    with tqdm(total=2 * len(real) + len(fake), desc="PRDC", disable=None if progress else True) as bar:
+    with tqdm(total=2 * len(real) + len(fake), desc="PRDC", leave=False, disable=None) as bar:
         real_radii, fake_radii = (_radii(points, nearest_k, device, bar) for points in (real, fake))
         for distances, radii in zip(_distances(real, fake, device, bar), real_radii.split(_rows(fake)), strict=True):
             in_balls = distances < radii[:, None]  # [R, M]: is the fake in the ball of this real

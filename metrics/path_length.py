@@ -10,11 +10,11 @@ from tqdm import tqdm
 from common.cli import UserError
 from common.distributed import Distributed, gather_list, shard
 from metrics.features import HERE
+from metrics.flags import PathSettings
 from metrics.sources import SEED_STRIDE
 from model import Generator
 from sampling.render import seeded_z, slerp
 
-EPSILON = 1e-4  # step, as a share of the path
 LARGEST = 256  # pixels; larger images are averaged down to it, as the published programs do
 
 
@@ -22,39 +22,27 @@ LARGEST = 256  # pixels; larger images are averaged down to it, as the published
 def path_lengths(
     generator: Generator,
     distance: Callable,  # images [B, 3, S, S] in [-1, 1], twice -> [B], a squared distance such as LPIPS
-    *,
     space: str,  # z, or w or w++, as the generator has
-    n: int,
-    sampling: str = "full",  # pairs anywhere on the path; `end`: at its start
-    epsilon: float = EPSILON,
-    crop: bool = False,  # the centre of a face as FFHQ frames it
-    batch: int = 16,
-    seed: int = 0,
+    settings: PathSettings,
     dist: Distributed = HERE,
-    progress: bool = False,
 ) -> np.ndarray:
-    """n path lengths, float64 [n], on every rank; pair i is drawn from its own seed, so no batch or rank changes it.
+    """Path lengths, float64 [n_sample], on every rank; pair i has its own seed, so no batch or rank changes it.
     Raises ValueError for another space, or when a length is not finite."""
-    config = generator.config
+    config, seed, epsilon = generator.config, settings.seed, settings.epsilon
     if space not in ("z", config.space):
         raise UserError(f"--space {space}: this generator has z and {config.space}")
-    local, lengths = shard(n, dist.rank, dist.world_size), [torch.empty(0, dtype=torch.float64)]
-    noise, device = generator.fixed_noise(), generator.token.device
-    silent = None if progress and dist.is_main else True
-    for start in tqdm(range(local.start, local.stop, batch), desc=f"path length in {space}", disable=silent):
-        chosen = range(start, min(start + batch, local.stop))
-        first, second = (
-            _ends(generator, [(2 * seed + end) * SEED_STRIDE + i for i in chosen], space) for end in (0, 1)
-        )
-        t = [np.random.default_rng([seed, i]).random() if sampling == "full" else 0.0 for i in chosen]
+    local = shard(settings.n_sample, dist.rank, dist.world_size)
+    lengths, noise, device = [torch.empty(0, dtype=torch.float64)], generator.fixed_noise(), generator.token.device
+    between, title = slerp if space == "z" else torch.lerp, f"path length in {space}"
+    for start in tqdm(range(0, len(local), settings.batch), desc=title, disable=None if dist.is_main else True):
+        chosen = local[start : start + settings.batch]
+        ends = [_ends(generator, [(2 * seed + end) * SEED_STRIDE + i for i in chosen], space) for end in (0, 1)]
+        t = [np.random.default_rng([seed, i]).random() if settings.sampling == "full" else 0.0 for i in chosen]
         t = torch.tensor(t, dtype=torch.float64).view(-1, 1, 1)
-        between = slerp if space == "z" else torch.lerp
-        styles = torch.cat(
-            [between(first, second, at) for at in (t, t + epsilon)]
-        ).float()  # both of a pair in one batch
+        styles = torch.cat([between(*ends, at).float() for at in (t, t + epsilon)])  # both of a pair in one batch
         styles = styles[:, 0] if space == "z" and config.w_space else styles
         images, _ = generator(styles.to(device), input_is_latent=space != "z", noise=noise)
-        a, b = crop_and_shrink(images, crop).chunk(2)
+        a, b = crop_and_shrink(images, settings.crop).chunk(2)
         lengths.append((distance(a, b).flatten().double() / epsilon**2).cpu())  # [B]
     values = torch.cat(gather_list(torch.cat(lengths))).numpy()
     if not np.isfinite(values).all():

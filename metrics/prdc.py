@@ -26,9 +26,9 @@ def build_parser():
 
 
 def main(args) -> None:
-    from metrics.evaluation import compare
+    from metrics.evaluation import run_comparison
 
-    compare(("prdc",), **vars(args))
+    run_comparison(("prdc",), vars(args))
 
 
 if __name__ == "__main__":

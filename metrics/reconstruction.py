@@ -41,10 +41,7 @@ def main(args) -> None:
         raise UsageError(f"--measures {args.measures}: {unknown[0]!r} is none of {', '.join(MEASURES)}")
     inversions = [read_inversion(folder, row or args.method) for folder, row in map(split_row, args.folders)]
     text = format_table(comparable(inversions, measures, common=args.common), measures, args.format)
-    if args.output is None:
-        print(text, end="")
-    else:
-        write_text(args.output, text)
+    write_text(args.output, text) if args.output else print(text, end="")
 
 
 if __name__ == "__main__":

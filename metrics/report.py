@@ -45,17 +45,17 @@ def main(args) -> None:
         print(f"warning: not computed alike: {line}", file=sys.stderr)
     if args.csv:
         write_text(args.csv, csv_text([["name", *header[1:]], *rows]))
-    if args.png or args.curve_csv:
-        metric = args.metric or header[3]
-        curves = {name: build_curve(records, metric, args.against) for name, records in runs.items()}
-        curves = {name: points for name, points in curves.items() if points}
-        if not curves:
-            raise UserError(f"no finite {metric} at a known {args.against}; the metrics are {', '.join(header[3:])}")
-        if args.png:
-            draw_curve(curves, metric, args.against, args.png)
-        if args.curve_csv:
-            points = [[name, *point] for name, points in curves.items() for point in points]
-            write_text(args.curve_csv, csv_text([["name", args.against, metric], *points]))
+    if not (args.png or args.curve_csv):
+        return
+    metric = args.metric or header[3]
+    curves = {name: build_curve(records, metric, args.against) for name, records in runs.items()}
+    if not any(curves.values()):
+        raise UserError(f"no finite {metric} at a known {args.against}; the metrics are {', '.join(header[3:])}")
+    if args.png:
+        draw_curve({name: points for name, points in curves.items() if points}, metric, args.against, args.png)
+    if args.curve_csv:
+        points = [[name, *point] for name, points in curves.items() for point in points]
+        write_text(args.curve_csv, csv_text([["name", args.against, metric], *points]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from common.tables import cell
 from metrics.protocol import read_records, require_alike
 
 LOWER_IS_BETTER = ("fid", "kid", "ppl")
-ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")
+ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")  # of the paper's table
 AXES = {"images": "training images (thousands)", "step": "training steps", "truncation": "truncation psi"}
 
 
@@ -28,7 +28,7 @@ def read_runs(arguments: list[str]) -> dict[str, list[dict]]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
-            name, path = Path(argument).stem if argument.endswith(".jsonl") else Path(argument).name, argument
+            name, path = Path(argument).name.removesuffix(".jsonl"), argument
         file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
         if not file.exists():
             writers = "metrics/fid.py, metrics/prdc.py and train.py --eval_every write it"
@@ -53,26 +53,23 @@ def _subject(record: dict) -> tuple:
 
 
 def metric_names(runs: dict[str, list[dict]]) -> list[str]:
-    """Names of the metrics, in the order of the paper's table."""
-    names = dict.fromkeys(record["metric"] for records in runs.values() for record in records)
-    rank = {name: index for index, name in enumerate(ORDER)}
-    return sorted(names, key=lambda name: (rank.get(family(name), len(ORDER)), name))
+    """Names of the metrics, those of ORDER first."""
+    names = {record["metric"] for records in runs.values() for record in records}
+    return sorted(names, key=lambda name: ((*ORDER, family(name)).index(family(name)), name))
 
 
 def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[str], list[list]]:
     """Header and rows [name, step, thousand images, value per metric or None]. pick: best (lowest FID) or last."""
-    metrics = metric_names(runs)
-    leading = next((name for name in metrics if family(name) == "fid"), metrics[0])
-    rows = []
+    metrics, rows = metric_names(runs), []
     for name, records in runs.items():
-        candidates = [r for r in records if r["metric"] == leading] or records
+        candidates = [r for r in records if r["metric"] == metrics[0]] or records
         finite = [r for r in candidates if r["value"] is not None]
         best = best_of(candidates[0]["metric"])
         chosen = best(finite, key=lambda r: r["value"]) if finite and pick == "best" else candidates[-1]
         values = {r["metric"]: r["value"] for r in records if _subject(r) == _subject(chosen)}
         images = chosen["fake"].get("images")
         thousands = None if images is None else images / 1000
-        rows.append([name, chosen.get("step"), thousands, *(values.get(metric) for metric in metrics)])
+        rows.append([name, chosen.get("step"), thousands, *map(values.get, metrics)])
     return ["", "step", "k images", *metrics], rows
 
 
@@ -111,16 +108,15 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel=AXES[against], ylabel=metric)
     for name, points in curves.items():
         best = best_of(metric)(points, key=lambda point: point[1])
-        style = {"marker": "o", "markersize": 3, "linewidth": 1.4, "label": f"{name}: {cell(float(best[1]))}"}
-        (line,) = axes.plot(*zip(*points, strict=True), **style)
+        label = f"{name}: {cell(float(best[1]))}"
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.4, label=label)
         axes.plot(*best, marker="o", markersize=9, fillstyle="none", color=line.get_color())
     values = [value for points in curves.values() for _, value in points]
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
-    axes.set(xlabel=AXES[against], ylabel=metric)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_write(path) as file:

@@ -9,40 +9,25 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import UsageError, UserError
+from common.cli import UserError
 from common.files import read_json
-from common.images import read_image
+from common.images import image_size, list_images
 from common.latents import Latents
 from common.lmdb_store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
-from dataset import FolderDataset, MultiResolutionDataset, open_dataset
+from dataset import FolderDataset, open_dataset
+from metrics.flags import IMAGES, Sampling
 from model import Generator, load_generator
 from sampling import render
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next
-
-
-@dataclass
-class Sampling:
-    """Settings of generated images; a source of files has no use for them."""
-
-    truncation: float = 1.0
-    truncation_mean: int = 10_000  # samples for the mean of w
-    noise: str = "random"
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.noise not in render.NOISE_MODES:
-            raise UsageError(f"--noise {self.noise}: expected one of {', '.join(render.NOISE_MODES)}")
-        if not 0 <= self.seed < 4294:
-            raise UsageError(f"--seed {self.seed}: expected 0 to 4293")
+OPTIONS = {"options?": {"batch?": (int, None)}, "world_size?": int}  # of a run's options.json
 
 
 class ImageSource:
@@ -61,47 +46,27 @@ class ImageSource:
     def digest(self, positions: Sequence[int]) -> str:
         """sha256 of the encoded images, and of how they are fitted."""
         digest = hashlib.sha256(json.dumps([self.info.get(name) for name in ("size", "filter", "fit")]).encode())
-        for data in self._encoded(positions):
-            digest.update(hashlib.sha256(data).digest())
-        return digest.hexdigest()
-
-    def _encoded(self, positions) -> Iterator[bytes]:
         if isinstance(self.dataset, FolderDataset):
-            yield from (self.dataset.files[i].read_bytes() for i in positions)
-            return
-        with open_store(self.dataset.path).begin() as transaction:
-            yield from (transaction.get(image_key(self.dataset.size, i)) or b"" for i in positions)
+            for i in positions:
+                digest.update(hashlib.sha256(self.dataset.files[i].read_bytes()).digest())
+        else:
+            with open_store(self.dataset.path).begin() as transaction:
+                for i in positions:
+                    data = transaction.get(image_key(self.dataset.size, i)) or b""
+                    digest.update(hashlib.sha256(data).digest())
+        return digest.hexdigest()
 
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """uint8 [B, 3, H, W] on `device`; threads read the next batch meanwhile. DatasetError for a damaged image."""
         if not len(positions):
             return
         self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+        with ThreadPoolExecutor(self.workers) as pool:
             ahead = ()
             for following in [*render.blocks(positions, batch), ()]:
                 images, ahead = ahead, pool.map(self.dataset.__getitem__, following)
                 if images:
                     yield torch.stack(list(images)).to(device)
-
-
-class NativeFolder(FolderDataset):
-    """A folder of images taken as they are, which must all have one size. Item: uint8 [3, H, W]."""
-
-    def __init__(self, path):
-        super().__init__(path, 0)
-        self.expected = read_image(self.files[0]).size  # (width, height)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        try:
-            image = read_image(self.files[index])
-        except (ValueError, FileNotFoundError) as error:
-            raise DatasetError(f"{error}: repair or remove it") from error
-        if image.size != self.expected:
-            first, other = ("x".join(map(str, size)) for size in (self.expected, image.size))
-            sizes = f"{self.files[0].name} has {first} and {self.files[index].name} {other} pixels"
-            raise DatasetError(f"{self.path}: images of different sizes, {sizes}: --size N fits them all")
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class GeneratorSource:
@@ -112,12 +77,12 @@ class GeneratorSource:
         self.condition = None if saved is None else render.saved_condition(saved, generator)  # [N, d]
         self.n = SEED_STRIDE if saved is None else len(saved)
         config, truncation = generator.config, sampling.truncation
-        own = {"size": config.size, "space": config.space, "truncation": truncation, "seed": sampling.seed}
-        own["truncation_mean"] = None if truncation == 1 else sampling.truncation_mean
-        own["noise"] = sampling.noise if saved is None or saved.noise is None else "saved"
-        if config.condition_dim:
-            own["condition"] = "neutral" if self.condition is None else "saved"  # neutral: 0.5 for every attribute
-        self.info = {"fingerprint": generator.fingerprint} | info | own
+        self.info = {"fingerprint": generator.fingerprint, **info, "size": config.size, "space": config.space}
+        self.info |= {"truncation": truncation, "seed": sampling.seed}
+        self.info["truncation_mean"] = None if truncation == 1 else sampling.truncation_mean
+        self.info["noise"] = sampling.noise if saved is None or saved.noise is None else "saved"
+        if config.condition_dim:  # neutral: 0.5 for every attribute
+            self.info["condition"] = "neutral" if self.condition is None else "saved"
 
     def choose(self, n: int, order: str, seed: int) -> list[int]:
         if self.saved is None and n > SEED_STRIDE:
@@ -135,18 +100,17 @@ class GeneratorSource:
     @torch.no_grad()
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """float32 [B, 3, S, S], about [-1, 1]. ValueError when the generator's output is not finite."""
-        generator, sampling, saved = self.generator, self.sampling, self.saved
-        device, psi = generator.token.device, sampling.truncation
-        mean = None if psi == 1 else generator.mean_latent(sampling.truncation_mean)
-        seeds = range(sampling.seed * SEED_STRIDE, (sampling.seed + 1) * SEED_STRIDE)
-        noise = saved.noise if saved and saved.noise else render.noise_maps(generator, sampling.noise, seeds=seeds)
+        generator, saved, psi = self.generator, self.saved, self.sampling.truncation
+        mean = None if psi == 1 else generator.mean_latent(self.sampling.truncation_mean)
+        first = self.sampling.seed * SEED_STRIDE
+        seeds = range(first, first + SEED_STRIDE)
+        noise = saved.noise if saved and saved.noise else render.noise_maps(generator, self.sampling.noise, seeds=seeds)
         for chosen in render.blocks(positions, batch):
             if saved is None:
                 z = render.seeded_z(generator, (seeds[i] for i in chosen))
-                ws = render.map_latents(generator, z, truncation=psi, mean=mean, batch=batch)
-                ws = torch.stack(list(ws))  # [B, L, D]
+                ws = torch.stack(list(render.map_latents(generator, z, truncation=psi, mean=mean, batch=batch)))
             else:
-                ws = render.truncate(saved.latents[chosen].to(device), psi, mean)
+                ws = render.truncate(saved.latents[chosen].to(device), psi, mean)  # [B, L, D]
             maps = [layer.to(device) for layer in render.select_noise(noise, chosen)]
             condition = render.select_condition(self.condition, chosen)
             condition = None if condition is None else condition.to(device)
@@ -173,8 +137,7 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, devi
     Raises FileNotFoundError or ValueError in one sentence."""
     path, sampling = Path(path), sampling or Sampling()
     if not path.exists():
-        expected = "a folder of images, LMDB, checkpoint, folder of latents or features (.npz) is expected"
-        raise FileNotFoundError(f"{path} does not exist: {expected}")
+        raise FileNotFoundError(f"{path} does not exist: a {IMAGES} is expected")
     if path.suffix == ".pkl":
         refused = "pickled statistics are not read, since reading them can run code"
         raise UserError(f"{path}: {refused}: pass the images themselves, their features are cached")
@@ -186,27 +149,36 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, devi
         generator = load_generator(ckpt, device)
         info = {"kind": "latents", "path": str(path), **checkpoint_info(Path(ckpt))}
         return GeneratorSource(generator, sampling, info, render.read_latents(generator, path))
+    return file_source(path, size, workers)
+
+
+def file_source(path: Path, size: int | None, workers: int) -> ImageSource:
+    """Images of an LMDB, or of a folder, fitted to `size`; None: the only size there is."""
+    dataset = open_dataset(path, only_size(path) if size is None else size)
+    info = {"path": str(path), "size": dataset.size}
+    if isinstance(dataset, FolderDataset):
+        codecs = sorted({file.suffix.lower().lstrip(".") for file in dataset.files})
+        info |= {"kind": "folder", "codec": ",".join(codecs), "skipped": len(dataset.skipped)}
+        info |= {"filter": size and "lanczos", "fit": size and "crop"}  # defaults of fit_image
+    else:
+        manifest = dataset.manifest or {}  # rosinality's tool leaves none: filter and codec are unknown
+        info |= {"kind": "lmdb", "skipped": len(manifest.get("skipped", []))}
+        names = {"filter": "resample", "fit": "fit", "codec": "format", "quality": "quality"}
+        info |= {ours: manifest.get(name) for ours, name in names.items()}
+    return ImageSource(dataset, info, workers)
+
+
+def only_size(path: Path) -> int:
+    """Pixels of the images at `path`, which must be square and of one size. 0: there are none."""
     if is_lmdb(path):
-        return lmdb_source(path, size, workers)
-    dataset = NativeFolder(path) if size is None else open_dataset(path, size)
-    codecs = sorted({file.suffix.lower().lstrip(".") for file in dataset.files})
-    native = size is None and "x".join(map(str, dataset.expected))
-    fitted = {"size": size or native, "filter": size and "lanczos", "fit": size and "crop"}  # defaults of fit_image
-    info = {"kind": "folder", "path": str(path), "codec": ",".join(codecs)}
-    return ImageSource(dataset, info | fitted | {"skipped": len(dataset.skipped)}, workers)
-
-
-def lmdb_source(path: Path, size: int | None, workers: int) -> ImageSource:
-    if size is None:
-        sizes = sizes_present(open_store(path))
-        if len(sizes) != 1:
+        if len(sizes := sizes_present(open_store(path))) != 1:
             raise UserError(f"{path} has the sizes {', '.join(map(str, sizes))}: choose one with --size")
-        size = sizes[0]
-    dataset = MultiResolutionDataset(path, size)
-    manifest = dataset.manifest or {}  # rosinality's tool leaves none: filter and codec are unknown
-    info = {"kind": "lmdb", "path": str(path), "size": size, "skipped": len(manifest.get("skipped", []))}
-    names = {"filter": "resample", "fit": "fit", "codec": "format", "quality": "quality"}
-    return ImageSource(dataset, info | {ours: manifest.get(name) for ours, name in names.items()}, workers)
+        return sizes[0]
+    names = {size: file.name for file in list_images(path) if (size := image_size(file))}
+    found = " and ".join(f"{name} {width}x{height}" for (width, height), name in list(names.items())[:2])
+    if len(names) > 1 or any(width != height for width, height in names):
+        raise DatasetError(f"{path}: images of different sizes or not square, {found} pixels: --size N fits them all")
+    return max(names, default=(0, 0))[0]
 
 
 def checkpoint_source(path: Path, sampling: Sampling, generator: Generator) -> GeneratorSource:
@@ -217,23 +189,30 @@ def checkpoint_source(path: Path, sampling: Sampling, generator: Generator) -> G
 def checkpoint_info(path: Path) -> dict:
     """Step, images seen and whether the weights are the average (None: the file does not tell), without its tensors."""
     if path.suffix == ".safetensors":
-        _, header = load_safetensors(path)
-        step, ours = header.get("step"), "config" in header
-        return {"step": step, "images": _images_at(path, step), "ema": True if ours else None}
-    state = load_checkpoint(path, map_location="meta")
-    step = state.get("step", int(path.stem) if path.stem.isdigit() and "g_ema" in state else None)
-    images = state["sampler"].get("position") if isinstance(state.get("sampler"), dict) else _images_at(path, step)
-    return {"step": step, "images": images, "ema": True if "g_ema" in state else None}
+        _, state = load_safetensors(path)
+        step, average = state.get("step"), "config" in state
+    else:
+        state = load_checkpoint(path, map_location="meta")
+        average = "g_ema" in state
+        step = state.get("step", int(path.stem) if path.stem.isdigit() and average else None)
+    sampler = state.get("sampler")
+    images = sampler.get("position") if isinstance(sampler, dict) else _images_at(path, step)
+    return {"step": step, "images": images, "ema": True if average else None}
+
+
+def run_folder(path: Path) -> Path | None:
+    """The run folder of a checkpoint that lies in RUN/checkpoint."""
+    folder = path.resolve().parent
+    run = folder.parent if folder.name == "checkpoint" and is_checkpoint(path) else None
+    return run if run and (run / "options.json").exists() else None
 
 
 def _images_at(path: Path, step: int | None) -> int | None:
     """Images a run had seen at a step, from the options.json of the run folder around the checkpoint."""
-    options = path.resolve().parent.parent / "options.json"
-    if step is None or path.resolve().parent.name != "checkpoint" or not options.exists():
+    if step is None or (run := run_folder(path)) is None:
         return None
-    schema = {"options?": {"batch?": (int, None)}, "world_size?": int}
     try:
-        settings = read_json(options, schema, what="options.json of a training")
+        settings = read_json(run / "options.json", OPTIONS, what="options.json of a training")
     except (OSError, UserError) as error:  # no reason to lose a result
         warnings.warn(f"how many images the generator has seen is unknown: {error}", stacklevel=2)
         return None

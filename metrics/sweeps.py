@@ -16,8 +16,6 @@ from editing.boundary import Boundary
 from editing.edit import edit_face, face_at
 from editing.evaluate import evaluate
 
-FACE_COLUMNS = ("origin", "first", "last", "rise")
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -41,6 +39,10 @@ class Sweep:
     @property
     def attribute(self) -> np.ndarray:
         return self.scores[:, :, self.column]  # [N, K]
+
+    @property
+    def change(self) -> np.ndarray:
+        return self.attribute - self.attribute[:, [self.origin]]  # [N, K]
 
     @property
     def others(self) -> np.ndarray:
@@ -68,11 +70,10 @@ def position_of_change(sweep: Sweep, amount: float) -> np.ndarray:
     """[N]: fractional position among the distances where the attribute first differs by `amount` from the inversion,
     outwards to the side on which it changes more in the end; NaN where it never does."""
     origin, positions = sweep.origin, []
-    for face in np.abs(sweep.attribute - sweep.attribute[:, [sweep.origin]]):
+    for face in np.abs(sweep.change):
         side = 1 if face[-1] >= face[0] else -1
         change = face[origin:] if side > 0 else face[origin::-1]
-        beyond = np.flatnonzero(change >= amount)
-        k = beyond[0] if len(beyond) else 0
+        k = int(np.argmax(change >= amount))  # 0: nowhere
         part = (amount - change[k - 1]) / (change[k] - change[k - 1]) if k else np.nan
         positions.append(origin + side * (k - 1 + part))
     return np.array(positions)
@@ -86,12 +87,7 @@ def at_position(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def summarise(sweeps: list[Sweep], amount: float) -> list[dict]:
     """A row of the table per sweep, compared where the attribute has changed by `amount`."""
     positions = [position_of_change(sweep, amount) for sweep in sweeps]
-    shared = np.isfinite(positions).all(0)
-
-    def mean_at(values, position):
-        return None if values is None or not shared.any() else float(at_position(values, position)[shared].mean())
-
-    rows = []
+    shared, rows = np.isfinite(positions).all(0), []
     for sweep, position in zip(sweeps, positions, strict=True):
         change = sweep.attribute[:, -1] - sweep.attribute[:, 0]
         row = {"name": sweep.name, "faces": len(sweep.faces), "rise": float(np.median(rise(sweep)))}
@@ -99,14 +95,16 @@ def summarise(sweeps: list[Sweep], amount: float) -> list[dict]:
         row["crossed"] = float(crossed(sweep).mean()) if sweep.kinds[sweep.column] == "probability" else None
         row |= {"reached": float(np.isfinite(position).mean()), "compared": int(shared.sum())}
         distances = np.broadcast_to(np.abs(sweep.distances), sweep.attribute.shape)
-        values = {"distance": distances, **sweep.kept()}
-        rows.append(row | {name: mean_at(value, position) for name, value in values.items()})
+        for name, values in {"distance": distances, **sweep.kept()}.items():
+            known = values is not None and shared.any()
+            row[name] = float(at_position(values, position)[shared].mean()) if known else None
+        rows.append(row)
     return rows
 
 
 def curves(sweep: Sweep) -> dict:
     """Means over faces at every distance: change of the attribute, identity, perceptual, others; each [K] or None."""
-    means = {"change": sweep.attribute - sweep.attribute[:, [sweep.origin]], **sweep.kept()}
+    means = {"change": sweep.change, **sweep.kept()}
     means = {name: None if values is None else values.mean(0).tolist() for name, values in means.items()}
     return {"distance": sweep.distances.tolist(), **means}
 
@@ -114,28 +112,26 @@ def curves(sweep: Sweep) -> dict:
 def sweep_faces(name, generator, source, boundary: Boundary, networks, distances, *, dist, layers=None) -> Sweep:
     """Every face of `source` at `distances` [K] standard deviations from its inversion, on every rank.
     networks: scorer, identity, perceptual."""
-    results = []
+    results, scorer = [], networks[0]
     local = shard(len(source.names), dist.rank, dist.world_size)
     for i in tqdm(local, desc=name, unit="face", disable=None if dist.is_main else True):
         frames = edit_face(generator, face_at(source, i), [boundary], distances * boundary.std, layers=layers)
         results.append(evaluate(frames, *networks))
     results = sum(gather_list(results), [])  # contiguous: the order of the faces
-    kept = {measure: [getattr(face, measure) for face in results] for measure in ("scores", "identity", "perceptual")}
+    measures = [[getattr(face, measure) for face in results] for measure in ("scores", "identity", "perceptual")]
     # without the inversion, with which all are compared
-    kept = {measure: None if values[0] is None else np.stack(values)[:, 1:] for measure, values in kept.items()}
-    kinds, column = [attribute.kind for attribute in networks[0].attributes], networks[0].column(boundary.attribute)
-    return Sweep(name, source.names, distances, **kept, column=column, kinds=kinds)
+    measures = [None if values[0] is None else np.stack(values)[:, 1:] for values in measures]
+    kinds = [attribute.kind for attribute in scorer.attributes]
+    return Sweep(name, source.names, distances, *measures, scorer.column(boundary.attribute), kinds)
 
 
 def face_rows(sweep: Sweep) -> list[dict]:
     """Rows of faces.csv."""
-    columns = (sweep.attribute[:, [sweep.origin, 0, -1]].T, rise(sweep)[None])
-    values = np.concatenate(columns).T.round(4).tolist()
-    rows = []
-    for face, row, cross in zip(sweep.faces, values, crossed(sweep), strict=True):
-        numbers = dict(zip(FACE_COLUMNS, row, strict=True))
-        rows.append({"name": sweep.name, "face": face, **numbers, "crossed": int(cross)})
-    return rows
+    origin, first, last = sweep.attribute[:, [sweep.origin, 0, -1]].T
+    columns = {"origin": origin, "first": first, "last": last, "rise": rise(sweep)}
+    columns = {name: values.round(4).tolist() for name, values in columns.items()}
+    columns = {"face": sweep.faces, **columns, "crossed": crossed(sweep).astype(int).tolist()}
+    return [{"name": sweep.name, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
 def format_rows(rows: list[dict]) -> str:
@@ -172,8 +168,7 @@ def write_results(folder: Path, sweeps: list[Sweep], inputs: list[dict], info: d
     write_table(folder / "faces.csv", [row for sweep in sweeps for row in face_rows(sweep)])
     draw(folder / "curves.png", info["attribute"], info["unit"], all_curves)
     print(format_rows(rows))
+    changed = f"{info['attribute']} ({info['unit']}), compared where it has changed by {info['at']:g}"
     networks = f"evaluated by {info['scorer']}, identity: {info['identity']}, perceptual: {info['perceptual']}"
-    print(
-        f"{info['attribute']} ({info['unit']}), compared where it has changed by {info['at']:g}; {networks}; {folder}"
-    )
+    print(f"{changed}; {networks}; {folder}")
     print(json.dumps({**info, "rows": rows}))

@@ -181,11 +181,13 @@ def report_start(trainer: Trainer, run: Run, continued: Path | None, n_images: i
 
 def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int, extractor: str):
     """`evaluate` of --eval_every. Raises FileNotFoundError when the extractor's weights are absent."""
-    from metrics.monitor import Monitor, parse_metrics  # with torch-fidelity and SciPy: seconds, only where it is used
+    from metrics.flags import FeatureSettings
+    from metrics.monitor import Monitor  # with torch-fidelity and SciPy: seconds, only where it is used
 
-    common = {"n": n, "extractor": extractor, "batch": trainer.settings.micro_batch or trainer.settings.batch}
-    common |= {"dist": trainer.dist, "start_step": trainer.n_steps, "header": trainer.header}
-    return Monitor(run, path, trainer.config.size, metrics=parse_metrics(metric), **common).evaluate
+    batch = trainer.settings.micro_batch or trainer.settings.batch
+    settings = FeatureSettings(extractor=extractor, n_sample=n, size=trainer.config.size, batch=batch)
+    options = {"dist": trainer.dist, "start_step": trainer.n_steps, "header": trainer.header}
+    return Monitor(run, path, metric, settings, **options).evaluate
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def test_equals_torch_fidelity_on_the_same_folders(folders, random_extractor):
     finally:
         del FEATURE_EXTRACTORS_REGISTRY[NAME]
     extractor = build_extractor(random_extractor, PROTOCOLS["tf-compat"])
-    sides = [extract(open_source(folder), extractor, 100, batch=16, progress=False) for folder in folders]
+    sides = [extract(open_source(folder), extractor, 100, batch=16) for folder in folders]
     ours = {record["metric"]: record["value"] for record in evaluate(*sides, ("fid", "kid"))}
     assert ours[f"fid-{NAME}"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours[f"kid-{NAME}"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)

@@ -25,7 +25,7 @@ class Counted(nn.Module):
 
 
 def values(source, tiny, n=1000, **options):
-    return extract(source, tiny, n, progress=False, **options).values
+    return extract(source, tiny, n, **options).values
 
 
 def copy_of(folder, target):
