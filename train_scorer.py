@@ -23,6 +23,11 @@ def sizes(text: str) -> list[int]:
     return [int(size) for size in text.split(",")]
 
 
+def window(text: str) -> tuple[float, ...]:
+    """A `type` for flags: numbers separated by commas."""
+    return tuple(float(edge) for edge in text.split(","))
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data and run folder").add_argument
@@ -36,6 +41,8 @@ def build_parser() -> ArgumentParser:
 
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
+    add("--backbone", default="resnet", help="resnet, or efficientnet: starts from ImageNet weights (a package)")
+    add("--window", type=window, default="0,0,1,1", help="what it sees of an image: left,top,right,bottom from 0 to 1")
     add("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
     add("--iter", type=positive_int, default=3000, help="training steps in all")
     add("--batch", type=positive_int, default=64, help="faces per step")
@@ -100,13 +107,15 @@ def main(args) -> None:
     # Data and networks.
     table = read_labels(args.labels, args.attributes)
     tables = split_faces(table, args.data, args.validation, args.split_seed)
-    stores = [FaceStore([Path(args.data) / name for name in part.names], args.input_size) for part in tables]
-    config = ScorerConfig(table.attributes, args.width, args.input_size)
+    config = ScorerConfig(table.attributes, args.width, args.input_size, args.backbone, tuple(args.window))
+    stores = [FaceStore([Path(args.data) / name for name in part.names], config.frame_size) for part in tables]
     trainer = ScorerTrainer(config, settings, tables[0].weights.mean(0), device)
     sampler = InfiniteSampler(len(tables[0]), seed=args.seed)
     if state is not None:
         trainer.load_state_dict(state, source)
         sampler.load(state["sampler"])
+    elif args.backbone == "efficientnet":
+        trainer.start_from_imagenet()
 
     # Training, then the export.
     with ExitStack() as stack:

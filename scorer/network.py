@@ -7,9 +7,10 @@ file of somebody else's (scorer/backends.py). A loaded scorer is frozen; gradien
     scores = scorer(images)                             # [N, 3, H, W] in [-1, 1] -> [N, A]: years, probabilities
     age = scores[:, scorer.column("age")]
 
-The network: a small residual network (He et al. 2016; blocks from torchvision); age as the expected value of a
-distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit per attribute, calibrated on the
-validation split (Platt 1999; temperature for age).
+The network: a small residual network (He et al. 2016; blocks from torchvision), or the first stages of EfficientNet-
+Lite0, so that edits are evaluated by another architecture than the one they were made with; age as the expected value
+of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit per attribute, calibrated on
+the validation split (Platt 1999; temperature for age).
 """
 
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from common.checkpoint import CheckpointError, fingerprint, load_safetensors, load_strictly, save_safetensors
 from common.distributed import resolve_device
 from common.images import fit_image, read_image, to_tensor
+from scorer.efficientnet import build_efficientnet
 from scorer.interface import AttributeScorer, expected_age, require_images, resize
 from scorer.labels import AGE_BINS, Attribute
 
@@ -30,21 +32,38 @@ ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for evaluating edits only
 FORMAT = "wpp-scorer-1"
 # Entries of earlier files, of which one value is left
-FIXED = {"backbone": "resnet", "mean": [0.0] * 3, "std": [0.5] * 3}
-STD = 0.5  # the network sees images in [-1, 1] divided by it
+FIXED = {"mean": [0.0] * 3, "std": [0.5] * 3}
+BACKBONES = ("resnet", "efficientnet")
+STD = 0.5  # the small residual network sees images in [-1, 1] divided by it
+EFFICIENTNET_STAGES = 4  # down to a sixteenth of the side
 
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Enough to rebuild the network. width scales the channels; input_size in pixels."""
+    """Enough to rebuild the network. width scales the channels of the residual network; input_size in pixels.
+    window: what the network sees of an image, as shares of its sides: left, top, right, bottom."""
 
     attributes: tuple[Attribute, ...]
     width: float = 1.0
     input_size: int = 64
+    backbone: str = "resnet"
+    window: tuple[float, ...] = (0.0, 0.0, 1.0, 1.0)
 
     def __post_init__(self):
         if not 0 < self.width <= 16 or not 32 <= self.input_size <= 1024:
             raise ValueError(f"--width {self.width} --input_size {self.input_size}: expected up to 16, 32 to 1024")
+        if self.backbone not in BACKBONES:
+            supported = ", ".join(BACKBONES)
+            raise ValueError(f"backbone {self.backbone} is not supported, only {supported}: train the scorer again")
+        if len(self.window) != 4 or not all(
+            0 <= a < b <= 1 for a, b in zip(self.window, self.window[2:], strict=False)
+        ):
+            raise ValueError(f"--window {self.window}: expected left, top, right, bottom from 0 to 1")
+
+    @property
+    def frame_size(self) -> int:
+        """Side of an image whose window has about the input size, in pixels."""
+        return round(self.input_size / (self.window[2] - self.window[0]))
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -57,44 +76,67 @@ class ScorerConfig:
             value = values.pop(name, supported)
             if (list(value) if isinstance(value, tuple) else value) != supported:
                 raise ValueError(f"{name} {value} is not supported any more, only {supported}: train the scorer again")
-        return cls(**values | {"attributes": tuple(Attribute(**attribute) for attribute in values["attributes"])})
+        values["attributes"] = tuple(Attribute(**attribute) for attribute in values["attributes"])
+        if "window" in values:
+            values["window"] = tuple(float(edge) for edge in values["window"])
+        return cls(**values)
 
 
 class ScorerNetwork(nn.Module):
-    """Small ResNet, global average, one linear head for all attributes. Trainable; `Scorer` is the frozen interface."""
+    """Convolutional stages, global average, one linear head for all attributes. Trainable; `Scorer` is the frozen
+    interface."""
 
     def __init__(self, config: ScorerConfig):
         super().__init__()
-        from torchvision.models.resnet import BasicBlock  # torchvision takes seconds to import
-
         self.config = config
-        widths = [max(8, round(c * config.width / 8) * 8) for c in (16, 48, 96, 192)]
-        channels = widths[0]
-        stem = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True))
-        self.stages = nn.ModuleList([stem])
-        for out, blocks, stride in zip(widths, (1, 2, 2, 2), (1, 2, 2, 2), strict=True):
-            shortcut = None
-            if stride > 1 or channels != out:
-                shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-            first = BasicBlock(channels, out, stride, shortcut)
-            self.stages.append(nn.Sequential(first, *(BasicBlock(out, out) for _ in range(blocks - 1))))
-            channels = out
-        self.n_features = channels
-        self.head = nn.Linear(channels, sum(attribute.n_outputs for attribute in config.attributes))
+        if config.backbone == "efficientnet":
+            self.stages, widths = build_efficientnet(EFFICIENTNET_STAGES)
+            self.std = 1.0
+        else:
+            self.stages, widths = build_resnet(config.width)
+            self.std = STD
+        self.n_features = widths[-1]
+        self.head = nn.Linear(self.n_features, sum(attribute.n_outputs for attribute in config.attributes))
         nn.init.normal_(self.head.weight, 0, 0.01)  # an even distribution over ages at the start
         nn.init.zeros_(self.head.bias)
 
     def feature_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """[N, 3, S, S] in [-1, 1] -> outputs of the stages [N, C_i, S_i, S_i], S_i = S/2, S/2, S/4, S/8, S/16."""
-        x, maps = images / STD, []
+        """[N, 3, H, W] in [-1, 1] -> outputs of the stages [N, C_i, S_i, S_i]: S/2, S/2, S/4, S/8, S/16 of the
+        residual network, S/2, S/4, S/8, S/16 of EfficientNet, where S is the input size."""
+        x, maps = self.prepare(images) / self.std, []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, 3, S, S]: the window, resized."""
+        height, width = images.shape[2:]
+        left, top, right, bottom = self.config.window
+        columns = slice(round(left * width), round(right * width))
+        window = images[:, :, round(top * height) : round(bottom * height), columns]
+        return resize(window, self.config.input_size)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.feature_maps(images)[-1].mean((2, 3))  # [N, n_features]
         return self.head(features)  # [N, sum of n_outputs]
+
+
+def build_resnet(width: float) -> tuple[nn.ModuleList, list[int]]:
+    """Stages of a small residual network, and their channels."""
+    from torchvision.models.resnet import BasicBlock  # torchvision takes seconds to import
+
+    widths = [max(8, round(c * width / 8) * 8) for c in (16, 48, 96, 192)]
+    channels = widths[0]
+    stages = [nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True))]
+    for out, blocks, stride in zip(widths, (1, 2, 2, 2), (1, 2, 2, 2), strict=True):
+        shortcut = None
+        if stride > 1 or channels != out:
+            shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        first = BasicBlock(channels, out, stride, shortcut)
+        stages.append(nn.Sequential(first, *(BasicBlock(out, out) for _ in range(blocks - 1))))
+        channels = out
+    return nn.ModuleList(stages), [widths[0], *widths]
 
 
 def split_outputs(outputs: torch.Tensor, attributes) -> list[torch.Tensor]:
@@ -132,7 +174,7 @@ class Scorer(AttributeScorer):
         return torch.stack(columns, 1)
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        return resize(require_images(images).to(self.network.head.weight.dtype), self.input_size)  # [N, 3, S, S]
+        return require_images(images).to(self.network.head.weight.dtype)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         return self.feature_maps(images)[-1].mean((2, 3))

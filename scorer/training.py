@@ -21,6 +21,7 @@ from scipy.optimize import minimize
 from common.checkpoint import CheckpointError, load_strictly
 from common.distributed import mix_seeds
 from common.images import read_image, to_tensor, to_uint8
+from scorer.efficientnet import load_imagenet
 from scorer.interface import expected_age, resize
 from scorer.labels import AGE_BINS
 from scorer.network import ScorerConfig, ScorerNetwork, split_outputs
@@ -171,6 +172,11 @@ class ScorerTrainer:
         )
         self.step = 0
 
+    def start_from_imagenet(self) -> None:
+        """Take the weights of EfficientNet-Lite0 trained on ImageNet. Raises UserError where the package is absent."""
+        load_imagenet(self.network.stages)
+        self.average.load_state_dict(self.network.state_dict())
+
     def learning_rate(self) -> float:
         total, step = self.settings.iter, self.step
         warm = max(1, total // 20)
@@ -238,7 +244,9 @@ def network_outputs(network: ScorerNetwork, store: FaceStore, batch: int = 128) 
 
 def _describe(config: ScorerConfig) -> str:
     names = ",".join(attribute.name for attribute in config.attributes)
-    return f"--width {config.width:g} --input_size {config.input_size} --attributes {names}"
+    window = ",".join(f"{edge:g}" for edge in config.window)
+    size = f"--backbone {config.backbone} --width {config.width:g} --input_size {config.input_size}"
+    return f"{size} --window {window} --attributes {names}"
 
 
 def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor, attributes) -> dict:

@@ -17,8 +17,9 @@ from torch import nn
 
 from layers import ConvLayer
 from perceptual.lpips import build_perceptual
+from scorer.efficientnet import build_efficientnet, load_imagenet
 from training.augment import AdaptiveAugment
-from training.efficientnet import MIXED_WIDTHS, EfficientNetLite0, RandomMixing, load_efficientnet
+from training.efficientnet import MIXED_WIDTHS, FrozenEfficientNet, RandomMixing
 
 SIDE = 96  # pixels to which smaller images are enlarged: classification networks reduce by 16 to 32
 EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
@@ -73,8 +74,9 @@ def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> Vi
     a package is missing, else what build_perceptual does."""
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
     if name == "efficientnet":
-        features = EfficientNetLite0(load_efficientnet(), dtype)
-        return VisionAidedDiscriminator(features, mixed=True, side=EFFICIENTNET_SIDE)
+        stages, _ = build_efficientnet()
+        load_imagenet(stages)
+        return VisionAidedDiscriminator(FrozenEfficientNet(stages, dtype), mixed=True, side=EFFICIENTNET_SIDE)
     return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype))
 
 
