@@ -300,6 +300,26 @@ def test_files_are_small_and_round_trip(tmp_path):
     assert header["input_size"] == 64 and header["terms"] == "research"
 
 
+@pytest.mark.parametrize("backbone", ["resnet", "efficientnet"])
+def test_a_scorer_sees_its_window_alone(tmp_path, backbone):
+    made = make_scorer(input_size=32, backbone=backbone, window=(0.25, 0.5, 0.75, 1.0))
+    scorer = load_scorer(save_scorer(tmp_path / "s.safetensors", made))
+    assert scorer.config == made.config and made.config.frame_size == 64
+    images = smooth_faces(size=64).requires_grad_()
+    scores = scorer(images)
+    scores.sum().backward()
+    seen = images.grad.abs().amax((0, 1)) > 0
+    assert seen[32:, 16:48].float().mean() > 0.9 and seen.sum() == seen[32:, 16:48].sum()
+    alone = make_scorer(input_size=32, backbone=backbone)  # the same weights, without a window
+    assert torch.allclose(scores, alone(images.detach()[:, :, 32:, 16:48]), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("window", [(0, 0, 1), (0.5, 0, 0.5, 1), (0, 0, 1.1, 1), (0, 0.9, 1, 0.1)])
+def test_windows_that_hold_nothing_are_refused(window):
+    with pytest.raises(ValueError, match="expected left, top, right, bottom"):
+        ScorerConfig((AGE,), window=window)
+
+
 def test_files_that_are_no_scorer(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such scorer; expected face-scorer"):
         load_scorer("nonesuch")
@@ -314,7 +334,7 @@ def test_files_that_are_no_scorer(tmp_path):
         read_scorer(tmp_path / "w.safetensors")
     other = header["config"] | {"backbone": "regnet"}
     save_safetensors(tmp_path / "b.safetensors", tensors, {**header, "config": other})
-    with pytest.raises(CheckpointError, match="backbone regnet is not supported any more"):
+    with pytest.raises(CheckpointError, match="backbone regnet is not supported"):
         read_scorer(tmp_path / "b.safetensors")
 
 
@@ -627,7 +647,7 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
         assert all(torch.equal(tensor, second[part][name]) for name, tensor in first[part].items())
     assert_equal_files(whole / "scorer.safetensors", again / "scorer.safetensors")
     assert call(*flags(planted, again, *common, "--resume", "auto", "--iter", "9", "--width", "1")) == 1
-    assert "holds another scorer: --width 0.5" in capsys.readouterr().err
+    assert "holds another scorer: --backbone resnet --width 0.5" in capsys.readouterr().err
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(planted, tmp_path):

