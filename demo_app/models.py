@@ -82,11 +82,6 @@ class Models:
         low, high = self.boundaries[name].range or (-SAFE, SAFE)
         return min(low, 0.0), max(high, 0.0)
 
-    def reading_error(self, name: str) -> float | None:
-        """Mean absolute error of the scorer on validation photos, if its file says."""
-        report = getattr(self.scorer, "metadata", {}).get("validation") or {}
-        return report.get(name, {}).get("mae")
-
     def describe(self) -> str:
         """One line: 'face-wpp-64 (64 px), refined by ...'."""
         parts = [f"{self.generator.path.stem} ({self.size} px)", f"refined by {self.perceptual.name}"]

@@ -174,7 +174,7 @@ class Page:
             f"**{name.replace('_', ' ')}** {reading.describe().replace('->', '→')}"
             for name, reading in readings.items()
         ]
-        error = self.models.reading_error("age")
+        error = self.models.scorer.errors.get("age")
         return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
 
     def save(self, session: Session | None) -> dict:

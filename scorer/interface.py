@@ -25,6 +25,7 @@ class AttributeScorer(nn.Module, ABC):
     """Base of every scorer, frozen. A subclass sets `attributes` and implements `margins`."""
 
     attributes: tuple[Attribute, ...] = ()
+    errors: dict[str, float] = {}  # attribute -> mean absolute error on faces kept out of training, where it is known
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -147,10 +147,11 @@ def split_outputs(outputs: torch.Tensor, attributes) -> list[torch.Tensor]:
 class Scorer(AttributeScorer):
     """A trained ScorerNetwork, calibrated. calibration: attribute -> (scale, offset) of its logits.
     Probability: sigmoid(scale * logit + offset). Years: softmax(scale * logits), then the expected value + offset.
-    `fingerprint` identifies the weights."""
+    `fingerprint` identifies the weights. errors: mean absolute error per attribute on the validation faces."""
 
-    def __init__(self, network: ScorerNetwork, calibration: dict | None = None):
+    def __init__(self, network: ScorerNetwork, calibration: dict | None = None, errors: dict | None = None):
         super().__init__()
+        self.errors = errors or {}
         self.network, self.config = network, network.config
         self.attributes, self.input_size = self.config.attributes, self.config.input_size
         self.calibration = {name: (1.0, 0.0) for name in self.names} | (calibration or {})
@@ -226,11 +227,13 @@ def read_scorer(path) -> Scorer:
     try:
         network = ScorerNetwork(ScorerConfig.from_dict(header["config"]))
         calibration = {name: (float(scale), float(offset)) for name, (scale, offset) in header["calibration"].items()}
+        report = header.get("validation") or {}
+        errors = {name: float(numbers["mae"]) for name, numbers in report.items() if "mae" in numbers}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header describes no scorer known here ({error})") from error
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     load_strictly(network, tensors, path)
-    return Scorer(network, calibration)
+    return Scorer(network, calibration, errors)
 
 
 def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop: bool = False) -> AttributeScorer:

@@ -44,6 +44,7 @@ def models():
         normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=12.0, fingerprint="tiny"
     )
     scorer = BrightnessScorer()
+    scorer.errors = {"age": 7.4}
     return Models(generator, statistics, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
 
 

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import json
 import os
+import re
 import socket
 import urllib.error
 import urllib.parse
@@ -208,6 +209,7 @@ def test_upload_edit_refine_download(page, astronaut):
     assert np.array_equal(before, after) and answer["age"] == 0
     moved = page.move(session, 0, page.models.generator.config.n_tokens - 1, 10)
     assert not np.array_equal(*moved["compare"]) and "**age**" in moved["readout"]
+    assert re.search(r"ages are read to ±\d+ years", moved["readout"]), "the read-out's own error stands beside it"
     assert "--age +10" in moved["command"]
     refined = list(page.refine(session, 20))
     assert "0 of 20 steps" in refined[0]["message"] and "Refined" in refined[-1]["message"]
