@@ -170,6 +170,17 @@ def _as_tensor(image, transform: Callable | None) -> torch.Tensor:
     return tensor if transform is None else transform(tensor)
 
 
+def normalise(images: torch.Tensor, device) -> torch.Tensor:
+    """uint8 [N, 3, S, S] -> float32 in [-1, 1] on the device."""
+    return images.to(device).float().div_(127.5).sub_(1)
+
+
+def mirror(images: torch.Tensor) -> torch.Tensor:
+    """Each image [N, 3, S, S] mirrored with probability one half, drawn from the default generator of its device."""
+    chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(chosen, images.flip(3), images)
+
+
 class InfiniteSampler:
     """Shuffled epochs without end, dealt out to ranks like cards.
 

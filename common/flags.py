@@ -8,9 +8,10 @@ add_fields(parser, Settings)
 settings = read_fields(Settings, vars(args))
 """
 
+import math
 from dataclasses import field, fields
 
-from common.cli import FITS, PRECISIONS, Flags, add_device_flags
+from common.cli import FITS, PRECISIONS, Flags, UsageError, add_device_flags
 
 
 def flag(default, help: str, **options):
@@ -29,6 +30,17 @@ def add_fields(group, settings: type) -> None:
 def read_fields(settings: type, values: dict):
     """The dataclass `settings` from the values of its fields' names, among others."""
     return settings(**{item.name: values[item.name] for item in fields(settings) if item.name in values})
+
+
+def require(settings, names: str, fits, rule: str) -> None:
+    """Raise UsageError, naming the flag, unless all fields `names` (with spaces between) fit the rule."""
+    for name in names.split():
+        if not fits(value := getattr(settings, name)):
+            raise UsageError(f"--{name} {rule}, got {value}")
+
+
+def not_negative(value) -> bool:
+    return 0 <= value < math.inf
 
 
 def count(text: str) -> int:

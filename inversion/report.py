@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,26 @@ from common.runs import write_json
 from common.tables import write_skipped
 from inversion.projector import CURVE_EVERY, CURVES
 from perceptual.image_metrics import image_digest, mean_and_std, summary, write_measures
-from sampling.render import CONDITION, file_names
+from sampling.render import CONDITION, blocks, file_names
 
 RESULTS, ORIGINALS, PROJECTED = "inversions", "origin", "project"  # folders of the finished images
 PER_GRID = 8  # columns
 METADATA = {"measures": {str: float}, "steps": int, "condition": ([float], None), "digest": str}
+
+
+@dataclass
+class Inversion:
+    """Results of images, in order: lists of equal length, but for `pairs`."""
+
+    positions: list[int] = field(default_factory=list)
+    latents: list[np.ndarray] = field(default_factory=list)  # float32 [L, D]
+    measures: dict[str, list[float]] = field(default_factory=dict)  # of perceptual/image_metrics.py
+    originals: list[str] = field(default_factory=list)  # image_digest of each original as it was measured
+    pairs: Iterable[tuple] = field(
+        default_factory=list
+    )  # original, output of the first few, uint8 [S, S, 3], for grids
+    steps: list[int] | None = None
+    noise: list[np.ndarray] | None = None  # per layer [N, 1, r, r]
 
 
 def save_result(path: Path, result: dict) -> None:
@@ -59,28 +75,26 @@ def write_report(folder: Path, images, failures: dict[int, str], *, config: dict
     done = [i for i in results if i not in failures]
     require_results(folder, images, failures, done)
     results, stems = [results[i] for i in done], [stems[i] for i in done]
-    condition = {"attributes": attributes, "values": [result["condition"] for result in results]}
 
-    def pair(k):
-        return [np.asarray(read_image(folder / kind / f"{stems[k]}.png")) for kind in (ORIGINALS, PROJECTED)]
+    def read(kind, stem):
+        return np.asarray(read_image(folder / kind / f"{stem}.png"))
 
-    line = write_results(
-        folder,
-        images,
-        done,
-        np.stack([result["latents"] for result in results]),
-        {name: [result["measures"][name] for result in results] for name in results[0]["measures"]},
-        method="projector",
-        generator={"space": config["space"], "size": config["size"], "fingerprint": config["generator"]},
-        by={"perceptual": config["perceptual"], "identity": config["identity"]},
-        originals=[image_digest(pair(k)[0]) for k in range(len(done))],
-        pair=pair,
-        n_pairs=len(done),
-        settings=config,
-        extra={"settings": config} | ({CONDITION: condition} if attributes else {}),
-        noise=[np.stack(layer) for layer in zip(*(result["noise"] for result in results), strict=True)],
+    inversion = Inversion(
+        positions=done,
+        latents=[result["latents"] for result in results],
+        measures={name: [result["measures"][name] for result in results] for name in results[0]["measures"]},
+        originals=[image_digest(read(ORIGINALS, stem)) for stem in stems],
+        pairs=((read(ORIGINALS, stem), read(PROJECTED, stem)) for stem in stems),
         steps=[result["steps"] for result in results],
+        noise=[np.stack(layer) for layer in zip(*(result["noise"] for result in results), strict=True)],
     )
+    extra = {"settings": config}
+    if attributes:
+        extra[CONDITION] = {"attributes": attributes, "values": [result["condition"] for result in results]}
+    generator = {"space": config["space"], "size": config["size"], "fingerprint": config["generator"]}
+    by = {"perceptual": config["perceptual"], "identity": config["identity"]}
+    source = {"method": "projector", "generator": generator, "by": by}
+    line = write_results(folder, images, inversion, **source, settings=config, extra=extra)
     curves = {name: np.stack([result["curves"][name] for result in results]) for name in CURVES}
     write_curves(folder, curves, [images.names[i] for i in done])
     for i, stem in enumerate(stems if published_names else ()):
@@ -101,39 +115,35 @@ def require_results(folder: Path, images, failures: dict[int, str], done: Sequen
 def write_results(
     folder: Path,
     images,  # all of them, of inversion/inputs.py
-    done: Sequence[int],  # positions of those that have results, which are in the same order
-    latents: np.ndarray,  # float32 [N, L, D]
-    measures: dict[str, list[float]],  # of perceptual/image_metrics.py
+    inversion: Inversion,  # of those that have results
     *,
     method: str,
     generator: dict,  # its space, size and fingerprint
     by: dict,  # names of the networks that compared
-    originals: list[str],  # image_digest of each
-    pair: Callable[[int], Sequence[np.ndarray]],  # original and reconstruction k, uint8 [S, S, 3], of the grids
-    n_pairs: int,
     settings: dict,
     extra: dict,  # for latents.json
-    noise: list[np.ndarray] | None = None,
-    steps: list[int] | None = None,
     **more,  # for reconstruction.json
 ) -> str:
     """latents.npy and .json, reconstruction.csv and .json, grid_K.png; returns a line on the measures."""
-    alignment, names = images.alignment(), [images.names[i] for i in done]
-    alignment = [alignment[i] for i in done]
-    saved = {"names": names, "losses": measures, "alignment": alignment if any(alignment) else None, "noise": noise}
-    save_latents(folder, latents, extra={"method": method} | extra, **saved, **generator)
-    write_measures(folder / "reconstruction.csv", names, measures, steps=steps, originals=originals, **by)
+    measures, steps = inversion.measures, inversion.steps
+    alignment = images.alignment()
+    alignment = [alignment[i] for i in inversion.positions]
+    names = [images.names[i] for i in inversion.positions]
+    saved = {"names": names, "losses": measures, "alignment": alignment if any(alignment) else None}
+    saved |= {"noise": inversion.noise, "extra": {"method": method} | extra}
+    save_latents(folder, np.stack(inversion.latents), **saved, **generator)
+    write_measures(folder / "reconstruction.csv", names, measures, steps=steps, originals=inversion.originals, **by)
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in measures.items()}
-    content = {"method": method, "space": generator["space"], "count": len(done), "perceptual_by": by["perceptual"]}
+    content = {"method": method, "space": generator["space"], "count": len(names), "perceptual_by": by["perceptual"]}
     content |= {"identity_by": by["identity"], "measures": statistics, "settings": settings, **more}
     content |= {"mean_steps": np.mean(steps)} if steps else {}
     write_json(folder / "reconstruction.json", content)
-    for start in range(0, n_pairs, PER_GRID):
-        block = range(start, min(start + PER_GRID, n_pairs))
-        pairs = zip(*map(pair, block), strict=True)
-        captions = [f"{names[k]}: {measures['perceptual'][k]:.3f}, mse {measures['mse'][k]:.4f}" for k in block]
-        save_image(comparison_grid(*pairs, captions), folder / f"grid_{start // PER_GRID:03d}.png")
-    remove_grids(folder, -(-n_pairs // PER_GRID))
+    numbers, n_grids = zip(names, measures["perceptual"], measures["mse"], strict=True), 0
+    captions = (f"{name}: {distance:.3f}, mse {mse:.4f}" for name, distance, mse in numbers)
+    for n_grids, block in enumerate(blocks(zip(inversion.pairs, captions, strict=False), PER_GRID), 1):
+        pairs, labels = zip(*block, strict=True)
+        save_image(comparison_grid(*zip(*pairs, strict=True), labels), folder / f"grid_{n_grids - 1:03d}.png")
+    remove_grids(folder, n_grids)
     return summary(measures, **by)
 
 

@@ -19,6 +19,7 @@ from common.files import read_json
 from common.images import save_image, to_tensor, to_uint8
 from common.lock import lock_folder
 from common.runs import to_plain, write_json
+from dataset import normalise
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from inversion.report import ORIGINALS, PROJECTED, RESULTS, load_result, save_result, write_report
@@ -91,7 +92,7 @@ def invert_images(
         for block in pending():
             # Optimise a batch.
             where, pixels, digests = zip(*block, strict=True)
-            target = torch.stack(pixels).to(device).float() / 127.5 - 1  # [B, 3, S, S]
+            target = normalise(torch.stack(pixels), device)  # [B, 3, S, S]
             given = start(where, target) if start else {}
             if statistics is None and (settings.get("noise", 1) or "w_start" not in given):
                 statistics = generator.latent_statistics(mean_samples)

@@ -20,12 +20,13 @@ from common.lmdb_store import DatasetError
 from common.precision import DTYPES
 from common.runs import Run, StepBar, format_duration
 from common.stats import Stats
+from dataset import normalise
 from pSp.data_configs import DATASETS
-from pSp.images import make_pair, normalise, read_batches
+from pSp.images import make_pair, read_batches
 from pSp.losses import EncoderLoss
 from pSp.psp import pSp, psp_state
 from pSp.ranger import Ranger
-from pSp.settings import TrainSettings
+from pSp.settings import TrainSettings, resize_factors
 
 SHOWN = 8  # images per row of a sample grid
 
@@ -42,7 +43,7 @@ class Coach:
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
         optimiser = Ranger if settings.optim_name == "ranger" else torch.optim.Adam
         self.optimiser = optimiser(self.parameters, lr=settings.learning_rate)
-        self.source = DATASETS[settings.dataset_type].source
+        self.source, self.factors = DATASETS[settings.dataset_type].source, resize_factors(settings.resize_factors)
         self.dtype = DTYPES[settings.precision]
         self.best: float | None = None  # lowest validation loss so far
         self.last: tuple | None = None  # source, target and output of the latest batch
@@ -54,7 +55,7 @@ class Coach:
         """One update on this process's uint8 batch [B, 3, S, S], mirrored at random."""
         torch.manual_seed(mix_seeds(self.settings.seed, self.net.step, self.dist.rank))
         images = normalise(images, self.dist.device)
-        source, target = make_pair(images, self.source, factors=self.settings.resize_factors, training=True)
+        source, target = make_pair(images, self.source, factors=self.factors, training=True)
         for loss, values in self.passes(source, target, randomize_noise=True):
             loss.backward()
             latest = values
@@ -90,11 +91,10 @@ class Coach:
         first, sums, n, settings = None, {}, len(held_out), self.settings
         part = shard(n, self.dist.rank, self.dist.world_size)
         for items in read_batches(held_out.__getitem__, part, settings.test_batch_size, settings.test_workers):
-            for _, _, reason in items:
-                if reason:
-                    raise DatasetError(reason)
+            if reasons := [reason for *_, reason in items if reason]:
+                raise DatasetError(reasons[0])
             images = normalise(torch.stack([image for _, image, _ in items]), self.dist.device)
-            source, target = make_pair(images, self.source, factors=self.settings.resize_factors, training=False)
+            source, target = make_pair(images, self.source, factors=self.factors, training=False)
             *_, (_, values) = self.passes(source, target, randomize_noise=False)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * len(images)

@@ -1,6 +1,6 @@
 """Data of an encoder: the published data-set types, and where their images lie.
 
-Paths are looked for in this order: the flag of pSp/scripts/train.py, the environment variable, the table below.
+Paths are looked for in this order: the flag of pSp/scripts/train.py, the environment ($WPP_FFHQ ...), the table below.
 
     ffhq_encode               source = target; trained on FFHQ, validated on CelebA-HQ's test images
     ffhq_frontalize           source and target mirrored independently
@@ -8,23 +8,17 @@ Paths are looked for in this order: the flag of pSp/scripts/train.py, the enviro
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from common.cli import UserError
 
-# name: (environment variable, folder of images or LMDB; fill in your own)
-PATHS = {
-    "ffhq": ("WPP_FFHQ", ""),
-    "celeba_train": ("WPP_CELEBA_TRAIN", ""),
-    "celeba_test": ("WPP_CELEBA_TEST", ""),
-    "stylegan_weights": ("WPP_STYLEGAN", ""),
-}
+# Folders of images or LMDBs, and a generator: fill in your own
+PATHS = {"ffhq": "", "celeba_train": "", "celeba_test": "", "stylegan": ""}
 BUNDLED_GENERATOR = Path(__file__).resolve().parents[1] / "checkpoints" / "face-wpp-64.safetensors"
 
 
-@dataclass(frozen=True)
-class DatasetType:
+class DatasetType(NamedTuple):
     train: str  # names in PATHS
     test: str
     source: str  # same | mirrored | shrunk
@@ -49,29 +43,26 @@ def dataset_type(name: str) -> DatasetType:
 
 
 def find_path(given: str | None, name: str) -> str | None:
-    """The flag's value, else the environment variable's, else the table's; None when all are empty."""
-    variable, default = PATHS[name]
-    return given or os.environ.get(variable) or default or None
+    """The flag's value, else that of $WPP_NAME, else the table's; None when all are empty."""
+    return given or os.environ.get(f"WPP_{name.upper()}") or PATHS[name] or None
 
 
 def training_path(given: str | None, name: str) -> str:
     """Path of the training images. Raises UserError naming the three places where it may be given."""
-    path = find_path(given, DATASETS[name].train)
-    if path is None:
-        ways = f"set ${PATHS[DATASETS[name].train][0]}, or fill in PATHS in pSp/data_configs.py"
-        raise UserError(f"--dataset_type {name}: where are its images? pass --train_path FOLDER|LMDB, {ways}")
-    return path
+    source = DATASETS[name].train
+    if path := find_path(given, source):
+        return path
+    ways = f"set $WPP_{source.upper()}, or fill in PATHS in pSp/data_configs.py"
+    raise UserError(f"--dataset_type {name}: where are its images? pass --train_path FOLDER|LMDB, {ways}")
 
 
 def generator_path(given: str | None, exp_dir: str | Path) -> Path:
     """The generator to invert into: the flag, $WPP_STYLEGAN, the table, generator.{safetensors,pt} in --exp_dir, or the
     bundled one. Raises UserError naming these places when it is in none."""
-    path = find_path(given, "stylegan_weights")
-    if path is not None:
+    if path := find_path(given, "stylegan"):
         return Path(path)
     inside = [Path(exp_dir) / f"generator{suffix}" for suffix in (".safetensors", ".pt")]
-    for candidate in (*inside, BUNDLED_GENERATOR):
-        if candidate.is_file():
-            return candidate
+    if found := [path for path in (*inside, BUNDLED_GENERATOR) if path.is_file()]:
+        return found[0]
     which = "FILE (a checkpoint of train.py, an export or a published one)"
     raise UserError(f"which generator? pass --stylegan_weights {which}, set $WPP_STYLEGAN, or put it at {inside[0]}")

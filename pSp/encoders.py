@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.checkpoint import CheckpointError, load_strictly
-from common.cli import UserError
 from common.weights import find
 from layers import EqualLinear
 from perceptual.arcface import DEPTHS, MODES, STRIDES, arcface_state, build_body, input_layer
@@ -91,14 +89,14 @@ class EncoderConfig:
         return cls(**values)
 
     @classmethod
-    def for_generator(cls, config, *, input_size: int = 0, width: int = 0, depth: int = 0, **other) -> EncoderConfig:
+    def for_generator(cls, config, *, width: int = 0, depth: int = 0, **other) -> EncoderConfig:
         """The encoder for a generator (a GeneratorConfig). 0 chooses: the published network from 256 px on, below that
-        the generator's own size as input, width 32 and depth 18."""
+        width 32 and depth 18. The input has the generator's size, at most the published one."""
         light = config.size < PUBLISHED_INPUT
         return cls(
             n_styles=config.n_tokens,
             style_dim=config.style_dim,
-            input_size=input_size or min(PUBLISHED_INPUT, max(16, config.size)),
+            input_size=min(PUBLISHED_INPUT, max(16, config.size)),
             width=width or (32 if light else 64),
             depth=depth or (18 if light else 50),
             **other,
@@ -215,20 +213,12 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     return ENCODERS[config.encoder_type](config)
 
 
-def init_backbone(encoder: Backbone, init: str, weights_dir=None) -> str:
-    """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published; returns what was loaded. init: auto
-    (where the file is found and fits), none, or a file, which must fit (UserError, CheckpointError). Of six input
-    channels the first three get ArcFace's, as in ReStyle."""
-    if init == "none":
-        return "random weights"
-    config = encoder.config
-    fits = (config.width, config.depth, config.mode) == (64, 50, "ir_se")
-    path = find("arcface_ir_se50", weights_dir) if init == "auto" else Path(init)
-    if init == "auto" and not (path and fits):
+def init_backbone(encoder: Backbone, weights_dir=None) -> str:
+    """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published, where the file is found and fits;
+    returns what was loaded. Of six input channels the first three get ArcFace's, as in ReStyle."""
+    config, path = encoder.config, find("arcface_ir_se50", weights_dir)
+    if path is None or (config.width, config.depth, config.mode) != (64, 50, "ir_se"):
         return f"random weights (IR-SE50 ArcFace {'has another shape' if path else 'is not here'})"
-    if not fits:
-        has = f"the depth {config.depth}, the width {config.width} and the mode {config.mode}"
-        raise UserError(f"--encoder_init {path} is an IR-SE50 of width 64, this encoder has {has}")
     state = arcface_state(path)
     if config.input_nc > 3:
         rest = encoder.input_layer[0].weight[:, 3:].detach()

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.images import ImageError
 from common.lmdb_store import DatasetError
+from dataset import mirror
 from pSp.settings import RESIZE_FACTORS
 
 
@@ -34,17 +35,6 @@ def read_batches(read: Callable, positions: Iterable[int], batch: int, workers: 
     if len(images):
         workers = min(workers, len(images))
         yield from DataLoader(images, batch, num_workers=workers, collate_fn=list, generator=generator)
-
-
-def normalise(images: torch.Tensor, device) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> float32 in [-1, 1] on the device."""
-    return images.to(device).float().div_(127.5).sub_(1)
-
-
-def mirror(images: torch.Tensor) -> torch.Tensor:
-    """Each image mirrored with probability one half, drawn from the global generator."""
-    chosen = torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
-    return torch.where(chosen, images.flip(3), images)
 
 
 def make_pair(images: torch.Tensor, kind: str, *, factors=RESIZE_FACTORS, training: bool):

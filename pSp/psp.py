@@ -158,8 +158,7 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
         raise CheckpointError(f"{path} is no pSp checkpoint: it has no state_dict and opts{hint}")
     encoder, decoder = part(state, "encoder"), part(state, "decoder")
     try:
-        stored = checkpoint.get("config")
-        inferred = infer_config(decoder)  # also refuses what is no generator
+        inferred, stored = infer_config(decoder), checkpoint.get("config")  # the first refuses what is no generator
         generator = Generator(GeneratorConfig.from_dict(stored) if stored else inferred)
         if "encoder_config" in checkpoint:
             config = EncoderConfig.from_dict(checkpoint["encoder_config"])

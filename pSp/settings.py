@@ -2,15 +2,13 @@
 
 from dataclasses import asdict, dataclass
 
-from common.cli import UsageError, UserError
-from common.flags import flag
+from common.cli import UsageError, UserError, positive_int
+from common.flags import count, flag, not_negative, require
 
 GRADUAL, E4E = "GradualStyleEncoder", "Encoder4Editing"
 INTO_W, INTO_W_PLUS = "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus"
 TRAINED = (GRADUAL, INTO_W, INTO_W_PLUS)
 RESIZE_FACTORS = (1, 2, 4, 8, 16, 32)  # of super-resolution, when --resize_factors gives none
-POSITIVE = ("batch_size", "test_batch_size", "learning_rate")
-INTERVALS = ("max_steps", "image_interval", "board_interval", "val_interval", "save_interval")
 
 
 @dataclass(frozen=True)
@@ -18,10 +16,10 @@ class TrainSettings:
     """Settings of a training run. Raises UserError for what cannot work."""
 
     dataset_type: str = flag("ffhq_encode", "ffhq_encode | ffhq_frontalize | celebs_super_resolution")
-    resize_factors: tuple[int, ...] = RESIZE_FACTORS
+    resize_factors: str | None = flag(None, "super-resolution: factors by which the source is shrunk", type=str)
     batch_size: int = flag(4, "images per step and process")
     test_batch_size: int = flag(2, "images per validation batch")
-    test_workers: int = 0
+    test_workers: int = flag(2, "loader processes for validation", type=count)
     learning_rate: float = flag(1e-4, "of the optimiser")
     optim_name: str = flag("ranger", "optimiser", choices=("ranger", "adam"))
     train_decoder: bool = False
@@ -35,12 +33,10 @@ class TrainSettings:
     keep: int = 2  # checkpoints that keep their optimiser state; 0: all
 
     def __post_init__(self):
-        for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be positive, got {getattr(self, name)}")
-        for name in INTERVALS:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        require(self, "batch_size test_batch_size learning_rate", lambda value: value > 0, "must be positive")
+        resize_factors(self.resize_factors)
+        intervals = "max_steps image_interval board_interval val_interval save_interval"
+        require(self, intervals, lambda steps: steps is None or steps >= 1, "must be at least 1")
 
     def due(self, step: int) -> set[str]:
         """Events after this step: image, board, val, save; everything but image after the last."""
@@ -63,9 +59,7 @@ class LossWeights:
 
     def __post_init__(self):
         values = asdict(self)
-        for name, value in values.items():
-            if value < 0:
-                raise UserError(f"--{name} must not be negative, got {value}")
+        require(self, " ".join(values), not_negative, "must not be negative")
         if not any(values[name] for name in values if name != "w_norm_lambda"):
             raise UserError("every lambda that compares images is 0: there is nothing to learn from")
 
@@ -77,11 +71,7 @@ class EncoderFlags:
     encoder_type: str | None = flag(None, f"default: {GRADUAL}", type=str, choices=TRAINED)
     n_iters_per_batch: int | None = flag(None, "passes of an encoder that corrects itself (ReStyle)", type=int)
     encoder_width: int = flag(0, "maps of stage 1; 0: 64, or 32 for a generator below 256 px")
-    encoder_depth: int = flag(0, "18 | 50 | 100 | 152; 0: 50, or 18 for a generator below 256 px")
-    encoder_mode: str = flag("ir_se", "without or with squeeze and excitation", choices=("ir", "ir_se"))
-    input_size: int = flag(0, "pixels; 0: 256, or the generator's size where that is smaller")
     input_nc: int = flag(3, "channels of the input; 6: image and reconstruction (ReStyle)", choices=(3, 6))
-    encoder_init: str = flag("auto", "IR-SE50 ArcFace weights to start from: auto (where they fit), none or a file")
     start_from_latent_avg: bool = flag(False, "the encoder gives offsets from the generator's average w")
     learn_in_w: bool = flag(False, f"one w for all layers, space W: W generators, with {INTO_W}")
 
@@ -91,14 +81,51 @@ class EncoderFlags:
             raise UsageError(f"--learn_in_w is one w for all layers: {needs}")
 
 
-def resize_factors(text: str | None) -> tuple[int, ...]:
-    """'1,2,4' -> (1, 2, 4); None -> the published list. UserError for what is no list of numbers from 1."""
-    if text is None:
-        return RESIZE_FACTORS
+@dataclass(frozen=True)
+class InferenceSettings:
+    """Settings of an inversion of images. Raises UsageError for what does not fit together."""
+
+    couple_outputs: bool = flag(False, "save every input beside its output, not each 100th only")
+    resize_outputs: bool = flag(False, "save outputs at 256x256 where the generator's are larger")
+    test_batch_size: int = flag(2, "images per forward pass", type=positive_int)
+    test_workers: int = flag(2, "processes that read images (0: this one)", type=count)
+    latent_mask: str | None = flag(None, "style mixing: layers (8,9,10) whose w comes from a random sample", type=str)
+    mix_alpha: float | None = flag(None, "how far those go to the sample, 0 to 1 (default: all the way)", type=float)
+    resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
+    retrieval: int = flag(0, "of the first N: whose nearest original is its own? 0: not asked", type=count, metavar="N")
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self):
+        layers = self.layers
+        require(
+            self, "resize_factors", lambda text: len(resize_factors(text)) == 1, "is a list: inference takes one factor"
+        )
+        require(self, "retrieval", lambda n: n != 1, "is 0 or at least two images")
+        fits = self.mix_alpha is None or (layers and 0 <= self.mix_alpha <= 1)
+        require(self, "mix_alpha", lambda _: fits, "is a number from 0 to 1 and goes with --latent_mask")
+
+    @property
+    def factor(self) -> int:
+        return resize_factors(self.resize_factors)[0]
+
+    @property
+    def layers(self) -> list[int]:
+        return whole_numbers("latent_mask", self.latent_mask, 0, "layers such as 8,9,10") if self.latent_mask else []
+
+
+def whole_numbers(flag: str, text: str, least: int, expected: str) -> list[int]:
+    """'1,2,4' -> [1, 2, 4]. UsageError for what is no list of numbers from `least`."""
     try:
-        factors = tuple(int(part) for part in text.split(","))
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        factors = ()
-    if not factors or min(factors) < 1:
-        raise UserError(f"--resize_factors {text}: expected whole numbers from 1, such as 4 or 2,4,8")
-    return factors
+        numbers = []
+    if not numbers or min(numbers) < least:
+        raise UsageError(f"--{flag} {text}: expected {expected}")
+    return numbers
+
+
+def resize_factors(text: str | None) -> tuple[int, ...]:
+    """Factors of super-resolution; None: the published list."""
+    expected = "whole numbers from 1, such as 4 or 2,4,8"
+    return RESIZE_FACTORS if text is None else tuple(whole_numbers("resize_factors", text, 1, expected))

@@ -11,7 +11,7 @@ from common.runs import find_start
 from dataset import open_dataset
 from model import Generator
 from pSp.encoders import EncoderConfig, init_backbone
-from pSp.psp import RESTYLE_PASSES, load_psp, part, pSp, psp_from_state, psp_state, require_generator
+from pSp.psp import RESTYLE_PASSES, load_psp, pSp, psp_from_state, psp_state, require_generator
 from pSp.settings import GRADUAL, INTO_W, EncoderFlags
 
 MEAN_SAMPLES = 10_000  # of the average w, as published
@@ -40,45 +40,34 @@ def build_network(
     weights_dir=None,
 ) -> tuple[pSp, str]:
     """The network to train, and in words where it comes from. CheckpointError where a continued run's would change."""
+    n_iters, stored = flags.n_iters_per_batch, psp_from_state(state, source) if state is not None else None
     if continues:
-        net = psp_from_state(state, source)
-        require_same(net.config, flags, source)
-        require_generator(source, net.decoder.fingerprint, generator)
-        net.n_iters = flags.n_iters_per_batch or net.n_iters if net.refines else 1
-        return net, f"continuing {source}"
+        require_same(stored.config, flags, source)
+        require_generator(source, stored.decoder.fingerprint, generator)
+        stored.n_iters = n_iters or stored.n_iters if stored.refines else 1
+        return stored, f"continuing {source}"
     if generator is None:
-        net = psp_from_state(state, source)
-        net.step = 0
-        return net, f"a new run from the encoder and generator of {source}"
-    n_iters, average = flags.n_iters_per_batch, generator.mean_latent(MEAN_SAMPLES)
-    if state is not None:
-        stored = psp_from_state(state, source)
-        options = {"start_from_latent_avg": flags.start_from_latent_avg, "n_iters": n_iters or stored.n_iters}
-        net = pSp(stored.config, generator, average, **options)
-        load_strictly(net.encoder, part(state["state_dict"], "encoder"), source)
+        stored.step = 0
+        return stored, f"a new run from the encoder and generator of {source}"
+    options = {"latent_avg": generator.mean_latent(MEAN_SAMPLES), "start_from_latent_avg": flags.start_from_latent_avg}
+    if stored is not None:
+        net = pSp(stored.config, generator, **options, n_iters=n_iters or stored.n_iters)
+        load_strictly(net.encoder, stored.encoder.state_dict(), source)
         return net, f"a new run from the encoder of {source}"
-    config = EncoderConfig.for_generator(
-        generator.config,
-        encoder_type=flags.encoder_type or (INTO_W if flags.learn_in_w else GRADUAL),
-        input_size=flags.input_size,
-        width=flags.encoder_width,
-        depth=flags.encoder_depth,
-        mode=flags.encoder_mode,
-        input_nc=6 if flags.input_nc == 6 or (n_iters or 1) > 1 else 3,
-    )
-    options = {"start_from_latent_avg": flags.start_from_latent_avg, "n_iters": n_iters or RESTYLE_PASSES}
-    net = pSp(config, generator, average, **options)
-    backbone = init_backbone(net.encoder, flags.encoder_init, weights_dir)
-    return net, f"a new run on {generator.path}, backbone from {backbone}"
+    kind = flags.encoder_type or (INTO_W if flags.learn_in_w else GRADUAL)
+    input_nc = 6 if n_iters is not None and n_iters > 1 else flags.input_nc
+    shape = {"encoder_type": kind, "width": flags.encoder_width, "input_nc": input_nc}
+    config = EncoderConfig.for_generator(generator.config, **shape)
+    net = pSp(config, generator, **options, n_iters=n_iters or RESTYLE_PASSES)
+    return net, f"a new run on {generator.path}, backbone from {init_backbone(net.encoder, weights_dir)}"
 
 
 def require_same(config: EncoderConfig, flags: EncoderFlags, source) -> None:
     """Raises CheckpointError when flags ask for another encoder than the one that is continued."""
-    stored = {"encoder_type": config.encoder_type, "encoder_width": config.width, "encoder_depth": config.depth}
-    stored |= {"encoder_mode": config.mode, "input_size": config.input_size, "input_nc": config.input_nc}
-    pairs = ((name, getattr(flags, name), value) for name, value in stored.items())
+    stored = {"encoder_type": config.encoder_type, "encoder_width": config.width, "input_nc": config.input_nc}
+    pairs = [(name, getattr(flags, name), value) for name, value in stored.items()]
     differing = [
-        f"--{name} {here} here, {value} in the file" for name, here, value in pairs if here not in (None, 0, value)
+        f"--{name} {here} here, {there} in the file" for name, here, there in pairs if here not in (None, 0, there)
     ]
     if differing:
         raise CheckpointError(f"{source} holds another encoder: {'; '.join(differing)}")

@@ -30,7 +30,7 @@ from model import GeneratorConfig
 from scorer.network import load_scorer
 from training.resume import Start, init_from
 from training.settings import ConditionSettings, TrainSettings
-from training.trainer import Trainer, draw_ws
+from training.trainer import Trainer
 from training.transfer import is_modulation
 
 
@@ -55,13 +55,8 @@ class ConditionalTrainer(Trainer):
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def draw_condition(self, n: int) -> torch.Tensor:
+    def draw_condition(self, n):
         return draw_requests(self.table, n, permute=self.condition.attr_permute)  # [n, d]
-
-    def generate(self, n, dtype, condition=None):
-        ws = draw_ws(self.g, n, self.settings.mixing)
-        condition = self.draw_condition(n) if condition is None else condition
-        return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
     @property
     def attr_weight(self) -> float:
@@ -69,14 +64,11 @@ class ConditionalTrainer(Trainer):
         ramp = self.condition.attr_ramp if self.warm else 0
         return self.condition.attr_weight * (min(1.0, (self.n_steps + 1) / ramp) if ramp else 1.0)
 
-    def g_loss(self, real):
-        condition = self.draw_condition(len(real))
-        fake, _ = self.generate(len(real), self.dtype, condition)
-        loss = self.adversarial_loss(fake)
+    def condition_loss(self, fake, condition):
         errors = attribute_error(self.scorer, fake, condition).mean(0)  # [d]
         by_name = zip(self.scorer.names, errors, strict=True)
         self.stats.report(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
-        return loss + self.attr_weight * errors.mean()
+        return self.attr_weight * errors.mean()
 
     def sample_inputs(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""

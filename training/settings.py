@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from common.cli import UsageError, positive_int
-from common.flags import count, flag
+from common.cli import positive_int
+from common.flags import count, flag, not_negative, require
 
 WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
 ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)  # flags, None: as in the start file
@@ -36,16 +36,14 @@ class TrainSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("batch", "lr", "path_batch_shrink", "d_reg_every", "g_reg_every", "ada_length"):
-            require(getattr(self, name) > 0, self, name, "must be positive")
-        for name in ("r1", "path_regularize", "d_lr", "vision_aided_weight", "ema_images"):
-            require(0 <= getattr(self, name) < math.inf, self, name, "must not be negative")
-        for name in ("mixing", "augment_p"):
-            require(0 <= getattr(self, name) <= 1, self, name, "is a probability, 0 to 1")
-        require(-1 < self.ada_target < 1, self, "ada_target", "is a number between -1 and 1")
-        require(self.augment or not self.augment_p, self, "augment_p", "needs --augment")
-        fits = self.micro_batch >= 0 and not (self.micro_batch and self.batch % self.micro_batch)
-        require(fits, self, "micro_batch", f"must divide --batch {self.batch}")
+        positive = "batch lr path_batch_shrink d_reg_every g_reg_every ada_length"
+        require(self, positive, lambda value: value > 0, "must be positive")
+        require(self, "r1 path_regularize d_lr vision_aided_weight ema_images", not_negative, "must not be negative")
+        require(self, "mixing augment_p", lambda p: 0 <= p <= 1, "is a probability, 0 to 1")
+        require(self, "ada_target", lambda r: -1 < r < 1, "is a number between -1 and 1")
+        require(self, "augment_p", lambda p: self.augment or not p, "needs --augment")
+        divides = f"must divide --batch {self.batch}"
+        require(self, "micro_batch", lambda n: n == 0 or (n > 0 and self.batch % n == 0), divides)
 
     @property
     def n_micro(self) -> int:
@@ -63,10 +61,9 @@ class ConditionSettings:
     light_lr: float = flag(0.01, "Adam learning rate under --light")
 
     def __post_init__(self):
-        for name in ("attr_weight", "attr_ramp"):
-            require(0 <= getattr(self, name) < math.inf, self, name, "must not be negative")
-        require(0 < self.light_lr < math.inf, self, "light_lr", "must be positive")
-        require(0 <= self.attr_permute <= 1, self, "attr_permute", "is a probability, 0 to 1")
+        require(self, "attr_weight attr_ramp", not_negative, "must not be negative")
+        require(self, "light_lr", lambda value: 0 < value < math.inf, "must be positive")
+        require(self, "attr_permute", lambda p: 0 <= p <= 1, "is a probability, 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,3 @@ class LoopSettings:
     eval_every: int = flag(0, "steps between evaluations; lowest FID: best.safetensors; 0: none", type=count)
     keep: int = 3  # checkpoints that can be continued; of older ones the EMA generator stays; 0: all
     on_nan: str = flag("stop", "at a loss that is not finite", choices=("stop", "rollback"))
-
-
-def require(fits: bool, settings, name: str, rule: str) -> None:
-    """Raise UsageError, naming the flag, unless `fits`."""
-    if not fits:
-        raise UsageError(f"--{name} {rule}, got {getattr(settings, name)}")

@@ -23,6 +23,7 @@ from common.checkpoint import CheckpointError, load_strictly
 from common.distributed import Distributed, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
 from common.stats import Stats
+from dataset import mirror, normalise
 from model import Discriminator, Generator, GeneratorConfig
 from training.augment import AdaptiveAugment
 from training.losses import d_logistic_loss, g_nonsaturating_loss, path_lengths, path_penalty, r1_penalty
@@ -125,7 +126,7 @@ class Trainer:
         for k, micro in enumerate(images.chunk(n_micro)):
             source = (self.settings.seed, self.rng_offset, self.n_steps, PHASES.index(phase.name))
             torch.manual_seed(mix_seeds(*source, self.dist.rank * n_micro + k))
-            loss = phase.loss(prepare_images(micro, self.dist.device))
+            loss = phase.loss(mirror(normalise(micro, self.dist.device)))
             (loss * (phase.gain / n_micro)).backward()
 
         if update:
@@ -138,13 +139,18 @@ class Trainer:
             phase.optimiser.step()
         phase.optimiser.zero_grad(set_to_none=True)
 
+    def draw_condition(self, n: int) -> torch.Tensor | None:
+        """Conditions [n, d] of a conditional generator."""
+        return None
+
     def generate(self, n: int, dtype: torch.dtype, condition=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images [n, 3, S, S] and ws [n, L, C] of fresh z; condition: [n, d], of a conditional generator."""
+        """Images [n, 3, S, S] and ws [n, L, C] of fresh z, under `condition` [n, d] or a fresh one."""
         ws = draw_ws(self.g, n, self.settings.mixing)
+        condition = self.draw_condition(n) if condition is None else condition
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
     def d_loss(self, real: torch.Tensor) -> torch.Tensor:
-        """Discriminator's loss on real images and as many generated ones, plus the vision-aided discriminator's."""
+        """Discriminator's loss on real images and as many generated ones."""
         with torch.no_grad():
             fake, _ = self.generate(len(real), self.dtype)
         real_logits = self.d(self.augment(real), dtype=self.dtype)  # [N, 1]
@@ -153,11 +159,7 @@ class Trainer:
             self.ada.accumulate(real_logits)
         loss = d_logistic_loss(real_logits, fake_logits)
         self.stats.report(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
-        if self.aux_d is None:
-            return loss
-        aux_loss = over_heads(d_logistic_loss, self.aux_d(real, self.dtype), self.aux_d(fake, self.dtype))
-        self.stats.report(aux_d=aux_loss)
-        return loss + self.settings.vision_aided_weight * aux_loss
+        return self.add_aux_loss("aux_d", loss, d_logistic_loss, real, fake)
 
     def r1_loss(self, real: torch.Tensor) -> torch.Tensor:
         real = real.requires_grad_()
@@ -166,18 +168,23 @@ class Trainer:
         return penalty
 
     def g_loss(self, real: torch.Tensor) -> torch.Tensor:
-        fake, _ = self.generate(len(real), self.dtype)
-        return self.adversarial_loss(fake)
-
-    def adversarial_loss(self, fake: torch.Tensor) -> torch.Tensor:
-        """Generator's loss by the discriminator and, where there is one, the vision-aided discriminator."""
+        condition = self.draw_condition(len(real))
+        fake, _ = self.generate(len(real), self.dtype, condition)
         loss = g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
         self.stats.report(g=loss)
+        return self.add_aux_loss("aux_g", loss, g_nonsaturating_loss, fake) + self.condition_loss(fake, condition)
+
+    def add_aux_loss(self, name: str, loss: torch.Tensor, criterion, *images: torch.Tensor) -> torch.Tensor:
+        """`loss` plus the mean of `criterion` over the heads of the vision-aided discriminator, if there is one."""
         if self.aux_d is None:
             return loss
-        aux_loss = over_heads(g_nonsaturating_loss, self.aux_d(fake, self.dtype))
-        self.stats.report(aux_g=aux_loss)
+        aux_loss = over_heads(criterion, *(self.aux_d(batch, self.dtype) for batch in images))
+        self.stats.report(**{name: aux_loss})
         return loss + self.settings.vision_aided_weight * aux_loss
+
+    def condition_loss(self, fake: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor | float:
+        """Weighted loss of generated images under their conditions."""
+        return 0.0
 
     def path_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""
@@ -279,13 +286,6 @@ def update_average(average: Generator, generator: Generator, decay: float) -> No
 
 def noise_strengths(generator: Generator) -> list[nn.Parameter]:
     return [parameter for name, parameter in generator.named_parameters() if name.endswith("noise.weight")]
-
-
-def prepare_images(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> float32 in [-1, 1], each image mirrored with probability one half."""
-    images = images.to(device).float().div_(127.5).sub_(1)
-    mirror = torch.rand(len(images), 1, 1, 1, device=device) < 0.5
-    return torch.where(mirror, images.flip(3), images)
 
 
 def draw_ws(g: Generator, n: int, mixing: float) -> torch.Tensor:

@@ -20,7 +20,7 @@ from dataclasses import fields
 from common.cli import ArgumentParser, UsageError, UserError, require_one_start, run_script
 from common.flags import add_fields, add_preset_flag, add_training_flags, count, fill_recommended, read_fields
 from pSp.data_configs import dataset_type, find_path, generator_path, training_path
-from pSp.settings import EncoderFlags, LossWeights, TrainSettings, resize_factors
+from pSp.settings import EncoderFlags, LossWeights, TrainSettings
 
 RECOMMENDED = [item.name for kind in (TrainSettings, LossWeights, EncoderFlags) for item in fields(kind)]
 
@@ -33,17 +33,15 @@ def build_parser() -> ArgumentParser:
     add("--test_path", help="validation images (default: see pSp/data_configs.py, else a share of the training images)")
     add("--holdout", type=float, default=0.05, help="share of the training images held out where there is no test_path")
     add("--val_images", type=count, default=0, help="validate on the first N only; 0: all")
-    add("--resize_factors", help="super-resolution: comma-separated factors by which the source is shrunk")
     add("--label_nc", type=int, default=0, choices=(0,), help="label maps are not supported: they need paired images")
-    add("--test_workers", type=count, default=2, help="loader processes for validation")
     add_training_flags(parser, published="checkpoint_path", keep=2, workers=4, wandb="use_wandb")
 
     group = parser.add_argument_group("networks")
     add = group.add_argument
-    generator = (
-        "generator to invert into (default: see pSp/data_configs.py, EXP_DIR/generator.safetensors, the bundled)"
+    add(
+        "--stylegan_weights",
+        help="generator (default: pSp/data_configs.py, EXP_DIR/generator.safetensors, the bundled)",
     )
-    add("--stylegan_weights", help=generator)
     add("--output_size", type=int, help="checked against the generator, whose file tells its size")
     add_fields(group, EncoderFlags)
     train_decoder = {"type": flag_value, "default": False, "metavar": "True|False"}
@@ -73,7 +71,6 @@ def read_settings(flags: dict) -> tuple[TrainSettings, LossWeights, EncoderFlags
     dataset_type(flags["dataset_type"])
     if not 0 < flags["holdout"] < 1:
         raise UsageError(f"--holdout is a share between 0 and 1, got {flags['holdout']}")
-    flags = flags | {"resize_factors": resize_factors(flags["resize_factors"])}
     return tuple(read_fields(kind, flags) for kind in (TrainSettings, LossWeights, EncoderFlags))
 
 
@@ -106,7 +103,7 @@ def main(args) -> int:
             if changed and dist.is_main:
                 print(changed)
         torch.manual_seed(args.seed)  # the same weights on all ranks
-        given = find_path(args.stylegan_weights, "stylegan_weights")
+        given = find_path(args.stylegan_weights, "stylegan")
         if state is None:
             given = generator_path(args.stylegan_weights, args.exp_dir)
         generator = load_generator(given, dist.device) if given and not (continues and args.train_decoder) else None
@@ -143,11 +140,11 @@ def main(args) -> int:
         run = stack.enter_context(open_run(args.exp_dir, vars(args), dist, resume_step=resume_step, **options))
         if dist.is_main:
             write_json(run.path("opt.json"), opts)
-            print(
-                f"{run.folder}: {origin}; {net.description}; {len(training)} images, {len(held_out)} held out; "
-                f"{loss.description}; step {net.step} of {settings.max_steps}, batch {args.batch_size} x "
-                f"{dist.world_size} on {dist.device}"
+            length = (
+                f"step {net.step} of {settings.max_steps}, batch {args.batch_size} x {dist.world_size} on {dist.device}"
             )
+            data = f"{len(training)} images, {len(held_out)} held out"
+            print(f"{run.folder}: {origin}; {net.description}; {data}; {loss.description}; {length}")
         batches = data_loader(training, args.batch_size, sampler, workers=args.workers, device=dist.device)
         best = coach.train(batches, sampler, held_out, run, opts, StopSignal())
         if dist.is_main:

@@ -287,7 +287,7 @@ ERRORS = [
     ("--resume auto --checkpoint_path x.pt", "exclude each other", 2),
     ("--resume y.pt --init_from x.pt", "exclude each other", 2),
     ("--resume auto --init_from x.pt", "x.pt: no such checkpoint", 1),
-    ("--val_interval 0", "--val_interval must be at least 1", 1),
+    ("--val_interval 0", "--val_interval must be at least 1", 2),
     ("--l2_lambda 0", "there is nothing to learn from", 1),
 ]
 
@@ -527,7 +527,7 @@ INFERENCE_ERRORS = [
     ("--latent_mask a", "expected layers such as 8,9,10", 2),
     ("--mix_alpha 0.5", "goes with --latent_mask", 2),
     ("--resize_factors 2,4", "inference takes one factor", 2),
-    ("--retrieval 1", "expected at least two images", 2),
+    ("--retrieval 1", "at least two images", 2),
     ("--stylegan_weights W", "best_model.pt was trained for", 1),
     ("--n_outputs_to_generate 5", "--n_outputs_to_generate is not supported", 1),
 ]

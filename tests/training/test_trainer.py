@@ -17,9 +17,14 @@ from trainers import ALONE, assert_equal_states, make_trainer, random_images, re
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.distributed import mix_seeds
+from dataset import mirror, normalise
 from model import Discriminator, Generator, GeneratorConfig
 from training.losses import d_logistic_loss, g_nonsaturating_loss, path_lengths, path_penalty, r1_penalty
-from training.trainer import EMA_DECAY, PHASES, TrainSettings, draw_ws, prepare_images, update_average
+from training.trainer import EMA_DECAY, PHASES, TrainSettings, draw_ws, update_average
+
+
+def prepare_images(images):
+    return mirror(normalise(images, ALONE.device))
 
 
 def double(network):
@@ -199,7 +204,7 @@ def test_weights_of_the_regularisers(tiny_config):
 
     trainer = make_trainer(tiny_config)  # and the scale itself: (10 / 2) * 16 on the mean squared gradient norm
     seed_phase(trainer, "r1")
-    real = prepare_images(random_images(4), ALONE.device).requires_grad_()
+    real = prepare_images(random_images(4)).requires_grad_()
     penalty = r1_penalty(trainer.d(real), real)
     straight = torch.autograd.grad(80 * penalty, list(trainer.d.parameters()), allow_unused=True)
     names = [name for name, _ in trainer.d.named_parameters()]
@@ -217,14 +222,14 @@ def test_d_and_g_gradients_by_the_textbook(tiny_config):
     trainer.n_steps = 0  # whose draws are repeated
 
     seed_phase(trainer, "d")
-    real = prepare_images(random_images(4), ALONE.device)
+    real = prepare_images(random_images(4))
     fake, _ = trainer.generate(4, torch.float32)
     loss = F.softplus(-d(real)).mean() + F.softplus(d(fake.detach())).mean()
     for (name, _), gradient in zip(d.named_parameters(), torch.autograd.grad(loss, list(d.parameters())), strict=True):
         assert torch.allclose(seen[0, "d"][name], gradient, rtol=1e-4, atol=1e-6), name
 
     seed_phase(trainer, "g")
-    prepare_images(random_images(4), ALONE.device)
+    prepare_images(random_images(4))
     z = torch.randn(4, 6, 32)
     fake, _ = g(z)
     loss = F.softplus(-d(fake)).mean()
@@ -332,7 +337,7 @@ def test_images_are_normalised_and_mirrored():
     images = random_images(64)
     images[0, 0, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
     torch.manual_seed(5)
-    prepared = prepare_images(images, ALONE.device)
+    prepared = prepare_images(images)
     straight = images.float() / 127.5 - 1
     assert straight.min() == -1 and straight.max() == 1
     mirrored = 0
