@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from op import FusedLeakyReLU, act_blur, blur_noise_bias_act, fused_leaky_relu, noise_bias_act, upfirdn2d
+from op import FusedLeakyReLU, fused_leaky_relu, noise_bias_act, upfirdn2d
 
 BLUR = (1, 3, 3, 1)  # the FIR kernel of all resampling in StyleGAN2
 
@@ -177,7 +177,7 @@ def modulated_conv2d(
     noise_strength: torch.Tensor | None = None,  # [1]
 ) -> torch.Tensor:  # [N, O, H', W'], H' = 2H where `up`
     """Convolution whose input channels are scaled per image by a style (arXiv 1912.04958, eq. 1-3), and all that
-    follows it in a style block (figure 2c), in one pass over memory where op/ has a kernel for it.
+    follows it in a style block (figure 2c).
 
     Scaling weights and scaling activations commute, so one dense convolution serves the whole batch: styles multiply
     the input, and the demodulation factor d_o = rsqrt(sum_ik (s_i w_oik)^2) the output. No per-sample grouped
@@ -200,15 +200,12 @@ def modulated_conv2d(
         x = x * styles.to(x.dtype)[:, :, None, None]  # [N, I, H, W]
         if up:
             x = F.conv_transpose2d(x, weight.to(x.dtype).transpose(0, 1), stride=2)  # [N, O, 2H+1, 2W+1]
+            x = upfirdn2d(x, kernel, pad=(1, 1))  # [N, O, 2H, 2W]
         else:
             x = F.conv2d(x, weight.to(x.dtype), padding=1)  # [N, O, H, W]
-    rest = {"demod": demod, "noise": noise, "noise_strength": noise_strength}
-    if bias is not None and up:
-        return blur_noise_bias_act(x, kernel, bias, pad=(1, 1), **rest)  # [N, O, 2H, 2W]
     if bias is not None:
-        return noise_bias_act(x, bias, **rest)  # [N, O, H, W]
-    x = x if demod is None else x * demod.to(x.dtype)[:, :, None, None]
-    return upfirdn2d(x, kernel, pad=(1, 1)) if up else x  # [N, O, H', W']
+        return noise_bias_act(x, bias, demod=demod, noise=noise, noise_strength=noise_strength)
+    return x if demod is None else x * demod.to(x.dtype)[:, :, None, None]
 
 
 class ModulatedConv2d(nn.Module):
@@ -305,13 +302,4 @@ class ResBlock(nn.Module):
         self.skip = ConvLayer(in_channel, out_channel, 1, downsample=True, activate=False, gain=0.5**0.5)
 
     def forward(self, x):  # [N, C, H, W] -> [N, C', H/2, W/2]
-        (conv, activate), (blur, down, activate_down) = self.conv1, self.conv2
-        out = act_blur(
-            conv(x),
-            activate.bias,
-            blur.kernel,
-            pad=blur.pad,
-            negative_slope=activate.negative_slope,
-            scale=activate.scale,
-        )  # [N, C, H+1, W+1]
-        return activate_down(down(out)) + self.skip(x)
+        return self.conv2(self.conv1(x)) + self.skip(x)

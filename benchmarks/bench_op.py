@@ -24,7 +24,7 @@ from common.cli import ArgumentParser, UserError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from layers import make_kernel  # noqa: E402
-from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d  # noqa: E402
+from op import dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d  # noqa: E402
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 SIZES = {"cuda": ["16x512x64", "16x256x128", "16x128x256", "8x64x512", "8x32x1024"], "cpu": ["2x32x32", "1x16x128"]}
@@ -64,7 +64,6 @@ class Operation:
     sides: Callable  # side -> sides of input and output
     leaves: tuple[str, ...] = ()  # factors with a gradient
     forward: str = "io"
-    kept: str = ""  # written in addition where there will be a backward pass
     backward: str = "oi"
 
 
@@ -72,28 +71,15 @@ def act(x, f):
     return noise_bias_act(x, f["bias"], demod=f["demod"], noise=f["noise"], noise_strength=f["strength"])
 
 
-def after_up_conv(x, f):
-    return blur_noise_bias_act(
-        x, f["kernel"], f["bias"], pad=(1, 1), demod=f["demod"], noise=f["noise"], noise_strength=f["strength"]
-    )
-
-
 STYLED = ("bias", "demod", "strength")
 OPERATIONS = {
-    "noise_bias_act": Operation(act, lambda side: (side, side), STYLED, backward="oii"),
+    "noise_bias_act": Operation(act, lambda side: (side, side), STYLED, backward="ooii"),
     "bias_act": Operation(
         lambda x, f: fused_leaky_relu(x, f["bias"]), lambda side: (side, side), ("bias",), backward="ooi"
     ),
     "blur": Operation(lambda x, f: upfirdn2d(x, f["kernel"], pad=(1, 1)), lambda side: (side + 1, side)),
     "down_2x": Operation(lambda x, f: upfirdn2d(x, f["kernel"], down=2, pad=(1, 1)), lambda side: (side, side // 2)),
     "up_2x": Operation(lambda x, f: upfirdn2d(x, f["kernel"], up=2, pad=(2, 1)), lambda side: (side // 2, side)),
-    "blur_noise_bias_act": Operation(after_up_conv, lambda side: (side + 1, side), STYLED, kept="o", backward="ooooi"),
-    "act_blur": Operation(
-        lambda x, f: act_blur(x, f["bias"], f["kernel"], pad=(2, 2)),
-        lambda side: (side, side + 1),
-        ("bias",),
-        backward="oiiii",
-    ),
 }
 
 
@@ -126,26 +112,19 @@ def calls_of(name, n, channels, side, dtype, layout, device):
     factors = make_factors(n, channels, side_out, device)
     plane = n * channels * x.element_size()
     sizes = {"i": plane * side_in**2, "o": plane * side_out**2}
-    moved = {
-        part: sum(sizes[letter] for letter in letters)
-        for part, letters in (
-            ("forward", operation.forward),
-            ("kept", operation.kept),
-            ("backward", operation.backward),
-        )
-    }
+    forward_bytes, backward_bytes = (
+        sum(sizes[letter] for letter in letters) for letters in (operation.forward, operation.backward)
+    )
 
     def forward():
         with torch.no_grad():
             return operation.call(x, factors)
 
-    yield "forward", forward, moved["forward"]
+    yield "forward", forward, forward_bytes
     leaf = x.detach().requires_grad_()
-    if operation.kept:
-        yield "forward to train", lambda: operation.call(leaf, factors), moved["forward"] + moved["kept"]
     out = operation.call(leaf, factors)
     grad, leaves = torch.randn_like(out), [leaf, *(factors[f] for f in operation.leaves)]
-    yield "backward", lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), moved["backward"]
+    yield "backward", lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), backward_bytes
 
 
 def measure(args, device, modes):

@@ -5,7 +5,7 @@ Chosen by `--ops` of every script (common/distributed.py), else by the environme
 at the first call that needs it, and compiles a kernel at its first launch: importing `op` does neither.
 
     fast = kernels(x)
-    return reference(x) if fast is None else fast.bias_act(x)
+    return reference(x) if fast is None else fast.noise_bias_act(x, ...)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PERF_WARNING = (
 )
 
 _mode = None  # None: not chosen yet
-_module = None  # op.triton.ops, once it is needed; False when it cannot be
+_module = None  # op.triton, once it is needed; False when it cannot be
 
 
 def choose(mode: str) -> None:
@@ -66,7 +66,7 @@ def _load(device):
         warnings.warn(f"{reason}: {PERF_WARNING}", stacklevel=4)
         _module = False
     else:
-        import op.triton.ops as module
+        import op.triton as module
 
         _module = module
 

@@ -1,4 +1,4 @@
-"""Bias + leaky ReLU + gain, the same with demodulation and noise in front, and both joined to a blur.
+"""Bias + leaky ReLU + gain, and the same with demodulation and noise in front.
 
 The gain is positive and the activation is positively homogeneous, so `scale * lrelu(x + b) = lrelu(scale * (x + b))`:
 the small factors (bias, noise, demodulation) are scaled instead of the large tensor, which saves a pass over memory.
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from op.dispatch import kernels
-from op.upfirdn2d import upfirdn2d
 
 SQRT2 = 2**0.5
 
@@ -76,53 +75,6 @@ def noise_bias_act(
     if noise is not None:
         out += bias
     return F.leaky_relu_(out, negative_slope)
-
-
-def blur_noise_bias_act(
-    input: torch.Tensor,
-    kernel: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    pad: tuple[int, int],
-    demod: torch.Tensor,
-    noise: torch.Tensor | None = None,
-    noise_strength: torch.Tensor | None = None,
-    negative_slope: float = 0.2,
-    scale: float = SQRT2,
-) -> torch.Tensor:
-    """`noise_bias_act(upfirdn2d(input, kernel, pad=pad), bias, ...)`: all that follows an up-convolution, in one kernel
-    where there is one."""
-    fast = kernels(input)
-    if fast is not None and fits(input, negative_slope):
-        return fast.blur_noise_bias_act(
-            input, kernel.detach(), bias, (*pad, *pad), demod, noise, noise_strength, negative_slope, scale
-        )
-    return noise_bias_act(
-        upfirdn2d(input, kernel, pad=pad),
-        bias,
-        demod=demod,
-        noise=noise,
-        noise_strength=noise_strength,
-        negative_slope=negative_slope,
-        scale=scale,
-    )
-
-
-def act_blur(
-    input: torch.Tensor,
-    bias: torch.Tensor,
-    kernel: torch.Tensor,
-    *,
-    pad: tuple[int, int],
-    negative_slope: float = 0.2,
-    scale: float = SQRT2,
-) -> torch.Tensor:
-    """`upfirdn2d(fused_leaky_relu(input, bias), kernel, pad=pad)`: between two convolutions of the discriminator, in
-    one kernel where there is one."""
-    fast = kernels(input)
-    if fast is not None and fits(input, negative_slope):
-        return fast.act_blur(input, bias, kernel.detach(), (*pad, *pad), negative_slope, scale)
-    return upfirdn2d(fused_leaky_relu(input, bias, negative_slope, scale), kernel, pad=pad)
 
 
 def fits(input, negative_slope) -> bool:

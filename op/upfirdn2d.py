@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from op.dispatch import kernels
-from op.shapes import output_size
 
 
 def upfirdn2d(
@@ -40,9 +39,6 @@ def upfirdn2d(
     if min(output_size(input.shape, kernel.shape, up, down, pad)) < 1:
         shapes = f"{tuple(input.shape)} with kernel {tuple(kernel.shape)}"
         raise ValueError(f"upfirdn2d: {shapes}, pad {pad} leaves no pixel")
-    fast = kernels(input)
-    if fast is not None and input.numel() > 0:
-        return fast.upfirdn2d(input, kernel.detach(), up, down, pad)
     return _UpFirDn2d.apply(input, kernel.detach(), up, down, pad)
 
 
@@ -65,11 +61,22 @@ class _UpFirDn2d(torch.autograd.Function):
         return _UpFirDn2d.apply(grad, kernel.flip(0, 1), *ctx.adjoint), None, None, None, None
 
 
+def output_size(shape, kernel_shape, up, down, pad) -> tuple[int, int]:
+    """Height and width of the result."""
+    height = (shape[2] * up[1] + pad[2] + pad[3] - kernel_shape[0]) // down[1] + 1
+    width = (shape[3] * up[0] + pad[0] + pad[1] - kernel_shape[1]) // down[0] + 1
+    return height, width
+
+
 def resample(input, kernel, up, down, pad):
-    """The reference: depthwise convolutions on the tensor's own memory layout; zeros are inserted only where `up` and
-    `down` are both above one (which StyleGAN2 never needs)."""
-    channels = input.shape[1]
-    kernel = kernel.flip(0, 1).to(input.dtype)
+    """By the Triton kernel, or the reference: depthwise convolutions on the tensor's own memory layout; zeros are
+    inserted only where `up` and `down` are both above one (which StyleGAN2 never needs)."""
+    kernel, channels = kernel.flip(0, 1), input.shape[1]
+    fast = kernels(input)
+    if fast is not None and input.numel() > 0:
+        size = output_size(input.shape, kernel.shape, up, down, pad)
+        return fast.resample(input, kernel, up, down, pad, size)
+    kernel = kernel.to(input.dtype)
     if up == (2, 2) and down == (1, 1) and kernel.shape[0] % 2 == 0 and kernel.shape[1] % 2 == 0:
         return upsample_polyphase(input, kernel, pad)
     if up != (1, 1):

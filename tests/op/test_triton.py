@@ -13,7 +13,7 @@ import torch
 
 from common.cli import ArgumentParser, add_device_flags, run
 from common.distributed import resolve_device
-from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d
+from op import dispatch, fused_leaky_relu
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -62,18 +62,6 @@ def test_auto_and_ref_take_the_reference_on_cpu(undecided):
         dispatch.choose(mode)
         assert dispatch.kernels(x) is None
     assert dispatch.kernels(SimpleNamespace(device=torch.device("cuda"))) is None  # ref, whatever the device
-
-
-def test_joined_operations_equal_their_parts():
-    """Bit for bit on the CPU."""
-    torch.manual_seed(0)
-    x, kernel, bias, demod = torch.randn(2, 3, 5, 6), torch.randn(4, 4), torch.randn(3), torch.rand(2, 3)
-    noise, strength = torch.randn(1, 1, 4, 5), torch.randn(1)
-    rest = {"demod": demod, "noise": noise, "noise_strength": strength}
-    joined = blur_noise_bias_act(x, kernel, bias, pad=(1, 1), **rest)
-    assert torch.equal(joined, noise_bias_act(upfirdn2d(x, kernel, pad=(1, 1)), bias, **rest))
-    joined = act_blur(x, bias, kernel, pad=(2, 2), negative_slope=0.1, scale=2.0)
-    assert torch.equal(joined, upfirdn2d(fused_leaky_relu(x, bias, 0.1, 2.0), kernel, pad=(2, 2)))
 
 
 def test_the_environment_decides_where_no_flag_does(undecided):

@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from layers import make_kernel
 from model import Discriminator, Generator, GeneratorConfig
-from op import act_blur, blur_noise_bias_act, dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d
+from op import dispatch, fused_leaky_relu, noise_bias_act, upfirdn2d
 from training.losses import path_lengths, r1_penalty
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,11 +155,10 @@ def test_upfirdn2d(name, dtype, layout):
 @pytest.mark.parametrize("options", [{"pad": (2, 2)}, {"up": 2, "pad": (2, 1)}, {"down": 2, "pad": (1, 1)}])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upfirdn2d_in_many_programs(layout, options, monkeypatch):
-    """Strips, blocks of columns and of channels, with rests; on a GPU larger ones too."""
+    """Blocks of pixels and of channels, with rests; on a GPU larger ones too."""
     sizes = [(2, 3, 11, 9)] if INTERPRETED else [(2, 3, 11, 9), (3, 130, 37, 65), (2, 3, 300, 517)]
     if INTERPRETED:
-        monkeypatch.setattr("op.triton.fir.ROWS", 8)
-        monkeypatch.setattr("op.triton.fir.TILE_BYTES", 64 * 4)
+        monkeypatch.setattr("op.triton.act.TILE_BYTES", 64 * 4)
     for size in sizes:
         x = torch.randn(size, device=DEVICE).contiguous(memory_format=LAYOUTS[layout])
         found = upfirdn2d(x, KERNEL.to(DEVICE), **options).cpu().double()
@@ -168,52 +167,7 @@ def test_upfirdn2d_in_many_programs(layout, options, monkeypatch):
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-# -- joined --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", FILTERED)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_blur_noise_bias_act(layout, dtype):
-    noise_batch = 1 if layout == "nchw" else 2
-
-    def call(x, demod, bias, strength, noise):
-        return blur_noise_bias_act(
-            x, KERNEL.to(x.device), bias, pad=(1, 1), demod=demod, noise=noise, noise_strength=strength
-        )
-
-    compare(call, [torch.randn(2, 3, 4, 6), *factors(2, 3, 3, 5, noise_batch)], dtype, layout, (2, 3, 3, 5))
-
-
-@pytest.mark.parametrize("dtype", FILTERED)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_act_blur(layout, dtype):
-    def squared(x, bias):  # linear between its kinks, see above
-        return act_blur(x, bias, KERNEL.to(x.device), pad=(2, 2)).square()
-
-    compare(squared, [torch.randn(2, 3, 3, 4), torch.randn(3)], dtype, layout, (2, 3, 4, 5))
-
-
-def test_joined_with_other_kernels():
-    x, kernel, bias, demod = torch.randn(2, 3, 4, 5), UNEQUAL, torch.randn(3), torch.rand(2, 3)
-    calls = (
-        lambda x, k, b, d: blur_noise_bias_act(x, k, b, pad=(1, 1), demod=d),
-        lambda x, k, b, d: act_blur(x, b, k, pad=(1, 1)),
-        lambda x, k, b, d: act_blur(x, b, KERNEL.to(x.device), pad=(1, 1), negative_slope=1.5),
-    )
-    for call in calls:
-        found = call(*(t.to(DEVICE) for t in (x, kernel, bias, demod)))
-        with ops("ref"):
-            assert torch.allclose(found.cpu(), call(x, kernel, bias, demod), atol=1e-5)
-
-
-def test_without_gradients_the_blur_is_not_kept():
-    x, bias, demod = torch.randn(1, 2, 4, 4, device=DEVICE), torch.randn(2, device=DEVICE), torch.rand(1, 2).to(DEVICE)
-    arguments = x, KERNEL.to(DEVICE), [1, 1, 1, 1], False, demod, None, None, bias, 0.2, 1.0
-    assert torch.ops.wpp.fir_act(*arguments)[1].numel() == 0
-    blur_noise_bias_act(x, KERNEL.to(DEVICE), bias, pad=(1, 1), demod=demod)
-
-
-# -- autograd, fake tensors, torch.compile -------------------------------------------------------------------------
+# -- autograd ------------------------------------------------------------------------------------------------------
 
 
 def leaf(*shape):
@@ -228,60 +182,14 @@ def test_derivatives_numerically():
     def act(x, demod, bias, strength, noise):
         return noise_bias_act(x, bias, demod=demod, noise=noise, noise_strength=strength)
 
-    bias, noise, strength = (t.detach() for t in (small[1], small[3], small[2]))
-
-    def blur(x, demod):
-        return blur_noise_bias_act(x, kernel, bias, pad=(1, 1), demod=demod, noise=noise, noise_strength=strength)
-
     checks = [
         (act, (leaf(1, 2, 2, 2), *small)),
-        (blur, (leaf(1, 2, 3, 3), demod)),
-        (lambda x, bias: act_blur(x, bias, kernel, pad=(1, 1)), (leaf(1, 2, 3, 3), leaf(2))),
+        (lambda x, bias: fused_leaky_relu(x, bias), (leaf(3, 2), leaf(2))),
         (lambda x: upfirdn2d(x, kernel, up=2, pad=(0, 1)), (leaf(1, 1, 2, 2),)),
     ]
     for function, leaves in checks:  # fast_mode: one random projection of the Jacobian
         assert gradcheck(function, leaves, fast_mode=True)
         assert gradgradcheck(lambda *values, f=function: f(*values).square(), leaves, fast_mode=True)
-
-
-def operator_calls():
-    x, small = torch.randn(2, 3, 4, 5, device=DEVICE), [t.to(DEVICE) for t in factors(2, 3, 4, 5, 1)]
-    demod, bias, strength, noise = (t.requires_grad_() for t in small)
-    grad, ops, kernel = torch.randn_like(x), torch.ops.wpp, KERNEL.to(DEVICE)
-    last = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    x = x.requires_grad_()
-    gg = (torch.randn(2, 3, device=DEVICE), torch.randn(3, device=DEVICE), torch.randn(2, 1, 4, 5, device=DEVICE))
-    constant = [t.detach() for t in (demod, noise, strength, bias)]
-    return [
-        (ops.act, (x, demod, noise, strength, bias, 0.2, 2.0)),
-        (ops.act, (last, None, None, None, bias, 0.2, 2.0)),
-        (ops.act_backward, (grad, last, demod, noise, strength, bias, 0.2, 2.0, True, True, True, True)),
-        (ops.act_second, (grad, x.detach(), grad, *gg, *constant, 0.2, 2.0, True, True, True)),
-        (ops.fir, (last, kernel, [2, 2, 1, 1], [2, 1, 2, 1], True)),
-        (ops.fir_act, (x, kernel, [2, 1, 2, 1], True, demod, noise, strength, bias, 0.2, 2.0)),
-        (ops.act_fir, (x, kernel, [1, 1, 1, 1], bias, 0.2, 2.0)),
-    ]
-
-
-@pytest.mark.parametrize("place", range(7))
-def test_operators_are_registered_well(place):
-    operator, arguments = operator_calls()[place]
-    torch.library.opcheck(
-        operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
-
-
-def test_compiled_as_one_graph():
-    x, bias, kernel = torch.randn(1, 2, 4, 4, device=DEVICE), torch.randn(2, device=DEVICE), KERNEL.to(DEVICE)
-
-    def call(x, bias):
-        return upfirdn2d(fused_leaky_relu(x * 2, bias), kernel, pad=(1, 1)).sum()
-
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    found, expected = ([t.detach().requires_grad_() for t in (x, bias)] for _ in range(2))
-    compiled(*found).backward()
-    call(*expected).backward()
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a CUDA device")
@@ -290,7 +198,7 @@ def test_captured_in_a_cuda_graph():
     bias, kernel = torch.randn(8, device=DEVICE, requires_grad=True), KERNEL.to(DEVICE)
 
     def step():
-        return torch.autograd.grad(act_blur(x, bias, kernel, pad=(2, 2)).square().sum(), (x, bias))
+        return torch.autograd.grad(upfirdn2d(fused_leaky_relu(x, bias), kernel, pad=(2, 2)).square().sum(), (x, bias))
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
