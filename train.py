@@ -5,13 +5,13 @@ The run folder (--exp_name) receives options.json, log.jsonl, TensorBoard events
 checkpoints. A run that was stopped at any moment continues with --resume auto as if it had not been, with all options
 of its checkpoint.
 
-    python train.py --path faces.lmdb --size 64 --exp_name runs/faces --channel_max 128 --augment
+    python train.py --path faces.lmdb --size 64 --exp_name runs/faces --preset cpu
     torchrun --nproc_per_node 8 train.py --path ffhq.lmdb --exp_name runs/ffhq --batch 8 --n_sample 64
 """
 
 from common.cli import ArgumentParser, UsageError, require_one_start, run_script
 from common.flags import add_fields, add_training_flags, read_fields
-from training.settings import ARCHITECTURE, ConditionSettings, LoopSettings, TrainSettings
+from training.settings import ARCHITECTURE, ConditionSettings, LoopSettings, TrainSettings, cpu_preset
 
 RESOLVED = (*ARCHITECTURE, "noise", "vision_aided", "condition", "attributes", "light")  # with rules of their own
 
@@ -39,6 +39,8 @@ def build_parser() -> ArgumentParser:
     add("--noise", choices=("random", "none"), help="none: w alone decides the image (a new run: random)")
 
     group = parser.add_argument_group("optimisation")
+    help = "flags of a new run that suit a short training on processors; given flags win (docs/training.md)"
+    group.add_argument("--preset", choices=("cpu",), help=help)
     add_fields(group, TrainSettings)
     add = group.add_argument
     micro = {"default": "0", "metavar": "N|auto", "type": parse_micro_batch}
@@ -81,17 +83,21 @@ def parse_micro_batch(text: str) -> str:
 
 
 def main(args) -> int:
+    import os
     from contextlib import ExitStack, closing
 
     import torch
 
     from common.distributed import setup, shutdown
     from common.interrupt import StopSignal
+    from common.precision import bf16_pays
     from common.runs import open_run, restore_options
     from dataset import InfiniteSampler, data_loader, open_dataset
+    from model import GeneratorConfig
     from training.conditional import build_trainer, resolve_condition
     from training.loop import fit_micro_batch, report_start, start_monitor, training_loop
     from training.resume import read_start, resolve_architecture, resolve_noise, resolve_vision_aided
+    from training.vision_aided import find_features
 
     # Read the file that the run starts from, once; a continued run has its options where no flag was given.
     if args.path and args.path_positional:
@@ -103,6 +109,13 @@ def main(args) -> int:
     changed = restore_options(args, start.options, start.path, keep=RESOLVED) if start.continues else ""
     if not args.path:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
+
+    if args.preset and not start.continues:
+        size = args.size or (start.config or GeneratorConfig()).size
+        warm, images = start.path is not None, args.batch * int(os.environ.get("WORLD_SIZE", 1))
+        chosen = cpu_preset(size, images, bf16=bf16_pays(), warm=warm, vision_aided=find_features())
+        words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in args.fill(chosen).items())
+        changed = f"preset cpu: {' '.join(words)}"
 
     # From flags to plain values.
     config = resolve_architecture({name: getattr(args, name) for name in ARCHITECTURE}, start)

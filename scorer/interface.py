@@ -18,7 +18,8 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """[N, C, H, W] -> [N, C, size, size], bilinear, antialiased when it shrinks; differentiable."""
     if images.shape[2:] == (size, size):
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+    resized = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(images.dtype)  # a CPU has no antialiasing in half precision (torch 2.14)
 
 
 class AttributeScorer(nn.Module, ABC):

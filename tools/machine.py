@@ -11,6 +11,7 @@ import torch
 from common.checkpoint import require_file
 from common.cli import ROOT
 from common.distributed import resolve_device
+from common.precision import bf16_pays, describe_processor
 from common.runs import git_commit, package_versions
 from common.weights import WEIGHTS, find, search_folders
 from op import dispatch
@@ -54,13 +55,9 @@ def unusable(path: Path) -> str:
 
 def processor() -> str:
     """Name, cores that this process may use, and whether --precision bf16 pays."""
-    flags, name = set(), platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        pairs = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        info = {key.strip(): value.strip() for key, _, value in pairs}
-        flags, name = set(info.get("flags", "").split()), info.get("model name", name)
+    name = describe_processor().get("model name") or platform.processor() or platform.machine()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bf16 = "pays" if flags & {"avx512_bf16", "amx_bf16"} else "does not pay, as far as can be seen"
+    bf16 = "pays" if bf16_pays() else "does not pay, as far as can be seen"
     cores = f"{usable} of {os.cpu_count()} processors, {torch.get_num_threads()} threads"
     return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}"
 

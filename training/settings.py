@@ -78,3 +78,20 @@ class LoopSettings:
     eval_every: int = flag(0, "steps between evaluations; lowest FID: best.safetensors; 0: none", type=count)
     keep: int = 3  # checkpoints that can be continued; of older ones the EMA generator stays; 0: all
     on_nan: str = flag("stop", "at a loss that is not finite", choices=("stop", "rollback"))
+
+
+def cpu_preset(size: int, images_per_step: int, *, bf16: bool, warm: bool, vision_aided: str) -> dict:
+    """Flags of train.py for a short training on processors: narrow networks that cost the same at every resolution, no
+    noise, R1 by stylegan2-ada's rule, augmentation that reacts within 60,000 images, a discriminator on trained
+    features (docs/training.md says what each of them brought). warm: the run starts from trained weights."""
+    widths = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
+    return widths | {
+        "precision": "bf16" if bf16 else "fp32",
+        "lr": 0.0025 if warm else 0.006,
+        "r1": round(0.0002 * size**2 / images_per_step, 3),
+        "g_reg_every": 8,
+        "augment": True,
+        "ada_length": 60_000,
+        "vision_aided": vision_aided,
+        "noise": "none",
+    }

