@@ -10,7 +10,6 @@ with validation.json. A run stopped at any moment continues with --resume auto a
     python train_scorer.py --evaluate images --scorer dex --dex_crop --scores scores.csv
 """
 
-from contextlib import ExitStack
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
@@ -76,7 +75,7 @@ def main(args) -> None:
     from dataset import InfiniteSampler
     from scorer.evaluation import evaluate_folder
     from scorer.labels import read_labels, split_faces
-    from scorer.loop import export, find_start, train
+    from scorer.loop import export, read_start, train
     from scorer.network import ScorerConfig
     from scorer.training import FaceStore, ScorerSettings, ScorerTrainer
 
@@ -86,18 +85,16 @@ def main(args) -> None:
     if args.evaluate:
         options = {"sizes": args.sizes, "report": args.report, "scores": args.scores}
         loading = {"device": device, "weights_dir": args.weights_dir, "dex_crop": args.dex_crop}
-        evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
-        return
+        return evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
 
     # Start: new, or the options and the state of a checkpoint.
-    state, source = find_start(args.out, args.resume) if args.out else (None, None)
+    state, source = read_start(args.out, args.resume) if args.out else (None, None)
     if state and (changed := restore_options(args, state["options"], source, keep=NOT_RESTORED)):
         print(changed)
     if missing := [f"--{flag}" for flag in ("labels", "data", "out") if not getattr(args, flag)]:
         raise UsageError(f"training needs --labels CSV --data FOLDER --out RUN (missing: {', '.join(missing)})")
     if not 0 < args.validation < 1:
         raise UsageError(f"--validation is a fraction between 0 and 1, got {args.validation}")
-    settings = ScorerSettings(args.iter, args.batch, args.lr, args.weight_decay, args.seed)
     scorer_file = Path(args.out) / "scorer.safetensors"
     done = state is not None and isinstance(state.get("step"), int) and state["step"] >= args.iter
     if done and scorer_file.is_file() and not args.full:
@@ -106,11 +103,12 @@ def main(args) -> None:
 
     # Data and networks.
     table = read_labels(args.labels, args.attributes)
-    tables = split_faces(table, args.data, args.validation, args.split_seed)
+    parts = split_faces(table, args.data, args.validation, args.split_seed)
     config = ScorerConfig(table.attributes, args.width, args.input_size, args.backbone, tuple(args.window))
-    stores = [FaceStore([Path(args.data) / name for name in part.names], config.frame_size) for part in tables]
-    trainer = ScorerTrainer(config, settings, tables[0].weights.mean(0), device)
-    sampler = InfiniteSampler(len(tables[0]), seed=args.seed)
+    faces, validation = (FaceStore(part, args.data, config.frame_size) for part in parts)
+    settings = ScorerSettings(args.iter, args.batch, args.lr, args.weight_decay, args.seed)
+    trainer = ScorerTrainer(config, settings, faces.table.weights.mean(0), device)
+    sampler = InfiniteSampler(len(faces), seed=args.seed)
     if state is not None:
         trainer.load_state_dict(state, source)
         sampler.load(state["sampler"])
@@ -118,18 +116,16 @@ def main(args) -> None:
         trainer.start_from_imagenet()
 
     # Training, then the export.
-    with ExitStack() as stack:
-        stack.enter_context(lock_folder(args.out, "training"))
+    with lock_folder(args.out, "training"):
         if not done:
-            resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
-            run = stack.enter_context(Run(args.out, args, resume_step=resumed))
             start = f"continuing {source}, step {trainer.step} of {args.iter}" if state else "a new run"
-            faces = f"{len(tables[0])} faces, {len(tables[1])} for validation"
-            print(f"{run.folder}: {start}; {', '.join(a.name for a in table.attributes)}; {faces}", flush=True)
+            names = ", ".join(attribute.name for attribute in table.attributes)
+            print(f"{args.out}: {start}; {names}; {len(faces)} faces, {len(validation)} for validation", flush=True)
             every = {"log": args.log_every, "val": args.val_every, "save": args.save_every}
-            validation, saved = (tables[1], stores[1]), {"every": every, "options": dict(vars(args))}
-            train(trainer, tables[0], stores[0], validation, sampler, run, **saved)
-        report = export(trainer, tables[1], stores[1], scorer_file, half=not args.full)
+            resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
+            with Run(args.out, args, resume_step=resumed) as run:
+                train(trainer, faces, validation, sampler, run, every=every, options=dict(vars(args)))
+        report = export(trainer, validation, scorer_file, half=not args.full)
         write_json(scorer_file.with_name("validation.json"), report)
 
 

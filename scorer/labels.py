@@ -75,9 +75,9 @@ class LabelTable:
 
     def select(self, rows) -> "LabelTable":
         rows = np.asarray(rows, np.int64)
-        texts = {field: tuple(getattr(self, field)[i] for i in rows) for field in ("names", "identities")}
-        arrays = {field: getattr(self, field)[rows] for field in ("values", "weights")}
-        return replace(self, **texts, **arrays)
+        names, identities = (tuple(texts[i] for i in rows) for texts in (self.names, self.identities))
+        arrays = {"values": self.values[rows], "weights": self.weights[rows]}
+        return replace(self, names=names, identities=identities, **arrays)
 
     def split(self, fraction: float, seed: int = 0) -> tuple["LabelTable", "LabelTable"]:
         """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
@@ -127,16 +127,16 @@ def read_labels(path, attributes: str = "auto") -> LabelTable:
     a single label, a cell that cannot be read, or a -1 that the file leaves ambiguous.
     """
     path = require_file(path, "CSV file of labels")
-    columns, rows = _read_csv(path)
-    present = ", ".join(columns.values())
-    name_column = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
-    if name_column is None:
+    columns = _read_csv(path)
+    present = ", ".join(column.header for column in columns.values())
+    names = next((columns[name].cells for name in NAME_COLUMNS if name in columns), None)
+    if names is None:
         expected = f"expected one of {', '.join(NAME_COLUMNS)}"
         raise ValueError(f"{path} has no column of file names: {expected}, found {present}")
     read = []
-    for name in _chosen(path, columns, rows, attributes):
+    for name in _chosen(path, columns, attributes):
         try:
-            labels = _read_attribute(path, columns, rows, name)
+            labels = _read_attribute(path, columns, name)
         except ValueError as error:
             if attributes != "all" or name in KNOWN:
                 raise
@@ -149,105 +149,18 @@ def read_labels(path, attributes: str = "auto") -> LabelTable:
     if not read:
         expected = f"{', '.join(KNOWN)}; name its columns with --attributes"
         raise ValueError(f"{path} has no labels for any of {expected} (found: {present})")
-    names = tuple(row[name_column] for row in rows)
-    person = columns.get("identity")
-    identities = tuple((row[person] if person else "") or name for row, name in zip(rows, names, strict=True))
+    persons = columns["identity"].cells if "identity" in columns else names
+    identities = tuple(person or name for person, name in zip(persons, names, strict=True))
     chosen, *arrays = zip(*read, strict=True)
-    return LabelTable(path, chosen, names, identities, *(np.stack(columns, 1) for columns in arrays))
+    return LabelTable(path, chosen, tuple(names), identities, *(np.stack(labels, 1) for labels in arrays))
 
 
-def _read_csv(path) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Columns by their lower-case names, and the rows; missing cells are empty strings."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = [{key: (value or "").strip() for key, value in row.items() if key is not None} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from error
-    if not rows:
-        raise ValueError(f"{path} holds no labels: expected a header line and one line per face")
-    return {name.strip().lower(): name for name in reader.fieldnames if name}, rows
+class Column:
+    """Cells of a CSV under one header, and every different one's number: NaN where unknown, None where it is text."""
 
-
-def _chosen(path, columns: dict[str, str], rows, attributes: str) -> list[str]:
-    """Names of the attributes to read."""
-    if attributes in ("auto", "all"):
-        names = [name for name, (_, sources) in KNOWN.items() if any(c.lstrip("!") in columns for c in sources)]
-        taken = {*NAME_COLUMNS, "identity"}.union(*(KNOWN[name][1] for name in names))
-        rest = [name for name in columns if name not in taken] if attributes == "all" else []
-        return names + [name for name in rest if None not in _distinct(rows, columns[name]).values()]
-    names = list(dict.fromkeys(name.strip() for name in attributes.split(",") if name.strip()))
-    for name in names:
-        sources = KNOWN[name][1] if name in KNOWN else (name.lower(),)
-        if not any(column.lstrip("!") in columns for column in sources):
-            present = ", ".join(columns.values())
-            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: {present}")
-    if not names:
-        raise ValueError("--attributes names nothing: expected auto or names separated by commas")
-    return names
-
-
-def _read_attribute(path, columns, rows, name: str) -> tuple | None:
-    """(Attribute, values [N], weights [N]), or None when every cell is empty."""
-    attribute, sources = KNOWN.get(name, (None, (name.lower(),)))
-    column = next(c for c in sources if c.lstrip("!") in columns)
-    inverted, column = column.startswith("!"), column.lstrip("!")
-    header = columns[column]
-    numbers = _distinct(rows, header)
-    for line, row in enumerate(rows, 2):
-        if numbers[row[header]] is None:
-            cell = row[header].lower()
-            raise ValueError(f"{path}, line {line}: {cell!r} in column {header!r} is neither a number nor yes/no")
-    values = np.array([numbers[row[header]] for row in rows], np.float32)
-    if not np.isfinite(values).any():
-        return None
-    if attribute is None or attribute.kind == "probability":
-        values = _without_sign(path, columns, rows, header, values)
-    known = np.isfinite(values)
-    if known.sum() > 1 and np.ptp(values[known]) == 0:
-        same = f"{path}: column {header!r} has one value for all {known.sum()} labels ({values[known][0]:g})"
-        warnings.warn(f"{same}: nothing can be learnt from it", stacklevel=3)
-    if attribute is None:
-        low, high, mean, std = (float(f(values[known])) for f in (np.min, np.max, np.mean, np.std))
-        attribute = Attribute(name) if low >= 0 and high <= 1 else Attribute(name, "value", mean=mean, std=std or 1.0)
-    high = {"probability": 1, "years": 150}.get(attribute.kind)
-    if high and (outside := np.flatnonzero((values < 0) | (values > high))).size:  # NaN is neither
-        where = f"{path}, line {outside[0] + 2}: {values[outside[0]]:g} in column {header!r}"
-        raise ValueError(f"{where} is outside 0..{high}")
-    if attribute.kind == "years":
-        values = values.clip(None, AGE_BINS - 1)
-    values = 1 - values if inverted else values
-    maker = columns.get(f"{column}_src") or columns.get(SHARED_SOURCE.get(column, ""))
-    weights = np.array([TRUST.get(row[maker], 1.0) if maker else 1.0 for row in rows], np.float32) * known
-    return attribute, values, weights
-
-
-def _without_sign(path, columns, rows, header: str, values: np.ndarray) -> np.ndarray:
-    """Labels of a column in 0..1 where -1 may be a no (CelebA's convention) or mark what is not known.
-
-    A column of nothing but -1 and 1, or -1 alone, is in CelebA's convention. Where 0 and -1 both appear the other
-    columns decide: in a file of -1 and 1 a 0 is not known, in a file of 0 and 1 a -1 is. Raises ValueError otherwise.
-    """
-    found = set(np.unique(values[np.isfinite(values)]).tolist())
-    if -1.0 not in found or not found <= {-1.0, 0.0, 1.0}:
-        return values
-    if 0.0 not in found:
-        return (values + 1) / 2
-    cells = [_distinct(rows, other) for other in columns.values() if other != header]
-    others = [{n for cell, n in column.items() if n == n and cell.lower() not in WORDS} for column in cells]
-    signed, plain = {-1.0, 1.0} in others, {0.0, 1.0} in others
-    if signed == plain:
-        both = f"{path}: column {header!r} holds -1 and 0, and no other column tells which of them means no"
-        raise ValueError(f"{both}: write 0 for no, 1 for yes and leave unknown cells empty")
-    unknown = 0.0 if signed else -1.0
-    warnings.warn(f"{path}: {unknown:g} in column {header!r} is read as not known", stacklevel=4)
-    values = np.where(values == unknown, np.float32(np.nan), values)
-    return (values + 1) / 2 if signed else values
-
-
-def _distinct(rows, column: str) -> dict[str, float | None]:
-    """Every different cell of a column -> its number, NaN where unknown, None where it is no number."""
-    return {cell: _number(cell.lower()) for cell in {row[column] for row in rows}}
+    def __init__(self, header: str, cells: list[str]):
+        self.header, self.cells = header, cells
+        self.numbers = {cell: _number(cell.lower()) for cell in set(cells)}
 
 
 def _number(cell: str) -> float | None:
@@ -258,3 +171,96 @@ def _number(cell: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def _read_csv(path) -> dict[str, Column]:
+    """Columns by their lower-case names; missing cells are empty strings."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(reader := csv.DictReader(file, restval=""))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} holds no labels: expected a header line and one line per face")
+    headers = {name.strip().lower(): name for name in reader.fieldnames if name}
+    return {name: Column(header, [row[header].strip() for row in rows]) for name, header in headers.items()}
+
+
+def _sources(name: str, columns: dict[str, Column]) -> list[str]:
+    """Those of the columns that can give an attribute that the file has; "!" before one that is inverted."""
+    usual = KNOWN[name][1] if name in KNOWN else (name.lower(),)
+    return [column for column in usual if column.lstrip("!") in columns]
+
+
+def _chosen(path, columns: dict[str, Column], attributes: str) -> list[str]:
+    """Names of the attributes to read."""
+    if attributes in ("auto", "all"):
+        names = [name for name in KNOWN if _sources(name, columns)]
+        taken = {*NAME_COLUMNS, "identity"}.union(*(KNOWN[name][1] for name in names))
+        rest = [name for name in columns if name not in taken] if attributes == "all" else []
+        return names + [name for name in rest if None not in columns[name].numbers.values()]
+    names = list(dict.fromkeys(name.strip() for name in attributes.split(",") if name.strip()))
+    if not names:
+        raise ValueError("--attributes names nothing: expected auto or names separated by commas")
+    for name in names:
+        if not _sources(name, columns):
+            present = ", ".join(column.header for column in columns.values())
+            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: {present}")
+    return names
+
+
+def _read_attribute(path, columns: dict[str, Column], name: str) -> tuple | None:
+    """(Attribute, values [N], weights [N]), or None when every cell is empty."""
+    attribute, (source, *_) = KNOWN[name][0] if name in KNOWN else None, _sources(name, columns)
+    column = columns[source.lstrip("!")]
+    numbers = [column.numbers[cell] for cell in column.cells]
+    if None in numbers:
+        line, header = numbers.index(None) + 2, column.header
+        cell = column.cells[line - 2].lower()
+        raise ValueError(f"{path}, line {line}: {cell!r} in column {header!r} is neither a number nor yes/no")
+    values = np.array(numbers, np.float32)
+    if not np.isfinite(values).any():
+        return None
+    if attribute is None or attribute.kind == "probability":
+        values = _without_sign(path, columns, column, values)
+    known = np.isfinite(values)
+    if known.sum() > 1 and np.ptp(values[known]) == 0:
+        same = f"{path}: column {column.header!r} has one value for all {known.sum()} labels ({values[known][0]:g})"
+        warnings.warn(f"{same}: nothing can be learnt from it", stacklevel=3)
+    if attribute is None:
+        low, high, mean, std = (float(f(values[known])) for f in (np.min, np.max, np.mean, np.std))
+        attribute = Attribute(name) if low >= 0 and high <= 1 else Attribute(name, "value", mean=mean, std=std or 1.0)
+    high = {"probability": 1, "years": 150}.get(attribute.kind)
+    if high and (outside := np.flatnonzero((values < 0) | (values > high))).size:  # NaN is neither
+        where = f"{path}, line {outside[0] + 2}: {values[outside[0]]:g} in column {column.header!r}"
+        raise ValueError(f"{where} is outside 0..{high}")
+    if attribute.kind == "years":
+        values = values.clip(None, AGE_BINS - 1)
+    values = 1 - values if source.startswith("!") else values
+    source = source.lstrip("!")
+    makers = columns.get(f"{source}_src") or columns.get(SHARED_SOURCE.get(source, ""))
+    weights = np.ones(len(values)) if makers is None else [TRUST.get(maker, 1.0) for maker in makers.cells]
+    return attribute, values, np.float32(weights) * known
+
+
+def _without_sign(path, columns: dict[str, Column], column: Column, values: np.ndarray) -> np.ndarray:
+    """Labels of a column in 0..1 where -1 may be a no (CelebA's convention) or mark what is not known.
+
+    A column of nothing but -1 and 1, or -1 alone, is in CelebA's convention. Where 0 and -1 both appear the other
+    columns decide: in a file of -1 and 1 a 0 is not known, in a file of 0 and 1 a -1 is. Raises ValueError otherwise.
+    """
+    found = set(np.unique(values[np.isfinite(values)]).tolist())
+    if -1.0 not in found or not found <= {-1.0, 0.0, 1.0}:
+        return values
+    if 0.0 not in found:
+        return (values + 1) / 2
+    others = [other.numbers for other in columns.values() if other is not column]
+    others = [{n for cell, n in numbers.items() if n == n and cell.lower() not in WORDS} for numbers in others]
+    signed, plain = {-1.0, 1.0} in others, {0.0, 1.0} in others
+    if signed == plain:
+        both = f"{path}: column {column.header!r} holds -1 and 0, and no other column tells which of them means no"
+        raise ValueError(f"{both}: write 0 for no, 1 for yes and leave unknown cells empty")
+    unknown = 0.0 if signed else -1.0
+    warnings.warn(f"{path}: {unknown:g} in column {column.header!r} is read as not known", stacklevel=4)
+    values = np.where(values == unknown, np.float32(np.nan), values)
+    return (values + 1) / 2 if signed else values

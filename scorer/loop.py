@@ -1,36 +1,28 @@
 """The training loop of an attribute scorer, and everything that it writes: log, checkpoints, the scorer at the end."""
 
+import math
 import time
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.cli import UserError
 from common.interrupt import StopSignal
-from common.runs import Run, StepBar
+from common.runs import Run, StepBar, find_start
 from scorer.evaluation import accuracy_report, format_report
-from scorer.labels import LabelTable
 from scorer.network import Scorer, ScorerNetwork, round_half, save_scorer
 from scorer.training import FaceStore, ScorerTrainer, calibrate, network_outputs
 
 HEADLINES = ("mae", "auc", "balanced_accuracy", "slope")
 TERMS = "research and non-commercial use where the training faces are (see checkpoints/README.md)"
+KEPT = 2  # checkpoints
 
 
-def find_start(out, resume: str | None) -> tuple[dict | None, Path | None]:
+def read_start(out, resume: str | None) -> tuple[dict | None, Path | None]:
     """The state to continue from, with its file; (None, None) for a new run, which never overwrites an earlier one."""
-    folder = Path(out) / "checkpoint"
-    path = newest = latest_checkpoint(folder) if folder.is_dir() else None
-    if resume and resume != "auto":
-        path = Path(resume)
-        if newest is not None and newest.resolve() != path.resolve():
-            raise UserError(f"{out} already holds a run, up to {newest.name}: continue {path} in another --out")
-    elif newest is not None and not resume:
-        choice = "--resume auto continues it, another --out starts a new one"
-        raise UserError(f"{out} already holds a run ({newest.name}): {choice}")
+    path, _ = find_start(Path(out) / "checkpoint", resume, None, flag="out")
     if path is None:
         return None, None
     state = load_checkpoint(path)
@@ -39,45 +31,46 @@ def find_start(out, resume: str | None) -> tuple[dict | None, Path | None]:
     return state, path
 
 
-def train(trainer: ScorerTrainer, table, store, validation, sampler, run: Run, *, every: dict, options: dict) -> None:
-    """Steps trainer.step .. iter - 1 on a table and its FaceStore; validation is such a pair too.
-    every: steps between log lines, measurements and checkpoints (log, val, save). options: saved in checkpoints.
-    Raises UserError for a loss that is not finite, before anything is saved, and after an orderly stop."""
-    stop, order = StopSignal(), iter(sampler)
+def train(
+    trainer: ScorerTrainer, faces: FaceStore, validation: FaceStore, sampler, run: Run, *, every: dict, options: dict
+) -> None:
+    """Steps trainer.step .. iter - 1. every: steps between log lines, measurements and checkpoints (log, val, save).
+    options: saved in checkpoints. Raises UserError for a loss that is not finite, before anything is saved, and after
+    an orderly stop."""
+    stop, order, recent, tick = StopSignal(), iter(sampler), [], time.perf_counter()
     total, batch = trainer.settings.iter, trainer.settings.batch
-    names = [attribute.name for attribute in table.attributes]
-    sums, count, tick = torch.zeros(len(names)), 0, time.perf_counter()
+    names = [attribute.name for attribute in faces.table.attributes]
     bar = StepBar(total, trainer.step)
     while trainer.step < total:
         rows = list(islice(order, batch))
-        values, weights = (torch.from_numpy(array[rows]) for array in (table.values, table.weights))
-        sums += trainer.train_step(store.batch(rows), values, weights).cpu()
+        values, weights = (torch.from_numpy(array[rows]) for array in (faces.table.values, faces.table.weights))
+        recent.append(trainer.train_step(faces.batch(rows), values, weights))  # [A]
         sampler.advance(batch)
-        count += 1
         bar.update()
 
         step, ending = trainer.step, stop.raised
         due = {name for name, n_steps in every.items() if step == total or step % n_steps == 0}
         if due or ending:
-            means = (sums / count).tolist() if count else []
-            bad = [f"loss of {name}" for name, mean in zip(names, means, strict=False) if not np.isfinite(mean)]
+            bad = [
+                f"loss of {n}" for n, loss in zip(names, recent[-1].tolist(), strict=True) if not math.isfinite(loss)
+            ]
             bad += [] if all(torch.isfinite(p).all() for p in trainer.network.parameters()) else ["network"]
             if bad:
                 raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")
         if "log" in due:
-            speed = count * batch / (time.perf_counter() - tick)
-            run.log(step, "Loss", **dict(zip(names, means, strict=True)))
+            losses = torch.stack(recent).mean(0).tolist()
+            speed = len(recent) * batch / (time.perf_counter() - tick)
+            run.log(step, "Loss", **dict(zip(names, losses, strict=True)))
             run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
-            bar.report(step, f"loss {sum(means):.3f}, {speed:.0f} img/s")
-            sums.zero_()
-            count, tick = 0, time.perf_counter()
+            bar.report(step, f"loss {sum(losses):.3f}, {speed:.0f} img/s")
+            recent, tick = [], time.perf_counter()
         if "val" in due:
-            log_validation(trainer, *validation, run)
+            log_validation(trainer, validation, run)
             tick = time.perf_counter()
         if "save" in due or ending:
             path = run.path("checkpoint", f"{step:06d}.pt")
             save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": options})
-            for old in sorted(path.parent.glob("*.pt"))[:-2]:
+            for old in sorted(path.parent.glob("*.pt"))[:-KEPT]:
                 old.unlink()
         if ending and step < total:
             bar.close()
@@ -86,25 +79,25 @@ def train(trainer: ScorerTrainer, table, store, validation, sampler, run: Run, *
 
 
 @torch.no_grad()
-def log_validation(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, run: Run) -> None:
+def log_validation(trainer: ScorerTrainer, faces: FaceStore, run: Run) -> None:
     """Log the headline numbers of each attribute on the validation split, uncalibrated."""
     scorer = Scorer(trainer.average)
-    scores = scorer.to_scores(scorer.margins_of(network_outputs(trainer.average, store))).numpy()
-    for name, numbers in accuracy_report(scores, table).items():
+    scores = scorer.to_scores(scorer.margins_of(network_outputs(trainer.average, faces))).numpy()
+    for name, numbers in accuracy_report(scores, faces.table).items():
         run.log(trainer.step, f"Validation {name}", **{key: numbers[key] for key in HEADLINES if key in numbers})
 
 
-def export(trainer: ScorerTrainer, table: LabelTable, store: FaceStore, path: Path, *, half: bool) -> dict:
+def export(trainer: ScorerTrainer, faces: FaceStore, path: Path, *, half: bool) -> dict:
     """Calibrate on the validation split, measure the very weights that are written, print and return the report."""
     network = ScorerNetwork(trainer.config).eval()
     weights = trainer.average.state_dict()
     network.load_state_dict(round_half(weights) if half else weights)
-    outputs = network_outputs(network.to(trainer.device), store)
+    outputs, table = network_outputs(network.to(trainer.device), faces), faces.table
     labels = torch.from_numpy(table.values), torch.from_numpy(table.weights)
     scorer = Scorer(network.cpu(), calibrate(outputs, *labels, table.attributes))
     report = accuracy_report(scorer.to_scores(scorer.margins_of(outputs)).numpy(), table)
-    trained = {"steps": trainer.step, "batch": trainer.settings.batch, "seed": trainer.settings.seed}
-    trained["validation_faces"] = len(table)
+    settings = trainer.settings
+    trained = {"steps": trainer.step, "batch": settings.batch, "seed": settings.seed, "validation_faces": len(table)}
     save_scorer(path, scorer, half=half, training=trained, validation=report, terms=TERMS)
     print(format_report(report))
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB, step {trainer.step}")

@@ -8,9 +8,11 @@ over the training set, so that an attribute with few labels counts as much as th
 """
 
 import copy
+import functools
 import io
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from common.distributed import mix_seeds
 from common.images import read_image, to_tensor, to_uint8
 from scorer.efficientnet import load_imagenet
 from scorer.interface import expected_age, resize
-from scorer.labels import AGE_BINS
+from scorer.labels import AGE_BINS, LabelTable
 from scorer.network import ScorerConfig, ScorerNetwork, split_outputs
 
 AGE_SIGMA = 2.5  # years: width of the label distribution
@@ -44,11 +46,11 @@ class ScorerSettings:
 
 
 class FaceStore:
-    """Faces as uint8 [3, size, size], resized as a scorer resizes, each decoded once if all fit in 2 GB."""
+    """Labelled faces of a folder as uint8 [3, size, size], resized as a scorer resizes; 2 GB of them stay decoded."""
 
-    def __init__(self, paths, size: int):
-        self.paths, self.size, self._kept = list(paths), size, {}
-        self._keep = len(self.paths) * 3 * size * size <= 2e9
+    def __init__(self, table: LabelTable, folder: str | Path, size: int):
+        self.table, self.paths, self.size = table, [Path(folder) / name for name in table.names], size
+        self._face = functools.lru_cache(int(2e9) // (3 * size * size))(self._read)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,13 +59,8 @@ class FaceStore:
         """uint8 [B, 3, size, size]. Raises ImageError or FileNotFoundError naming the file."""
         return torch.from_numpy(np.stack([self._face(int(row)) for row in rows]))
 
-    def _face(self, row: int) -> np.ndarray:
-        if row in self._kept:
-            return self._kept[row]
-        face = to_uint8(resize(to_tensor(read_image(self.paths[row]))[None], self.size)[0]).transpose(2, 0, 1)
-        if self._keep:
-            self._kept[row] = face
-        return face
+    def _read(self, row: int) -> np.ndarray:
+        return to_uint8(resize(to_tensor(read_image(self.paths[row]))[None], self.size)[0]).transpose(2, 0, 1)
 
 
 def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -164,12 +161,10 @@ class ScorerTrainer:
         self.network = ScorerNetwork(config).to(self.device, memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.mean_weights = torch.as_tensor(mean_weights, dtype=torch.float32, device=self.device)
-        matrices = [p for p in self.network.parameters() if p.ndim > 1]
-        vectors = [p for p in self.network.parameters() if p.ndim <= 1]  # biases and norms do not decay
-        self.optimiser = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=settings.lr,
-        )
+        groups = [{"params": [], "weight_decay": decay} for decay in (settings.weight_decay, 0.0)]
+        for parameter in self.network.parameters():  # biases and norms do not decay
+            groups[parameter.ndim < 2]["params"].append(parameter)
+        self.optimiser = torch.optim.AdamW(groups, lr=settings.lr)
         self.step = 0
 
     def start_from_imagenet(self) -> None:
@@ -199,7 +194,7 @@ class ScorerTrainer:
         self.optimiser.zero_grad(set_to_none=True)
         self._update_average()
         self.step += 1
-        return losses.detach()
+        return losses.detach().cpu()
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -215,31 +210,28 @@ class ScorerTrainer:
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Raises CheckpointError when `state` is no scorer's, or another one's."""
-        if missing := [name for name in self.state_dict() if name not in state]:
-            raise CheckpointError(f"{source} is no checkpoint of train_scorer.py: it lacks {', '.join(missing)}")
         try:
-            other = ScorerConfig.from_dict(state["config"])
+            config, step = ScorerConfig.from_dict(state["config"]), int(state["step"])
+            network, average, optimiser = state["network"], state["average"], state["optimiser"]
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: its config describes no scorer known here ({error})") from None
-        if other != self.config:
-            raise CheckpointError(f"{source} holds another scorer: {_describe(other)}; here {_describe(self.config)}")
-        load_strictly(self.network, state["network"], source)
-        load_strictly(self.average, state["average"], source)
+            raise CheckpointError(f"{source} is no checkpoint of train_scorer.py ({error!r})") from None
+        if config != self.config:
+            raise CheckpointError(f"{source} holds another scorer: {_describe(config)}; here {_describe(self.config)}")
+        load_strictly(self.network, network, source)
+        load_strictly(self.average, average, source)
         try:
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.step = int(state["step"])
+            self.optimiser.load_state_dict(optimiser)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: its optimiser is another one's ({error})") from None
+        self.step = step
 
 
 @torch.no_grad()
 def network_outputs(network: ScorerNetwork, store: FaceStore, batch: int = 128) -> torch.Tensor:
     """Outputs [N, K] of a network in evaluation mode on the images of a store, in order, on the CPU."""
-    device, chunks = network.head.weight.device, []
-    for start in range(0, len(store), batch):
-        images = store.batch(range(start, min(start + batch, len(store)))).to(device)
-        chunks.append(network(images.float().div(127.5).sub(1)).cpu())
-    return torch.cat(chunks)
+    device, rows = network.head.weight.device, range(len(store))
+    chunks = (store.batch(rows[start : start + batch]).to(device) for start in range(0, len(rows), batch))
+    return torch.cat([network(chunk.float().div(127.5).sub(1)).cpu() for chunk in chunks])
 
 
 def _describe(config: ScorerConfig) -> str:
