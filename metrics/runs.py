@@ -7,7 +7,7 @@ from common.files import atomic_write
 from common.tables import cell
 from metrics.protocol import read_records, require_alike
 
-LOWER_IS_BETTER = ("fid", "kid", "ppl")
+BEST = {"fid": min, "kid": min, "ppl": min}  # of the others max
 ORDER = ("fid", "kid", "precision", "recall", "density", "coverage", "ppl")  # of the paper's table
 AXES = {"images": "training images (thousands)", "step": "training steps", "truncation": "truncation psi"}
 
@@ -15,11 +15,6 @@ AXES = {"images": "training images (thousands)", "step": "training steps", "trun
 def family(metric: str) -> str:
     """`fid-squeeze` -> `fid`."""
     return metric.partition("-")[0]
-
-
-def best_of(metric: str):
-    """`min` or `max`."""
-    return min if family(metric) in LOWER_IS_BETTER else max
 
 
 def read_runs(arguments: list[str]) -> dict[str, list[dict]]:
@@ -64,7 +59,7 @@ def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[s
     for name, records in runs.items():
         candidates = [r for r in records if r["metric"] == metrics[0]] or records
         finite = [r for r in candidates if r["value"] is not None]
-        best = best_of(candidates[0]["metric"])
+        best = BEST.get(family(candidates[0]["metric"]), max)
         chosen = best(finite, key=lambda r: r["value"]) if finite and pick == "best" else candidates[-1]
         values = {r["metric"]: r["value"] for r in records if _subject(r) == _subject(chosen)}
         images = chosen["fake"].get("images")
@@ -110,7 +105,7 @@ def draw_curve(curves: dict[str, list[tuple[float, float]]], metric: str, agains
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=AXES[against], ylabel=metric)
     for name, points in curves.items():
-        best = best_of(metric)(points, key=lambda point: point[1])
+        best = BEST.get(family(metric), max)(points, key=lambda point: point[1])
         label = f"{name}: {cell(float(best[1]))}"
         (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.4, label=label)
         axes.plot(*best, marker="o", markersize=9, fillstyle="none", color=line.get_color())

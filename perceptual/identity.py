@@ -63,13 +63,6 @@ def crop_as_psp(images):
     return F.adaptive_avg_pool2d(images[:, :, 35:223, 32:220], INPUT_SIZE)
 
 
-def _conv_norm(in_channels, channels, kernel, stride=1, groups=1):
-    """Convolution without bias, batch norm, ReLU6."""
-    padding = (kernel - 1) // 2
-    convolution = nn.Conv2d(in_channels, channels, kernel, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels), nn.ReLU6())
-
-
 class DepthwiseSeparable(nn.Module):
     """Depthwise 3x3 and pointwise convolution, batch norm and ReLU after each."""
 
@@ -83,42 +76,27 @@ class DepthwiseSeparable(nn.Module):
         return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
 
 
-class InvertedResidual(nn.Module):
-    """Expand, filter per channel, project (MobileNetV2); the input is added when the shape stays."""
-
-    def __init__(self, in_channels, channels, stride, expansion):
-        super().__init__()
-        hidden = in_channels * expansion
-        self.residual = stride == 1 and in_channels == channels
-        self.conv = nn.Sequential(
-            _conv_norm(in_channels, hidden, 1),
-            _conv_norm(hidden, hidden, 3, stride, groups=hidden),
-            nn.Conv2d(hidden, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, x):
-        return x + self.conv(x) if self.residual else self.conv(x)
-
-
 class MobileFaceNet(nn.Module):
     """Faces in the ArcFace template, [N, 3, 112, 112], ImageNet mean and std -> embedding [N, 128], not normalised.
     Tensor names are those of the published state dict (common/weights.py: mobilefacenet)."""
 
-    # expansion, width, repeats, first stride
+    # expansion, width, repeats, first stride of the inverted residuals
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
 
     def __init__(self):
         super().__init__()
-        self.conv1 = _conv_norm(3, 64, 3, 2)
+        from torchvision.models.mobilenetv2 import InvertedResidual  # torchvision takes seconds to import
+        from torchvision.ops import Conv2dNormActivation
+
+        self.conv1 = Conv2dNormActivation(3, 64, 3, 2, activation_layer=nn.ReLU6)
         self.dw_conv = DepthwiseSeparable(64)
         blocks, width = [], 64
         for expansion, channels, repeats, first_stride in self.STAGES:
-            for i in range(repeats):
-                blocks.append(InvertedResidual(width, channels, 1 if i else first_stride, expansion))
+            for stride in (first_stride, *[1] * (repeats - 1)):
+                blocks.append(InvertedResidual(width, channels, stride, expansion))
                 width = channels
         self.features = nn.Sequential(*blocks)
-        self.conv2 = _conv_norm(128, 512, 1)
+        self.conv2 = Conv2dNormActivation(128, 512, 1, activation_layer=nn.ReLU6)
         # depthwise 7x7 on a 7x7 map: a weight of its own for every place, instead of average pooling
         global_depthwise = {"depthwise": nn.Conv2d(512, 512, 7, groups=512, bias=False), "bn": nn.BatchNorm2d(512)}
         self.gdconv = nn.Sequential(OrderedDict(global_depthwise))

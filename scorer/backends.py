@@ -106,12 +106,12 @@ class DexScorer(AttributeScorer):
         return torch.cat([network.features(x) for network in self.networks.values()], 1)
 
 
-def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False, age=None, gender=None) -> DexScorer:
-    """DEX from common.weights (`age_sd.pth`, `gender_sd.pth`), or from the files `age` and `gender` if given.
-    name: `dex` (both), `dex_age` or `dex_gender`. Raises FileNotFoundError with the place to get the file."""
+def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False) -> DexScorer:
+    """DEX from common.weights (`age_sd.pth`, `gender_sd.pth`). name: `dex` (both), `dex_age` or `dex_gender`.
+    Raises FileNotFoundError with the place to get the file."""
     parts = [name.removeprefix("dex_")] if name.startswith("dex_") else list(DEX_CLASSES)
-    paths = {part: {"age": age, "gender": gender}[part] or require(f"dex_{part}", weights_dir) for part in parts}
-    return DexScorer({part: read_vgg(path, DEX_CLASSES[part]) for part, path in paths.items()}, crop=crop)
+    networks = {part: read_vgg(require(f"dex_{part}", weights_dir), DEX_CLASSES[part]) for part in parts}
+    return DexScorer(networks, crop=crop)
 
 
 class ClassifierScorer(AttributeScorer):
@@ -143,7 +143,7 @@ def load_classifier(path) -> ClassifierScorer:
     """The classifier a JSON file describes; `weights` is relative to it. Raises FileNotFoundError or ValueError."""
     described = read_json(path, DESCRIPTION, what="description of a classifier")
     known = [name.removesuffix("?") for name in DESCRIPTION]
-    if unknown := [key for key in described if key not in known]:
+    if unknown := described.keys() - known:
         raise ValueError(f"{path}: unknown entry {', '.join(unknown)}; expected {', '.join(known)}")
     arch, weights, names = (described.pop(key) for key in ("arch", "weights", "attributes"))
     weights = Path(path).parent / weights
@@ -151,27 +151,27 @@ def load_classifier(path) -> ClassifierScorer:
     state = state.get("state_dict", state)
     if not isinstance(state, dict):
         raise CheckpointError(f"{weights}: its state_dict is a {type(state).__name__}, not tensors by name")
-    network = _build(path, arch, len(names))
-    load_strictly(network, {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, weights)
     try:
+        network = _build(arch, len(names))
+        load_strictly(network, {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, weights)
         return ClassifierScorer(network, names, **described)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _build(path, arch: str, n_classes: int) -> nn.Module:
+def _build(arch: str, n_classes: int) -> nn.Module:
     library, _, name = arch.partition(":")
     if library == "torchvision":
-        from torchvision.models import get_model, list_models
+        from torchvision.models import get_model
 
-        if name not in list_models():
-            raise ValueError(f"{path}: torchvision has no model {name!r}")
         extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
-        return get_model(name, weights=None, num_classes=n_classes, **extra)
+        return get_model(name, weights=None, num_classes=n_classes, **extra)  # ValueError for another name
     if library == "timm":
         try:
             import timm
         except ImportError as error:
-            raise ValueError(f"{path}: {arch} needs the package timm (pip install timm)") from error
+            raise ValueError(f"{arch} needs the package timm (pip install timm)") from error
         return timm.create_model(name, pretrained=False, num_classes=n_classes)
-    raise ValueError(f"{path}: arch {arch!r} is neither torchvision:NAME nor timm:NAME")
+    raise ValueError(f"arch {arch!r} is neither torchvision:NAME nor timm:NAME")

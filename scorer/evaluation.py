@@ -21,17 +21,6 @@ from scorer.network import load_scorer, score_files
 AGE_BANDS = ((0, 10), (10, 20), (20, 40), (40, 60), (60, 101))
 
 
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a positive outranks a negative, ties half. NaN without both."""
-    return float(roc_auc_score(positive, scores)) if np.any(positive) and not np.all(positive) else float("nan")
-
-
-def balanced_accuracy(predicted: np.ndarray, positive: np.ndarray) -> float:
-    """Mean of the hit rates on positives and on negatives. NaN without both."""
-    both = np.any(positive) and not np.all(positive)
-    return float(balanced_accuracy_score(positive, np.asarray(predicted, bool))) if both else float("nan")
-
-
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error over equal bins of [0, 1]: sum of n_b/n |mean prediction - mean label|."""
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels, np.float64)
@@ -43,14 +32,18 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 def measure(attribute: Attribute, scores: np.ndarray, labels: np.ndarray) -> dict:
     """Plain numbers for one attribute; scores and labels [n], all known, n > 0.
     Years and values: mae, bias (score minus label), correlation, slope of the score over the label (below 1: drawn to
-    the mean); years also within_5 and mae per band. Probability: balanced_accuracy, auc, ece, mae, positives."""
+    the mean); years also within_5 and mae per band. Probability: balanced_accuracy and auc (NaN unless there are both
+    positives and negatives), ece, mae, positives."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
     error = scores - labels
     numbers = {"n": len(labels), "mae": float(np.abs(error).mean())}
     if attribute.kind == "probability":
-        positive = labels > 0.5
-        numbers |= {"positives": int(positive.sum()), "balanced_accuracy": balanced_accuracy(scores > 0.5, positive)}
-        return numbers | {"auc": auc(scores, positive), "ece": calibration_error(scores, labels)}
+        positive, nan = labels > 0.5, float("nan")
+        both = 0 < positive.sum() < len(positive)
+        numbers["positives"] = int(positive.sum())
+        numbers["balanced_accuracy"] = float(balanced_accuracy_score(positive, scores > 0.5)) if both else nan
+        numbers["auc"] = float(roc_auc_score(positive, scores)) if both else nan
+        return numbers | {"ece": calibration_error(scores, labels)}
     numbers["bias"] = float(error.mean())
     if len(labels) > 1 and labels.std() > 0 and scores.std() > 0:
         numbers["correlation"] = float(np.corrcoef(scores, labels)[0, 1])
@@ -99,9 +92,10 @@ def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report
             reports[str(size)] = accuracy_report(at_size[:, columns], table)
             print(f"{name} on {len(names)} faces of {folder}, {f'{size} px' if size else 'as they are'}")
             print(format_report(reports[str(size)]), end="\n\n")
+    result = {"scorer": name, "faces": len(names), "sizes": reports}
     if report:
-        write_json(report, {"scorer": name, "folder": folder, "faces": len(names), "sizes": reports})
-    print(json.dumps({"scorer": name, "faces": len(names), "sizes": reports}))
+        write_json(report, result | {"folder": folder})
+    print(json.dumps(result))
 
 
 def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str], LabelTable | None]:

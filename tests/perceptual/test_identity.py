@@ -105,7 +105,7 @@ def test_layout():
     network = MobileFaceNet()
     strides = [block.conv[1][0].stride[0] for block in network.features]
     assert [i for i, stride in enumerate(strides) if stride == 2] == [0, 5, 12]
-    assert [i for i, block in enumerate(network.features) if not block.residual] == [0, 5, 12]
+    assert [i for i, block in enumerate(network.features) if not block.use_res_connect] == [0, 5, 12]
 
 
 def test_embedding_is_per_image_and_of_length_one(random_identity):

@@ -20,8 +20,8 @@ import train_scorer
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, save_checkpoint, save_safetensors
 from common.cli import run
 from common.runs import read_log
-from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex
-from scorer.evaluation import accuracy_report, auc, balanced_accuracy, calibration_error, format_report, measure
+from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex, read_vgg
+from scorer.evaluation import accuracy_report, calibration_error, format_report, measure
 from scorer.interface import expected_age, resize
 from scorer.labels import AGE_BINS, KNOWN, Attribute, present_faces, read_labels
 from scorer.network import Scorer, ScorerConfig, ScorerNetwork, load_scorer, read_scorer, save_scorer
@@ -377,11 +377,12 @@ def test_descriptions_of_another_shape_are_one_sentence(tmp_path, text):
 
 
 def test_accuracy_by_closed_form():
-    positive = np.array([0, 0, 1, 1], bool)
-    assert auc([0.1, 0.4, 0.35, 0.8], positive) == pytest.approx(0.75)
-    assert auc([0.5] * 4, positive) == pytest.approx(0.5)
-    assert math.isnan(auc([1, 2], [True, True])) and math.isnan(balanced_accuracy([1], [1]))
-    assert balanced_accuracy([1, 0, 1, 1], positive) == pytest.approx(0.75)
+    labels = np.array([0, 0, 1, 1])
+    assert measure(SMILE, [0.1, 0.4, 0.35, 0.8], labels)["auc"] == pytest.approx(0.75)
+    assert measure(SMILE, [0.5] * 4, labels)["auc"] == pytest.approx(0.5)
+    assert measure(SMILE, [0.9, 0.1, 0.8, 0.7], labels)["balanced_accuracy"] == pytest.approx(0.75)
+    alone = measure(SMILE, [0.1, 0.2], [1, 1])
+    assert math.isnan(alone["auc"]) and math.isnan(alone["balanced_accuracy"])
     assert calibration_error([0.05, 0.05, 0.95, 0.95], [0, 0, 1, 0]) == pytest.approx(0.5 * 0.05 + 0.5 * 0.45)
     assert calibration_error([1.0, 0.0], [1, 0]) == 0
     found = measure(AGE, np.array([20.0, 30, 44]), np.array([10.0, 30, 50]))
@@ -425,11 +426,13 @@ def small_dex(classes, seed):
 
 
 @pytest.fixture
-def dex_files(tmp_path):
+def dex_files(tmp_path, monkeypatch):
+    """Small networks in the place of the half gigabytes, whose sha256 is not looked at."""
     paths = {}
     for seed, (name, classes) in enumerate((("age", 101), ("gender", 2))):
         paths[name] = tmp_path / f"{name}_sd.pth"
         save_checkpoint(paths[name], small_dex(classes, seed).state_dict())
+    monkeypatch.setattr("scorer.backends.require", lambda name, weights_dir=None: paths[name.removeprefix("dex_")])
     return paths
 
 
@@ -445,7 +448,7 @@ def test_dex_has_the_published_layout():
 
 
 def test_dex_from_files(dex_files):
-    dex = load_dex(**dex_files)
+    dex = load_dex()
     images = smooth_faces(2, 128).requires_grad_()
     scores = dex(images)
     assert dex.names == ("age", "gender") and dex.units["age"] == "years"
@@ -458,24 +461,26 @@ def test_dex_from_files(dex_files):
 
 
 def test_dex_crop_is_the_originals(dex_files):
-    dex = load_dex(**dex_files, crop=True)
+    dex = load_dex(crop=True)
     images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(dex.prepare(images), (images[:, :, 16:-16, 16:-16].flip(1) + 1) * 127.5)
     for size in (64, 224, 512):  # where the original gives nothing or a nose
         assert dex.prepare(smooth_faces(1, size)).shape == (1, 3, 224, 224)
 
 
-def test_dex_that_is_absent_or_another(dex_files, tmp_path, monkeypatch):
+def test_dex_that_is_absent_or_another(tmp_path, monkeypatch):
     monkeypatch.setattr("common.weights.search_folders", lambda weights_dir=None: [tmp_path / "empty"])
     with pytest.raises(FileNotFoundError, match="age_sd.pth .* put it into"):
         load_scorer("dex", weights_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="has 2 classes; expected 101"):
-        load_dex("dex_age", age=dex_files["gender"])
     save_checkpoint(tmp_path / "x.pth", {"features.0.weight": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="is no DEX network"):
-        load_dex("dex_age", age=tmp_path / "x.pth")
-    assert load_dex("dex_gender", gender=dex_files["gender"]).names == ("gender",)
-    assert isinstance(load_dex("dex_age", age=dex_files["age"]), DexScorer)
+        read_vgg(tmp_path / "x.pth", 101)
+
+
+def test_one_network_of_dex(dex_files):
+    assert load_dex("dex_gender").names == ("gender",) and isinstance(load_scorer("dex_age"), DexScorer)
+    with pytest.raises(CheckpointError, match="has 2 classes; expected 101"):
+        read_vgg(dex_files["gender"], 101)
 
 
 # -- classifiers of others, and tables -----------------------------------------------------------------------------
@@ -505,7 +510,7 @@ def test_a_torchvision_classifier_by_its_description(tmp_path):
         assert torch.allclose(load_scorer(path)(images), expected, atol=1e-5)
 
     wrong = [
-        ({"arch": "torchvision:nonesuch"}, "has no model 'nonesuch'"),
+        ({"arch": "torchvision:nonesuch"}, "Unknown model nonesuch"),
         ({"arch": "resnet18"}, "neither"),
         ({"attributes": ["bald"]}, "another architecture"),
         ({"colour": 1}, "unknown entry colour"),
