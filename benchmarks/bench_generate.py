@@ -2,7 +2,8 @@
 
 Every row is one formulation (ours, and with --original that of baseline.py: fp32, without our allocator setting) of one
 mapping network (--spaces) at one size, batch and precision, with random weights or those of --ckpt, in eval mode and
-without gradients. "forward" is mapping and synthesis together, "images/s" its rate. "drawn/s": pictures by seed through
+without gradients. "forward" is mapping and synthesis together, "images/s" its rate; "latent" the gradient of the mean
+square of the image with respect to w, as an inversion repeats it. "drawn/s": pictures by seed through
 sampling/render.py, as generate.py asks for them: z drawn on the CPU, mapped, synthesised, read back as bytes; on a CPU
 one by one (the PNG files are not part of it). On a CPU each row has a process of its own, whose peak memory (resident)
 is given; on CUDA the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
@@ -33,6 +34,7 @@ from benchmarks.measuring import (  # noqa: E402
     circumstances,
     forget_peak,
     headline,
+    latent_gradient,
     measure_or_say,
     measure_peer,
     median_seconds,
@@ -125,12 +127,13 @@ def calls_of(row: Row, args, device):
     codes = generator.get_latent(z)
 
     def synthesise(codes):
-        return generator(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)
+        return generator(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)[0]
 
     return generator, {
         "mapping": lambda: generator.get_latent(z),
         "synthesis": lambda: synthesise(codes),
         "forward": lambda: synthesise(generator.get_latent(z)),
+        "latent": lambda: latent_gradient(synthesise, codes),
     }
 
 
@@ -179,6 +182,7 @@ def measure_rows(args, device):
         mapping_ms=12,
         synthesis_ms=14,
         forward_ms=12,
+        latent_ms=12,
         **{"images/s": 11, "drawn/s": 10, "peak_MiB": 10},
     )
     budget, found = Budget(args.budget), []
@@ -190,7 +194,7 @@ def measure_rows(args, device):
             where = f"{row.space}, {row.size} px, batch {row.batch}, {row.precision}"
             table.remark(row.formulation, f"{where}: {result['error']}")
             continue
-        seconds = [1e3 * result["seconds"][name] for name in ("mapping", "synthesis", "forward")]
+        seconds = [1e3 * result["seconds"][name] for name in ("mapping", "synthesis", "forward", "latent")]
         table.row(
             *row.cells(), *seconds, result["images_per_s"], result.get("drawn_per_s"), result["peak_bytes"] / 2**20
         )
@@ -208,7 +212,8 @@ def ratios(rows) -> list[dict]:
                 values = {name: ours[name] for name in ("space", "size", "batch", "precision")}
                 values["to"] = f"{other['formulation']} {other['precision']}"
                 values["images_per_s"] = ours["images_per_s"] / other["images_per_s"]
-                values["synthesis"] = other["seconds"]["synthesis"] / ours["seconds"]["synthesis"]
+                for name in ("synthesis", "latent"):
+                    values[name] = other["seconds"][name] / ours["seconds"][name]
                 found.append(values)
     return found
 
@@ -230,7 +235,7 @@ def main(args):
         print(
             f"{ratio['size']} px, batch {ratio['batch']}, {ratio['space']}: ours {ratio['precision']}"
             f" is {ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
-            f"{ratio['synthesis']:.2f} times"
+            f"{ratio['synthesis']:.2f} times, latent gradient {ratio['latent']:.2f} times"
         )
     if args.profile:
         first = next(row for row in rows_of(args) if row.formulation == OURS)

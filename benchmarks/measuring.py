@@ -62,6 +62,13 @@ def median_seconds(call, repeats: int, device: torch.device) -> float:
     return statistics.median(times)
 
 
+def latent_gradient(synthesise, w: torch.Tensor) -> torch.Tensor:
+    """Gradient of the mean square of the image with respect to w, weights frozen: what an inversion repeats."""
+    with torch.enable_grad():
+        w = w.detach().requires_grad_()
+        return torch.autograd.grad(synthesise(w).square().mean(), w)[0]
+
+
 def total_seconds(call, device: torch.device) -> float:
     """One call by the clock, from an idle device to an idle device."""
     synchronise(device)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measuring import forget_peak, median_seconds, peak_memory  # noqa: E402
+from benchmarks.measuring import forget_peak, latent_gradient, median_seconds, peak_memory  # noqa: E402
 from benchmarks.rounds import Schedule, measure_schedule  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 
@@ -43,7 +43,7 @@ def build_parser():
     parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
     parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
-    parser.add_argument("--steps", type=int, default=0, help="steps of the schedule to play; 0: only the phases")
+    parser.add_argument("--steps", type=int, default=0, help="steps of the schedule to run; 0: only the phases")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="cpu", help="cpu | cuda[:i]")
     return parser
@@ -254,7 +254,7 @@ PEERS = {"nvidia": Nvidia, "rosinality": Rosinality}
 
 
 def measure_generator(peer, args, device) -> dict:
-    """Seconds of mapping, of synthesis, and of both, without gradients, by the averaged weights' formulation."""
+    """Seconds of mapping, of synthesis, of both, and of the gradient with respect to w, weights frozen."""
     peer.g.eval().requires_grad_(False)
     z = torch.randn(args.batch, 512, device=device)
     with torch.no_grad():
@@ -263,6 +263,7 @@ def measure_generator(peer, args, device) -> dict:
             "mapping": lambda: peer.mapping(z),
             "synthesis": lambda: peer.synthesis(w),
             "forward": lambda: peer.synthesis(peer.mapping(z)),
+            "latent": lambda: latent_gradient(peer.synthesis, w),
         }
         seconds = {name: median_seconds(call, args.repeats, device) for name, call in calls.items()}
     return {"seconds": seconds, "images_per_s": args.batch / seconds["forward"], "peak_bytes": peak_memory(device)}
