@@ -459,3 +459,14 @@ def test_readme_shows_the_published_training_command():
     text = re.sub(r"\\\s*\n\s*", " ", readme.read_text(encoding="utf-8"))
     launch = r"python3? -m torch\.distributed\.launch --nproc_per_node=\S+ "
     assert re.search(launch + r"train\.py --path \S+ --exp_name \S+ --batch 8 --n_sample 64", text)
+
+
+def test_readme_commands_have_few_flags():
+    """At most four, but for the published commands, which stand below the sentence that names them."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, after = readme.partition("The published commands of the original")
+    assert after, "README names the published commands"
+    own = "\n".join(fenced_blocks(before) + fenced_blocks(after)[1:])
+    counted = [(target, sum(arg.startswith("--") for arg in args)) for target, args in commands_in(own)]
+    assert len(counted) > 10
+    assert [command for command in counted if command[1] > 4] == []
