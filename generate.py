@@ -17,6 +17,8 @@ from pathlib import Path
 
 from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
 
+RECOMMENDED = ("truncation", "truncation_mean", "noise", "noise_seed")  # flags that a generator's file may set
+
 
 def named(*suffixes: str):
     """A `type` for flags: a file name with one of these suffixes."""
@@ -44,10 +46,6 @@ def build_parser() -> ArgumentParser:
     add("--save_latents", nargs="?", const="", metavar="FOLDER", help="save w; default OUTPUT_DIR/latents")
     add("--batch", type=positive_int, default=8, help="images per forward pass")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
-    parser.add_argument("--export", type=named(".safetensors"), help=argparse.SUPPRESS)  # convert.py has these now
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    for flag in ("--half", "--with_d"):
-        parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     add_device_flags(parser)
     return parser
 
@@ -101,33 +99,22 @@ def main(args) -> None:
     from common.latents import parse_layers, parse_seeds
     from common.precision import DTYPES
     from editing.attributes import read_condition
-    from interop.export import export_generator
     from model import load_generator
     from sampling.output import mean_w, write_images, write_loop, write_mixture
     from sampling.render import latents_source, seed_source, seeded_z
 
     excluding = ("mix", "interpolate", "latents", "seeds", "grid", "save_latents", "video", "noise_seed")
     refuse_misuse(**{name: getattr(args, name) for name in excluding})
-    if (args.half or args.base or args.with_d) and not args.export:
-        raise UsageError("--half, --base and --with_d are for --export")
     rows, columns = ([], []) if args.mix is None else (parse_seeds(text, "--mix") for text in args.mix)
     seeds = rows + columns or parse_seeds(args.seeds or "0-35")
     if args.interpolate and not args.latents and len(seeds) < 2:
         raise UsageError(f"--interpolate needs at least two seeds, got --seeds {args.seeds}")
     dist, folder = setup(args.device, ops=args.ops, timeout=args.dist_timeout), Path(args.output_dir)
     try:
-        if args.export:  # the earlier spelling of `convert.py CKPT FILE`
-            if dist.is_main:
-                exported = {"half": args.half, "base": args.base, "with_d": args.with_d}
-                identity, _ = export_generator(args.ckpt, args.export, **exported)
-                print(f"{args.export}: the generator, fingerprint {identity}")
-            return
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
-        if args.preset == "recommended" and not args.latents:
-            changed = args.fill(generator.recommended.get("generate", {}))
-            if changed and dist.is_main:
-                flags = " ".join(f"--{name} {value}" for name, value in changed.items())
-                print(f"{generator.path} recommends {flags} (--preset published: without)", file=sys.stderr)
+        recommended = {} if args.latents else generator.recommended.get("generate", {})
+        if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
+            print(filled, file=sys.stderr)
         mean = mean_w(generator, args.truncation, args.truncation_mean, dist)
         drawing = {"truncation": args.truncation, "mean": mean}
         if args.latents:

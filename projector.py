@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from common.cli import PRECISIONS, SPACES, ArgumentParser, UsageError, UserError, add_device_flags, run_script
-from common.flags import add_face_flags, add_preset_flag, fill_recommended
+from common.flags import add_face_flags, add_preset_flag
 
 EARLY_STOP = 0.02  # when --early_stop is given without a number
 SETTINGS = ("lr", "lr_rampup", "lr_rampdown", "noise", "noise_ramp", "noise_regularize", "mse", "early_stop")
@@ -82,7 +82,7 @@ def main(args) -> int:
         # Settings: flags, else what the generator's file recommends; an encoder that it names lies beside it.
         generator = load_generator(args.ckpt, dist.device)
         recommended = generator.recommended.get("projector", {})
-        if (filled := fill_recommended(args, recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
+        if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
             print(filled, file=sys.stderr)
         kind, _, path = args.init.partition(":")
         if path and "init" not in args.given:

@@ -52,11 +52,20 @@ class Flags(argparse.Namespace):
         flags.update(changed)
         return changed
 
-    def recommend(self, settings: dict, schema: dict, source) -> str:
-        """`fill` in the flags of `schema` (common/files.py) that the generator `source` recommends, and say which."""
-        changed = self.fill({name: value for name, value in settings.items() if f"{name}?" in schema})
-        flags = " ".join(f"--{flag} {value}" for flag, value in changed.items())
-        return f"{source} recommends {flags} (--preset published: the paper's settings)" if flags else ""
+    def recommend(self, settings: dict, names, source) -> str:
+        """`fill` in those of the flags `names` that a model's file, `source`, recommends; a value of the wrong type is
+        left out. Returns a sentence that names what changed; "" with --preset published."""
+        flags = vars(self)
+        fitting = {name: value for name, value in settings.items() if name in names and is_like(value, flags[name])}
+        changed = {} if flags.get("preset") == "published" else self.fill(fitting)
+        text = " ".join(f"--{name} {value}" for name, value in changed.items())
+        return f"{source} recommends {text} (--preset published: the paper's settings)" if text else ""
+
+
+def is_like(value, default) -> bool:
+    """Has `value` the type of a flag's default? Numbers are alike, and anything where there is no default."""
+    numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
+    return default is None or type(value) is type(default) or numbers
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

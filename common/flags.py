@@ -11,7 +11,7 @@ settings = read_fields(Settings, vars(args))
 import math
 from dataclasses import field, fields
 
-from common.cli import FITS, PRECISIONS, Flags, UsageError, add_device_flags
+from common.cli import FITS, PRECISIONS, UsageError, add_device_flags
 
 
 def flag(default, help: str, **options):
@@ -69,21 +69,6 @@ def add_training_flags(parser, *, published: str, keep: int, workers: int, wandb
 def add_preset_flag(group) -> None:
     help = "the paper's settings, whatever the model's file recommends"
     group.add_argument("--preset", choices=("published",), help=help)
-
-
-def fill_recommended(args: Flags, recommended: dict, names, source) -> str:
-    """Set those of the flags `names` that were not given to what a model's file, `source`, recommends. A value of the
-    wrong type is left out. Returns a sentence that names what changed; "" with --preset published."""
-    given = vars(args)
-    fitting = {name: value for name, value in recommended.items() if name in names and _like(value, given[name])}
-    changed = {} if args.preset else args.fill(fitting)
-    flags = " ".join(f"--{name} {value}" for name, value in changed.items())
-    return f"{source} recommends {flags} (--preset published: the paper's settings)" if flags else ""
-
-
-def _like(value, default) -> bool:
-    numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
-    return default is None or type(value) is type(default) or numbers
 
 
 def add_face_flags(group) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, latest_checkpoint
-from common.cli import ROOT, Flags, UserError
+from common.cli import ROOT, Flags, UserError, is_like
 from common.distributed import barrier
 from common.files import atomic_write, open_regular, parse_json, write_text
 from common.lock import lock_folder
@@ -43,15 +43,9 @@ def restore_options(flags: Flags, stored: dict, source, *, keep=()) -> str:
     values, left = vars(flags), {*MACHINE, *INVOCATION, *keep}
     options = {name: value for name, value in stored.items() if name in values and name not in left}
     for name, value in options.items():
-        default = values[name]
-        numbers = isinstance(default, (int, float)) and isinstance(value, (int, float))
-        if (
-            name not in flags.given
-            and None not in (default, value)
-            and type(value) is not type(default)
-            and not numbers
-        ):
-            raise CheckpointError(f"{source}: its option {name} is {value!r}, expected a {type(default).__name__}")
+        if name not in flags.given and value is not None and not is_like(value, values[name]):
+            expected = type(values[name]).__name__
+            raise CheckpointError(f"{source}: its option {name} is {value!r}, expected a {expected}")
     changed = [f"--{n} {values[n]} (was {v})" for n, v in options.items() if n in flags.given and values[n] != v]
     flags.fill(options)
     return f"options of {source}, but {', '.join(changed)}" if changed else ""

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import PRECISIONS, ArgumentParser, UsageError, UserError, add_device_flags, positive_int, run_script
-from common.flags import add_face_flags, add_fields, add_preset_flag, fill_recommended, read_fields
+from common.flags import add_face_flags, add_fields, add_preset_flag, read_fields
 from pSp.settings import InferenceSettings
 
 RECOMMENDED = ("test_batch_size", "resize_outputs", "precision", "lpips_net", "id_net")  # flags a file may set
@@ -69,7 +69,7 @@ def main(args) -> int:
             maps = f"label maps of {net.config.input_nc} channels"
             raise UserError(f"{path} encodes {maps}: only encoders of RGB images are supported")
         recommended = net.decoder.recommended.get("encoder", {})
-        if (filled := fill_recommended(args, recommended, RECOMMENDED, path)) and dist.is_main:
+        if (filled := args.recommend(recommended, RECOMMENDED, path)) and dist.is_main:
             print(filled, file=sys.stderr)
         settings = read_fields(InferenceSettings, vars(args))
         perceptual = build_perceptual(args.lpips_net, dist.device, args.weights_dir)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataclasses import fields
 
 from common.cli import ArgumentParser, UsageError, UserError, require_one_start, run_script
-from common.flags import add_fields, add_preset_flag, add_training_flags, count, fill_recommended, read_fields
+from common.flags import add_fields, add_preset_flag, add_training_flags, count, read_fields
 from pSp.data_configs import dataset_type, find_path, generator_path, training_path
 from pSp.settings import EncoderFlags, LossWeights, TrainSettings
 
@@ -110,7 +110,7 @@ def main(args) -> int:
         if generator and not continues:
             if args.output_size not in (None, size := generator.config.size):
                 raise UserError(f"--output_size {args.output_size}, but {given} is a generator of {size} px")
-            filled = fill_recommended(args, generator.recommended.get("encoder", {}), RECOMMENDED, given)
+            filled = args.recommend(generator.recommended.get("encoder", {}), RECOMMENDED, given)
             if filled and dist.is_main:
                 print(filled, file=sys.stderr)
         settings, weights, flags = read_settings(vars(args))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import generate
+import convert
 from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.distributed import Distributed
@@ -15,7 +15,7 @@ FEATURES = "scorer:face-scorer"
 
 
 def call(*flags):
-    return run(generate.main, generate.build_parser(), [*map(str, flags), "--device", "cpu"])
+    return run(convert.main, convert.build_parser(), list(map(str, flags)))
 
 
 @pytest.mark.parametrize("features", ["", FEATURES])
@@ -23,7 +23,7 @@ def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features
     old = Trainer(tiny_config, TrainSettings(batch=4, vision_aided=features), ALONE)
     save_checkpoint(tmp_path / "000007.pt", old.state_dict())
     export = tmp_path / "face.safetensors"
-    assert call("--ckpt", tmp_path / "000007.pt", "--export", export, "--with_d") == 0
+    assert call(tmp_path / "000007.pt", export, "--with_d") == 0
     assert (tmp_path / "face-d.safetensors").is_file()
     new = Trainer(tiny_config, TrainSettings(batch=4, vision_aided=features, seed=1), ALONE)
     init_from(new, read_weights(export))
@@ -38,11 +38,10 @@ def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features
 def test_half_precision_and_a_missing_discriminator(tiny_config, tmp_path, capsys):
     old = Trainer(tiny_config, TrainSettings(batch=4), ALONE)
     save_checkpoint(tmp_path / "000007.pt", old.state_dict())
-    assert call("--ckpt", tmp_path / "000007.pt", "--export", tmp_path / "half.safetensors", "--half", "--with_d") == 0
+    assert call(tmp_path / "000007.pt", tmp_path / "half.safetensors", "--half", "--with_d") == 0
     new = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)
     init_from(new, read_weights(tmp_path / "half.safetensors"))
     for a, b in zip(new.d.parameters(), old.d.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
-    assert call("--ckpt", tmp_path / "half.safetensors", "--export", tmp_path / "again.safetensors", "--with_d") == 1
+    assert call(tmp_path / "half.safetensors", tmp_path / "again.safetensors", "--with_d") == 1
     assert "holds no discriminator" in capsys.readouterr().err
-    assert call("--ckpt", tmp_path / "half.safetensors", "--with_d") == 2

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import convert
 import generate
 from common.checkpoint import save_checkpoint
 from common.cli import run
@@ -37,6 +38,10 @@ def write_ckpt(path, network):
 
 def command(*args):
     return run(generate.main, generate.build_parser(), [str(arg) for arg in args])
+
+
+def export(*args):
+    return run(convert.main, convert.build_parser(), [str(arg) for arg in args])
 
 
 def close(found, expected):

@@ -30,8 +30,6 @@ from model import load_generator
         (["--latents", "absent ü"], 1, "absent ü"),
         (["--video", "a.mp4"], 2, "--interpolate"),
         (["--interpolate", "--video", "a.avi"], 2, ".webp"),
-        (["--export", "a.pt"], 2, ".safetensors"),
-        (["--half"], 2, "--export"),
         (["--latents", "x", "--save_latents"], 2, "--save_latents"),
         (["--batch", "0"], 2, "--batch"),
         (["--frames", "0", "--interpolate"], 2, "--frames"),
@@ -72,7 +70,6 @@ COMMANDS = (
     "--seeds 0-4 --grid --save_latents --noise random --trunc 0.5 --truncation_mean 20",
     "--mix 0-2 3",
     "--seeds 0-2 --interpolate --frames 3 --video {out}/a.gif",
-    "--export {out}/a.safetensors",
 )
 IN_ONE_GROUP = """
 import sys

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from generating import close, command, images_in, new_generator, seed_images, write_ckpt
+from generating import close, command, export, images_in, new_generator, seed_images, write_ckpt
 from PIL import Image
 
 from common.checkpoint import CheckpointError, load_safetensors, save_checkpoint
@@ -177,8 +177,7 @@ def test_file_names():
 
 def test_export_and_load_back(ckpt, generator, tmp_path, capsys):
     file = tmp_path / "faces.safetensors"
-    assert command("--ckpt", ckpt, "--export", file, "--output_dir", tmp_path / "out") == 0
-    assert not (tmp_path / "out").exists()  # an export alone renders nothing
+    assert export(ckpt, file) == 0
     tensors, metadata = load_safetensors(file)
     assert metadata["config"] == generator.config.to_dict() and metadata["step"] == 7
     assert metadata["fingerprint"] == generator.fingerprint == load_generator(file).fingerprint
@@ -189,7 +188,7 @@ def test_export_and_load_back(ckpt, generator, tmp_path, capsys):
 
 def test_half_export(ckpt, generator, tmp_path):
     file = tmp_path / "half.safetensors"
-    assert command("--ckpt", ckpt, "--export", file, "--half") == 0
+    assert export(ckpt, file, "--half") == 0
     tensors, metadata = load_safetensors(file)
     assert {tensor.dtype for name, tensor in tensors.items() if name not in STATISTICS} == {torch.float16}
     loaded = load_generator(file)
@@ -202,11 +201,11 @@ def test_export_beside_its_base(tmp_path, capsys):
     """Equal tensors are left out; the file reads back as a whole one, and without its base says what is missing."""
     base, whole, part = (tmp_path / f"{name}.safetensors" for name in ("base", "whole", "part"))
     network = new_generator()
-    assert command("--ckpt", write_ckpt(tmp_path / "1.pt", network), "--export", base, "--half") == 0
+    assert export(write_ckpt(tmp_path / "1.pt", network), base, "--half") == 0
     network.conv1.conv.modulation.weight.add_(1)
     ckpt = write_ckpt(tmp_path / "2.pt", network)
-    assert command("--ckpt", ckpt, "--export", whole, "--half") == 0
-    assert command("--ckpt", ckpt, "--export", part, "--half", "--base", base) == 0
+    assert export(ckpt, whole, "--half") == 0
+    assert export(ckpt, part, "--half", "--base", base) == 0
     tensors, metadata = load_safetensors(part)
     assert list(tensors) == ["conv1.conv.modulation.weight"] and metadata["base"]["file"] == "base.safetensors"
     loaded = load_generator(part)
@@ -214,10 +213,9 @@ def test_export_beside_its_base(tmp_path, capsys):
     assert np.array_equal(seed_images(loaded, [0]), seed_images(load_generator(whole), [0]))
     for target, words in ((base, "another export"), (tmp_path / "b" / "x.safetensors", "in the folder of x")):
         before = base.read_bytes()
-        assert command("--ckpt", ckpt, "--export", target, "--half", "--base", base) == 1
+        assert export(ckpt, target, "--half", "--base", base) == 1
         assert words in capsys.readouterr().err and base.read_bytes() == before
-    assert command("--ckpt", whole, "--export", tmp_path / "y.safetensors", "--base", part) == 1
-    assert command("--ckpt", ckpt, "--base", base) == 2 and "for --export" in capsys.readouterr().err
+    assert export(whole, tmp_path / "y.safetensors", "--base", part) == 1
     shutil.copy(whole, base)
     with pytest.raises(CheckpointError, match="belongs to a base.safetensors with the fingerprint"):
         load_generator(part)
@@ -227,7 +225,7 @@ def test_export_beside_its_base(tmp_path, capsys):
 
 
 def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_config):
-    """The export of --keep while training and that of --export are one; another program's file is left alone."""
+    """The export of --keep while training and that of convert.py are one; another program's file is left alone."""
     trainer = Trainer(tiny_config, TrainSettings(batch=1), Distributed(0, 0, 1, torch.device("cpu"), None))
     folder = tmp_path / "run" / "checkpoint"
     with Run(tmp_path / "run", {}, use_tensorboard=False) as opened:
@@ -236,7 +234,7 @@ def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_con
         for step in (4, 5):
             save_and_prune(opened, trainer.state_dict() | {"step": step}, keep=1)
             if step == 4:
-                assert command("--ckpt", folder / "000004.pt", "--export", tmp_path / "a.safetensors") == 0
+                assert export(folder / "000004.pt", tmp_path / "a.safetensors") == 0
     assert sorted(p.name for p in folder.iterdir()) == ["000003.pt", "000004.safetensors", "000005.pt"]
     (tensors, header), (others, other) = (
         load_safetensors(path) for path in (folder / "000004.safetensors", tmp_path / "a.safetensors")
@@ -250,7 +248,7 @@ def test_half_export_refuses_large_weights(tmp_path, capsys):
     network = new_generator()
     network.conv1.conv.weight.mul_(1e6)
     path = write_ckpt(tmp_path / "1.pt", network)
-    assert command("--ckpt", path, "--export", tmp_path / "a.safetensors", "--half") == 1
+    assert export(path, tmp_path / "a.safetensors", "--half") == 1
     assert "conv1.conv.weight" in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
 
 

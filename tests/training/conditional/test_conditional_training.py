@@ -12,7 +12,7 @@ from colours import FLAGS, NAMES, SMALL, ColourScorer, gradients_of, make_traine
 from PIL import Image
 from trainers import assert_equal_states
 
-import generate
+import convert
 import train
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import run
@@ -307,8 +307,8 @@ def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
     good = ["--init_from", unconditional, "--iter", "1"]
     assert start(tmp_path / "run", face_lmdb, *good) == 0
     export = tmp_path / "export.safetensors"
-    argv = ["--ckpt", tmp_path / "run" / "checkpoint" / "000001.pt", "--export", export, "--device", "cpu"]
-    assert run(generate.main, generate.build_parser(), list(map(str, argv))) == 0
+    argv = [str(tmp_path / "run" / "checkpoint" / "000001.pt"), str(export)]
+    assert run(convert.main, convert.build_parser(), argv) == 0
     assert read_condition(export).attributes == NAMES
     capfd.readouterr()
     status, line = error("--init_from", export, lead=plain)
