@@ -37,7 +37,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    from common.export import discriminator_file
+    from common.generator_file import discriminator_file
     from interop.export import draw_check, export_generator, read_source, write_checkpoint
 
     source, target = Path(args.source), Path(args.target)

@@ -11,121 +11,18 @@ rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN: their checkpoints l
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export, load_strictly
-from common.export import generator_fingerprint
+from common.checkpoint import CheckpointError, load_strictly
+from common.generator_file import GeneratorConfig, Statistics, generator_fingerprint, read_generator
 from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, ToRGB, build_mapping
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
 CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2
-STATISTICS = ("latent_mean", "latent_std")  # tensors of an exported file: [L, style_dim] and [L] of w
-
-
-class Statistics(NamedTuple):
-    """Statistics of w that came with a file: mean [1, L, style_dim], std [L], and the number of samples behind them."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-    samples: int
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-LIMITS = {  # of a config, so that no file makes us build what no machine holds
-    "style_dim": (1, 1 << 14),
-    "n_mlp": (1, 64),
-    "channel_multiplier": (1e-6, 1e3),
-    "channel_max": (1, 1 << 14),
-    "lr_mlp": (1e-9, 1e3),
-    "condition_dim": (0, 1 << 12),
-    "channel_base": (0, 1 << 24),
-}
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """All that is needed to rebuild a Generator or Discriminator. Raises ValueError for what cannot be built."""
-
-    size: int = 256  # pixels, a power of two, 32..1024 (8 and 16 exist for tests)
-    style_dim: int = 512
-    n_mlp: int = 8  # mapping layers (W) or transformer blocks (W++)
-    w_space: bool = False  # False: W++ (transformer), True: W (MLP)
-    channel_multiplier: float = 2  # scales the widths above 32 pixels
-    channel_max: int = 512
-    lr_mlp: float = 0.01
-    condition_dim: int = 0  # attributes concatenated to every token of w (the conditional GAN)
-    channel_base: int = 0  # widths of channel_base / resolution at every resolution; 0: the published rule above
-    independent: bool = False  # W++ without attention: one MLP per token, the paper's ablation "14 mapping"
-
-    def __post_init__(self):
-        if self.size < 8 or self.size > 1024 or self.size & (self.size - 1):
-            raise ValueError(f"size must be a power of two from 32 to 1024, got {self.size}")
-        if self.w_space and self.independent:
-            raise ValueError("independent mappings belong to W++: W has one mapping for all layers")
-        if self.has_attention and self.style_dim % 16:
-            raise ValueError(f"W++ needs a style_dim divisible by 16 (4 heads of style_dim/16), got {self.style_dim}")
-        for name, (least, most) in LIMITS.items():
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be from {least} to {most}, got {getattr(self, name)}")
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of w: two per resolution from 8 up, plus two. 8 at 32 px ... 14 at 256 ... 18 at 1024."""
-        return 2 * (int(math.log2(self.size)) - 1)
-
-    @property
-    def n_noise(self) -> int:
-        return self.n_tokens - 1
-
-    @property
-    def space(self) -> str:
-        return "w" if self.w_space else "w++"
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether the mapping is the transformer of W++, whose tokens see each other."""
-        return not (self.w_space or self.independent)
-
-    def channels(self, resolution: int) -> int:
-        """Feature maps at a resolution: 512 up to 32 px, then 256m at 64, 128m at 128 ..., capped by channel_max. With
-        channel_base: channel_base / resolution, capped likewise, so that every resolution costs about the same."""
-        if self.channel_base:
-            return max(1, min(self.channel_max, self.channel_base // resolution))
-        width = 512 if resolution <= 32 else int(16384 // resolution * self.channel_multiplier)
-        return max(1, min(self.channel_max, width))
-
-    @property
-    def widths(self) -> list[int]:
-        """Feature maps from 4 px to the full size."""
-        return [self.channels(2**r) for r in range(2, int(math.log2(self.size)) + 1)]
-
-    def noise_size(self, index: int) -> int:
-        return 2 ** ((index + 5) // 2)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> GeneratorConfig:
-        """The config that `to_dict` gave. Raises ValueError for other names, types and numbers."""
-        defaults = asdict(cls())
-        if not isinstance(values, dict):
-            raise ValueError(f"the model config is a {type(values).__name__}, no table")
-        if unknown := sorted(set(values) - set(defaults)):
-            raise ValueError(f"model config has unknown entries {unknown}: written by a newer version?")
-        for name, value in values.items():
-            kinds = (int, float) if name in ("channel_multiplier", "lr_mlp") else type(defaults[name])
-            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(defaults[name], bool):
-                raise ValueError(f"{name} of the model config is {value!r:.40}, such as {defaults[name]} expected")
-        return cls(**values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,99 +256,7 @@ class Discriminator(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Building a network from a file
-
-
-def infer_config(state: dict) -> GeneratorConfig:
-    """The architecture of a generator from its tensors: TransStyleGAN (W++, W), rosinality (W), or our own.
-
-    Raises CheckpointError when the tensors are not such a generator's. lr_mlp cannot be seen: the published 0.01.
-    """
-    if not isinstance(state, dict):
-        raise CheckpointError(f"a {type(state).__name__} is not a StyleGAN2 generator's tensors")
-    foreign = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    try:
-        if "style.1.atten.q_transform.weight" in state:
-            style_dim = state["style.1.atten.proj.weight"].shape[0]
-            n_mlp = len([k for k in state if k.startswith("style.") and k.endswith("atten.proj.weight")])
-        else:
-            style_dim = state["style.1.weight"].shape[-1]
-            n_mlp = len([k for k in state if k.startswith("style.") and k.endswith(".weight")])
-        n_convs = len([k for k in state if k.startswith("convs.") and k.endswith("conv.weight")])
-        size = 2 ** (n_convs // 2 + 2)
-        widths = {4: state["conv1.conv.weight"].shape[1]}
-        widths |= {2 ** (i + 3): state[f"convs.{2 * i}.conv.weight"].shape[1] for i in range(n_convs // 2)}
-        condition_dim = state["conv1.conv.modulation.weight"].shape[1] - style_dim
-    except (KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"these tensors are not a StyleGAN2 generator's: {error} is missing") from None
-    if foreign:
-        raise CheckpointError(f"a StyleGAN2 generator holds tensors only, here {foreign[0]} is none")
-    mlp_axes = state["style.1.weight"].ndim if "style.1.weight" in state else 0  # 2: W, 3: one MLP per token
-    # The rule behind the widths: the published one, with the multiplier that some resolution shows, or channel_base
-    products = sorted({width * side for side, width in widths.items()}, reverse=True)
-    rules = [(2, 0), *((product / 16384, 0) for product in products), *((2, product) for product in products)]
-    for multiplier, base in rules:
-        config = GeneratorConfig(
-            size,
-            style_dim,
-            n_mlp,
-            mlp_axes == 2,
-            multiplier,
-            widths[4],
-            condition_dim=condition_dim,
-            channel_base=base,
-            independent=mlp_axes == 3,
-        )
-        if all(config.channels(side) == width for side, width in widths.items()):
-            return config
-    raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
-
-
-def generator_weights(file: dict) -> dict:
-    """The EMA generator's tensors in a checkpoint: `g_ema`, `state_dict`, or bare; without DataParallel's `module.`.
-
-    Raises CheckpointError for a file that has the unaveraged generator alone.
-    """
-    state = file.get("g_ema", file.get("state_dict", file))
-    if state is file and isinstance(file.get("g"), dict):
-        held = ", ".join(f"`{name}`" for name in file)
-        raise CheckpointError(f"holds {held:.80}, but no `g_ema`, the averaged generator")
-    if isinstance(state, dict) and state and all(str(name).startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
-
-
-def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
-    """EMA tensors, config, and what else the file says: a `.safetensors` export, or a training checkpoint (`g_ema`).
-
-    Of an export that is its header, with `statistics` (if there) as a `Statistics`; else the whole checkpoint.
-    Raises FileNotFoundError, or CheckpointError when the file holds no generator.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            state, file = load_export(path)
-        else:
-            file = load_checkpoint(path)
-            state = generator_weights(file)
-        inferred = infer_config(state)
-        config = inferred if file.get("config") is None else GeneratorConfig.from_dict(file["config"])
-        for name in ("size", "style_dim", "n_mlp", "w_space", "independent", "condition_dim", "widths"):
-            if getattr(config, name) != getattr(inferred, name):
-                stated, found = getattr(config, name), getattr(inferred, name)
-                raise CheckpointError(f"its config says {name} {stated}, its tensors have {found}")
-        if path.suffix != ".safetensors" and sum(tensor.nbytes for tensor in state.values()) > path.stat().st_size:
-            raise CheckpointError("its tensors claim more numbers than are in the file")
-    except ValueError as error:
-        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
-    if config.w_space:
-        state.pop("token", None)
-    else:
-        state.setdefault("token", torch.eye(config.n_tokens))
-    tensors = {name: state.pop(name) for name in STATISTICS if name in state}
-    if "statistics" in file:  # a file that completes another has only those of its own header
-        file["statistics"] = _read_statistics(tensors, file["statistics"], config, path)
-    return state, config, file
+# A network from a file
 
 
 def load_generator(
@@ -471,28 +276,8 @@ def load_generator(
     generator.fingerprint = generator_fingerprint(generator.state_dict())
     stated = file.get("fingerprint") if Path(path).suffix == ".safetensors" else None
     if stated not in (None, generator.fingerprint):
-        raise CheckpointError(
-            f"{path} is damaged: its weights have the fingerprint {generator.fingerprint}, its header says "
-            f"{stated}; copy or download it again"
-        )
+        found = f"its weights have the fingerprint {generator.fingerprint}, its header says {stated}"
+        raise CheckpointError(f"{path} is damaged: {found}; copy or download it again")
     generator.path, generator.compute_dtype = Path(path), dtype
-    generator.recommended = _read_recommended(file.get("recommended", {}), path)
-    generator.statistics = file.get("statistics")
+    generator.recommended, generator.statistics = file.get("recommended", {}), file.get("statistics")
     return generator.eval().requires_grad_(False).to(device)
-
-
-def _read_recommended(settings, path) -> dict:
-    if not isinstance(settings, dict) or not all(isinstance(flags, dict) for flags in settings.values()):
-        raise CheckpointError(f"{path}: `recommended` is not a table of flags per script")
-    return settings
-
-
-def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path) -> Statistics:
-    """The stored statistics of w, if they are whole; CheckpointError otherwise."""
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != {"latent_mean": [config.n_tokens, config.style_dim], "latent_std": [config.n_tokens]}:
-        raise CheckpointError(f"{path}: statistics of w with the shapes {shapes} do not fit {config.n_tokens} tokens")
-    samples, stated = (header.get(name) if isinstance(header, dict) else None for name in ("samples", "fingerprint"))
-    if not isinstance(samples, int) or stated != fingerprint(tensors):
-        raise CheckpointError(f"{path} is damaged: its statistics of w are not those of its header; copy it again")
-    return Statistics(tensors["latent_mean"][None], tensors["latent_std"], samples)

@@ -12,12 +12,12 @@ import torch
 
 from common.checkpoint import load_strictly, save_checkpoint
 from common.cli import UserError
-from common.export import export_discriminator, export_ema
 from common.files import read_json
+from common.generator_file import export_discriminator, export_ema, read_generator
 from common.images import save_image, to_uint8
 from interop.nvidia import differences, discriminator_tensors, generator_tensors
 from interop.nvidia_pickle import read_networks
-from model import Discriminator, Generator, GeneratorConfig, load_generator, read_generator
+from model import Discriminator, Generator, GeneratorConfig, load_generator
 
 SAMPLES = 10_000  # behind the stored statistics of w
 KEPT = ("step", "condition", "noise", "recommended", "vision_aided", "aid")  # of a source's metadata

@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 
 from common.checkpoint import CheckpointError, load_strictly
+from common.generator_file import infer_config
 from interop.nvidia_pickle import Network
 from layers import make_kernel
-from model import Discriminator, Generator, GeneratorConfig, infer_config, stddev_group
+from model import Discriminator, Generator, GeneratorConfig, stddev_group
 
 OURS_ALONE = re.compile(r"token|.*\.kernel")  # constants of our networks
 THEIRS_ALONE = re.compile(r"(.*\.)?(resample_filter|w_avg)")  # w_avg is kept apart: latent_avg of a checkpoint

@@ -5,7 +5,7 @@ import torch
 from common.checkpoint import CheckpointError, load_safetensors, save_safetensors
 from common.cli import UsageError
 from common.distributed import Distributed
-from common.export import generator_fingerprint
+from common.generator_file import generator_fingerprint
 from common.runs import Run, truncate_log
 from metrics.evaluation import METRICS, evaluate
 from metrics.extractors import build_extractor, metric_name

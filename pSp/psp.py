@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_safetensors
-from common.export import generator_fingerprint
-from model import Generator, GeneratorConfig, infer_config, load_generator
+from common.generator_file import generator_fingerprint, infer_config
+from model import Generator, GeneratorConfig, load_generator
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
 
 RESTYLE_PASSES = 5  # as published

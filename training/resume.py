@@ -10,9 +10,9 @@ from pathlib import Path
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors
 from common.cli import UsageError
-from common.export import discriminator_file
+from common.generator_file import discriminator_file, infer_config, read_generator
 from common.runs import find_start
-from model import GeneratorConfig, infer_config, read_generator
+from model import GeneratorConfig
 from training.settings import WIDTHS, TrainSettings
 from training.trainer import Trainer
 from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen

@@ -16,7 +16,7 @@ from projecting import ROOT, STEPS, flags, results, start
 import generate
 import projector
 from common.cli import run
-from common.export import export_ema
+from common.generator_file import export_ema
 from common.images import read_image, save_image, to_tensor
 from common.latents import load_latents, save_latents
 from common.lock import lock_folder

@@ -7,7 +7,7 @@ from linear_generator import Linear, squared
 from processes import launch
 
 from common.cli import run
-from common.export import export_ema
+from common.generator_file import export_ema
 from metrics import ppl
 from metrics.flags import PathSettings
 from metrics.path_length import crop_and_shrink, path_lengths, trimmed_mean

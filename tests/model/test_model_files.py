@@ -13,8 +13,8 @@ from straight import meta
 
 from common.checkpoint import CheckpointError, fingerprint, save_checkpoint, save_safetensors
 from common.cli import UserError
-from common.export import export_ema
-from model import Discriminator, Generator, GeneratorConfig, infer_config, load_generator, read_generator
+from common.generator_file import export_ema, infer_config, read_generator
+from model import Discriminator, Generator, GeneratorConfig, load_generator
 
 
 def published_checkpoint(config):

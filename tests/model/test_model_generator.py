@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from straight import grouped_modulated_conv, loud, straight_resample
 
-from model import STATISTICS_STREAM, Discriminator, Generator, GeneratorConfig, infer_config
+from common.generator_file import infer_config
+from model import STATISTICS_STREAM, Discriminator, Generator, GeneratorConfig
 
 
 def straight_mapping(state, z, heads=4, lr_mul=0.01):

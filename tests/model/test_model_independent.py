@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.generator_file import infer_config
 from layers import EqualLinear
-from model import Generator, GeneratorConfig, infer_config, load_generator
+from model import Generator, GeneratorConfig, load_generator
 from training.transfer import grow_generator
 
 

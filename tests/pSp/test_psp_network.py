@@ -8,7 +8,7 @@ from PIL import Image
 from psp_networks import LIGHT, tiny_generator, tiny_net
 
 from common.checkpoint import CheckpointError, save_checkpoint, save_safetensors
-from common.export import generator_fingerprint
+from common.generator_file import generator_fingerprint
 from pSp.encoders import E4E, GRADUAL, INTO_W, INTO_W_PLUS, EncoderConfig
 from pSp.psp import export_encoder, load_psp, pSp, psp_state
 

@@ -8,7 +8,7 @@ import convert
 import generate
 from common.checkpoint import save_checkpoint
 from common.cli import run
-from common.export import generator_fingerprint
+from common.generator_file import generator_fingerprint
 from model import Generator, GeneratorConfig
 from sampling.render import render, seed_source
 

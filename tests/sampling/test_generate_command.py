@@ -11,7 +11,7 @@ import torch
 from generating import close, command, images_in, new_generator, seed_images
 
 from common.checkpoint import save_checkpoint
-from common.export import export_ema
+from common.generator_file import export_ema
 from model import load_generator
 
 

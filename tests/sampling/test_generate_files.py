@@ -10,9 +10,10 @@ from PIL import Image
 
 from common.checkpoint import CheckpointError, load_safetensors, save_checkpoint
 from common.distributed import Distributed
+from common.generator_file import STATISTICS
 from common.latents import load_latents, save_latents
 from common.runs import Run
-from model import STATISTICS, load_generator
+from model import load_generator
 from sampling.render import file_names, map_latents, mix, noise_maps, render, seeded_z, select_noise
 from training.loop import save_and_prune
 from training.trainer import Trainer, TrainSettings

@@ -7,7 +7,7 @@ from PIL import Image
 
 import tools.make_figures
 from common.cli import run
-from common.export import export_ema
+from common.generator_file import export_ema
 from editing.boundary import Boundary
 from model import Generator, GeneratorConfig, load_generator
 from perceptual.lpips import build_perceptual

@@ -24,7 +24,7 @@ from trainers import assert_equal_states, make_trainer, random_images
 import train
 from common.checkpoint import load_checkpoint, load_safetensors, save_checkpoint
 from common.cli import run
-from common.export import export_ema
+from common.generator_file import export_ema
 from common.lock import lock_folder
 from common.runs import read_log
 from model import Generator, GeneratorConfig, load_generator

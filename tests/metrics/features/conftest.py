@@ -6,7 +6,7 @@ import pytest
 import torch
 from features_of import DIM, Counted
 
-from common.export import export_ema
+from common.generator_file import export_ema
 from metrics import extractors
 from metrics.extractors import Extractor, build_extractor
 from metrics.protocol import PROTOCOLS

@@ -19,7 +19,7 @@ import scorer.network
 import training.conditional
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
-from common.export import export_ema
+from common.generator_file import export_ema
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
 from editing.attributes import Condition, ConditionScorer
