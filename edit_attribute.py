@@ -100,10 +100,9 @@ def main(args) -> None:
     from tqdm import tqdm
 
     from common.distributed import gather_list, setup, shard, shutdown
-    from common.files import check_shape
+    from common.files import check_shape, safe_name
     from common.images import save_image
     from common.latents import parse_layers
-    from common.names import safe_name
     from common.precision import DTYPES
     from common.tables import append_table, write_table
     from common.video import save_video

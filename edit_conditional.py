@@ -86,8 +86,7 @@ def main(args) -> None:
     from tqdm import tqdm
 
     from common.distributed import gather_list, setup, shard, shutdown
-    from common.files import check_shape
-    from common.names import safe_name
+    from common.files import check_shape, safe_name
     from common.tables import append_table, write_skipped, write_table
     from editing import transfer
     from editing.attributes import ConditionScorer, base_fingerprint, load_condition_scorer, read_condition

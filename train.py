@@ -88,8 +88,8 @@ def main(args) -> int:
 
     import torch
 
+    from common.cli import StopSignal
     from common.distributed import setup, shutdown
-    from common.interrupt import StopSignal
     from common.precision import bf16_pays
     from common.runs import open_run, restore_options
     from dataset import InfiniteSampler, data_loader, open_dataset

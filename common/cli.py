@@ -218,6 +218,21 @@ def _sigterm_unwinds():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class StopSignal:
+    """Lets a long run finish its step and save: `raised` turns true at SIGTERM or the first Ctrl-C; a second one raises
+    KeyboardInterrupt at once."""
+
+    def __init__(self):
+        self.raised = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame):
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True
+
+
 def run_script(main, parser):
     """Parse the command line, call `main(args)`, and end the process with the status of `run`."""
     if hasattr(sys.stdout, "reconfigure"):  # a file name need not be valid UTF-8

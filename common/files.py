@@ -1,4 +1,5 @@
-"""Files: written whole or not at all, read only where they are regular, JSON only in the shape that is expected.
+"""Files: written whole or not at all, read only where they are regular, JSON only in the shape that is expected;
+and names of files made of strings that come from files.
 
 with atomic_write("report.csv") as file: file.write(b"...")
 entries = read_json("alignment.json", {"version": int, "faces": [dict]}, what="alignment.json of align_faces.py")
@@ -24,6 +25,9 @@ from common.lock import process_start
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write, which names no file
 MAX_JSON = 256 << 20  # bytes; the alignment.json of 70,000 faces has 60 MB
+
+NAME_LENGTH = 120  # characters; with suffix and numbers a name stays below the 255 bytes that file systems take
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # of Windows
 
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _TEMPORARY = re.compile(rf"\.tmp-{_HOST}-(\d+)-(\w*)-\d+\b")  # process id and start, number of the call
@@ -191,3 +195,20 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:20]} is not finite")
     return value
+
+
+def safe_name(text: str, fallback: str = "unnamed") -> str:
+    """`text` as one part of a path: no separators, control characters or leading dots, never empty, not too long.
+    Letters of any script stay as they are."""
+    name = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]', "_", str(text)).strip().lstrip(".").rstrip(". ")
+    while len(name.encode()) > 2 * NAME_LENGTH or len(name) > NAME_LENGTH:
+        name = name[:-1]
+    if not name.strip("_"):
+        return fallback
+    return f"_{name}" if RESERVED.fullmatch(name) else name
+
+
+def safe_path(text: str, fallback: str = "unnamed") -> str:
+    """Like `safe_name`, of a relative path: its folders stay, upwards it does not go."""
+    parts = [safe_name(part) for part in re.split(r"[/\\]", str(text)) if part.strip() not in ("", ".", "..")]
+    return "/".join(parts) or fallback

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from common.cli import UsageError
+from common.files import safe_name
 from common.grids import make_strip
 from common.images import save_image
-from common.names import safe_name
 from editing.boundary import Boundary, load_boundary
 from editing.edit import InvertedFace, edit_w, score_along, search_distance
 from editing.evaluate import Evaluation

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.files import safe_name
 from common.grids import make_strip
 from common.images import read_image, save_image
-from common.names import safe_name
 from editing.attributes import Condition, ConditionScorer
 from editing.edit import InvertedFace, face_at, render_ws
 from editing.evaluate import evaluate, score_frames

@@ -12,14 +12,12 @@ import torch
 from torch.utils.data import Dataset
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from common.cli import UserError
-from common.distributed import Distributed, all_reduce_mean, barrier, gather_list, mix_seeds, shard
+from common.cli import StopSignal, UserError
+from common.distributed import Distributed, Stats, all_reduce_mean, barrier, gather_list, mix_seeds, shard
 from common.grids import save_grid
-from common.interrupt import StopSignal
 from common.lmdb_store import DatasetError
 from common.precision import DTYPES
 from common.runs import Run, StepBar, format_duration
-from common.stats import Stats
 from dataset import normalise
 from pSp.data_configs import DATASETS
 from pSp.images import make_pair, read_batches

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.files import safe_path
 from common.images import IMAGE_SUFFIXES, to_uint8
 from common.latents import Latents, draw_z, load_latents
-from common.names import safe_path
 from model import Generator
 
 NOISE_MODES = ("const", "random", "none")

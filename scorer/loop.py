@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from common.cli import UserError
-from common.interrupt import StopSignal
+from common.cli import StopSignal, UserError
 from common.runs import Run, StepBar, find_start
 from scorer.evaluation import accuracy_report, format_report
 from scorer.network import Scorer, ScorerNetwork, round_half, save_scorer

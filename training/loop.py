@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from common.cli import UserError, is_out_of_memory
+from common.cli import StopSignal, UserError, is_out_of_memory
 from common.distributed import barrier, gather_list
 from common.generator_file import export_ema
 from common.grids import save_grid, similarity_figure
 from common.images import save_image
-from common.interrupt import StopSignal
 from common.runs import Run, StepBar, format_duration, peak_bytes
 from dataset import BatchStream
 from model import stddev_group

@@ -20,9 +20,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.checkpoint import CheckpointError, load_strictly
-from common.distributed import Distributed, all_reduce_mean, mix_seeds
+from common.distributed import Distributed, Stats, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
-from common.stats import Stats
 from dataset import mirror, normalise
 from model import Discriminator, Generator, GeneratorConfig
 from training.augment import AdaptiveAugment

@@ -79,8 +79,8 @@ def main(args) -> int:
 
     import torch
 
+    from common.cli import StopSignal
     from common.distributed import setup, shutdown
-    from common.interrupt import StopSignal
     from common.runs import open_run, restore_options, write_json
     from dataset import InfiniteSampler, data_loader
     from model import load_generator

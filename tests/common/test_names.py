@@ -1,8 +1,8 @@
-"""common/names.py: whatever a file says, the path stays in its folder and can be written."""
+"""common/files.py: whatever a file says, the path stays in its folder and can be written."""
 
 import pytest
 
-from common.names import safe_name, safe_path
+from common.files import safe_name, safe_path
 
 HOSTILE = (
     "../evil",
