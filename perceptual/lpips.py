@@ -39,6 +39,7 @@ class Perceptual(nn.Module, ABC):
     `features` is the expensive half; `distance` takes two of its results, of N images each or of N and 1."""
 
     name: str
+    weights: nn.ModuleList | None  # per layer, of squared differences, [N, C, h, w] -> [N, 1, h, w]; None: equal ones
 
     def features(self, images):
         """Activations per layer, float32, each [N, C, h, w] of unit length over C."""
@@ -50,18 +51,15 @@ class Perceptual(nn.Module, ABC):
     def activations(self, images):
         """Activations per layer, each [N, C, h, w]."""
 
-    @abstractmethod
-    def layer_distance(self, index, squared):
-        """Squared differences [N, C, h, w] of layer `index` -> its share of the distance [N, 1, h, w]."""
-
     def distance(self, features_a, features_b):
         """The distance [N] between two results of `features`."""
         device = features_a[0].device.type
         with torch.autocast(device, enabled=False):  # half precision would lose small distances
-            total = 0
-            for i, (a, b) in enumerate(zip(features_a, features_b, strict=True)):
-                total = total + self.layer_distance(i, (a - b) ** 2).mean([2, 3], keepdim=True)
-        return total.flatten()
+            squares = [(a - b) ** 2 for a, b in zip(features_a, features_b, strict=True)]
+            if self.weights is None:
+                return sum(square.sum(1).mean([1, 2]) for square in squares) / len(squares)
+            layers = zip(self.weights, squares, strict=True)
+            return sum(weigh(square).mean([2, 3], keepdim=True) for weigh, square in layers).flatten()
 
     def forward(self, images_a, images_b):
         if images_a.shape[-2:] != images_b.shape[-2:]:
@@ -93,6 +91,7 @@ class Lpips(Perceptual):
         self.name = f"lpips-{net}{UPSAMPLE if upsample_small else ''}{'-bf16' if dtype == torch.bfloat16 else ''}"
         self.lpips = _build_lpips(net, backbone, source)
         self.lpips.net.to(dtype)
+        self.weights = self.lpips.lins
         self.eval().requires_grad_(False)
 
     def activations(self, images):
@@ -105,9 +104,6 @@ class Lpips(Perceptual):
             least = f"{self.name} needs images of at least {SMALLEST[self.net]} pixels, got {width}x{height}"
             raise ValueError(f"{least}: use {self.net}{UPSAMPLE}, which enlarges them")
         return self.lpips.net(self.lpips.scaling_layer(images).to(self.dtype))
-
-    def layer_distance(self, index, squared):
-        return self.lpips.lins[index](squared)
 
 
 def _build_lpips(net, backbone, source):
@@ -145,19 +141,13 @@ class FeatureDistance(Perceptual):
 
     def __init__(self, network, name, *, size=None, dtype=torch.float32):
         super().__init__()
-        self.network, self.size, self.dtype = network.to(dtype), size, dtype
+        self.network, self.size, self.dtype, self.weights = network.to(dtype), size, dtype, None
         self.name = f"{name}{f'@{size}px' if size else ''}{'-bf16' if dtype == torch.bfloat16 else ''}"
         self.eval().requires_grad_(False)
 
     def activations(self, images):
         images = images if self.size is None else resize(images.float(), self.size)
         return self.network.feature_maps(images.to(self.dtype))
-
-    def layer_distance(self, index, squared):
-        return squared.sum(1, keepdim=True)
-
-    def distance(self, features_a, features_b):
-        return super().distance(features_a, features_b) / len(features_a)
 
 
 class DiscriminatorFeatures(nn.Module):
