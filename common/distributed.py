@@ -32,7 +32,8 @@ class DistributedError(ConnectionError):
 
 @dataclass(frozen=True)
 class Distributed:
-    """Place of this process: `rank` of `world_size` in all, `local_rank` on its machine; `backend` is None alone."""
+    """Place of this process: `rank` of `world_size` in all, `local_rank` on its machine; `backend` is None alone.
+    As a context it ends with `shutdown`."""
 
     rank: int
     local_rank: int
@@ -43,6 +44,12 @@ class Distributed:
     @property
     def is_main(self):
         return self.rank == 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        shutdown()
 
 
 def resolve_device(name, *, ops=None):

@@ -62,7 +62,7 @@ def one_each(values: list | None, flag: str, n: int) -> list:
 def main(args) -> None:
     import numpy as np
 
-    from common.distributed import setup, shutdown
+    from common.distributed import setup
     from common.latents import parse_layers
     from editing.boundary import load_boundary
     from editing.samples import Samples
@@ -81,8 +81,7 @@ def main(args) -> None:
     ckpts, paths = one_each(args.ckpt, "ckpt", n), one_each(args.boundary, "boundary", n)
     distances = np.linspace(-args.reach, args.reach, args.steps)
     distances[args.steps // 2] = 0  # the inversion itself, whatever was rounded
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir)
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         perceptual = perceptual_or_none(args.perceptual, dist.device, args.weights_dir)
@@ -111,8 +110,6 @@ def main(args) -> None:
             info = {"attribute": attribute, "unit": scorer.units[attribute], "at": at, "scorer": args.scorer}
             info |= {"identity": getattr(identity, "name", None), "perceptual": getattr(perceptual, "name", None)}
             write_results(args.output_dir, sweeps, inputs, info)
-    finally:
-        shutdown()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cli import UsageError, UserError
-from common.distributed import Distributed, setup, shutdown
+from common.distributed import Distributed, setup
 from common.flags import read_fields
 from metrics.distance import compute_fid, compute_kid
 from metrics.extractors import AUTO, build_extractor, metric_name
@@ -65,12 +65,9 @@ def run_comparison(metrics: tuple[str, ...], flags: dict) -> None:
     settings, sampling = (read_fields(kind, flags) for kind in (FeatureSettings, Sampling))
     fakes = find_fakes(flags["fake"] or flags["ckpt"], flags["start_num"])
     options = {name: flags.get(name) for name in ("ckpt", "output", "nearest_k")}
-    dist = setup(flags["device"], ops=flags["ops"], timeout=flags["dist_timeout"])
-    try:
+    with setup(flags["device"], ops=flags["ops"], timeout=flags["dist_timeout"]) as dist:
         pairs = itertools.product(fakes, (replace(sampling, truncation=psi) for psi in flags["truncation"]))
         compare(metrics, Path(flags["real"]), pairs, settings, dist=dist, **options)
-    finally:
-        shutdown()
 
 
 def compare(

@@ -26,7 +26,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    from common.distributed import setup, shutdown
+    from common.distributed import setup
     from common.flags import read_fields
     from metrics.extractors import build_extractor
     from metrics.features import cache_folder, extract, open_images, save_features
@@ -34,8 +34,7 @@ def main(args) -> None:
     from metrics.protocol import PROTOCOLS
 
     sampling = replace(read_fields(Sampling, vars(args)), truncation=args.truncation[0])
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         network = {"weights_dir": args.weights_dir, "device": dist.device}
         extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], **network)
         opening = {"sampling": sampling, "size": args.size, "ckpt": args.ckpt, "workers": args.workers}
@@ -47,8 +46,6 @@ def main(args) -> None:
             out = args.out or Path(f"features-{args.source.resolve().stem}.npz")
             save_features(out, features)
             print(f"{out}: {list(features.values.shape)} {extractor.name} features of {args.source}")
-    finally:
-        shutdown()
 
 
 if __name__ == "__main__":

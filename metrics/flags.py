@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import ArgumentParser, add_device_flags, positive_int
-from common.flags import add_fields, flag
+from common.flags import add_fields, count, flag
 
 IMAGES = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
 NAMES = "inception, vgg16, squeeze, scorer; auto: Inception (VGG-16 for the paper's prdc), else a fallback"
@@ -40,7 +40,7 @@ class FeatureSettings:
     n_sample: int = flag(50_000, "images of each side; all there are, when fewer", type=positive_int)
     size: int | None = flag(None, SIZE, type=int)
     batch: int = flag(64, "images per forward pass and process", type=positive_int)
-    workers: int = flag(2, "threads that decode images", type=positive_int)
+    workers: int = flag(2, "threads that decode images; 0: one", type=count)
     weights_dir: str | None = flag(None, "folder with the extractor's weights, looked into first", type=str)
     cache_dir: str | None = flag(None, CACHE, type=str)
 

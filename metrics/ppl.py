@@ -32,7 +32,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    from common.distributed import setup, shutdown
+    from common.distributed import setup
     from metrics.evaluation import default_output
     from metrics.flags import Sampling
     from metrics.path_length import path_lengths, trimmed_mean
@@ -44,8 +44,7 @@ def main(args) -> None:
     settings = read_fields(PathSettings, vars(args))
     if settings.n_sample < 2 or not 0 < settings.epsilon < 1:
         raise UsageError("--n_sample takes 2 or more, --epsilon a number between 0 and 1")
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         generator = load_generator(args.ckpt, dist.device)
         space = args.space or generator.config.space
         perceptual = build_perceptual(args.perceptual, dist.device, args.weights_dir)
@@ -62,8 +61,6 @@ def main(args) -> None:
             sides["protocol"] = protocol | {"percentiles": "1 to 99"}
             record = make_record(name, value, **sides, extractor={"name": perceptual.name}, std=std)
             append_records(args.output or default_output(args.ckpt), [record])
-    finally:
-        shutdown()
 
 
 if __name__ == "__main__":

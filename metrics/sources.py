@@ -61,7 +61,7 @@ class ImageSource:
         if not len(positions):
             return
         self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
             ahead = ()
             for following in [*render.blocks(positions, batch), ()]:
                 images, ahead = ahead, pool.map(self.dataset.__getitem__, following)
