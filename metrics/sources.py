@@ -126,9 +126,8 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def is_lmdb(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix not in (*CHECKPOINTS, ".npz", ".npy", ".pkl")
-    return any((path / name).exists() for name in (DATA_FILE, BUILDING_FILE))
+    """Among folders of images and LMDBs."""
+    return path.is_file() or any((path / name).exists() for name in (DATA_FILE, BUILDING_FILE))
 
 
 def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, device="cpu", workers: int = 2):

@@ -251,7 +251,7 @@ def test_files_without_discriminator_are_refused(tmp_path):
 
 
 class Scorer(nn.Module):
-    """The part of faces.scorer's interface that is used: it resizes by itself."""
+    """The part of a scorer's interface that is used: it resizes by itself."""
 
     def __init__(self):
         super().__init__()
