@@ -14,6 +14,7 @@ from common.distributed import resolve_device
 from common.precision import bf16_pays, describe_processor
 from common.runs import git_commit, package_versions
 from common.weights import WEIGHTS, find, search_folders
+from common.workers import n_cores
 from op import dispatch
 
 
@@ -56,9 +57,8 @@ def unusable(path: Path) -> str:
 def processor() -> str:
     """Name, cores that this process may use, and whether --precision bf16 pays."""
     name = describe_processor().get("model name") or platform.processor() or platform.machine()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     bf16 = "pays" if bf16_pays() else "does not pay, as far as can be seen"
-    cores = f"{usable} of {os.cpu_count()} processors, {torch.get_num_threads()} threads"
+    cores = f"{n_cores()} of {os.cpu_count()} processors, {torch.get_num_threads()} threads"
     return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}"
 
 

@@ -140,7 +140,7 @@ def cut(x: torch.Tensor, *, per_image: bool = True):
     channels_last images are one long image."""
     last, (n, channels) = is_last(x), x.shape[:2]
     pixels = x[0, 0].numel()
-    if last and not per_image:
+    if last and not per_image and x.numel() < 2**31:  # offsets inside an image have 32 bits
         n, pixels = 1, n * pixels
     size = TILE_BYTES // x.element_size()
     block_c = min(64 if last else 16, triton.next_power_of_2(channels))
