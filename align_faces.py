@@ -12,9 +12,8 @@ Faces that the detector misses can be given by hand: PHOTO.json beside the photo
 {"landmarks": [[x, y] x 5]}: right eye, left eye, nose, right and left mouth corner, in pixels of the upright photo.
 
 Edited faces are found by the NAME of the crop; they may have any size. With the same faces before the edit (--unedited)
-only what the edit changed goes into the photo, which so keeps its sharpness and all that the inversion had missed.
-Pasting keeps the photo's size, file format where it can hold a photo, alpha and EXIF; colours are sRGB. Of an animation
-or several pages the first is pasted into, of 16 bits per channel 8 are kept: it is said.
+only what the edit changed goes into the photo. Pasting keeps the photo's size, format where it can hold a photo, alpha
+and EXIF; colours are sRGB. Of an animation the first frame is kept, of 16 bits per channel 8: it is said.
 """
 
 import re
@@ -33,11 +32,8 @@ def build_parser() -> ArgumentParser:
     add("--size", type=int, default=256, help="side of the aligned faces in pixels")
     add("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
     add("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
-    add(
-        "--framing", default="ffhq", choices=("ffhq", "template"), help="FFHQ's formula, or the best fit to a mean face"
-    )
-    tolerance = "square photos this close, in %% of the side, to an FFHQ frame are taken as they are; 0: none"
-    add("--aligned_tolerance", type=float, default=4.0, help=tolerance)
+    add("--framing", default="ffhq", choices=("ffhq", "template"), help="FFHQ's formula, or least squares")
+    add("--aligned_tolerance", type=float, default=4.0, help="%% of the side: take nearly aligned photos as they are")
     add("--max_yaw", type=float, default=90.0, help="leave out heads that are turned further, in degrees; 90: none")
     add("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes")
@@ -48,10 +44,7 @@ def build_parser() -> ArgumentParser:
     add("--unedited", type=Path, metavar="DIR", help="the same faces before the edit: only what it changed is added")
     add("--alignment", type=Path, help="alignment.json that was written with the crops")
     add("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
-    detail = (
-        "the photo's detail that is finer than the crop: keep it where the edit left the structure alone (auto), ..."
-    )
-    add("--detail", default="auto", choices=("auto", "keep", "drop"), help=detail)
+    add("--detail", default="auto", choices=("auto", "keep", "drop"), help="of the photo, finer than the crop")
     return parser
 
 
@@ -70,12 +63,10 @@ def main(args) -> None:
         raise UsageError("--paste_back and --alignment go together")
     if args.unedited and not args.paste_back:
         raise UsageError("--unedited goes with --paste_back")
-
     out = args.output_dir
     if args.paste_back:
-        options = {"unedited": args.unedited, "feather": args.feather, "detail": args.detail}
-        paste_folder(args.photos, args.paste_back, args.alignment, out, **options)
-        return
+        options = {name: getattr(args, name) for name in ("unedited", "feather", "detail")}
+        return paste_folder(args.photos, args.paste_back, args.alignment, out, **options)
     settings = AlignSettings(**{name: getattr(args, name) for name in vars(AlignSettings())})
     options = {name: getattr(args, name) for name in ("landmarks", "n_worker", "overwrite", "weights_dir")}
     with lock_folder(out, "align_faces.py"):

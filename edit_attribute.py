@@ -97,18 +97,13 @@ def _target(text: str) -> tuple[str, float]:
 
 def main(args) -> None:
     import numpy as np
-    from tqdm import tqdm
 
-    from common.distributed import gather_list, setup, shard, shutdown
-    from common.files import check_shape, safe_name
-    from common.images import save_image
+    from common.distributed import setup, shutdown
+    from common.files import check_shape
     from common.latents import parse_layers
     from common.precision import DTYPES
-    from common.tables import append_table, write_table
-    from common.video import save_video
     from editing import sweep
-    from editing.edit import edit_face, face_at
-    from editing.evaluate import evaluate
+    from editing.boundary import boundary_of
     from editing.fit import fit_attribute, measured
     from editing.samples import Samples
     from model import load_generator
@@ -142,24 +137,23 @@ def main(args) -> None:
         perceptual = perceptual_or_none(args.perceptual, dist.device, args.weights_dir)
 
         # Boundaries: given, or fitted to samples.
-        free_of = [sweep.read_boundary(path, generator) for path in args.orthogonal_to.split(",") if path]
-        seeds, draw = (
-            range(args.seed, args.seed + args.num_sample),
-            {"truncation": args.truncation, "noise": args.noise},
-        )
-        samples = Samples(generator, seeds, **draw)
+        free_of = [boundary_of(path, generator) for path in args.orthogonal_to.split(",") if path]
+        seeds = range(args.seed, args.seed + args.num_sample)
+        samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
         if args.boundary:
-            boundaries = [measured(sweep.read_boundary(path, generator), free_of, samples) for path in args.boundary]
+            boundaries = [measured(boundary_of(path, generator), free_of, samples) for path in args.boundary]
         else:
-            folder = args.samples or args.output_dir / "samples"
-            fit = {"fit": args.fit, "ratio": args.ratio, "seed": args.seed, "free_of": free_of}
-            where = {"folder": folder, "batch": args.batch_size, "dist": dist}
-            boundaries = [fit_attribute(samples, scorer, args.attribute or "age", args.conditional_fit, **fit, **where)]
-            args.attribute = boundaries[0].attribute
-            if dist.is_main:
-                path = boundaries[0].save(args.output_dir / f"boundary-{safe_name(args.attribute)}.npz")
-                print(f"{path}: one standard deviation is {boundaries[0].std:.3g}")
-        shown = args.attribute or boundaries[0].attribute
+            boundary = fit_attribute(
+                samples,
+                scorer,
+                args.attribute or "age",
+                args.conditional_fit,
+                settings={"fit": args.fit, "ratio": args.ratio, "seed": args.seed},
+                free_of=free_of,
+                scoring={"folder": args.samples or args.output_dir / "samples", "batch": args.batch_size, "dist": dist},
+                folder=args.output_dir,
+            )
+            boundaries, args.attribute = [boundary], boundary.attribute
 
         # Distances: along the boundaries for all faces, or searched for the targets of each.
         targets, bounds = sweep.pair_targets(dict(args.target or ()), boundaries), sweep.common_range(boundaries)
@@ -167,39 +161,25 @@ def main(args) -> None:
             args.fill({"start_distance": bounds[0], "end_distance": bounds[1], "distance": "relative"})
             args.unit = "std"
             say(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
-        line = (
-            np.array([args.at]) if args.at else np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
+        ends = args.start_distance, args.end_distance
+        sweep.edit_faces(
+            generator,
+            source,
+            boundaries,
+            np.array([args.at]) if args.at else np.linspace(*ends, args.steps)[:, None],
+            unit=args.unit,
+            distance=args.distance,
+            targets=targets,
+            layers=layers,
+            networks=(scorer, identity, perceptual),
+            attribute=args.attribute or boundaries[0].attribute,
+            folder=args.output_dir,
+            published=bool(args.preset),
+            save_frames=not args.no_frames,
+            video=args.video,
+            fps=args.fps,
+            dist=dist,
         )
-        distances = sweep.in_latent_units(line, boundaries, args.unit, args.distance)
-        suffixes, rows = sweep.name_frames(line, boundaries, shown, targets), []
-
-        # Frames, strip, video and rows of each face.
-        for i in tqdm(shard(len(source.names), dist.rank, dist.world_size), desc="editing", unit="face", disable=None):
-            face, how = face_at(source, i), "relative" if targets else args.distance
-            if targets:
-                distances = sweep.search_targets(generator, face, boundaries, targets, scorer, layers)
-            frames = edit_face(generator, face, boundaries, distances, distance=how, layers=layers)
-            result = evaluate(frames, scorer, identity, perceptual)
-            captions = sweep.caption_frames(scorer, shown, result.scores, distances)
-            names, strip = [f"{face.name}_{suffix}" for suffix in suffixes], f"{face.name}_{safe_name(shown)}"
-            if args.preset:
-                strip = f"origin_{i}_{safe_name(shown)}"
-                names = [f"origin_{i}_edit_{j}_{safe_name(shown)}_{text}" for j, text in enumerate(captions[1:])]
-            named = {} if args.no_frames else dict(zip(names, frames[1:], strict=True))
-            sweep.save_frames(args.output_dir, face.name, named, frames if len(frames) == 2 else ())
-            save_image(sweep.draw_strip(frames, captions), args.output_dir / "strips" / f"{strip}.png")
-            if args.video != "none":
-                save_video(frames[1:], args.output_dir / "videos" / f"{strip}.{args.video}", args.fps)
-            new = sweep.table_rows(i, face.name, names, distances, result, scorer.names)
-            if dist.is_main:
-                append_table(args.output_dir / "edits.csv", new, start=not rows)
-            rows += new
-        rows = [row for share in gather_list(rows) for row in share]
-        if dist.is_main:
-            write_table(args.output_dir / "edits.csv", rows)
-        say(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {args.output_dir}")
-        for name, value in targets.values():
-            say(sweep.describe_target(scorer, name, value, [row[name] for row in rows]))
     finally:
         shutdown()
 

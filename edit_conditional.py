@@ -83,20 +83,18 @@ def main(args) -> None:
         raise UsageError(f"--steps and --mean_samples take 2 or more, got {args.steps} and {args.mean_samples}")
 
     import numpy as np
-    from tqdm import tqdm
 
-    from common.distributed import gather_list, setup, shard, shutdown
+    from common.distributed import setup, shutdown
     from common.files import check_shape, safe_name
-    from common.tables import append_table, write_skipped, write_table
+    from common.tables import write_skipped
     from editing import transfer
-    from editing.attributes import ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
+    from editing.attributes import ConditionScorer, load_condition_scorer, read_condition
     from inversion.inputs import open_faces
     from inversion.projector import check_settings
     from inversion.runner import invert_images
     from model import load_generator
     from perceptual.identity import identity_or_none
     from perceptual.lpips import build_perceptual
-    from sampling.render import latents_source
     from scorer.network import load_scorer
 
     dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
@@ -114,10 +112,10 @@ def main(args) -> None:
         reader = load_condition_scorer(
             args.ckpt, condition, dist.device, scorer=args.scorer, weights_dir=args.weights_dir
         )
-        scorers = {"read": reader.scorer}
+        eval_scorer = None
         if args.eval_scorer:
-            scorers["eval"] = load_scorer(args.eval_scorer, dist.device, weights_dir=args.weights_dir)
-            ConditionScorer(scorers["eval"], condition.attributes)  # knows them all
+            eval_scorer = load_scorer(args.eval_scorer, dist.device, weights_dir=args.weights_dir)
+            ConditionScorer(eval_scorer, condition.attributes)  # knows them all
         faces = {"align": args.align, "dist": dist, "fit": args.fit, "weights_dir": args.weights_dir}
 
         def open_all(paths, folder):
@@ -157,37 +155,21 @@ def main(args) -> None:
                 mean_samples=args.mean_samples,
                 overwrite=args.overwrite,
             )
-        base = base_fingerprint(args.ckpt) if condition.light else None
-        stored = {"truncation": 1, "mean": None, "noise": None, "noise_seed": None}
-        source = latents_source(generator, folder, **stored, accept=(base,) if base else ())
-        if source.origin["fingerprint"] not in (None, generator.fingerprint) and dist.is_main:
-            print(f"{folder}: inversions of the generator that {args.ckpt} was trained from, taken as neutral ones")
-        folder = folder if folder.is_dir() else folder.parent
-
-        # Edits: a row of frames for every pair of face and target.
-        pairs = transfer.pair_up(len(source.names), targets, args.paired)
-        single = len({i for i, _ in pairs}) == len(pairs)
-        results, ts = [], np.linspace(0, args.strength, args.steps)
-        local = shard(len(source.names), dist.rank, dist.world_size)
-        for i in tqdm(local, desc="editing", unit="face", disable=not dist.is_main):
-            face = transfer.read_face(generator, reader, source, i, folder, args.start)
-            for number, target in ((number, target) for number, (k, target) in enumerate(pairs) if k == i):
-                frames = transfer.render_path(generator, face, transfer.condition_path(face, target, ts))
-                rows = transfer.table_rows(face, i, target, ts, frames, condition, scorers, identity)
-                column = transfer.save_edit(out, face, target, ts, frames, condition, reader.scorer, single)
-                column.files["original"] = transfer.original_file(folder, face.name, i)
-                if dist.is_main:
-                    append_table(out / "edits.csv", rows, start=not results)
-                results.append((number, rows, column))
-        results = sorted((result for share in gather_list(results) for result in share), key=lambda result: result[0])
-        if dist.is_main:
-            write_table(out / "edits.csv", [row for _, rows, _ in results for row in rows])
-            transfer.write_grids(
-                out / "grids", [(pairs[number][1], column) for number, _, column in results], args.paired
-            )
-            changed = [condition.attributes[k] for k in sorted({k for target in targets for k in target.values})]
-            summary = transfer.summarise([rows[-1] for _, rows, _ in results], changed)
-            print(f"{out}: {len(source.names)} faces, {len(pairs)} edits at strength {args.strength:g}: {summary}")
+        source = transfer.open_inversions(folder, generator, args.ckpt, condition, dist)
+        transfer.edit_faces(
+            generator,
+            source,
+            folder if folder.is_dir() else folder.parent,
+            targets,
+            paired=args.paired,
+            start=args.start,
+            ts=np.linspace(0, args.strength, args.steps),
+            reader=reader,
+            eval_scorer=eval_scorer,
+            identity=identity,
+            output_dir=out,
+            dist=dist,
+        )
     finally:
         shutdown()
 

@@ -41,12 +41,13 @@ class ImageError(ValueError):
 
 
 @contextlib.contextmanager
-def open_image(source: str | os.PathLike | bytes) -> Iterator[Image.Image]:
+def open_image(source: str | os.PathLike | bytes, *, decode: bool = True) -> Iterator[Image.Image]:
     """PIL's image of a file, or of its bytes, as it is: the one place that decodes. Raises as `read_image`, also for
     what the decoder raises in the block."""
     try:
         with _open(source) as image:
-            image.load()
+            if decode:
+                image.load()
             yield image
     except Exception as error:  # a damaged file makes Pillow's decoders raise anything at all
         name = "the encoded image" if isinstance(source, (bytes, bytearray, memoryview)) else str(source)

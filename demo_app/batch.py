@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import Models
 from demo_app.targets import Target
 from faces.align import AlignError, outside_share
+from faces.folder import TIGHT
 from faces.paste import save_like
 
 SIDE = 900  # pixels of the longer side of a photo in before_after/
-TIGHT = 0.4  # share of a face's frame outside the photo from which it is said
 OVERHEAD = 15  # detection, edit and files, in steps of refinement: for the progress bar
 OWN_FILES = ("overview.jpg", "report.csv")
 
@@ -54,15 +55,22 @@ class PhotoBatch:
     def run(self, photos: dict[str, Path]) -> None:
         """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
         failed = 0
-        with tqdm(total=len(photos) * (self.steps + OVERHEAD), unit="step", disable=None) as bar:
+        total, saving = len(photos) * (self.steps + OVERHEAD), None
+        with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(1) as writer:
             for i, (name, path) in enumerate(photos.items()):
                 bar.set_description(Path(name).name[:24])
                 try:
-                    self.edit(name, path, bar)
+                    photo, edited = self.edit(name, path, bar)
                 except (ImageError, AlignError, UserError) as error:
                     failed += 1
                     bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
+                else:
+                    if saving:
+                        saving.result()  # raises what went wrong
+                    saving = writer.submit(self.save, name, path, photo, edited, bar)  # beside the next photo's edit
                 bar.update((i + 1) * (self.steps + OVERHEAD) - bar.n)
+            if saving:
+                saving.result()
         if failed == len(photos):
             raise UserError(f"none of {len(photos)} photos could be edited")
         crops = [crop for before, after, _ in self.tiles for crop in (before, after)]
@@ -72,24 +80,28 @@ class PhotoBatch:
         left_out = f", {failed} left out" if failed else ""
         print(f"{len(photos) - failed} photos edited{left_out}: {self.folder / 'overview.jpg'}")
 
-    def edit(self, name: str, path: Path, bar: tqdm) -> None:
-        """One photo: its results appear at once."""
+    def edit(self, name: str, path: Path, bar: tqdm) -> tuple[Image.Image, Image.Image]:
+        """A photo before and after."""
         photo, editor = read_image(path), PhotoEditor(self.models)
         file = inversion_file(self.folder / "inversions", path, self.models, steps=self.steps, faces=self.faces)
         kept = load_faces(file, photo, self.models)
         if kept:
-            editor.set_faces(photo, kept)
+            editor.photo, editor.faces = photo, kept
         else:
-            editor.set_photo(photo, steps=self.steps, faces=self.faces, callback=lambda: bar.update())
-        before = [face.expression for face in editor.faces]
+            editor.set_photo(photo, steps=self.steps, faces=self.faces, callback=bar.update)
+        before = [face.expression for face in kept or []]
         result = editor.edit(self.targets, strength=self.strength)
-        if not kept or [face.expression for face in editor.faces] != before:
+        if before != [face.expression for face in editor.faces]:
             save_faces(file, editor.faces)
-        target = self.folder / (f"{Path(name).stem}-photo{Path(name).suffix}" if name in OWN_FILES else name)
-        saved = save_like(result.photo, path, target)
-        pair = make_grid([shrink(image, SIDE) for image in (photo, result.photo)], 2, padding=8)
-        save_image(pair, (self.folder / "before_after" / name).with_suffix(".jpg"), quality=90)
         self.report(name, result, bar)
+        return photo, result.photo
+
+    def save(self, name: str, path: Path, photo: Image.Image, edited: Image.Image, bar: tqdm) -> None:
+        """The edited photo and before_after/."""
+        target = self.folder / (f"{Path(name).stem}-photo{Path(name).suffix}" if name in OWN_FILES else name)
+        saved = save_like(edited, path, target)
+        pair = make_grid([shrink(image, SIDE) for image in (photo, edited)], 2, padding=8)
+        save_image(pair, (self.folder / "before_after" / name).with_suffix(".jpg"), quality=90)
         for loss in reading_losses(path):
             bar.write(f"note: {saved} has {loss} of {path}", file=sys.stderr)
 
@@ -103,7 +115,7 @@ class PhotoBatch:
                 bar.write(f"note: {label}: {share:.0%} of the face's frame lies outside the photo", file=sys.stderr)
             self.tiles.append((face_edit.face.crop, face_edit.crop, words[0].split(",")[0]))
             for attribute, reading in face_edit.readings.items():
-                values = {k: round(getattr(reading, k), 3) for k in ("before", "goal", "drawn", "photo")}
-                position = round(face_edit.positions.get(attribute, 0.0), 3)
-                row = {"photo": name, "face": i, "attribute": attribute, **values, "position": position}
-                self.rows.append(row | {"visible": int(reading.visible)})
+                values = {k: getattr(reading, k) for k in ("before", "goal", "drawn", "photo")}
+                values["position"] = face_edit.positions.get(attribute, 0.0)
+                row = {"file": name, "face": i, "attribute": attribute, "visible": int(reading.visible)}
+                self.rows.append(row | {k: round(value, 3) for k, value in values.items()})

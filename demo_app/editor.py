@@ -1,11 +1,8 @@
 """Edit the faces of a photo: the expensive half once per photo, the cheap half once per edit.
 
-    editor = PhotoEditor(load_models("cpu"))
-    editor.set_photo(read_image("me.jpg"), steps=100)         # detect, align, encode, refine: seconds
-    result = editor.edit({"age": Target(15, relative=True)})  # a fraction of a second
-    print(result.faces[0].readings["age"])                    # goal, in the drawn face, in the photo
-
-The interface is that of segment-anything's predictor (Kirillov et al. 2023, arXiv 2304.02643): set_image, then predict.
+editor = PhotoEditor(load_models("cpu"))
+editor.set_photo(read_image("me.jpg"), steps=100)         # detect, align, encode, refine: seconds
+result = editor.edit({"age": Target(15, relative=True)})  # a fraction of a second
 """
 
 from __future__ import annotations
@@ -18,14 +15,14 @@ import torch
 from PIL import Image
 
 from common.cli import UserError
-from common.images import fit_image, read_image, to_tensor
+from common.images import fit_image, read_image, to_pil, to_tensor
 from demo_app.models import LR_RATIO, Models
 from demo_app.targets import EXPRESSION, NEAR, Reading, Target
 from editing.edit import edit_w, nearest_crossing, nearest_value, render_ws
 from editing.evaluate import score_frames
 from faces.align import Alignment, align, crop_aligned, to_bytes
 from faces.detect import FaceDetector
-from faces.paste import blend_edit, head_mask, paste_edit
+from faces.paste import edit_crop, paste_edit
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from sampling.render import map_latents, noise_maps, render, seeded_z
@@ -70,20 +67,17 @@ class FaceEdit:
     face: Face
     positions: dict[str, float]
     readings: dict[str, Reading]
-    crop: Image.Image | None  # the aligned face in the edited photo
+    crop: Image.Image  # the aligned face in the edited photo
     changes: list[tuple[np.ndarray, np.ndarray]]  # per generator: inversion and edited face, uint8 [S, S, 3]
 
     def paste(self, photo: Image.Image) -> Image.Image:
         """The edit in the photo, which may have another size than the one that was edited."""
-        alignment = scale_alignment(self.face.alignment, photo.size)
-        for before, after in self.changes:
-            photo = paste_edit(photo, after, before, alignment)
-        return photo
+        return paste_edit(photo, self.changes, scale_alignment(self.face.alignment, photo.size))
 
 
 @dataclass(frozen=True)
 class Edited:
-    """photo: the whole photo with all edited faces."""
+    """The whole photo with all edited faces."""
 
     photo: Image.Image
     faces: list[FaceEdit]
@@ -96,8 +90,6 @@ class PhotoEditor:
         self.models = models
         self.photo: Image.Image | None = None
         self.faces: list[Face] = []
-
-    # -- once per photo ------------------------------------------------------------------------------------------------
 
     def set_photo(
         self,
@@ -116,27 +108,23 @@ class PhotoEditor:
         if steps:
             self.refine(steps, callback=callback)
 
-    def set_faces(self, photo: Image.Image, faces: list[Face]) -> None:
-        """A photo whose faces were inverted before."""
-        self.photo, self.faces = photo, faces
-
     def set_drawn(self, seed: int) -> None:
         """The generator's own face of a seed, whose w is exact: generate.py --truncation 0.7 --noise none."""
-        generator = self.models.generator
-        (w,) = map_latents(generator, seeded_z(generator, [seed]), truncation=TRUNCATION, mean=self.models.mean)
+        generator, mean = self.models.generator, self.models.statistics[0]
+        (w,) = map_latents(generator, seeded_z(generator, [seed]), truncation=TRUNCATION, mean=mean)
         noise = [layer.cpu() for layer in noise_maps(generator, "none")]
         (image,) = render(generator, [w], noise=noise)
         photo = Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BICUBIC)
         quad = [[-0.5, -0.5], [-0.5, CROP - 0.5], [CROP - 0.5, CROP - 0.5], [CROP - 0.5, -0.5]]
         alignment = Alignment(quad, [CROP, CROP], CROP, landmarks=[], whole=True, name=f"seed{seed:04d}")
-        self.set_faces(photo, [Face(alignment, photo, Inversion(w.cpu().numpy(), noise), exact=True)])
+        self.photo, self.faces = photo, [Face(alignment, photo, Inversion(w.cpu().numpy(), noise), exact=True)]
 
     def refine(self, steps: int, *, callback: Callable | None = None) -> float:
         """Optimise w and noise maps of all faces for `steps` more steps. Returns the loss, a mean over the faces."""
         if all(face.exact for face in self.faces):
             return 0.0
         models, starts = self.models, [face.inversion for face in self.faces]
-        results, loss = self._project(models.generator, models.statistics, models.space, starts, steps, callback)
+        results, loss = self._project(models, models.space, starts, steps, callback)
         for face, inversion in zip(self.faces, results, strict=True):
             face.inversion, face.steps = inversion, face.steps + steps
         return loss
@@ -152,11 +140,9 @@ class PhotoEditor:
         if ws[0].shape != conditional.statistics[0][0].shape:
             ws = [conditional.statistics[0][0].cpu().numpy()] * len(ws)
         starts = [Inversion(w, maps, condition) for w, condition in zip(ws, source, strict=True)]
-        results, _ = self._project(conditional.generator, conditional.statistics, None, starts, steps)
+        results, _ = self._project(conditional, None, starts, steps)
         for face, inversion in zip(self.faces, results, strict=True):
             face.expression = inversion
-
-    # -- once per edit -------------------------------------------------------------------------------------------------
 
     def edit(
         self,
@@ -166,10 +152,8 @@ class PhotoEditor:
         layers: range | None = None,  # of w that move along boundaries; None: all
         rounds: int = ROUNDS,  # corrections until the photo shows the goals
     ) -> Edited:
-        """Move attributes of all faces and put the faces back into the photo.
-
-        Raises PhotoError for an attribute that the models cannot edit, or before a photo was set.
-        """
+        """Move attributes of all faces and put the faces back into the photo. Raises PhotoError for an attribute that
+        the models cannot edit, or before a photo was set."""
         if self.photo is None:
             raise PhotoError("first choose a photo")
         for name in set(targets) - set(self.models.attributes):
@@ -179,23 +163,20 @@ class PhotoEditor:
         for face in self.faces:
             positions = self._search(face, targets, strength, layers, rounds)
             changes = [(before, after[0]) for before, after in self._draw(face, [positions], layers)]
-            result = FaceEdit(face, positions, {}, None, changes)
-            photo = result.paste(photo)
+            photo = paste_edit(photo, changes, face.alignment, face.crop if photo is self.photo else None)
             crop = crop_aligned(photo, face.alignment)
-            results.append(replace(result, readings=self._readings(face, targets, changes, crop), crop=crop))
+            results.append(FaceEdit(face, positions, self._readings(face, targets, changes, crop), crop, changes))
         return Edited(photo, results)
 
     def read(self, images) -> np.ndarray:
         """Scores [K, A] of aligned faces, PIL images or uint8 arrays of any size, read at the generator's size."""
-        fitted = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
-        return score_frames(self.models.scorer, [np.asarray(fit_image(image, self.models.size)) for image in fitted])
+        size = self.models.size
+        return score_frames(self.models.scorer, [np.asarray(fit_image(to_pil(image), size)) for image in images])
 
     def read_faces(self, names) -> dict[str, float]:
         """Attributes of the first face, in the photo as it is."""
         (scores,) = self.read([self.faces[0].crop])
         return {name: float(scores[self.models.scorer.column(name)]) for name in names}
-
-    # -- behind them ---------------------------------------------------------------------------------------------------
 
     def _align(self, photo: Image.Image, landmarks, faces: str) -> list[Alignment]:
         if landmarks is not None:
@@ -209,9 +190,8 @@ class PhotoEditor:
         alignments = [align(photo, points, size=CROP, **info) for points, info in found]
         size, side = self.models.size, max(alignment.side for alignment in alignments)
         if side < size:
-            raise PhotoError(
-                f"the face is too small: {side:.0f} pixels wide with its frame, at least {size} are needed"
-            )
+            found = f"{side:.0f} pixels wide with its frame, at least {size} are needed"
+            raise PhotoError(f"the face is too small: {found}")
         return [alignment for alignment in alignments if alignment.side >= size]
 
     def _images(self, generator) -> torch.Tensor:
@@ -224,14 +204,14 @@ class PhotoEditor:
         models, net = self.models, self.models.encoder
         noise = [layer.cpu() for layer in models.generator.fixed_noise()]
         if net is None:
-            return Inversion(models.mean[0].cpu().numpy(), noise)
-        image = to_tensor(fit_image(crop, max(net.config.input_size, net.image_size)))[None].to(models.mean)
+            return Inversion(models.statistics[0][0].cpu().numpy(), noise)
+        image = to_tensor(fit_image(crop, max(net.config.input_size, net.image_size)))[None].to(models.generator.token)
         (w,) = net.encode(net.fit(image))  # [1, L, D]
         return Inversion(w.float().cpu().numpy(), noise)
 
-    def _project(self, generator, statistics, space, starts, steps, callback=None) -> tuple[list[Inversion], float]:
-        """Inversions refined from `starts`, and their mean loss."""
-        images, losses = self._images(generator), []
+    def _project(self, source, space, starts, steps, callback=None) -> tuple[list[Inversion], float]:
+        """Inversions in `source` (Models or Conditional), refined from `starts`, and their mean loss."""
+        generator, images, losses = source.generator, self._images(source.generator), []
         conditions = None if starts[0].condition is None else np.stack([start.condition for start in starts])
 
         def watch(step, active, synth, loss):
@@ -247,11 +227,11 @@ class PhotoEditor:
             steps=steps,
             w_start=torch.from_numpy(np.stack([start.w for start in starts])),
             noise_start=[torch.cat(maps) for maps in zip(*(start.noise for start in starts), strict=True)],
-            statistics=statistics,
+            statistics=source.statistics,
             seeds=[pixel_seed(image, 0) for image in ((images + 1) * 127.5).round().byte().cpu()],
             condition=None if conditions is None else torch.from_numpy(conditions),
             callback=watch,
-            lr=LR_RATIO * float(statistics[1].mean()),
+            lr=LR_RATIO * float(source.statistics[1].mean()),
             mse=1.0,
             noise=0.0,
         )
@@ -281,14 +261,9 @@ class PhotoEditor:
 
     def _try(self, face: Face, at: list[dict[str, float]], layers=None) -> Iterator[np.ndarray]:
         """The aligned photo at each position, uint8 [READ, READ, 3]: what paste_edit gives, at a small size."""
-        crop, mask = fit_image(face.crop, READ), head_mask(READ)[..., None]
-        drawn = self._draw(face, at, layers)
+        crop, drawn = fit_image(face.crop, READ), self._draw(face, at, layers)
         for k in range(len(at)):
-            image = np.asarray(crop, np.float32)
-            for before, after in drawn:
-                blended, _ = blend_edit(Image.fromarray(to_bytes(image)), after[k], before)
-                image = image + mask * (blended - image)
-            yield to_bytes(image)
+            yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
 
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Positions [TRIES] along an attribute within its safe range, and what is read in the photo there."""
@@ -309,10 +284,8 @@ class PhotoEditor:
         curves = {name: self._curve(face, name) for name in targets}
         before = {name: float(curves[name][1][TRIES // 2]) for name in targets}
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
-        aims = {
-            n: before[n] if open_error(goals[n] - before[n], goals[n], kinds[n]) == 0 else goals[n] for n in targets
-        }
-        best = np.inf, {}
+        errors = {n: open_error(goals[n] - before[n], goals[n], kinds[n]) for n in targets}
+        aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {})
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
             at = self._within_safe(at)
@@ -343,9 +316,10 @@ class PhotoEditor:
         readings = {}
         for name, target in targets.items():
             scores = drawn[0 if name in self.models.boundaries else -1]
-            column, before = self.models.scorer.column(name), float(self._curve(face, name)[1][TRIES // 2])
-            goal, kind = target.goal(before, self._kind(name)), self._kind(name)
-            readings[name] = Reading(before, goal, float(scores[column]), float(photo[column]), kind)
+            column, kind = self.models.scorer.column(name), self._kind(name)
+            before = float(self._curve(face, name)[1][TRIES // 2])
+            values = target.goal(before, kind), float(scores[column]), float(photo[column])
+            readings[name] = Reading(before, *values, kind)
         return readings
 
 

@@ -1,9 +1,4 @@
-"""Inversions of a photo's faces kept in a file, so that a second edit of the same photo starts at once.
-
-file = inversion_file(folder, photo_file, models, steps=60, faces="largest")
-faces = load_faces(file, photo, models)                                  # None: to be inverted
-save_faces(file, faces)
-"""
+"""Inversions of a photo's faces kept in a file, so that a second edit of the same photo starts at once."""
 
 from __future__ import annotations
 
@@ -27,7 +22,7 @@ VERSION = 1  # of what set_photo makes of a photo
 
 
 def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Path:
-    """Named by the content of the photo, the networks and the settings of `set_photo`."""
+    """The file's name tells the content of the photo, the networks and the settings of `set_photo`."""
     networks = [models.generator.fingerprint, models.perceptual.name]
     networks.append(fingerprint(models.encoder.encoder.state_dict()) if models.encoder else "")
     key = hashlib.sha256(json.dumps([VERSION, networks, settings], sort_keys=True).encode())
@@ -38,11 +33,11 @@ def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Pat
 def save_faces(file: Path, faces: list[Face]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for i, face in enumerate(faces):
-        for kind, inversion in (("w", face.inversion), ("expression", face.expression)):
+        for name, inversion in ((f"w_{i}", face.inversion), (f"expression_{i}", face.expression)):
             if inversion is not None:
-                arrays[f"{kind}_{i}"] = inversion.w
-                arrays |= {f"{kind}_{i}_noise_{k}": layer.numpy() for k, layer in enumerate(inversion.noise)}
-                arrays |= {} if inversion.condition is None else {f"{kind}_{i}_condition": inversion.condition}
+                arrays |= {name: inversion.w, f"{name}_condition": inversion.condition}
+                arrays |= {f"{name}_noise_{k}": layer.numpy() for k, layer in enumerate(inversion.noise)}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     info = [{"alignment": asdict(face.alignment), "steps": face.steps} for face in faces]
     with atomic_write(file) as out:
         np.savez(out, info=np.frombuffer(json.dumps(info).encode(), np.uint8), **arrays)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from PIL import Image
-
-from demo_app.editor import ROUNDS, PhotoEditor, shrink
+from demo_app.editor import ROUNDS, shrink
 from demo_app.models import Models
 from demo_app.page import CHUNK, HELP, SLIDERS, Page
 
@@ -72,8 +70,8 @@ def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
     label, kind = "Photo, or click a drawn face below", {"type": "filepath", "file_types": ["image"]}
     inputs["photo"] = gr.File(label=label, height=100, elem_id="upload", **kind)
     look = {"show_label": False, "columns": SAMPLES, "height": 80, "allow_preview": False, "buttons": []}
-    faces = [draw_sample(page.models, seed) for seed in range(SAMPLES)]
-    inputs["samples"] = gr.Gallery(faces, label="drawn faces", elem_id="samples", **look)
+    faces = [page.draw(seed).photo for seed in range(SAMPLES)]
+    inputs["samples"] = gr.Gallery([shrink(face, 96) for face in faces], label="drawn faces", elem_id="samples", **look)
     for name in page.names:
         label, low, high = SLIDERS[name]
         step, value = (1, 0) if name == "age" else (0.01, 0.5)
@@ -100,12 +98,6 @@ def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
     label = "aligned, inverted, edited"
     parts["crops"] = gr.Gallery(label=label, columns=3, height=160, allow_preview=False, elem_id="crops")
     parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
-
-
-def draw_sample(models: Models, seed: int) -> Image.Image:
-    editor = PhotoEditor(models)
-    editor.set_drawn(seed)
-    return shrink(editor.photo, 96)
 
 
 def connect(gr, page: Page, parts: dict, inputs: dict) -> None:

@@ -1,13 +1,11 @@
-"""The networks with which photos are edited, loaded once: edit_photos.py and the page of demo.py share them.
-
-models = load_models("cpu")                                   # the largest bundled generator and all that fits it
-print(models.describe())
-"""
+"""The networks with which photos are edited, loaded once: edit_photos.py and the page of demo.py share them."""
 
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ import torch
 from common.checkpoint import CheckpointError
 from common.cli import ROOT, UserError
 from editing.attributes import ConditionScorer, load_condition_scorer, read_condition
-from editing.boundary import Boundary, BoundaryError, load_boundary
+from editing.boundary import Boundary, BoundaryError, boundary_of
 from model import Generator, load_generator
 from perceptual.lpips import Perceptual, build_perceptual
 from pSp.psp import load_psp, pSp
@@ -34,30 +32,34 @@ SMALL = 64  # pixels up to which the scorer's features invert a face better than
 
 
 @dataclass(frozen=True)
-class Conditional:
-    """A conditional generator; reader: attributes as it takes them. statistics: mean [1, L, D], deviation [L] of w."""
+class Source:
+    """A generator in which faces are inverted."""
 
     generator: Generator
-    reader: ConditionScorer
-    statistics: tuple[torch.Tensor, torch.Tensor]
+
+    @cached_property
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean [1, L, D] and deviation [L], the norm over channels, of w. Seconds, unless the file has them."""
+        return self.generator.latent_statistics(MEAN_SAMPLES)
 
 
 @dataclass(frozen=True)
-class Models:
+class Conditional(Source):
+    """A conditional generator; reader: attributes as it takes them."""
+
+    reader: ConditionScorer
+
+
+@dataclass(frozen=True)
+class Models(Source):
     """Frozen networks on one device. Without encoder, a refinement starts at the mean of w."""
 
-    generator: Generator
-    statistics: tuple[torch.Tensor, torch.Tensor]  # of w: mean [1, L, D]; deviation [L], norm over channels
     scorer: AttributeScorer  # all read-outs come from it
     perceptual: Perceptual  # distance that refinements minimise
     boundaries: dict[str, Boundary] = field(default_factory=dict)
     encoder: pSp | None = None
     conditional: Conditional | None = None
     weights_dir: Path | None = None
-
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.statistics[0]
 
     @property
     def size(self) -> int:
@@ -114,7 +116,6 @@ def load_models(
         perceptual = generator.recommended.get("projector", {}).get("perceptual", fallback)
     return Models(
         generator,
-        generator.latent_statistics(MEAN_SAMPLES),
         scorer=load_scorer(scorer, device, weights_dir=weights_dir),
         perceptual=build_perceptual(perceptual, device, weights_dir),
         boundaries=load_boundaries(boundaries, generator),
@@ -138,31 +139,24 @@ def load_encoder(path: Path | None, generator: Generator, device) -> pSp | None:
             raise UserError(f"--encoder {path} was trained for another generator than {generator.path}")
         return encoder
     for file in sorted(CHECKPOINTS.glob("face-psp-*.safetensors")):
-        try:
+        with suppress(CheckpointError):  # for another generator
             return load_psp(file, device, generator)
-        except CheckpointError:
-            continue  # for another generator
     return None
 
 
 def load_boundaries(folder: Path, generator: Generator) -> dict[str, Boundary]:
     """{attribute: boundary} of the .npz files in a folder that were fitted for this generator, the last one by name."""
-    folder, config, result = Path(folder), generator.config, {}
+    folder, result = Path(folder), {}
     if not folder.is_dir():
         raise FileNotFoundError(f"--boundaries {folder} does not exist: a folder of .npz files is expected")
-    width = config.style_dim * (1 if config.w_space else config.n_tokens)
     for path in sorted(folder.glob("*.npz")):
-        try:
-            boundary = load_boundary(path)
-        except BoundaryError:
-            continue  # noise maps, other arrays
-        if boundary.fingerprint == generator.fingerprint:
-            result[boundary.attribute] = load_boundary(path, space=config.space, width=width)
+        with suppress(BoundaryError):  # of another generator; noise maps, other arrays
+            boundary = boundary_of(path, generator)
+            result |= {boundary.attribute: boundary} if boundary.fingerprint else {}
     return result
 
 
 def load_conditional(path: str | Path, device, weights_dir: Path | None = None) -> Conditional:
     """Raises FileNotFoundError, or a ValueError for an unconditional generator or another scorer than its own."""
     reader = load_condition_scorer(path, read_condition(path), device, weights_dir=weights_dir)
-    generator = load_generator(path, device)
-    return Conditional(generator, reader, generator.latent_statistics(MEAN_SAMPLES))
+    return Conditional(load_generator(path, device), reader)

@@ -55,35 +55,34 @@ class Page:
         self.models, self.folder = models, folder
         self.names = [name for name in SLIDERS if name in models.attributes]
 
-    # -- a photo -------------------------------------------------------------------------------------------------------
-
     def upload(self, path, aligned, points, session: Session | None = None):
-        """Yields the stages from an uploaded file to its first edit by the encoder. session: of the photo before."""
+        """Yields the stages from an uploaded file to the encoder's inversion. session: of the photo before."""
         self.replace(session)
         if path is None:
             return
         yield {"message": "Finding the face ..."}
+        path, editor = Path(path), PhotoEditor(self.models)
         try:
-            path = Path(path)
-            size = image_size(path)
-            if size and size[0] * size[1] > MEGAPIXELS * 1e6:
+            width, height = image_size(path) or (0, 0)
+            if width * height > MEGAPIXELS * 1e6:
                 raise PhotoError(f"it has more than {MEGAPIXELS} megapixels: make it smaller")
             photo = read_image(path)
             shown = shrink(photo, PREVIEW)
             landmarks = aligned_landmarks(shown.size) if aligned else parse_points(points, shown.width / photo.width)
-            editor = PhotoEditor(self.models)
             editor.set_photo(shown, landmarks=landmarks)
+            yield self.start(Session(editor, path.name, path))
         except ERRORS as error:
             yield self.refuse(path, error)
-            return
-        yield self.start(Session(editor, path.name, path))
 
     def pick(self, seed: int, session: Session | None = None) -> dict:
         """A face that the generator draws."""
         self.replace(session)
+        return self.start(Session(self.draw(seed), f"seed{seed:04d}.png"))
+
+    def draw(self, seed: int) -> PhotoEditor:
         editor = PhotoEditor(self.models)
         editor.set_drawn(seed)
-        return self.start(Session(editor, f"seed{seed:04d}.png"))
+        return editor
 
     def replace(self, session: Session | None) -> dict:
         """End the refinement of a photo that is shown no more."""
@@ -114,8 +113,6 @@ class Page:
                 return
             yield answer
 
-    # -- an edit -------------------------------------------------------------------------------------------------------
-
     def move(self, session: Session | None, first, last, *values, rounds: int = 0) -> dict:
         """While a slider is dragged (rounds 0), or when it was let go."""
         if session is None:
@@ -142,10 +139,9 @@ class Page:
         yield {"message": "Inverting the face once more, for its expression ..."}
         try:
             session.like = expression_of(path, self.models)
+            yield self.show(session, rounds=ROUNDS)
         except ERRORS as error:
             yield self.refuse(path, error)
-            return
-        yield self.show(session, rounds=ROUNDS)
 
     def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
         """The photo before and after, the read-outs, the aligned face as the generator draws it."""
@@ -170,10 +166,8 @@ class Page:
         }
 
     def readout(self, readings) -> str:
-        lines = [
-            f"**{name.replace('_', ' ')}** {reading.describe().replace('->', '→')}"
-            for name, reading in readings.items()
-        ]
+        words = {name.replace("_", " "): reading.describe().replace("->", "→") for name, reading in readings.items()}
+        lines = [f"**{name}** {text}" for name, text in words.items()]
         error = self.models.scorer.errors.get("age")
         return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
 

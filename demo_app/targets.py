@@ -1,7 +1,4 @@
-"""Targets for the attributes of a face, and the readings before and after an edit.
-
-Target(15, relative=True).goal(before=31, kind="years")                                                   # 46.0
-"""
+"""Targets for the attributes of a face, and the readings before and after an edit."""
 
 from __future__ import annotations
 

@@ -1,12 +1,7 @@
 """The conditional GAN's condition: attributes of faces as numbers in [0, 1], read by a frozen scorer.
 
-The pipeline of the paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the attributes of a real face are stacked on
-every style code; an L1 loss compares them with what the same frozen classifier reads in the generated image. Shared by
-training (training/conditional.py) and editing (edit_conditional.py).
-
-    reader = ConditionScorer(load_scorer("face-scorer"), ["smile", "eyes_open", "mouth_open"])
-    targets = draw_requests(table, 16, permute=0.5)                      # [16, 3] in [0, 1]
-    loss = attribute_error(reader, images, targets).mean()               # gradients reach the images
+The paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the attributes of a real face are stacked on every style
+code; an L1 loss compares them with what the same frozen classifier reads in the generated image.
 """
 
 from __future__ import annotations
@@ -39,14 +34,9 @@ class ConditionError(ValueError):
     """Attributes, scorer or checkpoint that do not fit together; the message is one sentence."""
 
 
-# -- Faces -> numbers --------------------------------------------------------------------------------------------------
-
-
 class ConditionScorer:
-    """Chosen attributes of a scorer as numbers in [0, 1]: probabilities as they are, years / 100.
-
-    Raises ValueError for an attribute that the scorer lacks or that has no such scale.
-    """
+    """Chosen attributes of a scorer as numbers in [0, 1]: probabilities as they are, years / 100. Raises ValueError for
+    an attribute that the scorer lacks or that has no such scale."""
 
     def __init__(self, scorer, names: Sequence[str]):
         names = tuple(names)
@@ -84,15 +74,9 @@ def score_dataset(reader: ConditionScorer, dataset, device, *, n: int = TABLE, b
     return torch.cat(rows)
 
 
-# -- Requested attributes, and the loss on them ------------------------------------------------------------------------
-
-
 def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
-    """Target attributes [n, d] for n images: those of real faces, rows of `table` [M, d].
-
-    Each attribute is, with the probability `permute`, that of another face, which separates attributes that go together
-    in the data. Drawn from torch's global generator.
-    """
+    """Target attributes [n, d] for n images: those of real faces, rows of `table` [M, d], each with the probability
+    `permute` that of another face: this separates what goes together in the data. From torch's global generator."""
     faces = torch.randint(len(table), (n, 1), device=table.device).expand(-1, table.shape[1])
     others = torch.randint(len(table), faces.shape, device=table.device)
     swapped = torch.rand(faces.shape, device=table.device) < permute
@@ -101,9 +85,7 @@ def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tenso
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
     """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable; from torch's global generator.
-
-    Stands between generator and scorer, so that what the scorer reads is in the face and not in the pixel grid.
-    """
+    Between generator and scorer: what the scorer reads shall be in the face and not in the pixel grid."""
     n, device = len(images), images.device
     u = torch.rand(n, 4, device=device)
     scale = SCALE ** (2 * u[:, 0] - 1)
@@ -119,9 +101,6 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
 def attribute_error(reader: ConditionScorer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """|C(T(image)) - target| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
     return (reader(jitter(images)) - targets).abs()
-
-
-# -- What a conditional checkpoint says of its condition ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,9 +174,7 @@ class Condition:
 
 def load_condition_scorer(path, condition: Condition, device="cpu", *, scorer: str | None = None, weights_dir=None):
     """ConditionScorer of the scorer that the generator in the file `path` was trained with; scorer: where to find it.
-
-    Raises FileNotFoundError when the scorer that was named is absent, UserError when it is another, or not to be found.
-    """
+    Raises FileNotFoundError when that is absent, UserError when it is another, or the recorded one is not here."""
     trained = f"{path} was trained with the scorer"
     try:
         result = load_scorer(scorer or condition.scorer, device, weights_dir=weights_dir)

@@ -1,10 +1,7 @@
 """Boundaries in latent space: the direction along which an attribute grows, kept in a file, moved along.
 
 InterFaceGAN (Shen et al. 2020, arXiv 2005.09635): a hyperplane separates samples that have an attribute from those that
-do not, and latents move along its normal. editing/fit.py fits them, editing/edit.py renders what comes of it.
-
-    boundary = load_boundary("age.npz", space="w++", width=5120)
-    ws = move_along(w, boundary, np.linspace(-3, 3, 61) * boundary.std)             # [L, 512] -> [61, L, 512]
+do not, and latents move along its normal.
 """
 
 from __future__ import annotations
@@ -91,6 +88,13 @@ def load_boundary(path, *, space=None, width=None, fingerprint=None) -> Boundary
     return boundary
 
 
+def boundary_of(path, generator) -> Boundary:
+    """A boundary for this generator. Raises as `load_boundary`."""
+    config = generator.config
+    width = config.style_dim * (1 if config.w_space else config.n_tokens)
+    return load_boundary(path, space=config.space, width=width, fingerprint=generator.fingerprint)
+
+
 def _read_boundary(path) -> Boundary:
     arrays = read_npz(path, "boundary")
     if not {"normal", "boundary"} <= set(arrays):
@@ -137,17 +141,12 @@ def project_all(latents, normal, block: int = 4096) -> np.ndarray:
 
 
 def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
-    """The boundary with the directions of other boundaries projected out, so that moving leaves those attributes.
-
-    latents: samples [N, D]; mean, std and median along the new normal are theirs; the accuracies and the range of the
-    old normal go. Raises BoundaryError when nothing is left, or the shapes differ.
-    """
+    """The boundary with the directions of other boundaries projected out, so that moving leaves those attributes; mean,
+    std and median are those of latents [N, D]. Raises BoundaryError when nothing is left, or the shapes differ."""
     for other in others:
         if other.normal.shape != boundary.normal.shape or {other.space, boundary.space} - {None, boundary.space}:
-            raise BoundaryError(
-                f"boundary {other.attribute} is of space {other.space} {list(other.normal.shape)}, "
-                f"{boundary.attribute} of {boundary.space} {list(boundary.normal.shape)}"
-            )
+            found, expected = (f"{b.attribute} is of space {b.space} {list(b.normal.shape)}" for b in (other, boundary))
+            raise BoundaryError(f"boundary {found}, {expected}")
     normals = np.concatenate([other.normal for other in others]).astype(np.float64)  # [K, D]
     _, scale, basis = np.linalg.svd(normals, full_matrices=False)
     basis = basis[scale > 1e-6]  # [rank, D], orthonormal
@@ -161,11 +160,10 @@ def orthogonalise(boundary: Boundary, others, latents) -> Boundary:
 
 
 def move_along(w, boundary: Boundary, distances, *, distance="relative", layers=None) -> np.ndarray:
-    """Latents along the normal: w [L, 512], distances [K] -> float32 [K, L, 512].
+    """Latents along the normal: w [L, 512], distances [K] -> float32 [K, L, 512]; a 512-wide normal moves all layers.
 
     distance "relative": the distance is added. "absolute" (InterFaceGAN's `linear_interpolate`): the projection on the
-    normal (W, W++; of the layers that move) *becomes* the distance; to W+, a vector per layer, it is added. A 512-wide
-    boundary moves every layer by the same step. layers: those that move.
+    normal (W, W++; of the layers that move) *becomes* the distance; to W+, a vector per layer, it is added.
     """
     w = np.asarray(w, np.float32)
     n_layers, width = w.shape

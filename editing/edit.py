@@ -1,8 +1,6 @@
 """One inverted face along one or several boundaries: latents, frames, and the distance at which a scorer sees a value.
 
 frames = edit_face(generator, face, [boundary], np.linspace(-3, 3, 7) * boundary.std)      # the inversion first
-score = score_along(generator, face, boundary, scorer, scorer.column("age"))
-distance, value = search_distance(score, 60.0, limit=6 * boundary.std)                      # the scorer's age is 60
 """
 
 from __future__ import annotations
@@ -25,18 +23,15 @@ BATCH = 8  # frames per forward pass: the fastest at 256 px on a CPU
 
 @dataclass(frozen=True)
 class InvertedFace:
-    """A face as a generator holds it.
-
-    condition, scored: of a conditional generator, [d] in [0, 1]: the attributes under which w was found, and those that
-    the scorer reads in it. original: uint8 [S, S, 3].
-    """
+    """A face as a generator holds it; condition, scored: of a conditional one, [d] in [0, 1]: the attributes under
+    which w was found, and those that the scorer reads in it."""
 
     name: str
     w: np.ndarray | torch.Tensor  # float32 [L, C]
     noise: list[torch.Tensor]  # per layer [1, 1, r, r]
     condition: torch.Tensor | None = None
     scored: torch.Tensor | None = None
-    original: np.ndarray | None = None
+    original: np.ndarray | None = None  # uint8 [S, S, 3]
 
 
 def face_at(source: Source, i: int) -> InvertedFace:
@@ -48,11 +43,8 @@ def face_at(source: Source, i: int) -> InvertedFace:
 
 
 def edit_w(w, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:
-    """Latents [K, L, C] of `w` [L, C] moved along several boundaries at once.
-
-    distances: [K] along the first boundary, or [K, number of boundaries], latent units. distance, layers: see
-    `move_along`.
-    """
+    """Latents [K, L, C] of `w` [L, C] moved along several boundaries at once (see `move_along`). distances: [K] along
+    the first boundary, or [K, number of boundaries], latent units."""
     w, steps = np.asarray(w, np.float32), np.asarray(distances, np.float64)
     steps = steps[:, None] if steps.ndim == 1 else steps
     if steps.shape[1] != len(boundaries):
@@ -65,11 +57,8 @@ def edit_w(w, boundaries: Sequence[Boundary], distances, *, distance="relative",
 
 @torch.no_grad()
 def render_ws(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray]:
-    """Frames uint8 [size, size, 3] of ws [K, L, C] with the noise maps of one image, [1, 1, r, r] each.
-
-    condition: attributes [1, d] or [K, d] of a conditional generator (default: the neutral 0.5). Raises ValueError for
-    an image that is not finite.
-    """
+    """Frames uint8 [size, size, 3] of ws [K, L, C] with the noise maps of one image, [1, 1, r, r] each; condition:
+    [1, d] or [K, d], default the neutral 0.5. Raises ValueError for an image that is not finite."""
     device = generator.token.device
     maps = [layer.to(device) for layer in noise]
     conditions = None if condition is None else condition.to(device).expand(len(ws), -1)
@@ -83,17 +72,12 @@ def render_ws(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray]:
         yield from to_uint8(images)
 
 
-def edit_face(
-    generator, face: InvertedFace, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None
-) -> list[np.ndarray]:
+def edit_face(generator, face: InvertedFace, boundaries, distances, **how) -> list[np.ndarray]:
     """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_w`)."""
-    ws = edit_w(face.w, boundaries, distances, distance=distance, layers=layers)
+    ws = edit_w(face.w, boundaries, distances, **how)
     ws = np.concatenate((np.asarray(face.w, np.float32)[None], ws))
     condition = None if face.condition is None else face.condition[None]
     return list(render_ws(generator, ws, face.noise, condition=condition))
-
-
-# -- targets -------------------------------------------------------------------------------------------------------
 
 
 def score_along(generator, face: InvertedFace, boundary, scorer, column: int, layers=None) -> Callable:
@@ -120,9 +104,8 @@ def nearest_value(at: np.ndarray, values: np.ndarray, target: float, near: float
 def search_distance(score: Callable, target: float, *, limit: float, near: float = 0.0) -> tuple[float, float]:
     """Distance at which `score` (distances [K] -> values [K]) is nearest to `target`: (distance, value there).
 
-    Of the 2 * SCAN steps from -limit to +limit, the crossing of the target nearest to 0 is bisected: far out a face may
-    break, and the score turn back. A target that is crossed nowhere, such as 1 of a probability, gives the least of the
-    steps that come within `near`, else the one that comes nearest.
+    Of 2 * SCAN steps from -limit to +limit, the crossing of the target nearest to 0 is bisected: far out a face may
+    break. A target that is crossed nowhere gives the least of the steps within `near`, else the nearest.
     """
     at = np.linspace(-limit, limit, 2 * SCAN + 1)
     values = np.asarray(score(at), np.float64)

@@ -1,7 +1,4 @@
-"""Evaluation of edited frames: attribute scores, and similarity to the inversion.
-
-result = evaluate(frames, scorer, identity, perceptual)   # frames[0] is the inversion, the others are compared with it
-"""
+"""Evaluation of edited frames: attribute scores, and similarity to the inversion."""
 
 from __future__ import annotations
 
@@ -34,8 +31,7 @@ def score_frames(scorer, frames) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(frames, scorer, identity=None, perceptual=None) -> Evaluation:
-    """frames: uint8 [K, size, size, 3], the first of them the one that the others are compared with. scorer: an
-    AttributeScorer; identity, perceptual: networks of perceptual/, or None; all frozen and on one device."""
+    """frames: uint8 [K, size, size, 3], compared with the first. identity, perceptual: networks of perceptual/."""
     scores, embeddings, distances, first = [], [], [], None
     for block in image_batches(frames, scorer):
         scores.append(scorer(block).cpu())

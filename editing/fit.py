@@ -1,22 +1,20 @@
 """Fits of a boundary to scored samples: the published SVM, and ridge regression given the other attributes.
 
 InterFaceGAN (Shen et al. 2020, arXiv 2005.09635, section 3.1) separates the highest and the lowest scores by a linear
-SVM. Ridge regression of the score uses every sample, through sums, so that no latents are kept. The scores of other
-attributes can take part in the regression: the direction is then that of the attribute with the others held fixed,
-where the plain one takes along what goes together in the data (older faces wear glasses).
-
-    boundary = fit_boundary(latents, table[:, 0], others=table[:, 1:], attribute="age", space="w++")
-    boundary.save("age.npz")
+SVM. Ridge regression uses every sample, through sums, so that no latents are kept, and can hold other attributes fixed:
+the plain direction takes along what goes together in the data (older faces wear glasses).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.distributed import Distributed, broadcast_object
+from common.distributed import broadcast_object
+from common.files import safe_name
 from editing.boundary import Boundary, BoundaryError, orthogonalise, project_all
 from editing.realism import edit_range
 from editing.samples import Samples, labelled_seeds, score_samples, separable_ratio
@@ -28,15 +26,11 @@ BLOCK = 512  # rows in memory at a time
 N_MEASURED = 10_000  # samples, at most, over which the statistics of a given direction are taken
 
 
-# -- extremes ------------------------------------------------------------------------------------------------------
-
-
 def pick_extremes(scores, ratio: float, *, others=None, n_bins: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the `ratio` lowest and highest of scores [N], each sorted by score: (low, high).
 
-    others: [N, K] scores of attributes to balance: both ends get the same number of samples from every cell of their
-    joint quantiles (`n_bins` each), so that what the two ends differ in is this attribute alone. Raises BoundaryError
-    when fewer than two samples per end remain.
+    others: [N, K] scores of attributes to balance: both ends get as many samples from every cell of their joint
+    quantiles (`n_bins` each). Raises BoundaryError when fewer than two samples per end remain.
     """
     scores = np.asarray(scores, np.float64)
     if not 0 < ratio <= 0.5:
@@ -58,22 +52,16 @@ def pick_extremes(scores, ratio: float, *, others=None, n_bins: int = 4) -> tupl
         low = order[(chosen[order] < 0) & (rank[order] < n // 2)]
         high = order[(chosen[order] > 0) & (rank[order] >= n // 2)]
     if min(len(low), len(high)) < 2:
-        raise BoundaryError(
-            f"{n} samples at --ratio {ratio:g} leave {len(low)} and {len(high)} extremes; at least 2 and 2 are needed"
-        )
+        found = f"{len(low)} and {len(high)} extremes"
+        raise BoundaryError(f"{n} samples at --ratio {ratio:g} leave {found}; at least 2 and 2 are needed")
     if scores[low[-1]] >= scores[high[0]]:
         raise BoundaryError(f"the scores do not tell the extremes apart: both ends reach {scores[high[0]]:g}")
     return low, high
 
 
-# -- fits ----------------------------------------------------------------------------------------------------------
-
-
 def fit_svm(latents, side, *, C: float = 1.0, kernel: bool = False) -> tuple[np.ndarray, float]:
-    """Unit normal [D] (float64) and intercept of the hyperplane between latents [N, D] of side 0 and side 1.
-
-    kernel: scikit-learn's SVC, as published; else liblinear, which solves the same problem much faster.
-    """
+    """Unit normal [D] (float64) and intercept of the hyperplane between latents [N, D] of side 0 and side 1. kernel:
+    scikit-learn's SVC, as published; else liblinear, which solves the same problem much faster."""
     from sklearn import svm  # a second to import
 
     if kernel:
@@ -87,10 +75,9 @@ def fit_svm(latents, side, *, C: float = 1.0, kernel: bool = False) -> tuple[np.
 def fit_ridge(latents, scores, *, others=None, rows=None, penalty: float = RIDGE) -> tuple[np.ndarray, float]:
     """Unit normal [D] (float64) and intercept of the ridge regression of scores [N] on latents [N, D].
 
-    others: [N, K], scores that are held fixed: they are regressors beside the latent, without penalty, so that the
-    normal is the part of the score that they do not explain (Frisch and Waugh 1933). rows: those that are used (default
-    all), read BLOCK at a time; memory is [D, D] in float64 (411 MB at D = 7,168). The hyperplane goes through the mean
-    of the latents used. Raises BoundaryError for fewer than two rows, or latents or scores that do not differ.
+    others: [N, K], scores that are held fixed: regressors beside the latent, without penalty (Frisch and Waugh 1933).
+    rows: those that are used (default all), read BLOCK at a time; memory is [D, D] in float64. The hyperplane goes
+    through their mean. Raises BoundaryError for fewer than two rows, or latents or scores that do not differ.
     """
     from scipy import linalg
 
@@ -131,9 +118,6 @@ def _unit(weights, intercept, complaint):
     return np.asarray(weights, np.float64) / length, float(intercept) / length
 
 
-# -- a boundary ----------------------------------------------------------------------------------------------------
-
-
 def fit_boundary(
     latents,  # [N, D]: an array, or what gives rows when indexed by an array of them (editing/samples.py)
     scores,  # [N]
@@ -146,16 +130,13 @@ def fit_boundary(
 ) -> Boundary:
     """The boundary of an attribute; the normal points to higher scores.
 
-    svm, svc: the extremes, split 70/30 into training and validation; only these rows are read into memory. ridge: all
-    samples but the validation extremes and a tenth of those between. Accuracies are reported on the training and
-    validation extremes and on the remaining samples (ridge: those it did not see) against their median score.
-    Raises BoundaryError for too few samples, scores that are not finite, or an unknown `fit`.
+    svm, svc: fitted on the extremes, split 70/30 into training and validation. ridge: on all samples but the validation
+    extremes and a tenth of those between. Accuracies are those of the extremes and of the remaining samples against
+    their median score. Raises BoundaryError for too few samples or scores that are not finite.
     """
     scores = np.asarray(scores, np.float64)
-    if fit not in FITS:
-        raise BoundaryError(f"--fit {fit}: expected one of {', '.join(FITS)}")
-    if len(latents) != len(scores):
-        raise BoundaryError(f"{len(latents)} latents, but {len(scores)} scores")
+    if fit not in FITS or len(latents) != len(scores):
+        raise BoundaryError(f"--fit {fit}: {len(latents)} latents, but {len(scores)} scores; fits: {', '.join(FITS)}")
     if not np.isfinite(scores).all():
         worst = int(np.argmin(np.isfinite(scores)))
         raise BoundaryError(f"score {worst} of {info.get('attribute') or 'the attribute'} is not finite")
@@ -200,43 +181,42 @@ def fit_attribute(
     attribute: str,  # of the scorer, or csv:FILE[:COLUMN] (editing/samples.py: labelled_seeds)
     conditional: str = "auto",  # attributes to hold fixed: auto (all others with ridge), none, or names with commas
     *,
-    fit: str,
-    ratio: float,
-    seed: int,
+    settings: dict,  # fit, ratio, seed of `fit_boundary`
     free_of,  # boundaries that are projected out
-    folder,  # where scores are kept; this and the following: see `score_samples`
-    batch: int,
-    dist: Distributed,
+    scoring: dict,  # folder, batch, dist of `score_samples`
+    folder: Path,  # where the boundary is saved
 ) -> Boundary:
-    """Score samples, fit, project out, measure the range; the ranks share the scoring, and all return the boundary.
-
-    Raises ValueError for an attribute that the scorer does not know.
-    """
+    """Score samples, fit, project out, measure the range, save; the ranks share the scoring, all return the boundary.
+    Raises ValueError for an attribute that the scorer does not know."""
     given, others = [], None
     if attribute.startswith("csv:"):
         seeds, scores, attribute = labelled_seeds(attribute.removeprefix("csv:"))
         samples = Samples(samples.generator, seeds, truncation=samples.truncation, noise=samples.noise)
-        ratio = separable_ratio(scores)
+        settings = settings | {"ratio": separable_ratio(scores)}
     else:
-        names = {"auto": scorer.names if fit == "ridge" else (), "none": ()}.get(conditional, conditional.split(","))
+        every = scorer.names if settings["fit"] == "ridge" else ()
+        names = {"auto": every, "none": ()}.get(conditional, conditional.split(","))
         given = [name.strip() for name in names if name.strip() != attribute]
         columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
-        table = score_samples(samples, scorer, folder=folder, batch=batch, dist=dist)[:, columns]
+        table = score_samples(samples, scorer, **scoring)[:, columns]
         scores, others = table[:, 0], table[:, 1:] if given else None
-    if not dist.is_main:
+    if not scoring["dist"].is_main:
         return broadcast_object(None)
-    config, settings = samples.generator.config, {"fit": fit, "ratio": ratio, "seed": seed, "others": others}
+    config = samples.generator.config
     info = {"space": config.space, "size": config.size, "fingerprint": samples.generator.fingerprint, "given": given}
     info |= {"attribute": attribute, "truncation": samples.truncation}
-    boundary = fit_boundary(samples, scores, **settings, **info)
+    boundary = fit_boundary(samples, scores, others=others, **settings, **info)
     shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
     if free_of:
         boundary, shown = orthogonalise(boundary, free_of, samples), f"{shown} before the projection"
     text = f" given {', '.join(given)}" if given else ""
-    print(f"{attribute}: {fit} on {len(samples)} samples{text}, accuracy {shown}")
+    print(f"{attribute}: {boundary.fit} on {len(samples)} samples{text}, accuracy {shown}")
     if bounds := edit_range(samples, boundary, scorer):
         print(f"{attribute}: edits stay faces from {bounds[0]:+g} to {bounds[1]:+g} standard deviations")
-    return broadcast_object(replace(boundary, range=bounds))
+    boundary = replace(boundary, range=bounds)
+    path = boundary.save(folder / f"boundary-{safe_name(attribute)}.npz")
+    print(f"{path}: one standard deviation is {boundary.std:.3g}")
+    return broadcast_object(boundary)
 
 
 def measured(boundary: Boundary, free_of, samples: Samples) -> Boundary:

@@ -1,11 +1,8 @@
 """The range of a sweep: distances along a boundary up to which samples still are faces.
 
-Realism (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 3): on features of a network, the distance of an image to
-the manifold of reference images, spanned by the spheres that reach to their k-th neighbours. Here the references are
-unedited samples, the features those of the scorer, and a face is at least as real as 95 % of the references are to each
-other. (The logit of the discriminator does not serve: it rises along edits that melt heads, docs/log.md.)
-
-    low, high = edit_range(samples, boundary, scorer)                                     # standard deviations
+Realism (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 3): the distance of an image's features to the manifold of
+reference images, spanned by the spheres that reach to their k-th neighbours. Here references are unedited samples,
+features the scorer's, and a face is at least as real as 95 % of the references are to each other.
 """
 
 from __future__ import annotations
@@ -45,11 +42,8 @@ class Realism:
 
 @torch.no_grad()
 def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, float] | None:
-    """(lowest, highest) distance in standard deviations up to which SHARE of the samples that are faces still are.
-
-    Bisected among multiples of STEP up to LIMIT, since faces break more the farther they go. None for a scorer without
-    features, for fewer than 20 samples, and where not even one STEP is left.
-    """
+    """(lowest, highest) distance in standard deviations up to which SHARE of the samples that are faces still are,
+    bisected among multiples of STEP. None without features, for fewer than 20 samples, or where no STEP is left."""
     if len(samples) < 20 or type(scorer).features is AttributeScorer.features:
         return None
     n_edited = min(EDITED, len(samples) // 4)

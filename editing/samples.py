@@ -2,10 +2,6 @@
 
 A sample is its seed: only the scores are kept, in chunks with which a killed run resumes and which other attributes
 reuse; the latents that a fit needs are computed again.
-
-    samples = Samples(generator, range(100_000), truncation=0.8)
-    table = score_samples(samples, scorer, folder="samples")                            # float32 [N, A]
-    boundary = fit_boundary(samples, table[:, 0])
 """
 
 from __future__ import annotations
@@ -36,11 +32,8 @@ class SamplesError(ValueError):
 
 
 class Samples:
-    """Samples of a generator by seed. As an array of latents it has `shape`, `len` and indexing by an array of rows:
-    float32 [n, L * C] (W: [n, C]), computed when needed; `frames` are their images.
-
-    truncation: psi towards the mean latent. noise: random, const or none (sampling/render.py).
-    """
+    """Samples of a generator by seed: an array of latents, float32 [n, L * C] (W: [n, C]), computed when indexed.
+    truncation: psi towards the mean latent. noise of `frames`: random, const or none (sampling/render.py)."""
 
     def __init__(self, generator, seeds: Sequence[int], *, truncation: float = 1.0, noise: str = "random"):
         self.generator, self.seeds, self.truncation, self.noise = generator, seeds, truncation, noise
@@ -67,25 +60,20 @@ class Samples:
         ws = self.generator.get_latent(z[:, 0] if self.generator.config.w_space else z)
         return truncate(ws, self.truncation, self.mean)
 
-    def noise_of(self, rows) -> list[torch.Tensor]:
-        """Noise maps of these rows, per layer [B or 1, 1, r, r]."""
-        seeds = [self.seeds[int(row)] for row in rows]
-        maps = select_noise(noise_maps(self.generator, self.noise, seeds=seeds), range(len(seeds)))
-        return [layer.to(self.generator.token.device) for layer in maps]
-
     @torch.no_grad()
     def frames(self, rows, batch: int = 25, offset: torch.Tensor | float = 0.0) -> Iterator[np.ndarray]:
         """Images uint8 [size, size, 3] of these rows, all latents moved by offset [L, C] or [1, C]."""
         for start in range(0, len(rows), batch):
             block = rows[start : start + batch]
-            images, _ = self.generator(self.latents(block) + offset, input_is_latent=True, noise=self.noise_of(block))
+            seeds, ws = [self.seeds[int(row)] for row in block], self.latents(block) + offset
+            maps = select_noise(noise_maps(self.generator, self.noise, seeds=seeds), range(len(seeds)))
+            images, _ = self.generator(ws, input_is_latent=True, noise=[layer.to(ws.device) for layer in maps])
             yield from to_uint8(images)
 
 
 def labelled_seeds(source: str) -> tuple[list[int], np.ndarray, str]:
     """(seeds, labels float32 [n], attribute) of `FILE` or `FILE:COLUMN`: a CSV of labels for images that generate.py
-    drew (seed0012.png ...). Rows without a label are left out. Raises FileNotFoundError, ValueError or SamplesError.
-    """
+    drew (seed0012.png ...). Rows without a label are left out. Raises SamplesError."""
     path, _, column = source.rpartition(":")
     if not path or Path(source).exists():
         path, column = source, ""
@@ -117,9 +105,8 @@ def separable_ratio(labels: np.ndarray) -> float:
 def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Distributed | None = None) -> np.ndarray:
     """Scores float32 [n, A] of the samples' images, columns as scorer.names; their seeds are a range.
 
-    folder: where chunks are kept; those that are there are not computed again. dist: the ranks share the work and all
-    return the whole. Raises SamplesError when the folder holds samples of another generator, scorer, seed, noise,
-    truncation or precision.
+    folder: where chunks are kept; those that are there are not computed again. The ranks share the work, and all return
+    the whole. Raises SamplesError when the folder holds scores of other samples.
     """
     dist = dist or Distributed(0, 0, 1, samples.generator.token.device, None)
     generator, first, folder = samples.generator, samples.seeds.start, Path(folder)

@@ -6,28 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from common.cli import UsageError
+from common.distributed import Distributed, gather_list, shard
 from common.files import safe_name
 from common.grids import make_strip
 from common.images import save_image
-from editing.boundary import Boundary, load_boundary
-from editing.edit import InvertedFace, edit_w, score_along, search_distance
-from editing.evaluate import Evaluation
+from common.tables import append_table, write_table
+from common.video import save_video
+from editing.edit import InvertedFace, edit_face, edit_w, face_at, score_along, search_distance
+from editing.evaluate import Evaluation, evaluate
+from sampling.render import Source
 
 ROUNDS = 3  # of the coordinate search for several targets at once: one edit moves the other attributes a little
 LIMIT = 6.0  # standard deviations within which a target is searched for
 FRAMES, LEAST = 12, 96  # of a strip: frames at most, and pixels at least, so that captions have room
-
-
-def read_boundary(path, generator) -> Boundary:
-    """A boundary for this generator. Raises BoundaryError for another's."""
-    config = generator.config
-    width = config.style_dim * (1 if config.w_space else config.n_tokens)
-    return load_boundary(path, space=config.space, width=width, fingerprint=generator.fingerprint)
-
-
-# -- distances -----------------------------------------------------------------------------------------------------
 
 
 def common_range(boundaries) -> tuple[float, float] | None:
@@ -80,7 +74,59 @@ def describe_target(scorer, name, value, scores) -> str:
     return f"{name}={value:g}: {len(scores) - len(missed)} of {len(scores)} faces within {near}{rest}"
 
 
-# -- results of a face ---------------------------------------------------------------------------------------------
+def edit_faces(
+    generator,
+    source: Source,  # saved latents (sampling/render.py)
+    boundaries,
+    line: np.ndarray,  # [K, 1 or number of boundaries]: distances of the frames
+    *,
+    unit: str,  # of these: latent or std
+    distance: str,  # absolute or relative (editing/boundary.py)
+    targets: dict,  # of `pair_targets`: they replace the line
+    layers,  # those that move; None: all
+    networks,  # scorer, identity or None, perceptual or None
+    attribute: str,  # the one in file names and captions
+    folder: Path,
+    published: bool,  # file names
+    save_frames: bool,
+    video: str,  # none or a format
+    fps: float,
+    dist: Distributed,
+) -> None:
+    """Frames, strip, video and table rows of every face, as each is done; the ranks share the faces."""
+    scorer, label = networks[0], safe_name(attribute)
+    distances = in_latent_units(line, boundaries, unit, distance)
+    suffixes, rows = name_frames(line, boundaries, attribute, targets), []
+    faces = shard(len(source.names), dist.rank, dist.world_size)
+    for i in tqdm(faces, desc="editing", unit="face", disable=None):
+        face, how = face_at(source, i), "relative" if targets else distance
+        if targets:
+            distances = search_targets(generator, face, boundaries, targets, scorer, layers)
+        frames = edit_face(generator, face, boundaries, distances, distance=how, layers=layers)
+        result = evaluate(frames, *networks)
+        captions = caption_frames(scorer, attribute, result.scores, distances)
+        names, strip = [f"{face.name}_{suffix}" for suffix in suffixes], f"{face.name}_{label}"
+        if published:
+            strip = f"origin_{i}_{label}"
+            names = [f"origin_{i}_edit_{j}_{label}_{text}" for j, text in enumerate(captions[1:])]
+        images = {f"frames/{name}": frame for name, frame in zip(names, frames[1:], strict=True)} if save_frames else {}
+        if len(frames) == 2:  # for align_faces.py
+            images |= {f"unedited/{face.name}": frames[0], f"edited/{face.name}": frames[1]}
+        images[f"strips/{strip}"] = draw_strip(frames, captions)
+        for name, image in images.items():
+            save_image(image, folder / f"{name}.png")
+        if video != "none":
+            save_video(frames[1:], folder / "videos" / f"{strip}.{video}", fps)
+        new = table_rows(i, face.name, names, distances, result, scorer.names)
+        if dist.is_main:
+            append_table(folder / "edits.csv", new, start=not rows)
+        rows += new
+    rows = [row for share in gather_list(rows) for row in share]
+    if dist.is_main:
+        write_table(folder / "edits.csv", rows)
+        print(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {folder}")
+        for name, value in targets.values():
+            print(describe_target(scorer, name, value, [row[name] for row in rows]))
 
 
 def name_frames(line: np.ndarray, boundaries, shown: str, targets) -> list[str]:
@@ -91,14 +137,6 @@ def name_frames(line: np.ndarray, boundaries, shown: str, targets) -> list[str]:
     parts = [[f"{safe_name(n)}{round(d, 2) + 0.0:+g}" for n, d in zip(labels, row, strict=True)] for row in line]
     names = ["_".join(part) for part in parts]
     return names if len(set(names)) == len(names) else [f"{name}_{j}" for j, name in enumerate(names)]
-
-
-def save_frames(folder: Path, name: str, frames: dict[str, np.ndarray], pair=()) -> None:
-    """Frames by name; pair: unedited and edited face, also saved under the face's own name, for align_faces.py."""
-    for frame_name, frame in frames.items():
-        save_image(frame, folder / "frames" / f"{frame_name}.png")
-    for kind, frame in zip(("unedited", "edited"), pair, strict=False):
-        save_image(frame, folder / kind / f"{name}.png")
 
 
 def table_rows(i: int, image: str, names, distances, result: Evaluation, attributes) -> list[dict]:

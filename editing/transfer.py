@@ -1,7 +1,5 @@
 """Attributes of one face given to another by a conditional generator: the same latent and noise, another condition.
 
-    for t, frame in zip(ts, render_path(generator, face, condition_path(face, target, ts))): ...
-
 A face keeps the condition under which its latent was found; what moves it is the difference between the target
 attributes and its own, so that t = 0 is the inversion itself and t = 1 the target.
 """
@@ -14,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from common.distributed import Distributed, gather_list, shard
 from common.files import safe_name
 from common.grids import make_strip
 from common.images import read_image, save_image
-from editing.attributes import Condition, ConditionScorer
+from common.tables import append_table, write_table
+from editing.attributes import UNIT_OF, Condition, ConditionScorer, base_fingerprint
 from editing.edit import InvertedFace, face_at, render_ws
 from editing.evaluate import evaluate, score_frames
-from editing.sweep import save_frames
 from inversion.report import ORIGINALS
+from sampling.render import Source, latents_source
 
 LEAST = 128  # pixels of an image in a grid: smaller ones are enlarged, so that the captions have room
 PER_GRID = 8  # columns
@@ -39,17 +40,6 @@ class Target:
     image: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column of a grid: files and captions per kind of image; a reference's image is its target's."""
-
-    files: dict[str, Path]
-    captions: dict[str, str]
-
-
-# -- faces and targets ---------------------------------------------------------------------------------------------
-
-
 def read_targets(images, reader: ConditionScorer, chosen: Sequence[int] | None, device) -> list[Target]:
     """A target per reference: its attributes at the positions `chosen` (default all)."""
     targets, labels = [], set()
@@ -62,6 +52,16 @@ def read_targets(images, reader: ConditionScorer, chosen: Sequence[int] | None, 
         labels.add(label)
         targets.append(Target(label, name, values, image.permute(1, 2, 0).numpy()))
     return targets
+
+
+def open_inversions(path: Path, generator, ckpt, condition: Condition, dist: Distributed) -> Source:
+    """Saved latents of this generator, or of the one that its file `ckpt` says it was trained from."""
+    base = base_fingerprint(ckpt) if condition.light else None
+    stored = {"truncation": 1, "mean": None, "noise": None, "noise_seed": None}
+    source = latents_source(generator, path, **stored, accept=(base,) if base else ())
+    if source.origin["fingerprint"] not in (None, generator.fingerprint) and dist.is_main:
+        print(f"{path}: inversions of the generator that {ckpt} was trained from, taken as neutral ones")
+    return source
 
 
 def original_file(folder: Path, name: str, i: int) -> Path:
@@ -82,21 +82,6 @@ def read_face(generator, reader: ConditionScorer, source, i: int, folder: Path, 
     return replace(face, condition=condition, scored=scored, original=original)
 
 
-def pair_up(n: int, targets: Sequence[Target], paired: bool) -> list[tuple[int, Target]]:
-    """(face, target) for each of n faces with each target; paired: the first with the first, and so on.
-
-    Raises ValueError when there are not as many of both.
-    """
-    if not paired:
-        return [(i, target) for target in targets for i in range(n)]
-    if len(targets) != n:
-        raise ValueError(f"--paired needs as many references as sources, found {len(targets)} and {n}")
-    return list(enumerate(targets))
-
-
-# -- frames --------------------------------------------------------------------------------------------------------
-
-
 def target_path(face: InvertedFace, target: Target, ts: Sequence[float]) -> torch.Tensor:
     """Target attributes on the path, [K, d]: the face's own at t = 0, those of the target at 1, beyond it above."""
     goal = face.scored.clone()
@@ -105,9 +90,49 @@ def target_path(face: InvertedFace, target: Target, ts: Sequence[float]) -> torc
     return face.scored + torch.tensor(list(ts), dtype=goal.dtype)[:, None] * (goal - face.scored)
 
 
-def condition_path(face: InvertedFace, target: Target, ts: Sequence[float]) -> torch.Tensor:
-    """Conditions [K, d] of the frames at ts."""
-    return face.condition + target_path(face, target, ts) - face.scored
+def edit_faces(
+    generator,
+    source: Source,  # inversions (sampling/render.py)
+    folder: Path,  # where they and their originals are
+    targets: Sequence[Target],
+    *,
+    paired: bool,  # the first face with the first target ...; else each with each
+    start: str,  # attributes that an edit starts from: those of the source, or of the inversion
+    ts: np.ndarray,  # of the frames; 0: the inversion, 1: the target
+    reader: ConditionScorer,
+    eval_scorer,  # a second scorer for the table, or None
+    identity,  # network, or None
+    output_dir: Path,
+    dist: Distributed,
+) -> None:
+    """Frames, tables and grids of every face with its targets, as each is done; the ranks share the faces. Raises
+    ValueError when --paired finds more faces than targets, or fewer."""
+    n = len(source.names)
+    if paired and len(targets) != n:
+        raise ValueError(f"--paired needs as many references as sources, found {len(targets)} and {n}")
+    pairs = list(enumerate(targets)) if paired else [(i, target) for target in targets for i in range(n)]
+    single = len({i for i, _ in pairs}) == len(pairs)
+    results, local = [], shard(n, dist.rank, dist.world_size)
+    for i in tqdm(local, desc="editing", unit="face", disable=not dist.is_main):
+        face = read_face(generator, reader, source, i, folder, start)
+        for number, (k, target) in enumerate(pairs):
+            if k != i:
+                continue
+            frames = render_path(generator, face, face.condition + target_path(face, target, ts) - face.scored)
+            rows = table_rows(face, i, target, ts, frames, reader, eval_scorer, identity)
+            column = save_edit(output_dir, face, target, frames, rows, reader, single)
+            if face.original is not None:
+                column["original"] = original_file(folder, face.name, i), caption_of(face.original, target, reader)
+            if dist.is_main:
+                append_table(output_dir / "edits.csv", rows, start=not results)
+            results.append((number, rows, column))
+    results = sorted((result for share in gather_list(results) for result in share), key=lambda result: result[0])
+    if dist.is_main:
+        write_table(output_dir / "edits.csv", [row for _, rows, _ in results for row in rows])
+        write_grids(output_dir / "grids", [(pairs[number][1], column) for number, _, column in results], paired)
+        changed = [reader.names[k] for k in sorted({k for target in targets for k in target.values})]
+        summary = summarise([rows[-1] for _, rows, _ in results], changed)
+        print(f"{output_dir}: {n} faces, {len(pairs)} edits at strength {ts[-1]:g}: {summary}")
 
 
 def render_path(generator, face: InvertedFace, conditions: torch.Tensor) -> list[np.ndarray]:
@@ -116,58 +141,53 @@ def render_path(generator, face: InvertedFace, conditions: torch.Tensor) -> list
     return list(render_ws(generator, ws, face.noise, condition=conditions))
 
 
-# -- results -------------------------------------------------------------------------------------------------------
-
-
-def frame_names(face: InvertedFace, target: Target, ts) -> list[str]:
-    return [f"{face.name}_{target.label}_{t:.3g}" for t in ts]
-
-
-def table_rows(face, i: int, target: Target, ts, frames, known: Condition, scorers, identity) -> list[dict]:
-    """Rows of edits.csv, one per frame: target attributes, what each of the scorers {kind: scorer} reads, measures."""
-    result = evaluate(frames, scorers["read"], identity)
-    values = {"asked": target_path(face, target, ts).numpy() * np.array(known.units)}  # the published column name
-    for kind, scorer in scorers.items():
-        values[kind] = columns_of(scorer, score_frames(scorer, frames), known.attributes)
+def table_rows(face, i: int, target: Target, ts, frames, reader: ConditionScorer, eval_scorer, identity) -> list[dict]:
+    """Rows of edits.csv, one per frame: target attributes, what the scorers read, measures."""
+    result = evaluate(frames, reader.scorer, identity)
+    units = np.array([UNIT_OF[kind] for kind in reader.kinds])
+    values = {"asked": target_path(face, target, ts).numpy() * units}  # the published column name
+    values["read"] = result.scores[:, reader.columns]
+    if eval_scorer:
+        values["eval"] = score_frames(eval_scorer, frames)[:, [eval_scorer.column(name) for name in reader.names]]
     rows = []
-    for j, (t, name) in enumerate(zip(ts, frame_names(face, target, ts), strict=True)):
-        row = {"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4), "frame": f"{name}.png"}
+    for j, t in enumerate(ts):
+        row = {"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4)}
+        row["frame"] = f"{face.name}_{target.label}_{t:.3g}.png"
         for kind, table in values.items():
-            row |= {f"{kind}_{n}": round(float(v), 4) for n, v in zip(known.attributes, table[j], strict=True)}
+            row |= {f"{kind}_{n}": round(float(v), 4) for n, v in zip(reader.names, table[j], strict=True)}
         row["identity"] = "" if result.identity is None else round(float(result.identity[j]), 4)
         rows.append(row | {"change": round(float(result.change[j]), 4)})
     return rows
 
 
-def columns_of(scorer, scores: np.ndarray, names) -> np.ndarray:
-    """Scores [K, A] of a scorer -> the columns of these attributes."""
-    return scores[:, [scorer.column(name) for name in names]]
-
-
-def save_edit(folder: Path, face, target: Target, ts, frames, known: Condition, scorer, single: bool) -> Column:
-    """Frames, and with more than two a strip; single: the ends also under the face's name. Returns their column."""
-    chosen = sorted(target.values)
-    attributes, kinds = [known.attributes[k] for k in chosen], [known.kinds[k] for k in chosen]
-
-    def read(images):
-        scores = columns_of(scorer, score_frames(scorer, images), attributes)
-        return [caption(row, attributes, kinds) for row in scores]
-
-    names, words = frame_names(face, target, ts), read(frames)
-    save_frames(folder, face.name, dict(zip(names, frames, strict=True)), (frames[0], frames[-1]) if single else ())
+def save_edit(folder: Path, face, target: Target, frames, rows, reader: ConditionScorer, single: bool) -> dict:
+    """Frames, and with more than two a strip; single: the ends also under the face's name. Returns a column of a grid:
+    {kind: (file, caption)}, of a reference without its file."""
+    captions = [caption([row[f"read_{name}"] for name in reader.names], target, reader) for row in rows]
+    images = {f"frames/{row['frame']}": frame for row, frame in zip(rows, frames, strict=True)}
+    if single:
+        images |= {f"unedited/{face.name}.png": frames[0], f"edited/{face.name}.png": frames[-1]}
     if len(frames) > 2:
-        strip = transfer_grid([list(zip(frames, words, strict=True))])
-        save_image(strip, folder / "strips" / f"{face.name}_{target.label}.png")
-    files = {"inverted": folder / "frames" / f"{names[0]}.png", "edited": folder / "frames" / f"{names[-1]}.png"}
-    others = {"original": face.original, "reference": target.image}
-    captions = {kind: read([image])[0] for kind, image in others.items() if image is not None}
-    return Column(files, captions | {"inverted": words[0], "edited": words[-1]})
+        strip = transfer_grid([list(zip(frames, captions, strict=True))])
+        images[f"strips/{face.name}_{target.label}.png"] = strip
+    for name, image in images.items():
+        save_image(image, folder / name)
+    files, ends = [folder / "frames" / row["frame"] for row in rows], {"inverted": 0, "edited": -1}
+    column = {kind: (files[j], captions[j]) for kind, j in ends.items()}
+    if target.image is not None:
+        column["reference"] = None, caption_of(target.image, target, reader)
+    return column
 
 
-def caption(values: Sequence[float], names: Sequence[str], kinds: Sequence[str]) -> str:
-    """'smile 0.93', or of several attributes '0.93 0.98 34'."""
-    numbers = [f"{v:.0f}" if kind == "years" else f"{v:.2f}" for v, kind in zip(values, kinds, strict=True)]
-    return f"{names[0]} {numbers[0]}" if len(numbers) == 1 else " ".join(numbers)
+def caption_of(image: np.ndarray, target: Target, reader: ConditionScorer) -> str:
+    return caption(score_frames(reader.scorer, [image])[0, reader.columns], target, reader)
+
+
+def caption(values: Sequence[float], target: Target, reader: ConditionScorer) -> str:
+    """'smile 0.93', or of several attributes '0.93 0.98 34': of values [d], those that the target moves."""
+    moved = sorted(target.values)
+    numbers = [f"{values[k]:.0f}" if reader.kinds[k] == "years" else f"{values[k]:.2f}" for k in moved]
+    return f"{reader.names[moved[0]]} {numbers[0]}" if len(numbers) == 1 else " ".join(numbers)
 
 
 def transfer_grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]):
@@ -178,7 +198,7 @@ def transfer_grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]):
     return make_strip(images, [text for _, text in cells], nrow=len(rows[0]))
 
 
-def write_grids(folder: Path, columns: list[tuple[Target, Column]], paired: bool) -> None:
+def write_grids(folder: Path, columns: list[tuple[Target, dict]], paired: bool) -> None:
     """Grids of at most PER_GRID faces: one after the other for each target, or for all when paired. Images are read
     again, no more at a time than one grid shows."""
     groups: dict[str, list] = {}
@@ -186,11 +206,11 @@ def write_grids(folder: Path, columns: list[tuple[Target, Column]], paired: bool
         groups.setdefault("paired" if paired else target.label, []).append((target, column))
 
     def cell(kind, target, column):
-        image = target.image if kind == "reference" else np.asarray(read_image(column.files[kind]))
-        return image, column.captions[kind]
+        file, text = column[kind]
+        return target.image if file is None else np.asarray(read_image(file)), text
 
     for label, group in groups.items():
-        kinds = [kind for kind in KINDS if all(kind in column.captions for _, column in group)]
+        kinds = [kind for kind in KINDS if all(kind in column for _, column in group)]
         for start in range(0, len(group), PER_GRID):
             rows = [[cell(kind, *pair) for pair in group[start : start + PER_GRID]] for kind in kinds]
             save_image(transfer_grid(rows), folder / f"{label}_{start // PER_GRID:03d}.png")

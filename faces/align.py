@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from common.cli import UserError
 from common.files import read_json
 
-# Where eyes and mouth corners lie in an FFHQ frame, in units of the side. Solved from the development data's aligned
-# twins, which are least-squares similarities to these four points (to 0.004 degrees and 0.006%); at 128 pixels
-# (47.81, 60.11), (79.82, 59.88), (50.02, 93.64), (78.45, 93.34), the mean of FFHQ's own faces to 0.2 pixels.
+# Where eyes and mouth corners lie in an FFHQ frame, in units of the side: the mean of FFHQ's own faces to 0.2 pixels of
+# 128, solved from the development data's aligned faces, least-squares similarities to these four points.
 TEMPLATE = (np.array([[47.809, 60.110], [79.820, 59.877], [50.022, 93.644], [78.452, 93.339]]) + 0.5) / 128
 MAX_SIZE = 1 << 14  # pixels of a crop's side
 NOSE_PROTRUSION = 0.87  # of the nose tip before the eyes, in half eye distances, of an average head (27 of 31 mm)
@@ -68,10 +67,9 @@ def read_alignment(path) -> dict[str, Alignment]:
 
 
 def alignment_of(values: dict) -> Alignment:
-    """The Alignment of a dict of the shape FACE. Raises AlignError for one that frames nothing, and for names that are
-    paths to elsewhere: they become names of files."""
-    known = {field.name for field in fields(Alignment)}
-    face = Alignment(**{name: value for name, value in values.items() if name in known})
+    """The Alignment of a dict of the shape FACE. Raises AlignError for one that frames nothing, and for names, which
+    become files, that lead elsewhere."""
+    face = Alignment(**{field.name: values[field.name] for field in fields(Alignment) if field.name in values})
     source = PurePosixPath(face.source.replace("\\", "/") if os.name == "nt" else face.source)
     if face.name != PurePosixPath(face.name).name or source.is_absolute() or ".." in source.parts:
         raise AlignError(f"the face {face.name!r} of {face.source!r} is no name in a folder of photos")
@@ -90,12 +88,9 @@ def _require_frame(quad, photo_size) -> None:
         raise AlignError(f"the landmarks frame nothing of a photo of {width}x{height} pixels")
 
 
-# -- framing -------------------------------------------------------------------------------------------------------
-
-
 def parse_landmarks(value, where="landmarks") -> list[np.ndarray]:
     """Faces [5, 2] given by hand: five [x, y], ten numbers, a list of such, or {"landmarks": any of these}. Raises
-    AlignError when it is none of these, not finite, or not in the order of the five points."""
+    AlignError for anything else, and for points in another order."""
     value = value.get("landmarks") if isinstance(value, dict) else value
     try:
         points = np.asarray(value, np.float64)
@@ -167,9 +162,8 @@ FRAMINGS = {"ffhq": ffhq_quad, "template": template_quad}
 def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **info) -> Alignment:
     """The Alignment of one face. photo: PIL image; landmarks [5, 2]; info: score, box, name, source.
 
-    framing: ffhq (the published formula) or template (least squares to the mean face). A square photo whose
-    template_error is at most aligned_tolerance is taken as it is (0: never). Raises AlignError for landmarks that frame
-    nothing, or something far from the photo.
+    framing: ffhq or template. A square photo whose template_error is at most aligned_tolerance is taken as it is (0:
+    never). Raises AlignError for landmarks that frame nothing, or something far from the photo.
     """
     if framing not in FRAMINGS:
         raise ValueError(f"framing is one of {', '.join(FRAMINGS)}, not {framing!r}")
@@ -188,9 +182,6 @@ def outside_share(alignment: Alignment) -> float:
     points = quad[0] + steps[:, None, None] * (quad[3] - quad[0]) + steps[None, :, None] * (quad[1] - quad[0])
     inside = (points >= -0.5) & (points <= np.array(alignment.photo_size) - 0.5)
     return 1 - float(inside.all(-1).mean())
-
-
-# -- cropping ------------------------------------------------------------------------------------------------------
 
 
 def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = None) -> Image.Image:
@@ -225,9 +216,9 @@ def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = No
 def resample(image: Image.Image, size, mapping, reduce=1) -> np.ndarray:
     """float32 [H, W(, 3)]: affine, then averaged over blocks of `reduce` pixels.
 
-    Pillow's own transforms are not exact: of bytes they cut the fraction off, half a grey level on the mean, and the
-    bicubic one (a = -1) bends gradients, by up to 0.1 pixel. Its resize has neither fault: enlarged by that first, by
-    an odd factor where nothing is averaged (so that pixels stay what they are), the bilinear one will do.
+    Pillow's transforms cut the fraction of bytes off, and the bicubic one (a = -1) bends gradients by up to 0.1 pixel;
+    its resize does neither. So that enlarges first (by an odd factor where nothing is averaged: pixels stay what they
+    are), then the bilinear transform will do.
     """
     enlarge = {1: 3, 2: 2}.get(reduce, 1)
     mapping = [enlarge * value for value in mapping]
@@ -248,16 +239,14 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
 def _extend(part: Image.Image, pad, side: float) -> Image.Image:
     """Mirrors the image over its borders by `pad` (left, top, right, bottom) pixels, and blurs it towards the
     outside, down to its median colour: the recipe and constants of FFHQ."""
-    from scipy import ndimage
-
     left, top, right, bottom = (int(v) for v in pad)
-    pixels = np.pad(np.asarray(part, np.float32), ((top, bottom), (left, right), (0, 0)), "reflect")
-    height, width = pixels.shape[:2]
+    mirrored = np.pad(np.asarray(part), ((top, bottom), (left, right), (0, 0)), "reflect")
+    height, width = mirrored.shape[:2]
     x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
     # outside: 1 at the outer edge, 0 at the photo's border, negative inside
     inside = np.minimum(np.minimum(x / left, (width - 1 - x) / right), np.minimum(y / top, (height - 1 - y) / bottom))
     outside = 1 - inside[..., None]
-    blurred = ndimage.gaussian_filter(pixels, (0.02 * side, 0.02 * side, 0))
-    pixels += (blurred - pixels) * np.clip(3 * outside + 1, 0, 1)
+    blurred = np.asarray(Image.fromarray(mirrored).filter(ImageFilter.GaussianBlur(0.02 * side)), np.float32)
+    pixels = mirrored + (blurred - mirrored) * np.clip(3 * outside + 1, 0, 1)
     pixels += (np.median(pixels, axis=(0, 1)) - pixels) * np.clip(outside, 0, 1)
     return Image.fromarray(to_bytes(pixels))

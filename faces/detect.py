@@ -1,9 +1,6 @@
 """Where are the faces? YuNet (Wu et al. 2023) through OpenCV: boxes and five landmarks.
 
-    faces = FaceDetector().detect(photo)                 # photo: PIL image, RGB; list of Detection, largest first
-
-Coordinates are pixels of the photo with pixel centres at whole numbers. Landmarks are in YuNet's order: right eye, left
-eye, nose, right and left mouth corner, where right is the person's right, the image's left.
+Coordinates and the order of landmarks are those of faces/align.py.
 """
 
 from dataclasses import dataclass
@@ -30,19 +27,16 @@ class Detection:
 
 
 class FaceDetector:
-    """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone. score_threshold:
-    below it a detection is no face. Not for several threads at once. Raises FileNotFoundError naming the weights when
-    they are absent, DetectorError without OpenCV."""
+    """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone. Not for several
+    threads at once. Raises FileNotFoundError without the weights, DetectorError without OpenCV."""
 
     PASSES = (640, 1600, 320)  # longer side that the photo is scaled to; the next only when nothing was found
     MANY_PASSES = (640, 1600)
-    # Refinement: the square of twice the box at these sizes, each also mirrored; the mean of the four. Measured on FFHQ
-    # and CelebA-HQ, whose frames are known: one look at the photo misses the rotation by 2.5 degrees (mean of the two
-    # sets' standard deviations) and leans 0.6 to one side; the four looks miss it by 2.05 and lean 0.25.
+    # Refinement: the square of twice the box at these sizes, each also mirrored; the mean of the four. On FFHQ and
+    # CelebA-HQ one look misses the rotation by 2.5 degrees (standard deviation), the four by 2.05.
     WINDOWS = (224, 320)
-    # YuNet sees leaning faces too upright (at 20 degrees by 4, at 45 by 21), so a face that leans by more than UPRIGHT
-    # degrees is looked at once more, in a window turned by that. Of a photo that lies on its side without an EXIF tag
-    # the rotation is not found. None of 60 photos (67 faces) needed more.
+    # YuNet sees leaning faces too upright (at 20 degrees by 4, at 45 by 21): one that leans by more than UPRIGHT
+    # degrees is looked at once more, in a window turned by that.
     UPRIGHT = 5.0
     OVERLAP = 0.4  # intersection over union from which two detections are one face
 

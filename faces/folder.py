@@ -1,9 +1,6 @@
 """A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
 
-    align_folder(list_photos([Path("photos")], out), out, AlignSettings(size=256), n_worker=8)
-
-OUT/aligned/NAME.png; OUT/alignment.json (docs/formats.md), also written while a run is under way, so that a killed one
-continues; OUT/report.csv: the same for people.
+OUT/aligned/NAME.png; OUT/alignment.json (docs/formats.md), also written while a run is under way; OUT/report.csv.
 """
 
 import functools
@@ -44,7 +41,7 @@ SAVE_EVERY = 30.0  # seconds
 PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
 PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 TIGHT_NOTE = "cut too tightly"
-TIGHT = 0.4  # share of a frame outside its photo from which it is said
+TIGHT = 0.4  # share of a face's frame outside its photo from which it is said
 RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
 
 
@@ -92,8 +89,7 @@ def _detector(weights_dir, score_threshold):
 
 
 def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
-    """The record of one photo, and (name, PNG) of each crop. Runs in the workers; nothing in a photo raises. Raises
-    FileNotFoundError without the detector's weights, DetectorError without OpenCV, where they are needed."""
+    """The record of one photo, and (name, PNG) of each crop. Runs in the workers; nothing in a photo raises."""
     settings, record = task.settings, PhotoRecord(task.source, task.name, task.stamp, "no face")
     try:
         photo = read_image(task.path)
@@ -158,8 +154,7 @@ def _choose(faces, which, max_yaw):
 def _remarks(alignments: list[Alignment]) -> list[str]:
     remarks = ["profile"] if any(abs(face.yaw) > PROFILE_YAW for face in alignments) else []
     # an eye, the nose or a mouth corner beyond the border: what the crop shows there is mirrored
-    clipped = [np.clip(face.landmarks, 0, np.array(face.photo_size) - 1) for face in alignments]
-    if any((points != face.landmarks).any() for points, face in zip(clipped, alignments, strict=True)):
+    if any((np.clip(f.landmarks, 0, np.array(f.photo_size) - 1) != f.landmarks).any() for f in alignments):
         remarks.append("partly outside the photo")
     if (share := max(map(outside_share, alignments), default=0.0)) > TIGHT:
         remarks.append(f"{TIGHT_NOTE}: {share:.0%} of the frame lies outside the photo and is filled by mirroring")
@@ -179,9 +174,8 @@ def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> b
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
-    """{path relative to what they have in common: path} of single photos and those in folders, sorted; not our own
-    results: what lies below output_dir, or where the photos do so themselves, our crops there. Raises
-    FileNotFoundError for a path that is absent, UserError when there is no image."""
+    """{path relative to what they have in common: path} of single photos and those in folders, sorted, without our own
+    results below output_dir. Raises FileNotFoundError for an absent path, UserError when there is no image."""
     photos = [Path(path) for path in photos]
     for path in photos:
         if not path.exists():
@@ -198,9 +192,8 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
 
 
 def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
-    """Align photos, as `list_photos` gives them: {source: path}; records of faces and photos bear the source.
-    landmarks: JSON file {photo: landmarks} of faces given by hand. Returns PhotoRecords, in the order of the photos;
-    `require_faces` tells whether any has a face. One process at a time (common/lock.py)."""
+    """Align photos {source: path} of `list_photos`; their PhotoRecords, in that order. landmarks: JSON file {photo:
+    landmarks} of faces given by hand. One process at a time (common/lock.py)."""
     output_dir = Path(output_dir)
     by_hand = {} if landmarks is None else read_json(landmarks, {str: object}, what="object {photo: landmarks}")
     earlier = {} if overwrite else _read_records(output_dir, settings)
@@ -210,9 +203,9 @@ def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, ov
         keys = (source, Path(source).name, Path(source).stem)  # what faces by hand may be called
         given = next((by_hand[key] for key in keys if key in by_hand), None)
         task = PhotoTask(path, source, names[source], settings, given, _stamp(path, given), weights_dir)
-        records[source] = earlier.get(source)
-        crops = [output_dir / "aligned" / f"{face.name}.png" for face in getattr(records[source], "faces", ())]
-        if getattr(records[source], "stamp", None) != task.stamp or not all(crop.is_file() for crop in crops):
+        records[source] = record = earlier.get(source)
+        crops = [output_dir / "aligned" / f"{face.name}.png" for face in record.faces] if record else []
+        if not record or record.stamp != task.stamp or not all(crop.is_file() for crop in crops):
             todo.append(task)
     saved, done = time.monotonic(), 0
     results = map_ordered(align_photo, todo, min(n_worker, -(-len(todo) // PHOTOS_PER_WORKER)))
@@ -241,8 +234,8 @@ def _stamp(path, given) -> str:
 def require_faces(records, output_dir: Path) -> None:
     """Raise UserError when not one of the photos gave a face."""
     if not any(record.faces for record in records):
-        report = output_dir / "report.csv"
-        raise UserError(f"none of {len(records)} photos gave a face ({count_outcomes(records)}): see {report}")
+        outcomes = count_outcomes(records)
+        raise UserError(f"none of {len(records)} photos gave a face ({outcomes}): see {output_dir / 'report.csv'}")
 
 
 def count_outcomes(records) -> str:
@@ -254,11 +247,11 @@ def count_outcomes(records) -> str:
 def choose_names(sources, taken) -> dict[str, str]:
     """A name for the crop of each photo, unique whatever the case of letters: the stem; where that is taken, the whole
     relative path with _ for its separators; then a number. `taken`: names given in an earlier run, which stay."""
-    names = {source: taken[source] for source in sources if source in taken}
+    names, used = {}, {name.casefold() for name in taken.values()}
     stems = [Path(source).stem.casefold() for source in sources]
-    used = {name.casefold() for name in taken.values()}
     for source, stem in zip(sources, stems, strict=True):
-        if source in names:
+        if source in taken:
+            names[source] = taken[source]
             continue
         name, long = Path(source).stem, re.sub(r"[/\\.]", "_", source)
         base = re.fullmatch(r"(.*)_face\d+", stem)  # might be a face of another photo
@@ -274,18 +267,18 @@ def choose_names(sources, taken) -> dict[str, str]:
 
 def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
     """{photo: record} of earlier runs with these settings, finished or not: what their alignment.json says."""
-    records, file = {}, output_dir / "alignment.json"
+    file = output_dir / "alignment.json"
+    if not file.is_file():
+        return {}
     try:
-        if file.is_file():
-            state = read_json(file, {"version": int, "settings": {str: object}}, what="alignment.json")
-            if (state["version"], state["settings"]) == (VERSION, asdict(settings)):
-                check_shape(state, {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]})
-                faces = {face["name"]: alignment_of(face) for face in state["faces"]}
-                for row in state["photos"]:
-                    records[row["photo"]] = PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]})
+        state = read_json(file, {"version": int, "settings": {str: object}}, what="alignment.json")
+        if (state["version"], state["settings"]) != (VERSION, asdict(settings)):
+            return {}
+        check_shape(state, {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]})
+        faces, photos = {face["name"]: alignment_of(face) for face in state["faces"]}, state["photos"]
+        return {row["photo"]: PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]}) for row in photos}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it, or use --overwrite") from error
-    return records
 
 
 def _write_records(output_dir, settings, records) -> None:

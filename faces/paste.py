@@ -1,10 +1,9 @@
 """Edited faces back into their photos, by the Alignment that was kept beside the crop (faces/align.py).
 
 `paste_back` pastes a face with a feathered border, or the plain difference that an edit made. A difference keeps all
-that the inversion missed, so that an edit meets features of the photo that lie a few pixels beside those it was made
-for: a smile becomes a shadow. `paste_edit` takes the missed part of the photo in three bands: light (blurred over LIGHT
-of the side) is kept everywhere; structure, up to the generator's resolution, goes where the edit is strong; so does
-most of the detail beyond that resolution.
+that the inversion missed, so that a smile meets the photo's own mouth and becomes a shadow. `paste_edit` takes what was
+missed in three bands: light (blurred over LIGHT of the side) stays everywhere; structure, up to the generator's
+resolution, goes where the edit is strong; so does most of the detail beyond.
 """
 
 import sys
@@ -37,11 +36,10 @@ ORIENTATION = 0x0112  # EXIF tag
 def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
     """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
 
-    photo: PIL image as read_image gives it. face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1], of
-    any size. unedited: the same face before the edit, as the generator draws it: then only what the edit changed is
-    added, and all detail of the photo is kept. feather: width of the soft border, of the face's side. detail: of the
-    photo, finer than the crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone.
-    Pixels outside the frame are not touched. Raises AlignError for sizes that do not fit each other.
+    face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1]. unedited: the same before the edit: then only
+    what the edit changed is added. feather: width of the soft border, of the face's side. detail: of the photo, finer
+    than the crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone. Pixels outside the
+    frame are not touched. Raises AlignError for sizes that do not fit each other.
     """
     photo, face = to_pil(photo), to_pil(face)
     if detail not in DETAILS:
@@ -56,14 +54,14 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="au
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
         new, old, drawn = (np.asarray(image, np.int16) for image in (face, crop, unedited))
         face, detail = Image.fromarray(to_bytes(old + new - drawn)), "keep"
+    new, old = np.asarray(face, np.float32), np.asarray(crop, np.float32)
     mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
     keep = np.full(mask.shape, float(detail == "keep"))
     if detail == "auto":  # 1 where the edit left the image's structure alone (a tint is no structure)
-        change = np.asarray(face, np.float32) - np.asarray(crop, np.float32)
-        blur = [0.02 * face.width] * 2 + [0]
+        blur, change = [0.02 * face.width] * 2 + [0], new - old
         spread = ndimage.gaussian_filter(np.square(change - ndimage.gaussian_filter(change, blur)), blur).mean(-1)
         keep = np.exp(-spread / STRUCTURE_SCALE**2)
-    return _composite(photo, face, crop, mask, keep, alignment)
+    return _composite(photo, crop, old + mask[..., None] * (new - old), 1 - mask * (1 - keep), alignment)
 
 
 def _require_same_size(photo, alignment) -> None:
@@ -73,11 +71,13 @@ def _require_same_size(photo, alignment) -> None:
         raise AlignError(f"{found}, but {width}x{height} when it was aligned")
 
 
-def _composite(photo, face, crop, mask, keep, alignment) -> Image.Image:
-    """photo + mask * (face - mix), where mix lies between the photo (keep 0) and its own crop (keep 1)."""
-    layers = [face, crop, *(Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in (mask, keep))]
+def _composite(photo, crop, new, kept, alignment) -> Image.Image:
+    """The photo whose aligned face, as its `crop` shows it, becomes new + kept * (photo - crop), at the photo's
+    resolution. crop, new: [H, H, 3] in 0..255; kept: [H, H], share of the photo in 0..1."""
+    added, lost = new - kept[..., None] * np.asarray(crop, np.float32), 1 - kept  # both 0 where nothing was edited
+    layers = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in (*np.moveaxis(added, -1, 0), lost)]
     side = max(1, round(alignment.side))
-    if face.width > side:  # no finer than the photo, else the mapping would alias
+    if crop.width > side:  # no finer than the photo, else the mapping would alias
         layers = [layer.resize((side, side), Image.Resampling.LANCZOS) for layer in layers]
     quad = np.array(alignment.quad) + 0.5
     low = np.clip(np.floor(quad.min(0)), 0, photo.size).astype(int)
@@ -90,10 +90,10 @@ def _composite(photo, face, crop, mask, keep, alignment) -> Image.Image:
         box = int(low[0]), top, int(high[0]), int(min(top + band, high[1]))
         size, shift = (box[2] - box[0], box[3] - box[1]), inverse @ (np.array(box[:2]) - quad[0])
         mapping = (*inverse[0], shift[0], *inverse[1], shift[1])
-        new, old, weight, kept = (resample(layer, size, mapping) for layer in layers)
-        weight, kept = (np.clip(plane, 0, 1)[..., None] for plane in (weight, kept))
-        original = np.asarray(photo.crop(box), np.float32)
-        photo.paste(Image.fromarray(to_bytes(original + weight * (new - original - kept * (old - original)))), box[:2])
+        *added, lost = (resample(layer, size, mapping) for layer in layers)
+        pixels = np.asarray(photo.crop(box), np.float32) * (1 - lost[..., None])
+        pixels += np.stack(added, -1)
+        photo.paste(Image.fromarray(to_bytes(pixels)), box[:2])
     return photo
 
 
@@ -107,7 +107,7 @@ def feather_mask(size, feather) -> np.ndarray:
     """[size, size], 1 inside, falling smoothly to 0 at the border over `feather` of the side."""
     at = (np.arange(size) + 0.5) / size
     ramp = _smooth(np.minimum(at, 1 - at) / max(feather, 1e-9))
-    return np.outer(ramp, ramp)
+    return np.outer(ramp, ramp).astype(np.float32)
 
 
 def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
@@ -124,12 +124,12 @@ def head_mask(size: int) -> np.ndarray:
     (x, y), (width, height) = HEAD
     at = (np.arange(size, dtype=np.float32) + 0.5) / size
     radius = np.hypot((at[None] - x) / width, (at[:, None] - y) / height)
-    return (_smooth((1 - radius) / FADE) * feather_mask(size, FEATHER)).astype(np.float32)
+    return _smooth((1 - radius) / FADE) * feather_mask(size, FEATHER)
 
 
 def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
-    """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face. crop: [H,
-    H, 3]; edited, unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8."""
+    """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face. edited,
+    unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8, as the crop."""
     crop, edited, unedited = map(to_pil, (crop, edited, unedited))
     before, after, photo = _resize(unedited, crop.width), _resize(edited, crop.width), np.asarray(crop, np.float32)
     region = edit_region(after, before)[..., None]
@@ -140,14 +140,23 @@ def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
     return after + kept, region[..., 0]
 
 
-def paste_edit(photo: Image.Image, edited, unedited, alignment: Alignment) -> Image.Image:
-    """The photo, original size, with an edit of the face that `alignment` had cropped from it. See `blend_edit`. Pixels
+def edit_crop(crop, changes) -> tuple[np.ndarray, np.ndarray]:
+    """A crop (PIL) with edits of its face, one after the other: float32 [H, H, 3] in 0..255, and the share [H, H] of
+    the photo's finest detail that stays. changes: (unedited, edited) images of a generator, see `blend_edit`."""
+    new, mask = np.asarray(crop, np.float32), head_mask(crop.width)
+    kept = np.ones_like(mask)
+    for unedited, edited in changes:
+        blended, region = blend_edit(to_bytes(new), edited, unedited)
+        new, kept = new + mask[..., None] * (blended - new), kept * (1 - mask * (1 - DETAIL) * region)
+    return new, kept
+
+
+def paste_edit(photo: Image.Image, changes, alignment: Alignment, crop=None) -> Image.Image:
+    """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`). Pixels
     outside the frame are not touched. Raises AlignError when the photo has another size than the aligned one."""
     _require_same_size(photo, alignment)
-    crop = crop_aligned(photo, alignment)
-    blended, region = blend_edit(crop, edited, unedited)
-    keep = 1 - (1 - DETAIL) * region  # of the detail finer than the crop
-    return _composite(photo, Image.fromarray(to_bytes(blended)), crop, head_mask(crop.width), keep, alignment)
+    crop = crop_aligned(photo, alignment) if crop is None else crop
+    return _composite(photo, crop, *edit_crop(crop, changes), alignment)
 
 
 def _resize(image: Image.Image, size: int) -> np.ndarray:
@@ -157,10 +166,9 @@ def _resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 def save_like(image, photo, path) -> Path:
-    """Write `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else PNG is added to
-    the name), its alpha, its EXIF with the orientation set to upright, an sRGB profile if it had one, its resolution.
-    """
-    with open_image(photo) as original:
+    """Write `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else .png is added to
+    the name), alpha, EXIF with the orientation upright, an sRGB profile if it had one, resolution. Returns the path."""
+    with open_image(photo, decode=False) as original:
         exif, info, has_alpha = original.getexif(), dict(original.info), original.has_transparency_data
     if ORIENTATION in exif:
         exif[ORIENTATION] = 1
@@ -181,8 +189,7 @@ def save_like(image, photo, path) -> Path:
 
 
 def with_alpha(image, original) -> Image.Image:
-    """`image`, an edit of `original` (RGBA) as it looks on white, as RGBA that looks so on white: where nothing was
-    edited, the colours beneath the alpha are those of `original`."""
+    """`image`, an edit of `original` (RGBA) on white, as RGBA that looks so on white; unedited colours stay."""
     if original.mode != "RGBA":
         return image
     white = Image.new("RGBA", original.size, WHITE)
@@ -196,11 +203,8 @@ def with_alpha(image, original) -> Image.Image:
 
 
 def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: Path, *, unedited=None, **options):
-    """Paste every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: a folder
-    with the same faces before the edit, under the same names; options: of `paste_back`.
-
-    Prints what was pasted and, one line each, what could not be. Raises UserError when nothing could.
-    """
+    """Paste every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: folder of
+    the same faces before the edit; options: of `paste_back`. Raises UserError when nothing could be pasted."""
     from tqdm import tqdm
 
     alignments, root = read_alignment(alignment_file), photos if photos.is_dir() else photos.parent

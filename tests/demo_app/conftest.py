@@ -36,8 +36,7 @@ def models():
     config = GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8)
     generator = Generator(config).eval().requires_grad_(False)
     generator.fingerprint, generator.path = "tiny", Path("tiny.safetensors")
-    statistics = generator.latent_statistics(200)
-    w = statistics[0].clone().requires_grad_()
+    w = generator.mean_latent(200).clone().requires_grad_()
     generator(w, input_is_latent=True, randomize_noise=False)[0].mean().backward()
     normal = (w.grad / w.grad.norm()).reshape(1, -1).numpy()
     brighter = Boundary(
@@ -45,7 +44,7 @@ def models():
     )
     scorer = BrightnessScorer()
     scorer.errors = {"age": 7.4}
-    return Models(generator, statistics, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
+    return Models(generator, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def test_folder_end_to_end(photos, tmp_path, capsys):
     assert (out / "before_after" / "sub" / "Ä stronaut.jpg").is_file() and (out / "overview.jpg").is_file()
     (row,) = csv.DictReader((out / "report.csv").read_text(encoding="utf-8-sig").splitlines())
     assert row["attribute"] == "age" and float(row["goal"]) == pytest.approx(float(row["before"]) + 12, abs=0.01)
-    assert float(row["photo"]) > float(row["before"]) + 4, row
+    assert float(row["photo"]) > float(row["before"]) + 4 and row["file"] == "sub/Ä stronaut.jpg", row
 
     (kept,) = (out / "inversions").iterdir()
     stamp = kept.stat().st_mtime_ns

@@ -137,7 +137,7 @@ def test_a_tint_is_no_region():
 def test_paste_of_nothing_is_the_photo(editor):
     face = editor.faces[0]
     drawn = np.zeros((16, 16, 3), np.uint8)
-    assert np.array_equal(paste_edit(editor.photo, drawn, drawn, face.alignment), editor.photo)
+    assert np.array_equal(paste_edit(editor.photo, [(drawn, drawn)], face.alignment), editor.photo)
 
 
 # -- kept inversions ---------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_paste_of_nothing_is_the_photo(editor):
 def test_kept_inversions_give_the_same_edit(editor, models, tmp_path):
     save_faces(tmp_path / "a.npz", editor.faces)
     again = PhotoEditor(models)
-    again.set_faces(editor.photo, load_faces(tmp_path / "a.npz", editor.photo, models))
+    again.photo, again.faces = editor.photo, load_faces(tmp_path / "a.npz", editor.photo, models)
     target = {"age": Target(5, True)}
     assert np.array_equal(again.edit(target).photo, editor.edit(target).photo)
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])

@@ -422,7 +422,7 @@ def test_results_of_a_stopped_run_stay(ckpt, latents, scorer, tmp_path, generato
             raise KeyboardInterrupt
         return edit_face(*args, **kwargs)
 
-    monkeypatch.setattr("editing.edit.edit_face", stop_at_the_third)
+    monkeypatch.setattr("editing.sweep.edit_face", stop_at_the_third)
     assert command(ckpt, latents, tmp_path / "out", "--boundary", path, "--steps", "2") == 130
     rows = table(tmp_path / "out")
     assert [row["image"] for row in rows] == ["a/ü 1", "a/ü 1", "b", "b"]

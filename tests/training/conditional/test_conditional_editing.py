@@ -198,7 +198,7 @@ def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, m
 
     monkeypatch.setattr(editing.transfer, "table_rows", watched)
     monkeypatch.setattr(
-        common.distributed, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items)
+        editing.transfer, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items)
     )
     monkeypatch.setattr(editing.transfer, "PER_GRID", 2)
     out = tmp_path / "cast"
