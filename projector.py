@@ -16,7 +16,7 @@ Settings that the generator's file recommends are used where no flag is given.
 import sys
 from pathlib import Path
 
-from common.cli import PRECISIONS, SPACES, ArgumentParser, UsageError, UserError, add_device_flags, run_script
+from common.cli import PRECISIONS, SPACES, ArgumentParser, UserError, add_device_flags, positive_int, run_script
 from common.flags import add_face_flags, add_preset_flag
 
 EARLY_STOP = 0.02  # when --early_stop is given without a number
@@ -47,7 +47,7 @@ def build_parser() -> ArgumentParser:
     add("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
     early = {"type": float, "nargs": "?", "const": EARLY_STOP, "default": 0.0, "metavar": "FRACTION"}
     add("--early_stop", **early, help=f"end images whose loss falls by less per twentieth; alone: {EARLY_STOP}")
-    add("--mean_samples", type=int, default=10_000, help="samples for mean and deviation of w")
+    add("--mean_samples", type=positive_int, default=10_000, help="samples for mean and deviation of w")
     add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
 
     add = parser.add_argument_group("networks that compare").add_argument
@@ -59,7 +59,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("output and machine").add_argument
     add("--output_dir", type=Path, default=Path("./projection"), help="folder of the results; made when absent")
     add("--overwrite", action="store_true", help="start anew in a folder that holds other results")
-    add("--batch", type=int, default=8, help="images at once; on a CPU at most 512 / size")
+    add("--batch", type=positive_int, default=8, help="images at once; on a CPU at most 512 / size")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions while optimising")
     add_device_flags(parser)
     return parser
@@ -71,7 +71,7 @@ def main(args) -> int:
     from inversion.inputs import open_faces
     from inversion.projector import check_settings, choose_space
     from inversion.runner import invert_images
-    from inversion.start import open_start
+    from inversion.start import open_start, parse_start
     from model import load_generator
     from perceptual.identity import identity_or_none
     from perceptual.lpips import build_perceptual
@@ -84,48 +84,28 @@ def main(args) -> int:
         recommended = generator.recommended.get("projector", {})
         if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
             print(filled, file=sys.stderr)
-        kind, _, path = args.init.partition(":")
-        if path and "init" not in args.given:
-            path = str(Path(args.ckpt).with_name(Path(path).name))
-        if kind not in ("mean", "encoder", "latents") or (kind == "mean") == bool(path):
-            raise UsageError(f"--init {args.init}: expected mean, encoder:PATH or latents:PATH")
+        kind, path = parse_start(args.init, None if "init" in args.given else Path(args.ckpt).parent)
         settings = {"steps": args.step} | {name: getattr(args, name) for name in SETTINGS}
         if kind != "mean":  # a perturbation would take the w of an encoder or a file far away
             settings["noise"] = 0.0
         check_settings(**settings)
-        if args.batch < 1 or args.mean_samples < 2:
-            raise UsageError(f"--batch and --mean_samples must be positive, got {args.batch} and {args.mean_samples}")
-        if args.size not in (None, generator.config.size):
-            size = generator.config.size
+        if args.size not in (None, size := generator.config.size):
             raise UserError(f"--size {args.size}, but the generator in {args.ckpt} makes {size} pixels")
         space = choose_space(generator, args.space)
 
         # Images, networks, starts.
         faces = {"align": args.align, "dist": dist, "fit": args.fit, "weights_dir": args.weights_dir}
-        images = open_faces(args.dataset, generator.config.size, args.output_dir, **faces)
+        images = open_faces(args.dataset, size, args.output_dir, **faces)
         perceptual = build_perceptual(args.perceptual, dist.device, args.weights_dir)
         if args.perceptual == "auto" and dist.is_main:
             print(f"images are compared by {perceptual.name} (published: lpips-vgg)", file=sys.stderr)
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         start, origin = open_start(kind, path, generator, space, images.names, load_encoder=load_psp)
-        invert_images(
-            generator,
-            images,
-            args.output_dir,
-            dist=dist,
-            settings=settings,
-            perceptual=perceptual,
-            identity=identity,
-            space=space,
-            start=start,
-            recorded={"fit": args.fit, "init": origin, "precision": args.precision},
-            batch=args.batch,
-            seed=args.seed,
-            mean_samples=args.mean_samples,
-            dtype=DTYPES[args.precision],
-            overwrite=args.overwrite,
-            published_names=args.preset == "published",
-        )
+        options = {name: getattr(args, name) for name in ("batch", "seed", "mean_samples", "overwrite")}
+        options |= {"recorded": {"fit": args.fit, "init": origin, "precision": args.precision}}
+        options |= {"dtype": DTYPES[args.precision], "published_names": args.preset == "published"}
+        options |= {"perceptual": perceptual, "identity": identity, "space": space, "start": start}
+        invert_images(generator, images, args.output_dir, dist=dist, settings=settings, **options)
     finally:
         shutdown()
     return 0

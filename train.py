@@ -45,11 +45,7 @@ def build_parser() -> ArgumentParser:
     add = group.add_argument
     micro = {"default": "0", "metavar": "N|auto", "type": parse_micro_batch}
     add("--micro_batch", **micro, help="images per pass; 0: --batch; auto: what memory holds")
-    add(
-        "--vision_aided",
-        metavar="NAME",
-        help="discriminator on features: squeeze, efficientnet, scorer:face-scorer ...",
-    )
+    add("--vision_aided", metavar="NAME", help="discriminator on features: squeeze, efficientnet, scorer:NAME ...")
     parser.add_hidden_alias("--aid", "--vision_aided")
     parser.add_hidden_alias("--aid_weight", "--vision_aided_weight")
 

@@ -24,7 +24,7 @@ from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
-from inversion.projector import learning_rate, mean_squared_error, project  # noqa: E402
+from inversion.projector import learning_rate, project  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig, load_generator  # noqa: E402
 from perceptual.image_metrics import average_down  # noqa: E402
 from perceptual.lpips import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
@@ -111,7 +111,7 @@ def evaluate(generator, latents, noise, images, *, perceptual, mse) -> dict[str,
     for i in range(len(images)):
         maps = [layer[i : i + 1].to(images) for layer in noise]
         picture, _ = generator(latents[i : i + 1].to(images), input_is_latent=True, noise=maps)
-        errors.append(float(mean_squared_error(picture, images[i : i + 1])))
+        errors.append(float((picture - images[i : i + 1]).square().mean()))
         distance = perceptual(average_down(picture), average_down(images[i : i + 1]))
         losses.append(float(distance) + mse * errors[-1])
     return {"loss": sum(losses) / len(losses), "mse": sum(errors) / len(errors)}

@@ -76,11 +76,6 @@ def noise_regularisation(maps: Sequence[torch.Tensor]) -> torch.Tensor:
     return total
 
 
-def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Images [N, 3, H, W] -> [N]."""
-    return (a - b).square().mean((1, 2, 3))
-
-
 def learning_rate(step: int, end: int, *, lr: float, rise: float, fall: float) -> float:
     """Linear over the first `rise` steps (from 0, as published), then constant, a cosine over the last `fall`."""
     up = min(1.0, step / rise) if rise else 1.0
@@ -166,7 +161,7 @@ def project(
         losses = {
             "perceptual": perceptual.distance(perceptual.features(average_down(synth)), target),
             "noise": noise_regularisation(maps),
-            "mse": mean_squared_error(synth, images),
+            "mse": (synth - images).square().mean((1, 2, 3)),
         }
         visible = losses["perceptual"] + mse * losses["mse"]
         optimizer.zero_grad()

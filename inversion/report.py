@@ -33,9 +33,7 @@ class Inversion:
     latents: list[np.ndarray] = field(default_factory=list)  # float32 [L, D]
     measures: dict[str, list[float]] = field(default_factory=dict)  # of perceptual/image_metrics.py
     originals: list[str] = field(default_factory=list)  # image_digest of each original as it was measured
-    pairs: Iterable[tuple] = field(
-        default_factory=list
-    )  # original, output of the first few, uint8 [S, S, 3], for grids
+    pairs: Iterable[tuple] = field(default_factory=list)  # original and output of the first few, uint8 [S, S, 3]
     steps: list[int] | None = None
     noise: list[np.ndarray] | None = None  # per layer [N, 1, r, r]
 

@@ -3,9 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UsageError, UserError
 from common.latents import load_latents
 from common.weights import file_sha256
+
+
+def parse_start(text: str, folder: Path | None = None) -> tuple[str, str]:
+    """Kind and path of --init; folder: where the path's file lies if it is not where the path says."""
+    kind, _, path = text.partition(":")
+    if kind not in ("mean", "encoder", "latents") or (kind == "mean") == bool(path):
+        raise UsageError(f"--init {text}: expected mean, encoder:PATH or latents:PATH")
+    return kind, str(folder / Path(path).name) if folder and path else path
 
 
 def open_start(kind: str, path: str, generator, space: str, names: list[str], *, load_encoder: Callable):

@@ -16,7 +16,7 @@ import torch
 
 from common.checkpoint import CheckpointError
 from common.cli import UsageError, UserError
-from common.distributed import Distributed, broadcast_object
+from common.distributed import broadcast_object
 from editing.attributes import (
     DEFAULT_ATTRIBUTES,
     Condition,
@@ -26,10 +26,8 @@ from editing.attributes import (
     sample_requests,
     score_dataset,
 )
-from model import GeneratorConfig
 from scorer.network import load_scorer
 from training.resume import Start, init_from
-from training.settings import ConditionSettings, TrainSettings
 from training.trainer import Trainer
 from training.transfer import is_modulation
 
@@ -135,19 +133,10 @@ def resolve_condition(scorer: str | None, attributes: str | None, light: bool | 
     return ConditionSpec(scorer, names, bool(light), stored.scorer_fingerprint if start.continues else None)
 
 
-def build_trainer(
-    config: GeneratorConfig,
-    settings: TrainSettings,
-    dist: Distributed,
-    *,
-    spec: ConditionSpec | None,
-    condition: ConditionSettings,
-    dataset,
-    start: Start,
-) -> Trainer:
-    """The trainer, conditional where there is a `spec`, in the state of `start`. A new conditional run scores faces of
-    the data set (on rank 0). Raises ConditionError for attributes that the scorer lacks, UserError for another scorer
-    than a continued run's."""
+def build_trainer(config, settings, dist, *, spec, condition, dataset, start: Start) -> Trainer:
+    """The trainer, conditional where there is a ConditionSpec, in the state of `start`. A new conditional run scores
+    faces of the data set (on rank 0). Raises ConditionError for attributes that the scorer lacks, UserError for another
+    scorer than a continued run's."""
     if spec is None:
         trainer = Trainer(config, settings, dist)
     else:
@@ -161,7 +150,6 @@ def build_trainer(
             which = f"the scorer {spec.fingerprint}, --condition {spec.scorer} is {fingerprint}"
             raise UserError(f"the run was trained with {which}")
         config = replace(config, condition_dim=len(scorer.names))
-        condition = replace(condition, light=spec.light)
         networks = {"scorer": scorer, "scorer_name": name, "table": table}
         trainer = ConditionalTrainer(config, settings, dist, condition=condition, **networks)
     if start.continues:

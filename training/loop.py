@@ -72,11 +72,8 @@ def training_loop(
             step, last = trainer.n_steps, trainer.n_steps == total
             bar.update()
             if dist.is_main and (days := speed.days_left()) > LONG_DAYS:
-                advice = "a smaller --iter, --size or --batch"
-                bar.write(
-                    f"warning: {total - step:,} steps are left, {days:,.0f} days at this speed: {advice}",
-                    file=sys.stderr,
-                )
+                left = f"{total - step:,} steps are left, {days:,.0f} days at this speed"
+                bar.write(f"warning: {left}: a smaller --iter, --size or --batch", file=sys.stderr)
 
             # Find what is due after it. Several ranks agree on a stop at log ticks only.
             every = (settings.log_every, settings.sample_every, settings.save_every)
@@ -165,11 +162,9 @@ def report_start(trainer: Trainer, run: Run, continued: Path | None, n_images: i
     """A line on what is trained, and a warning per setting that is known to end badly."""
     config, settings, dist = trainer.config, trainer.settings, trainer.dist
     origin, group = f"continuing {continued}" if continued else "a new run", settings.micro_batch or settings.batch
-    print(
-        f"{run.folder}: {origin}, {config.space} at {config.size} px, {n_images} images, step {trainer.n_steps} of "
-        f"{total}, batch {settings.batch} x {dist.world_size} on {dist.device}, minibatch deviation over "
-        f"{stddev_group(group)}"
-    )
+    data = f"{config.space} at {config.size} px, {n_images} images, step {trainer.n_steps} of {total}"
+    batches = f"batch {settings.batch} x {dist.world_size} on {dist.device}"
+    print(f"{run.folder}: {origin}, {data}, {batches}, minibatch deviation over {stddev_group(group)}")
     if (batch := settings.batch * dist.world_size) < 8 and settings.path_regularize:
         advice = "--path_regularize 0, or a larger --batch"
         print(f"warning: path length regularisation is unstable at {batch} images per step: {advice}", file=sys.stderr)

@@ -107,16 +107,15 @@ def resolve_noise(given: str | None, start: Start) -> str:
     stored = start.options.get("noise")
     if start.continues and stored:
         require_kept("noise", given, stored, start)
-    return (start.continues and stored) or given or stored or TrainSettings.noise
+    return given or stored or TrainSettings.noise
 
 
 def resolve_vision_aided(given: str | None, start: Start) -> str:
     """--vision_aided of a continued run from its file; else as given."""
-    if not start.continues:
-        return given or ""
-    stored = start.state.get("vision_aided", "")
-    require_kept("vision_aided", given, stored, start)
-    return stored
+    stored = start.state.get("vision_aided", "") if start.continues else ""
+    if start.continues:
+        require_kept("vision_aided", given, stored, start)
+    return given or stored
 
 
 def require_kept(flag: str, given: str | None, stored: str, start: Start) -> None:

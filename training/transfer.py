@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from model import Discriminator, Generator, GeneratorConfig
 
@@ -104,11 +105,7 @@ def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
     """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation. The
     equalised scale 1/sqrt(inputs) is made up for: the images stay the same up to rounding, whatever the condition."""
     gain = math.sqrt((config.style_dim + n) / config.style_dim)
-
-    def widen(weight):
-        return torch.cat((weight.float() * gain, torch.zeros(len(weight), n, device=weight.device)), 1)
-
-    return {name: widen(tensor) if is_modulation(name) else tensor for name, tensor in state.items()}
+    return {k: F.pad(tensor.float() * gain, (0, n)) if is_modulation(k) else tensor for k, tensor in state.items()}
 
 
 def is_modulation(name: str) -> bool:
