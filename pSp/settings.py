@@ -117,7 +117,7 @@ class InferenceSettings:
 def whole_numbers(flag: str, text: str, least: int, expected: str) -> list[int]:
     """'1,2,4' -> [1, 2, 4]. UsageError for what is no list of numbers from `least`."""
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in str(text).split(",")]  # a file may hold a number
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < least:
