@@ -107,7 +107,7 @@ def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # their number, too, may change the order of a sum
-        assert [command(*flags) for flags in commands["one"]] == [0, 0, 0, 0]
+        assert [command(*flags) for flags in commands["one"]] == [0] * len(COMMANDS)
         _, errors = process.communicate(timeout=400)
     finally:
         torch.set_num_threads(threads)
@@ -118,8 +118,6 @@ def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
         folder = tmp_path / name
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         written[name] = {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-        assert load_generator(folder / "a.safetensors").fingerprint == load_generator(wpp_ckpt).fingerprint
-        del written[name]["a.safetensors"]  # whose header lists its entries in any order
     assert len(written["one"]) == 10 and written["one"] == written["two"]
     assert json.loads(written["one"]["latents/latents.json"])["names"][-1] == "seed0004"
 
