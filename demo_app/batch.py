@@ -78,6 +78,8 @@ class PhotoBatch:
         save_image(make_strip(crops, captions, nrow=min(6, len(crops))), self.folder / "overview.jpg", quality=90)
         write_table(self.folder / "report.csv", self.rows)
         left_out = f", {failed} left out" if failed else ""
+        if "age" in self.targets and (error := self.models.scorer.errors.get("age")):
+            print(f"ages are read to ±{error:.0f} years, the scorer's mean error on faces that it did not learn from")
         print(f"{len(photos) - failed} photos edited{left_out}: {self.folder / 'overview.jpg'}")
 
     def edit(self, name: str, path: Path, bar: tqdm) -> tuple[Image.Image, Image.Image]:

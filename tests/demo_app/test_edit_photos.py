@@ -35,6 +35,7 @@ def test_folder_end_to_end(photos, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "left out: wall.png: no face was found" in printed.err and "left out: broken.jpg" in printed.err
     assert "Ä stronaut.jpg: age" in printed.out and "1 photos edited, 2 left out" in printed.out
+    assert "ages are read to ±8 years" in printed.out
     with Image.open(out / "sub" / "Ä stronaut.jpg") as edited, Image.open(photos / "sub" / "Ä stronaut.jpg") as photo:
         assert edited.format == "JPEG" and edited.size == photo.size
         assert np.abs(np.asarray(edited, float) - np.asarray(photo, float)).max() > 20
