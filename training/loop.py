@@ -75,11 +75,13 @@ def training_loop(
                 left = f"{total - step:,} steps are left, {days:,.0f} days at this speed"
                 bar.write(f"warning: {left}: a smaller --iter, --size or --batch", file=sys.stderr)
 
-            # Find what is due after it. Several ranks agree on a stop at log ticks only.
+            # Find what is due after it. Several ranks agree on a stop at log ticks, where no GPU must wait for it, or,
+            # on processors, at every step: torchrun kills them 30 seconds after SIGTERM.
             every = (settings.log_every, settings.sample_every, settings.save_every)
             log_due, sample_due, save_due = (last or step % n == 0 for n in every)
             eval_due = evaluate is not None and (last or step % settings.eval_every == 0)
-            stopping = stop.raised if dist.world_size == 1 else log_due and any(gather_list(stop.raised))
+            agree = log_due or dist.device.type == "cpu"
+            stopping = stop.raised if dist.world_size == 1 else agree and any(gather_list(stop.raised))
 
             # Check that all numbers are finite; what the last phase broke shows in no loss yet.
             if log_due or save_due or eval_due or stopping:
