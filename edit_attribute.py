@@ -124,7 +124,7 @@ def main(args) -> None:
         recommended = {name: value for name, value in recommended.items() if name not in by_hand}
         if args.preset:
             args.fill(PUBLISHED)
-        elif text := args.recommend(recommended, [name.rstrip("?") for name in RECOMMENDED], args.ckpt):
+        elif text := args.recommend(recommended, RECOMMENDED, args.ckpt):
             say(text, file=sys.stderr)
         if args.steps < 1 or args.num_sample < 4 or not 0 < args.ratio <= 0.5 or not 0 < args.truncation <= 1:
             raise UsageError("--steps takes 1 or more, --num_sample 4, --ratio up to 0.5, --truncation up to 1")

@@ -104,7 +104,7 @@ def main(args) -> None:
         generator = load_generator(args.ckpt, dist.device)
         recommended = {} if args.preset else generator.recommended.get("projector", {})
         check_shape(recommended, RECOMMENDED, f"{args.ckpt}: recommended.projector")
-        text = args.recommend(recommended, [name.rstrip("?") for name in RECOMMENDED], args.ckpt)
+        text = args.recommend(recommended, RECOMMENDED, args.ckpt)
         if text and args.source and dist.is_main:
             print(text, file=sys.stderr)
         settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}

@@ -55,7 +55,7 @@ class Flags(argparse.Namespace):
     def recommend(self, settings: dict, names, source) -> str:
         """`fill` in those of the flags `names` that a model's file, `source`, recommends; a value of the wrong type is
         left out. Returns a sentence that names what changed; "" with --preset published."""
-        flags = vars(self)
+        flags, names = vars(self), {name.rstrip("?") for name in names}  # of a schema as well
         fitting = {name: value for name, value in settings.items() if name in names and is_like(value, flags[name])}
         changed = {} if flags.get("preset") == "published" else self.fill(fitting)
         text = " ".join(f"--{name} {value}" for name, value in changed.items())

@@ -54,33 +54,34 @@ class PhotoBatch:
 
     def run(self, photos: dict[str, Path]) -> None:
         """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
-        failed = 0
-        total, saving = len(photos) * (self.steps + OVERHEAD), None
+        failed, saves = set(), {}
+        total = len(photos) * (self.steps + OVERHEAD)
         with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(1) as writer:
+
+            def attempt(name, path, work):
+                try:
+                    return work()
+                except (ImageError, AlignError, UserError) as error:
+                    failed.add(name)
+                    bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
+
             for i, (name, path) in enumerate(photos.items()):
                 bar.set_description(Path(name).name[:24])
-                try:
-                    photo, edited = self.edit(name, path, bar)
-                except (ImageError, AlignError, UserError) as error:
-                    failed += 1
-                    bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
-                else:
-                    if saving:
-                        saving.result()  # raises what went wrong
-                    saving = writer.submit(self.save, name, path, photo, edited, bar)  # beside the next photo's edit
+                if images := attempt(name, path, lambda name=name, path=path: self.edit(name, path, bar)):
+                    saves[name] = writer.submit(self.save, name, path, *images, bar)  # beside the next photo's edit
                 bar.update((i + 1) * (self.steps + OVERHEAD) - bar.n)
-            if saving:
-                saving.result()
-        if failed == len(photos):
+            for name, save in saves.items():
+                attempt(name, photos[name], save.result)
+        if len(failed) == len(photos):
             raise UserError(f"none of {len(photos)} photos could be edited")
         crops = [crop for before, after, _ in self.tiles for crop in (before, after)]
         captions = [text for *_, caption in self.tiles for text in ("before", caption)]
         save_image(make_strip(crops, captions, nrow=min(6, len(crops))), self.folder / "overview.jpg", quality=90)
         write_table(self.folder / "report.csv", self.rows)
-        left_out = f", {failed} left out" if failed else ""
+        left_out = f", {len(failed)} left out" if failed else ""
         if "age" in self.targets and (error := self.models.scorer.errors.get("age")):
             print(f"ages are read to ±{error:.0f} years, the scorer's mean error on faces that it did not learn from")
-        print(f"{len(photos) - failed} photos edited{left_out}: {self.folder / 'overview.jpg'}")
+        print(f"{len(photos) - len(failed)} photos edited{left_out}: {self.folder / 'overview.jpg'}")
 
     def edit(self, name: str, path: Path, bar: tqdm) -> tuple[Image.Image, Image.Image]:
         """A photo before and after."""

@@ -32,7 +32,7 @@ SMALL = 64  # pixels up to which the scorer's features invert a face better than
 
 
 @dataclass(frozen=True)
-class Source:
+class Inverter:
     """A generator in which faces are inverted."""
 
     generator: Generator
@@ -44,14 +44,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Conditional(Source):
+class Conditional(Inverter):
     """A conditional generator; reader: attributes as it takes them."""
 
     reader: ConditionScorer
 
 
 @dataclass(frozen=True)
-class Models(Source):
+class Models(Inverter):
     """Frozen networks on one device. Without encoder, a refinement starts at the mean of w."""
 
     scorer: AttributeScorer  # all read-outs come from it

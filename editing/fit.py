@@ -135,8 +135,10 @@ def fit_boundary(
     their median score. Raises BoundaryError for too few samples or scores that are not finite.
     """
     scores = np.asarray(scores, np.float64)
-    if fit not in FITS or len(latents) != len(scores):
-        raise BoundaryError(f"--fit {fit}: {len(latents)} latents, but {len(scores)} scores; fits: {', '.join(FITS)}")
+    if fit not in FITS:
+        raise BoundaryError(f"--fit {fit}: expected one of {', '.join(FITS)}")
+    if len(latents) != len(scores):
+        raise BoundaryError(f"{len(latents)} latents, but {len(scores)} scores")
     if not np.isfinite(scores).all():
         worst = int(np.argmin(np.isfinite(scores)))
         raise BoundaryError(f"score {worst} of {info.get('attribute') or 'the attribute'} is not finite")

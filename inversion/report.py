@@ -26,7 +26,7 @@ METADATA = {"measures": {str: float}, "steps": int, "condition": ([float], None)
 
 
 @dataclass
-class Inversion:
+class InversionResults:
     """Results of images, in order: lists of equal length, but for `pairs`."""
 
     positions: list[int] = field(default_factory=list)
@@ -77,7 +77,7 @@ def write_report(folder: Path, images, failures: dict[int, str], *, config: dict
     def read(kind, stem):
         return np.asarray(read_image(folder / kind / f"{stem}.png"))
 
-    inversion = Inversion(
+    inversion = InversionResults(
         positions=done,
         latents=[result["latents"] for result in results],
         measures={name: [result["measures"][name] for result in results] for name in results[0]["measures"]},
@@ -113,7 +113,7 @@ def require_results(folder: Path, images, failures: dict[int, str], done: Sequen
 def write_results(
     folder: Path,
     images,  # all of them, of inversion/inputs.py
-    inversion: Inversion,  # of those that have results
+    inversion: InversionResults,  # of those that have results
     *,
     method: str,
     generator: dict,  # its space, size and fingerprint

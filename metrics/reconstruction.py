@@ -41,7 +41,10 @@ def main(args) -> None:
         raise UsageError(f"--measures {args.measures}: {unknown[0]!r} is none of {', '.join(MEASURES)}")
     inversions = [read_inversion(folder, row or args.method) for folder, row in map(split_row, args.folders)]
     text = format_table(comparable(inversions, measures, common=args.common), measures, args.format)
-    write_text(args.output, text) if args.output else print(text, end="")
+    if args.output:
+        write_text(args.output, text)
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from common.images import save_image, to_tensor, to_uint8
 from common.latents import draw_z
 from common.precision import DTYPES
 from dataset import normalise
-from inversion.report import PER_GRID, Inversion, require_results, write_results
+from inversion.report import PER_GRID, InversionResults, require_results, write_results
 from perceptual.image_metrics import image_digest, measure
 from pSp.images import read_batches, shrink
 from pSp.psp import pSp
@@ -33,7 +33,7 @@ SHOWN = 8 * PER_GRID  # images kept for the comparison grids
 
 
 @dataclass
-class EncoderInversion(Inversion):
+class EncoderInversion(InversionResults):
     """Results of some images; those that could not be read are in `skipped`."""
 
     skipped: list[tuple[int, str]] = field(default_factory=list)  # position, reason

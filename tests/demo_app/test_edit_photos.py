@@ -1,13 +1,16 @@
 """The command: small with a tiny generator, and once from end to end with the bundled models."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import demo_app.batch
 import edit_photos
 from common.cli import UserError, run
+from common.images import ImageError
 from demo_app.batch import possible
 from demo_app.targets import Target, parse_gender, parse_target
 
@@ -26,6 +29,23 @@ def photos(tmp_path, astronaut, no_face):
     Image.open(no_face).save(folder / "wall.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     return folder
+
+
+def test_a_photo_that_cannot_be_written_leaves_the_others(photos, tmp_path, capsys, monkeypatch):
+    original = demo_app.batch.save_like
+
+    def refuse(image, photo, path):
+        if "a" == photo.stem:
+            raise ImageError(f"{path} cannot be written")
+        return original(image, photo, path)
+
+    monkeypatch.setattr(demo_app.batch, "save_like", refuse)
+    shutil.copy(photos / "sub" / "Ä stronaut.jpg", photos / "a.jpg")  # the first
+    out = tmp_path / "out"
+    assert command(photos, "--age", "+12", "--output_dir", out, "--quality", "fast", "--device", "cpu") == 0
+    printed = capsys.readouterr()
+    assert "left out: a.jpg" in printed.err and "1 photos edited, 3 left out" in printed.out
+    assert (out / "sub" / "Ä stronaut.jpg").is_file() and not (out / "a.jpg").exists()
 
 
 def test_folder_end_to_end(photos, tmp_path, capsys):
