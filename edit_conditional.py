@@ -90,8 +90,8 @@ def main(args) -> None:
     from editing import transfer
     from editing.attributes import ConditionScorer, load_condition_scorer, read_condition
     from inversion.inputs import open_faces
-    from inversion.projector import check_settings
     from inversion.runner import invert_images
+    from inversion.settings import ProjectorSettings
     from model import load_generator
     from perceptual.identity import identity_or_none
     from perceptual.lpips import build_perceptual
@@ -108,7 +108,7 @@ def main(args) -> None:
         if text and args.source and dist.is_main:
             print(text, file=sys.stderr)
         settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
-        check_settings(**settings)
+        ProjectorSettings(**settings)  # mistakes before any image is opened
         reader = load_condition_scorer(
             args.ckpt, condition, dist.device, scorer=args.scorer, weights_dir=args.weights_dir
         )
@@ -148,7 +148,6 @@ def main(args) -> None:
                 perceptual=build_perceptual(args.perceptual, dist.device, args.weights_dir),
                 identity=identity,
                 start=lambda positions, batch: {"condition": reader.read(batch)},
-                attributes=reader.names,
                 recorded={"fit": args.fit, "attributes": list(reader.names)},
                 batch=args.batch,
                 seed=args.seed,

@@ -95,7 +95,7 @@ def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video, n
 def main(args) -> None:
     import torch
 
-    from common.distributed import setup, shutdown
+    from common.distributed import setup
     from common.latents import parse_layers, parse_seeds
     from common.precision import DTYPES
     from editing.attributes import read_condition
@@ -109,8 +109,8 @@ def main(args) -> None:
     seeds = rows + columns or parse_seeds(args.seeds or "0-35")
     if args.interpolate and not args.latents and len(seeds) < 2:
         raise UsageError(f"--interpolate needs at least two seeds, got --seeds {args.seeds}")
-    dist, folder = setup(args.device, ops=args.ops, timeout=args.dist_timeout), Path(args.output_dir)
-    try:
+    folder = Path(args.output_dir)
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         recommended = {} if args.latents else generator.recommended.get("generate", {})
         if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
@@ -139,8 +139,6 @@ def main(args) -> None:
         else:
             saved = None if args.save_latents is None else Path(args.save_latents or folder / "latents")
             write_images(generator, source, dist, batch=args.batch, folder=folder, grid=args.grid, latents_folder=saved)
-    finally:
-        shutdown()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
 """Stage 3a: find w, and noise maps, with which a generator reproduces faces, by optimisation.
 
-For all images of a folder, an LMDB or single files. W and W+ for a W generator, W++ for a W++ generator. Faces should
-be aligned (align_faces.py, or --align auto). The same command resumes an interrupted run; torchrun shares the images.
+For all images of a folder, an LMDB or single files, aligned before (align_faces.py) or by --align auto. W and W+ for a
+W generator, W++ for a W++ generator. The same command resumes an interrupted run; torchrun shares the images.
 
     python projector.py --ckpt faces.safetensors --dataset faces/ --output_dir projection
     python projector.py --ckpt faces.safetensors --dataset a.jpg b.jpg --step 400 --mse 1 --early_stop
     torchrun --nproc_per_node 8 projector.py --ckpt ffhq.pt --dataset faces.lmdb --init encoder:best_model.pt
-    python generate.py --ckpt faces.safetensors --latents projection --output_dir rendered
 
 OUTPUT_DIR receives, as each image is finished, project/NAME.png (reconstruction), origin/NAME.png and
-inversions/NAME.npz; at the end latents.npy, latents.json and noise.npz; grids, tables, curves (docs/formats.md).
-Settings that the generator's file recommends are used where no flag is given.
+inversions/NAME.npz; at the end latents, grids, tables and curves (docs/formats.md).
 """
 
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from common.cli import PRECISIONS, SPACES, ArgumentParser, UserError, add_device_flags, positive_int, run_script
-from common.flags import add_face_flags, add_preset_flag
+from common.flags import add_face_flags, add_fields, add_preset_flag, read_fields
+from inversion.settings import ProjectorSettings
 
-EARLY_STOP = 0.02  # when --early_stop is given without a number
-SETTINGS = ("lr", "lr_rampup", "lr_rampdown", "noise", "noise_ramp", "noise_regularize", "mse", "early_stop")
-RECOMMENDED = ("init", "step", "perceptual", *SETTINGS)  # flags that a generator's file may set
+RECOMMENDED = ("init", "step", "perceptual", *(item.name for item in fields(ProjectorSettings) if item.metadata))
 
 
 def build_parser() -> ArgumentParser:
@@ -33,26 +31,18 @@ def build_parser() -> ArgumentParser:
     add("--size", type=int, help="pixels; the generator's own, anything else is refused")
     add_face_flags(parser)
     add("--space", choices=SPACES, help="w (default) or w+ for a W generator, w++ for a W++ generator")
-    init = {"default": "mean", "metavar": "mean|encoder:PATH|latents:PATH"}
-    add("--init", **init, help="where w starts: its mean, a pSp encoder, saved latents (by name)")
+    add("--init", default="mean", metavar="mean|encoder:PATH|latents:PATH", help="where w starts; latents by name")
 
-    add = parser.add_argument_group("optimisation (defaults: the published ones)").add_argument
+    group = parser.add_argument_group("optimisation (defaults: the published ones)")
+    add = group.add_argument
     add("--step", "--steps", type=int, default=1000, help="optimisation steps")
-    add("--lr", type=float, default=0.1, help="step size of Adam")
-    add("--lr_rampup", type=float, default=0.05, help="fraction of the steps in which lr rises")
-    add("--lr_rampdown", type=float, default=0.25, help="fraction of the steps in which lr falls")
-    add("--noise", type=float, default=0.05, help="perturbation of w at first, in deviations; only from the mean")
-    add("--noise_ramp", type=float, default=0.75, help="fraction of the steps in which it falls to 0")
-    add("--noise_regularize", type=float, default=1e5, help="weight of the noise regularisation")
-    add("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
-    early = {"type": float, "nargs": "?", "const": EARLY_STOP, "default": 0.0, "metavar": "FRACTION"}
-    add("--early_stop", **early, help=f"end images whose loss falls by less per twentieth; alone: {EARLY_STOP}")
+    add_fields(group, ProjectorSettings)
     add("--mean_samples", type=positive_int, default=10_000, help="samples for mean and deviation of w")
     add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
 
     add = parser.add_argument_group("networks that compare").add_argument
-    names = "vgg (published), squeeze or alex, -up64 behind it to enlarge small images; auto: the first that is here; "
-    add("--perceptual", default="auto", help=f"{names}discriminator:CHECKPOINT or scorer:NAME without any of them")
+    names = "vgg (published), squeeze, alex, with -up64 small images are enlarged; scorer:NAME; auto: the first here"
+    add("--perceptual", default="auto", help=names)
     add("--identity", default="auto", metavar="NAME", help="reported: ir_se50, mobilefacenet, none; auto: what is here")
     add("--weights_dir", type=Path, help="folder in which weights are looked for first")
 
@@ -65,30 +55,27 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(args) -> int:
-    from common.distributed import setup, shutdown
+def main(args) -> None:
+    from common.distributed import setup
     from common.precision import DTYPES
     from inversion.inputs import open_faces
-    from inversion.projector import check_settings, choose_space
-    from inversion.runner import invert_images
-    from inversion.start import open_start, parse_start
+    from inversion.projector import choose_space
+    from inversion.runner import invert_images, open_start, parse_start
     from model import load_generator
     from perceptual.identity import identity_or_none
     from perceptual.lpips import build_perceptual
     from pSp.psp import load_psp
 
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         # Settings: flags, else what the generator's file recommends; an encoder that it names lies beside it.
         generator = load_generator(args.ckpt, dist.device)
         recommended = generator.recommended.get("projector", {})
         if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
             print(filled, file=sys.stderr)
         kind, path = parse_start(args.init, None if "init" in args.given else Path(args.ckpt).parent)
-        settings = {"steps": args.step} | {name: getattr(args, name) for name in SETTINGS}
+        settings = asdict(read_fields(ProjectorSettings, vars(args) | {"steps": args.step}))
         if kind != "mean":  # a perturbation would take the w of an encoder or a file far away
             settings["noise"] = 0.0
-        check_settings(**settings)
         if args.size not in (None, size := generator.config.size):
             raise UserError(f"--size {args.size}, but the generator in {args.ckpt} makes {size} pixels")
         space = choose_space(generator, args.space)
@@ -102,13 +89,10 @@ def main(args) -> int:
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         start, origin = open_start(kind, path, generator, space, images.names, load_encoder=load_psp)
         options = {name: getattr(args, name) for name in ("batch", "seed", "mean_samples", "overwrite")}
-        options |= {"recorded": {"fit": args.fit, "init": origin, "precision": args.precision}}
-        options |= {"dtype": DTYPES[args.precision], "published_names": args.preset == "published"}
-        options |= {"perceptual": perceptual, "identity": identity, "space": space, "start": start}
-        invert_images(generator, images, args.output_dir, dist=dist, settings=settings, **options)
-    finally:
-        shutdown()
-    return 0
+        options |= {"recorded": {"fit": args.fit, "init": origin, "precision": args.precision}, "space": space}
+        options |= {"dtype": DTYPES[args.precision], "published_names": args.preset == "published", "start": start}
+        networks = {"perceptual": perceptual, "identity": identity}
+        invert_images(generator, images, args.output_dir, dist=dist, settings=settings, **networks, **options)
 
 
 if __name__ == "__main__":

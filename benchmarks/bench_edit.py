@@ -27,9 +27,9 @@ from benchmarks.measuring import child, circumstances, write_trace  # noqa: E402
 from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
-from editing.edit import render_ws  # noqa: E402
 from editing.fit import fit_boundary, fit_svm, pick_extremes  # noqa: E402
 from model import Generator, GeneratorConfig  # noqa: E402
+from sampling.render import render  # noqa: E402
 
 PARTS = ("memory", "svm", "sweep")
 # Ways: (original formulation, our allocator setting, frames in blocks)
@@ -202,17 +202,18 @@ def measure_sweep(args):
         network.__class__ = BaselineGenerator
     step = np.random.default_rng(0).standard_normal(code.shape).astype(np.float32) * 0.1
     codes = np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])
+    codes = torch.from_numpy(codes)
     groups = [codes] if together else [codes[i : i + 1] for i in range(len(codes))]
 
-    def render():
-        return [frame for group in groups for frame in render_ws(network, group, network.fixed_noise())]
+    def sweep():
+        return [frame for group in groups for frame in render(network, group)]
 
     if device.type == "cuda":
-        render()  # compiles kernels, chooses algorithms
+        sweep()  # compiles kernels, chooses algorithms
     seconds = []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        frames = render()  # on the CPU at last: nothing is left to wait for
+        frames = sweep()  # on the CPU at last: nothing is left to wait for
         seconds.append(time.perf_counter() - start)
     np.save(args.frames_file, np.stack(frames))
     if args.profile:

@@ -5,20 +5,18 @@ frames = edit_face(generator, face, [boundary], np.linspace(-3, 3, 7) * boundary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from common.images import to_uint8
 from editing.boundary import Boundary, BoundaryError, move_along
 from editing.evaluate import score_frames
-from sampling.render import Source, select_condition, select_noise
+from sampling.render import Source, render, select_condition, select_noise
 
 SCAN = 6  # steps from 0 to the limit, each way, in which a target is looked for before it is bisected
 BISECTIONS = 8
-BATCH = 8  # frames per forward pass: the fastest at 256 px on a CPU
 
 
 @dataclass(frozen=True)
@@ -55,29 +53,12 @@ def edit_w(w, boundaries: Sequence[Boundary], distances, *, distance="relative",
     return (w + moved).astype(np.float32)
 
 
-@torch.no_grad()
-def render_ws(generator, ws, noise, *, condition=None) -> Iterator[np.ndarray]:
-    """Frames uint8 [size, size, 3] of ws [K, L, C] with the noise maps of one image, [1, 1, r, r] each; condition:
-    [1, d] or [K, d], default the neutral 0.5. Raises ValueError for an image that is not finite."""
-    device = generator.token.device
-    maps = [layer.to(device) for layer in noise]
-    conditions = None if condition is None else condition.to(device).expand(len(ws), -1)
-    for start in range(0, len(ws), BATCH):
-        rows = slice(start, start + BATCH)
-        block = torch.as_tensor(ws[rows], dtype=torch.float32, device=device)  # [B, L, C]
-        condition = None if conditions is None else conditions[rows]
-        images, _ = generator(block, input_is_latent=True, noise=maps, condition=condition)  # [B, 3, S, S]
-        if not torch.isfinite(images).all():
-            raise ValueError(f"the generator's output is not finite at frame {start + 1} to {start + len(block)}")
-        yield from to_uint8(images)
-
-
 def edit_face(generator, face: InvertedFace, boundaries, distances, **how) -> list[np.ndarray]:
     """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_w`)."""
-    ws = edit_w(face.w, boundaries, distances, **how)
-    ws = np.concatenate((np.asarray(face.w, np.float32)[None], ws))
+    w = torch.as_tensor(face.w, dtype=torch.float32)[None]
+    ws = torch.cat((w, torch.from_numpy(edit_w(face.w, boundaries, distances, **how))))  # [1 + K, L, C]
     condition = None if face.condition is None else face.condition[None]
-    return list(render_ws(generator, ws, face.noise, condition=condition))
+    return list(render(generator, ws, noise=face.noise, condition=condition))
 
 
 def score_along(generator, face: InvertedFace, boundary, scorer, column: int, layers=None) -> Callable:

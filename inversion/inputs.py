@@ -1,10 +1,8 @@
-"""Images to invert, by position: from folders, single files or an LMDB, in a fixed order; photos are aligned first.
-
-images = open_faces(["photos/", "another face.jpg"], 256, Path("inverted"), align="auto", dist=setup())
-"""
+"""Images to invert, by position: from folders, single files or an LMDB, in a fixed order; photos are aligned first."""
 
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -15,19 +13,17 @@ import torch
 
 from common.cli import UserError
 from common.distributed import Distributed, broadcast_object
-from common.images import ImageError, fit_image, image_size, list_images, read_image
+from common.images import fit_image, image_size, list_images, read_image
 from common.lmdb_store import BUILDING_FILE, DATA_FILE
 from common.workers import n_cores
 from dataset import MultiResolutionDataset
 from faces.align import read_alignment
 from faces.folder import AlignSettings, align_folder, list_photos, looks_aligned, require_faces
 
-LOOKED_AT = 64  # images checked for the warning about photos
-
 
 class Images:
     """Images by position. names: unique; paths: their files, none for an LMDB; read: position -> uint8 [3, size, size],
-    with ImageError or DatasetError, in one sentence, for what is no readable image."""
+    with ImageError, DatasetError or OSError, in one sentence, for what is no readable image."""
 
     def __init__(self, names: Iterable[str], read: Callable[[int], torch.Tensor], paths: Sequence[Path] = ()):
         self.names, self.read, self.paths = _unique_names(names), read, list(paths)
@@ -38,20 +34,15 @@ class Images:
 
     def alignment(self) -> list[dict | None]:
         """Per image the record of align_faces.py (alignment.json beside it or one folder up), or None."""
-        records: dict[Path, dict] = {}
-        for folder in {folder for path in self.paths for folder in (path.parent, path.parent.parent)}:
-            file = folder / "alignment.json"
-            records[folder] = read_alignment(file) if file.is_file() else {}
-        of_paths = (records[p.parent].get(p.stem) or records[p.parent.parent].get(p.stem) for p in self.paths)
+        files = functools.cache(lambda file: read_alignment(file) if file.is_file() else {})
+        folders = ((path.stem, *(folder / "alignment.json" for folder in path.parents[:2])) for path in self.paths)
+        of_paths = (files(beside).get(name) or files(above).get(name) for name, beside, above in folders)
         return [None if record is None else record.to_dict() for record in of_paths] or [None] * len(self)
 
 
 def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, position: int) -> torch.Tensor:
     """An image file fitted to size x size, uint8 [3, size, size]."""
-    try:
-        image = fit_image(read_image(paths[position]), size, fit=fit, resample=resample)
-    except FileNotFoundError as error:  # it was there when the folder was listed
-        raise ImageError(f"{paths[position]} is gone") from error
+    image = fit_image(read_image(paths[position]), size, fit=fit, resample=resample)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -59,7 +50,7 @@ def open_images(sources: Sequence, size: int, *, fit: str = "crop", resample: st
     """The images of one LMDB, or of folders (any depth, sorted) and files in the order given. fit, resample: of
     common.images.fit_image. Raises FileNotFoundError for a path that is absent, ValueError when there is no image or an
     LMDB has none of this size."""
-    entries: list[tuple[str, Path]] = []
+    names, paths = [], []
     for source in map(Path, sources):
         if not source.exists():
             raise FileNotFoundError(f"{source} does not exist: a folder of images, an image or an LMDB is expected")
@@ -71,20 +62,17 @@ def open_images(sources: Sequence, size: int, *, fit: str = "crop", resample: st
         files = list_images(source) if source.is_dir() else [source]
         if not files:
             raise UserError(f"{source} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
-        entries += [(path.relative_to(source).as_posix() if source.is_dir() else path.name, path) for path in files]
-    names, paths = zip(*entries, strict=True)
+        names += [path.relative_to(source).as_posix() if source.is_dir() else path.name for path in files]
+        paths += files
     return Images(names, functools.partial(read_file, paths, size, fit, resample), paths)
 
 
-def _unique_names(names) -> list[str]:
+def _unique_names(names: Iterable[str]) -> list[str]:
     """Names that any text file can hold; later ones of equal names (a.jpg of two folders) get a number."""
     result: dict[str, None] = {}
     for name in (os.fsencode(name).decode("utf-8", "backslashreplace") for name in names):
-        unique, number = name, 1
-        while unique in result:
-            number += 1
-            unique = f"{name} ({number})"
-        result[unique] = None
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        result[next(text for text in itertools.chain([name], numbered) if text not in result)] = None
     return list(result)
 
 
@@ -101,36 +89,33 @@ def open_faces(
     *,
     align: str,  # "auto": crops of align_faces.py and LMDBs stay as they are, of other photos the largest face is taken
     dist: Distributed,
-    fit: str = "crop",  # as resample, of open_images
-    resample: str = "lanczos",
     weights_dir: Path | None = None,
     limit: int | None = None,  # only the first images are looked at and aligned
+    **fitting: str,  # fit and resample of `open_images`
 ) -> Images:
     """`open_images` of the sources, with `align` "auto" aligned, in the order of the photos; all ranks must call it.
     Photos without a face are in `left_out`. Raises as `open_images`; FileNotFoundError without the detector's weights,
     UserError when no photo gives a face."""
-    images = open_images(sources, size, fit=fit, resample=resample)
+    images = open_images(sources, size, **fitting)
     if not images.paths:  # an LMDB
         return images
     records = list(zip(images.paths, images.alignment(), strict=True))[:limit]
     if align == "off":
         if dist.is_main:
-            warn_of_photos(records[:LOOKED_AT], size)
+            warn_of_photos(records[:64], size)
         return images
     source_of = {path: source for source, path in list_photos(sources, folder).items()}
     chosen = [(path, is_crop(path, record)) for path, record in records if path in source_of]
-    raw = {source_of[path]: path for path, aligned in chosen if not aligned}
+    raw = sorted((source_of[path], path) for path, aligned in chosen if not aligned)
     if not raw:
         return images
-    photos, raw = None, dict(sorted(raw.items()))
-    if dist.is_main:
-        photos = align_folder(raw, folder, AlignSettings(size=size), n_worker=n_cores(), weights_dir=weights_dir)
-    photos = broadcast_object(photos)
+    how = {"settings": AlignSettings(size=size), "n_worker": n_cores(), "weights_dir": weights_dir}
+    photos = broadcast_object(align_folder(dict(raw), folder, **how) if dist.is_main else None)
     crops = {photo.photo: [folder / "aligned" / f"{face.name}.png" for face in photo.faces] for photo in photos}
     faces = [face for path, aligned in chosen for face in ([path] if aligned else crops[source_of[path]])]
     if not faces:
         require_faces(photos, folder)
-    images = open_images(faces, size, fit=fit, resample=resample)
+    images = open_images(faces, size, **fitting)
     without = (photo for photo in photos if not photo.faces)
     images.left_out = {photo.photo: ": ".join(filter(None, (photo.outcome, photo.note))) for photo in without}
     return images

@@ -2,14 +2,11 @@
 
 Adam on w and on one set of noise maps per image (Karras et al. 2020, arXiv 1912.04958, appendix D), with the constants
 of the official projector. In W one vector serves all layers; in W+ (Abdal et al. 2019, arXiv 1904.03189) every layer
-has its own; in W++ (Li et al. 2024, arXiv 2105.14230) that is what the mapping network itself gives.
-
-Everything is per image, so that the images of a batch are independent up to rounding. (The published program averages
-the noise terms over the batch; for one image both are the same.)
+has its own; in W++ (Li et al. 2024, arXiv 2105.14230) that is what the mapping network itself gives. All losses are per
+image, so that the images of a batch are independent up to rounding; published: noise terms are means over the batch.
 
     perceptual = build_perceptual("squeeze", "cpu")
     result = project(generator, images, perceptual=perceptual, steps=300)         # images [N, 3, S, S] in [-1, 1]
-    images, _ = generator(result.latents, input_is_latent=True, noise=result.noise)
 """
 
 import math
@@ -19,14 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.cli import UsageError
+from inversion.settings import ProjectorSettings
 from model import Generator
 from perceptual.image_metrics import average_down
 
 SPACES = {"w": ("w", "w+"), "w++": ("w++",)}  # space of a generator -> spaces to invert into, the default first
 CURVE_EVERY = 10  # steps between two points of a loss curve: the published interval
 CURVES = ("perceptual", "noise", "mse")
-FRACTIONS = ("lr_rampup", "lr_rampdown", "noise_ramp", "early_stop")
 
 
 @dataclass
@@ -37,29 +33,21 @@ class Projection:
     noise: list[torch.Tensor]  # per layer, float32 [N, 1, r, r]
     curves: dict[str, torch.Tensor]  # CURVES, each [N, T]: values at steps 0, 10, 20 ...; NaN after an early stop
     steps: torch.Tensor  # int64 [N], taken
-    space: str
+
+    def image(self, i: int) -> dict:
+        """The result of one image as arrays: latents [L, D], noise: per layer [1, r, r], curves: each [T], steps."""
+        arrays = {"latents": self.latents[i].numpy(), "noise": [layer[i].numpy() for layer in self.noise]}
+        curves = {name: curve[i].numpy() for name, curve in self.curves.items()}
+        return arrays | {"curves": curves, "steps": int(self.steps[i])}
 
 
 def choose_space(generator: Generator, space: str | None) -> str:
     """`space`, or the generator's default. ValueError for a space that the generator does not have."""
-    native = generator.config.space
-    if space is None:
-        return SPACES[native][0]
-    if space not in SPACES[native]:
-        names = f"a {native.upper()} generator, whose spaces are {' or '.join(SPACES[native])}"
+    native, spaces = generator.config.space, SPACES[generator.config.space]
+    if space not in (None, *spaces):
+        names = f"a {native.upper()} generator, whose spaces are {' or '.join(spaces)}"
         raise ValueError(f"space {space} does not exist in {names}: W and W+ need a W generator, W++ a W++ generator")
-    return space
-
-
-def check_settings(*, steps: int, **settings: float) -> None:
-    """Raises UsageError, naming the flag, for settings of `project` that cannot work."""
-    if steps < 1:
-        raise UsageError(f"--step must be at least 1, got {steps}")
-    for name, value in settings.items():
-        if not 0 <= value < math.inf:
-            raise UsageError(f"--{name} must be 0 or more, got {value}")
-        if name in FRACTIONS and value > 1:
-            raise UsageError(f"--{name} is a fraction from 0 to 1, got {value}")
+    return space or spaces[0]
 
 
 def noise_regularisation(maps: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -89,15 +77,6 @@ def project(
     *,
     perceptual,  # distance of perceptual/lpips.py, on the generator's device
     space: str | None = None,  # w, w+ or w++; default: w for a W generator
-    steps: int = 1000,  # optimisation steps; this and the following defaults are the published ones
-    lr: float = 0.1,  # step size of Adam
-    lr_rampup: float = 0.05,  # fraction of the steps in which the step size rises from 0
-    lr_rampdown: float = 0.25,  # fraction in which it falls back, as a cosine
-    noise: float = 0.05,  # perturbation of w at the first step, in standard deviations of w (norm, per token)
-    noise_ramp: float = 0.75,  # fraction of the steps in which it falls to 0
-    noise_regularize: float = 1e5,  # weight of the autocorrelation of the noise maps
-    mse: float = 0.0,  # weight of the mean squared error on [-1, 1]; reported in any case
-    early_stop: float = 0.0,  # relative improvement per window below which an image starts its ramp-down; 0: never
     w_start: torch.Tensor | None = None,  # [N or 1, L, D]; default: the mean of w
     noise_start: Sequence[torch.Tensor] | None = None,  # per layer [N or 1, 1, r, r]; default: drawn
     statistics: tuple[torch.Tensor, torch.Tensor] | None = None,  # mean [1, L, D] and deviation [L] of w
@@ -105,18 +84,18 @@ def project(
     condition: torch.Tensor | None = None,  # [N, condition_dim] of a conditional generator; stays fixed
     dtype: torch.dtype | None = None,  # of the generator's convolutions
     callback: Callable | None = None,  # callback(step, active, images [A, 3, S, S], losses [A]) at every step
+    **settings: float,  # steps, lr, mse ...: fields of ProjectorSettings
 ) -> Projection:
-    """Find w and noise maps for images. Raises ValueError for settings, a space or shapes that do not fit. An image is
+    """Find w and noise maps for images. Raises ValueError for settings, a space or images that do not fit. An image is
     on a plateau when its loss, averaged over a twentieth of the steps, is less than `early_stop` below the average
     before: it continues as if its run had been planned to end soon. Images that have ended leave the batch; `active`
     holds the positions of the others."""
-    fractions = {"lr_rampup": lr_rampup, "lr_rampdown": lr_rampdown, "noise_ramp": noise_ramp, "early_stop": early_stop}
-    check_settings(steps=steps, lr=lr, noise=noise, noise_regularize=noise_regularize, mse=mse, **fractions)
-    space, config, n = choose_space(generator, space), generator.config, len(images)
+    s, n = ProjectorSettings(**settings), len(images)
+    space, config, steps = choose_space(generator, space), generator.config, s.steps
     if n == 0 or images.shape[1:] != (3, config.size, config.size):
         raise ValueError(f"this generator makes images [N, 3, {config.size}, {config.size}], got {list(images.shape)}")
     images = images.to(generator.token)
-    if w_start is None or noise:
+    if w_start is None or s.noise:
         mean, std = (value.to(images) for value in statistics or generator.latent_statistics())
 
     # Leaf tensors per image, as each has its own step size: w [C, D], C = 1 in W, else L, and noise maps [1, r, r].
@@ -124,17 +103,14 @@ def project(
     shapes = [(1, config.noise_size(i), config.noise_size(i)) for i in range(config.n_noise)]
     drawn = [[torch.randn(shape, generator=draw) for shape in shapes] for draw in draws]
     maps = [torch.stack(layer) for layer in zip(*drawn, strict=True)] if noise_start is None else noise_start
-    try:
-        w_start = (mean if w_start is None else w_start.to(images)).expand(n, config.n_tokens, config.style_dim)
-        maps = [layer.expand(n, *shape) for layer, shape in zip(maps, shapes, strict=True)]
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"w_start or noise_start does not fit {n} images of this generator: {error}") from None
+    maps = [layer.expand(n, *shape) for layer, shape in zip(maps, shapes, strict=True)]
+    w_start = (mean if w_start is None else w_start.to(images)).expand(n, config.n_tokens, config.style_dim)
     w_start = w_start.mean(1, keepdim=True) if space == "w" else w_start
     leaves = [[leaf.to(images, copy=True) for leaf in image] for image in zip(w_start, *maps, strict=True)]
-    optimizer = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves], lr=lr)
+    optimizer = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves])
 
     active, window = list(range(n)), max(CURVE_EVERY, steps // 20)
-    end, fall = [steps] * n, [lr_rampdown * steps] * n
+    ramp, rise, end, fall = s.noise_ramp * steps, s.lr_rampup * steps, [steps] * n, [s.lr_rampdown * steps] * n
     window_loss, last_loss = images.new_zeros(n), [math.inf] * n
     curves = {name: torch.full((n, len(range(0, steps, CURVE_EVERY))), math.nan) for name in CURVES}
     with torch.no_grad():
@@ -150,7 +126,7 @@ def project(
 
         # Synthesis from perturbed w.
         ws, *maps = (torch.stack(layer) for layer in zip(*(leaves[i] for i in active), strict=True))  # [A, C, D]
-        strength = noise * max(0.0, 1 - step / (noise_ramp * steps)) ** 2 if noise_ramp else 0.0
+        strength = s.noise * max(0.0, 1 - step / ramp) ** 2 if ramp else 0.0
         if strength:
             drawn = [torch.randn(ws.shape[1:], generator=draws[i]) * (end[i] == steps) for i in active]
             ws = ws + torch.stack(drawn).to(ws) * strength * std[: ws.shape[1], None]
@@ -163,9 +139,9 @@ def project(
             "noise": noise_regularisation(maps),
             "mse": (synth - images).square().mean((1, 2, 3)),
         }
-        visible = losses["perceptual"] + mse * losses["mse"]
+        visible = losses["perceptual"] + s.mse * losses["mse"]
         optimizer.zero_grad()
-        total = (visible + noise_regularize * losses["noise"]).sum()
+        total = (visible + s.noise_regularize * losses["noise"]).sum()
         total.backward(inputs=[leaf for i in active for leaf in leaves[i]])
         synth, visible = synth.detach(), visible.detach()
         window_loss[active] += visible
@@ -177,22 +153,21 @@ def project(
 
         # Step; then every noise map back to mean 0 and deviation 1.
         for i in active:
-            group, rise = optimizer.param_groups[i], lr_rampup * steps
-            group["lr"] = learning_rate(step, end[i], lr=lr, rise=rise, fall=fall[i])
+            optimizer.param_groups[i]["lr"] = learning_rate(step, end[i], lr=s.lr, rise=rise, fall=fall[i])
         optimizer.step()
         with torch.no_grad():
             for layer in (layer for i in active for layer in leaves[i][1:]):
                 layer.sub_(layer.mean()).div_(layer.std())
 
         # Plateaus, at the end of a window: the fall takes the same fraction of the image's own total.
-        if early_stop and (step + 1) % window == 0:
-            rest = math.ceil((step + 1) * lr_rampdown / max(1 - lr_rampdown, 1e-9))
+        if s.early_stop and (step + 1) % window == 0:
+            rest = math.ceil((step + 1) * s.lr_rampdown / max(1 - s.lr_rampdown, 1e-9))
             for i in active:
                 average = float(window_loss[i]) / window
-                if end[i] == steps and last_loss[i] - average < early_stop * last_loss[i] < math.inf:
+                if end[i] == steps and last_loss[i] - average < s.early_stop * last_loss[i] < math.inf:
                     end[i], fall[i] = min((step + 1 + rest, rest), (steps, fall[i]))
                 last_loss[i] = average
             window_loss.zero_()
 
     ws, *maps = (torch.stack(layer).detach().float().cpu() for layer in zip(*leaves, strict=True))
-    return Projection(ws.expand(-1, config.n_tokens, -1).contiguous(), maps, curves, torch.tensor(end), space)
+    return Projection(ws.expand(-1, config.n_tokens, -1).contiguous(), maps, curves, torch.tensor(end))

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +24,11 @@ PER_GRID = 8  # columns
 METADATA = {"measures": {str: float}, "steps": int, "condition": ([float], None), "digest": str}
 
 
-@dataclass
-class InversionResults:
-    """Results of images, in order: lists of equal length, but for `pairs`."""
-
-    positions: list[int] = field(default_factory=list)
-    latents: list[np.ndarray] = field(default_factory=list)  # float32 [L, D]
-    measures: dict[str, list[float]] = field(default_factory=dict)  # of perceptual/image_metrics.py
-    originals: list[str] = field(default_factory=list)  # image_digest of each original as it was measured
-    pairs: Iterable[tuple] = field(default_factory=list)  # original and output of the first few, uint8 [S, S, 3]
-    steps: list[int] | None = None
-    noise: list[np.ndarray] | None = None  # per layer [N, 1, r, r]
-
-
 def save_result(path: Path, result: dict) -> None:
     """Write what `load_result` reads. OSError naming the file when the disk is full; nothing half-written is left."""
     arrays = {"latents": result["latents"]} | {f"noise_{i:02d}": layer for i, layer in enumerate(result["noise"])}
     arrays |= {f"curve_{name}": curve for name, curve in result["curves"].items()}
-    metadata = {name: value for name, value in result.items() if name not in ("latents", "noise", "curves")}
+    metadata = {name: result[name] for name in METADATA}
     with atomic_write(path) as file:
         np.savez(file, **arrays, metadata=np.array(json.dumps(metadata)))
 
@@ -62,86 +48,72 @@ def load_result(path: Path) -> dict | None:
         return None
 
 
-def write_report(folder: Path, images, failures: dict[int, str], *, config: dict, attributes, published_names) -> None:
+def write_report(folder: Path, images, failures: dict[int, str], config: dict, published_names: bool) -> None:
     """Write the files of a whole run, and one line of results on stdout; on rank 0, when all images are finished.
-    failures: position -> why an image was left out. config: settings and names of the networks. attributes: names of
-    each image's condition, or None. published_names: also origin_I.png and project_I.png. UserError without any
-    result."""
+    failures: position -> why an image was left out. config: settings.json. published_names: also origin_I.png and
+    project_I.png. UserError without any result."""
     stems = file_names(images.names)
     results = {i: load_result(folder / RESULTS / f"{stems[i]}.npz") for i in range(len(images)) if i not in failures}
     failures |= {i: "its result is damaged: run the same command again" for i in results if results[i] is None}
-    done = [i for i in results if i not in failures]
-    require_results(folder, images, failures, done)
-    results, stems = [results[i] for i in done], [stems[i] for i in done]
+    results = {i: result for i, result in results.items() if result}
 
-    def read(kind, stem):
-        return np.asarray(read_image(folder / kind / f"{stem}.png"))
+    def read(kind, i):
+        return np.asarray(read_image(folder / kind / f"{stems[i]}.png"))
 
-    inversion = InversionResults(
-        positions=done,
-        latents=[result["latents"] for result in results],
-        measures={name: [result["measures"][name] for result in results] for name in results[0]["measures"]},
-        originals=[image_digest(read(ORIGINALS, stem)) for stem in stems],
-        pairs=((read(ORIGINALS, stem), read(PROJECTED, stem)) for stem in stems),
-        steps=[result["steps"] for result in results],
-        noise=[np.stack(layer) for layer in zip(*(result["noise"] for result in results), strict=True)],
-    )
-    extra = {"settings": config}
-    if attributes:
-        extra[CONDITION] = {"attributes": attributes, "values": [result["condition"] for result in results]}
-    generator = {"space": config["space"], "size": config["size"], "fingerprint": config["generator"]}
-    by = {"perceptual": config["perceptual"], "identity": config["identity"]}
-    source = {"method": "projector", "generator": generator, "by": by}
-    line = write_results(folder, images, inversion, **source, settings=config, extra=extra)
-    curves = {name: np.stack([result["curves"][name] for result in results]) for name in CURVES}
-    write_curves(folder, curves, [images.names[i] for i in done])
-    for i, stem in enumerate(stems if published_names else ()):
+    for i, result in results.items():
+        result["original"] = image_digest(read(ORIGINALS, i))
+    pairs = ((read(ORIGINALS, i), read(PROJECTED, i)) for i in results)
+    line = write_results(folder, images, results, failures, pairs, config, method="projector")
+    curves = {name: np.stack([result["curves"][name] for result in results.values()]) for name in CURVES}
+    write_curves(folder, curves, [images.names[i] for i in results])
+    for row, i in enumerate(results if published_names else ()):
         for kind in (ORIGINALS, PROJECTED):
-            with atomic_path(folder / f"{kind}_{i}.png") as copy:
-                shutil.copyfile(folder / kind / f"{stem}.png", copy)
-    print(f"{folder}: {len(done)} images in {config['space'].upper()}: {line}")
-
-
-def require_results(folder: Path, images, failures: dict[int, str], done: Sequence[int]) -> None:
-    """Write skipped.csv; UserError when nothing is left."""
-    write_skipped(folder, images.left_out | {images.names[i]: failures[i] for i in sorted(failures)})
-    if not done:
-        first = next(iter(failures.values()))
-        raise UserError(f"none of the {len(images)} images could be inverted; the first: {first}")
+            with atomic_path(folder / f"{kind}_{row}.png") as copy:
+                shutil.copyfile(folder / kind / f"{stems[i]}.png", copy)
+    print(f"{folder}: {len(results)} images in {config['space'].upper()}: {line}")
 
 
 def write_results(
     folder: Path,
     images,  # all of them, of inversion/inputs.py
-    inversion: InversionResults,  # of those that have results
-    *,
-    method: str,
-    generator: dict,  # its space, size and fingerprint
-    by: dict,  # names of the networks that compared
-    settings: dict,
-    extra: dict,  # for latents.json
-    **more,  # for reconstruction.json
+    results: dict[int, dict],  # by position: latents, measures, original (image_digest); steps, noise, condition if any
+    failures: dict[int, str],  # by position: why there is none
+    pairs: Iterable[tuple],  # originals and reconstructions of the first results, uint8 [S, S, 3], for the grids
+    config: dict,  # settings; generator (fingerprint), size, space; perceptual, identity: names of the networks
+    **info,  # for reconstruction.json: method ...
 ) -> str:
-    """latents.npy and .json, reconstruction.csv and .json, grid_K.png; returns a line on the measures."""
-    measures, steps = inversion.measures, inversion.steps
-    alignment = images.alignment()
-    alignment = [alignment[i] for i in inversion.positions]
-    names = [images.names[i] for i in inversion.positions]
+    """latents.npy and .json, reconstruction.csv and .json, grid_K.png, skipped.csv; returns a line on the measures.
+    UserError without any result."""
+    write_skipped(folder, images.left_out | {images.names[i]: failures[i] for i in sorted(failures)})
+    if not results:
+        first = next(iter(failures.values()))
+        raise UserError(f"none of the {len(images)} images could be inverted; the first: {first}")
+    names, alignment, every = [images.names[i] for i in results], images.alignment(), list(results.values())
+    alignment = [alignment[i] for i in results]
+    measures = {name: [result["measures"][name] for result in every] for name in every[0]["measures"]}
+    by = {name: config[name] for name in ("perceptual", "identity")}
     saved = {"names": names, "losses": measures, "alignment": alignment if any(alignment) else None}
-    saved |= {"noise": inversion.noise, "extra": {"method": method} | extra}
-    save_latents(folder, np.stack(inversion.latents), **saved, **generator)
-    write_measures(folder / "reconstruction.csv", names, measures, steps=steps, originals=inversion.originals, **by)
+    saved |= {"space": config["space"], "size": config["size"], "fingerprint": config["generator"]}
+    saved |= {"extra": {"method": info["method"], "settings": config}}
+    if "attributes" in config:
+        values = [result["condition"] for result in every]
+        saved["extra"][CONDITION] = {"attributes": config["attributes"], "values": values}
+    if "noise" in every[0]:
+        saved["noise"] = [np.stack(layer) for layer in zip(*(result["noise"] for result in every), strict=True)]
+    save_latents(folder, np.stack([result["latents"] for result in every]), **saved)
+    originals, steps = [result["original"] for result in every], [result.get("steps") for result in every]
+    write_measures(folder / "reconstruction.csv", names, measures, **by, steps=steps, originals=originals)
     statistics = {name: dict(zip(("mean", "std"), mean_and_std(v), strict=True)) for name, v in measures.items()}
-    content = {"method": method, "space": generator["space"], "count": len(names), "perceptual_by": by["perceptual"]}
-    content |= {"identity_by": by["identity"], "measures": statistics, "settings": settings, **more}
-    content |= {"mean_steps": np.mean(steps)} if steps else {}
-    write_json(folder / "reconstruction.json", content)
-    numbers, n_grids = zip(names, measures["perceptual"], measures["mse"], strict=True), 0
+    info |= {"space": config["space"], "count": len(names), "measures": statistics, "settings": config}
+    info |= {"mean_steps": np.mean(steps)} if "steps" in every[0] else {}
+    write_json(folder / "reconstruction.json", info | {f"{name}_by": network for name, network in by.items()})
+    for grid in folder.glob("grid_[0-9]*.png"):  # an earlier run may have made more of them
+        grid.unlink()
+    numbers = zip(names, measures["perceptual"], measures["mse"], strict=True)
     captions = (f"{name}: {distance:.3f}, mse {mse:.4f}" for name, distance, mse in numbers)
-    for n_grids, block in enumerate(blocks(zip(inversion.pairs, captions, strict=False), PER_GRID), 1):
-        pairs, labels = zip(*block, strict=True)
-        save_image(comparison_grid(*zip(*pairs, strict=True), labels), folder / f"grid_{n_grids - 1:03d}.png")
-    remove_grids(folder, n_grids)
+    for k, block in enumerate(blocks(zip(pairs, captions, strict=False), PER_GRID)):
+        shown, labels = zip(*block, strict=True)
+        save_image(comparison_grid(*zip(*shown, strict=True), labels), folder / f"grid_{k:03d}.png")
     return summary(measures, **by)
 
 
@@ -156,11 +128,3 @@ def write_curves(folder: Path, curves: dict[str, np.ndarray], names: Sequence[st
     with atomic_write(folder / "curves.npz") as file:
         np.savez(file, steps=np.arange(curves["mse"].shape[1]) * CURVE_EVERY, names=np.array(names), **curves)
     plot_curves(curves, CURVE_EVERY, folder / "curves.png")
-
-
-def remove_grids(folder: Path, first: int) -> None:
-    """Remove the grids of an earlier, longer run: grid_K.png with K of `first` or more."""
-    for path in folder.glob("grid_*.png"):
-        number = path.stem.removeprefix("grid_")
-        if number.isdigit() and int(number) >= first:
-            path.unlink()

@@ -1,24 +1,23 @@
-"""Invert many images into one folder of results: in batches, shared among ranks, resumable.
-
-Every image is written as soon as it is finished; tables, grids and latents.npy follow at the end (report.py).
-"""
+"""Invert many images into one folder of results, each written as it is finished: in batches, by ranks, resumable."""
 
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from common.cli import UserError
+from common.cli import UsageError, UserError
 from common.distributed import Distributed, barrier, gather_list, shard
 from common.files import read_json
 from common.images import save_image, to_tensor, to_uint8
+from common.latents import load_latents
 from common.lock import lock_folder
 from common.runs import to_plain, write_json
+from common.weights import file_sha256
 from dataset import normalise
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
@@ -40,8 +39,7 @@ def invert_images(
     identity=None,  # network of perceptual/identity.py that is reported
     space: str | None = None,
     start: Callable | None = None,  # start(positions, images [B, 3, S, S]) -> w_start, noise_start, condition
-    attributes: Sequence[str] | None = None,  # names of what `condition` holds
-    recorded: dict | None = None,  # what else the results depend on, such as where w starts
+    recorded: dict | None = None,  # what else the results depend on: where w starts, names of the `attributes` ...
     batch: int = 8,  # images at once; on a CPU at most 512 / size
     seed: int = 0,  # of noise maps and perturbations, with the pixels
     mean_samples: int = 10_000,  # for mean and deviation of w
@@ -55,33 +53,15 @@ def invert_images(
     space, device, size = choose_space(generator, space), generator.token.device, generator.config.size
     config = {**settings, "perceptual": perceptual.name, "identity": identity and identity.name, "space": space}
     config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}
-    config = json.loads(json.dumps(to_plain(config | (recorded or {}))))
+    salt = json.dumps(to_plain(config | (recorded or {}))).encode()
+    config = json.loads(salt)
     batch = min(batch, max(1, 512 // size)) if device.type == "cpu" else batch
     stems, steps, statistics, failures = file_names(images.names), settings["steps"], None, {}
-    positions = shard(len(images), dist.rank, dist.world_size)
-    bar = tqdm(total=len(positions) * steps, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
-
-    def pending() -> Iterator[list[tuple[int, torch.Tensor, str]]]:
-        """Blocks of (position, uint8 image, digest) in which something is not finished. Always the same blocks, so that
-        a run that was killed within one makes all of it again, to the bit."""
-        for block in blocks(positions, batch):
-            read, n_finished = [], 0
-            for position in block:
-                try:
-                    image = images.read(position)
-                except Exception as error:  # libraries raise anything on damaged files, which must not end the run
-                    failures[position] = str(error) or type(error).__name__
-                    continue
-                digest = hashlib.sha256(json.dumps(config).encode() + image.numpy().tobytes()).hexdigest()
-                finished = load_result(folder / RESULTS / f"{stems[position]}.npz")
-                n_finished += finished is not None and finished["digest"] == digest
-                read.append((position, image, digest))
-            bar.update(steps * (len(block) - len(read) if n_finished < len(read) else len(block)))
-            if n_finished < len(read):
-                yield read
+    todo = list(blocks(shard(len(images), dist.rank, dist.world_size), batch))
+    bar = tqdm(total=len(todo) * steps, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
 
     def watch(step, active, synth, losses) -> None:
-        bar.update(len(active))
+        bar.update()
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {float(losses.mean()):.4f}")
 
@@ -89,49 +69,59 @@ def invert_images(
         if dist.is_main:
             prepare_folder(folder, config, overwrite)
         barrier()
-        for block in pending():
-            # Optimise a batch.
-            where, pixels, digests = zip(*block, strict=True)
-            target = normalise(torch.stack(pixels), device)  # [B, 3, S, S]
-            given = start(where, target) if start else {}
+        for k, block in enumerate(todo):
+            # Read a block. Always the same blocks: one that was killed is made again as a whole, to the bit.
+            bar.update(k * steps - bar.n)
+            read = {}
+            for i in block:
+                try:
+                    read[i] = images.read(i)
+                except Exception as error:  # libraries raise anything on damaged files, which must not end the run
+                    failures[i] = str(error) or type(error).__name__
+            digests = {i: hashlib.sha256(salt + image.numpy().tobytes()).hexdigest() for i, image in read.items()}
+            results = {i: load_result(folder / RESULTS / f"{stems[i]}.npz") for i in read}
+            if all(results[i] and results[i]["digest"] == digests[i] for i in read):
+                continue
+
+            # Optimise it.
+            target = normalise(torch.stack(list(read.values())), device)  # [B, 3, S, S]
+            given = start(list(read), target) if start else {}
             if statistics is None and (settings.get("noise", 1) or "w_start" not in given):
                 statistics = generator.latent_statistics(mean_samples)
             common = {"perceptual": perceptual, "space": space, "statistics": statistics, "dtype": dtype}
-            seeds = [pixel_seed(image, seed) for image in pixels]
+            seeds = [pixel_seed(image, seed) for image in read.values()]
             projection = project(generator, target, seeds=seeds, callback=watch, **common, **given, **settings)
 
             # Measure and write every image of it.
-            for i, position in enumerate(where):
-                bar.update(steps - int(projection.steps[i]))
-                condition = given["condition"][i : i + 1] if "condition" in given else None
-                result = {
-                    "latents": projection.latents[i].numpy(),
-                    "noise": [layer[i].numpy() for layer in projection.noise],
-                    "curves": {name: curve[i].numpy() for name, curve in projection.curves.items()},
-                    "steps": int(projection.steps[i]),
-                    "condition": None if condition is None else condition[0].tolist(),
-                    "digest": digests[i],
-                }
-                w, noise = projection.latents[i : i + 1], [layer[i : i + 1] for layer in projection.noise]
+            for row, i in enumerate(read):
+                result = projection.image(row) | {"digest": digests[i], "condition": None}
+                if "condition" in given:
+                    result["condition"] = given["condition"][row].tolist()
+                original = to_uint8(target[row])
                 try:
-                    synth = next(render(generator, w, noise=noise, condition=condition))
+                    synth, result["measures"] = reconstruct(generator, result, original, perceptual, identity)
                 except ValueError:  # the image is not finite
-                    failures[position] = DIVERGED
+                    failures[i] = DIVERGED
                     continue
-                original, stem = to_uint8(target[i]), stems[position]
-                pair = (to_tensor(image)[None].to(device) for image in (original, synth))
-                values = measure(*pair, perceptual=perceptual, identity=identity)
-                result["measures"] = {name: float(value) for name, value in values.items()}
-                save_image(original, folder / ORIGINALS / f"{stem}.png")
-                save_image(synth, folder / PROJECTED / f"{stem}.png")
-                save_result(folder / RESULTS / f"{stem}.npz", result)
+                save_image(original, folder / ORIGINALS / f"{stems[i]}.png")
+                save_image(synth, folder / PROJECTED / f"{stems[i]}.png")
+                save_result(folder / RESULTS / f"{stems[i]}.npz", result)
 
         failures = {position: reason for part in gather_list(failures) for position, reason in part.items()}
         if dist.is_main:
             bar.close()
-            names = {"attributes": attributes, "published_names": published_names}
-            write_report(folder, images, failures, config=config, **names)
+            write_report(folder, images, failures, config, published_names)
         barrier()
+
+
+def reconstruct(generator, result: dict, original, perceptual, identity) -> tuple:
+    """The image of a result, uint8 [S, S, 3], and its measures. Raises ValueError for one that is not finite."""
+    w, *noise = (torch.from_numpy(array)[None] for array in (result["latents"], *result["noise"]))
+    condition = None if result["condition"] is None else torch.tensor([result["condition"]])
+    synth = next(render(generator, w, noise=noise, condition=condition))
+    pair = (to_tensor(image)[None].to(generator.token.device) for image in (original, synth))
+    values = measure(*pair, perceptual=perceptual, identity=identity)
+    return synth, {name: float(value) for name, value in values.items()}
 
 
 def prepare_folder(folder: Path, config: dict, overwrite: bool) -> None:
@@ -143,6 +133,48 @@ def prepare_folder(folder: Path, config: dict, overwrite: bool) -> None:
     changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
     if changed:
         changes = "; ".join(f"{name} {earlier.get(name)}, now {config.get(name)}" for name in changed[:3])
-        hint = "choose another --output_dir, or start anew with --overwrite"
-        raise UserError(f"{folder} holds results made with other settings ({changes}): {hint}")
+        other = f"{folder} holds results made with other settings ({changes})"
+        raise UserError(f"{other}: choose another --output_dir, or start anew with --overwrite")
     write_json(file, config)
+
+
+def parse_start(text: str, folder: Path | None = None) -> tuple[str, str]:
+    """Kind and path of --init; folder: where the path's file lies if it is not where the path says."""
+    kind, _, path = text.partition(":")
+    if kind not in ("mean", "encoder", "latents") or (kind == "mean") == bool(path):
+        raise UsageError(f"--init {text}: expected mean, encoder:PATH or latents:PATH")
+    return kind, str(folder / Path(path).name) if folder and path else path
+
+
+def open_start(kind: str, path: str, generator, space: str, names: list[str], *, load_encoder: Callable):
+    """A function (positions, images [B, 3, S, S]) -> keywords of `project`, and what identifies it in the results.
+    kind: mean, encoder or latents. load_encoder: pSp.psp.load_psp, which stands above this package."""
+    if kind == "mean":
+        return None, kind
+    file = Path(path, "latents.npy") if Path(path).is_dir() else Path(path)
+    origin = f"{kind}:{file_sha256(file)[:16]}"
+    if kind == "latents":
+        return latents_start(path, generator, space, names), origin
+    encoder = load_encoder(path, generator.token.device, generator)
+    return (lambda positions, images: {"w_start": encoder.encode(encoder.fit(images))}), origin
+
+
+def latents_start(path: str, generator, space: str, names: list[str]) -> Callable:
+    """Saved w, and noise maps if there are any, of the images called `names`."""
+    spaces, config = {"w": ("w",), "w+": ("w", "w+"), "w++": ("w++",)}[space], generator.config
+    own = {"expect_shape": (config.n_tokens, config.style_dim), "expect_fingerprint": generator.fingerprint}
+    saved = load_latents(path, expect_space=spaces, **own)
+    rows = {name: i for i, name in enumerate(saved.names)}
+    if saved.fingerprint is None:  # a bare array has no names
+        if len(saved) not in (1, len(names)):
+            raise UserError(f"--init latents:{path} holds {len(saved)} latents for {len(names)} images")
+    elif missing := [name for name in names if name not in rows]:
+        more = f"(and {len(missing) - 1} more of {len(names)} images)"
+        raise UserError(f"--init latents:{path} has no latent called {missing[0]} {more}")
+
+    def start(positions, images):
+        chosen = [rows.get(names[position], position % len(saved)) for position in positions]
+        noise = None if saved.noise is None else [layer[chosen] for layer in saved.noise]
+        return {"w_start": saved.latents[chosen], "noise_start": noise}
+
+    return start

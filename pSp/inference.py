@@ -4,8 +4,6 @@ The generator's stored noise maps are used, with which generate.py --latents ren
 of another batch size.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,7 +19,7 @@ from common.images import save_image, to_tensor, to_uint8
 from common.latents import draw_z
 from common.precision import DTYPES
 from dataset import normalise
-from inversion.report import PER_GRID, InversionResults, require_results, write_results
+from inversion.report import PER_GRID, write_results
 from perceptual.image_metrics import image_digest, measure
 from pSp.images import read_batches, shrink
 from pSp.psp import pSp
@@ -33,35 +31,29 @@ SHOWN = 8 * PER_GRID  # images kept for the comparison grids
 
 
 @dataclass
-class EncoderInversion(InversionResults):
-    """Results of some images; those that could not be read are in `skipped`."""
+class Inverted:
+    """Results of some images, by position (see `write_results`), and why others have none."""
 
-    skipped: list[tuple[int, str]] = field(default_factory=list)  # position, reason
+    results: dict[int, dict] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    pairs: list[tuple] = field(default_factory=list)  # original and output of the first few, uint8 [S, S, 3]
     seconds: list[float] = field(default_factory=list)  # per batch, encoder and generator
 
-    def extend(self, other: EncoderInversion) -> None:
-        for name in ("positions", "latents", "originals", "pairs", "skipped", "seconds"):
-            getattr(self, name).extend(getattr(other, name))
-        for name, values in other.measures.items():
-            self.measures.setdefault(name, []).extend(values)
 
+def image_writer(exp_dir: Path, names: list[str], settings: InferenceSettings, size: int) -> Callable:
+    """save(position, original, source, output), arrays uint8 [S, S, 3]: the output goes to inference_results/, beside
+    its original (with `source` for super-resolution) to inference_coupled/, there at size x size."""
+    below = "" if settings.factor == 1 else f"downsampling_{settings.factor}"
+    names = [f"{name}.png" for name in file_names(names)]
 
-class Folders:
-    """Where images go: inference_results/ and inference_coupled/, below downsampling_F for super-resolution."""
+    def save(position, original, source, output):
+        save_image(output, exp_dir / "inference_results" / below / names[position])
+        if settings.couple_outputs or position % COUPLED_EVERY == 0:
+            parts = [original, output] if settings.factor == 1 else [original, source, output]
+            resized = [np.asarray(Image.fromarray(part).resize((size, size))) for part in parts]
+            save_image(np.concatenate(resized, 1), exp_dir / "inference_coupled" / below / names[position])
 
-    def __init__(self, exp_dir: Path, names: list[str], settings: InferenceSettings, size: int):
-        below = "" if settings.factor == 1 else f"downsampling_{settings.factor}"
-        self.results, self.coupled = exp_dir / "inference_results" / below, exp_dir / "inference_coupled" / below
-        self.names, self.settings, self.size = file_names(names), settings, size
-
-    def save(self, position: int, original: np.ndarray, source: np.ndarray, output: np.ndarray) -> None:
-        """Arrays uint8 [S, S, 3]; the coupled image is original (with `source` for super-resolution) and output."""
-        name = f"{self.names[position]}.png"
-        save_image(output, self.results / name)
-        if self.settings.couple_outputs or position % COUPLED_EVERY == 0:
-            parts = [original, output] if self.settings.factor == 1 else [original, source, output]
-            resized = [np.asarray(Image.fromarray(part).resize((self.size, self.size))) for part in parts]
-            save_image(np.concatenate(resized, 1), self.coupled / name)
+    return save
 
 
 @torch.no_grad()
@@ -74,46 +66,43 @@ def invert(
     perceptual,  # networks that measure, of perceptual/
     identity,
     save: Callable,  # (position, original, source, output), uint8 arrays, for each image
-) -> EncoderInversion:
+) -> Inverted:
     """w, reconstructions and measures of images. Measured are the 8-bit images, at 256 px or the generator's size where
     that is smaller."""
-    device, dtype, result = net.latent_avg.device, DTYPES[settings.precision], EncoderInversion()
+    device, dtype, inverted = net.latent_avg.device, DTYPES[settings.precision], Inverted()
     mix, n_shown = style_mixing(net, settings), max(SHOWN, settings.retrieval)
     for items in read_batches(images.read, positions, settings.test_batch_size, settings.test_workers):
-        result.skipped += [(position, reason) for position, image, reason in items if image is None]
-        items = [item for item in items if item[1] is not None]
+        inverted.failures |= {position: reason for position, image, reason in items if image is None}
+        items = {position: image for position, image, _ in items if image is not None}
         if not items:
             continue
-        start, where = time.perf_counter(), [position for position, _, _ in items]
-        original = normalise(torch.stack([image for _, image, _ in items]), device)  # [n, 3, S, S]
+        start = time.perf_counter()
+        original = normalise(torch.stack(list(items.values())), device)  # [n, 3, S, S]
         source = shrink(original, settings.factor)
         w = net.encode(net.fit(source), dtype)  # [n, L, D]
-        w = torch.stack([mix(position, row) for position, row in zip(where, w, strict=True)])
+        w = torch.stack([mix(position, row) for position, row in zip(items, w, strict=True)])
         output = net.render(w, dtype=dtype)
         saved = to_uint8(net.face_pool(output) if settings.resize_outputs else output)  # waits for the device
-        result.seconds.append(time.perf_counter() - start)
+        inverted.seconds.append(time.perf_counter() - start)
 
         pooled = to_uint8(net.face_pool(original))
         output = torch.stack([net.face_pool(to_tensor(image)[None])[0] for image in saved])
         target = torch.stack([to_tensor(image) for image in pooled])
         values = measure(target.to(device), output.to(device), perceptual=perceptual, identity=identity)
-        for name, value in values.items():
-            result.measures.setdefault(name, []).extend(value.tolist())
-        result.positions += where
-        result.originals += [image_digest(image) for image in pooled]
-        result.latents += list(w.float().cpu().numpy())
-        if len(result.pairs) < n_shown:
-            result.pairs += list(zip(pooled, to_uint8(output), strict=True))
-        for i, position in enumerate(where):
+        inverted.pairs += list(zip(pooled, to_uint8(output), strict=True))[: n_shown - len(inverted.pairs)]
+        for i, position in enumerate(items):
+            measures = {name: float(value[i]) for name, value in values.items()}
+            latents, digest = w[i].float().cpu().numpy(), image_digest(pooled[i])
+            inverted.results[position] = {"latents": latents, "measures": measures, "original": digest}
             save(position, pooled[i], to_uint8(source[i]), saved[i])
-    return result
+    return inverted
 
 
 def style_mixing(net: pSp, settings: InferenceSettings) -> Callable:
     """mix(position, w [L, D]) -> w: --latent_mask takes its layers, mix_alpha of the way, from a random sample that
     belongs to (seed, position) alone. UserError for a layer the generator does not have."""
     config, layers, alpha = net.decoder.config, settings.layers, settings.mix_alpha
-    if beyond := [layer for layer in layers if not 0 <= layer < config.n_tokens]:
+    if beyond := [layer for layer in layers if layer >= config.n_tokens]:
         raise UserError(f"--latent_mask {beyond[0]}: this generator has the layers 0-{config.n_tokens - 1}")
 
     def mix(position, w):
@@ -139,9 +128,7 @@ def retrieval(pairs: list[tuple[np.ndarray, np.ndarray]], features: Callable, di
 
 
 def retrieve(pairs: list, perceptual, identity, device) -> dict[str, float]:
-    """`retrieval` by the perceptual distance and, if it is there, identity; {} without pairs."""
-    if not pairs:
-        return {}
+    """`retrieval` by the perceptual distance and, if it is there, identity."""
     shares = {"perceptual": retrieval(pairs, perceptual.features, perceptual.distance, device)}
     if identity is not None:
         embed, distance = (lambda images: [identity.embed(images)]), (lambda a, b: -(a[0] * b[0]).sum(1))
@@ -150,33 +137,29 @@ def retrieve(pairs: list, perceptual, identity, device) -> dict[str, float]:
 
 
 def write_report(
-    folder: Path,
-    net: pSp,
-    images,
-    result: EncoderInversion,
-    settings: InferenceSettings,
-    *,
-    perceptual,
-    identity,
-    source,
+    folder: Path, net: pSp, images, parts: list[Inverted], settings: InferenceSettings, *, perceptual, identity, source
 ) -> None:
     """Write everything but the images themselves (see the head of scripts/inference.py), and the results on stdout.
-    source: the encoder's file. UserError when nothing could be read."""
-    require_results(folder, images, dict(result.skipped), result.positions)
-    asked = result.pairs[: settings.retrieval]
-    retrieved = retrieve(asked, perceptual, identity, net.latent_avg.device)
-    result.pairs = result.pairs[:SHOWN]
-    generator = {"space": net.space, "size": net.decoder.config.size, "fingerprint": net.decoder.fingerprint}
-    by = {"perceptual": perceptual.name, "identity": identity and identity.name}
-    recorded = {"checkpoint": source.name, "factor": settings.factor, "latent_mask": settings.layers or None}
-    written = {"method": "pSp", "generator": generator, "by": by, "settings": recorded}
-    written |= {"extra": {"step": net.step} | by | recorded}
-    line = write_results(folder, images, result, **written, **({"retrieval": retrieved} if retrieved else {}))
+    parts: of all ranks. source: the encoder's file. UserError when nothing could be read."""
+    results = {i: result for part in parts for i, result in part.results.items()}
+    failures = {i: reason for part in parts for i, reason in part.failures.items()}
+    pairs, seconds = sum((part.pairs for part in parts), []), sum((part.seconds for part in parts), [])
+    config = {"checkpoint": source.name, "step": net.step, "space": net.space, "size": net.decoder.config.size}
+    config |= {"generator": net.decoder.fingerprint, "perceptual": perceptual.name}
+    config |= {
+        "identity": identity and identity.name,
+        "factor": settings.factor,
+        "latent_mask": settings.layers or None,
+    }
+    asked, info = pairs[: settings.retrieval], {"method": "pSp"}
+    if asked:
+        info["retrieval"] = retrieve(asked, perceptual, identity, net.latent_avg.device)
+    line = write_results(folder, images, results, failures, pairs[:SHOWN], config, **info)
     for name in ("perceptual", "mse"):  # the published files, one value per image
         with atomic_write(folder / f"{name}.npy") as file:
-            np.save(file, np.array(result.measures[name]))
-    runtime = f"Runtime {np.mean(result.seconds):.4f}+-{np.std(result.seconds):.4f}"  # the published line
+            np.save(file, np.array([result["measures"][name] for result in results.values()]))
+    runtime = f"Runtime {np.mean(seconds):.4f}+-{np.std(seconds):.4f}"  # the published line
     write_text(folder / "stats.txt", f"{runtime}\n{line}\n")
-    print(f"{folder}: {len(result.positions)} images inverted into {net.space}; {line}")
-    for name, share in retrieved.items():
+    print(f"{folder}: {len(results)} images inverted into {net.space}; {line}")
+    for name, share in info.get("retrieval", {}).items():
         print(f"nearest original by {name}: its own for {share:.0%} of {len(asked)}")

@@ -87,8 +87,7 @@ def write_measures(
     for i, name in enumerate(names):
         numbers = [f"{float(values[m][i]):.6g}" if m in values else "" for m in MEASURES]
         by = [perceptual, identity if "identity" in values else ""]
-        taken, original = None if steps is None else int(steps[i]), originals and originals[i]
-        rows.append([i, name, *numbers, *by, taken, original])
+        rows.append([i, name, *numbers, *by, steps and steps[i], originals and originals[i]])
     write_text(path, csv_text(rows))
 
 

@@ -14,7 +14,7 @@ from common.files import read_json
 from common.grids import DIFFERENCE_GAIN, difference_map
 from common.images import fit_image, to_tensor
 from editing.boundary import Boundary, BoundaryError, load_boundary
-from editing.edit import edit_w, render_ws
+from editing.edit import edit_w
 from editing.evaluate import score_frames
 from faces.align import align, crop_aligned, parse_landmarks
 from inversion.projector import project
@@ -127,8 +127,8 @@ def boundary_figure(models: Models, attribute: str) -> Image.Image | str:
     form = "{:.0f} years" if models.scorer.attributes[column].kind == "years" else "{:.2f}"
     rows = []
     for i, face in enumerate(models.faces):
-        ws = edit_w(inverted.ws[i], [boundary], np.array(DISTANCES) * boundary.std)
-        frames = [face, *render_ws(models.wpp, ws, select_noise(inverted.noise, [i]))]
+        ws = torch.from_numpy(edit_w(inverted.ws[i], [boundary], np.array(DISTANCES) * boundary.std))
+        frames = [face, *render(models.wpp, ws, noise=select_noise(inverted.noise, [i]))]
         rows.append(
             [(f, form.format(s[column])) for f, s in zip(frames, score_frames(models.scorer, frames), strict=True)]
         )

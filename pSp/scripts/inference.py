@@ -42,14 +42,14 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(args) -> int:
-    from common.distributed import gather_list, setup, shard, shutdown
+def main(args) -> None:
+    from common.distributed import gather_list, setup, shard
     from inversion.inputs import open_faces
     from model import load_generator
     from perceptual.identity import identity_or_none
     from perceptual.lpips import build_perceptual
     from pSp.encoders import PUBLISHED_INPUT
-    from pSp.inference import EncoderInversion, Folders, invert, write_report
+    from pSp.inference import image_writer, invert, write_report
     from pSp.psp import load_psp
 
     if not args.exp_dir:
@@ -60,8 +60,7 @@ def main(args) -> int:
     exp_dir = Path(args.exp_dir)
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
 
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    try:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         # Networks.
         generator = load_generator(args.stylegan_weights, dist.device) if args.stylegan_weights else None
         net = load_psp(path, dist.device, generator)
@@ -82,22 +81,17 @@ def main(args) -> int:
         images = open_faces([args.data_path], size, exp_dir, dist=dist, **faces)
         n = min(len(images), args.n_images or len(images))
         output_size = net.image_size if settings.resize_outputs else net.decoder.config.size
-        folders = Folders(exp_dir, images.names, settings, output_size)
+        save = image_writer(exp_dir, images.names, settings, output_size)
         if dist.is_main:
             by = f"{perceptual.name}{', ' + identity.name if identity else ''}"
             print(f"{path}: {net.description}; {n} images of {args.data_path} on {dist.device}, measured by {by}")
 
         # Inversion of this rank's share, and the results of all.
         networks = {"perceptual": perceptual, "identity": identity}
-        local = invert(net, images, shard(n, dist.rank, dist.world_size), settings, **networks, save=folders.save)
-        result = EncoderInversion()
-        for part in gather_list(local):  # contiguous shards: the order of the images
-            result.extend(part)
+        local = invert(net, images, shard(n, dist.rank, dist.world_size), settings, **networks, save=save)
+        parts = gather_list(local)  # contiguous shards: the order of the images
         if dist.is_main:
-            write_report(exp_dir, net, images, result, settings, **networks, source=path)
-    finally:
-        shutdown()
-    return 0
+            write_report(exp_dir, net, images, parts, settings, **networks, source=path)
 
 
 if __name__ == "__main__":

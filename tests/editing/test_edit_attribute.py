@@ -17,7 +17,7 @@ from common.cli import run
 from common.distributed import Distributed
 from common.latents import load_latents, save_latents
 from editing.boundary import load_boundary
-from editing.edit import InvertedFace, edit_face, edit_w, render_ws, score_along, search_distance
+from editing.edit import InvertedFace, edit_face, edit_w, score_along, search_distance
 from editing.evaluate import score_frames
 from editing.fit import fit_boundary
 from editing.realism import Realism, edit_range
@@ -260,13 +260,13 @@ def test_a_target_is_reached(generator):
     scorer = ColourScorer()
     ws = Samples(generator, range(300))
     w, noise = expand(generator, ws)[0], generator.fixed_noise()
-    scores = score_frames(scorer, list(render_ws(generator, expand(generator, ws), noise)))
+    scores = score_frames(scorer, list(render(generator, torch.from_numpy(expand(generator, ws)), noise=noise)))
     boundary = fit_boundary(ws, scores[:, 0], ratio=0.1, space=generator.config.space)
     score = score_along(generator, InvertedFace("a", w, noise), boundary, scorer, 0)
     expected = float(np.quantile(scores[:, 0], 0.7))
     distance, found = search_distance(score, expected, limit=6 * boundary.std)
     assert found == pytest.approx(expected, abs=0.5)
-    frame = list(render_ws(generator, edit_w(w, [boundary], [distance]), noise))
+    frame = list(render(generator, torch.from_numpy(edit_w(w, [boundary], [distance])), noise=noise))
     assert score_frames(scorer, frame)[0, 0] == pytest.approx(found, abs=1e-3)
     edge, found = search_distance(score, 1000.0, limit=boundary.std)
     assert edge == pytest.approx(boundary.std), "out of reach: the nearer end"
@@ -538,7 +538,7 @@ def test_one_frame_at_a_distance_along_each_boundary(ckpt, latents, scorer, tmp_
     source = load_latents(latents)
     expected = edit_w(source.latents[1], boundaries, [[2 * boundaries[0].std, -1.5 * boundaries[1].std]])
     pair = np.concatenate((source.latents[1:2], expected))
-    inversion, image = render_ws(generator, pair, [layer[1:2] for layer in source.noise])
+    inversion, image = render(generator, torch.from_numpy(pair), noise=[layer[1:2] for layer in source.noise])
     frame = tmp_path / "out" / "frames" / "b_age+2_smile-1.5.png"
     assert np.array_equal(np.asarray(Image.open(frame)), image)
     for folder, expected in (("edited", image), ("unedited", inversion)):

@@ -102,8 +102,10 @@ def test_restart_resumes(checkpoint, photos, tmp_path, monkeypatch):
     after, before = load_latents(out), load_latents(tmp_path / "whole")
     assert after.names[:2] == ["0.png", "00.png"] and torch.equal(after.latents[3], before.latents[2])
     (photos / "00.png").unlink()
+    (out / "grid_001.png").touch()  # of a longer run
     start(checkpoint, photos, out, "--batch", 1)
     assert load_latents(out).names == before.names
+    assert [path.name for path in out.glob("grid_*.png")] == ["grid_000.png"]
 
 
 def test_folder_in_use_is_refused(checkpoint, photos, tmp_path, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from common.grids import comparison_grid, difference_map, plot_curves
-from inversion.report import load_result, remove_grids, save_result
+from inversion.report import load_result, save_result
 
 
 def test_difference_map_and_grid():
@@ -49,10 +49,3 @@ def test_result_of_an_image(tmp_path):
     assert (loaded["latents"] == 1).all() and loaded["curves"]["mse"].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes()[:300])
     assert load_result(path) is None and load_result(tmp_path / "absent.npz") is None
-
-
-def test_numbered_files_of_a_longer_run(tmp_path):
-    for name in ("grid_000.png", "grid_001.png", "grid_x.png", "other_009.png"):
-        (tmp_path / name).touch()
-    remove_grids(tmp_path, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid_000.png", "grid_x.png", "other_009.png"]
