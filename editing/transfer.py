@@ -20,10 +20,10 @@ from common.grids import make_strip
 from common.images import read_image, save_image
 from common.tables import append_table, write_table
 from editing.attributes import UNIT_OF, Condition, ConditionScorer, base_fingerprint
-from editing.edit import InvertedFace, face_at, render_ws
+from editing.edit import InvertedFace, face_at
 from editing.evaluate import evaluate, score_frames
 from inversion.report import ORIGINALS
-from sampling.render import Source, latents_source
+from sampling.render import Source, latents_source, render
 
 LEAST = 128  # pixels of an image in a grid: smaller ones are enlarged, so that the captions have room
 PER_GRID = 8  # columns
@@ -138,7 +138,7 @@ def edit_faces(
 def render_path(generator, face: InvertedFace, conditions: torch.Tensor) -> list[np.ndarray]:
     """Frames, uint8 [size, size, 3], of a face under conditions [K, d]."""
     ws = torch.as_tensor(face.w).expand(len(conditions), -1, -1)
-    return list(render_ws(generator, ws, face.noise, condition=conditions))
+    return list(render(generator, ws, noise=face.noise, condition=conditions))
 
 
 def table_rows(face, i: int, target: Target, ts, frames, reader: ConditionScorer, eval_scorer, identity) -> list[dict]:
