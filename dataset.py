@@ -15,30 +15,21 @@ import random
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_convert
 
+from common import lmdb_store
 from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image
-from common.lmdb_store import (
-    BUILDING_FILE,
-    DATA_FILE,
-    PREPARE,
-    DatasetError,
-    image_key,
-    open_store,
-    read_manifest,
-    reading,
-    sizes_present,
-)
+from common.lmdb_store import PREPARE, DatasetError, image_key, open_store, reading
 
 ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
 
 
-def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None = None) -> Dataset:
+def open_dataset(path: str | os.PathLike, size: int) -> Dataset:
     """Opens the LMDB or the folder of images at `path`, told apart by content. Raises FileNotFoundError if the path is
     absent, DatasetError if it cannot give images of size x size."""
     path = Path(path)
@@ -48,23 +39,19 @@ def open_dataset(path: str | os.PathLike, size: int, transform: Callable | None 
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | ARCHIVE_SUFFIXES:
         unpack = "unpack it and " if path.suffix.lower() in ARCHIVE_SUFFIXES else ""
         raise DatasetError(f"{path} is one file: {unpack}pass the folder of images, or an LMDB made with {PREPARE}")
-    is_lmdb = path.is_file() or (path / DATA_FILE).exists() or (path / BUILDING_FILE).exists()
-    return MultiResolutionDataset(path, size, transform) if is_lmdb else FolderDataset(path, size, transform)
+    return MultiResolutionDataset(path, size) if lmdb_store.is_lmdb(path) else FolderDataset(path, size)
 
 
 class MultiResolutionDataset(Dataset):
-    """The images of one resolution in an LMDB; item i is uint8 [3, size, size], through `transform` if given.
+    """The images of one resolution in an LMDB; item i is uint8 [3, size, size]. Each process opens the store for itself:
+    the object can be sent to workers by fork or spawn. Opening checks that the store is whole, holds the resolution,
+    and decodes three items. Raises DatasetError, also from reading an item that is missing or damaged: nothing else is
+    ever put in its place."""
 
-    Each process opens the store for itself, so that the object can be sent to workers by fork or spawn. Opening checks
-    that the store is whole, holds the resolution, and decodes three items. Raises DatasetError, also from reading an
-    item that is missing or damaged: nothing else is ever put in its place.
-    """
-
-    def __init__(self, path: str | os.PathLike, size: int, transform: Callable | None = None):
-        self.path, self.size, self.transform = Path(path), int(size), transform
-        self._store, self._owner = None, None
+    def __init__(self, path: str | os.PathLike, size: int):
+        self.path, self.size, self._store, self._owner = Path(path), int(size), None, None
         self._check(store := open_store(self.path))
-        self.manifest = read_manifest(store)
+        self.manifest = lmdb_store.read_manifest(store)
         if self.manifest is not None and (n_names := len(self.manifest["names"])) != len(self):
             again = f"run {PREPARE} --overwrite --out {self.path} ... again"
             raise DatasetError(f"{self.path} has {len(self)} images and names of {n_names}: {again}")
@@ -77,11 +64,10 @@ class MultiResolutionDataset(Dataset):
             raise DatasetError(f"{self.path} is unfinished (it has no `length`): {again}")
         if not length.isdigit() or int(length) == 0:
             raise DatasetError(f"{self.path} holds no images (length {length!r}): run {PREPARE} --out {self.path} ...")
-        if self.size not in (sizes := sizes_present(store)):
-            raise DatasetError(
-                f"{self.path} has no images of size {self.size} (present: {', '.join(map(str, sizes)) or 'none'}): pass"
-                f" --size with one of these, or run {PREPARE} --size {self.size} --out ANOTHER_LMDB ..."
-            )
+        if self.size not in (sizes := lmdb_store.sizes_present(store)):
+            present = f"(present: {', '.join(map(str, sizes)) or 'none'}): pass --size with one of these"
+            another = f"or run {PREPARE} --size {self.size} --out ANOTHER_LMDB ..."
+            raise DatasetError(f"{self.path} has no images of size {self.size} {present}, {another}")
         self._length = int(length)
         picked = random.Random(self.size).sample(range(self._length), min(3, self._length))
         with reading(store) as transaction:
@@ -104,12 +90,16 @@ class MultiResolutionDataset(Dataset):
     def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
         if not all(-self._length <= index < self._length for index in indices):
             raise IndexError(f"items {indices} of {self.path}, which holds {self._length}")
+        indices = [int(index) % self._length for index in indices]
+        return [self._decode(index, data) for index, data in zip(indices, list(self.encoded(indices)), strict=True)]
+
+    def encoded(self, indices: Iterable[int]) -> Iterator[bytes | None]:
+        """The images as they lie in the store; None for one that is not there."""
         if self._store is None or self._owner != os.getpid():
             self._store, self._owner = open_store(self.path), os.getpid()
-        indices = [int(index) % self._length for index in indices]
         with reading(self._store) as transaction:
-            encoded = [transaction.get(image_key(self.size, index)) for index in indices]
-        return [self._decode(index, data) for index, data in zip(indices, encoded, strict=True)]
+            for index in indices:
+                yield transaction.get(image_key(self.size, index))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_store": None, "_owner": None}
@@ -125,7 +115,7 @@ class MultiResolutionDataset(Dataset):
         if image.size != (self.size, self.size):
             found = f"{image.width}x{image.height} pixels, not {self.size}x{self.size}"
             raise DatasetError(f"{self.path}: item {key} has {found}: {again}")
-        return _as_tensor(image, self.transform)
+        return _as_tensor(image)
 
 
 class FolderDataset(Dataset):
@@ -133,16 +123,16 @@ class FolderDataset(Dataset):
     Opening looks at every file header; files that are no images are left out, counted and listed once (`skipped`, pairs
     of path and reason). A file with a sound header but damaged pixels raises DatasetError when it is read."""
 
-    def __init__(self, path: str | os.PathLike, size: int, transform: Callable | None = None):
-        self.path, self.size, self.transform = Path(path), int(size), transform
+    def __init__(self, path: str | os.PathLike, size: int):
+        self.path, self.size = Path(path), int(size)
         reasons = {file: check_header(file) for file in list_images(self.path)}
         self.files = [file for file, reason in reasons.items() if reason is None]
         self.skipped = [(file, reason) for file, reason in reasons.items() if reason is not None]
         if not reasons:
             raise DatasetError(f"{self.path} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
         if not self.files:
-            first = self.skipped[0][0]
-            raise DatasetError(f"{self.path}: none of its {len(reasons)} image files can be read; the first: {first}")
+            none = f"none of its {len(reasons)} image files can be read; the first: {self.skipped[0][0]}"
+            raise DatasetError(f"{self.path}: {none}")
         if self.skipped:
             listed = "; ".join(f"{file} ({reason})" for file, reason in self.skipped[:10])
             more = f"; and {len(self.skipped) - 10} more" if len(self.skipped) > 10 else ""
@@ -162,12 +152,15 @@ class FolderDataset(Dataset):
             image = read_image(self.files[index])
         except (ImageError, FileNotFoundError) as error:
             raise DatasetError(f"{error}: repair or remove it, or run {PREPARE}, which leaves it out") from error
-        return _as_tensor(fit_image(image, self.size), self.transform)
+        return _as_tensor(fit_image(image, self.size))
+
+    def encoded(self, indices: Iterable[int]) -> Iterator[bytes]:
+        """The images as they lie in the folder."""
+        return (self.files[index].read_bytes() for index in indices)
 
 
-def _as_tensor(image, transform: Callable | None) -> torch.Tensor:
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # uint8 [3, size, size]
-    return tensor if transform is None else transform(tensor)
+def _as_tensor(image) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # uint8 [3, size, size]
 
 
 def normalise(images: torch.Tensor, device) -> torch.Tensor:
@@ -187,10 +180,8 @@ class InfiniteSampler:
     Global sample p is entry p % n of the permutation of epoch p // n, which depends on (seed, epoch) alone. Rank r of R
     takes p = position + r, position + r + R, ...: together the ranks see every image once per epoch, whatever R is.
     Iterating starts at `position` and never changes it (a loader prefetches); the consumer calls `advance`.
-
     source_weights: expected draws of each image per epoch, by source (the first folder of its path in `names`), scaled
-    to a mean of 1: an image of weight 2.5 occurs two or three times. Raises ValueError for a source that no image has.
-    """
+    to a mean of 1. Raises ValueError for a source that no image has."""
 
     def __init__(
         self,
@@ -245,16 +236,14 @@ class InfiniteSampler:
             before = f"the data set had {state['n']} images and has {self.n} now"
             warnings.warn(f"{before}: the order of images goes on differently", stacklevel=2)
         if (before := state.get("source_weights")) != self.source_weights:
-            changed = f"images were drawn with source weights {before}, now with {self.source_weights}"
-            warnings.warn(changed, stacklevel=2)
+            warnings.warn(f"images drawn with source weights {before}, now with {self.source_weights}", stacklevel=2)
         self.position, self.seed = int(state["position"]), int(state["seed"])
 
 
 def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarray:
     """Cumulative expected draws per epoch, float64 [n], the last one n; a name's source is its first folder."""
     sources = [name.split("/")[0] if "/" in name else "" for name in names]
-    unknown = sorted(set(source_weights) - set(sources))
-    if unknown:
+    if unknown := sorted(set(source_weights) - set(sources)):
         present = ", ".join(sorted(set(sources) - {""})) or "none: the images lie in no folders"
         raise ValueError(f"no image comes from the source {unknown[0]!r} (present: {present})")
     weights = np.array([source_weights.get(source, 1.0) for source in sources], dtype=np.float64)
@@ -265,8 +254,8 @@ def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarr
 
 class BatchStream:
     """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader. Each batch handed out
-    advances `sampler.position` by batch x world_size: its state is what was consumed, however much the workers have
-    fetched ahead. To CUDA batches go on a stream of their own, beside the computation."""
+    advances `sampler.position` by batch x world_size, however much the workers have fetched ahead. To CUDA batches go
+    on a stream of their own, beside the computation."""
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
         self.loader, self.sampler, self.device = loader, sampler, device

@@ -1,5 +1,5 @@
-"""Strict readers of array files (.npy, .npz) from anywhere: sizes are checked before memory is taken, nothing is
-unpickled, and whatever is wrong becomes one ValueError that names the file."""
+"""Strict readers of array files: sizes are checked before memory is taken, nothing is unpickled, and whatever is wrong
+becomes one ValueError that names the file."""
 
 import os
 import zipfile

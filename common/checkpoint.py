@@ -53,10 +53,8 @@ def _require_plain(value, name):
 
 
 def save_safetensors(path, tensors, metadata):
-    """Write a flat dict of named tensors; `metadata` is a dict of JSON values, kept in the header. Atomic.
-
-    The header also has the fingerprint of the tensors, which `load_safetensors` compares.
-    """
+    """Write a flat dict of named tensors, atomically; `metadata` is a dict of JSON values, kept in the header with the
+    fingerprint of the tensors, which `load_safetensors` compares."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -71,8 +69,8 @@ def save_safetensors(path, tensors, metadata):
 
 
 def require_file(path, what="file"):
-    """Path of a file that exists, is not empty and is not a web page or git-lfs pointer saved under its name. Raises
-    FileNotFoundError or CheckpointError with the sentence to show; `what` names the kind of file expected."""
+    """Path of a file that exists, is not empty and is not a web page or git-lfs pointer saved under its name; `what`:
+    the kind of file expected. Raises FileNotFoundError or CheckpointError with the sentence to show."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such {what}")
@@ -83,20 +81,16 @@ def require_file(path, what="file"):
     if not head:
         raise CheckpointError(f"{path} is empty; expected a {what}, save or download it again")
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        page = "the download gave a log-in, quota or error page; download it again"
-        raise CheckpointError(f"{path} is a web page, not a {what}: {page}")
+        raise CheckpointError(f"{path} is a web page, not a {what}: a log-in, quota or error page; download it again")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the {what}: run `git lfs pull` where it came from")
     return path
 
 
 def load_checkpoint(path, map_location="cpu"):
-    """The dictionary saved in `path`, tensors on `map_location`. Reads old (before PyTorch 1.6) files as well.
-
-    Never runs code from the file: of Python objects it admits argparse.Namespace alone, the bag of plain values that
-    rosinality's train.py saves as `args`. Raises FileNotFoundError when the file is absent and CheckpointError, in one
-    sentence, when it is damaged, something else, or holds other Python objects.
-    """
+    """The dictionary saved in `path`, tensors on `map_location`; also of PyTorch before 1.6. Never runs code from the
+    file: of Python objects it admits argparse.Namespace alone, the plain values that rosinality's train.py saves as
+    `args`. Raises FileNotFoundError, or CheckpointError, in one sentence, for a damaged or another file."""
     path = require_file(path, "checkpoint")
     _require_whole_archive(path)
     try:
@@ -110,9 +104,9 @@ def load_checkpoint(path, map_location="cpu"):
             objects = f"{path} holds Python objects ({refused[1]}) besides tensors and plain values; reading them could"
             advice = "re-save its state_dict from the program that wrote it"
             raise CheckpointError(f"{objects} run code, so it is refused: {advice}") from error
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        damage = f"{type(error).__name__}: {reason[:200]}"
-        raise CheckpointError(f"{path} is truncated, damaged or not a PyTorch checkpoint ({damage})") from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0][:200]
+        damage = f"truncated, damaged or not a PyTorch checkpoint ({type(error).__name__}: {reason})"
+        raise CheckpointError(f"{path} is {damage}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected a dictionary of tensors")
     return state
@@ -178,9 +172,8 @@ def load_export(path):
     if not file.exists():
         raise CheckpointError(f"{path} holds only what differs from {file.name}, which must lie in the same folder")
     shared, header = load_safetensors(file)
-    if (found := header.get("fingerprint")) != base["fingerprint"]:
-        expected = f"{path} belongs to a {file.name} with the fingerprint {base['fingerprint']}"
-        raise CheckpointError(f"{expected}; the one beside it has {found}")
+    if (found := header.get("fingerprint")) != (expected := base["fingerprint"]):
+        raise CheckpointError(f"{path} belongs to a {file.name} with the fingerprint {expected}; this one has {found}")
     return {**shared, **tensors}, metadata
 
 
@@ -195,8 +188,7 @@ def fingerprint(state_dict):
 
 
 def latest_checkpoint(folder):
-    """Newest valid `*.pt` in `folder` by the number its name ends with (`001000.pt`), or None; a damaged file is passed
-    over with a warning."""
+    """Newest valid `*.pt` in `folder` by the number its name ends with, or None; warns of damaged ones."""
     numbered = [(re.search(r"(\d+)$", path.stem), path) for path in Path(folder).glob("*.pt")]
     for _, path in sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True):
         try:
@@ -211,15 +203,13 @@ def latest_checkpoint(folder):
 def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
     """load_state_dict that must fit in every name and shape; CheckpointError names the first differences. A network's
     `unused` are names that files may have in addition."""
-    own, unused = network.state_dict(), getattr(network, "unused", ())
-    wrong = [f"{k} is absent" for k in own if k not in state]
-    wrong += [f"{k} is unknown" for k in state if k not in own and k not in unused]
-    found = {k: getattr(state[k], "shape", type(state[k]).__name__) for k in own if k in state}
-    wrong += [
-        f"{k} is {shape if isinstance(shape, str) else list(shape)}, expected {list(own[k].shape)}"
-        for k, shape in found.items()
-        if shape != own[k].shape
-    ]
+    own = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    found = {name: getattr(value, "shape", type(value).__name__) for name, value in state.items()}
+    wrong = [f"{name} is absent" for name in own if name not in found]
+    wrong += [f"{name} is unknown" for name in found if name not in own and name not in getattr(network, "unused", ())]
+    different = {name: shape for name, shape in found.items() if shape != own.get(name, shape)}
+    shapes = {name: shape if isinstance(shape, str) else list(shape) for name, shape in different.items()}
+    wrong += [f"{name} is {shape}, expected {list(own[name])}" for name, shape in shapes.items()]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")

@@ -1,7 +1,7 @@
 """Command lines: one parser class and one way to end a script: `run_script(main, build_parser())`.
 
-Exit status 0 on success, 1 on a user's mistake or a failing machine (one `error: ...` line on stderr, no traceback),
-2 on misuse of the flags, 130 on Ctrl-C, 143 on SIGTERM. A bug keeps its traceback; WPP_TRACEBACK=1 keeps all.
+Exit status: 0, 1 on a user's mistake or a failing machine (one `error: ...` line on stderr), 2 on misuse of the flags,
+130 on Ctrl-C, 143 on SIGTERM. A bug keeps its traceback; WPP_TRACEBACK=1 keeps all.
 """
 
 import argparse
@@ -44,8 +44,7 @@ class Flags(argparse.Namespace):
     __slots__ = ("given",)
 
     def fill(self, values: dict) -> dict:
-        """Set flags that the user did not give to `values`; names that are no flags here are ignored. Returns those
-        whose value changed."""
+        """Set flags that the user did not give; names that are no flags are ignored. Returns those that changed."""
         flags = vars(self)
         free = {name: value for name, value in values.items() if name in flags and name not in self.given}
         changed = {name: value for name, value in free.items() if flags[name] != value}
@@ -72,9 +71,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the line breaks of the description; shows the defaults that say something."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -98,8 +96,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for name in RESULT_FLAGS:
             folder = getattr(flags, name, None)
             if folder and ROOT in (path := Path(folder).resolve(), *path.parents) and any(path.glob("*.py")):
-                place = f"--{name} {Path(folder)} is a folder of this project's code"
-                self.error(f"{place}: choose another, such as results/")
+                self.error(f"--{name} {Path(folder)} is a folder of this project's code: choose another")
         return flags, rest
 
     def add_hidden_alias(self, old, flag):
@@ -109,15 +106,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def _declared_spelling(self, args):
         """`args`, each `--long_flag[=value]` spelt as it was declared. Values are left alone."""
         declared = {flag.replace("_", "-"): flag for flag in self._option_string_actions if flag.startswith("--")}
-        spelt = []
-        for position, arg in enumerate(args):
-            if arg == "--":
-                return spelt + args[position:]
-            flag, equals, value = arg.partition("=")
-            if flag.startswith("--"):
-                flag = declared.get(flag.replace("_", "-"), flag)
-            spelt.append(flag + equals + value)
-        return spelt
+        end = args.index("--") if "--" in args else len(args)
+        parts = [arg.partition("=") for arg in args[:end]]
+        return ["".join((declared.get(flag.replace("_", "-"), flag), *value)) for flag, *value in parts] + args[end:]
 
 
 def _finite(text):
@@ -149,17 +140,11 @@ def positive_int(text):
 
 
 def add_device_flags(parser):
-    """Add `--device` and `--ops`, and what several processes need: see `add_rank_flags`."""
+    """Add `--device` and `--ops`, and what several processes need."""
     add = parser.add_argument
     add("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
     ops = "kernels: auto (Triton on CUDA, else PyTorch) | ref (PyTorch) | triton; default: $WPP_OPS, else auto"
     add("--ops", choices=("auto", "ref", "triton"), help=ops)
-    add_rank_flags(parser)
-
-
-def add_rank_flags(parser):
-    """Add `--dist_timeout`, for `setup`, and the `--local_rank` that `torch.distributed.launch` passes."""
-    add = parser.add_argument
     add("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
     add("--dist_timeout", type=positive, default=TIMEOUT, help="seconds after which a silent process counts as dead")
 
@@ -219,8 +204,7 @@ def _sigterm_unwinds():
 
 
 class StopSignal:
-    """Lets a long run finish its step and save: `raised` turns true at SIGTERM or the first Ctrl-C; a second one raises
-    KeyboardInterrupt at once."""
+    """Lets a long run finish its step and save: `raised` turns true at SIGTERM or Ctrl-C; a second one interrupts."""
 
     def __init__(self):
         self.raised = False
@@ -257,13 +241,10 @@ def _one_line(error):
         text = f"out of memory: {str(error).splitlines()[0] if str(error) else 'the machine has no more'}"
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
-        if error.filename2 is not None:
-            text += f" ({error.filename2})"
+        text += f" ({error.filename2})" if error.filename2 is not None else ""
     elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         text = f"{EXTRAS[error.name]} needs the package {error.name}: pip install -r requirements-extra.txt"
-    elif isinstance(error, UnicodeError):  # a ValueError, but never a considered message
-        return None
-    elif isinstance(error, (ValueError, OSError)):
+    elif isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError):  # never a considered message
         text = str(error) or type(error).__name__
     else:
         return None
@@ -273,9 +254,8 @@ def _one_line(error):
 
 def is_out_of_memory(error) -> bool:
     """Lack of memory of a GPU, or of the machine: PyTorch raises a RuntimeError that names its allocator."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # without importing torch
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    allocator = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return allocator or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
 
 
 def _report(line, status):

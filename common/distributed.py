@@ -53,9 +53,9 @@ class Distributed:
 
 
 def resolve_device(name, *, ops=None):
-    """torch.device for 'auto' (cuda, then mps, then cpu), 'cpu', 'cuda', 'cuda:1' or 'mps'. ops: kernels for the whole
-    process from here on (`op.dispatch.choose`); None leaves the choice as it is. Raises UsageError for another name,
-    ValueError for a device this machine lacks, or one that cannot run these `ops`."""
+    """torch.device for auto (cuda, then mps, then cpu), cpu, cuda, cuda:1 or mps. ops: kernels for the whole process
+    from here on (`op.dispatch.choose`). Raises UsageError for another name, ValueError for a device this machine lacks,
+    or one that cannot run these `ops`."""
     name = str(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -75,8 +75,8 @@ def resolve_device(name, *, ops=None):
 
 
 def tune_allocator():
-    """Keep freed memory in the process (glibc on Linux), which stays at its peak size in return. By default glibc maps
-    every large tensor anew: each elementwise operation pays a page fault per 4 KiB, several times the arithmetic."""
+    """Keep freed memory in the process (glibc), which stays at its peak size in return. By default glibc maps every
+    large tensor anew: each elementwise operation pays a page fault per 4 KiB, several times the arithmetic."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -85,11 +85,8 @@ def tune_allocator():
 
 def setup(device="auto", *, ops=None, timeout=TIMEOUT):
     """Join the other processes, if there are any, and return this one's Distributed. device, ops: of `resolve_device`.
-
-    An all-reduce that waits for more than `timeout` seconds raises DistributedError; so does what waits for work
-    (barrier, gather, broadcast) when a rank has died. A rank without a sign of life for `timeout` seconds (a cut
-    network) ends this process, with the line that names it. Call `shutdown()` at the end.
-    """
+    An all-reduce that waits longer than `timeout` seconds raises DistributedError; so does what waits for work when a
+    rank has died. A rank without a sign of life for `timeout` seconds ends this process, with a line that names it."""
     global _control, _watch
     rank, world_size, local_rank = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1), _env_int("LOCAL_RANK", 0)
     device = resolve_device(device, ops=ops)
@@ -200,8 +197,7 @@ def _named(what):
 
 
 def barrier(timeout=None):
-    """Wait for all ranks, at most `timeout` seconds (None: as long as they live). Raises DistributedError, on rank 0
-    with the name of the rank that did not come."""
+    """Wait for all ranks, at most `timeout` seconds (None: as long as they live). Rank 0's error names who is late."""
     if _joined():
         with _named("barrier"):
             dist.monitored_barrier(_control, None if timeout is None else timedelta(seconds=timeout))
@@ -211,19 +207,14 @@ def barrier(timeout=None):
 def all_reduce_mean(tensors):
     """Replace each floating-point tensor by its mean over ranks, in place: one flat buffer per dtype, one collective.
     The list must have the same shapes in the same order on every rank (gradients: fill absent ones with zeros)."""
-    tensors = list(tensors)
-    if not _joined():
-        return
+    tensors = list(tensors) if _joined() else []
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         group = [tensor for tensor in tensors if tensor.dtype == dtype]
-        single = len(group) == 1 and group[0].is_contiguous()  # its own buffer
-        flat = group[0] if single else torch.cat([tensor.reshape(-1) for tensor in group])
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
         with _named("all-reduce"):
             dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        if not single:
-            parts = flat.split([tensor.numel() for tensor in group])
-            torch._foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
+        parts = flat.div_(dist.get_world_size()).split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
 
 
 class Stats:

@@ -1,5 +1,4 @@
-"""Files: written whole or not at all, read only where they are regular, JSON only in the shape that is expected;
-and names of files made of strings that come from files.
+"""Files: written whole or not at all, read only where they are regular, JSON only in the shape that is expected.
 
 with atomic_write("report.csv") as file: file.write(b"...")
 entries = read_json("alignment.json", {"version": int, "faces": [dict]}, what="alignment.json of align_faces.py")
@@ -37,8 +36,7 @@ _swept: set[Path] = set()  # folders in which this process has removed what kill
 
 @contextmanager
 def atomic_write(path: str | os.PathLike, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """Binary file that appears under `path` only when the block ends well, complete; sync: and on the disk, so that it
-    survives a power cut. See `atomic_path`."""
+    """`atomic_path` as a binary file; sync: on the disk when the block ends, so that it survives a power cut."""
     with atomic_path(path, suffix="", sync=sync) as temporary, open(temporary, "wb") as file:
         yield file
         file.flush()
@@ -58,7 +56,6 @@ def atomic_path(path: str | os.PathLike, *, suffix: str | None = None, sync: boo
 
     It lies in the same folder (created when absent) under a name of its own: of several writers the last wins. On any
     exception it is removed and what was under `path` stays; what a killed process left is removed by the next writer.
-    suffix: of the temporary name (default: that of `path`). Raises OSError naming `path`.
     """
     path = Path(path)
     suffix = path.suffix if suffix is None else suffix
@@ -99,8 +96,8 @@ def _sweep(folder: Path) -> None:
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """The file at `path`, opened for reading. Never waits for a pipe and never reads a device. Raises FileNotFoundError
-    (a link to nothing is named), UserError when it is no regular file."""
+    """The file at `path`, opened for reading; never a pipe that waits or a device. Raises FileNotFoundError (a link to
+    nothing is named), UserError when it is no regular file."""
     path = Path(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -140,12 +137,9 @@ def parse_json(text: str | bytes, schema, *, source, what: str):
 
 
 def check_shape(value, schema, where: str = "") -> None:
-    """Raise ValueError, naming the place, unless the JSON `value` has the shape `schema`.
-
-    A schema is a type (float takes whole numbers, int no bool), None, a tuple of alternatives, [schema] for a list of
-    such, {name: schema} for an object (a name that ends with "?" may be absent; others are ignored), or {str: schema}
-    for an object of such under any names.
-    """
+    """Raise ValueError, naming the place, unless the JSON `value` has the shape `schema`: a type (float takes whole
+    numbers, int no bool), None, a tuple of alternatives, [schema] for a list of such, {name: schema} for an object (a
+    name that ends with "?" may be absent; others are ignored), {str: schema} for an object of such under any names."""
     alternatives = schema if isinstance(schema, tuple) else (schema,)
     fitting = [alternative for alternative in alternatives if _fits(value, alternative)]
     if not fitting:
@@ -191,8 +185,7 @@ def _int64(text: str) -> int:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError(f"the number {text[:20]} is not finite")
     return value
 

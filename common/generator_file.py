@@ -13,31 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from common.checkpoint import (
-    CheckpointError,
-    fingerprint,
-    load_checkpoint,
-    load_export,
-    load_safetensors,
-    save_safetensors,
-)
+from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export, save_safetensors
 from common.files import check_shape
 
 STATISTICS = ("latent_mean", "latent_std")  # tensors of an exported file: [L, style_dim] and [L] of w
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-
-LIMITS = {  # of a config, so that no file makes us build what no machine holds
-    "style_dim": (1, 1 << 14),
-    "n_mlp": (1, 64),
-    "channel_multiplier": (1e-6, 1e3),
-    "channel_max": (1, 1 << 14),
-    "lr_mlp": (1e-9, 1e3),
-    "condition_dim": (0, 1 << 12),
-    "channel_base": (0, 1 << 24),
-}
+# Of a config, so that no file makes us build what no machine holds
+LIMITS = {"style_dim": (1, 1 << 14), "n_mlp": (1, 64), "channel_multiplier": (1e-6, 1e3), "channel_max": (1, 1 << 14)}
+LIMITS |= {"lr_mlp": (1e-9, 1e3), "condition_dim": (0, 1 << 12), "channel_base": (0, 1 << 24)}
 
 
 @dataclass(frozen=True)
@@ -118,10 +100,6 @@ class GeneratorConfig:
         return cls(**values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
 class Statistics(NamedTuple):
     """Statistics of w that came with a file: mean [1, L, style_dim], std [L], and the number of samples behind them."""
 
@@ -132,9 +110,7 @@ class Statistics(NamedTuple):
 
 def infer_config(state: dict) -> GeneratorConfig:
     """The architecture of a generator from its tensors: TransStyleGAN (W++, W), rosinality (W), or our own.
-
-    Raises CheckpointError when the tensors are not such a generator's. lr_mlp cannot be seen: the published 0.01.
-    """
+    Raises CheckpointError for tensors of anything else. lr_mlp cannot be seen: the published 0.01."""
     if not isinstance(state, dict):
         raise CheckpointError(f"a {type(state).__name__} is not a StyleGAN2 generator's tensors")
     foreign = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
@@ -155,21 +131,12 @@ def infer_config(state: dict) -> GeneratorConfig:
     if foreign:
         raise CheckpointError(f"a StyleGAN2 generator holds tensors only, here {foreign[0]} is none")
     mlp_axes = state["style.1.weight"].ndim if "style.1.weight" in state else 0  # 2: W, 3: one MLP per token
+    sizes = {"size": size, "style_dim": style_dim, "n_mlp": n_mlp, "channel_max": widths[4]}
+    sizes |= {"condition_dim": condition_dim, "w_space": mlp_axes == 2, "independent": mlp_axes == 3}
     # The rule behind the widths: the published one, with the multiplier that some resolution shows, or channel_base
     products = sorted({width * side for side, width in widths.items()}, reverse=True)
-    rules = [(2, 0), *((product / 16384, 0) for product in products), *((2, product) for product in products)]
-    for multiplier, base in rules:
-        config = GeneratorConfig(
-            size,
-            style_dim,
-            n_mlp,
-            mlp_axes == 2,
-            multiplier,
-            widths[4],
-            condition_dim=condition_dim,
-            channel_base=base,
-            independent=mlp_axes == 3,
-        )
+    for multiplier, base in [(2, 0), *((p / 16384, 0) for p in products), *((2, p) for p in products)]:
+        config = GeneratorConfig(**sizes, channel_multiplier=multiplier, channel_base=base)
         if all(config.channels(side) == width for side, width in widths.items()):
             return config
     raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
@@ -177,9 +144,7 @@ def infer_config(state: dict) -> GeneratorConfig:
 
 def generator_weights(file: dict) -> dict:
     """The EMA generator's tensors in a checkpoint: `g_ema`, `state_dict`, or bare; without DataParallel's `module.`.
-
-    Raises CheckpointError for a file that has the unaveraged generator alone.
-    """
+    Raises CheckpointError for a file that has the unaveraged generator alone."""
     state = file.get("g_ema", file.get("state_dict", file))
     if state is file and isinstance(file.get("g"), dict):
         held = ", ".join(f"`{name}`" for name in file)
@@ -190,11 +155,8 @@ def generator_weights(file: dict) -> dict:
 
 
 def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
-    """EMA tensors, config, and what else the file says: a `.safetensors` export, or a training checkpoint (`g_ema`).
-
-    Of an export that is its header, with `statistics` (if there) as a `Statistics`; else the whole checkpoint.
-    Raises FileNotFoundError, or CheckpointError when the file holds no generator.
-    """
+    """EMA tensors, config, and what else the file says: the header of an export, with `statistics` (if there) as a
+    `Statistics`, or a whole training checkpoint. Raises FileNotFoundError, or CheckpointError for no generator."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
@@ -205,8 +167,7 @@ def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
         inferred = infer_config(state)
         config = inferred if file.get("config") is None else GeneratorConfig.from_dict(file["config"])
         for name in ("size", "style_dim", "n_mlp", "w_space", "independent", "condition_dim", "widths"):
-            if getattr(config, name) != getattr(inferred, name):
-                stated, found = getattr(config, name), getattr(inferred, name)
+            if (stated := getattr(config, name)) != (found := getattr(inferred, name)):
                 raise CheckpointError(f"its config says {name} {stated}, its tensors have {found}")
         if path.suffix != ".safetensors" and sum(tensor.nbytes for tensor in state.values()) > path.stat().st_size:
             raise CheckpointError("its tensors claim more numbers than are in the file")
@@ -234,10 +195,6 @@ def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path)
     return Statistics(tensors["latent_mean"][None], tensors["latent_std"], samples)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def export_ema(
     state: dict,  # of a training: g_ema, config; step, condition, noise when known
     path: str | Path,
@@ -248,17 +205,14 @@ def export_ema(
     statistics: tuple[torch.Tensor, torch.Tensor, int] | None = None,  # mean [1, L, D] and std [L] of w, n samples
 ) -> str:
     """Write the EMA generator of a training state as .safetensors and return its fingerprint: that of the weights as
-    they will be read back, so that a half export has its own.
-
-    Raises ValueError when a weight is beyond fp16's range, or for a base that is none.
-    """
+    they will be read back, so that a half export has its own. Raises ValueError when a weight is beyond fp16's range,
+    or for a base that is none."""
     weights = dict(state["g_ema"])
     if state["config"]["w_space"]:
         weights.pop("token", None)
     if half:
         weights = {name: tensor.half() for name, tensor in weights.items()}
-        large = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-        if large:
+        if large := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
     header = {"noise": state.get("options", {}).get("noise")} | state
     header = {name: header[name] for name in ("step", "condition", "noise", "config") if header.get(name) is not None}
@@ -272,7 +226,7 @@ def export_ema(
         header["statistics"] = {"samples": samples, "fingerprint": fingerprint(tensors)}
         weights |= tensors
     if base is not None:
-        shared, info = load_safetensors(base)
+        shared, info = load_export(base)
         own, other = Path(path).resolve(), Path(base).resolve()
         if own == other or own.parent != other.parent or "base" in info or "fingerprint" not in info:
             raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {own.name}")
@@ -284,8 +238,8 @@ def export_ema(
 
 
 def generator_fingerprint(weights: dict) -> str:
-    """The fingerprint of a generator's tensors as they are read back, in float32; W counts the `token` it has no more,
-    so that the fingerprints in older latents and boundaries stay."""
+    """The fingerprint of a generator's tensors in float32; W counts the `token` it has no more, so that older files'
+    fingerprints stay."""
     n_tokens = 1 + sum(name.startswith("noises.") for name in weights)
     return fingerprint({"token": torch.eye(n_tokens)} | {name: tensor.float() for name, tensor in weights.items()})
 
@@ -299,9 +253,7 @@ def discriminator_file(path: str | Path) -> Path:
 def export_discriminator(state: dict, path: str | Path, *, half: bool = False) -> None:
     """The discriminator of a training state, and the heads of its vision-aided one, beside the exported generator
     `path`: tensors `d.NAME` and `aux_d.NAME`, in the header `config` and `vision_aided`. For train.py --init_from."""
-    heads = state.get("aux_d", state.get("critic", {}))  # the second: as states of earlier versions call it
-    tensors = {f"d.{name}": tensor for name, tensor in state["d"].items()}
-    tensors |= {f"aux_d.{name}": tensor for name, tensor in heads.items()}
-    tensors = {name: tensor.half() if half else tensor for name, tensor in tensors.items()}
+    networks = {"d": state["d"], "aux_d": state.get("aux_d", state.get("critic", {}))}  # the last: of earlier versions
+    tensors = {f"{part}.{name}": t.half() if half else t for part, n in networks.items() for name, t in n.items()}
     header = {"config": state["config"], "vision_aided": state.get("vision_aided", state.get("aid", ""))}
     save_safetensors(discriminator_file(path), tensors, header)

@@ -39,18 +39,12 @@ def save_grid(images, path: str | os.PathLike, nrow: int = 8) -> Path:
     return save_image(make_grid(images, nrow), path)
 
 
-def make_strip(
-    images, captions: Sequence[str] | None = None, *, nrow: int | None = None, font_size: int = 12, padding: int = 2
-) -> Image.Image:
+def make_strip(images, captions: Sequence[str], *, nrow: int | None = None, font_size: int = 12) -> Image.Image:
     """Images side by side (or `nrow` per row) with a caption below each; a caption too long for its cell is cut.
     images: tensor [N, 3, H, W] in [-1, 1] or a sequence of images of one size; captions: one per image."""
-    cells = [to_pil(image) for image in images]
-    if captions is not None and len(captions) != len(cells):
-        raise ValueError(f"{len(captions)} captions for {len(cells)} images")
-    if captions:
-        font = ImageFont.load_default(font_size)
-        cells = [_captioned(cell, str(text), font, font_size) for cell, text in zip(cells, captions, strict=True)]
-    return Image.fromarray(make_grid(cells, nrow or len(cells), padding=padding))
+    font, cells = ImageFont.load_default(font_size), [to_pil(image) for image in images]
+    cells = [_captioned(cell, str(text), font, font_size) for cell, text in zip(cells, captions, strict=True)]
+    return Image.fromarray(make_grid(cells, nrow or len(cells)))
 
 
 def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Image:

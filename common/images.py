@@ -42,8 +42,7 @@ class ImageError(ValueError):
 
 @contextlib.contextmanager
 def open_image(source: str | os.PathLike | bytes, *, decode: bool = True) -> Iterator[Image.Image]:
-    """PIL's image of a file, or of its bytes, as it is: the one place that decodes. Raises as `read_image`, also for
-    what the decoder raises in the block."""
+    """PIL's image of a file, or of its bytes, as it is. Raises as `read_image`, also for what the block decodes."""
     try:
         with _open(source) as image:
             if decode:
@@ -57,13 +56,11 @@ def open_image(source: str | os.PathLike | bytes, *, decode: bool = True) -> Ite
 
 
 def read_image(source: str | os.PathLike | bytes, *, background: Sequence[int] | None = WHITE) -> Image.Image:
-    """Read an image file, or its bytes, as 8-bit sRGB: a PIL image of mode RGB, or RGBA with alpha kept.
-
-    EXIF orientation is applied, an ICC profile converted to sRGB, alpha composited on `background` (R, G, B in 0..255;
-    None: kept), 16-bit grey scaled to 8 bits. Of an animation the first frame is taken (see `reading_losses`).
-    Raises FileNotFoundError if the file is absent, ImageError, whatever the decoder raises, if it is damaged, no image,
-    no regular file, larger than MAX_PIXELS, or of a type without a defined range (32-bit float).
-    """
+    """Read an image file, or its bytes, as 8-bit sRGB: a PIL image, RGB, or RGBA with alpha kept. EXIF orientation is
+    applied, an ICC profile converted to sRGB, alpha composited on `background` (R, G, B in 0..255; None: kept),
+    16-bit grey scaled to 8 bits; of an animation the first frame is taken (see `reading_losses`). Raises
+    FileNotFoundError, or ImageError for whatever is damaged, no image, no regular file, larger than MAX_PIXELS, or of a
+    type without a defined range (32-bit float)."""
     with open_image(source) as image:
         return _to_srgb(image, None if background is None else tuple(background))
 
@@ -97,11 +94,8 @@ def reading_losses(path: str | os.PathLike) -> list[str]:
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """All that claims to be an image, by its suffix, below a folder at any depth, sorted by its relative POSIX path.
-
-    Hidden files and folders are left out, links to folders followed once. Nothing else is left out: dangling links,
-    pipes and closed sub-folders are reported by whoever tries to read them. Raises FileNotFoundError if the folder is
-    absent, ValueError if it is a file, OSError if it cannot be opened.
-    """
+    Hidden files and folders are left out, links to folders followed once; dangling links, pipes and closed sub-folders
+    are reported by whoever tries to read them. Raises FileNotFoundError, ValueError for a file, OSError."""
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist: a folder of images is expected")
@@ -210,9 +204,7 @@ def _icc_transform(profile: bytes, mode: str):
         return None  # damaged, or for another number of channels than the image has: shown as plain RGB
 
 
-def fit_image(
-    image: Image.Image, size: int, *, fit: str = "crop", resample: str = "lanczos", background: Sequence[int] = WHITE
-) -> Image.Image:
+def fit_image(image: Image.Image, size: int, *, fit="crop", resample="lanczos", background=WHITE) -> Image.Image:
     """Make an image square: size x size pixels; one that has the size already comes back unchanged. fit: `crop` keeps
     the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes the aspect.
     resample: a name in RESAMPLE."""
@@ -264,9 +256,8 @@ def to_pil(image) -> Image.Image:
 
 
 def save_image(image, path: str | os.PathLike, *, quality: int = 95) -> Path:
-    """Write a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image; the format follows the suffix. Atomic.
-    quality: of JPEG (written without chroma subsampling) and WebP. Raises ValueError for a suffix that is no image
-    format, OSError naming the file (full disk)."""
+    """Write a tensor [3, H, W] in [-1, 1], a uint8 array or a PIL image, in the format of the suffix. Atomic. quality:
+    of JPEG (without chroma subsampling) and WebP. Raises ValueError for an unknown suffix, OSError naming the file."""
     path = Path(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format is None:

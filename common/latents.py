@@ -1,9 +1,9 @@
 """Latents: drawn from seeds, kept in files that say what they are.
 
-A folder of latents holds `latents.npy` (float32 [N, L, D], the file of the published projector) and `latents.json`
-(names, space, image size, fingerprint of the generator, losses per image, alignment), and `noise.npz` when the noise
-maps were optimised too. A bare `.npy` of the published tools is read as well, but tells nothing of its origin; so are
-the projections of rosinality (`.pt`) and of NVIDIA (`projected_w.npz`).
+A folder of latents holds `latents.npy` (float32 [N, L, D], the file of the published projector), `latents.json` (names,
+space, image size, fingerprint of the generator, losses per image, alignment), and `noise.npz` when the noise maps were
+optimised too. Read are also a bare `.npy` of the published tools, which tells nothing of its origin, and the
+projections of rosinality (`.pt`) and of NVIDIA (`projected_w.npz`).
 """
 
 import json
@@ -22,17 +22,10 @@ from common.files import atomic_write, read_json
 from common.runs import to_plain
 
 RENDERING = {"seeds?": [int], "noise?": (str, None), "noise_seed?": (int, None)}
-SCHEMA = {  # of latents.json (common/files.py)
-    "names": [str],
-    "shape": [int],
-    "size": int,
-    "space?": (str, None),
-    "fingerprint?": (str, None),
-    "losses?": ({str: [(float, None)]}, None),
-    "alignment?": ([object], None),
-    "noise?": (bool, None),
-    "extra?": ({"condition?": {"values": [[float]]}, "rendering?": RENDERING}, None),
-}
+# Of latents.json (common/files.py)
+SCHEMA = {"names": [str], "shape": [int], "size": int, "space?": (str, None), "fingerprint?": (str, None)}
+SCHEMA |= {"losses?": ({str: [(float, None)]}, None), "alignment?": ([object], None), "noise?": (bool, None)}
+SCHEMA |= {"extra?": ({"condition?": {"values": [[float]]}, "rendering?": RENDERING}, None)}
 
 
 def parse_seeds(text, flag="--seeds"):
@@ -42,8 +35,7 @@ def parse_seeds(text, flag="--seeds"):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last >= 2**32:  # the generator takes 32 bits
-            limits = f"neither a seed (0 to {2**32 - 1}) nor a range like 0-35"
-            raise UsageError(f"{flag} {text}: {part.strip()!r} is {limits}")
+            raise UsageError(f"{flag} {text}: {part.strip()!r} is no seed (0 to {2**32 - 1}), no range like 0-35")
         seeds += range(first, last + 1)
     return seeds
 
@@ -60,9 +52,8 @@ def parse_layers(text, n_tokens, flag="--layers"):
 
 
 def draw_z(seeds, n_tokens, dim, *, w_space=False):
-    """Standard normal z, float32 [N, n_tokens, dim] on the CPU; image i depends on seeds[i] alone. Each image has its
-    own generator, so neither batch size nor device changes it. W++ draws one vector per token; with `w_space` one
-    vector is drawn and repeated over the tokens, as the W mapping network is trained."""
+    """Standard normal z, float32 [N, n_tokens, dim] on the CPU; image i depends on seeds[i] alone, neither batch size
+    nor device changes it. W++ draws one vector per token; with `w_space` one vector is repeated over the tokens."""
     z = torch.empty(len(seeds), n_tokens, dim)
     for index, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
@@ -77,13 +68,9 @@ def n_tokens(size):
     return 2 * (size.bit_length() - 2)
 
 
-# -- files -----------------------------------------------------------------------------------------
-
-
 @dataclass
 class Latents:
-    """Latents and the metadata of their file; those of other programs have no fingerprint, losses, alignment or extra,
-    and only a `.pt` has noise."""
+    """Latents and the metadata of their file; of other programs' only a `.pt` has noise, none fingerprint or losses."""
 
     latents: torch.Tensor  # float32 [N, L, D], CPU
     names: list[str]  # N, in the order of the latents
@@ -153,9 +140,9 @@ def _array(values):
 
 
 def _check_latents(latents, path, size):
-    if latents.ndim != 3 or latents.shape[1] != n_tokens(size):
-        expected = f"[N, {n_tokens(size)}, D] for image size {size}"
-        raise ValueError(f"{path}: latents of shape {list(latents.shape)}; expected {expected}")
+    if latents.ndim != 3 or latents.shape[1] != (length := n_tokens(size)):
+        found = f"latents of shape {list(latents.shape)}"
+        raise ValueError(f"{path}: {found}; expected [N, {length}, D] for image size {size}")
     finite = np.isfinite(latents).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(f"{path}: latent {int(finite.argmin())} has values that are not finite")
@@ -163,12 +150,9 @@ def _check_latents(latents, path, size):
 
 def load_latents(path, *, expect_space=None, expect_shape=None, expect_fingerprint=None):
     """Latents from a folder, its `latents.npy`, or another program's file: a bare `.npy` (see `_bare`), `w` of NVIDIA's
-    `projected_w.npz`, or rosinality's projection, a `.pt`.
-
-    expect_space: a space or several; expect_shape: (L, D) of one image; expect_fingerprint: the generator's, or several
-    that will do. What a bare file does not tell is taken as expected. Raises FileNotFoundError, or ValueError naming
-    both sides.
-    """
+    `projected_w.npz`, or rosinality's `.pt`. expect_space: a space or several; expect_shape: (L, D) of one image;
+    expect_fingerprint: the generator's, or several that will do. What a bare file does not tell is taken as
+    expected. Raises FileNotFoundError, or ValueError naming both sides."""
     path = Path(path)
     file = path / "latents.npy" if path.is_dir() else path
     sidecar = file.with_name("latents.json")
@@ -194,8 +178,7 @@ def _projected(file, spaces, expect_shape):
     images = load_checkpoint(require_file(file, "latents file (.pt)"))
     ws = [entry.get("latent") if isinstance(entry, dict) else None for entry in images.values()]
     if not ws or not all(torch.is_tensor(w) and w.is_floating_point() for w in ws):
-        expected = "expected the latent of each image under its path"
-        raise ValueError(f"{file} is no projection of rosinality's projector.py: {expected}")
+        raise ValueError(f"{file} is no projection of rosinality's: expected the latent of each image under its path")
     maps = [entry.get("noise") for entry in images.values()]
     try:
         array = _array(torch.stack(ws))
@@ -235,19 +218,15 @@ def _bare(array, file, spaces, expect_shape):
     expected = "[N, L, D], L even and at least 4"
     space = spaces[0] if spaces is not None and len(spaces) == 1 else None
     if expect_shape is not None:
-        expected = f"[N, {expect_shape[0]}, {expect_shape[1]}], or [{expect_shape[0]}, {expect_shape[1]}] of one face"
-    if expect_shape is not None and array.shape[-1:] == tuple(expect_shape[1:]):
-        length = expect_shape[0]
-        one_face = array.ndim == 2 and len(array) == length
-        takes_w = spaces is None or "w" in spaces
+        length, dim = expect_shape
+        expected = f"[N, {length}, {dim}], or [{length}, {dim}] of one face"
+        one_face, takes_w = array.shape == (length, dim), spaces is None or "w" in spaces
         if one_face and takes_w and space is None:
-            either = f"one face in W+ or {length} faces in W: save the former as [1, {length}, {array.shape[1]}]"
-            raise ValueError(
-                f"{file}: {list(array.shape)} may be {either}, the latter as [{length}, 1, {array.shape[1]}]"
-            )
+            either = f"one face in W+ or {length} faces in W: save the former as [1, {length}, {dim}]"
+            raise ValueError(f"{file}: {[length, dim]} may be {either}, the latter as [{length}, 1, {dim}]")
         if one_face and not takes_w:
             array = array[None]  # [L, D] -> [1, L, D]
-        elif array.ndim == 2 or array.shape[1:2] == (1,):
+        elif array.shape[1:] in ((dim,), (1, dim)):
             array, space = np.repeat(array.reshape(len(array), 1, -1), length, axis=1), "w"
         length = array.shape[1] if array.ndim == 3 else 0
     if length < 4 or length % 2:
@@ -266,6 +245,5 @@ def _expect(latents, spaces, shape, fingerprint):
         raise ValueError(f"{latents.path}: {per_image}; the generator takes {list(shape)}")
     accepted = (fingerprint,) if fingerprint is None or isinstance(fingerprint, str) else tuple(fingerprint)
     if None not in accepted and latents.fingerprint not in (None, *accepted):
-        given = accepted[0] + "".join(f", trained from {other}" for other in accepted[1:])
-        made = f"latents of the generator {latents.fingerprint}"
+        given, made = ", trained from ".join(accepted), f"latents of the generator {latents.fingerprint}"
         raise ValueError(f"{latents.path}: {made}; the checkpoint given is {given}")

@@ -15,26 +15,16 @@ import lmdb
 import PIL
 from tqdm import tqdm
 
+from common import lmdb_store
 from common.cli import UserError
 from common.files import write_text
 from common.images import RESAMPLE, ImageError, fit_image, list_images, open_image, read_image
-from common.lmdb_store import (
-    BUILDING_FILE,
-    DATA_FILE,
-    DatasetError,
-    image_key,
-    open_store,
-    read_manifest,
-    reading,
-    used_bytes,
-)
 from common.lock import lock_folder
 from common.tables import csv_text
 from common.workers import map_ordered
 
-CHUNK = 16  # files per task of a worker
+CHUNK = 16  # files per task of a worker, and per transaction
 COMPAT_ASPECT = 64  # settings["compat"] scales the whole image before it takes the centre
-BATCH_BYTES, BATCH_FILES = 32 << 20, 256  # a transaction closes at either
 FIRST_MAP_SIZE = 64 << 20  # bytes; doubled whenever it is full
 DISK_RESERVE = 64 << 20  # bytes left free on the disk
 
@@ -43,9 +33,8 @@ def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 
     """Make the LMDB `out` from the images below `path`. Returns its manifest; at once if it is up to date.
 
     settings: sizes, resample, fit, format, quality, subsampling, background, compat, version: all that decides the
-    bytes. max_bad: unreadable files that are tolerated, a count (int) or a fraction of all (float). Raises
-    FileNotFoundError or ValueError: no folder, no images, too many unreadable ones, or a finished LMDB of other
-    settings or files without `overwrite`; OSError on a full disk.
+    bytes. max_bad: unreadable files that are tolerated, a count (int) or a fraction of all (float). Raises UserError:
+    no images, too many unreadable ones, or a finished LMDB of something else without `overwrite`; OSError: full disk.
     """
     path, out = Path(path), Path(out)
     files = list_images(path)
@@ -55,16 +44,14 @@ def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 
     if not overwrite and (finished := _finished(out, settings, sources)):
         print(f"{out} is up to date", file=sys.stderr)
         return finished
-    with lock_folder(out, what="prepare_data.py"), StoreWriter(out, settings, sources) as writer:
-        batch, n_bytes = [], 0
-        with contextlib.closing(encode_all(files, settings, n_worker)) as results:
-            for item in tqdm(results, total=len(files), unit="img", mininterval=1):
-                batch.append(item)
-                n_bytes += sum(map(len, item[0]))
-                if n_bytes >= BATCH_BYTES or len(batch) >= BATCH_FILES:
-                    writer.write(batch)
-                    batch, n_bytes = [], 0
-        writer.write(batch)
+    chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
+    encoded = map_ordered(functools.partial(encode, settings), chunks, min(n_worker, len(chunks)), 4 * n_worker)
+    bar = tqdm(total=len(files), unit="img", mininterval=1)
+    with lock_folder(out, what="prepare_data.py"), StoreWriter(out, settings, sources) as writer, bar:
+        with contextlib.closing(encoded):
+            for items in encoded:
+                writer.write(items)
+                bar.update(len(items))
         skipped = csv_text([("path", "reason"), *writer.skipped])
         write_text(out / "skipped.csv", skipped, errors="surrogateescape")
         n_bad, n_all, listed = len(writer.skipped), len(files), f"they are listed in {out / 'skipped.csv'}"
@@ -93,13 +80,13 @@ def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
     """The manifest of `out` if it is what these settings would make of these files; None if there is none yet. Raises
     UserError if it is a finished store of something else."""
     try:
-        store = open_store(out)
-    except DatasetError:
+        store = lmdb_store.open_store(out)
+    except lmdb_store.DatasetError:
         return None  # nothing there, unfinished, or damaged: to be made
-    with reading(store) as transaction:
+    with lmdb_store.reading(store) as transaction:
         if transaction.get(b"length") is None:
             return None
-    manifest = read_manifest(store) or {}
+    manifest = lmdb_store.read_manifest(store) or {}
     if manifest.get("sources_digest") == _digest(sources):
         differing = [name for name, value in settings.items() if manifest.get(name) != value]
         if not differing:
@@ -110,16 +97,7 @@ def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
     raise UserError(f"{out} is a finished LMDB made {change}: choose another --out, or replace it with --overwrite")
 
 
-def encode_all(paths: list[Path], settings: dict, n_worker: int):
-    """Results of _encode_chunk in the order of `paths`; a bounded number of chunks is in flight."""
-    chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
-    encode = functools.partial(_encode_chunk, settings=settings)
-    with contextlib.closing(map_ordered(encode, chunks, min(n_worker, len(chunks)), 4 * n_worker)) as results:
-        for result in results:
-            yield from result
-
-
-def _encode_chunk(paths: list[Path], settings: dict) -> list[tuple]:
+def encode(settings: dict, paths: list[Path]) -> list[tuple]:
     """For each path (its encoding at each size, (width, height)), or (why the file is left out, None)."""
     results = []
     for path in paths:
@@ -174,7 +152,7 @@ class StoreWriter:
 
     def __init__(self, folder: Path, settings: dict, sources: list[list]):
         self.folder, self.settings, self.sources = folder, settings, sources
-        self.file = folder / BUILDING_FILE
+        self.file = folder / lmdb_store.BUILDING_FILE
         self.good: list[list] = []  # [name, width, height]
         self.skipped: list[list[str]] = []  # [name, reason]
 
@@ -190,15 +168,15 @@ class StoreWriter:
         self.file.unlink(missing_ok=True)
 
     def write(self, items: list[tuple[list[bytes] | str, tuple[int, int] | None]]) -> None:
-        """One transaction for the next sources: (encoded images, one per size; (width, height)), or (why the file is
-        left out, None). Raises OSError, early, if the disk will not do."""
-        entries, skipped, good = {}, [], []
-        for (name, *_), (encoded, size) in zip(self.sources[len(self.good) + len(self.skipped) :], items, strict=False):
+        """One transaction for the next sources, see `encode`. Raises OSError, early, if the disk will not do."""
+        entries, skipped, good, start = {}, [], [], len(self.good) + len(self.skipped)
+        for (name, *_), (encoded, size) in zip(self.sources[start:], items, strict=False):
             if size is None:
                 skipped.append([name, encoded])
                 continue
             index = len(self.good) + len(good)
-            entries |= {image_key(s, index): data for s, data in zip(self.settings["sizes"], encoded, strict=True)}
+            keys = [lmdb_store.image_key(s, index) for s in self.settings["sizes"]]
+            entries |= dict(zip(keys, encoded, strict=True))
             good.append([name, *size])
         self._require_room(sum(map(len, entries.values())))
         self._put(entries)
@@ -207,20 +185,14 @@ class StoreWriter:
 
     def finish(self, **info) -> dict:
         """Add `length` and the manifest, and put the store in place. Returns the manifest (with `info` in it)."""
-        manifest = {
-            **self.settings,
-            **info,
-            "length": len(self.good),
-            "names": [name for name, _, _ in self.good],
-            "source_sizes": [size for _, *size in self.good],
-            "skipped": self.skipped,
-            "sources_digest": _digest(self.sources),
-        }
+        sizes, digest = [size for _, *size in self.good], _digest(self.sources)
+        manifest = {**self.settings, **info, "length": len(self.good), "names": [name for name, *_ in self.good]}
+        manifest |= {"source_sizes": sizes, "skipped": self.skipped, "sources_digest": digest}
         self._put({b"length": str(len(self.good)).encode(), b"manifest": json.dumps(manifest).encode()})
         self.env.close()
         with open(self.file, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(self.file, self.folder / DATA_FILE)
+        os.replace(self.file, self.folder / lmdb_store.DATA_FILE)
         return manifest
 
     def _put(self, entries: dict[bytes, bytes]) -> None:
@@ -239,7 +211,7 @@ class StoreWriter:
     def _require_room(self, n_bytes: int) -> None:
         """Stop early, by the rate so far (half as much again is forgiven), not when the disk is full."""
         free, done = shutil.disk_usage(self.folder).free, len(self.good) + len(self.skipped)
-        needed = used_bytes(self.env) / done * (len(self.sources) - done) if done else 0
+        needed = lmdb_store.used_bytes(self.env) / done * (len(self.sources) - done) if done else 0
         if free < 2 * n_bytes + DISK_RESERVE or needed > 1.5 * free:
             more = f"it needs about {needed / 1e9:.1f} GB more and " if needed else ""
             text = f"the disk is full: {more}{free / 1e9:.1f} GB are free; choose fewer sizes or --format jpeg"

@@ -1,9 +1,6 @@
-"""The layout of an image LMDB, and reading it: dataset.py and prepare_data.py use it.
-
-f"{size}-{index:05d}" -> encoded image, b"length" -> number of images in ascii (both rosinality's), b"manifest" -> JSON:
-how it was made and from what (ours). A finished store is one file, data.mdb; building.mdb beside it is one in the
-making, which becomes data.mdb by a rename, so that a half-written store is never taken for a whole one.
-"""
+"""The layout of an image LMDB, and reading it: f"{size}-{index:05d}" -> encoded image, b"length" -> number of images in
+ascii (both rosinality's), b"manifest" -> JSON: how it was made and from what (ours). A finished store is one file,
+data.mdb; building.mdb beside it is one in the making, which a rename makes data.mdb."""
 
 import os
 import weakref
@@ -17,12 +14,16 @@ from common.files import parse_json
 
 PREPARE = "python3 prepare_data.py"  # for messages that say what to run
 DATA_FILE, BUILDING_FILE = "data.mdb", "building.mdb"
-# Of a manifest (common/files.py)
-SCHEMA = {"length": int, "names": [str], "sizes": [int], "source_sizes?": [[int]], "skipped?": [[str]]}
+SCHEMA = {"length": int, "names": [str], "sizes": [int], "source_sizes?": [[int]], "skipped?": [[str]]}  # of a manifest
 
 
 class DatasetError(ValueError):
     """A data set cannot be used as asked; the message is one sentence that says what to run."""
+
+
+def is_lmdb(path: Path) -> bool:
+    """Whether `path` is an LMDB, and no folder of images."""
+    return path.is_file() or any((path / name).exists() for name in (DATA_FILE, BUILDING_FILE))
 
 
 def image_key(size: int, index: int) -> bytes:
@@ -46,8 +47,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_store(path: str | os.PathLike) -> lmdb.Environment:
-    """Open an LMDB (folder or bare file) for reading, shared within this process. Raises DatasetError if there is none,
-    or if it is cut short or no LMDB at all."""
+    """Open an LMDB (folder or bare file) for reading, shared within this process. Raises DatasetError without a whole
+    one."""
     path = Path(path)
     file = path if path.is_file() else path / DATA_FILE
     key = os.path.realpath(file)
@@ -55,9 +56,8 @@ def open_store(path: str | os.PathLike) -> lmdb.Environment:
         return store
     again = f"run {PREPARE} --out {path} ... again"
     if not file.exists():
-        if (path / BUILDING_FILE).exists():
-            raise DatasetError(f"{path} is unfinished: {again}")
-        raise DatasetError(f"{path} holds no {DATA_FILE}: {again.removesuffix(' again')}")
+        state = "is unfinished" if (path / BUILDING_FILE).exists() else f"holds no {DATA_FILE}"
+        raise DatasetError(f"{path} {state}: {again}")
     n_bytes = file.stat().st_size
     try:
         store = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False, meminit=False)

@@ -1,8 +1,8 @@
 """One writer per folder: a second process that would write to it is refused in one sentence.
 
 Each writer leaves a file of its own, `.writer-ID.lock`, and looks whether it is alone; no flock, so that it works on
-network file systems too. The files of dead processes are removed: on this machine by process id and start time, of
-other machines by a file that its holder has stopped to touch.
+network file systems too. Files of dead processes are removed: on this machine by process id and start time, of other
+machines when their holder has stopped to touch them.
 """
 
 import contextlib
@@ -24,9 +24,8 @@ TIE_WAIT = 2.0  # seconds that the first by name of two writers waits for the ot
 
 @contextmanager
 def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """Hold `folder` (created when absent) for the block, as its single writer. Only one rank of a group calls it.
-    what: a noun for the message to others ("training"). Raises UserError naming the folder and the process that holds
-    it, OSError when the folder cannot be written to."""
+    """Hold `folder` (created when absent) for the block, as its single writer; what: a noun for the message to others.
+    Only one rank of a group calls it. Raises UserError naming the folder and the process that holds it, or OSError."""
     folder, pid = Path(folder), os.getpid()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f".writer-{uuid.uuid4().hex[:12]}.lock"
@@ -51,8 +50,8 @@ def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def process_start(pid: int) -> str | None:
-    """When process `pid` of this machine started, in the system's own units; "" where that is not told; None: no such
-    process. Tells a process from a later one with the same number."""
+    """When process `pid` of this machine started, in the system's units; "" where that is not told; None: no such
+    process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     if Path("/proc/self/stat").exists():
@@ -73,10 +72,8 @@ def _require_alone(folder: Path, lock: Path) -> None:
         path, holder = others[0]
         if path.name < lock.name or time.monotonic() > deadline:
             what, pid, host, since = (holder.get(name, "?") for name in ("what", "pid", "host", "since"))
-            raise UserError(
-                f"{folder} is in use: {what} (process {pid} on {host}, since {since}) writes to it; wait for it or end "
-                f"it (if it has ended already, delete {path})"
-            )
+            held = f"{folder} is in use: {what} (process {pid} on {host}, since {since}) writes to it"
+            raise UserError(f"{held}; wait for it or end it (if it has ended already, delete {path})")
         time.sleep(0.05)
 
 

@@ -31,15 +31,15 @@ LINE = {"step?": float, "time?": (float, str), "group?": str}  # of log.jsonl an
 FOLDERS = ("sample", "similarity", "checkpoint", "tensorboard_log")
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "lmdb", "safetensors", "triton")
 
-# Flags that belong to the machine or to one invocation: a continued run does not take them from its checkpoint.
+# Flags of the machine or of one invocation: a continued run does not take them from its checkpoint
 MACHINE = ("device", "ops", "local_rank", "threads", "workers", "test_workers", "weights_dir", "dist_timeout")
 INVOCATION = ("exp_name", "exp_dir", "out", "resume", "ckpt", "checkpoint_path", "init_from", "path_positional")
 
 
 def restore_options(flags: Flags, stored: dict, source, *, keep=()) -> str:
     """Give a continued run the options `stored` in its checkpoint `source`, but for MACHINE, INVOCATION and `keep`; a
-    flag on the command line wins. Returns a sentence on the given flags that differ from the file, "" when there are
-    none. Raises CheckpointError for an option of the wrong type."""
+    given flag wins. Returns a sentence on those that differ from the file, "" when there are none. Raises
+    CheckpointError for an option of the wrong type."""
     values, left = vars(flags), {*MACHINE, *INVOCATION, *keep}
     options = {name: value for name, value in stored.items() if name in values and name not in left}
     for name, value in options.items():
@@ -52,12 +52,10 @@ def restore_options(flags: Flags, stored: dict, source, *, keep=()) -> str:
 
 
 def find_start(folder, resume, init_from, *, flag) -> tuple[Path | None, bool]:
-    """(file that a training starts from, whether to continue it); (None, False): from random weights.
-
-    folder: the run's checkpoints. resume: "auto", the newest of them if any, or a path. init_from: weights for a new
-    run. flag: the one that names the run. Raises UserError where an earlier run would be overwritten, or branched off
-    from anything but its newest checkpoint.
-    """
+    """(file that a training starts from, whether to continue it); (None, False): from random weights. folder: the run's
+    checkpoints. resume: "auto", the newest of them if any, or a path. init_from: weights for a new run. flag: the one
+    that names the run. Raises UserError where an earlier run would be overwritten, or branched off from anything but
+    its newest checkpoint."""
     newest = latest_checkpoint(folder) if folder.is_dir() else None
     if newest is None:
         continues = resume not in (None, "", "auto")
@@ -67,8 +65,8 @@ def find_start(folder, resume, init_from, *, flag) -> tuple[Path | None, bool]:
         hint = f"--resume auto continues it, another --{flag} starts a new one"
         raise UserError(f"{folder.parent} already holds a run ({newest.name}): {hint}")
     if resume != "auto" and newest.resolve() != Path(resume).resolve():
-        hint = f"continue {resume} in another --{flag}"
-        raise UserError(f"{folder.parent} already holds a run, up to {newest.name}: {hint}")
+        held = f"{folder.parent} already holds a run, up to {newest.name}"
+        raise UserError(f"{held}: continue {resume} in another --{flag}")
     return newest, True
 
 
@@ -110,8 +108,8 @@ def write_json(path, value):
 
 class Run:
     """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written. options:
-    dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on, in log.jsonl and
-    in TensorBoard. folders: created inside. Raises OSError naming the folder."""
+    dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on. folders: created
+    inside. Raises OSError naming the folder."""
 
     def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None, folders=FOLDERS):
         self.folder = Path(folder)
@@ -134,18 +132,17 @@ class Run:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         self.write_json("options.json", circumstances)
-        log = self.folder / "log.jsonl"
-        if log.exists():
+        if (log := self.folder / "log.jsonl").exists():
             truncate_log(log, math.inf if resume_step is None else resume_step)
         self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
         if use_tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
+
+                self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
             except ImportError as error:
                 message = f"TensorBoard is not installed ({error}), log.jsonl is still written"
                 warnings.warn(f"{message}: pip install -r requirements-extra.txt", stacklevel=2)
-            else:
-                self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
 
     def path(self, *parts):
         """Path inside the run folder, whose parent exists on the main process."""
@@ -207,7 +204,7 @@ def git_commit():
 
 def read_log(path):
     """The lines of a log.jsonl as dicts; a last line torn by a crash is left out. Raises FileNotFoundError, or
-    ValueError naming the line when one before the last is not JSON."""
+    ValueError naming an earlier line that is not JSON."""
     with open_regular(path) as file:
         *whole, torn = file.read().split(b"\n")  # a whole line ends with a newline
     records = []

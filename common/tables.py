@@ -24,18 +24,14 @@ def append_table(path, rows: list[dict], *, start: bool) -> None:
 
 
 def _rows_text(rows: list[dict], header: bool = True) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys())
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    lines = [[row[name] for name in rows[0]] for row in rows]
+    return csv_text([[*rows[0]], *lines] if header else lines, "\r\n")
 
 
-def csv_text(rows: Iterable[Sequence]) -> str:
+def csv_text(rows: Iterable[Sequence], end: str = "\n") -> str:
     """Rows as CSV; None as an empty cell."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator=end).writerows(rows)
     return text.getvalue()
 
 
@@ -59,11 +55,8 @@ def cell(value) -> str:
 
 def text_table(header: list[str], rows: list[list]) -> str:
     """Columns aligned: the first to the left, the others to the right; a line below the header."""
-    columns = list(zip(header, *([cell(value) for value in row] for row in rows), strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    first, *others = (
-        [text.rjust(width) if i else text.ljust(width) for text in column]
-        for i, (column, width) in enumerate(zip(columns, widths, strict=True))
-    )
-    lines = ["  ".join(texts) for texts in zip(first, *others, strict=True)]
+    texts = [header, *([cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
+    lines = [form.format(*line) for line in texts]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

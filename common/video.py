@@ -20,12 +20,10 @@ GIF_FPS = 50  # viewers play shorter pauses than two hundredths of a second at a
 
 
 def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Path:
-    """Write frames (tensors [3, H, W] in [-1, 1], uint8 arrays or PIL images, all of one size) as .mp4, .gif or .webp.
-
-    Frames may be a generator: .mp4 (H.264) is encoded while they come; it cannot store an odd last row or column.
-    Atomic. Raises ValueError for another suffix, no frames, a frame rate that the format cannot hold, or .mp4 without
-    the package imageio[ffmpeg]; OSError naming the file when it cannot be written (full disk).
-    """
+    """Write frames (tensors [3, H, W] in [-1, 1], uint8 arrays or PIL images, all of one size) as .mp4, .gif or .webp,
+    atomically. Frames may be a generator: .mp4 (H.264) is encoded while they come; it cannot store an odd last row or
+    column. Raises ValueError for another suffix, no frames, a frame rate that the format cannot hold, or .mp4 without
+    the package imageio[ffmpeg]; OSError naming the file when it cannot be written (full disk)."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".mp4", ".gif", ".webp"):

@@ -44,8 +44,8 @@ class Weight:
 
 
 # torchvision and pytorch-fid put the first 8 digits of the sha256 into the file name; DEX's digests are those of its
-# git-lfs pointers; the other digests were computed on the files that this project was developed with. That
-# MobileFaceNet comes from the page given is inferred from its layout and preprocessing, not confirmed.
+# git-lfs pointers; the others were computed on the files that this project was developed with. That MobileFaceNet comes
+# from the page given is inferred from its layout and preprocessing, not confirmed.
 _rows = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 WEIGHTS = {row["name"]: Weight(**row) for row in _rows}
 
@@ -74,8 +74,8 @@ def find(name, weights_dir=None):
 
 
 def require(name, weights_dir=None):
-    """Path of the weights called `name`, checked against their sha256 where it is known. Raises FileNotFoundError with
-    the URL and the place to put the file; ValueError when the file is another one."""
+    """Path of the weights called `name`, checked. Raises FileNotFoundError with the URL and the place to put the file;
+    ValueError when the file is another one."""
     weight, path = get_weight(name), find(name, weights_dir)
     if path is None:
         get = f"run `python -m common.weights get {weight.name}` or download" if weight.downloadable else "get it from"
@@ -92,8 +92,8 @@ def verify(weight, path):
 
     path = require_file(path, "weights file")
     if weight.sha256 is not None and not (found := file_sha256(path)).startswith(weight.sha256):
-        expected = f"(sha256 begins {found[:16]}, expected {weight.sha256[:16]})"
-        raise UserError(f"{path} is not the {weight.name} known here {expected}: get it again from {weight.url}")
+        another = f"(sha256 begins {found[:16]}, expected {weight.sha256[:16]})"
+        raise UserError(f"{path} is not the {weight.name} known here {another}: get it again from {weight.url}")
     return path
 
 
@@ -108,8 +108,8 @@ def file_sha256(path):
 
 def download(name, weights_dir=None):
     """Fetch the weights `name` into `weights_dir` (default $WPP_WEIGHTS, else `checkpoints/`) and return their path.
-    Raises ValueError when they are not what the registry knows, or cannot be had by a plain download; OSError naming
-    the URL when the network fails. In neither case is there a new file."""
+    Raises ValueError when they are not what the registry knows, or have no direct link; OSError naming the URL when the
+    network fails. In neither case is there a new file."""
     from tqdm import tqdm
 
     from common.files import atomic_write

@@ -1,8 +1,5 @@
-"""Distances between two sets of features: Fréchet (FID) and kernel (KID). The statistics are torch-fidelity's.
-
-FID: Heusel et al. 2017 (arXiv 1706.08500); KID, unbiased and so better for small sets: Binkowski et al. 2018
-(arXiv 1801.01401).
-"""
+"""Distances between two sets of features, by torch-fidelity: Fréchet (FID; Heusel et al. 2017, arXiv 1706.08500) and
+kernel (KID, unbiased and so better for small sets; Binkowski et al. 2018, arXiv 1801.01401)."""
 
 import torch
 

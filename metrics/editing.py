@@ -1,15 +1,13 @@
 """Edits of inverted faces measured: curves and a table over spaces, against distance.
 
-Every face is moved along a boundary in equal steps to both sides of its inversion, in standard deviations of the
-samples that the boundary was fitted on, with the noise it was inverted with. A scorer that took no part in the fit
-(face-scorer-eval) says how far the attribute and all the others changed; identity network and perceptual distance say
-what was kept. One row per latents folder, so W, W+ and W++ stand side by side, and at *equal* attribute change.
+Every face is moved along a boundary in equal steps to both sides of its inversion, in standard deviations of samples. A
+scorer that took no part in the fit says how far the attribute and all the others changed; identity network and
+perceptual distance say what was kept. One row per latents folder: spaces side by side, at *equal* attribute change.
 
     python metrics/editing.py --ckpt w.pt w.pt wpp.pt --latent inv/w inv/wplus inv/wpp \\
         --boundary w/boundary-age.npz w/boundary-age.npz wpp/boundary-age.npz --output_dir age/
 
-Writes editing.json (everything measured), table.csv, faces.csv (a line per face), curves.png. Several processes under
-torchrun share the faces among them. Measures:
+Writes editing.json (everything measured), table.csv, faces.csv (a line per face), curves.png. Measures:
 
     rise      Spearman correlation of distance and attribute over the sweep of a face, median over faces
     change    attribute at the far end less attribute at the near end, mean over faces
@@ -43,7 +41,7 @@ def build_parser() -> ArgumentParser:
     add("--reach", type=positive, default=4, help="end of the sweep to both sides, standard deviations")
     add("--steps", type=int, default=17, help="distances, an odd number: the middle is the inversion")
     add("--at", type=float, help="change at which rows are compared (default: 15 years, 0.5)")
-    add("--layers", default="", help="layers that move, such as 0-7 (default: all)")
+    add("--layers", help="layers that move, such as 0-7 (default: all)")
     add("--faces", type=int, default=0, help="only the first so many faces; 0: all")
     add("--identity", choices=("auto", "none", "ir_se50", "mobilefacenet"), default="auto", help="identity network")
     add("--perceptual", default="auto-up64", help="perceptual distance: auto-up64, vgg ... or none")

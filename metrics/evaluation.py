@@ -12,21 +12,21 @@ from pathlib import Path
 from common.cli import UsageError, UserError
 from common.distributed import Distributed, setup
 from common.flags import read_fields
+from common.lmdb_store import is_lmdb
 from metrics.distance import compute_fid, compute_kid
 from metrics.extractors import AUTO, build_extractor, metric_name
 from metrics.features import Features, cache_folder, extract, open_images
 from metrics.flags import FeatureSettings, Sampling
 from metrics.manifold import compute_prdc
 from metrics.protocol import PROTOCOLS, append_records, make_record
-from metrics.sources import is_checkpoint, is_lmdb, run_folder
+from metrics.sources import is_checkpoint, run_folder
 
 METRICS = ("fid", "kid", "prdc")
 
 
 def evaluate(real: Features, fake: Features, metrics: Iterable[str], *, nearest_k=None, device="cpu") -> list[dict]:
-    """Records (see metrics.protocol) of METRICS, of features of one extractor and protocol.
-    nearest_k: of prdc; default 3 under the protocol `paper`, else 5. Warnings about a number are in its `notes`.
-    Raises ValueError for features that are too few or not finite."""
+    """Records (see metrics.protocol) of METRICS, of features of one extractor and protocol; `notes` are warnings.
+    nearest_k: of prdc; default 3 under the protocol `paper`, else 5. Raises ValueError for too few features."""
     results: list[tuple[str, float, dict]] = []
     if "fid" in metrics:
         value, notes = compute_fid(real.values, fake.values)
@@ -77,7 +77,7 @@ def compare(
     settings: FeatureSettings,
     *,
     ckpt: str | None,  # generator of latents
-    output: Path | None,  # file of the results; None: `default_output`
+    output: Path | None,  # file of the results; None: metrics.jsonl of the checkpoint's run, else here
     nearest_k: int | None,  # of prdc
     dist: Distributed,
 ) -> None:
@@ -103,7 +103,7 @@ def compare(
         if dist.is_main:
             records = evaluate(reals[size], features, metrics, nearest_k=nearest_k, device=dist.device)
             report(path, records)
-            append_records(output or default_output(path), records)
+            append_records(output or (run_folder(path) or Path()) / "metrics.jsonl", records)
 
 
 def exported_meanwhile(path: Path) -> Path:
@@ -130,11 +130,6 @@ def find_fakes(fake: str | None, start_num: int = 0) -> list[Path]:
     if not chosen:
         raise UserError(f"{path} has no checkpoint from step {start_num} on (the last is {max(steps.values())})")
     return chosen
-
-
-def default_output(fake: Path) -> Path:
-    """metrics.jsonl of the run folder that a checkpoint lies in, else of the current folder."""
-    return (run_folder(fake) or Path()) / "metrics.jsonl"
 
 
 def report(path: Path, records: list[dict]) -> None:

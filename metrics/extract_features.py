@@ -19,8 +19,7 @@ def build_parser() -> ArgumentParser:
     add("source", type=Path, help="folder of images, LMDB, checkpoint, or folder of latents")
     add("--out", type=Path, help="features file to write (.npz; default: features-NAME.npz here)")
     add("--ckpt", help="generator of the latents")
-    order = "images of a larger set: the first, or drawn by --seed (fid.py and prdc.py draw reals by seed 1); "
-    add("--order", choices=("first", "drawn"), help=order + "default: drawn, for --protocol paper the first")
+    add("--order", choices=("first", "drawn"), help="of a larger set; default: drawn, for --protocol paper the first")
     add_feature_flags(parser)
     return parser
 
@@ -35,13 +34,12 @@ def main(args) -> None:
 
     sampling = replace(read_fields(Sampling, vars(args)), truncation=args.truncation[0])
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
-        network = {"weights_dir": args.weights_dir, "device": dist.device}
-        extractor = build_extractor(args.extractor, PROTOCOLS[args.protocol], **network)
+        protocol, where = PROTOCOLS[args.protocol], {"weights_dir": args.weights_dir, "device": dist.device}
+        extractor = build_extractor(args.extractor, protocol, **where)
         opening = {"sampling": sampling, "size": args.size, "ckpt": args.ckpt, "workers": args.workers}
         source = open_images(args.source, extractor, device=dist.device, **opening)
-        options = {"seed": args.seed, "batch": args.batch, "order": args.order}
-        cache = cache_folder(args.cache_dir)
-        features = extract(source, extractor, args.n_sample, dist=dist, cache_dir=cache, **options)
+        options = {"seed": args.seed, "batch": args.batch, "order": args.order, "dist": dist}
+        features = extract(source, extractor, args.n_sample, cache_dir=cache_folder(args.cache_dir), **options)
         if dist.is_main:
             out = args.out or Path(f"features-{args.source.resolve().stem}.npz")
             save_features(out, features)

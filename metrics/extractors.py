@@ -1,9 +1,7 @@
-"""Feature extractors, by name: images in, one vector per image out.
+"""Feature extractors, by name: images in, one vector per image out. Another one is one function in EXTRACTORS.
 
-`inception` is torch-fidelity's network (FID), `vgg16` torchvision's up to fc2 (the paper's PRDC), `squeeze` the
-pooled features of SqueezeNet 1.1 and `scorer` those of the bundled face scorer: fallbacks where the weights of the
-others are absent (`auto` takes the first there is). A number from a fallback carries its name (`fid-squeeze`) and
-compares with no published one. Another extractor is one function in EXTRACTORS.
+`squeeze` and `scorer` are fallbacks where the weights of `inception` (FID) and `vgg16` (the paper's PRDC) are absent. A
+number from a fallback carries its name (`fid-squeeze`) and compares with no published one.
 """
 
 from dataclasses import dataclass, replace
@@ -50,8 +48,8 @@ class Extractor:
 
 def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred=AUTO) -> Extractor:
     """The extractor `name` on `device`; `auto` takes the first of `preferred` whose weights are at hand.
-    Raises UsageError for an unknown name, FileNotFoundError with the URL when its weights are not at hand (for `auto`:
-    those of the first of `preferred`)."""
+    Raises UsageError for an unknown name, FileNotFoundError with the URL when its (for `auto`: all) weights are absent.
+    """
     if name not in ("auto", *EXTRACTORS):
         raise UsageError(f"--extractor {name}: expected auto, {', '.join(sorted(EXTRACTORS))}")
     absent = []
@@ -100,9 +98,8 @@ def build_inception(protocol: Protocol, weights_dir) -> Extractor:
 
 
 def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
-    """torchvision's VGG-16 up to fc2 and its ReLU: [N, 4096].
-    The paper's code feeds [-1, 1] at the images' own size; the other protocols resize to 224 and normalise as the
-    network was trained."""
+    """torchvision's VGG-16 up to fc2 and its ReLU: [N, 4096]. The paper's code feeds [-1, 1] at the images' own size,
+    the other protocols resize to 224 and normalise as the network was trained."""
     from torchvision.models import vgg16
 
     path, vgg = weights.require("vgg16", weights_dir), vgg16(weights=None)
@@ -112,22 +109,12 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     return Extractor("vgg16", network, size, 4096, mean, std, weights.file_sha256(path))
 
 
-class ScorerFeatures(nn.Module):
-    """The last features of an attribute scorer as a network's output."""
-
-    def __init__(self, scorer):
-        super().__init__()
-        self.scorer = scorer
-
-    def forward(self, images):
-        return self.scorer.features(images)  # [N, F]
-
-
 def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
     """The bundled attribute scorer, a network that knows faces: [N, F]."""
     scorer = load_scorer("face-scorer", weights_dir=weights_dir)
+    scorer.forward = scorer.features  # the last features in place of scores, [N, F]
     size, dim = scorer.input_size, scorer.network.n_features
-    return Extractor("scorer", ScorerFeatures(scorer), size, dim, HALF, HALF, scorer.fingerprint)
+    return Extractor("scorer", scorer, size, dim, HALF, HALF, scorer.fingerprint)
 
 
 EXTRACTORS = {"inception": build_inception, "vgg16": build_vgg16, "squeeze": build_squeeze, "scorer": build_scorer}

@@ -1,8 +1,7 @@
 """Features of images: computed in micro-batches, shared among the ranks, kept in a cache keyed by content and protocol.
 
-The cache file of a set goes by the sha256 of its images (of the weights and the draw, for a generator), of the
-extractor's weights and of the protocol. A cache that cannot be written or read costs time, never a result. The same
-`.npz` is accepted wherever images are.
+A set's cache file goes by the sha256 of its images (of a generator: weights and draw), of the extractor's weights and
+of the protocol. A cache that fails costs time, never a result. The same `.npz` is accepted wherever images are.
 """
 
 import hashlib
@@ -63,10 +62,8 @@ def extract(
     cache_dir: str | os.PathLike | None = None,  # None: no cache
     order: str | None = None,  # of a larger set: `first` or `drawn`; None: as the protocol has it for FID
 ) -> Features:
-    """Features of n images of a source (all there are, when fewer), chosen without replacement. All ranks must call it.
-
-    Features are returned as they are. Raises DatasetError for a damaged image, ValueError when features are not finite.
-    """
+    """Features of n images of a source (all there are, when fewer), chosen without replacement; Features are returned
+    as they are. All ranks must call it. Raises DatasetError for a damaged image or features that are not finite."""
     if isinstance(source, Features):
         return source
     order = order or ("first" if extractor.protocol.name == "paper" else "drawn")

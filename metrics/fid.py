@@ -1,8 +1,7 @@
 """Fréchet distance (FID) and kernel distance (KID) between real and generated images.
 
-FID: Heusel et al. 2017 (arXiv 1706.08500); KID, unbiased and so better for small sets: Binkowski et al. 2018
-(arXiv 1801.01401). Extractor and statistics are torch-fidelity's (metrics/distance.py). `fid` is
-Inception's; where its weights are absent the fallback is named: `fid-squeeze` compares with no published FID.
+Extractor and statistics are torch-fidelity's (metrics/distance.py). `fid` is Inception's; where its weights are absent
+the fallback is named: `fid-squeeze` compares with no published FID.
 
     python metrics/fid.py --real ffhq.lmdb --size 256 --fake runs/ffhq/checkpoint/230000.pt
     python metrics/fid.py --real faces.lmdb --fake runs/faces/checkpoint --extractor squeeze --n_sample 5000

@@ -33,11 +33,10 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     from common.distributed import setup
-    from metrics.evaluation import default_output
     from metrics.flags import Sampling
     from metrics.path_length import path_lengths, trimmed_mean
     from metrics.protocol import append_records, make_record
-    from metrics.sources import checkpoint_source
+    from metrics.sources import checkpoint_source, run_folder
     from model import load_generator
     from perceptual.lpips import build_perceptual
 
@@ -57,10 +56,9 @@ def main(args) -> None:
             print(f"{args.ckpt}  {sample}:  {name} {value:.5g} (std {std:.5g})", flush=True)
             source = checkpoint_source(args.ckpt, Sampling(noise="const", seed=settings.seed), generator)
             protocol = {"name": settings.sampling, "epsilon": settings.epsilon, "crop": settings.crop}
-            sides = {"real": None, "fake": {**source.info, "n": settings.n_sample}}
-            sides["protocol"] = protocol | {"percentiles": "1 to 99"}
-            record = make_record(name, value, **sides, extractor={"name": perceptual.name}, std=std)
-            append_records(args.output or default_output(args.ckpt), [record])
+            sides = {"fake": {**source.info, "n": settings.n_sample}, "protocol": protocol | {"percentiles": "1 to 99"}}
+            record = make_record(name, value, real=None, **sides, extractor={"name": perceptual.name}, std=std)
+            append_records(args.output or (run_folder(args.ckpt) or Path()) / "metrics.jsonl", [record])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Precision, recall, density and coverage of generated images against real ones; the computation: metrics/manifold.py.
 
 The k and the features make the numbers: the paper's are VGG-16 fc2, k = 3, 50,000 samples (--protocol paper); most
-others Inception, k = 5. Other features carry their name: `precision-squeeze`. Real images are drawn without
-replacement. Density is not capped at 1: above it, fakes crowd where reals are dense.
+others Inception, k = 5. Other features carry their name: `precision-squeeze`. Density is not capped at 1.
 
     python metrics/prdc.py --real faces.lmdb --fake runs/faces/checkpoint/230000.pt --protocol paper
     python metrics/prdc.py --real faces.lmdb --fake faces.safetensors --truncation 0.5,0.7,1
@@ -20,8 +19,8 @@ from metrics.flags import comparison_parser
 
 def build_parser():
     parser = comparison_parser(__doc__)
-    add = parser.add_argument
-    add("--nearest_k", type=positive_int, help="neighbour at a ball's radius; default 3 under --protocol paper, else 5")
+    k = "neighbour at a ball's radius; default 3 under --protocol paper, else 5"
+    parser.add_argument("--nearest_k", type=positive_int, help=k)
     return parser
 
 

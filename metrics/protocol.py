@@ -1,8 +1,7 @@
 """Evaluation protocols: what is done to images before the extractor, and the stamp that every result carries.
 
-One FID in four in the literature cannot be reproduced because the resize, the codec or the sample count went unsaid
-(Parmar et al. 2022, arXiv 2104.11222). Each result here is one JSON line in `metrics.jsonl` that says all of it, and
-`require_alike` refuses to set numbers side by side that were not computed alike.
+FIDs cannot be reproduced where resize, codec or sample count went unsaid (Parmar et al. 2022, arXiv 2104.11222): each
+result is a line of `metrics.jsonl` that says all of it, and `require_alike` refuses to compare what is not alike.
 
 | protocol  | images                    | resize to the extractor                     | numbers to compare with        |
 |-----------|---------------------------|---------------------------------------------|--------------------------------|
@@ -66,11 +65,8 @@ class Protocol:
         return x.clamp(0, 255) if self.quantised else x  # bicubic overshoots
 
 
-PROTOCOLS = {
-    "paper": Protocol("paper", False, "bilinear", False),
-    "tf-compat": Protocol("tf-compat", True, "bilinear-tf1", False),
-    "clean": Protocol("clean", True, "bicubic", True),
-}
+_protocols = (Protocol("paper", False, "bilinear"), Protocol(), Protocol("clean", True, "bicubic", True))
+PROTOCOLS = {protocol.name: protocol for protocol in _protocols}
 
 
 def make_record(metric: str, value, *, real: dict | None, fake: dict, protocol: dict, extractor: dict, **details):
@@ -98,9 +94,8 @@ def append_records(path: str | Path, records: Iterable[dict]) -> None:
 def read_records(path: Path) -> list[dict]:
     """Records of a metrics.jsonl; values that are not finite are None. Raises ValueError naming a line that is none."""
     with open_regular(path) as file:
-        lines = enumerate(file.read().splitlines(), 1)
-    what = "result of metrics/"
-    return [parse_json(line, RECORD, source=f"{path}, line {number}", what=what) for number, line in lines]
+        lines = {f"{path}, line {number}": line for number, line in enumerate(file.read().splitlines(), 1)}
+    return [parse_json(line, RECORD, source=source, what="result of metrics/") for source, line in lines.items()]
 
 
 def flat(record: dict, prefix: str = "") -> dict:
@@ -112,8 +107,7 @@ def flat(record: dict, prefix: str = "") -> dict:
 
 
 def unlike(first: dict, second: dict, vary: Iterable[str] = ()) -> list[str]:
-    """Differences that make two results incomparable, as 'extractor.name squeeze against inception'.
-    vary: dotted names that may differ, such as `fake.truncation` along a sweep."""
+    """Differences that make two results incomparable; vary: dotted names that may differ, as in `fake.truncation`."""
     sides = flat(first), flat(second)
     names = dict.fromkeys(name for side in sides for name in side if not name.startswith("code."))
     pairs = {name: [side.get(name) for side in sides] for name in names if name not in FREE | set(vary)}

@@ -1,8 +1,5 @@
-"""Sources of images: a folder, an LMDB, a generator checkpoint or saved latents, told apart by content.
-
-Generated image i of seed s is the one of `generate.py --seeds S --noise random` with S = s * 1,000,000 + i, whatever
-the batch size, device or number of processes.
-"""
+"""Sources of images: a folder, an LMDB, a generator checkpoint or saved latents, told apart by content. Generated image
+i of seed s is that of `generate.py --seeds S --noise random` with S = s * 1,000,000 + i."""
 
 import hashlib
 import json
@@ -19,7 +16,7 @@ from common.cli import UserError
 from common.files import read_json
 from common.images import image_size, list_images
 from common.latents import Latents
-from common.lmdb_store import BUILDING_FILE, DATA_FILE, DatasetError, image_key, open_store, sizes_present
+from common.lmdb_store import DatasetError, is_lmdb, open_store, sizes_present
 from dataset import FolderDataset, open_dataset
 from metrics.flags import IMAGES, Sampling
 from model import Generator, load_generator
@@ -46,14 +43,8 @@ class ImageSource:
     def digest(self, positions: Sequence[int]) -> str:
         """sha256 of the encoded images, and of how they are fitted."""
         digest = hashlib.sha256(json.dumps([self.info.get(name) for name in ("size", "filter", "fit")]).encode())
-        if isinstance(self.dataset, FolderDataset):
-            for i in positions:
-                digest.update(hashlib.sha256(self.dataset.files[i].read_bytes()).digest())
-        else:
-            with open_store(self.dataset.path).begin() as transaction:
-                for i in positions:
-                    data = transaction.get(image_key(self.dataset.size, i)) or b""
-                    digest.update(hashlib.sha256(data).digest())
+        for data in self.dataset.encoded(positions):
+            digest.update(hashlib.sha256(data or b"").digest())
         return digest.hexdigest()
 
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
@@ -116,18 +107,13 @@ class GeneratorSource:
             condition = None if condition is None else condition.to(device)
             images, _ = generator(ws.to(device), input_is_latent=True, noise=maps, condition=condition)
             if not torch.isfinite(images).all():
-                which = f"generated images {chosen[0]} to {chosen[-1]}"
-                raise UserError(f"{self.info['path']}: {which} are not finite: diverged weights?")
+                which = f"{self.info['path']}: generated images {chosen[0]} to {chosen[-1]}"
+                raise UserError(f"{which} are not finite: diverged weights?")
             yield images
 
 
 def is_checkpoint(path: Path) -> bool:
     return path.is_file() and path.suffix in CHECKPOINTS
-
-
-def is_lmdb(path: Path) -> bool:
-    """Among folders of images and LMDBs."""
-    return path.is_file() or any((path / name).exists() for name in (DATA_FILE, BUILDING_FILE))
 
 
 def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, device="cpu", workers: int = 2):
@@ -138,8 +124,7 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, devi
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: a {IMAGES} is expected")
     if path.suffix == ".pkl":
-        refused = "pickled statistics are not read, since reading them can run code"
-        raise UserError(f"{path}: {refused}: pass the images themselves, their features are cached")
+        raise UserError(f"{path}: pickled statistics, which could run code, are not read: pass the images themselves")
     if is_checkpoint(path):
         return checkpoint_source(path, sampling, load_generator(path, device))
     if path.suffix == ".npy" or (path / "latents.npy").exists():

@@ -68,12 +68,6 @@ def test_reads_rosinalitys_lmdb(store):
     assert open_dataset(store / "data.mdb", 8)[2].shape == (3, 8, 8)  # the bare file as well
 
 
-def test_transform_gets_the_uint8_tensor(store, face_folder):
-    halved = MultiResolutionDataset(store, 8, transform=lambda x: x // 2)
-    assert torch.equal(halved[3], MultiResolutionDataset(store, 8)[3] // 2)
-    assert FolderDataset(face_folder, 8, transform=torch.Tensor.float)[0].dtype == torch.float32
-
-
 def test_more_than_99999_items_and_grey_ones(tmp_path):
     items = {"8-00000": encode(Image.new("L", (8, 8), 9)), "8-100000": encode(flat_image(1, 8))}
     with pytest.raises(DatasetError, match="lacks the item 8-"):

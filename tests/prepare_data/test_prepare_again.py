@@ -22,7 +22,7 @@ def test_up_to_date_ends_at_once(photos, tmp_path, monkeypatch, capsys):
     args = ["--out", tmp_path / "out", "--n_worker", 1, "--size", 8, photos]
     assert command(*args) == 0
     before = (tmp_path / "out" / "data.mdb").stat()
-    monkeypatch.setattr(lmdb_build, "encode_all", None)  # must not be called
+    monkeypatch.setattr(lmdb_build, "encode", None)  # must not be called
     assert command(*args) == 0
     captured = capsys.readouterr()
     assert "up to date" in captured.err and captured.out.count("9 images") == 2
@@ -63,7 +63,7 @@ sys.path.insert(0, {root!r})
 import prepare_data
 from common import lmdb_build
 from common.cli import run
-lmdb_build.BATCH_FILES, lmdb_build.CHUNK = 2, 1
+lmdb_build.CHUNK = 2
 {patch}
 if __name__ == "__main__":
     sys.exit(run(prepare_data.main, prepare_data.build_parser(), sys.argv[1:]))

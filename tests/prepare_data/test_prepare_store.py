@@ -15,7 +15,7 @@ from dataset import MultiResolutionDataset
 
 def test_the_map_grows(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(lmdb_build, "FIRST_MAP_SIZE", 1 << 16)
-    monkeypatch.setattr(lmdb_build, "BATCH_FILES", 2)
+    monkeypatch.setattr(lmdb_build, "CHUNK", 2)
     assert command("--out", tmp_path / "small", "--n_worker", 1, "--size", "64,96", photos) == 0
     monkeypatch.undo()
     assert command("--out", tmp_path / "large", "--n_worker", 1, "--size", "64,96", photos) == 0
