@@ -4,16 +4,14 @@
     python3 align_faces.py --paste_back older/edited --unedited older/unedited --alignment my-faces/alignment.json \\
         --photos photos/ --output_dir pasted/
 
-Writes OUT/aligned/NAME.png, OUT/alignment.json (per face where it lies in its photo: all that pasting back needs) and
-OUT/report.csv (what became of every photo). A photo without a face, a profile beyond --max_yaw or a damaged file is
-reported and left out; the exit status is 0 unless no photo at all gave a face. Photos that are aligned already are
-taken as they are. A run that was killed continues where it stopped; a finished one only does what is new or changed.
+Writes OUT/aligned/NAME.png, OUT/alignment.json (where each face lies in its photo) and OUT/report.csv (what became of
+every photo). Photos without a face are reported and left out; the exit status is 0 unless none gave a face. Photos that
+are aligned already are taken as they are. A run that was killed continues; a finished one does what is new or changed.
 Faces that the detector misses can be given by hand: PHOTO.json beside the photo, or all in one file (--landmarks), as
 {"landmarks": [[x, y] x 5]}: right eye, left eye, nose, right and left mouth corner, in pixels of the upright photo.
 
-Edited faces are found by the NAME of the crop; they may have any size. With the same faces before the edit (--unedited)
-only what the edit changed goes into the photo. Pasting keeps the photo's size, format where it can hold a photo, alpha
-and EXIF; colours are sRGB. Of an animation the first frame is kept, of 16 bits per channel 8: it is said.
+Edited faces, of any size, are found by the NAME of the crop. With the same faces before the edit (--unedited) only what
+the edit changed goes into the photo. Pasting keeps the photo's size, format, alpha and EXIF; colours are sRGB.
 """
 
 import re
@@ -35,7 +33,6 @@ def build_parser() -> ArgumentParser:
     add("--framing", default="ffhq", choices=("ffhq", "template"), help="FFHQ's formula, or least squares")
     add("--aligned_tolerance", type=float, default=4.0, help="%% of the side: take nearly aligned photos as they are")
     add("--max_yaw", type=float, default=90.0, help="leave out heads that are turned further, in degrees; 90: none")
-    add("--score_threshold", type=float, default=0.6, help="certainty from which a detection counts")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes")
     add("--overwrite", action="store_true", help="do all photos again")
     add("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
@@ -43,8 +40,6 @@ def build_parser() -> ArgumentParser:
     add("--paste_back", type=Path, metavar="DIR", help="folder of edited faces: paste instead of align")
     add("--unedited", type=Path, metavar="DIR", help="the same faces before the edit: only what it changed is added")
     add("--alignment", type=Path, help="alignment.json that was written with the crops")
-    add("--feather", type=float, default=0.1, help="width of the soft border, of the face's side")
-    add("--detail", default="auto", choices=("auto", "keep", "drop"), help="of the photo, finer than the crop")
     return parser
 
 
@@ -55,8 +50,6 @@ def main(args) -> None:
 
     if args.size < 8 or args.aligned_tolerance < 0:
         raise UsageError("--size takes 8 or more, --aligned_tolerance 0 or more")
-    if not 0 <= args.feather <= 0.5 or not 0 < args.score_threshold < 1:
-        raise UsageError("--feather takes 0 to 0.5, --score_threshold above 0 and below 1")
     if not re.fullmatch(r"largest|all|\d+", args.faces):
         raise UsageError(f"--faces {args.faces}: expected largest, all or a number from 0")
     if bool(args.paste_back) != bool(args.alignment):
@@ -65,8 +58,7 @@ def main(args) -> None:
         raise UsageError("--unedited goes with --paste_back")
     out = args.output_dir
     if args.paste_back:
-        options = {name: getattr(args, name) for name in ("unedited", "feather", "detail")}
-        return paste_folder(args.photos, args.paste_back, args.alignment, out, **options)
+        return paste_folder(args.photos, args.paste_back, args.alignment, out, unedited=args.unedited)
     settings = AlignSettings(**{name: getattr(args, name) for name in vars(AlignSettings())})
     options = {name: getattr(args, name) for name in ("landmarks", "n_worker", "overwrite", "weights_dir")}
     with lock_folder(out, "align_faces.py"):

@@ -1,18 +1,16 @@
 """Checkpoints from one program to another: NVIDIA's network pickles, rosinality's, TransStyleGAN's and our own.
 
 IN is a pickle (.pkl) of NVlabs/stylegan2-ada-pytorch or NVlabs/stylegan3 (config stylegan2, no labels), read without
-running anything in it, or a checkpoint (.pt) or exported generator (.safetensors) that the other scripts read. OUT.pt
-holds `g_ema`, and `g`, `d`, `latent_avg` where IN has them, under rosinality's tensor names, with the config;
-OUT.safetensors the EMA generator alone. At the end the file is read again, and draws an image.
+running anything in it, or a checkpoint (.pt) or exported generator (.safetensors). OUT.pt holds `g_ema`, and `g`, `d`,
+`latent_avg` where IN has them, under rosinality's tensor names, with the config; OUT.safetensors the EMA generator
+alone, with mean and deviation of its latents. At the end the file is read again, and draws an image.
 
     python convert.py ffhq.pkl ffhq.pt
     python convert.py runs/faces/checkpoint/100000.pt faces.safetensors --half
     python convert.py faces.safetensors faces-with-settings.safetensors --recommended settings.json
 
-OUT.safetensors also stores the mean and the standard deviation of the latents, so that no script computes them again.
-An exported generator keeps its number format and therefore its fingerprint, its step and its settings. settings.json
-names flags per script, {"projector": {"step": 300, "lr": 0.5}, "generate": {"truncation": 0.7}}: the scripts use them
-where no flag is given.
+settings.json names flags per script, {"projector": {"step": 300, "lr": 0.5}, "generate": {"truncation": 0.7}}: the
+scripts use them where no flag is given.
 """
 
 from pathlib import Path
@@ -32,7 +30,6 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("the image drawn as a check").add_argument
     add("--seed", type=int, default=0, help="its seed; z is what NVIDIA's scripts draw for it")
     add("--image", metavar="FILE", help="keep it, to compare with the other program's")
-    parser.add_hidden_alias("--picture", "--image")
     return parser
 
 

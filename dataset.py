@@ -30,12 +30,10 @@ ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
 
 
 def open_dataset(path: str | os.PathLike, size: int) -> Dataset:
-    """Opens the LMDB or the folder of images at `path`, told apart by content. Raises FileNotFoundError if the path is
-    absent, DatasetError if it cannot give images of size x size."""
+    """The LMDB or the folder of images at `path`, told apart by content. Raises FileNotFoundError or DatasetError."""
     path = Path(path)
     if not path.exists():
-        make = f"make one with {PREPARE} --out LMDB FOLDER"
-        raise FileNotFoundError(f"{path} does not exist: a folder of images or an LMDB is expected ({make})")
+        raise FileNotFoundError(f"{path} does not exist: expected a folder of images, or an LMDB made with {PREPARE}")
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES | ARCHIVE_SUFFIXES:
         unpack = "unpack it and " if path.suffix.lower() in ARCHIVE_SUFFIXES else ""
         raise DatasetError(f"{path} is one file: {unpack}pass the folder of images, or an LMDB made with {PREPARE}")
@@ -43,7 +41,7 @@ def open_dataset(path: str | os.PathLike, size: int) -> Dataset:
 
 
 class MultiResolutionDataset(Dataset):
-    """The images of one resolution in an LMDB; item i is uint8 [3, size, size]. Each process opens the store for itself:
+    """The images of one resolution in an LMDB; item i is uint8 [3, size, size]. Each process opens the store itself:
     the object can be sent to workers by fork or spawn. Opening checks that the store is whole, holds the resolution,
     and decodes three items. Raises DatasetError, also from reading an item that is missing or damaged: nothing else is
     ever put in its place."""
@@ -53,15 +51,13 @@ class MultiResolutionDataset(Dataset):
         self._check(store := open_store(self.path))
         self.manifest = lmdb_store.read_manifest(store)
         if self.manifest is not None and (n_names := len(self.manifest["names"])) != len(self):
-            again = f"run {PREPARE} --overwrite --out {self.path} ... again"
-            raise DatasetError(f"{self.path} has {len(self)} images and names of {n_names}: {again}")
+            raise DatasetError(f"{self.path} has {len(self)} images and names of {n_names}: run {PREPARE} ... again")
 
     def _check(self, store) -> None:
         with reading(store) as transaction:
             length = transaction.get(b"length")
         if length is None:
-            again = f"run {PREPARE} --out {self.path} ... again"
-            raise DatasetError(f"{self.path} is unfinished (it has no `length`): {again}")
+            raise DatasetError(f"{self.path} is unfinished (it has no `length`): run {PREPARE} --out ... again")
         if not length.isdigit() or int(length) == 0:
             raise DatasetError(f"{self.path} holds no images (length {length!r}): run {PREPARE} --out {self.path} ...")
         if self.size not in (sizes := lmdb_store.sizes_present(store)):
@@ -131,8 +127,7 @@ class FolderDataset(Dataset):
         if not reasons:
             raise DatasetError(f"{self.path} holds no images: a folder of .jpg, .png, ... files or an LMDB is expected")
         if not self.files:
-            none = f"none of its {len(reasons)} image files can be read; the first: {self.skipped[0][0]}"
-            raise DatasetError(f"{self.path}: {none}")
+            raise DatasetError(f"{self.path}: none of its {len(reasons)} image files is readable: {self.skipped[:3]}")
         if self.skipped:
             listed = "; ".join(f"{file} ({reason})" for file, reason in self.skipped[:10])
             more = f"; and {len(self.skipped) - 10} more" if len(self.skipped) > 10 else ""
@@ -233,8 +228,7 @@ class InfiniteSampler:
     def load(self, state: dict) -> None:
         """Continues where `state` was taken. Warns if the data set or its source weights have changed since."""
         if state["n"] != self.n:
-            before = f"the data set had {state['n']} images and has {self.n} now"
-            warnings.warn(f"{before}: the order of images goes on differently", stacklevel=2)
+            warnings.warn(f"the data set had {state['n']} images and has {self.n} now: another order", stacklevel=2)
         if (before := state.get("source_weights")) != self.source_weights:
             warnings.warn(f"images drawn with source weights {before}, now with {self.source_weights}", stacklevel=2)
         self.position, self.seed = int(state["position"]), int(state["seed"])
@@ -316,19 +310,12 @@ def data_loader(
     """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs. A
     DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone."""
     device = torch.device(device)
-    loader = DataLoader(
-        _Fetch(dataset),
-        batch_size=batch,
-        sampler=sampler,
-        num_workers=workers,
-        collate_fn=default_convert,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=prefetch if workers else None,
-        multiprocessing_context=start_method if workers else None,
-        generator=torch.Generator().manual_seed(sampler.seed),  # else the DataLoader draws from the global one
-        worker_init_fn=_ignore_signals,
-    )
-    return BatchStream(loader, sampler, device)
+    options = {"batch_size": batch, "collate_fn": default_convert, "pin_memory": device.type == "cuda"}
+    options["generator"] = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
+    if workers:
+        options |= {"num_workers": workers, "prefetch_factor": prefetch, "worker_init_fn": _ignore_signals}
+        options["multiprocessing_context"] = start_method
+    return BatchStream(DataLoader(_Fetch(dataset), sampler=sampler, **options), sampler, device)
 
 
 class _Fetch(Dataset):

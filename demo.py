@@ -3,12 +3,9 @@
     python demo.py                                                # http://127.0.0.1:7860, with the bundled models
     python demo.py --ckpt runs/faces/export.safetensors --encoder encoder.safetensors --boundaries fitted/
 
-Works on a CPU. Boundaries (edit_attribute.py writes them) are those in --boundaries that were fitted for this
-generator. The page answers this machine only unless --host says otherwise, loads nothing from other servers, and
-serves no file outside a temporary folder of its own, which is removed at the end.
+It answers this machine only unless --host says otherwise, loads nothing from other servers, and serves no file outside
+a temporary folder of its own. Boundaries are those in --boundaries that were fitted for the generator.
 """
-
-from __future__ import annotations
 
 from pathlib import Path
 

@@ -1,13 +1,8 @@
-"""The layers of StyleGAN2 and of the W++ mapping network, with the ecosystem's tensor names.
+"""The layers of StyleGAN2 and of the W++ mapping network, with the ecosystem's tensor names; model.py assembles them.
 
 Sources: Karras et al. 2020 (arXiv 1912.04958) for synthesis and discriminator; Li et al. 2024 (arXiv 2105.14230) for
-the transformer; names as in rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN. `model.py` assembles them.
-
-    conv = ModulatedConv2d(64, 32, 3, style_dim=512)
-    out = conv(x, w)
+the transformer; names as in rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -18,10 +13,6 @@ from torch import nn
 from op import FusedLeakyReLU, fused_leaky_relu, noise_bias_act, upfirdn2d
 
 BLUR = (1, 3, 3, 1)  # the FIR kernel of all resampling in StyleGAN2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Plain layers
 
 
 def make_kernel(taps=BLUR, gain: float = 1.0) -> torch.Tensor:
@@ -83,15 +74,9 @@ class EqualConv2d(nn.Module):
         return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride, padding=self.padding)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Mapping networks: z -> w
-
-
 class Attention(nn.Module):
     """Self-attention between the style tokens. Scale = (inner width)^-0.5, not (head width)^-0.5: published numerics.
-
-    The softmax is explicit because path-length regularisation needs second derivatives, which fused attention lacks.
-    """
+    Softmax is explicit: path-length regularisation needs second derivatives, which fused attention lacks."""
 
     heads = 4
 
@@ -158,10 +143,6 @@ def build_mapping(config) -> nn.Sequential:
         return nn.Sequential(PixelNorm(), *(TokenLinear(config.n_tokens, dim, lr) for _ in range(config.n_mlp)))
     first = dim + config.n_tokens
     return nn.Sequential(PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Synthesis: w -> image
 
 
 def modulated_conv2d(
@@ -271,10 +252,6 @@ class ConstantInput(nn.Module):
     def __init__(self, channel, size=4):
         super().__init__()
         self.input = nn.Parameter(torch.randn(1, channel, size, size))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Discriminator blocks
 
 
 class ConvLayer(nn.Sequential):

@@ -9,8 +9,6 @@ rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN: their checkpoints l
     images, latents = generator(generator.draw_z(3), truncation=0.7, truncation_latent=generator.mean_latent())
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -23,10 +21,6 @@ from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
 CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generator
 
 
 class Generator(nn.Module):
@@ -66,8 +60,6 @@ class Generator(nn.Module):
             state_dict.pop(prefix + name, None)  # of torch's own copy
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    # -- mapping ------------------------------------------------------------------------------------------------------
-
     def tokens(self, z):
         """W++ input: z [N, T, 512] with the one-hot token appended -> PixelNorm over both -> [N, T, 512+T]."""
         return self.style[0](torch.cat((z, self.token.to(z.dtype).expand(z.shape[0], -1, -1)), dim=-1))
@@ -94,8 +86,7 @@ class Generator(nn.Module):
     def get_similarity(self, z) -> torch.Tensor:
         """Attention between tokens, batch mean: [n_mlp, heads, T, T], rows = query. ValueError without attention."""
         if not self.config.has_attention:
-            kind = "W" if self.config.w_space else "W++ with independent mappings"
-            raise ValueError(f"attention maps exist in a transformer mapping network only; this one is {kind}")
+            raise ValueError("attention maps exist in a transformer mapping network only: W++ without `independent`")
         x, maps = self.tokens(z), []
         for block in self.style[1:]:
             maps.append(block.atten.similarity(block.norm(x)).mean(0))
@@ -110,9 +101,9 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def latent_statistics(self, n: int = 10_000, seed: int = 0, batch: int = 500) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean [1, L, 512] and per-token standard deviation [L] (the norm over channels, as the projector uses it:
-        sqrt(sum_c var_c)) of w over n seeded samples; accumulated in float64, so independent of the batch. Those of
-        the generator's file are returned instead where they stand for at least n samples, whatever the seed."""
+        """Mean [1, L, 512] and per-token deviation [L] (sqrt(sum_c var_c), as the projector uses it) of w over n seeded
+        samples; accumulated in float64, so independent of the batch. Those of the generator's file are returned instead
+        where they stand for at least n samples, whatever the seed."""
         if self.statistics is not None and n <= self.statistics.samples:
             return self.statistics.mean.to(self.token.device), self.statistics.std.to(self.token.device)
         draw = torch.Generator().manual_seed(seed ^ STATISTICS_STREAM)
@@ -129,8 +120,6 @@ class Generator(nn.Module):
         """Mean w per token, [1, L, 512], of n samples drawn from the seed."""
         return self.latent_statistics(n, seed)[0]
 
-    # -- noise --------------------------------------------------------------------------------------------------------
-
     def fixed_noise(self) -> list[torch.Tensor]:
         """The stored noise maps, each [1, 1, r, r]."""
         return [getattr(self.noises, f"noise_{i}") for i in range(self.config.n_noise)]
@@ -142,8 +131,6 @@ class Generator(nn.Module):
         sides = [self.config.noise_size(i) for i in range(self.config.n_noise)]
         maps = [torch.stack([torch.randn(1, side, side, generator=g) for g in draws]) for side in sides]
         return [m.to(self.token.device) for m in maps]
-
-    # -- synthesis ----------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -157,14 +144,13 @@ class Generator(nn.Module):
         condition: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Synthesise images.
+        """Image float32 [N, 3, size, size], and the w used, [N, L, 512] without the condition.
 
         styles: z (see get_latent), or w [N, 512] | [N, L, 512] with input_is_latent. truncation: psi in
         w = mean + psi*(w - mean), per token; needs truncation_latent (from mean_latent) when not 1. noise: maps
-        [N or 1, 1, r, r] per layer (None entries = none given: random); default random, or the stored maps with
-        randomize_noise=False. condition: attributes [N, condition_dim] in [0, 1] of a conditional generator.
-        dtype: of the convolutions in this call (default self.compute_dtype). Returns image float32 [N, 3, size, size]
-        and the w used, [N, L, 512] without the condition. Raises ValueError on shapes that do not fit this generator.
+        [N or 1, 1, r, r] per layer (None entries: random); default random, or the stored maps with
+        randomize_noise=False. condition: attributes [N, condition_dim] in [0, 1] of a conditional generator. dtype: of
+        the convolutions in this call. Raises ValueError on shapes that do not fit this generator.
         """
         config = self.config
         latent = styles if input_is_latent else self.get_latent(styles)
@@ -211,10 +197,6 @@ class Generator(nn.Module):
         return torch.cat((latent, signal[:, None].expand(-1, latent.shape[1], -1)), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Discriminator
-
-
 def stddev_group(batch: int, largest: int = 4) -> int:
     """The largest group <= `largest` that divides the batch: any batch size works."""
     return max(g for g in range(1, largest + 1) if batch % g == 0)
@@ -255,21 +237,13 @@ class Discriminator(nn.Module):
         return self.final_linear(x.flatten(1))  # channels_last strides are copied to [N, C*4*4] in NCHW order
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A network from a file
-
-
 def load_generator(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Generator:
-    """The generator in a file, with EMA weights, in eval mode, gradients off, on `device`.
-
-    The architecture comes from the file (its config, or the tensors of rosinality's and TransStyleGAN's files). dtype:
-    of the convolutions. Beside the weights the generator keeps `path`, `fingerprint` (of the weights in float32),
-    `recommended` (the settings that suit it, per script flag names and values; {} when the file has none), and the
-    statistics of w that the file has. Raises FileNotFoundError, or CheckpointError naming what does not fit, or when
-    the weights are not those that the header's fingerprint names.
-    """
+    """The generator in a file, with EMA weights, in eval mode, gradients off, on `device`; dtype: of the convolutions.
+    The architecture comes from the file. Beside the weights the generator keeps `path`, `fingerprint` (of the weights
+    in float32), `recommended` (settings that suit it, per script flag names and values), and the statistics of w that
+    the file has. Raises FileNotFoundError, or CheckpointError naming what does not fit, or for damaged weights."""
     state, config, file = read_generator(path)
     generator = Generator(config)
     load_strictly(generator, {k: v.float() for k, v in state.items()}, path)

@@ -2,13 +2,10 @@
 
     python3 prepare_data.py --out faces.lmdb --size 128,256 photos/
 
-The folder may be of any depth, with any file names and image kinds (common/images.py). Files that cannot be read are
-left out and listed in OUT/skipped.csv, without a hole in the numbering. The result depends on the files and the flags
-alone, not on the number of workers. A run that was killed leaves nothing that could be taken for an LMDB; one whose
-result is up to date ends at once. Keys and manifest: common/lmdb_store.py.
-
-Lossless by default: JPEG at quality 100 still halves the colour resolution in Pillow's default 4:2:0 (ADA#222).
---compat gives the bytes of rosinality's tool, that loss included.
+The folder may be of any depth. Files that cannot be read are left out and listed in OUT/skipped.csv, without a hole in
+the numbering. The result depends on the files and the flags alone. A run that was killed leaves nothing that could be
+taken for an LMDB; one whose result is up to date ends at once. Keys and manifest: common/lmdb_store.py. Lossless by
+default: JPEG at quality 100 still halves the colour resolution in Pillow's 4:2:0 (ADA#222), as --compat does.
 """
 
 import sys
@@ -25,8 +22,7 @@ MAX_SIZE = 1 << 14  # pixels
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("path", nargs="?", help="folder of images, of any depth")
-    add("--path", dest="path_flag", metavar="PATH", help="the same, as a flag")
+    add("path", help="folder of images, of any depth")
     add("--out", required=True, help="folder of the LMDB to write")
     add("--size", default="128,256,512,1024", help="sizes in pixels, separated by commas")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes that read and encode")
@@ -42,24 +38,20 @@ def build_parser() -> ArgumentParser:
 
 
 def main(args) -> None:
-    from common.lmdb_build import DATA_FILE, build_lmdb
+    from common.lmdb_build import build_lmdb
+    from common.lmdb_store import DATA_FILE
 
-    if (args.path is None) == (args.path_flag is None):
-        raise UsageError("give the folder of images once: as PATH or as --path PATH")
     start, codec = time.monotonic(), (args.format, args.quality)
     settings = read_settings(args.size, args.background, *codec, args.fit, args.resample, args.compat)
     options = {"n_worker": args.n_worker, "max_bad": parse_max_bad(args.max_bad), "overwrite": args.overwrite}
-    manifest = build_lmdb(args.path or args.path_flag, args.out, settings=settings, **options)
-    n_enlarged = sum(min(size) < max(manifest["sizes"]) for size in manifest["source_sizes"])
-    if n_enlarged:
+    manifest = build_lmdb(args.path, args.out, settings=settings, **options)
+    if n_enlarged := sum(min(size) < max(manifest["sizes"]) for size in manifest["source_sizes"]):
         print(f"note: {n_enlarged} images are smaller than {max(manifest['sizes'])} px: enlarged", file=sys.stderr)
     out, n_skipped, sizes = Path(args.out), len(manifest["skipped"]), ", ".join(map(str, manifest["sizes"]))
     skipped = f", {n_skipped} skipped ({out / 'skipped.csv'})" if n_skipped else ""
-    print(
-        f"{out}: {manifest['length']} images at {sizes} px ({manifest['format']}, {manifest['resample']},"
-        f" {manifest['fit']}){skipped}, {(out / DATA_FILE).stat().st_size / 1e6:.1f} MB,"
-        f" {time.monotonic() - start:.1f} s"
-    )
+    form = f"({', '.join(manifest[name] for name in ('format', 'resample', 'fit'))}){skipped}"
+    megabytes, seconds = (out / DATA_FILE).stat().st_size / 1e6, time.monotonic() - start
+    print(f"{out}: {manifest['length']} images at {sizes} px {form}, {megabytes:.1f} MB, {seconds:.1f} s")
 
 
 def read_settings(size, background, codec, quality, fit, resample, compat) -> dict:

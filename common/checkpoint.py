@@ -1,8 +1,6 @@
 """Checkpoints: written so that a crash or a full disk cannot harm the previous one, read so that no file can run code.
-
-A checkpoint (`.pt`) is a nested dictionary of tensors and plain values, read with `torch.load(weights_only=True)`.
-An exported model (`.safetensors`) is a flat dictionary of tensors with JSON metadata in its header.
-"""
+A `.pt` is a nested dictionary of tensors and plain values, an export (`.safetensors`) a flat dictionary of tensors with
+JSON metadata in its header."""
 
 import argparse
 import hashlib
@@ -26,9 +24,8 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path, state):
-    """Write `state` to `path`, atomically: nested dicts, lists and tuples of tensors, str, int, float, bool and None.
-    Raises CheckpointError, before anything is written, naming the first entry that `weights_only=True` could not read
-    back; OSError naming `path` when the disk is full."""
+    """Write `state`, nested dicts, lists and tuples of tensors and plain values, to `path`, atomically. Raises
+    CheckpointError, before anything is written, naming the first other entry; OSError naming `path` (full disk)."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a checkpoint is a dict, not a {type(state).__name__}")
     _require_plain(state, "state")
@@ -48,8 +45,7 @@ def _require_plain(value, name):
         for index, item in enumerate(value):
             _require_plain(item, f"{name}[{index}]")
     elif kind not in (*PLAIN, torch.Tensor, torch.nn.Parameter):
-        found = f"{kind.__module__}.{kind.__qualname__}"
-        raise CheckpointError(f"{name} is a {found}; checkpoints hold tensors and plain values only")
+        raise CheckpointError(f"{name} is a {kind.__module__}.{kind.__qualname__}; expected tensors or plain values")
 
 
 def save_safetensors(path, tensors, metadata):
@@ -101,9 +97,8 @@ def load_checkpoint(path, map_location="cpu"):
         raise
     except Exception as error:  # a damaged pickle can raise anything at all
         if refused := re.search(r"GLOBAL (\S+)", str(error)):  # the pickle opcode that names a class or function
-            objects = f"{path} holds Python objects ({refused[1]}) besides tensors and plain values; reading them could"
-            advice = "re-save its state_dict from the program that wrote it"
-            raise CheckpointError(f"{objects} run code, so it is refused: {advice}") from error
+            objects = f"{path} holds Python objects ({refused[1]}) besides tensors, which could run code"
+            raise CheckpointError(f"{objects}: re-save its state_dict from the program that wrote it") from error
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0][:200]
         damage = f"truncated, damaged or not a PyTorch checkpoint ({type(error).__name__}: {reason})"
         raise CheckpointError(f"{path} is {damage}") from error

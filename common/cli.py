@@ -77,8 +77,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without abbreviations, where `--foo_bar` and `--foo-bar` are the same flag however it was declared.
-    Numbers are finite: `type=float` takes no nan or inf, `type=int` nothing beyond 64 bits. No result goes into a
-    folder of the project's own code."""
+    Numbers are finite, whole ones of at most 64 bits. No result goes into a folder of the project's own code."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
@@ -150,8 +149,8 @@ def add_device_flags(parser):
 
 
 def require_one_start(flags, published):
-    """Raise UsageError unless only one of a training's --resume, `published` flag and --init_from is given, or
-    --resume auto with --init_from: weights for where there is no run to continue yet."""
+    """Raise UsageError unless one of --resume, `published` and --init_from is given, or --resume auto and --init_from:
+    weights for where there is no run to continue yet."""
     given = [flag for flag in ("resume", published, "init_from") if getattr(flags, flag)]
     if len(given) > 1 and (flags.resume, given) != ("auto", ["resume", "init_from"]):
         raise UsageError(f"--{given[0]} and --{given[1]} exclude each other: continue a run, or start one from weights")

@@ -1,12 +1,5 @@
-"""Flags that several scripts have, and settings whose fields are flags. Without torch.
-
-@dataclass(frozen=True)
-class Settings:
-    lr: float = flag(0.002, "step size of Adam")
-
-add_fields(parser, Settings)
-settings = read_fields(Settings, vars(args))
-"""
+"""Flags that several scripts have, and settings whose fields are flags, without torch: a field `lr: float = flag(0.002,
+"step size of Adam")` of a dataclass, `add_fields(parser, Settings)`, `settings = read_fields(Settings, vars(args))`."""
 
 import math
 from dataclasses import field, fields

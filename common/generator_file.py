@@ -1,8 +1,5 @@
-"""A generator's file: its architecture, its weights (EMA) and what else it says; read and exported.
-
-Read are training checkpoints (`.pt`) of ours, of rosinality and of TransStyleGAN, whose architecture the tensors show,
-and exports (`.safetensors`), which are written here. `model.load_generator` makes a network of them.
-"""
+"""A generator's file: its architecture, its weights (EMA) and what else it says. Read are training checkpoints (`.pt`)
+of ours, of rosinality and of TransStyleGAN, and exports (`.safetensors`), which are written here."""
 
 from __future__ import annotations
 
@@ -142,9 +139,8 @@ def infer_config(state: dict) -> GeneratorConfig:
     raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
 
 
-def generator_weights(file: dict) -> dict:
-    """The EMA generator's tensors in a checkpoint: `g_ema`, `state_dict`, or bare; without DataParallel's `module.`.
-    Raises CheckpointError for a file that has the unaveraged generator alone."""
+def _average_of(file: dict) -> dict:
+    """The EMA generator's tensors in a checkpoint: `g_ema`, `state_dict`, or bare; without DataParallel's `module.`."""
     state = file.get("g_ema", file.get("state_dict", file))
     if state is file and isinstance(file.get("g"), dict):
         held = ", ".join(f"`{name}`" for name in file)
@@ -163,7 +159,7 @@ def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
             state, file = load_export(path)
         else:
             file = load_checkpoint(path)
-            state = generator_weights(file)
+            state = _average_of(file)
         inferred = infer_config(state)
         config = inferred if file.get("config") is None else GeneratorConfig.from_dict(file["config"])
         for name in ("size", "style_dim", "n_mlp", "w_space", "independent", "condition_dim", "widths"):

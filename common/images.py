@@ -1,8 +1,7 @@
 """The one place where images are read, fitted, converted and written.
 
-`read_image` brings photos of every form (EXIF, ICC profiles, alpha, palettes, one channel, four inks, sixteen bits) to
-8-bit sRGB, or refuses them in one sentence. Networks use float32 [3, H, W] in [-1, 1]; files and screens use uint8
-[H, W, 3]; `to_tensor` and `to_uint8` are the only two lines between them, and their round trip is exact.
+`read_image` brings photos of every form to 8-bit sRGB, or refuses them in one sentence. Networks use float32 [3, H, W]
+in [-1, 1], files uint8 [H, W, 3]; between them are only `to_tensor` and `to_uint8`, whose round trip is exact.
 """
 
 import contextlib
@@ -205,9 +204,8 @@ def _icc_transform(profile: bytes, mode: str):
 
 
 def fit_image(image: Image.Image, size: int, *, fit="crop", resample="lanczos", background=WHITE) -> Image.Image:
-    """Make an image square: size x size pixels; one that has the size already comes back unchanged. fit: `crop` keeps
-    the centre square, `pad` keeps everything and fills the rest with `background`, `squash` changes the aspect.
-    resample: a name in RESAMPLE."""
+    """Make an image square, size x size pixels. fit: `crop` keeps the centre square, `pad` keeps everything and fills
+    the rest with `background`, `squash` changes the aspect. resample: a name in RESAMPLE."""
     if fit not in FITS:
         raise ValueError(f"fit is one of {', '.join(FITS)}, not {fit!r}")
     if resample not in RESAMPLE:

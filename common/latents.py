@@ -141,8 +141,7 @@ def _array(values):
 
 def _check_latents(latents, path, size):
     if latents.ndim != 3 or latents.shape[1] != (length := n_tokens(size)):
-        found = f"latents of shape {list(latents.shape)}"
-        raise ValueError(f"{path}: {found}; expected [N, {length}, D] for image size {size}")
+        raise ValueError(f"{path}: latents of shape {list(latents.shape)}; expected [N, {length}, D] at size {size}")
     finite = np.isfinite(latents).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(f"{path}: latent {int(finite.argmin())} has values that are not finite")

@@ -83,8 +83,8 @@ def reading(store: lmdb.Environment) -> Iterator[lmdb.Transaction]:
         with store.begin() as transaction:
             yield transaction
     except lmdb.Error as error:
-        damage = f"{store.path()} is damaged ({str(error).rpartition(': ')[2]})"
-        raise DatasetError(f"{damage}: run {PREPARE} --overwrite ... to make it anew") from error
+        reason = str(error).rpartition(": ")[2]
+        raise DatasetError(f"{store.path()} is damaged ({reason}): run {PREPARE} --overwrite ... again") from error
 
 
 def read_manifest(store: lmdb.Environment) -> dict | None:

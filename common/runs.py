@@ -61,12 +61,11 @@ def find_start(folder, resume, init_from, *, flag) -> tuple[Path | None, bool]:
         continues = resume not in (None, "", "auto")
         path = resume if continues else init_from
         return Path(path) if path else None, continues
+    held = f"{folder.parent} already holds a run"
     if not resume:
-        hint = f"--resume auto continues it, another --{flag} starts a new one"
-        raise UserError(f"{folder.parent} already holds a run ({newest.name}): {hint}")
+        raise UserError(f"{held} ({newest.name}): --resume auto continues it, another --{flag} starts a new one")
     if resume != "auto" and newest.resolve() != Path(resume).resolve():
-        held = f"{folder.parent} already holds a run, up to {newest.name}"
-        raise UserError(f"{held}: continue {resume} in another --{flag}")
+        raise UserError(f"{held}, up to {newest.name}: continue {resume} in another --{flag}")
     return newest, True
 
 
@@ -141,8 +140,7 @@ class Run:
 
                 self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
             except ImportError as error:
-                message = f"TensorBoard is not installed ({error}), log.jsonl is still written"
-                warnings.warn(f"{message}: pip install -r requirements-extra.txt", stacklevel=2)
+                warnings.warn(f"no TensorBoard log ({error}): pip install -r requirements-extra.txt", stacklevel=2)
 
     def path(self, *parts):
         """Path inside the run folder, whose parent exists on the main process."""

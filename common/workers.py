@@ -36,8 +36,7 @@ def map_ordered(function: Callable, items: Iterable, n_worker: int, ahead: int =
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
-        lost = "a worker process was killed, most likely for lack of memory"
-        raise UserError(f"{lost}: start again with a smaller --n_worker") from error
+        raise UserError("a worker was killed, most likely for lack of memory: use a smaller --n_worker") from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -1,7 +1,5 @@
 """One edit of many photos: edit_photos.py."""
 
-from __future__ import annotations
-
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,8 +27,7 @@ OWN_FILES = ("overview.jpg", "report.csv")
 
 def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
     """Targets that the models can edit; the others are named on stderr. Raises UserError when none is left."""
-    missing = [name for name in targets if name not in models.attributes]
-    if missing:
+    if missing := [name for name in targets if name not in models.attributes]:
         known = f"it can edit {', '.join(models.attributes) or 'nothing'} (edit_attribute.py fits others)"
         message = f"there is no boundary of {', '.join(missing)} for {models.generator.path.name}: {known}"
         if len(missing) == len(targets):
@@ -54,8 +51,7 @@ class PhotoBatch:
 
     def run(self, photos: dict[str, Path]) -> None:
         """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
-        failed, saves = set(), {}
-        total = len(photos) * (self.steps + OVERHEAD)
+        failed, saves, total = set(), {}, len(photos) * (self.steps + OVERHEAD)
         with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(1) as writer:
 
             def attempt(name, path, work):

@@ -5,8 +5,6 @@ editor.set_photo(read_image("me.jpg"), steps=100)         # detect, align, encod
 result = editor.edit({"age": Target(15, relative=True)})  # a fraction of a second
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -103,8 +101,7 @@ class PhotoEditor:
         """Find the faces of a photo and invert them. Raises PhotoError when there is none, or none large enough."""
         alignments = self._align(photo, landmarks, faces)
         crops = [crop_aligned(photo, alignment) for alignment in alignments]
-        found = zip(alignments, crops, map(self._encode, crops), strict=True)
-        self.photo, self.faces = photo, [Face(*parts) for parts in found]
+        self.photo, self.faces = photo, list(map(Face, alignments, crops, map(self._encode, crops)))
         if steps:
             self.refine(steps, callback=callback)
 
@@ -114,8 +111,8 @@ class PhotoEditor:
         (w,) = map_latents(generator, seeded_z(generator, [seed]), truncation=TRUNCATION, mean=mean)
         noise = [layer.cpu() for layer in noise_maps(generator, "none")]
         (image,) = render(generator, [w], noise=noise)
-        photo = Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BICUBIC)
-        quad = [[-0.5, -0.5], [-0.5, CROP - 0.5], [CROP - 0.5, CROP - 0.5], [CROP - 0.5, -0.5]]
+        photo, end = Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BICUBIC), CROP - 0.5
+        quad = [[-0.5, -0.5], [-0.5, end], [end, end], [end, -0.5]]
         alignment = Alignment(quad, [CROP, CROP], CROP, landmarks=[], whole=True, name=f"seed{seed:04d}")
         self.photo, self.faces = photo, [Face(alignment, photo, Inversion(w.cpu().numpy(), noise), exact=True)]
 
@@ -140,8 +137,7 @@ class PhotoEditor:
         if ws[0].shape != conditional.statistics[0][0].shape:
             ws = [conditional.statistics[0][0].cpu().numpy()] * len(ws)
         starts = [Inversion(w, maps, condition) for w, condition in zip(ws, source, strict=True)]
-        results, _ = self._project(conditional, None, starts, steps)
-        for face, inversion in zip(self.faces, results, strict=True):
+        for face, inversion in zip(self.faces, self._project(conditional, None, starts, steps)[0], strict=True):
             face.expression = inversion
 
     def edit(
@@ -149,11 +145,9 @@ class PhotoEditor:
         targets: Mapping[str, Target],  # attribute -> goal, read in the photo
         *,
         strength: float = 1.0,  # factor on all positions
-        layers: range | None = None,  # of w that move along boundaries; None: all
         rounds: int = ROUNDS,  # corrections until the photo shows the goals
     ) -> Edited:
-        """Move attributes of all faces and put the faces back into the photo. Raises PhotoError for an attribute that
-        the models cannot edit, or before a photo was set."""
+        """Move attributes of all faces, put back into the photo. Raises PhotoError without a photo or the attribute."""
         if self.photo is None:
             raise PhotoError("first choose a photo")
         for name in set(targets) - set(self.models.attributes):
@@ -161,8 +155,8 @@ class PhotoEditor:
             raise PhotoError(f"{name} cannot be edited: there is no boundary of it for this generator, only {known}")
         photo, results = self.photo, []
         for face in self.faces:
-            positions = self._search(face, targets, strength, layers, rounds)
-            changes = [(before, after[0]) for before, after in self._draw(face, [positions], layers)]
+            positions = self._search(face, targets, strength, rounds)
+            changes = [(before, after[0]) for before, after in self._draw(face, [positions])]
             photo = paste_edit(photo, changes, face.alignment, face.crop if photo is self.photo else None)
             crop = crop_aligned(photo, face.alignment)
             results.append(FaceEdit(face, positions, self._readings(face, targets, changes, crop), crop, changes))
@@ -190,8 +184,7 @@ class PhotoEditor:
         alignments = [align(photo, points, size=CROP, **info) for points, info in found]
         size, side = self.models.size, max(alignment.side for alignment in alignments)
         if side < size:
-            found = f"{side:.0f} pixels wide with its frame, at least {size} are needed"
-            raise PhotoError(f"the face is too small: {found}")
+            raise PhotoError(f"the face is too small: {side:.0f} pixels with its frame, at least {size} are needed")
         return [alignment for alignment in alignments if alignment.side >= size]
 
     def _images(self, generator) -> torch.Tensor:
@@ -219,35 +212,27 @@ class PhotoEditor:
             if callback is not None:
                 callback()
 
-        result = project(
-            generator,
-            images,
-            perceptual=self.models.perceptual,
-            space=choose_space(generator, space),
-            steps=steps,
-            w_start=torch.from_numpy(np.stack([start.w for start in starts])),
-            noise_start=[torch.cat(maps) for maps in zip(*(start.noise for start in starts), strict=True)],
-            statistics=source.statistics,
-            seeds=[pixel_seed(image, 0) for image in ((images + 1) * 127.5).round().byte().cpu()],
-            condition=None if conditions is None else torch.from_numpy(conditions),
-            callback=watch,
-            lr=LR_RATIO * float(source.statistics[1].mean()),
-            mse=1.0,
-            noise=0.0,
-        )
+        settings = {"space": choose_space(generator, space), "steps": steps, "mse": 1.0, "noise": 0.0}
+        settings["lr"] = LR_RATIO * float(source.statistics[1].mean())
+        settings["seeds"] = [pixel_seed(image, 0) for image in ((images + 1) * 127.5).round().byte().cpu()]
+        settings["condition"] = None if conditions is None else torch.from_numpy(conditions)
+        settings["w_start"] = torch.from_numpy(np.stack([start.w for start in starts]))
+        settings["noise_start"] = [torch.cat(maps) for maps in zip(*(start.noise for start in starts), strict=True)]
+        networks = {"perceptual": self.models.perceptual, "statistics": source.statistics}
+        result = project(generator, images, **networks, **settings, callback=watch)
         if not torch.isfinite(result.latents).all():
             raise PhotoError("the refinement diverged: use --quality fast")
         noise = [[layer[i : i + 1] for layer in result.noise] for i in range(len(starts))]
         parts = zip(result.latents, noise, starts, strict=True)
         return [Inversion(w.numpy(), maps, start.condition) for w, maps, start in parts], losses[-1]
 
-    def _draw(self, face: Face, at: list[dict[str, float]], layers) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    def _draw(self, face: Face, at: list[dict[str, float]]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Per generator that takes part: the face unedited, and at each of the K positions; uint8 [S, S, 3]."""
         models, drawn, source = self.models, [], face.inversion
         boundaries = [b for name, b in models.boundaries.items() if any(name in position for position in at)]
         if boundaries or not any(at):
             steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-            moved = edit_w(source.w, boundaries, np.array(steps), layers=layers)  # [K, L, D]
+            moved = edit_w(source.w, boundaries, np.array(steps))  # [K, L, D]
             ws = torch.from_numpy(np.concatenate((source.w[None], moved)))
             before, *after = render(models.generator, ws, noise=source.noise)
             drawn.append((before, after))
@@ -260,9 +245,9 @@ class PhotoEditor:
             drawn.append((before, after))
         return drawn
 
-    def _try(self, face: Face, at: list[dict[str, float]], layers=None) -> Iterator[np.ndarray]:
+    def _try(self, face: Face, at: list[dict[str, float]]) -> Iterator[np.ndarray]:
         """The aligned photo at each position, uint8 [READ, READ, 3]: what paste_edit gives, at a small size."""
-        crop, drawn = fit_image(face.crop, READ), self._draw(face, at, layers)
+        crop, drawn = fit_image(face.crop, READ), self._draw(face, at)
         for k in range(len(at)):
             yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
 
@@ -276,7 +261,7 @@ class PhotoEditor:
             curves[name] = at, self.read(crops)[:, self.models.scorer.column(name)]
         return curves[name]
 
-    def _search(self, face: Face, targets, strength, layers, rounds) -> dict[str, float]:
+    def _search(self, face: Face, targets, strength, rounds) -> dict[str, float]:
         """Positions at which the photo shows the targets: from each one's curve, then corrected together."""
         if any(name not in self.models.boundaries for name in targets):
             self.set_expression(max(face.steps, 50))
@@ -289,10 +274,12 @@ class PhotoEditor:
         aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {})
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
-            at = self._within_safe(at)
+            ends = [self.models.safe_range(name)[position > 0] or 1.0 for name, position in at.items()]
+            away = float(np.linalg.norm(np.divide([*at.values()], ends)))  # of the safe range, all edits together
+            at = {name: position / max(1.0, away) for name, position in at.items()}
             if not targets or rounds == 0 or strength != 1:
                 return at
-            (image,) = self._try(face, [at], layers)
+            (image,) = self._try(face, [at])
             scores = dict(zip(targets, self.read([image])[0, columns], strict=True))
             errors = {n: open_error(goals[n] - scores[n], goals[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
@@ -301,13 +288,6 @@ class PhotoEditor:
                 break
             aims = {name: aims[name] + errors[name] for name in targets}
         return best[1]
-
-    def _within_safe(self, at: dict[str, float]) -> dict[str, float]:
-        """Positions drawn towards 0 together, so that several edits leave the safe range no sooner than one."""
-        ends = {name: self.models.safe_range(name)[position > 0] for name, position in at.items()}
-        shares = [position / (ends[name] or 1.0) for name, position in at.items()]
-        factor = 1 / max(1.0, float(np.linalg.norm(shares)))
-        return {name: factor * position for name, position in at.items()}
 
     def _kind(self, name: str) -> str:
         return self.models.scorer.attributes[self.models.scorer.column(name)].kind

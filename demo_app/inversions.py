@@ -1,7 +1,5 @@
 """Inversions of a photo's faces kept in a file, so that a second edit of the same photo starts at once."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict

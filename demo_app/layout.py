@@ -1,7 +1,5 @@
 """The look of demo.py's page, and which function of demo_app/page.py answers which control."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -11,24 +9,7 @@ from demo_app.page import CHUNK, HELP, SLIDERS, Page
 
 SAMPLES = 6  # drawn faces to click
 STEPS = 40  # of the refinement that follows the encoder
-CSS = """
-.gradio-container { padding: 8px 16px !important; max-width: 1700px !important; margin: auto !important; }
-#message { min-height: 1.6em; }
-#title h1 { font-size: 1.1rem; margin: 0; }
-#main { --photo: max(300px, 100vh - 190px); }
-#compare, #compare img { height: var(--photo) !important; }
-#compare img { object-fit: contain !important; max-height: none !important; }
-#controls { gap: 8px; }
-#samples { min-height: 0; }
-#samples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; padding: 4px !important; }
-#samples .thumbnail-item { min-width: 0 !important; width: 100% !important; height: auto !important; }
-@media (max-width: 760px) {
-  .gradio-container { padding: 4px !important; overflow-x: hidden; }
-  #main { flex-direction: column-reverse; flex-wrap: nowrap; --photo: max(220px, 42vh); }
-  #main > * { width: 100%; min-width: 0 !important; }
-  #upload, #samples { order: 2; }
-}
-"""
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def build_page(models: Models, folder: Path):
@@ -60,7 +41,7 @@ def build_page(models: Models, folder: Path):
                 parts["compare"] = gr.ImageSlider(label="before | after", type="pil", interactive=False, **look)
                 parts["readout"] = gr.Markdown(elem_id="readout")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            add_advanced(gr, models.generator.config.n_tokens, parts, inputs)
+            add_advanced(gr, parts, inputs)
         connect(gr, page, parts, inputs)
     return blocks
 
@@ -70,8 +51,8 @@ def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
     label, kind = "Photo, or click a drawn face below", {"type": "filepath", "file_types": ["image"]}
     inputs["photo"] = gr.File(label=label, height=100, elem_id="upload", **kind)
     look = {"show_label": False, "columns": SAMPLES, "height": 80, "allow_preview": False, "buttons": []}
-    faces = [page.draw(seed).photo for seed in range(SAMPLES)]
-    inputs["samples"] = gr.Gallery([shrink(face, 96) for face in faces], label="drawn faces", elem_id="samples", **look)
+    faces = [shrink(page.draw(seed).photo, 96) for seed in range(SAMPLES)]
+    inputs["samples"] = gr.Gallery(faces, label="drawn faces", elem_id="samples", **look)
     for name in page.names:
         label, low, high = SLIDERS[name]
         step, value = (1, 0) if name == "age" else (0.01, 0.5)
@@ -81,23 +62,19 @@ def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
         parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
 
 
-def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
-    """Layers, refinement, the expression of a reference, landmarks by hand, the aligned face, the command."""
+def add_advanced(gr, parts: dict, inputs: dict) -> None:
+    """Refinement, the expression of a reference, landmarks by hand, the aligned face."""
     with gr.Row():
-        inputs["first"] = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
-        inputs["last"] = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
         inputs["steps"] = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
         inputs["again"] = gr.Button("Refine further", size="sm", elem_id="refine")
     with gr.Row():
         label = "A face whose expression is taken over"
         inputs["reference"] = gr.File(label=label, type="filepath", height=100, elem_id="reference")
         inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
-        inputs["aligned"] = gr.Checkbox(label="the photo is an aligned face already", elem_id="aligned")
         label = "face not found? five points by hand: eyes, nose, mouth corners (pixels)"
         inputs["points"] = gr.Textbox(label=label, elem_id="points")
     label = "aligned, inverted, edited"
     parts["crops"] = gr.Gallery(label=label, columns=3, height=160, allow_preview=False, elem_id="crops")
-    parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
 
 
 def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
@@ -131,7 +108,7 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     save = [plain(page.save), [session], [parts["download"]]]
     refine = [streaming(page.refine), [session, inputs["steps"]], outputs]
 
-    upload = [photo, inputs["aligned"], inputs["points"], session]
+    upload = [photo, inputs["points"], session]
     uploaded = photo.upload(streaming(page.upload), upload, outputs, **every)
     for event in (uploaded.then(*refine, **every), inputs["again"].click(*refine, **quiet)):
         event.then(*save, **quiet)
@@ -139,9 +116,9 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     inputs["samples"].select(pick, [session], outputs, **every).then(*save, **quiet)
 
     sliders = [parts[name] for name in page.names]
-    move = [session, inputs["first"], inputs["last"], *sliders]
+    move = [session, *sliders]
     dragged = [slider.input for slider in sliders]  # also by a typed number, which has no release
-    released = [slider.release for slider in (*sliders, inputs["first"], inputs["last"])]
+    released = [slider.release for slider in sliders]
     like = inputs["like"].click(streaming(page.take_expression), [session, inputs["reference"]], outputs, **quiet)
     for event in (
         gr.on(dragged, plain(page.move), move, outputs, trigger_mode="always_last", **quiet),

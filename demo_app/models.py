@@ -1,7 +1,5 @@
 """The networks with which photos are edited, loaded once: edit_photos.py and the page of demo.py share them."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -111,6 +109,11 @@ def load_models(
     if generator.config.condition_dim:
         raise UserError(f"--ckpt {ckpt} is a conditional generator: expected one without a condition")
     conditional = conditional or largest("cgan") or "none"
+    if conditional == "none":
+        conditional = None
+    else:
+        reader = load_condition_scorer(conditional, read_condition(conditional), device, weights_dir=weights_dir)
+        conditional = Conditional(load_generator(conditional, device), reader)
     if perceptual == "auto":
         fallback = "scorer:face-scorer" if generator.config.size <= SMALL else "auto"
         perceptual = generator.recommended.get("projector", {}).get("perceptual", fallback)
@@ -120,7 +123,7 @@ def load_models(
         perceptual=build_perceptual(perceptual, device, weights_dir),
         boundaries=load_boundaries(boundaries, generator),
         encoder=load_encoder(encoder, generator, device),
-        conditional=None if conditional == "none" else load_conditional(conditional, device, weights_dir),
+        conditional=conditional,
         weights_dir=weights_dir,
     )
 
@@ -154,9 +157,3 @@ def load_boundaries(folder: Path, generator: Generator) -> dict[str, Boundary]:
             boundary = boundary_of(path, generator)
             result |= {boundary.attribute: boundary} if boundary.fingerprint else {}
     return result
-
-
-def load_conditional(path: str | Path, device, weights_dir: Path | None = None) -> Conditional:
-    """Raises FileNotFoundError, or a ValueError for an unconditional generator or another scorer than its own."""
-    reader = load_condition_scorer(path, read_condition(path), device, weights_dir=weights_dir)
-    return Conditional(load_generator(path, device), reader)

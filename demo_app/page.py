@@ -1,7 +1,5 @@
 """The functions behind the controls of demo.py's page: a photo, sliders, the edited photo."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -14,15 +12,14 @@ from common.cli import ROOT, UserError
 from common.images import ImageError, image_size, read_image
 from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, expression_of, shrink
 from demo_app.models import Models
-from demo_app.targets import FLAGS, Target
-from faces.align import TEMPLATE, AlignError, parse_landmarks
+from demo_app.targets import Target
+from faces.align import AlignError, parse_landmarks
 from faces.paste import save_like
 
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
 CHUNK = 10  # steps of refinement between two looks at it
 STILL = 0.02  # a slider moved by less changes nothing
-NOSE = (0.506, 0.623)  # where it lies in an FFHQ frame (perceptual/identity.py), of the side
 SLIDERS = {  # attribute -> label, least, most; years are a change, the others what the photo shall show
     "age": ("Age: years younger or older", -20, 30),
     "smile": ("Smile: none to broad", 0, 1),
@@ -43,7 +40,6 @@ class Session:
     rest: dict[str, float] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
     like: dict[str, Target] = field(default_factory=dict)
-    layers: range | None = None
     result: Edited | None = None
     replaced: bool = False  # by another photo: its refinement ends
 
@@ -55,7 +51,7 @@ class Page:
         self.models, self.folder = models, folder
         self.names = [name for name in SLIDERS if name in models.attributes]
 
-    def upload(self, path, aligned, points, session: Session | None = None):
+    def upload(self, path, points, session: Session | None = None):
         """Yields the stages from an uploaded file to the encoder's inversion. session: of the photo before."""
         self.replace(session)
         if path is None:
@@ -68,8 +64,7 @@ class Page:
                 raise PhotoError(f"it has more than {MEGAPIXELS} megapixels: make it smaller")
             photo = read_image(path)
             shown = shrink(photo, PREVIEW)
-            landmarks = aligned_landmarks(shown.size) if aligned else parse_points(points, shown.width / photo.width)
-            editor.set_photo(shown, landmarks=landmarks)
+            editor.set_photo(shown, landmarks=parse_points(points, shown.width / photo.width))
             yield self.start(Session(editor, path.name, path))
         except ERRORS as error:
             yield self.refuse(path, error)
@@ -113,22 +108,17 @@ class Page:
                 return
             yield answer
 
-    def move(self, session: Session | None, first, last, *values, rounds: int = 0) -> dict:
+    def move(self, session: Session | None, *values, rounds: int = 0) -> dict:
         """While a slider is dragged (rounds 0), or when it was let go."""
         if session is None:
             return {"message": f"**{HELP}**"}
         session.values = [float(value) for value in values]
-        first, last = int(first), int(last)
-        if first > last:
-            return {"message": f"**layers {first} to {last}: the first must not come after the last**"}
-        every = (first, last) == (0, self.models.generator.config.n_tokens - 1)
-        session.layers = None if every else range(first, last + 1)
         return self.show(session, rounds=rounds)
 
     def reset(self, session: Session | None) -> dict:
         if session is None:
             return {"message": f"**{HELP}**"}
-        session.like, session.layers = {}, None
+        session.like = {}
         return self.start(session)
 
     def take_expression(self, session: Session | None, path):
@@ -147,12 +137,10 @@ class Page:
         """The photo before and after, the read-outs, the aligned face as the generator draws it."""
         targets = dict(session.like)
         for name, value in zip(self.names, session.values, strict=True):
-            if name == "age" and value:
-                targets[name] = Target(value, relative=True)
-            elif name != "age" and abs(value - session.rest[name]) > STILL:
-                targets[name] = Target(value)
+            moved = value if name == "age" else abs(value - session.rest[name]) > STILL
+            targets |= {name: Target(value, relative=name == "age")} if moved else {}
         try:
-            session.result = session.editor.edit(targets, layers=session.layers, rounds=rounds)
+            session.result = session.editor.edit(targets, rounds=rounds)
         except PhotoError as error:
             return {"message": f"**{error}**"}
         face = session.result.faces[0]
@@ -162,7 +150,6 @@ class Page:
             "compare": (session.editor.photo, session.result.photo),
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
             "readout": self.readout(face.readings),
-            "command": command_of(session.name, targets) if session.file else "",
         }
 
     def readout(self, readings) -> str:
@@ -191,22 +178,7 @@ class Page:
         return {"message": f"**{Path(path).name}: {reason}**"}
 
 
-def aligned_landmarks(size: tuple[int, int]) -> np.ndarray:
-    """Five points [5, 2] of a face that fills the centre square of an image as FFHQ frames it."""
-    side = min(size)
-    return np.insert(TEMPLATE, 2, NOSE, axis=0) * side - 0.5 + (np.array(size) - side) / 2
-
-
 def parse_points(text: str | None, scale: float) -> np.ndarray | None:
     """Five points typed in any form, ten numbers, in pixels of the photo; None for nothing. Raises AlignError."""
-    if not (text or "").strip():
-        return None
-    numbers = np.fromstring("".join(c if c in "-.0123456789" else " " for c in text), sep=" ").tolist()
-    return parse_landmarks(numbers, "the five points")[0] * scale
-
-
-def command_of(name: str, targets: dict[str, Target]) -> str:
-    """The edit as a command line, for the folder that holds the photo."""
-    known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
-    words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
-    return f"python edit_photos.py {name!r} {' '.join(words)}" if words else ""
+    numbers = np.fromstring("".join(c if c in "-.0123456789" else " " for c in text or ""), sep=" ").tolist()
+    return parse_landmarks(numbers, "the five points")[0] * scale if (text or "").strip() else None

@@ -1,7 +1,5 @@
 """The page behind demo.py, served: it answers this machine only, unless told, and gives away no file but its own."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import re
@@ -70,20 +68,9 @@ def serve(models: Models, folder: Path, *, host: str, port: int, max_upload_mb: 
     from starlette.middleware import Middleware
 
     blocks = build_page(models, folder)
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=int(max_upload_mb * 1e6),
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=CSS,
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        pwa=False,
-        app_kwargs={"middleware": [Middleware(Guard, hosts=allowed_hosts(host))], "docs_url": None, "redoc_url": None},
-    )
+    options = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "pwa"), False)
+    options |= {"server_name": host, "server_port": port, "max_file_size": int(max_upload_mb * 1e6), "css": CSS}
+    options["theme"] = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    app = {"middleware": [Middleware(Guard, hosts=allowed_hosts(host))], "docs_url": None, "redoc_url": None}
+    blocks.launch(**options, quiet=True, prevent_thread_lock=True, footer_links=[], app_kwargs=app)
     return blocks

@@ -1,7 +1,5 @@
 """Targets for the attributes of a face, and the readings before and after an edit."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass
 

@@ -1,10 +1,7 @@
-"""Photos to aligned faces: the frame of a face, and the crop. Edited faces go back by faces/paste.py.
-
-Framing: the formula of FFHQ (Karras et al. 2019, arXiv 1812.04948) from eyes and mouth corners.
+"""Photos to aligned faces: the frame of a face by FFHQ's formula (Karras et al. 2019, arXiv 1812.04948), and the crop.
 
     face = FaceDetector().detect(photo)[0]                                  # faces/detect.py; photo: PIL image
-    alignment = align(photo, face.landmarks, size=256, score=face.score)
-    crop = crop_aligned(photo, alignment)                                   # PIL image, 256 x 256
+    crop = crop_aligned(photo, align(photo, face.landmarks, size=256))      # PIL image, 256 x 256
 
 Coordinates are pixels of the upright photo with pixel centres at whole numbers. Landmarks are in YuNet's order: right
 eye, left eye, nose, right and left mouth corner, where right is the person's right, the image's left.
@@ -67,8 +64,7 @@ def read_alignment(path) -> dict[str, Alignment]:
 
 
 def alignment_of(values: dict) -> Alignment:
-    """The Alignment of a dict of the shape FACE. Raises AlignError for one that frames nothing, and for names, which
-    become files, that lead elsewhere."""
+    """The Alignment of a dict of the shape FACE. Raises AlignError for no frame, and for names that lead elsewhere."""
     face = Alignment(**{field.name: values[field.name] for field in fields(Alignment) if field.name in values})
     source = PurePosixPath(face.source.replace("\\", "/") if os.name == "nt" else face.source)
     if face.name != PurePosixPath(face.name).name or source.is_absolute() or ".." in source.parts:
@@ -160,11 +156,9 @@ FRAMINGS = {"ffhq": ffhq_quad, "template": template_quad}
 
 
 def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **info) -> Alignment:
-    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; info: score, box, name, source.
-
-    framing: ffhq or template. A square photo whose template_error is at most aligned_tolerance is taken as it is (0:
-    never). Raises AlignError for landmarks that frame nothing, or something far from the photo.
-    """
+    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; framing: ffhq or template; info: score, box, name,
+    source. A square photo whose template_error is at most aligned_tolerance is taken as it is (0: never). Raises
+    AlignError for landmarks that frame nothing, or something far from the photo."""
     if framing not in FRAMINGS:
         raise ValueError(f"framing is one of {', '.join(FRAMINGS)}, not {framing!r}")
     width, height = photo.size
@@ -185,8 +179,7 @@ def outside_share(alignment: Alignment) -> float:
 
 
 def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = None) -> Image.Image:
-    """The face as a PIL image [size, size] (default: alignment.size). Beyond the photo's borders it is mirrored and
-    blurred, as in FFHQ."""
+    """The face, PIL image [size, size] (default: alignment.size); beyond the photo mirrored and blurred, as in FFHQ."""
     size = size or alignment.size
     if alignment.whole:
         return photo if photo.size == (size, size) else photo.resize((size, size), Image.Resampling.LANCZOS)
@@ -214,12 +207,9 @@ def crop_aligned(photo: Image.Image, alignment: Alignment, size: int | None = No
 
 
 def resample(image: Image.Image, size, mapping, reduce=1) -> np.ndarray:
-    """float32 [H, W(, 3)]: affine, then averaged over blocks of `reduce` pixels.
-
-    Pillow's transforms cut the fraction of bytes off, and the bicubic one (a = -1) bends gradients by up to 0.1 pixel;
-    its resize does neither. So that enlarges first (by an odd factor where nothing is averaged: pixels stay what they
-    are), then the bilinear transform will do.
-    """
+    """float32 [H, W(, 3)]: affine, then averaged over blocks of `reduce` pixels. Pillow's transforms cut fractions off
+    bytes, and the bicubic one (a = -1) bends gradients by up to 0.1 pixel; its resize does neither. So that
+    enlarges first (by an odd factor where nothing is averaged: pixels stay), then the bilinear transform will do."""
     enlarge = {1: 3, 2: 2}.get(reduce, 1)
     mapping = [enlarge * value for value in mapping]
     planes = []

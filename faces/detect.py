@@ -1,7 +1,4 @@
-"""Where are the faces? YuNet (Wu et al. 2023) through OpenCV: boxes and five landmarks.
-
-Coordinates and the order of landmarks are those of faces/align.py.
-"""
+"""Where are the faces? YuNet (Wu et al. 2023) by OpenCV: boxes and five landmarks, coordinates as in faces/align.py."""
 
 from dataclasses import dataclass
 
@@ -27,20 +24,19 @@ class Detection:
 
 
 class FaceDetector:
-    """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone. Not for several
-    threads at once. Raises FileNotFoundError without the weights, DetectorError without OpenCV."""
+    """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone. For one thread at
+    a time. Raises FileNotFoundError without the weights, DetectorError without OpenCV."""
 
     PASSES = (640, 1600, 320)  # longer side that the photo is scaled to; the next only when nothing was found
     MANY_PASSES = (640, 1600)
     # Refinement: the square of twice the box at these sizes, each also mirrored; the mean of the four. On FFHQ and
     # CelebA-HQ one look misses the rotation by 2.5 degrees (standard deviation), the four by 2.05.
     WINDOWS = (224, 320)
-    # YuNet sees leaning faces too upright (at 20 degrees by 4, at 45 by 21): one that leans by more than UPRIGHT
-    # degrees is looked at once more, in a window turned by that.
-    UPRIGHT = 5.0
+    UPRIGHT = 5.0  # degrees: YuNet sees faces that lean more too upright (at 45 by 21); a turned window is looked at
     OVERLAP = 0.4  # intersection over union from which two detections are one face
+    SCORE = 0.6  # from which a detection counts
 
-    def __init__(self, weights_dir=None, *, score_threshold: float = 0.6):
+    def __init__(self, weights_dir=None):
         try:
             import cv2
         except ImportError as error:
@@ -50,13 +46,12 @@ class FaceDetector:
         self.cv2 = cv2
         model = require("yunet_640", weights_dir).read_bytes()  # bytes: OpenCV cannot open every path on every system
         buffer, empty = np.frombuffer(model, np.uint8), np.empty(0, np.uint8)
-        self.net = self.cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), score_threshold, 0.3, 5000)
+        self.net = self.cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), self.SCORE, 0.3, 5000)
 
     def detect(self, photo: Image.Image, *, many: bool = False) -> list[Detection]:
         """The faces in a photo (PIL, RGB), largest first. many: look for small ones in large photos as well."""
         photo = photo.convert("RGB")
-        found: list[np.ndarray] = []
-        longer = max(photo.size)
+        found, longer = [], max(photo.size)
         for side in self.MANY_PASSES if many else self.PASSES:
             if side > 640 and side > longer:
                 continue  # nothing is gained by enlarging that much
@@ -110,11 +105,9 @@ class FaceDetector:
 
     def _looks_at_face(self, photo, box, degrees) -> list[np.ndarray]:
         """Rows of the face in `box` as seen in windows of several sizes, turned by `degrees`, each also mirrored."""
-        span = 2 * max(box[2:4])
-        middle = box[:2] + box[2:4] / 2
-        looks = []
+        looks, span = [], np.full(2, 2 * max(box[2:4]))
         for size in self.WINDOWS:
-            window = _window(photo, middle, np.full(2, span), (size, size), degrees)
+            window = _window(photo, box[:2] + box[2:4] / 2, span, (size, size), degrees)
             for mirrored in (False, True):
                 best = max(self._look(window, mirrored), key=lambda other: _overlap(box, other[:4]), default=None)
                 if best is not None and _overlap(box, best[:4]) >= self.OVERLAP:

@@ -1,7 +1,5 @@
-"""A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo.
-
-OUT/aligned/NAME.png; OUT/alignment.json (docs/formats.md), also written while a run is under way; OUT/report.csv.
-"""
+"""A folder of photos becomes a folder of aligned faces: in parallel, resumable, with an account of every photo. Writes
+OUT/aligned/NAME.png; OUT/alignment.json (docs/formats.md), also while a run is under way; OUT/report.csv."""
 
 import functools
 import io
@@ -10,6 +8,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,17 +21,7 @@ from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
 from common.tables import csv_text
 from common.workers import map_ordered
-from faces.align import (
-    FACE,
-    Alignment,
-    align,
-    alignment_of,
-    crop_aligned,
-    estimate_yaw,
-    outside_share,
-    parse_landmarks,
-    template_error,
-)
+from faces import align as geometry
 from faces.detect import DetectorError, FaceDetector
 
 VERSION = 1
@@ -54,7 +43,6 @@ class AlignSettings:
     framing: str = "ffhq"
     aligned_tolerance: float = 4.0  # % of the side
     max_yaw: float = 90.0  # degrees
-    score_threshold: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,7 @@ class PhotoTask:
     source: str  # its path relative to the photos' folder
     name: str  # of its crop, without suffix
     settings: AlignSettings = field(default_factory=AlignSettings)
-    landmarks: object = None  # faces given by hand (see `parse_landmarks`), None to look for some
+    landmarks: object = None  # faces given by hand (see `geometry.parse_landmarks`), None to look for some
     stamp: str = ""
     weights_dir: Path | None = None
 
@@ -80,12 +68,12 @@ class PhotoRecord:
     outcome: str
     faces_found: int = 0
     note: str = ""
-    faces: list[Alignment] = field(default_factory=list)
+    faces: list[geometry.Alignment] = field(default_factory=list)
 
 
 @functools.lru_cache(maxsize=1)
-def _detector(weights_dir, score_threshold):
-    return FaceDetector(weights_dir, score_threshold=score_threshold)
+def _detector(weights_dir):
+    return FaceDetector(weights_dir)
 
 
 def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
@@ -98,9 +86,8 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
     try:
         faces = _given_faces(task)
         if faces is None:
-            detector = _detector(task.weights_dir, settings.score_threshold)
             try:
-                seen = detector.detect(photo, many=settings.faces == "all")
+                seen = _detector(task.weights_dir).detect(photo, many=settings.faces == "all")
             except DetectorError as error:
                 return replace(record, outcome="unreadable", note=str(error)), []
             faces = [(f.landmarks, {"box": [round(v, 2) for v in f.box], "score": round(f.score, 4)}) for f in seen]
@@ -111,15 +98,14 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
         for i, (points, info) in enumerate(chosen):
             info |= {"name": task.name if len(chosen) == 1 else f"{task.name}_face{i}", "source": task.source}
             info |= {"framing": settings.framing, "aligned_tolerance": settings.aligned_tolerance / 100}
-            alignment = align(photo, points, size=settings.size, **info)
-            crop_aligned(photo, alignment).save(buffer := io.BytesIO(), "PNG")
+            alignment = geometry.align(photo, points, size=settings.size, **info)
+            geometry.crop_aligned(photo, alignment).save(buffer := io.BytesIO(), "PNG")
             crops.append((alignment.name, buffer.getvalue()))
             alignments.append(alignment)
     except UserError as error:
         return replace(record, outcome="bad landmarks", note=str(error)), []
-    whole = all(alignment.whole for alignment in alignments)
+    whole, note = all(alignment.whole for alignment in alignments), ", ".join(notes + _remarks(alignments))
     outcome = "skipped" if not crops else "already aligned" if whole else "aligned"
-    note = ", ".join(notes + _remarks(alignments))
     return replace(record, outcome=outcome, faces_found=len(faces), note=note, faces=alignments), crops
 
 
@@ -132,7 +118,7 @@ def _given_faces(task: PhotoTask) -> list[tuple] | None:
             return None  # some other program's
     elif value is None:
         return None
-    return [(points, {}) for points in parse_landmarks(value, where)]
+    return [(points, {}) for points in geometry.parse_landmarks(value, where)]
 
 
 def _choose(faces, which, max_yaw):
@@ -145,32 +131,32 @@ def _choose(faces, which, max_yaw):
             notes.append(f"there is no face {index}, only {len(faces)}")
         elif len(faces) > 1:
             notes.append(f"{len(faces)} faces, {'the largest' if index == 0 else f'number {index}'} taken")
-    kept = [(points, info) for points, info in chosen if abs(estimate_yaw(points)) <= max_yaw]
+    kept = [(points, info) for points, info in chosen if abs(geometry.estimate_yaw(points)) <= max_yaw]
     if len(kept) < len(chosen):
         notes.append(f"{len(chosen) - len(kept)} turned by more than {max_yaw:g} degrees")
     return kept, notes
 
 
-def _remarks(alignments: list[Alignment]) -> list[str]:
+def _remarks(alignments: list[geometry.Alignment]) -> list[str]:
     remarks = ["profile"] if any(abs(face.yaw) > PROFILE_YAW for face in alignments) else []
     # an eye, the nose or a mouth corner beyond the border: what the crop shows there is mirrored
     if any((np.clip(f.landmarks, 0, np.array(f.photo_size) - 1) != f.landmarks).any() for f in alignments):
         remarks.append("partly outside the photo")
-    if (share := max(map(outside_share, alignments), default=0.0)) > TIGHT:
+    if (share := max(map(geometry.outside_share, alignments), default=0.0)) > TIGHT:
         remarks.append(f"{TIGHT_NOTE}: {share:.0%} of the frame lies outside the photo and is filled by mirroring")
     return remarks
 
 
 def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> bool | None:
-    """Whether the centre square of an image shows a face framed as FFHQ frames it, to `tolerance` of the side; None
-    where that cannot be told: no face is seen, or no detector is here."""
+    """Whether the centre square of an image shows a face in FFHQ's frame, to `tolerance` of the side; None: unknown,
+    since no face is seen or no detector is here."""
     try:
         image = read_image(path)
         image = fit_image(image, min(image.size))
-        faces = _detector(weights_dir, AlignSettings.score_threshold).detect(image)
+        faces = _detector(weights_dir).detect(image)
     except (ImageError, OSError, DetectorError):
         return None
-    return template_error(faces[0].landmarks, image.size) <= tolerance if faces else None
+    return geometry.template_error(faces[0].landmarks, image.size) <= tolerance if faces else None
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
@@ -202,7 +188,10 @@ def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, ov
     for source, path in photos.items():
         keys = (source, Path(source).name, Path(source).stem)  # what faces by hand may be called
         given = next((by_hand[key] for key in keys if key in by_hand), None)
-        task = PhotoTask(path, source, names[source], settings, given, _stamp(path, given), weights_dir)
+        files = [file for file in (path, path.with_suffix(".json")) if file.is_file()]
+        stamp = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files]
+        stamp = " ".join(stamp + ([json.dumps(given)] if given is not None else []))
+        task = PhotoTask(path, source, names[source], settings, given, stamp, weights_dir)
         records[source] = record = earlier.get(source)
         crops = [output_dir / "aligned" / f"{face.name}.png" for face in record.faces] if record else []
         if not record or record.stamp != task.stamp or not all(crop.is_file() for crop in crops):
@@ -225,12 +214,6 @@ def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, ov
     return list(records.values())
 
 
-def _stamp(path, given) -> str:
-    files = [file for file in (path, path.with_suffix(".json")) if file.is_file()]
-    parts = [f"{file.stat().st_size}-{file.stat().st_mtime_ns}" for file in files]
-    return " ".join(parts + ([json.dumps(given)] if given is not None else []))
-
-
 def require_faces(records, output_dir: Path) -> None:
     """Raise UserError when not one of the photos gave a face."""
     if not any(record.faces for record in records):
@@ -240,8 +223,8 @@ def require_faces(records, output_dir: Path) -> None:
 
 def count_outcomes(records) -> str:
     """'12 aligned, 1 no face'"""
-    outcomes = sorted(record.outcome for record in records)
-    return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+    counts = Counter(record.outcome for record in records)
+    return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
 
 
 def choose_names(sources, taken) -> dict[str, str]:
@@ -274,8 +257,8 @@ def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
         state = read_json(file, {"version": int, "settings": {str: object}}, what="alignment.json")
         if (state["version"], state["settings"]) != (VERSION, asdict(settings)):
             return {}
-        check_shape(state, {"faces": [FACE], "photos": [RECORD | {"faces": [str]}]})
-        faces, photos = {face["name"]: alignment_of(face) for face in state["faces"]}, state["photos"]
+        check_shape(state, {"faces": [geometry.FACE], "photos": [RECORD | {"faces": [str]}]})
+        faces, photos = {face["name"]: geometry.alignment_of(face) for face in state["faces"]}, state["photos"]
         return {row["photo"]: PhotoRecord(**row | {"faces": [faces[name] for name in row["faces"]]}) for row in photos}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): delete it, or use --overwrite") from error
@@ -302,5 +285,5 @@ def _report(output_dir, records) -> None:
     write_text(output_dir / "report.csv", csv_text(rows), "utf-8-sig", "surrogateescape")
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
-        strangers = f"{len(others)} images in {output_dir / 'aligned'} are of no photo of this run"
-        print(f"note: {strangers}, the first is {others[0]}; they are not in alignment.json", file=sys.stderr)
+        where = f"{output_dir / 'aligned'} are not in alignment.json, of no photo of this run: the first is {others[0]}"
+        print(f"note: {len(others)} images in {where}", file=sys.stderr)

@@ -1,9 +1,9 @@
 """Edited faces back into their photos, by the Alignment that was kept beside the crop (faces/align.py).
 
-`paste_back` pastes a face with a feathered border, or the plain difference that an edit made. A difference keeps all
-that the inversion missed, so that a smile meets the photo's own mouth and becomes a shadow. `paste_edit` takes what was
-missed in three bands: light (blurred over LIGHT of the side) stays everywhere; structure, up to the generator's
-resolution, goes where the edit is strong; so does most of the detail beyond.
+`paste_back` pastes a face with a feathered border, or the plain difference that an edit made; that keeps all that the
+inversion missed: a smile meets the photo's own mouth and becomes a shadow. `paste_edit` takes what was missed in three
+bands: light stays everywhere; structure, up to the generator's resolution, goes where the edit is strong; so does most
+of the detail beyond.
 """
 
 import sys
@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 from scipy import ndimage
+from tqdm import tqdm
 
 from common.cli import UserError
 from common.files import atomic_write
 from common.images import WHITE, list_images, open_image, read_image, reading_losses, to_pil
 from faces.align import AlignError, Alignment, crop_aligned, read_alignment, resample, to_bytes
 
-DETAILS = ("auto", "keep", "drop")
 STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
 
 LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
@@ -34,16 +34,12 @@ ORIENTATION = 0x0112  # EXIF tag
 
 
 def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
-    """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it.
-
-    face: PIL image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1]. unedited: the same before the edit: then only
-    what the edit changed is added. feather: width of the soft border, of the face's side. detail: of the photo, finer
-    than the crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone. Pixels outside the
-    frame are not touched. Raises AlignError for sizes that do not fit each other.
-    """
+    """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it. face: PIL
+    image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1]. unedited: the same before the edit: then only what the
+    edit changed is added. feather: width of the soft border, of the face's side. detail: of the photo, finer than the
+    crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone. Pixels outside the frame are
+    not touched. Raises AlignError for sizes that do not fit each other."""
     photo, face = to_pil(photo), to_pil(face)
-    if detail not in DETAILS:
-        raise ValueError(f"detail is one of {', '.join(DETAILS)}, not {detail!r}")
     if face.width != face.height:
         raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
     _require_same_size(photo, alignment)
@@ -65,10 +61,9 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="au
 
 
 def _require_same_size(photo, alignment) -> None:
-    if list(photo.size) != list(alignment.photo_size):
-        width, height = alignment.photo_size
-        found = f"{alignment.source or 'the photo'} has {photo.width}x{photo.height} pixels"
-        raise AlignError(f"{found}, but {width}x{height} when it was aligned")
+    if photo.size != (size := tuple(alignment.photo_size)):
+        found, aligned = (f"{width}x{height}" for width, height in (photo.size, size))
+        raise AlignError(f"{alignment.source or 'the photo'} has {found} pixels, but {aligned} when it was aligned")
 
 
 def _composite(photo, crop, new, kept, alignment) -> Image.Image:
@@ -131,10 +126,9 @@ def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
     """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face. edited,
     unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8, as the crop."""
     crop, edited, unedited = map(to_pil, (crop, edited, unedited))
-    before, after, photo = _resize(unedited, crop.width), _resize(edited, crop.width), np.asarray(crop, np.float32)
-    region = edit_region(after, before)[..., None]
-    coarse = _resize(crop.resize(edited.size, Image.Resampling.BOX), crop.width)  # of the generator's resolution
-    missed = coarse - before
+    coarse = crop.resize(edited.size, Image.Resampling.BOX)  # at the generator's resolution
+    before, after, coarse = (_resize(image, crop.width) for image in (unedited, edited, coarse))
+    region, missed, photo = edit_region(after, before)[..., None], coarse - before, np.asarray(crop, np.float32)
     light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])
     kept = light + (1 - region) * (missed - light) + (1 - (1 - DETAIL) * region) * (photo - coarse)
     return after + kept, region[..., 0]
@@ -152,8 +146,8 @@ def edit_crop(crop, changes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paste_edit(photo: Image.Image, changes, alignment: Alignment, crop=None) -> Image.Image:
-    """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`). Pixels
-    outside the frame are not touched. Raises AlignError when the photo has another size than the aligned one."""
+    """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`), outside
+    its frame not touched. Raises AlignError when the photo has another size than the aligned one."""
     _require_same_size(photo, alignment)
     crop = crop_aligned(photo, alignment) if crop is None else crop
     return _composite(photo, crop, *edit_crop(crop, changes), alignment)
@@ -202,11 +196,9 @@ def with_alpha(image, original) -> Image.Image:
     return result
 
 
-def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: Path, *, unedited=None, **options):
+def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: Path, *, unedited=None) -> None:
     """Paste every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: folder of
-    the same faces before the edit; options: of `paste_back`. Raises UserError when nothing could be pasted."""
-    from tqdm import tqdm
-
+    the same faces before the edit. Raises UserError when nothing could be pasted."""
     alignments, root = read_alignment(alignment_file), photos if photos.is_dir() else photos.parent
     by_photo: dict[str, list] = {}
     problems, notes, n_pasted, n_faces = [], [], 0, 0
@@ -220,7 +212,7 @@ def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: P
             result = read_image(root / source)
             for path, alignment in faces:
                 before = read_image(unedited / path.relative_to(edited)) if unedited else None
-                result = paste_back(result, read_image(path), alignment, unedited=before, **options)
+                result = paste_back(result, read_image(path), alignment, unedited=before)
             saved = save_like(result, root / source, output_dir / source)
             notes += [f"{saved} has {loss} of {root / source}" for loss in reading_losses(root / source)]
             n_pasted, n_faces = n_pasted + 1, n_faces + len(faces)

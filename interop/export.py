@@ -25,12 +25,9 @@ SETTINGS = {str: {str: (str, float, bool, None, list)}}  # per script, flag name
 
 
 def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]:
-    """The state of a checkpoint, and sentences on what will differ.
-
-    The state has `g_ema` and `config`; `g`, `d`, `aux_d`, `latent_avg`, `step`, `condition`, `noise`, `recommended`
-    where the file has them. ema_only: the EMA generator alone, in its own number format (else float32).
-    Raises FileNotFoundError, or CheckpointError or UserError naming what is wrong with the file.
-    """
+    """The state of a checkpoint, and sentences on what will differ: `g_ema`, `config`, and `g`, `d`, `aux_d`, `step`,
+    `latent_avg`, `condition`, `noise`, `recommended` where the file has them. ema_only: the EMA generator alone, in its
+    own number format (else float32). Raises FileNotFoundError, CheckpointError or UserError."""
     if path.suffix.lower() in (".pkl", ".pickle"):
         return _read_pickle(path, ema_only)
     load_generator(path)  # refuses what does not fit or is damaged
@@ -90,8 +87,8 @@ def export_generator(
     recommended: str | Path | None = None,  # JSON of settings per script; default: those of the source
 ) -> tuple[str, list[str]]:
     """Write the EMA generator of a checkpoint as .safetensors, with the statistics of its w. Returns its fingerprint,
-    and sentences on what will differ. Raises UserError, before anything is written, for a source without the
-    discriminator that `with_d` needs, and what `read_source` and `export_ema` raise."""
+    and sentences on what will differ. Raises, before anything is written, UserError for a source without the
+    discriminator of `with_d`, and what `read_source` raises."""
     source, target = Path(source), Path(target)
     state, notes = read_source(source, ema_only=not with_d)
     if with_d and "d" not in state:
@@ -111,8 +108,8 @@ def export_generator(
 @torch.no_grad()
 def draw_check(path: Path, seed: int, image_path: str | None) -> str:
     """Read a written file again, draw an image with it and tell, in two lines, what both are. z is numpy's
-    RandomState(seed).randn, as in NVIDIA's scripts: their `--seeds=0 --trunc=1 --noise-mode=const`. image_path: where
-    the image is kept. Raises UserError when it is not finite."""
+    RandomState(seed).randn, as in NVIDIA's `--seeds=0 --trunc=1 --noise-mode=const`. image_path: where the image is
+    kept. Raises UserError when it is not finite."""
     generator = load_generator(path)
     config = generator.config
     z = torch.from_numpy(np.random.RandomState(seed).randn(*generator.draw_z(1).shape)).float()

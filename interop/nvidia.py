@@ -1,13 +1,11 @@
 """NVIDIA's StyleGAN2 (stylegan2-ada-pytorch, and stylegan3 with --cfg=stylegan2) as our networks.
 
-Both sides keep weights at unit variance and scale them at run time, share the gain sqrt(2) of the activations, add the
-upsampled RGB first and transpose, not flip, the kernel of an up-convolution: every tensor is taken over as it is, under
-another name and with axes of length 1 where ours has them. What ours cannot compute (labels, other architectures, other
-filters) is refused in words; what it computes in another way (clamping, groups of the minibatch statistic) is said.
+Both sides scale weights of unit variance at run time, share the gain sqrt(2) of the activations, add the upsampled RGB
+first and transpose, not flip, the kernel of an up-convolution: every tensor is taken over, under another name and with
+axes of length 1 where ours has them. What ours cannot compute is refused; what it computes in another way is said.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -20,8 +18,6 @@ from model import Discriminator, Generator, GeneratorConfig, stddev_group
 
 OURS_ALONE = re.compile(r"token|.*\.kernel")  # constants of our networks
 THEIRS_ALONE = re.compile(r"(.*\.)?(resample_filter|w_avg)")  # w_avg is kept apart: latent_avg of a checkpoint
-
-# -- names: theirs -> ours -----------------------------------------------------------------------------------------
 
 
 def generator_names(size: int, n_mlp: int) -> dict[str, str]:
@@ -63,20 +59,16 @@ def _styled(theirs: str, ours: str, noise: int) -> dict[str, str]:
     return _modulated(theirs, ours, f"{ours}.activate.bias") | names
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------
-
-
 def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Tensor], GeneratorConfig]:
     """State dict and config (W) of our Generator that draws what `network` (G or G_ema) draws, in float32. source: file
-    and network, for messages. Raises CheckpointError, in one sentence, for a network that is none of StyleGAN2's or has
-    what ours has not: labels, another architecture, activation, filter or mapping network."""
+    and network, for messages. Raises CheckpointError for what ours has not: labels, another architecture, activation,
+    filter or mapping network."""
     size = _require_stylegan2(network, "Generator", "skip", source)
     fc = [name.removesuffix(".weight") for name in network.tensors if re.fullmatch(r"mapping\.fc\d+\.weight", name)]
     widths = {side for name in fc for side in network.tensors[f"{name}.weight"].shape}
     widths.add(network.layers[""].values.get("w_dim"))
     if len(widths) != 1 or not fc:
-        found = f"layers of {sorted(widths, key=str)} numbers"
-        raise CheckpointError(f"{source} maps z to w through {found}; ours are all of one width")
+        raise CheckpointError(f"{source} maps z to w by layers of the widths {sorted(widths, key=str)}; ours have one")
     state = _rename(network, generator_names(size, len(fc)), source)
     rates = {network.layers[name].values.get("bias_gain") for name in fc}
     _require_linear_gains(network, fc, source)
@@ -94,7 +86,7 @@ def discriminator_tensors(network: Network, config: GeneratorConfig, source: str
     size = _require_stylegan2(network, "Discriminator", "resnet", source)
     statistic = network.layers.get("b4.mbstd")
     if statistic is None or statistic.values.get("num_channels") != 1:
-        other = f"{source} has not one minibatch statistic (mbstd_num_channels), which ours has"
+        other = f"{source} has not one minibatch statistic (mbstd_num_channels), as ours has"
         raise CheckpointError(f"{other}; convert to .safetensors, which holds the generator alone")
     _require_linear_gains(network, [], source)
     return _complete(Discriminator(config), _rename(network, discriminator_names(size), source), source)
@@ -131,42 +123,34 @@ def _complete(network: torch.nn.Module, state: dict, source: str) -> dict[str, t
     return network.state_dict()
 
 
-# -- what cannot be taken over, and what is computed in another way ------------------------------------------------
-
-
 def _require_stylegan2(network: Network, kind: str, architecture: str, source: str) -> int:
     """The image size of a network that computes what our `kind` computes; CheckpointError for any other."""
-    for obstacle in _obstacles(network, kind, architecture):
-        raise CheckpointError(f"{source} {obstacle}")
-    return network.layers[""].values["img_resolution"]
-
-
-def _obstacles(network: Network, kind: str, architecture: str) -> Iterator[str]:
-    top, layers = network.layers[""], network.layers
+    top, layers, wrong = network.layers[""], network.layers, []
     if any(layer.kind == "SynthesisInput" for layer in layers.values()):
-        layers_of = "is a StyleGAN3 network (config stylegan3-t or stylegan3-r), whose layers ours has not"
-        yield f"{layers_of}: only networks of config stylegan2 can be converted"
+        wrong.append("is a StyleGAN3 network (stylegan3-t or -r): only networks of config stylegan2 can be converted")
     if top.kind != kind:
-        yield f"is a {top.kind}; expected a {kind}"
+        wrong.append(f"is a {top.kind}; expected a {kind}")
     if labels := top.values.get("c_dim"):
-        no_input = f"is conditional on {labels} labels, which ours has no input for"
-        yield f"{no_input}: only unconditional networks can be converted"
+        wrong.append(f"is conditional on {labels} labels: only unconditional networks can be converted")
     if (channels := top.values.get("img_channels")) != 3:
-        yield f"has images of {channels} channels; ours have 3"
+        wrong.append(f"has images of {channels} channels; ours have 3")
     size = top.values.get("img_resolution")
     if type(size) is not int or size < 8 or size & (size - 1):
-        yield f"has images of {size} px; ours have a power of two from 8"
+        wrong.append(f"has images of {size} px; ours have a power of two from 8")
     for name, layer in layers.items():
         if (found := layer.values.get("architecture", architecture)) != architecture:
-            yield f"has the architecture {found!r} ({name}); ours is {architecture!r} of StyleGAN2's config F"
+            wrong.append(f"has the architecture {found!r} ({name}); ours is {architecture!r} of StyleGAN2's config F")
         expected = "linear" if name.endswith((".affine", ".out", ".skip")) else "lrelu"
         if (found := layer.values.get("activation", expected)) != expected:
-            yield f"has the activation {found!r} in {name}; ours is {expected!r}"
+            wrong.append(f"has the activation {found!r} in {name}; ours is {expected!r}")
     kernel = make_kernel()
     for name, tensor in network.tensors.items():
         same = tensor.shape == kernel.shape and torch.allclose(tensor.float(), kernel, atol=1e-6)
         if name.endswith("resample_filter") and not same:
-            yield f"resamples with another filter than [1, 3, 3, 1] ({name})"
+            wrong.append(f"resamples with another filter than [1, 3, 3, 1] ({name})")
+    if wrong:
+        raise CheckpointError(f"{source} {wrong[0]}")
+    return size
 
 
 def _require_linear_gains(network: Network, mapping: list[str], source: str) -> None:

@@ -1,11 +1,9 @@
 """Reads the network pickles of NVlabs/stylegan2-ada-pytorch and NVlabs/stylegan3 without running anything in them.
 
-Such a `.pkl` is a plain pickle of {"G", "D", "G_ema", ...}. Each module in it is a call of
+Such a `.pkl` is a pickle of {"G", "D", "G_ema", ...}. Each module in it is a call of
 `torch_utils.persistence._reconstruct_persistent_obj` on its class name, attributes and Python source, which NVIDIA's
-own reader executes. Here that call keeps class name and attributes, the few other names that such a pickle may ask for
+own reader executes. Here that call keeps class name and attributes; the few other names that such a pickle may ask for
 are replaced as well, and every name beyond them is refused.
-
-    read_networks("ffhq.pkl")["G_ema"].tensors["synthesis.b4.const"].shape        # [512, 4, 4]
 """
 
 import io
@@ -44,8 +42,7 @@ class Network:
 
 def read_networks(path) -> dict[str, Network]:
     """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them; tensors on the CPU. Raises
-    FileNotFoundError, or CheckpointError, in one sentence, when the file is damaged, no such pickle, or asks for
-    anything but the parts of a network."""
+    FileNotFoundError, or CheckpointError for anything but the parts of a network."""
     path = require_file(path, "network pickle")
     with open(path, "rb") as file:
         head = file.read(4)
@@ -190,8 +187,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in ALLOWED:
             return ALLOWED[module, name]
         if module == "dnnlib.tflib.network":
-            convert = "legacy.py of NVlabs/stylegan3 turns it into one that can be converted"
-            raise CheckpointError(f"{self.path} is a pickle of the TensorFlow version of StyleGAN: {convert}")
+            raise CheckpointError(f"{self.path} is a TensorFlow pickle, which legacy.py of NVlabs/stylegan3 converts")
         raise _refusal(self.path, f"{module}.{name}")
 
 

@@ -91,7 +91,10 @@ def compare(
     options["order"] = "drawn" if as_published else None
     reals: dict[int | None, Features] = {}
     for path, sampling in fakes:
-        path = exported_meanwhile(path)
+        exported = path.with_suffix(".safetensors")
+        if not path.exists() and exported.exists():  # by train.py --keep, since it was listed
+            warnings.warn(f"{path} does not exist any more: {exported}, exported from it, is read", stacklevel=2)
+            path = exported
         source = open_images(path, network, sampling=sampling, size=settings.size, **opening)
         as_they_are = source.info.get("kind") == "folder" and not is_lmdb(real)  # one folder beside another
         size = settings.size or (None if as_they_are else source.info.get("size"))
@@ -104,15 +107,6 @@ def compare(
             records = evaluate(reals[size], features, metrics, nearest_k=nearest_k, device=dist.device)
             report(path, records)
             append_records(output or (run_folder(path) or Path()) / "metrics.jsonl", records)
-
-
-def exported_meanwhile(path: Path) -> Path:
-    """`path`, or the export that a running training (train.py --keep) has reduced it to since it was listed."""
-    exported = path.with_suffix(".safetensors")
-    if path.exists() or not exported.exists():
-        return path
-    warnings.warn(f"{path} does not exist any more: {exported}, exported from it, is read", stacklevel=2)
-    return exported
 
 
 def find_fakes(fake: str | None, start_num: int = 0) -> list[Path]:

@@ -47,9 +47,8 @@ class Extractor:
 
 
 def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred=AUTO) -> Extractor:
-    """The extractor `name` on `device`; `auto` takes the first of `preferred` whose weights are at hand.
-    Raises UsageError for an unknown name, FileNotFoundError with the URL when its (for `auto`: all) weights are absent.
-    """
+    """The extractor `name` on `device`; `auto`: the first of `preferred` whose weights are at hand. Raises UsageError
+    for an unknown name, FileNotFoundError with the URL without its weights."""
     if name not in ("auto", *EXTRACTORS):
         raise UsageError(f"--extractor {name}: expected auto, {', '.join(sorted(EXTRACTORS))}")
     absent = []

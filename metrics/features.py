@@ -140,8 +140,7 @@ def load_features(path: str | os.PathLike) -> Features:
     """Features from a file of `save_features`. Raises FileNotFoundError, or ValueError when it is not one."""
     arrays = read_npz(path, "features file (.npz)")
     if not {"features", "known"} <= set(arrays):
-        foreign = f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how"
-        raise UserError(f"{foreign}: compute them anew from the images with metrics/extract_features.py")
+        raise UserError(f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how")
     metadata = parse_json(str(arrays["known"]), SCHEMA, source=path, what="features file")
     values = torch.from_numpy(require_floats(arrays["features"], path))
     shape = (metadata["about"]["n"], metadata["extractor"]["dim"])

@@ -61,15 +61,19 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
         same = cells.setdefault((other.method, other.space), other)
         if same is not other:
             both = f"{same.folder} and {other.folder} are both {other.method} in {other.space.upper()}"
-            raise UserError(f"{both}: give one of them, or one of them a row (ROW=FOLDER)")
+            raise UserError(f"{both}: name one of them (ROW=FOLDER)")
         for measure in measures:
             if measure not in other.measured.values:
                 raise UserError(f"{other.folder} has no {measure}: its column of reconstruction.csv is blank")
         for left, right in zip(first.protocol(measures), other.protocol(measures), strict=True):
             if left != right:
-                pair = f"{first.folder} was measured {left}, {other.folder} {right}"
-                raise UserError(f"{pair}: the numbers cannot be compared")
-    require_same_originals(inversions)
+                raise UserError(f"{first.folder} was measured {left}, {other.folder} {right}: not to be compared")
+    seen: dict[str, tuple[str, Path]] = {}  # one name stands for one image, as far as the tables tell
+    for inversion in inversions:
+        for name, digest in zip(inversion.measured.names, inversion.measured.originals or (), strict=False):
+            digest_before, folder = seen.setdefault(name, (digest, inversion.folder))
+            if digest != digest_before:
+                raise UserError(f"{name} is another image in {folder} than in {inversion.folder}: not to be compared")
     names = set(first.measured.names).intersection(*(i.measured.names for i in inversions))
     if common:
         if not names:
@@ -77,21 +81,9 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
         return [replace(i, measured=i.measured.restrict(names)) for i in inversions]
     for other in inversions:
         if set(other.measured.names) != set(first.measured.names):
-            counts = [f"{i.folder} ({len(i.measured.names)} images)" for i in (first, other)]
-            hint = f"--common compares the {len(names)} that all have"
-            raise UserError(f"{' and '.join(counts)} hold different images: {hint}")
+            both = " and ".join(f"{i.folder} ({len(i.measured.names)} images)" for i in (first, other))
+            raise UserError(f"{both} hold different images: --common compares the {len(names)} that all have")
     return inversions
-
-
-def require_same_originals(inversions: list[Inversion]) -> None:
-    """ValueError when one name stands for different images, as far as the tables tell."""
-    seen: dict[str, tuple[str, Path]] = {}
-    for inversion in inversions:
-        for name, digest in zip(inversion.measured.names, inversion.measured.originals or (), strict=False):
-            first, folder = seen.setdefault(name, (digest, inversion.folder))
-            if digest != first:
-                other = f"{name} is another image in {folder} than in {inversion.folder}"
-                raise UserError(f"{other}: the numbers cannot be compared")
 
 
 def format_table(inversions: list[Inversion], measures: list[str], form: str) -> str:

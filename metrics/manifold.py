@@ -21,10 +21,9 @@ PRDC = ("precision", "recall", "density", "coverage")
 
 @torch.no_grad()
 def compute_prdc(real, fake, *, nearest_k: int, device="cpu") -> dict[str, float]:
-    """{"precision", "recall", "density", "coverage"} of features real [N, D] and fake [M, D].
-    nearest_k: the neighbour that sets a ball's radius, the centre itself not counted. Distances are computed in float64
-    and rounded to float32, as in `prdc`. Memory beyond the features: about 3 x ENTRIES floats and BLOCK x D doubles.
-    Raises ValueError: other shapes, values that are not finite, fewer than nearest_k + 1 points."""
+    """{"precision", "recall", "density", "coverage"} of features real [N, D] and fake [M, D]. nearest_k: the neighbour
+    that sets a ball's radius, the centre itself not counted. Distances are computed in float64 and rounded to float32,
+    as in `prdc`. Raises ValueError as `check_features`, and for fewer than nearest_k + 1 points."""
     real, fake = check_features(real, fake)
     for name, n in (("real", len(real)), ("fake", len(fake))):
         if not 1 <= nearest_k < n:

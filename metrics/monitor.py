@@ -1,5 +1,7 @@
 """Metrics while a generator is trained (train.py --eval_every): into the log, and the best weights into a file."""
 
+from contextlib import suppress
+
 import torch
 
 from common.checkpoint import CheckpointError, load_safetensors, save_safetensors
@@ -20,11 +22,10 @@ BEST = "best.safetensors"
 
 
 class Monitor:
-    """Evaluates a generator against the training images, always by the same draws.
-    Results go to the group Metrics of the run's log and to metrics.jsonl of its folder; the weights with the lowest FID
-    so far to checkpoint/best.safetensors, which says its metric, value and step. The features of the real images are
-    computed at once: what is missing shows before the training starts. Raises UsageError for an unknown metric or too
-    few images, FileNotFoundError when the extractor's weights are not at hand."""
+    """Evaluates a generator against the training images, always by the same draws: into the group Metrics of the run's
+    log and metrics.jsonl of its folder; the weights with the lowest FID so far into checkpoint/best.safetensors. The
+    features of the real images are computed at once: what is missing shows before the training starts. Raises
+    UsageError for an unknown metric or too few images, FileNotFoundError without the extractor's weights."""
 
     def __init__(
         self,
@@ -48,27 +49,23 @@ class Monitor:
         self.extractor = build_extractor(settings.extractor, protocol, **where)
         self.real = self._extract(open_source(path, size=settings.size), SAMPLING.seed + 1, cache_folder())
         for name in self.metrics:
-            if (n_images := self.real.info["n"]) < FEWEST[name]:
-                few = f"there are {n_images} (--eval_samples {settings.n_sample})"
+            if (n := self.real.info["n"]) < FEWEST[name]:
+                few = f"there are {n} (--eval_samples {settings.n_sample})"
                 raise UsageError(f"--metric {name} needs at least {FEWEST[name]} images: {few}")
         self.output = run.folder / "metrics.jsonl"
         if dist.is_main and self.output.exists():
             truncate_log(self.output, start_step + 1)
         self.fid = metric_name("fid", self.extractor.name)
-        self.best = self._best_so_far() if dist.is_main else None
+        self.best = float("inf")
+        if dist.is_main:
+            with suppress(FileNotFoundError, CheckpointError):
+                _, best = load_safetensors(run.path("checkpoint", BEST))
+                same = (best.get("metric"), best.get("n_fake")) == (self.fid, settings.n_sample)
+                self.best = best["value"] if same and isinstance(best.get("value"), (int, float)) else self.best
 
     def _extract(self, source, seed: int, cache_dir=None):
         settings = {"seed": seed, "batch": self.settings.batch, "dist": self.dist, "cache_dir": cache_dir}
         return extract(source, self.extractor, self.settings.n_sample, **settings)
-
-    def _best_so_far(self) -> float:
-        try:
-            _, header = load_safetensors(self.run.path("checkpoint", BEST))
-        except (FileNotFoundError, CheckpointError):
-            return float("inf")
-        value, same = header.get("value"), (header.get("metric"), header.get("n_fake"))
-        comparable = same == (self.fid, self.settings.n_sample) and isinstance(value, (int, float))
-        return value if comparable else float("inf")
 
     @torch.no_grad()
     def evaluate(self, generator, step: int, images: int) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Perceptual path length of a generator, in z, w or w++: how much the image changes along a short step.
 
-Karras et al. 2019 (arXiv 1812.04948, section 4.1): mean of d(G(a), G(b)) / epsilon² over pairs epsilon apart on the
-path between two random latents, spherical in z, straight in w; the lowest and the highest percent are left out, the
-noise maps are the stored ones. `ppl-w` is LPIPS with VGG; another perceptual network is named: `ppl-w++-squeeze`.
+Karras et al. 2019 (arXiv 1812.04948, section 4.1): mean of d(G(a), G(b)) / epsilon² over pairs epsilon apart on a path
+between two random latents, spherical in z, straight in w, without the lowest and the highest percent, with the stored
+noise. `ppl-w` is LPIPS with VGG; another perceptual network is named: `ppl-w++-squeeze`.
 
     python metrics/ppl.py --ckpt runs/faces/checkpoint/230000.pt
     python metrics/ppl.py --ckpt faces.safetensors --space z --perceptual squeeze --n_sample 5000

@@ -119,7 +119,6 @@ def require_alike(records: list[dict], *, vary: Iterable[str] = (), allow: bool 
     """Differences in protocol between results of one metric, each with the first. Raises ValueError unless `allow`."""
     differences = list(dict.fromkeys(line for record in records[1:] for line in unlike(records[0], record, vary)))
     if differences and not allow:
-        more = f"; and {len(differences) - 4} more" if len(differences) > 4 else ""
-        alike = f"these numbers were not computed alike ({'; '.join(differences[:4])}{more})"
+        alike = f"these numbers were not computed alike ({'; '.join(differences[:4])})"
         raise UserError(f"{records[0]['metric']}: {alike}: compute them alike, or pass --allow_unlike")
     return differences

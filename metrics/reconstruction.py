@@ -1,9 +1,7 @@
 """The paper's table of inversion: perceptual distance and MSE, mean +- std over images, per space and method.
 
-From folders that projector.py or pSp/scripts/inference.py wrote (their reconstruction.csv and latents.json). The
-columns are W, W+ and W++; the rows projector and pSp. Numbers that were not measured in the same way are never put side
-by side: another perceptual distance or identity network, other images (by name and, where the tables tell, by content),
-or images of another size are refused.
+From folders that projector.py or pSp/scripts/inference.py wrote. The columns are W, W+ and W++; the rows projector and
+pSp. Numbers of another perceptual or identity network, of other images or of another size are refused.
 
     python metrics/reconstruction.py runs/w runs/wplus runs/wpp
     python metrics/reconstruction.py runs/wpp refined=runs/wpp-from-encoder

@@ -1,9 +1,7 @@
 """Results of several runs side by side: the synthesis table (W against W++) and a metric along the training.
 
-Takes run folders (their metrics.jsonl, which train.py --eval_every and metrics/ write) and metrics.jsonl files, as
-NAME=PATH to name the row. Each row of the table is one checkpoint of a run: the one with the best FID, or the last;
-with --against truncation, one row per truncation of a sweep. Results that were not computed alike are refused, or
-listed with --allow_unlike.
+Takes run folders or metrics.jsonl files, as NAME=PATH to name the row. Each row is one checkpoint of a run, that with
+the best FID; with --against truncation, one row per truncation of a sweep. Unlike results are refused.
 
     python metrics/report.py W=runs/w W++=runs/wpp
     python metrics/report.py W=runs/w W++=runs/wpp --csv table.csv --png curve.png

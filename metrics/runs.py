@@ -26,8 +26,7 @@ def read_runs(arguments: list[str]) -> dict[str, list[dict]]:
             name, path = Path(argument).name.removesuffix(".jsonl"), argument
         file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
         if not file.exists():
-            writers = "metrics/fid.py, metrics/prdc.py and train.py --eval_every write it"
-            raise FileNotFoundError(f"{file} does not exist: {writers}")
+            raise FileNotFoundError(f"{file} does not exist: metrics/ and train.py --eval_every write it")
         if name in runs:
             raise UserError(f"two runs are called {name}: name them as in A={path}")
         latest = {}

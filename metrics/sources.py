@@ -118,8 +118,8 @@ def is_checkpoint(path: Path) -> bool:
 
 def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, device="cpu", workers: int = 2):
     """The images at `path`: checkpoint, folder of latents or .npy (of the generator `ckpt`), LMDB, folder of images.
-    size: pixels to take from an LMDB, or to fit a folder to (default: the only size there is; images as they are).
-    Raises FileNotFoundError or ValueError in one sentence."""
+    size: to take from an LMDB, or to fit a folder to (default: the only one there is; images as they are). Raises
+    FileNotFoundError or ValueError."""
     path, sampling = Path(path), sampling or Sampling()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: a {IMAGES} is expected")

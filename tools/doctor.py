@@ -1,7 +1,5 @@
-"""Report on this machine and what the scripts will use of it: the first thing to put into a bug report.
-
-Prints the checkout, Python and packages, processor and GPUs, which kernels run and why others do not, bundled models
-and third-party weights. Computes nothing, downloads nothing, needs no GPU and no compiler.
+"""Report on this machine and what the scripts will use of it, to put into a bug report: packages, processor and GPUs,
+which kernels run and why others do not, bundled models, third-party weights. Computes and downloads nothing.
 
     python tools/doctor.py
 """

@@ -13,7 +13,7 @@ from skimage.data import astronaut
 from common.files import read_json
 from common.grids import DIFFERENCE_GAIN, difference_map
 from common.images import fit_image, to_tensor
-from editing.boundary import Boundary, BoundaryError, load_boundary
+from demo_app.models import load_boundaries
 from editing.edit import edit_w
 from editing.evaluate import score_frames
 from faces.align import align, crop_aligned, parse_landmarks
@@ -120,7 +120,7 @@ def inversion_figure(models: Models) -> Image.Image:
 
 def boundary_figure(models: Models, attribute: str) -> Image.Image | str:
     """Faces along the boundary of an attribute: the paper's aging and transitioning figures."""
-    boundary = find_boundary(models.boundaries, models.wpp, attribute)
+    boundary = load_boundaries(models.boundaries, models.wpp).get(attribute)
     if boundary is None:
         return f"no boundary of {attribute} for this generator"
     inverted, column = invert(models, "refined"), models.scorer.column(attribute)
@@ -129,24 +129,11 @@ def boundary_figure(models: Models, attribute: str) -> Image.Image | str:
     for i, face in enumerate(models.faces):
         ws = torch.from_numpy(edit_w(inverted.ws[i], [boundary], np.array(DISTANCES) * boundary.std))
         frames = [face, *render(models.wpp, ws, noise=select_noise(inverted.noise, [i]))]
-        rows.append(
-            [(f, form.format(s[column])) for f, s in zip(frames, score_frames(models.scorer, frames), strict=True)]
-        )
+        scores = score_frames(models.scorer, frames)[:, column]
+        rows.append([(frame, form.format(score)) for frame, score in zip(frames, scores, strict=True)])
     titles = ["original", *(f"{value:+g}" if value else "inversion" for value in DISTANCES)]
     note = f"{attribute}, standard deviations from the inversion; below each: the score"
     return draw_grid(rows, columns=titles, labels=models.names, note=note)
-
-
-def find_boundary(folder: Path, generator: Generator, attribute: str) -> Boundary | None:
-    """The last boundary (.npz) in a folder that was fitted for this generator and attribute."""
-    for path in sorted(folder.glob("*.npz"), reverse=True):
-        try:
-            boundary = load_boundary(path)
-        except BoundaryError:
-            continue  # noise maps, other arrays
-        if (boundary.fingerprint, boundary.attribute) == (generator.fingerprint, attribute):
-            return boundary
-    return None
 
 
 def draw_grid(

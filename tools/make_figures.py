@@ -4,9 +4,8 @@
     python tools/make_figures.py --ckpt mine-wpp-128.safetensors --only inversion age --output_dir figs
 
 inversion: originals, reconstructions in W, W+, W++ and by the encoder, |difference| below each. age, gender, smile:
-faces along a boundary, the score below each. (`make figures` adds the curve of FID, which metrics/report.py draws.)
-Faces are scikit-image's astronaut and faces that the generators draw. Everything is seeded: on one machine the same
-command gives the same files. A figure for which a model is absent is left out with a sentence.
+faces along a boundary, the score below each. Faces are scikit-image's astronaut and faces that the generators draw; all
+is seeded. A figure for which a model is absent is left out with a sentence.
 """
 
 import sys
@@ -23,12 +22,9 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-64.safetensors", help="W++ generator")
-    add("--encoder", type=Path, help="pSp encoder for it (default: face-psp-SIZE beside it, if any)")
     add("--w_ckpt", type=Path, help="W generator (default: face-w-SIZE beside it, if any)")
-    add("--boundaries", type=Path, default=ROOT / "checkpoints", help="folder of boundary files (.npz)")
     add("--scorer", default="face-scorer", help="scorer of attributes: face-scorer, face-scorer-eval, FILE.safetensors")
     add("--perceptual", default="auto", help="distance that is minimised and shown: vgg, squeeze, scorer:NAME ...")
-    add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     add("--seeds", default="4,41", help="seeds of the drawn faces")
     add("--step", type=positive_int, default=300, help="optimisation steps of every inversion")
     add("--only", nargs="+", choices=FIGURES, default=FIGURES, help="these figures alone")
@@ -54,24 +50,15 @@ def main(args) -> None:
     from tools.figures import Models, boundary_figure, draw_all, inversion_figure
 
     device = resolve_device(args.device, ops=args.ops)
-    encoder, w_ckpt = args.encoder or beside(args.ckpt, "psp"), args.w_ckpt or beside(args.ckpt, "w")
+    encoder, w_ckpt = beside(args.ckpt, "psp"), args.w_ckpt or beside(args.ckpt, "w")
     wpp, w = load_generator(args.ckpt, device), w_ckpt and load_generator(w_ckpt, device)
     for flag, generator, space in (("--ckpt", wpp, "w++"), ("--w_ckpt", w, "w")):
         if generator and (generator.config.space, generator.config.size) != (space, wpp.config.size):
             found = f"{generator.config.size} pixels from {generator.config.space}"
             raise UserError(f"{flag} draws {found}: expected {wpp.config.size} pixels from {space}")
-    names, faces = draw_all(wpp, w, parse_seeds(args.seeds))
-    models = Models(
-        wpp,
-        w,
-        encoder=encoder and load_psp(encoder, device, wpp),
-        scorer=load_scorer(args.scorer, device, weights_dir=args.weights_dir),
-        perceptual=build_perceptual(args.perceptual, device, args.weights_dir),
-        boundaries=args.boundaries,
-        steps=args.step,
-        names=names,
-        faces=faces,
-    )
+    encoder, scorer = encoder and load_psp(encoder, device, wpp), load_scorer(args.scorer, device)
+    perceptual, faces = build_perceptual(args.perceptual, device), draw_all(wpp, w, parse_seeds(args.seeds))
+    models = Models(wpp, w, encoder, scorer, perceptual, args.ckpt.parent, args.step, *faces)
     for name in args.only:
         figure = inversion_figure(models) if name == "inversion" else boundary_figure(models, name)
         if isinstance(figure, str):

@@ -26,7 +26,7 @@ def detector():
 class NoDetector:
     """In place of YuNet where every face is given by hand: sees nothing, needs no weights."""
 
-    def __init__(self, weights_dir=None, *, score_threshold=0.6):
+    def __init__(self, weights_dir=None):
         pass
 
     def detect(self, photo, *, many=False):

@@ -208,7 +208,6 @@ def test_names_never_collide():
         (["--size", "4"], 2, "--size takes 8 or more"),
         (["--paste_back", "x"], 2, "go together"),
         (["--unedited", "x"], 2, "goes with --paste_back"),
-        (["--feather", "0.7"], 2, "--feather takes 0 to 0.5"),
         (["--photos", "absent"], 1, "absent does not exist"),
         (["--photos", "."], 1, "holds no images"),
         (["--landmarks", "absent.json"], 1, "absent.json"),

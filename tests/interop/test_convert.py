@@ -129,7 +129,7 @@ def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
     path = nvidia("a.pkl", data)
     assert (
         command(path, tmp_path / "a.pt") == 0
-        and command(path, tmp_path / "a.safetensors", "--seed", "7", "--picture", tmp_path / "seven.png") == 0
+        and command(path, tmp_path / "a.safetensors", "--seed", "7", "--image", tmp_path / "seven.png") == 0
     )
     lines = capsys.readouterr().out.splitlines()
     w = expected_w(tensors_of(data["G_ema"]), torch.from_numpy(np.random.RandomState(7).randn(1, 16)))

@@ -38,7 +38,7 @@ def test_writes_every_image_at_every_size_in_order(photos, tmp_path, capsys):
 def test_workers_do_not_change_the_result(photos, tmp_path, monkeypatch, spelling):
     monkeypatch.setattr(lmdb_build, "CHUNK", 2)
     (photos / "bad.png").write_text("no image")
-    assert command("--out", tmp_path / "one", "--n_worker", 1, "--size", 8, "--path", photos, "--max_bad", 1) == 0
+    assert command("--out", tmp_path / "one", "--n_worker", 1, "--size", 8, photos, "--max_bad", 1) == 0
     assert command("--out", tmp_path / "many", *spelling, "--size", 8, "--path", photos, "--max-bad", 1) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 

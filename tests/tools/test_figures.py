@@ -40,7 +40,7 @@ def networks(tmp_path_factory):
 @pytest.fixture
 def flags(networks, tmp_path):
     return [
-        *("--ckpt", str(networks / "face-wpp-16.safetensors"), "--boundaries", str(networks), "--step", "2"),
+        *("--ckpt", str(networks / "face-wpp-16.safetensors"), "--step", "2"),
         *("--seeds", "5", "--scorer", "face-scorer-eval", "--perceptual", "scorer:face-scorer-eval", "--device", "cpu"),
         *("--output_dir", str(tmp_path / "figures ü")),
     ]
