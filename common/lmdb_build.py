@@ -30,8 +30,8 @@ DISK_RESERVE = 64 << 20  # bytes left free on the disk
 
 
 def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 0.05, overwrite=False) -> dict:
-    """Make the LMDB `out` from the images below `path`. Returns its manifest; at once if it is up to date. settings: what
-    decides the bytes (see prepare_data.py). max_bad: unreadable files that are tolerated, a count (int) or a
+    """Make the LMDB `out` from the images below `path`. Returns its manifest; at once if it is up to date. settings:
+    all that decides the bytes. max_bad: unreadable files that are tolerated, a count (int) or a
     fraction of all (float). Raises UserError: no images, too many unreadable ones, or a finished LMDB of something else
     without `overwrite`; OSError: full disk."""
     path, out = Path(path), Path(out)
@@ -56,7 +56,7 @@ def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 
         if n_bad == n_all:
             raise UserError(f"none of the {n_all} image files in {path} can be read: {listed}")
         if n_bad > (max_bad * n_all if isinstance(max_bad, float) else max_bad):
-            raise UserError(f"{n_bad} of {n_all} images in {path} cannot be read, --max_bad allows {max_bad}: {listed}")
+            raise UserError(f"{n_bad} of {n_all} image files in {path} cannot be read, --max_bad {max_bad}: {listed}")
         return writer.finish(pillow=PIL.__version__)
 
 

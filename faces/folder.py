@@ -285,5 +285,5 @@ def _report(output_dir, records) -> None:
     write_text(output_dir / "report.csv", csv_text(rows), "utf-8-sig", "surrogateescape")
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
-        where = f"{output_dir / 'aligned'} are not in alignment.json, of no photo of this run: the first is {others[0]}"
-        print(f"note: {len(others)} images in {where}", file=sys.stderr)
+        strangers = f"{len(others)} images in {output_dir / 'aligned'} are of no photo of this run"
+        print(f"note: {strangers}, the first is {others[0]}; they are not in alignment.json", file=sys.stderr)

@@ -101,3 +101,11 @@ def tiny_w_config():
 def tiny_flags() -> list[str]:
     """`tiny_config` as flags of train.py."""
     return [part for name, value in TINY.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Seven images of 8 and 16 pixels in an LMDB of rosinality's."""
+    from stores import rosinality_items, write_lmdb
+
+    return write_lmdb(tmp_path / "ü 中文.lmdb", rosinality_items(), 7)

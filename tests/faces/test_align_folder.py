@@ -1,54 +1,20 @@
-"""Alignment, the command: a folder of awkward photos of which every one is accounted for, and pasting back."""
+"""Alignment, the command: a folder of awkward photos of which every one is accounted for."""
 
-import csv
-import io
 import json
 import os
 import shutil
 
 import pytest
-from PIL import Image, ImageCms, ImageFile
-from points import ASTRONAUT, FRONTAL, difference
+from aligning import align_cli, read_report, read_report_bytes
+from PIL import Image, ImageFile
+from points import ASTRONAUT, FRONTAL
 
 import align_faces
 import faces.folder
 from common.cli import run
-from common.images import read_image
 from common.lock import lock_folder
 from faces.align import Alignment, align, crop_aligned, read_alignment
 from faces.folder import choose_names, looks_aligned
-from faces.paste import save_like
-
-
-@pytest.fixture
-def photos(tmp_path, astronaut, no_detector):
-    """Photos as they come. Faces are given by hand, so that no weights are needed."""
-    folder = tmp_path / "pho tos"
-    for name in ("ü 中文.jpg", "a b/two  spaces.PNG", "same.png", "same.jpg", "a b/same.png"):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        astronaut.save(path)
-        path.with_suffix(".json").write_text(json.dumps({"landmarks": ASTRONAUT.tolist()}), encoding="utf-8")
-    Image.new("RGB", (60, 50)).save(folder / "nobody.png")
-    (folder / "damaged.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a photo")
-    (folder / "empty.png").write_bytes(b"")
-    (folder / "folder.png").mkdir()
-    astronaut.save(folder / "wrong order.png")
-    wrong = {"landmarks": ASTRONAUT[[1, 0, 2, 4, 3]].tolist()}
-    (folder / "wrong order.json").write_text(json.dumps(wrong), encoding="utf-8")
-    astronaut.save(folder / "other program.png")
-    (folder / "other program.json").write_text('{"title": "holiday"}', encoding="utf-8")
-    return folder
-
-
-def align_cli(photos, out, *flags):
-    argv = ["--photos", str(photos), "--output_dir", str(out), "--size", "64", "--n_worker", "1", *map(str, flags)]
-    return run(align_faces.main, align_faces.build_parser(), argv)
-
-
-def read_report(out):
-    with open(out / "report.csv", encoding="utf-8-sig", newline="") as file:
-        return {row["photo"]: row for row in csv.DictReader(file)}
 
 
 def test_every_photo_is_accounted_for(photos, tmp_path, capsys):
@@ -224,71 +190,6 @@ def test_misuse(flags, status, message, tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-# -- pasting, the command ------------------------------------------------------------------------------------------
-
-
-def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
-    """A turned JPEG with EXIF and a profile: upright, of the same size, with its EXIF, in its format."""
-    folder, out = tmp_path / "photos", tmp_path / "out"
-    (folder / "ü").mkdir(parents=True)
-    exif = Image.Exif()
-    exif[0x0112], exif[0x013B] = 6, "Ada"  # the camera was turned; artist
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    photo = astronaut.crop((0, 0, 512, 400))
-    photo.transpose(Image.Transpose.ROTATE_90).save(
-        folder / "ü" / "me.jpg", exif=exif, icc_profile=profile, quality=95, subsampling=0, dpi=(72, 72)
-    )
-    (folder / "ü" / "me.json").write_text(json.dumps(ASTRONAUT.tolist()))
-    photo.save(folder / "other.png")
-    (folder / "other.json").write_text(json.dumps(ASTRONAUT.tolist()))
-    assert align_cli(folder, out) == 0
-
-    edited = tmp_path / "edited"
-    shutil.copytree(out / "aligned", edited)
-    Image.new("RGB", (8, 8)).save(edited / "stranger.png")
-    flags = ["--photos", str(folder), "--paste_back", str(edited), "--alignment", str(out / "alignment.json")]
-
-    def paste(*more):
-        argv = [*flags, "--output_dir", str(tmp_path / "pasted"), *more]
-        return run(align_faces.main, align_faces.build_parser(), argv)
-
-    assert paste() == 0
-    printed = capsys.readouterr()
-    assert "2 faces pasted into 2 photos, 1 left out" in printed.out and "no face called stranger" in printed.err
-    with Image.open(tmp_path / "pasted" / "ü" / "me.jpg") as result:
-        assert result.format == "JPEG" and result.size == (512, 400)
-        assert result.getexif()[0x0112] == 1 and result.getexif()[0x013B] == "Ada"
-        assert result.info["icc_profile"] and result.info["dpi"] == (72, 72)
-    assert difference(read_image(tmp_path / "pasted" / "ü" / "me.jpg"), photo).mean() < 2
-    assert read_image(tmp_path / "pasted" / "other.png").tobytes() == photo.tobytes()
-
-    unedited = tmp_path / "unedited"
-    unedited.mkdir()
-    for path in edited.glob("other*.png"):  # of the two faces one has a image of before the edit
-        drawn = Image.new("RGB", (64, 64), (90, 90, 90))
-        drawn.save(unedited / path.name)
-        drawn.save(path)
-    assert paste("--unedited", str(unedited)) == 0
-    printed = capsys.readouterr()
-    assert "1 faces pasted into 1 photos, 2 left out" in printed.out and "unedited" in printed.err
-    assert read_image(tmp_path / "pasted" / "other.png").tobytes() == photo.tobytes(), "nothing was changed"
-
-    (folder / "other.png").unlink()
-    assert paste() == 0 and "other.png" in capsys.readouterr().err
-    photo.crop((0, 0, 300, 300)).save(folder / "ü" / "me.jpg")
-    assert paste() == 1
-    assert "no face of" in capsys.readouterr().err
-
-
-def test_formats_that_cannot_hold_a_photo_become_png(tmp_path, astronaut):
-    astronaut.resize((40, 40)).quantize(16).save(tmp_path / "old.gif")
-    path = save_like(astronaut, tmp_path / "old.gif", tmp_path / "out" / "old.gif")
-    assert path.name == "old.gif.png" and Image.open(io.BytesIO(path.read_bytes())).format == "PNG"
-
-
-# -- what would stop a folder, escape from it, or be lost ----------------------------------------------------------
-
-
 def test_nothing_in_a_folder_ends_it_or_is_lost(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     (photos / "dangling.jpg").symlink_to("gone.jpg")
@@ -315,11 +216,6 @@ def test_nothing_in_a_folder_ends_it_or_is_lost(photos, tmp_path, monkeypatch):
     original = faces.folder.align_photo
     monkeypatch.setattr(faces.folder, "align_photo", lambda task: done.append(task.source) or original(task))
     assert align_cli(photos, out) == 0 and done == [] and (out / "alignment.json").read_bytes() == before
-
-
-def read_report_bytes(out):
-    with open(out / "report.csv", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        return {row["photo"]: row for row in csv.DictReader(file)}
 
 
 def test_a_decoder_that_raises_anything_costs_one_photo(photos, tmp_path, monkeypatch):
@@ -357,70 +253,6 @@ def test_a_crop_that_is_mostly_made_up_is_said(tmp_path, astronaut, capsys, left
     said = capsys.readouterr().err
     assert ("face.png: cut too tightly: " in said) == tight
     assert ("% of the frame lies outside the photo" in read_report(tmp_path / "out")["face.png"]["note"]) == tight
-
-
-@pytest.mark.parametrize("name", ["../x", "a/b", "/x"])
-@pytest.mark.parametrize("field", ["name", "source"])
-def test_no_string_of_an_alignment_leads_out_of_the_folder(photos, tmp_path, capsys, field, name):
-    out = tmp_path / "out"
-    assert align_cli(photos, out) == 0
-    state = json.loads((out / "alignment.json").read_text(encoding="utf-8"))
-    state["faces"][0][field] = name
-    (out / "alignment.json").write_text(json.dumps(state))
-    capsys.readouterr()
-    flags = ["--paste_back", out / "aligned", "--alignment", out / "alignment.json"]
-    status = align_cli(photos, tmp_path / "pasted", *flags)
-    if (field, name) == ("source", "a/b"):
-        assert status == 0  # a name in a sub-folder, where there is no photo
-    else:
-        assert status == 1 and "is no name in a folder of photos" in capsys.readouterr().err
-
-
-def paste_one(tmp_path, photo, astronaut, edit=True):
-    """Paste a face that is edited in its middle back into `photo`; the resulting file."""
-    folder, out = photo.parent, tmp_path / "out"
-    photo.with_suffix(".json").write_text(json.dumps(ASTRONAUT.tolist()))
-    assert align_cli(folder, out) == 0
-    face = Image.open(out / "aligned" / f"{photo.stem}.png").convert("RGB")
-    if edit:
-        face.paste((200, 30, 30), (24, 24, 40, 40))
-    face.save(out / "aligned" / f"{photo.stem}.png")
-    flags = ["--paste_back", out / "aligned", "--alignment", out / "alignment.json", "--detail", "drop"]
-    assert align_cli(folder, tmp_path / "pasted", *flags) == 0
-    (result,) = (path for path in (tmp_path / "pasted").iterdir() if path.suffix != ".lock")
-    return result
-
-
-@pytest.mark.parametrize("suffix", [".png", ".webp", ".tif"])
-@pytest.mark.parametrize("edit", [False, True])
-def test_pasting_keeps_alpha(tmp_path, astronaut, no_detector, suffix, edit):
-    photo = tmp_path / "photos" / f"a{suffix}"
-    photo.parent.mkdir()
-    image = astronaut.convert("RGBA")
-    alpha = Image.linear_gradient("L").resize((512, 512)).rotate(90)  # 0 on one side, 255 on the other
-    image.putalpha(alpha)
-    image.save(photo, **({"lossless": True, "exact": True} if suffix == ".webp" else {}))
-    with Image.open(paste_one(tmp_path, photo, astronaut, edit)) as result:
-        assert result.mode == "RGBA" and result.size == (512, 512)
-        assert difference(result.getchannel("A"), alpha).max() == 0
-        change = difference(result.convert("RGB"), astronaut).max(-1)
-    outside = change[:, 400:]
-    assert outside.mean() <= (4 if suffix == ".webp" else 0), "the colours beneath are those of the photo"
-    if edit:
-        seen = Image.alpha_composite(
-            Image.new("RGBA", (512, 512), (255,) * 4), Image.open(tmp_path / "pasted" / photo.name)
-        )
-        middle = tuple(int(v) for v in ASTRONAUT.mean(0))
-        assert seen.getpixel(middle)[0] > seen.getpixel(middle)[1] + 40
-
-
-def test_what_pasting_cannot_keep_is_said(tmp_path, astronaut, no_detector, capsys):
-    photo = tmp_path / "photos" / "a.gif"
-    photo.parent.mkdir()
-    frames = [astronaut.quantize(64), astronaut.rotate(5).quantize(64), astronaut.rotate(9).quantize(64)]
-    frames[0].save(photo, save_all=True, append_images=frames[1:])
-    assert paste_one(tmp_path, photo, astronaut).name == "a.gif.png"
-    assert "a.gif.png has only the first of its 3 frames" in capsys.readouterr().err
 
 
 def test_whether_a_face_is_framed_is_seen_in_the_image(tmp_path, astronaut, detector):

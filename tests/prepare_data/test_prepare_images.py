@@ -39,7 +39,7 @@ def test_workers_do_not_change_the_result(photos, tmp_path, monkeypatch, spellin
     monkeypatch.setattr(lmdb_build, "CHUNK", 2)
     (photos / "bad.png").write_text("no image")
     assert command("--out", tmp_path / "one", "--n_worker", 1, "--size", 8, photos, "--max_bad", 1) == 0
-    assert command("--out", tmp_path / "many", *spelling, "--size", 8, "--path", photos, "--max-bad", 1) == 0
+    assert command("--out", tmp_path / "many", *spelling, "--size", 8, photos, "--max-bad", 1) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
@@ -129,7 +129,7 @@ def test_nothing_readable(tmp_path, capsys):
     "args",
     [
         [],
-        ["a", "--path", "b"],
+        ["a", "b"],
         ["a", "--size", "x"],
         ["a", "--size", "0"],
         ["a", "--size", "64,1000000"],
