@@ -49,8 +49,7 @@ def _require_plain(value, name):
 
 
 def save_safetensors(path, tensors, metadata):
-    """Write a flat dict of named tensors, atomically; `metadata` is a dict of JSON values, kept in the header with the
-    fingerprint of the tensors, which `load_safetensors` compares."""
+    """Write a flat dict of named tensors, and JSON values with their fingerprint into the header, atomically."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -131,8 +130,7 @@ def _require_whole_archive(path, every_byte=False):
 
 
 def load_safetensors(path):
-    """(tensors, metadata) of a `.safetensors` file: CPU tensors by name, JSON values by name. Raises FileNotFoundError
-    or CheckpointError as `load_checkpoint` does, also where a bit of a tensor has changed."""
+    """(tensors, metadata) of a `.safetensors` file, on the CPU. Raises as `load_checkpoint`, also for a changed bit."""
     from safetensors import SafetensorError, safe_open
 
     def value(text):
@@ -196,8 +194,7 @@ def latest_checkpoint(folder):
 
 
 def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
-    """load_state_dict that must fit in every name and shape; CheckpointError names the first differences. A network's
-    `unused` are names that files may have in addition."""
+    """load_state_dict that must fit in every name (but the network's `unused`) and shape, or raises CheckpointError."""
     own = {name: tensor.shape for name, tensor in network.state_dict().items()}
     found = {name: getattr(value, "shape", type(value).__name__) for name, value in state.items()}
     wrong = [f"{name} is absent" for name in own if name not in found]

@@ -52,8 +52,7 @@ class Flags(argparse.Namespace):
         return changed
 
     def recommend(self, settings: dict, names, source) -> str:
-        """`fill` in those of the flags `names` that a model's file, `source`, recommends; a value of the wrong type is
-        left out. Returns a sentence that names what changed; "" with --preset published."""
+        """`fill` in those of the flags `names` that `source` recommends, if of the right type. Returns what changed."""
         flags, names = vars(self), {name.rstrip("?") for name in names}  # of a schema as well
         fitting = {name: value for name, value in settings.items() if name in names and is_like(value, flags[name])}
         changed = {} if flags.get("preset") == "published" else self.fill(fitting)
@@ -82,7 +81,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
         self.register("type", float, _finite)
-        self.register("type", int, _whole)
+        self.register("type", int, whole())
 
     def parse_known_args(self, args=None, namespace=None):
         args = self._declared_spelling(list(sys.argv[1:] if args is None else args))
@@ -117,24 +116,24 @@ def _finite(text):
     return value
 
 
-def _whole(text):
-    value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, not {text[:20]!r}...")
-    return value
+def whole(least=-(2**63), most=2**63 - 1):
+    """A `type` for flags: a whole number in a range."""
+
+    def whole_number(text):
+        if not least <= (value := int(text)) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, not {text[:20]!r}")
+        return value
+
+    return whole_number
+
+
+positive_int, count = whole(1), whole(0)
 
 
 def positive(text):
     """A `type` for flags: a finite number above 0."""
     if (value := _finite(text)) <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return value
-
-
-def positive_int(text):
-    """A `type` for flags: a whole number from 1."""
-    if (value := _whole(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, not {text!r}")
     return value
 
 

@@ -32,8 +32,7 @@ class DistributedError(ConnectionError):
 
 @dataclass(frozen=True)
 class Distributed:
-    """Place of this process: `rank` of `world_size` in all, `local_rank` on its machine; `backend` is None alone.
-    As a context it ends with `shutdown`."""
+    """Place of this process among all; `backend` is None alone. As a context it ends with `shutdown`."""
 
     rank: int
     local_rank: int

@@ -94,8 +94,7 @@ def _sweep(folder: Path) -> None:
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """The file at `path`, opened for reading; never a pipe that waits or a device. Raises FileNotFoundError (a link to
-    nothing is named), UserError when it is no regular file."""
+    """The file at `path`, opened for reading; no pipe, no device. Raises FileNotFoundError, or UserError."""
     path = Path(path)
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -189,8 +188,7 @@ def _finite(text: str) -> float:
 
 
 def safe_name(text: str, fallback: str = "unnamed") -> str:
-    """`text` as one part of a path: no separators, control characters or leading dots, never empty, not too long.
-    Letters of any script stay as they are."""
+    """`text` as one part of a path: no separators, control characters or leading dots, never empty, not too long."""
     name = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]', "_", str(text)).strip().lstrip(".").rstrip(". ")
     while len(name.encode()) > 2 * NAME_LENGTH or len(name) > NAME_LENGTH:
         name = name[:-1]

@@ -4,7 +4,7 @@
 import math
 from dataclasses import field, fields
 
-from common.cli import FITS, PRECISIONS, UsageError, add_device_flags
+from common.cli import FITS, PRECISIONS, UsageError, add_device_flags, count
 
 
 def flag(default, help: str, **options):
@@ -34,13 +34,6 @@ def require(settings, names: str, fits, rule: str) -> None:
 
 def not_negative(value) -> bool:
     return 0 <= value < math.inf
-
-
-def count(text: str) -> int:
-    """A `type` for flags: a whole number from 0. Raises ValueError, which argparse reports."""
-    if (value := int(text)) < 0:
-        raise ValueError(text)
-    return value
 
 
 def add_training_flags(parser, *, published: str, keep: int, workers: int, wandb: str) -> None:

@@ -234,8 +234,7 @@ def export_ema(
 
 
 def generator_fingerprint(weights: dict) -> str:
-    """The fingerprint of a generator's tensors in float32; W counts the `token` it has no more, so that older files'
-    fingerprints stay."""
+    """The fingerprint of a generator's tensors in float32; for W with the `token` that older files had."""
     n_tokens = 1 + sum(name.startswith("noises.") for name in weights)
     return fingerprint({"token": torch.eye(n_tokens)} | {name: tensor.float() for name, tensor in weights.items()})
 

@@ -18,8 +18,7 @@ DIFFERENCE_GAIN = 2  # |difference| is shown twice as bright
 
 
 def make_grid(images, nrow: int = 8, *, padding: int = 2) -> np.ndarray:
-    """Tensor [N, 3, H, W] in [-1, 1], or a sequence of images of one size -> one uint8 array [rows, columns, 3] with
-    `nrow` images per row, white between them and nothing around."""
+    """Images of one size, tensors or arrays -> uint8 [rows, columns, 3], `nrow` per row, white between, none around."""
     from torchvision.utils import make_grid  # a second or two to import
 
     cells = [np.asarray(to_pil(image)) for image in images]
@@ -40,8 +39,7 @@ def save_grid(images, path: str | os.PathLike, nrow: int = 8) -> Path:
 
 
 def make_strip(images, captions: Sequence[str], *, nrow: int | None = None, font_size: int = 12) -> Image.Image:
-    """Images side by side (or `nrow` per row) with a caption below each; a caption too long for its cell is cut.
-    images: tensor [N, 3, H, W] in [-1, 1] or a sequence of images of one size; captions: one per image."""
+    """Images of one size (as of `make_grid`) with a caption below each; one too long for its cell is cut."""
     font, cells = ImageFont.load_default(font_size), [to_pil(image) for image in images]
     cells = [_captioned(cell, str(text), font, font_size) for cell, text in zip(cells, captions, strict=True)]
     return Image.fromarray(make_grid(cells, nrow or len(cells)))
@@ -60,8 +58,7 @@ def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Ima
 
 
 def similarity_figure(maps: torch.Tensor) -> Image.Image:
-    """Attention maps [blocks, heads, T, T] (`Generator.get_similarity`) as heat maps of one scale, a row per block; of
-    one head, four blocks per row."""
+    """Attention maps [blocks, heads, T, T] as heat maps of one scale, a row per block; of one head, four per row."""
     from matplotlib.figure import Figure
 
     maps = maps.detach().float().cpu().numpy()
@@ -82,8 +79,7 @@ def similarity_figure(maps: torch.Tensor) -> Image.Image:
 
 
 def comparison_grid(originals: Sequence, images: Sequence, captions: Sequence[str]) -> Image.Image:
-    """Columns of original, |difference| and reconstruction (the paper's inversion.png has the last two); images are
-    uint8 arrays [S, S, 3] of one size."""
+    """Columns of original, |difference| and reconstruction; images are uint8 arrays [S, S, 3] of one size."""
     factor = -(-SMALLEST // originals[0].shape[0])
     differences = [difference_map(a, b) for a, b in zip(originals, images, strict=True)]
     cells = [cell.repeat(factor, 0).repeat(factor, 1) for cell in (*originals, *differences, *images)]
@@ -98,8 +94,7 @@ def difference_map(original: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 
 def plot_curves(curves: dict[str, np.ndarray], every: int, path: Path) -> None:
-    """One panel per loss, [N, T] at steps 0, every, ..., on a log scale: at most 200 images in pale blue, their mean in
-    red. NaN ends a curve."""
+    """One panel per loss, [N, T] at steps 0, every, ..., log scale: at most 200 images, their mean in red; NaN ends."""
     from matplotlib.figure import Figure  # half a second
 
     figure = Figure(figsize=(4.2 * len(curves), 2.6), layout="constrained")

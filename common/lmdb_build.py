@@ -74,8 +74,7 @@ def _digest(sources: list[list]) -> str:
 
 
 def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
-    """The manifest of `out` if it is what these settings would make of these files; None if there is none yet. Raises
-    UserError if it is a finished store of something else."""
+    """The manifest of an up-to-date `out`; None if there is none. Raises UserError if it is finished otherwise."""
     try:
         store = lmdb_store.open_store(out)
     except lmdb_store.DatasetError:

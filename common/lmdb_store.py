@@ -47,8 +47,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_store(path: str | os.PathLike) -> lmdb.Environment:
-    """Open an LMDB (folder or bare file) for reading, shared within this process. Raises DatasetError without a whole
-    one."""
+    """Open an LMDB (folder or bare file) for reading, shared within this process. Raises DatasetError for none."""
     path = Path(path)
     file = path if path.is_file() else path / DATA_FILE
     key = os.path.realpath(file)

@@ -50,8 +50,7 @@ def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def process_start(pid: int) -> str | None:
-    """When process `pid` of this machine started, in the system's units; "" where that is not told; None: no such
-    process."""
+    """When process `pid` of this machine started, in the system's units; "" where unknown; None: no such process."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     if Path("/proc/self/stat").exists():

@@ -201,8 +201,7 @@ def git_commit():
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts; a last line torn by a crash is left out. Raises FileNotFoundError, or
-    ValueError naming an earlier line that is not JSON."""
+    """The lines of a log.jsonl as dicts, without a last line torn by a crash. Raises ValueError for an earlier one."""
     with open_regular(path) as file:
         *whole, torn = file.read().split(b"\n")  # a whole line ends with a newline
     records = []

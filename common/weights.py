@@ -74,8 +74,7 @@ def find(name, weights_dir=None):
 
 
 def require(name, weights_dir=None):
-    """Path of the weights called `name`, checked. Raises FileNotFoundError with the URL and the place to put the file;
-    ValueError when the file is another one."""
+    """Path of the weights called `name`, checked. Raises FileNotFoundError with the URL, ValueError for others."""
     weight, path = get_weight(name), find(name, weights_dir)
     if path is None:
         get = f"run `python -m common.weights get {weight.name}` or download" if weight.downloadable else "get it from"

@@ -133,8 +133,7 @@ def template_quad(landmarks) -> np.ndarray:
 
 
 def estimate_yaw(landmarks) -> float:
-    """Degrees by which the head is turned to the right of the image, from how far the nose leaves the line from eyes to
-    mouth; +-10 or so."""
+    """Degrees by which the head is turned to the right of the image, by how far the nose leaves the midline; +-10."""
     right_eye, left_eye, nose, right_mouth, left_mouth = np.asarray(landmarks, np.float64)
     eyes, across = (right_eye + left_eye) / 2, left_eye - right_eye
     down = (right_mouth + left_mouth) / 2 - eyes

@@ -148,8 +148,7 @@ def _remarks(alignments: list[geometry.Alignment]) -> list[str]:
 
 
 def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> bool | None:
-    """Whether the centre square of an image shows a face in FFHQ's frame, to `tolerance` of the side; None: unknown,
-    since no face is seen or no detector is here."""
+    """Whether the centre square of an image shows a face in FFHQ's frame, to `tolerance` of the side; None: unknown."""
     try:
         image = read_image(path)
         image = fit_image(image, min(image.size))
@@ -178,8 +177,7 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
 
 
 def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):
-    """Align photos {source: path} of `list_photos`; their PhotoRecords, in that order. landmarks: JSON file {photo:
-    landmarks} of faces given by hand. One process at a time (common/lock.py)."""
+    """PhotoRecords of photos {source: path}, in order; landmarks: JSON file {photo: landmarks} of faces by hand."""
     output_dir = Path(output_dir)
     by_hand = {} if landmarks is None else read_json(landmarks, {str: object}, what="object {photo: landmarks}")
     earlier = {} if overwrite else _read_records(output_dir, settings)

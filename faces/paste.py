@@ -146,8 +146,7 @@ def edit_crop(crop, changes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paste_edit(photo: Image.Image, changes, alignment: Alignment, crop=None) -> Image.Image:
-    """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`), outside
-    its frame not touched. Raises AlignError when the photo has another size than the aligned one."""
+    """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`)."""
     _require_same_size(photo, alignment)
     crop = crop_aligned(photo, alignment) if crop is None else crop
     return _composite(photo, crop, *edit_crop(crop, changes), alignment)
@@ -197,8 +196,7 @@ def with_alpha(image, original) -> Image.Image:
 
 
 def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: Path, *, unedited=None) -> None:
-    """Paste every edited face NAME.* into its photo; the results keep the photos' relative paths. unedited: folder of
-    the same faces before the edit. Raises UserError when nothing could be pasted."""
+    """Paste every edited face NAME.* into its photo; results keep the photos' relative paths. Raises UserError."""
     alignments, root = read_alignment(alignment_file), photos if photos.is_dir() else photos.parent
     by_photo: dict[str, list] = {}
     problems, notes, n_pasted, n_faces = [], [], 0, 0

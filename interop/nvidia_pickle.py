@@ -41,8 +41,7 @@ class Network:
 
 
 def read_networks(path) -> dict[str, Network]:
-    """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them; tensors on the CPU. Raises
-    FileNotFoundError, or CheckpointError for anything but the parts of a network."""
+    """The networks G, D and G_ema of an NVIDIA pickle, as far as it has them. Raises CheckpointError for all else."""
     path = require_file(path, "network pickle")
     with open(path, "rb") as file:
         head = file.read(4)

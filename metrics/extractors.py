@@ -47,8 +47,7 @@ class Extractor:
 
 
 def build_extractor(name: str, protocol: Protocol, *, weights_dir=None, device="cpu", preferred=AUTO) -> Extractor:
-    """The extractor `name` on `device`; `auto`: the first of `preferred` whose weights are at hand. Raises UsageError
-    for an unknown name, FileNotFoundError with the URL without its weights."""
+    """The extractor `name`; auto: the first of `preferred` with weights. Raises FileNotFoundError, UsageError."""
     if name not in ("auto", *EXTRACTORS):
         raise UsageError(f"--extractor {name}: expected auto, {', '.join(sorted(EXTRACTORS))}")
     absent = []

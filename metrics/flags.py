@@ -1,12 +1,11 @@
 """Flags of the commands that compare images by features, and their settings; no torch, so that `--help` is quick."""
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import ArgumentParser, add_device_flags, positive_int
-from common.flags import add_fields, count, flag
+from common.cli import ArgumentParser, add_device_flags, count, positive_int, whole
+from common.flags import add_fields, flag
 
 IMAGES = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
 NAMES = "inception, vgg16, squeeze, scorer; auto: Inception (VGG-16 for the paper's prdc), else a fallback"
@@ -22,13 +21,6 @@ def numbers(text: str) -> list[float]:
     if not all(map(math.isfinite, values)):
         raise ValueError
     return values
-
-
-def seed(text: str) -> int:
-    """A `type` for flags: a whole number from 0 to LARGEST_SEED."""
-    if not 0 <= (value := int(text)) <= LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"expected 0 to {LARGEST_SEED}, not {text[:20]}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class Sampling:
     truncation: float = 1.0
     truncation_mean: int = flag(10_000, "samples for the mean of w")
     noise: str = flag("random", "drawn for each image, the stored maps, or none", choices=("random", "const", "none"))
-    seed: int = flag(0, "seed of the images", type=seed)
+    seed: int = flag(0, "seed of the images", type=whole(0, LARGEST_SEED))
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ class PathSettings:
     crop: bool = flag(False, "compare the centre of the face only, as for FFHQ")
     n_sample: int = flag(50_000, "pairs", type=positive_int)
     batch: int = flag(16, "pairs per forward pass and process", type=positive_int)
-    seed: int = flag(0, "seed of the latents", type=seed)
+    seed: int = flag(0, "seed of the latents", type=whole(0, LARGEST_SEED))
 
 
 def add_feature_flags(parser: ArgumentParser) -> None:

@@ -110,8 +110,7 @@ def curves(sweep: Sweep) -> dict:
 
 
 def sweep_faces(name, generator, source, boundary: Boundary, networks, distances, *, dist, layers=None) -> Sweep:
-    """Every face of `source` at `distances` [K] standard deviations from its inversion, on every rank.
-    networks: scorer, identity, perceptual."""
+    """Every face of `source` at `distances` [K] standard deviations; networks: scorer, identity, perceptual."""
     results, scorer = [], networks[0]
     local = shard(len(source.names), dist.rank, dist.world_size)
     for i in tqdm(local, desc=name, unit="face", disable=None if dist.is_main else True):

@@ -34,8 +34,7 @@ Cell = tuple[np.ndarray | None, str]  # image uint8 [S, S, 3], caption below it
 
 @dataclass
 class Models:
-    """Networks and faces (uint8 [S, S, 3]): scikit-image's astronaut, then drawn ones, one of them by `w`, so that
-    neither generator knows all of them."""
+    """Networks and faces (uint8 [S, S, 3]): scikit-image's astronaut, then drawn ones, one of them by `w`."""
 
     wpp: Generator
     w: Generator | None
