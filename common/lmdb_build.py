@@ -31,9 +31,9 @@ DISK_RESERVE = 64 << 20  # bytes left free on the disk
 
 def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 0.05, overwrite=False) -> dict:
     """Make the LMDB `out` from the images below `path`. Returns its manifest; at once if it is up to date. settings:
-    all that decides the bytes. max_bad: unreadable files that are tolerated, a count (int) or a
-    fraction of all (float). Raises UserError: no images, too many unreadable ones, or a finished LMDB of something else
-    without `overwrite`; OSError: full disk."""
+    all that decides the bytes. max_bad: unreadable files that are tolerated, a count (int) or a fraction of all
+    (float). Raises UserError: no images, too many unreadable ones, or a finished LMDB of something else without
+    `overwrite`; OSError: full disk."""
     path, out = Path(path), Path(out)
     files = list_images(path)
     if not files:
@@ -44,9 +44,8 @@ def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 
         return finished
     chunks = [files[i : i + CHUNK] for i in range(0, len(files), CHUNK)]
     encoded = map_ordered(functools.partial(encode, settings), chunks, min(n_worker, len(chunks)), 4 * n_worker)
-    bar = tqdm(total=len(files), unit="img", mininterval=1)
-    with lock_folder(out, what="prepare_data.py"), StoreWriter(out, settings, sources) as writer, bar:
-        with contextlib.closing(encoded):
+    with lock_folder(out, what="prepare_data.py"), StoreWriter(out, settings, sources) as writer:
+        with contextlib.closing(encoded), tqdm(total=len(files), unit="img", mininterval=1) as bar:
             for items in encoded:
                 writer.write(items)
                 bar.update(len(items))

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.cli import ROOT, UserError
-from common.images import ImageError, image_size, read_image
+from common.cli import ROOT
+from common.images import image_size, read_image
 from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, expression_of, shrink
 from demo_app.models import Models
 from demo_app.targets import Target
-from faces.align import AlignError, parse_landmarks
+from faces.align import parse_landmarks
 from faces.paste import save_like
 
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
@@ -27,7 +27,6 @@ SLIDERS = {  # attribute -> label, least, most; years are a change, the others w
     "eyeglasses": ("Glasses: none to clear", 0, 1),
 }
 HELP = "Upload a photo with a face, or click a drawn one."
-ERRORS = (ImageError, UserError, AlignError, ValueError)
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Page:
             shown = shrink(photo, PREVIEW)
             editor.set_photo(shown, landmarks=parse_points(points, shown.width / photo.width))
             yield self.start(Session(editor, path.name, path))
-        except ERRORS as error:
+        except ValueError as error:
             yield self.refuse(path, error)
 
     def pick(self, seed: int, session: Session | None = None) -> dict:
@@ -130,7 +129,7 @@ class Page:
         try:
             session.like = expression_of(path, self.models)
             yield self.show(session, rounds=ROUNDS)
-        except ERRORS as error:
+        except ValueError as error:
             yield self.refuse(path, error)
 
     def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
