@@ -140,8 +140,9 @@ def _array(values):
 
 
 def _check_latents(latents, path, size):
-    if latents.ndim != 3 or latents.shape[1] != (length := n_tokens(size)):
-        raise ValueError(f"{path}: latents of shape {list(latents.shape)}; expected [N, {length}, D] at size {size}")
+    length, found = n_tokens(size), list(latents.shape)
+    if latents.ndim != 3 or found[1] != length:
+        raise ValueError(f"{path}: latents of shape {found}; expected [N, {length}, D] for image size {size}")
     finite = np.isfinite(latents).all(axis=(1, 2))
     if not finite.all():
         raise ValueError(f"{path}: latent {int(finite.argmin())} has values that are not finite")
@@ -177,7 +178,7 @@ def _projected(file, spaces, expect_shape):
     images = load_checkpoint(require_file(file, "latents file (.pt)"))
     ws = [entry.get("latent") if isinstance(entry, dict) else None for entry in images.values()]
     if not ws or not all(torch.is_tensor(w) and w.is_floating_point() for w in ws):
-        raise ValueError(f"{file} is no projection of rosinality's: expected the latent of each image under its path")
+        raise ValueError(f"{file} is no projection of rosinality's projector.py: expected a latent of each image")
     maps = [entry.get("noise") for entry in images.values()]
     try:
         array = _array(torch.stack(ws))

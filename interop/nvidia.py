@@ -68,7 +68,7 @@ def generator_tensors(network: Network, source: str) -> tuple[dict[str, torch.Te
     widths = {side for name in fc for side in network.tensors[f"{name}.weight"].shape}
     widths.add(network.layers[""].values.get("w_dim"))
     if len(widths) != 1 or not fc:
-        raise CheckpointError(f"{source} maps z to w by layers of the widths {sorted(widths, key=str)}; ours have one")
+        raise CheckpointError(f"{source} maps z to w by layers of {sorted(widths, key=str)} numbers, not of one")
     state = _rename(network, generator_names(size, len(fc)), source)
     rates = {network.layers[name].values.get("bias_gain") for name in fc}
     _require_linear_gains(network, fc, source)
