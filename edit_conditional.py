@@ -16,16 +16,13 @@ align_faces.py --paste_back --unedited takes them. At the end grids/TARGET_K.png
 edited; below each what the scorer reads, in the order in which the generator knows the attributes).
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
-from common.flags import add_face_flags
+from common.flags import add_face_flags, add_preset_flag
 
-# Settings of the inversion that a generator's file may set (`recommended`, entry `projector`), with their types.
-RECOMMENDED = {"step?": int, "lr?": float, "noise?": float, "mse?": float, "perceptual?": str}
+RECOMMENDED = ("step", "lr", "noise", "mse", "perceptual")  # flags that a generator's file may set (`projector`)
 
 
 def build_parser() -> ArgumentParser:
@@ -38,8 +35,8 @@ def build_parser() -> ArgumentParser:
     add("--set", metavar="NAME=NUMBER,...", help="numbers instead, such as smile=1,age=60")
     add("--attributes", help="which ones a reference gives, with commas between (default: all)")
     add("--paired", action="store_true", help="first source with first reference ... (default: each with each)")
-    start = "attributes that an edit starts from: the source's, or those read in the inversion"
-    add("--start", choices=("source", "inversion"), default="source", help=start)
+    start = {"choices": ("source", "inversion"), "default": "source"}
+    add("--start", **start, help="attributes that an edit starts from: the source's, or those read in the inversion")
     add("--steps", type=int, default=2, help="frames, from the inversion to --strength")
     add("--strength", type=positive, default=1.0, help="1: the target attributes; above: beyond them")
     add("--output_dir", type=Path, default=Path("expressions"), help="folder of the results; made when absent")
@@ -50,7 +47,7 @@ def build_parser() -> ArgumentParser:
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     group = parser.add_argument_group("inversion", "see projector.py")
     add = group.add_argument
-    add("--preset", choices=("published",), help="the paper's settings, whatever the model recommends")
+    add_preset_flag(group)
     add_face_flags(group)
     add("--step", type=int, default=1000, help="optimisation steps")
     add("--lr", type=float, default=0.1, help="step size of Adam")
@@ -82,95 +79,50 @@ def main(args) -> None:
     if args.steps < 2 or args.mean_samples < 2:
         raise UsageError(f"--steps and --mean_samples take 2 or more, got {args.steps} and {args.mean_samples}")
 
-    import numpy as np
-
-    from common.distributed import setup, shutdown
-    from common.files import check_shape, safe_name
+    from common.distributed import setup
     from common.tables import write_skipped
     from editing import transfer
-    from editing.attributes import ConditionScorer, load_condition_scorer, read_condition
     from inversion.inputs import open_faces
     from inversion.runner import invert_images
     from inversion.settings import ProjectorSettings
-    from model import load_generator
-    from perceptual.identity import identity_or_none
     from perceptual.lpips import build_perceptual
-    from scorer.network import load_scorer
 
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    out = args.output_dir
-    try:
-        condition = read_condition(args.ckpt)
-        generator = load_generator(args.ckpt, dist.device)
-        recommended = {} if args.preset else generator.recommended.get("projector", {})
-        check_shape(recommended, RECOMMENDED, f"{args.ckpt}: recommended.projector")
-        text = args.recommend(recommended, RECOMMENDED, args.ckpt)
-        if text and args.source and dist.is_main:
-            print(text, file=sys.stderr)
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+        names = {"scorer": args.scorer, "eval_scorer": args.eval_scorer, "identity": args.identity}
+        models = transfer.load_models(args.ckpt, dist.device, weights_dir=args.weights_dir, **names)
+        generator, scorer, out = models.generator, models.scorer, args.output_dir
+        filled = args.recommend(generator.recommended.get("projector", {}), RECOMMENDED, args.ckpt)
+        if filled and args.source and dist.is_main:
+            print(filled, file=sys.stderr)
         settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
         ProjectorSettings(**settings)  # mistakes before any image is opened
-        reader = load_condition_scorer(
-            args.ckpt, condition, dist.device, scorer=args.scorer, weights_dir=args.weights_dir
-        )
-        eval_scorer = None
-        if args.eval_scorer:
-            eval_scorer = load_scorer(args.eval_scorer, dist.device, weights_dir=args.weights_dir)
-            ConditionScorer(eval_scorer, condition.attributes)  # knows them all
-        faces = {"align": args.align, "dist": dist, "fit": args.fit, "weights_dir": args.weights_dir}
 
         def open_all(paths, folder):
-            images = open_faces(paths, generator.config.size, folder, **faces)
+            how = {"align": args.align, "dist": dist, "fit": args.fit, "weights_dir": args.weights_dir}
+            images = open_faces(paths, generator.config.size, folder, **how)
             for photo, reason in images.left_out.items() if args.paired else ():
                 raise UserError(f"--paired: {photo} cannot take part ({reason}): leave it out with its partner")
             return images
 
-        # Targets: of every reference, or of --set.
         if args.reference:
             references = open_all(args.reference, out / "references")
-            chosen = [condition.index(n.strip()) for n in args.attributes.split(",")] if args.attributes else None
-            targets = transfer.read_targets(references, reader, chosen, dist.device)
+            targets = transfer.read_targets(references, models, args.attributes)
             if dist.is_main:
                 write_skipped(out / "references", references.left_out)
         else:
-            label = safe_name(args.set.replace("=", ""))
-            targets = [transfer.Target(label, args.set, condition.parse(args.set))]
+            targets = [transfer.parse_target(args.set, models.condition)]
 
         # Faces: inverted now, each under its own attributes, or earlier.
-        identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         folder = Path(args.latent) if args.latent else out / "inverted"
         if args.source:
-            invert_images(
-                generator,
-                open_all(args.source, out),
-                folder,
-                dist=dist,
-                settings=settings,
-                perceptual=build_perceptual(args.perceptual, dist.device, args.weights_dir),
-                identity=identity,
-                start=lambda positions, batch: {"condition": reader.read(batch)},
-                recorded={"fit": args.fit, "attributes": list(reader.names)},
-                batch=args.batch,
-                seed=args.seed,
-                mean_samples=args.mean_samples,
-                overwrite=args.overwrite,
-            )
-        source = transfer.open_inversions(folder, generator, args.ckpt, condition, dist)
-        transfer.edit_faces(
-            generator,
-            source,
-            folder if folder.is_dir() else folder.parent,
-            targets,
-            paired=args.paired,
-            start=args.start,
-            ts=np.linspace(0, args.strength, args.steps),
-            reader=reader,
-            eval_scorer=eval_scorer,
-            identity=identity,
-            output_dir=out,
-            dist=dist,
-        )
-    finally:
-        shutdown()
+            options = {name: getattr(args, name) for name in ("batch", "seed", "mean_samples", "overwrite")}
+            options |= {"perceptual": build_perceptual(args.perceptual, dist.device, args.weights_dir)}
+            options |= {"recorded": {"fit": args.fit, "attributes": list(scorer.names)}}
+            options |= {"start": lambda positions, batch: {"condition": scorer.read(batch)}}
+            faces, compared = open_all(args.source, out), {"identity": models.identity, "dist": dist}
+            invert_images(generator, faces, folder, settings=settings, **compared, **options)
+        path = {"start": args.start, "steps": args.steps, "strength": args.strength}
+        transfer.edit_faces(models, folder, targets, out, paired=args.paired, dist=dist, **path)
 
 
 if __name__ == "__main__":

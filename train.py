@@ -23,8 +23,8 @@ def build_parser() -> ArgumentParser:
     add("path_positional", nargs="?", metavar="PATH", help="LMDB or folder of images (same as --path)")
     add("--path", help="LMDB made by prepare_data.py, or a folder of images")
     add("--exp_name", default="test", help="run folder; everything is written below it")
-    weights = "draw images of these first-level folders so many times as often as others (ffhq=4,lfw=0.4)"
-    add("--source_weights", type=parse_source_weights, metavar="SOURCE=W,...", help=weights)
+    weights = {"type": parse_source_weights, "metavar": "SOURCE=W,..."}
+    add("--source_weights", **weights, help="draw images of these first-level folders so many times as often (ffhq=4)")
     add_training_flags(parser, published="ckpt", keep=3, workers=2, wandb="wandb")
 
     add = parser.add_argument_group("networks", "default: as in the file that the run starts from").add_argument
@@ -39,10 +39,9 @@ def build_parser() -> ArgumentParser:
     add("--noise", choices=("random", "none"), help="none: w alone decides the image (a new run: random)")
 
     group = parser.add_argument_group("optimisation")
-    help = "flags of a new run that suit a short training on processors; given flags win (docs/training.md)"
-    group.add_argument("--preset", choices=("cpu",), help=help)
-    add_fields(group, TrainSettings)
     add = group.add_argument
+    add("--preset", choices=("cpu",), help="what suits a short training on processors; flags win (docs/training.md)")
+    add_fields(group, TrainSettings)
     micro = {"default": "0", "metavar": "N|auto", "type": parse_micro_batch}
     add("--micro_batch", **micro, help="images per pass; 0: --batch; auto: what memory holds")
     add("--vision_aided", metavar="NAME", help="discriminator on features: squeeze, efficientnet, scorer:NAME ...")
@@ -79,82 +78,64 @@ def parse_micro_batch(text: str) -> str:
 
 
 def main(args) -> int:
-    import os
     from contextlib import ExitStack, closing
 
     import torch
 
-    from common.cli import StopSignal
-    from common.distributed import setup, shutdown
+    from common.distributed import setup
     from common.precision import bf16_pays
     from common.runs import open_run, restore_options
     from dataset import InfiniteSampler, data_loader, open_dataset
     from model import GeneratorConfig
-    from training.conditional import build_trainer, resolve_condition
+    from training.conditional import build_trainer
     from training.loop import fit_micro_batch, report_start, start_monitor, training_loop
-    from training.resume import read_start, resolve_architecture, resolve_noise, resolve_vision_aided
+    from training.resume import read_start, resolve
     from training.vision_aided import find_features
 
-    # Read the file that the run starts from, once; a continued run has its options where no flag was given.
-    if args.path and args.path_positional:
-        raise UsageError(f"which faces, {args.path_positional} or {args.path}? pass one PATH")
+    # The file that the run starts from, and the flags; a continued run has its options where no flag is given.
     if args.path_positional:
+        if args.path:
+            raise UsageError(f"which faces, {args.path_positional} or {args.path}? pass one PATH")
         args.path, args.given = args.path_positional, args.given | {"path"}
     require_one_start(args, "ckpt")
     start = read_start(args.exp_name, resume=args.resume or args.ckpt, init_from=args.init_from)
     changed = restore_options(args, start.options, start.path, keep=RESOLVED) if start.continues else ""
     if not args.path:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
-
     if args.preset and not start.continues:
-        size = args.size or (start.config or GeneratorConfig()).size
-        warm, images = start.path is not None, args.batch * int(os.environ.get("WORLD_SIZE", 1))
-        chosen = cpu_preset(size, images, bf16=bf16_pays(), warm=warm, vision_aided=find_features())
-        words = (f"--{name}" if value is True else f"--{name} {value}" for name, value in args.fill(chosen).items())
-        changed = f"preset cpu: {' '.join(words)}"
-
-    # From flags to plain values.
-    config = resolve_architecture({name: getattr(args, name) for name in ARCHITECTURE}, start)
-    spec = resolve_condition(args.condition, args.attributes, args.light, start)
-    options = vars(args) | {name: getattr(config, name) for name in ARCHITECTURE}
-    options |= {"noise": resolve_noise(args.noise, start), "light": bool(spec and spec.light)}
-    options |= {"vision_aided": resolve_vision_aided(args.vision_aided, start)}
-    options |= {"condition": spec.scorer, "attributes": ",".join(spec.attributes)} if spec else {}
-    micro_batch = 0 if args.micro_batch == "auto" else int(args.micro_batch)
-    settings = read_fields(TrainSettings, options | {"micro_batch": micro_batch})
-    condition, loop = read_fields(ConditionSettings, options), read_fields(LoopSettings, options)
+        size, warm = args.size or (start.config or GeneratorConfig()).size, start.path is not None
+        filled = args.fill(cpu_preset(size, args.batch, bf16=bf16_pays(), warm=warm, vision_aided=find_features()))
+        flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in filled.items())
+        changed = f"preset cpu: {' '.join(flags)}"
+    config, spec, options = resolve(vars(args), start)
+    settings = read_fields(TrainSettings, options | {"micro_batch": int(args.micro_batch.replace("auto", "0"))})
     if args.threads:
         torch.set_num_threads(args.threads)
 
     with ExitStack() as stack:
-        # Data and networks.
-        dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-        stack.callback(shutdown)
+        dist = stack.enter_context(setup(args.device, ops=args.ops, timeout=args.dist_timeout))
         dataset = open_dataset(args.path, config.size)
         order = {"seed": args.seed, "source_weights": args.source_weights, "names": dataset.names}
         sampler = InfiniteSampler(len(dataset), rank=dist.rank, world_size=dist.world_size, **order)
-        if start.continues and "sampler" in start.state:
+        if "sampler" in start.state and start.continues:
             sampler.load(start.state["sampler"])
-        trainer = build_trainer(config, settings, dist, spec=spec, condition=condition, dataset=dataset, start=start)
-
-        # The run folder.
-        resume_step = trainer.n_steps + 1 if start.continues else 0
-        run = open_run(args.exp_name, options, dist, resume_step=resume_step, wandb=args.wandb and "wpp")
-        run = stack.enter_context(run)
+        condition = {"spec": spec, "condition": read_fields(ConditionSettings, options), "dataset": dataset}
+        trainer = build_trainer(config, settings, dist, start=start, **condition)
+        continued = start.path if start.continues else None
+        del start  # the file's tensors, which the trainer has by now
+        log = {"resume_step": trainer.n_steps + 1 if continued else 0, "wandb": args.wandb and "wpp"}
+        run = stack.enter_context(open_run(args.exp_name, options, dist, **log))
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=dist.device)
         stack.enter_context(closing(batches))
         if args.micro_batch == "auto":
             fit_micro_batch(trainer, batches)
             options["micro_batch"] = str(trainer.settings.micro_batch)
         if dist.is_main:
-            report_start(trainer, run, start.path if start.continues else None, len(dataset), args.iter)
-            print(changed, end="\n" if changed else "")
+            report_start(trainer, run.folder, continued, len(dataset), args.iter, changed)
         evaluation = {"metric": args.metric, "n": args.eval_samples, "extractor": args.extractor}
         evaluate = start_monitor(trainer, run, args.path, **evaluation) if args.eval_every else None
-        in_folder = start.continues and start.path.resolve().parent == run.path("checkpoint").resolve()
-        del start  # the file's tensors, which the trainer has by now
-        files = {"options": options, "evaluate": evaluate, "save_first": not in_folder}
-        training_loop(trainer, batches, run, StopSignal(), loop, **files)
+        files = {"options": options, "continued": continued, "evaluate": evaluate}
+        training_loop(trainer, batches, run, read_fields(LoopSettings, options), **files)
     return 0
 
 

@@ -118,13 +118,11 @@ def main(args) -> None:
     # Training, then the export.
     with lock_folder(args.out, "training"):
         if not done:
-            start = f"continuing {source}, step {trainer.step} of {args.iter}" if state else "a new run"
-            names = ", ".join(attribute.name for attribute in table.attributes)
-            print(f"{args.out}: {start}; {names}; {len(faces)} faces, {len(validation)} for validation", flush=True)
             every = {"log": args.log_every, "val": args.val_every, "save": args.save_every}
             resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
             with Run(args.out, args, resume_step=resumed) as run:
-                train(trainer, faces, validation, sampler, run, every=every, options=dict(vars(args)))
+                how = {"every": every, "options": dict(vars(args)), "source": source}
+                train(trainer, faces, validation, sampler, run, **how)
         report = export(trainer, validation, scorer_file, half=not args.full)
         write_json(scorer_file.with_name("validation.json"), report)
 

@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UsageError, UserError
@@ -26,8 +24,6 @@ UNIT_OF = {"probability": 1.0, "years": 100.0}  # kind -> what 1 stands for
 LISTS = {"attributes": [str], "kinds": [str], "means": [float]}
 # Schema of the entry `condition` of a checkpoint (common/files.py).
 SCHEMA = LISTS | {"scorer": str, "scorer_fingerprint": str, "gain?": float, "light?": bool}
-TABLE = 5000  # real faces whose attributes stand for the data set
-SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
 
 
 class ConditionError(ValueError):
@@ -62,45 +58,6 @@ class ConditionScorer:
     def read(self, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
         """The attributes [N, d] without gradients, on the CPU, `batch` images at a time."""
         return torch.cat([self(block).cpu() for block in images.split(batch)])
-
-
-def score_dataset(reader: ConditionScorer, dataset, device, *, n: int = TABLE, batch: int = 64) -> torch.Tensor:
-    """Attributes [M, d] of at most n images (uint8 [3, S, S]) of a data set, evenly spread over it; CPU."""
-    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().astype(int)).tolist()
-    rows = []
-    for start in range(0, len(chosen), batch):
-        images = torch.stack([dataset[i] for i in chosen[start : start + batch]])
-        rows.append(reader.read(images.to(device).float() / 127.5 - 1))
-    return torch.cat(rows)
-
-
-def draw_requests(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
-    """Target attributes [n, d] for n images: those of real faces, rows of `table` [M, d], each with the probability
-    `permute` that of another face: this separates what goes together in the data. From torch's global generator."""
-    faces = torch.randint(len(table), (n, 1), device=table.device).expand(-1, table.shape[1])
-    others = torch.randint(len(table), faces.shape, device=table.device)
-    swapped = torch.rand(faces.shape, device=table.device) < permute
-    return table.gather(0, torch.where(swapped, others, faces))
-
-
-def jitter(images: torch.Tensor) -> torch.Tensor:
-    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable; from torch's global generator.
-    Between generator and scorer: what the scorer reads shall be in the face and not in the pixel grid."""
-    n, device = len(images), images.device
-    u = torch.rand(n, 4, device=device)
-    scale = SCALE ** (2 * u[:, 0] - 1)
-    mirror = torch.where(u[:, 1] < 0.5, -1.0, 1.0)
-    shift = (2 * u[:, 2:] - 1) * (2 * SHIFT)  # grid coordinates span 2
-    zero = torch.zeros_like(scale)
-    affine = torch.stack([mirror * scale, zero, shift[:, 0], zero, scale, shift[:, 1]], 1).view(n, 2, 3)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # [N, H, W, 2]
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved + NOISE * torch.randn_like(moved)
-
-
-def attribute_error(reader: ConditionScorer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """|C(T(image)) - target| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
-    return (reader(jitter(images)) - targets).abs()
 
 
 @dataclass(frozen=True)
@@ -201,11 +158,3 @@ def base_fingerprint(path) -> str | None:
     """Fingerprint of the generator that an exported one was trained from, where its header names it."""
     base = load_safetensors(path)[1].get("base") if Path(path).suffix == ".safetensors" else None
     return base.get("fingerprint") if isinstance(base, dict) else None
-
-
-def sample_requests(means: torch.Tensor) -> torch.Tensor:
-    """Target attributes [1 + 2d, d] of a grid: the means, then each attribute at 0 and 1, the others at the means."""
-    rows = means.repeat(1 + 2 * len(means), 1)
-    for k in range(len(means)):
-        rows[1 + 2 * k, k], rows[2 + 2 * k, k] = 0.0, 1.0
-    return rows

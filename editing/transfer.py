@@ -19,11 +19,23 @@ from common.files import safe_name
 from common.grids import make_strip
 from common.images import read_image, save_image
 from common.tables import append_table, write_table
-from editing.attributes import UNIT_OF, Condition, ConditionScorer, base_fingerprint
+from dataset import normalise
+from editing.attributes import (
+    UNIT_OF,
+    Condition,
+    ConditionScorer,
+    base_fingerprint,
+    load_condition_scorer,
+    read_condition,
+)
 from editing.edit import InvertedFace, face_at
 from editing.evaluate import evaluate, score_frames
 from inversion.report import ORIGINALS
+from model import Generator, load_generator
+from perceptual.identity import identity_or_none
 from sampling.render import Source, latents_source, render
+from scorer.interface import AttributeScorer
+from scorer.network import load_scorer
 
 LEAST = 128  # pixels of an image in a grid: smaller ones are enlarged, so that the captions have room
 PER_GRID = 8  # columns
@@ -40,27 +52,63 @@ class Target:
     image: np.ndarray | None = None
 
 
-def read_targets(images, reader: ConditionScorer, chosen: Sequence[int] | None, device) -> list[Target]:
-    """A target per reference: its attributes at the positions `chosen` (default all)."""
-    targets, labels = [], set()
+@dataclass(frozen=True)
+class Models:
+    """A conditional generator with its scorer, and what compares its frames."""
+
+    ckpt: Path
+    condition: Condition
+    generator: Generator
+    scorer: ConditionScorer
+    eval_scorer: AttributeScorer | None  # a second one for the table
+    identity: torch.nn.Module | None  # of perceptual/identity.py
+
+
+def load_models(
+    ckpt: Path,
+    device: torch.device,
+    *,
+    scorer: str | None,  # where the one that the generator was trained with is now; None: where it was
+    eval_scorer: str | None,
+    identity: str,  # auto, none, or a name
+    weights_dir: Path | None,
+) -> Models:
+    """Raises ConditionError for an unconditional generator, UserError for another scorer than it was trained with."""
+    condition, generator = read_condition(ckpt), load_generator(ckpt, device)
+    reader = load_condition_scorer(ckpt, condition, device, scorer=scorer, weights_dir=weights_dir)
+    evaluator = load_scorer(eval_scorer, device, weights_dir=weights_dir) if eval_scorer else None
+    if evaluator:
+        ConditionScorer(evaluator, condition.attributes)  # knows them all
+    return Models(ckpt, condition, generator, reader, evaluator, identity_or_none(identity, device, weights_dir))
+
+
+def read_targets(images, models: Models, attributes: str | None) -> list[Target]:
+    """A target per reference: its attributes of the given names, with commas between (default all)."""
+    targets, labels, device = [], set(), models.generator.token.device
+    names = attributes.split(",") if attributes else models.condition.attributes
+    chosen = [models.condition.index(name.strip()) for name in names]
     for i, name in enumerate(images.names):
         image = images.read(i)  # uint8 [3, S, S]
-        values = reader.read(image[None].to(device).float() / 127.5 - 1)[0].tolist()
-        values = {k: values[k] for k in (range(len(values)) if chosen is None else chosen)}
+        values = models.scorer.read(normalise(image[None], device))[0].tolist()
         label = f"as_{safe_name(Path(name).stem)}"
         label = f"{label}_{i}" if label in labels else label
         labels.add(label)
-        targets.append(Target(label, name, values, image.permute(1, 2, 0).numpy()))
+        targets.append(Target(label, name, {k: values[k] for k in chosen}, image.permute(1, 2, 0).numpy()))
     return targets
 
 
-def open_inversions(path: Path, generator, ckpt, condition: Condition, dist: Distributed) -> Source:
-    """Saved latents of this generator, or of the one that its file `ckpt` says it was trained from."""
-    base = base_fingerprint(ckpt) if condition.light else None
+def parse_target(text: str, condition: Condition) -> Target:
+    """The target of --set, such as smile=1,age=60."""
+    return Target(safe_name(text.replace("=", "")), text, condition.parse(text))
+
+
+def open_inversions(path: Path, models: Models, dist: Distributed) -> Source:
+    """Saved latents of this generator, or of the one that its file says it was trained from."""
+    generator, base = models.generator, base_fingerprint(models.ckpt) if models.condition.light else None
     stored = {"truncation": 1, "mean": None, "noise": None, "noise_seed": None}
     source = latents_source(generator, path, **stored, accept=(base,) if base else ())
     if source.origin["fingerprint"] not in (None, generator.fingerprint) and dist.is_main:
-        print(f"{path}: inversions of the generator that {ckpt} was trained from, taken as neutral ones")
+        print(f"{path}: inversions of the generator that {models.ckpt} was trained from, taken as neutral ones")
     return source
 
 
@@ -70,15 +118,15 @@ def original_file(folder: Path, name: str, i: int) -> Path:
     return named if named.is_file() else folder / f"origin_{i}.png"
 
 
-def read_face(generator, reader: ConditionScorer, source, i: int, folder: Path, start: str) -> InvertedFace:
+def read_face(models: Models, source: Source, i: int, folder: Path, start: str) -> InvertedFace:
     """A face of saved latents. One without recorded attributes was found under the neutral 0.5."""
-    face = face_at(source, i)
-    condition = torch.full((len(reader.names),), 0.5) if face.condition is None else face.condition
+    face, scorer = face_at(source, i), models.scorer
+    condition = torch.full((len(scorer.names),), 0.5) if face.condition is None else face.condition
     path, scored = original_file(folder, face.name, i), condition
     original = np.asarray(read_image(path)) if path.is_file() else None
     if face.condition is None or start == "inversion":
-        frames = render_path(generator, face, condition[None])
-        scored = reader.to_unit(torch.from_numpy(score_frames(reader.scorer, frames)))[0]
+        frames = render_path(models.generator, face, condition[None])
+        scored = scorer.to_unit(torch.from_numpy(score_frames(scorer.scorer, frames)))[0]
     return replace(face, condition=condition, scored=scored, original=original)
 
 
@@ -91,38 +139,37 @@ def target_path(face: InvertedFace, target: Target, ts: Sequence[float]) -> torc
 
 
 def edit_faces(
-    generator,
-    source: Source,  # inversions (sampling/render.py)
-    folder: Path,  # where they and their originals are
+    models: Models,
+    inversions: Path,  # a folder of inversions with their originals, or a .npy
     targets: Sequence[Target],
+    output_dir: Path,
     *,
     paired: bool,  # the first face with the first target ...; else each with each
     start: str,  # attributes that an edit starts from: those of the source, or of the inversion
-    ts: np.ndarray,  # of the frames; 0: the inversion, 1: the target
-    reader: ConditionScorer,
-    eval_scorer,  # a second scorer for the table, or None
-    identity,  # network, or None
-    output_dir: Path,
+    steps: int,  # frames, from the inversion on
+    strength: float,  # of the last one: 1: the target
     dist: Distributed,
 ) -> None:
     """Frames, tables and grids of every face with its targets, as each is done; the ranks share the faces. Raises
     ValueError when --paired finds more faces than targets, or fewer."""
-    n = len(source.names)
+    source, scorer, ts = open_inversions(inversions, models, dist), models.scorer, np.linspace(0, strength, steps)
+    folder, n = inversions if inversions.is_dir() else inversions.parent, len(source.names)
     if paired and len(targets) != n:
         raise ValueError(f"--paired needs as many references as sources, found {len(targets)} and {n}")
     pairs = list(enumerate(targets)) if paired else [(i, target) for target in targets for i in range(n)]
-    single = len({i for i, _ in pairs}) == len(pairs)
+    single = paired or len(targets) == 1
     results, local = [], shard(n, dist.rank, dist.world_size)
     for i in tqdm(local, desc="editing", unit="face", disable=not dist.is_main):
-        face = read_face(generator, reader, source, i, folder, start)
+        face = read_face(models, source, i, folder, start)
         for number, (k, target) in enumerate(pairs):
             if k != i:
                 continue
-            frames = render_path(generator, face, face.condition + target_path(face, target, ts) - face.scored)
-            rows = table_rows(face, i, target, ts, frames, reader, eval_scorer, identity)
-            column = save_edit(output_dir, face, target, frames, rows, reader, single)
+            conditions = face.condition + target_path(face, target, ts) - face.scored
+            frames = render_path(models.generator, face, conditions)
+            rows = table_rows(models, face, i, target, ts, frames)
+            column = save_edit(output_dir, face, target, frames, rows, scorer, single)
             if face.original is not None:
-                column["original"] = original_file(folder, face.name, i), caption_of(face.original, target, reader)
+                column["original"] = original_file(folder, face.name, i), caption_of(face.original, target, scorer)
             if dist.is_main:
                 append_table(output_dir / "edits.csv", rows, start=not results)
             results.append((number, rows, column))
@@ -130,7 +177,7 @@ def edit_faces(
     if dist.is_main:
         write_table(output_dir / "edits.csv", [row for _, rows, _ in results for row in rows])
         write_grids(output_dir / "grids", [(pairs[number][1], column) for number, _, column in results], paired)
-        changed = [reader.names[k] for k in sorted({k for target in targets for k in target.values})]
+        changed = [scorer.names[k] for k in sorted({k for target in targets for k in target.values})]
         summary = summarise([rows[-1] for _, rows, _ in results], changed)
         print(f"{output_dir}: {n} faces, {len(pairs)} edits at strength {ts[-1]:g}: {summary}")
 
@@ -141,29 +188,30 @@ def render_path(generator, face: InvertedFace, conditions: torch.Tensor) -> list
     return list(render(generator, ws, noise=face.noise, condition=conditions))
 
 
-def table_rows(face, i: int, target: Target, ts, frames, reader: ConditionScorer, eval_scorer, identity) -> list[dict]:
+def table_rows(models: Models, face: InvertedFace, i: int, target: Target, ts, frames) -> list[dict]:
     """Rows of edits.csv, one per frame: target attributes, what the scorers read, measures."""
-    result = evaluate(frames, reader.scorer, identity)
-    units = np.array([UNIT_OF[kind] for kind in reader.kinds])
+    scorer, eval_scorer = models.scorer, models.eval_scorer
+    result = evaluate(frames, scorer.scorer, models.identity)
+    units = np.array([UNIT_OF[kind] for kind in scorer.kinds])
     values = {"asked": target_path(face, target, ts).numpy() * units}  # the published column name
-    values["read"] = result.scores[:, reader.columns]
+    values["read"] = result.scores[:, scorer.columns]
     if eval_scorer:
-        values["eval"] = score_frames(eval_scorer, frames)[:, [eval_scorer.column(name) for name in reader.names]]
+        values["eval"] = score_frames(eval_scorer, frames)[:, [eval_scorer.column(name) for name in scorer.names]]
     rows = []
     for j, t in enumerate(ts):
         row = {"image": face.name, "origin": i, "target": target.name, "t": round(float(t), 4)}
         row["frame"] = f"{face.name}_{target.label}_{t:.3g}.png"
         for kind, table in values.items():
-            row |= {f"{kind}_{n}": round(float(v), 4) for n, v in zip(reader.names, table[j], strict=True)}
+            row |= {f"{kind}_{n}": round(float(v), 4) for n, v in zip(scorer.names, table[j], strict=True)}
         row["identity"] = "" if result.identity is None else round(float(result.identity[j]), 4)
         rows.append(row | {"change": round(float(result.change[j]), 4)})
     return rows
 
 
-def save_edit(folder: Path, face, target: Target, frames, rows, reader: ConditionScorer, single: bool) -> dict:
+def save_edit(folder: Path, face, target: Target, frames, rows, scorer: ConditionScorer, single: bool) -> dict:
     """Frames, and with more than two a strip; single: the ends also under the face's name. Returns a column of a grid:
     {kind: (file, caption)}, of a reference without its file."""
-    captions = [caption([row[f"read_{name}"] for name in reader.names], target, reader) for row in rows]
+    captions = [caption([row[f"read_{name}"] for name in scorer.names], target, scorer) for row in rows]
     images = {f"frames/{row['frame']}": frame for row, frame in zip(rows, frames, strict=True)}
     if single:
         images |= {f"unedited/{face.name}.png": frames[0], f"edited/{face.name}.png": frames[-1]}
@@ -175,19 +223,19 @@ def save_edit(folder: Path, face, target: Target, frames, rows, reader: Conditio
     files, ends = [folder / "frames" / row["frame"] for row in rows], {"inverted": 0, "edited": -1}
     column = {kind: (files[j], captions[j]) for kind, j in ends.items()}
     if target.image is not None:
-        column["reference"] = None, caption_of(target.image, target, reader)
+        column["reference"] = None, caption_of(target.image, target, scorer)
     return column
 
 
-def caption_of(image: np.ndarray, target: Target, reader: ConditionScorer) -> str:
-    return caption(score_frames(reader.scorer, [image])[0, reader.columns], target, reader)
+def caption_of(image: np.ndarray, target: Target, scorer: ConditionScorer) -> str:
+    return caption(score_frames(scorer.scorer, [image])[0, scorer.columns], target, scorer)
 
 
-def caption(values: Sequence[float], target: Target, reader: ConditionScorer) -> str:
+def caption(values: Sequence[float], target: Target, scorer: ConditionScorer) -> str:
     """'smile 0.93', or of several attributes '0.93 0.98 34': of values [d], those that the target moves."""
     moved = sorted(target.values)
-    numbers = [f"{values[k]:.0f}" if reader.kinds[k] == "years" else f"{values[k]:.2f}" for k in moved]
-    return f"{reader.names[moved[0]]} {numbers[0]}" if len(numbers) == 1 else " ".join(numbers)
+    numbers = [f"{values[k]:.0f}" if scorer.kinds[k] == "years" else f"{values[k]:.2f}" for k in moved]
+    return f"{scorer.names[moved[0]]} {numbers[0]}" if len(numbers) == 1 else " ".join(numbers)
 
 
 def transfer_grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]):

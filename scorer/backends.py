@@ -1,13 +1,7 @@
 """Scorers that were not trained here, behind the interface of scorer/network.py.
 
-- DEX (Rothe et al. 2015), the scorer of the original W++ code: VGG-16 twice, tensor names of siriusdemon/pytorch-DEX.
-- Any classifier of torchvision or timm with a weights file, described in a small JSON:
-
-      {"arch": "torchvision:resnet18", "weights": "hair.pth", "attributes": ["bald", "blond"], "outputs": "sigmoid",
-       "input_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-
-  outputs: `sigmoid` (independent attributes), `softmax` (exclusive classes, each a probability) or `linear` (values).
-  mean and std are of RGB in 0..1; torchvision's by default.
+DEX (Rothe et al. 2015), the scorer of the original W++ code: VGG-16 twice, tensor names of siriusdemon/pytorch-DEX; and
+any classifier of torchvision or timm with a weights file, described in a small JSON (docs/formats.md).
 """
 
 import re
@@ -27,7 +21,7 @@ DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels
 DEX_CLASSES = {"age": AGE_BINS, "gender": 2}
 OUTPUTS = {"sigmoid": "probability", "softmax": "probability", "linear": "value"}
 DESCRIPTION = {"arch": str, "weights": str, "attributes": [str], "outputs?": str, "input_size?": int}
-DESCRIPTION |= {"mean?": [float], "std?": [float]}
+DESCRIPTION |= {"mean?": [float], "std?": [float]}  # of RGB in 0..1
 
 
 class Vgg(nn.Module):
@@ -115,7 +109,8 @@ def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False) -> DexS
 
 
 class ClassifierScorer(AttributeScorer):
-    """Any network [N, 3, S, S] -> [N, A]. mean and std are of RGB in 0..1."""
+    """Any network [N, 3, S, S] -> [N, A]. outputs: `sigmoid` (independent attributes), `softmax` (exclusive classes,
+    each a probability) or `linear` (values). mean and std are of RGB in 0..1."""
 
     def __init__(self, network, names, *, outputs="sigmoid", input_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -153,12 +148,11 @@ def load_classifier(path) -> ClassifierScorer:
         raise CheckpointError(f"{weights}: its state_dict is a {type(state).__name__}, not tensors by name")
     try:
         network = _build(arch, len(names))
-        load_strictly(network, {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, weights)
-        return ClassifierScorer(network, names, **described)
-    except CheckpointError:
-        raise
+        scorer = ClassifierScorer(network, names, **described)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    load_strictly(network, {str(name).removeprefix("module."): tensor for name, tensor in state.items()}, weights)
+    return scorer
 
 
 def _build(arch: str, n_classes: int) -> nn.Module:

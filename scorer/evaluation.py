@@ -1,7 +1,6 @@
 """Quality of scores, and how honest they are: errors, ranking, calibration.
 
-Labels here may be soft (another network's probabilities): above 0.5 counts as yes for ranking and accuracy, and
-calibration compares mean prediction with mean label.
+Labels may be soft (another network's probabilities): above 0.5 counts as yes for ranking and accuracy.
 """
 
 import json
@@ -30,19 +29,18 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
 
 
 def measure(attribute: Attribute, scores: np.ndarray, labels: np.ndarray) -> dict:
-    """Plain numbers for one attribute; scores and labels [n], all known, n > 0.
-    Years and values: mae, bias (score minus label), correlation, slope of the score over the label (below 1: drawn to
-    the mean); years also within_5 and mae per band. Probability: balanced_accuracy and auc (NaN unless there are both
-    positives and negatives), ece, mae, positives."""
+    """Plain numbers for one attribute; scores and labels [n], all known, n > 0. Years and values: mae, bias (of score),
+    correlation, slope of the score over the label; years also within_5 and mae per band. Probability:
+    balanced_accuracy and auc (NaN unless there are both positives and negatives), ece, mae, positives."""
     scores, labels = np.asarray(scores, np.float64), np.asarray(labels, np.float64)
     error = scores - labels
     numbers = {"n": len(labels), "mae": float(np.abs(error).mean())}
     if attribute.kind == "probability":
-        positive, nan = labels > 0.5, float("nan")
+        positive = labels > 0.5
         both = 0 < positive.sum() < len(positive)
         numbers["positives"] = int(positive.sum())
-        numbers["balanced_accuracy"] = float(balanced_accuracy_score(positive, scores > 0.5)) if both else nan
-        numbers["auc"] = float(roc_auc_score(positive, scores)) if both else nan
+        numbers["balanced_accuracy"] = float(balanced_accuracy_score(positive, scores > 0.5) if both else "nan")
+        numbers["auc"] = float(roc_auc_score(positive, scores) if both else "nan")
         return numbers | {"ece": calibration_error(scores, labels)}
     numbers["bias"] = float(error.mean())
     if len(labels) > 1 and labels.std() > 0 and scores.std() > 0:
@@ -74,9 +72,9 @@ def format_report(report: dict) -> str:
 
 
 def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report, scores, device, **loading) -> None:
-    """Print how good the scorer `name` is on the faces of a folder, shown at each size; the last line is JSON.
-    labels: a CSV; None: labels.csv of the folder. report: JSON file for the numbers; scores: CSV file, which
-    read_labels understands, for the score of every face at the first size; or None. loading: of `load_scorer`."""
+    """Print how good the scorer `name` is on the faces of a folder, shown at each size; the last line is JSON. labels:
+    CSV; None: labels.csv of the folder. report: JSON file for the numbers; scores: CSV for the score of every face at
+    the first size; or None. loading: of `load_scorer`."""
     scorer = load_scorer(name, device, **loading)
     names, table = read_evaluation(folder, labels, scorer)
     if table is None and not scores:

@@ -34,7 +34,6 @@ class AttributeScorer(nn.Module, ABC):
 
     @property
     def units(self) -> dict[str, str]:
-        """Per attribute: years, probability, or as labelled."""
         return {attribute.name: attribute.unit for attribute in self.attributes}
 
     def column(self, name: str) -> int:

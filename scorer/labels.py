@@ -1,15 +1,14 @@
 """Labels of faces: a CSV becomes attributes, values in stated units, and a weight per label.
 
-Any label may be missing in any row. Where a column `<column>_src` says who made a label, TRUST weighs it: another
-network's guess counts less than the data set's own record. The validation split never parts the images of one person.
-What a -1 means is decided by the convention of the whole file (CelebA: -1 no, 1 yes), not by the values of one column.
+Any label may be missing in any row. Where a column `<column>_src` says who made a label, TRUST weighs it. What a -1
+means is decided by the convention of the whole file (CelebA: -1 no, 1 yes), not by the values of one column.
 """
 
 import csv
 import hashlib
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -60,10 +59,9 @@ KNOWN = {attribute.name: (attribute, columns) for attribute, columns in _KNOWN}
 
 @dataclass(frozen=True)
 class LabelTable:
-    """N rows of labels. values, weights: float32 [N, A]; a missing label is NaN with weight 0.
-    path: the file, for messages."""
+    """N rows of labels. values, weights: float32 [N, A]; a missing label is NaN with weight 0."""
 
-    path: Path
+    path: Path  # the file, for messages
     attributes: tuple[Attribute, ...]
     names: tuple[str, ...]
     identities: tuple[str, ...]  # the name, where the file knows no identity
@@ -76,8 +74,7 @@ class LabelTable:
     def select(self, rows) -> "LabelTable":
         rows = np.asarray(rows, np.int64)
         names, identities = (tuple(texts[i] for i in rows) for texts in (self.names, self.identities))
-        arrays = {"values": self.values[rows], "weights": self.weights[rows]}
-        return replace(self, names=names, identities=identities, **arrays)
+        return LabelTable(self.path, self.attributes, names, identities, self.values[rows], self.weights[rows])
 
     def split(self, fraction: float, seed: int = 0) -> tuple["LabelTable", "LabelTable"]:
         """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
@@ -91,8 +88,8 @@ class LabelTable:
 
 
 def present_faces(table: LabelTable, folder) -> LabelTable:
-    """The rows whose file is an image and that have at least one label; the others are counted and listed.
-    Raises FileNotFoundError when no file of the table is in the folder, ValueError when nothing usable is left."""
+    """The rows whose file is an image and that have at least one label; the others are counted and listed. Raises
+    FileNotFoundError when no file of the table is in the folder, ValueError when nothing usable is left."""
     paths = [Path(folder) / name for name in table.names]
     reasons = [check_header(path) if path.is_file() else "absent" for path in paths]
     wrong = [f"{name} ({reason})" for name, reason in zip(table.names, reasons, strict=True) if reason]
@@ -100,10 +97,9 @@ def present_faces(table: LabelTable, folder) -> LabelTable:
     if not good:
         raise FileNotFoundError(f"{folder} has none of the {len(table)} faces of {table.path}, the first: {wrong[0]}")
     if wrong:
-        more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        warnings.warn(f"{len(wrong)} of {len(table)} faces are left out: {', '.join(wrong[:10])}{more}", stacklevel=2)
-    labelled = [row for row in good if table.weights[row].sum() > 0]
-    if not labelled:
+        listed = ", ".join(wrong[:10]) + (f" and {len(wrong) - 10} more" if len(wrong) > 10 else "")
+        warnings.warn(f"{len(wrong)} of {len(table)} faces are left out: {listed}", stacklevel=2)
+    if not (labelled := [row for row in good if table.weights[row].sum() > 0]):
         raise ValueError(f"{table.path}: no face in {folder} has a label with a weight above 0")
     return table.select(labelled)
 
@@ -118,21 +114,17 @@ def split_faces(table: LabelTable, folder, fraction: float, seed: int) -> tuple[
 
 
 def read_labels(path, attributes: str = "auto") -> LabelTable:
-    """The labels in a CSV with a column of file names (NAME_COLUMNS) and one column per attribute.
-
-    attributes: comma-separated names; of KNOWN ones by their usual columns, else of any column: values 0..1, yes/no or
-    -1/1 become a probability, other numbers a `value`. `auto`: those of KNOWN that the file has labels for; `all`:
-    further every other column that holds nothing but numbers and yes/no. A column without variety is warned of.
-    Raises FileNotFoundError, or ValueError naming file, line and column for an unknown attribute, an attribute without
-    a single label, a cell that cannot be read, or a -1 that the file leaves ambiguous.
-    """
+    """The labels in a CSV with a column of file names (NAME_COLUMNS) and one column per attribute. attributes: names
+    with commas between; of KNOWN ones by their usual columns, else of any column: values 0..1, yes/no or -1/1 become a
+    probability, other numbers a `value`. `auto`: those of KNOWN that have labels; `all`: further every column of
+    nothing but numbers and yes/no. Raises FileNotFoundError, or ValueError naming file, line and column for an unknown
+    attribute, one without a label, a cell that cannot be read, or a -1 that the file leaves ambiguous."""
     path = require_file(path, "CSV file of labels")
     columns = _read_csv(path)
-    present = ", ".join(column.header for column in columns.values())
     names = next((columns[name].cells for name in NAME_COLUMNS if name in columns), None)
     if names is None:
         expected = f"expected one of {', '.join(NAME_COLUMNS)}"
-        raise ValueError(f"{path} has no column of file names: {expected}, found {present}")
+        raise ValueError(f"{path} has no column of file names: {expected}, found {_headers(columns)}")
     read = []
     for name in _chosen(path, columns, attributes):
         try:
@@ -148,7 +140,7 @@ def read_labels(path, attributes: str = "auto") -> LabelTable:
             raise ValueError(f"{path}: no row has a label for {name!r}")
     if not read:
         expected = f"{', '.join(KNOWN)}; name its columns with --attributes"
-        raise ValueError(f"{path} has no labels for any of {expected} (found: {present})")
+        raise ValueError(f"{path} has no labels for any of {expected} (found: {_headers(columns)})")
     persons = columns["identity"].cells if "identity" in columns else names
     identities = tuple(person or name for person, name in zip(persons, names, strict=True))
     chosen, *arrays = zip(*read, strict=True)
@@ -186,8 +178,12 @@ def _read_csv(path) -> dict[str, Column]:
     return {name: Column(header, [row[header].strip() for row in rows]) for name, header in headers.items()}
 
 
+def _headers(columns: dict[str, Column]) -> str:
+    return ", ".join(column.header for column in columns.values())
+
+
 def _sources(name: str, columns: dict[str, Column]) -> list[str]:
-    """Those of the columns that can give an attribute that the file has; "!" before one that is inverted."""
+    """Columns of the file that can give an attribute; "!" before one that is inverted."""
     usual = KNOWN[name][1] if name in KNOWN else (name.lower(),)
     return [column for column in usual if column.lstrip("!") in columns]
 
@@ -204,20 +200,20 @@ def _chosen(path, columns: dict[str, Column], attributes: str) -> list[str]:
         raise ValueError("--attributes names nothing: expected auto or names separated by commas")
     for name in names:
         if not _sources(name, columns):
-            present = ", ".join(column.header for column in columns.values())
-            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: {present}")
+            raise ValueError(f"{path} has no column for the attribute {name!r}; its columns: {_headers(columns)}")
     return names
 
 
 def _read_attribute(path, columns: dict[str, Column], name: str) -> tuple | None:
     """(Attribute, values [N], weights [N]), or None when every cell is empty."""
-    attribute, (source, *_) = KNOWN[name][0] if name in KNOWN else None, _sources(name, columns)
-    column = columns[source.lstrip("!")]
+    attribute, usual = KNOWN[name][0] if name in KNOWN else None, _sources(name, columns)[0]
+    source = usual.lstrip("!")
+    column = columns[source]
     numbers = [column.numbers[cell] for cell in column.cells]
     if None in numbers:
-        line, header = numbers.index(None) + 2, column.header
-        cell = column.cells[line - 2].lower()
-        raise ValueError(f"{path}, line {line}: {cell!r} in column {header!r} is neither a number nor yes/no")
+        line = numbers.index(None) + 2
+        where = f"{path}, line {line}: {column.cells[line - 2].lower()!r} in column {column.header!r}"
+        raise ValueError(f"{where} is neither a number nor yes/no")
     values = np.array(numbers, np.float32)
     if not np.isfinite(values).any():
         return None
@@ -236,19 +232,16 @@ def _read_attribute(path, columns: dict[str, Column], name: str) -> tuple | None
         raise ValueError(f"{where} is outside 0..{high}")
     if attribute.kind == "years":
         values = values.clip(None, AGE_BINS - 1)
-    values = 1 - values if source.startswith("!") else values
-    source = source.lstrip("!")
+    values = 1 - values if usual.startswith("!") else values
     makers = columns.get(f"{source}_src") or columns.get(SHARED_SOURCE.get(source, ""))
     weights = np.ones(len(values)) if makers is None else [TRUST.get(maker, 1.0) for maker in makers.cells]
     return attribute, values, np.float32(weights) * known
 
 
 def _without_sign(path, columns: dict[str, Column], column: Column, values: np.ndarray) -> np.ndarray:
-    """Labels of a column in 0..1 where -1 may be a no (CelebA's convention) or mark what is not known.
-
-    A column of nothing but -1 and 1, or -1 alone, is in CelebA's convention. Where 0 and -1 both appear the other
-    columns decide: in a file of -1 and 1 a 0 is not known, in a file of 0 and 1 a -1 is. Raises ValueError otherwise.
-    """
+    """Labels of a column in 0..1 where -1 may be a no (CelebA's convention, also of nothing but -1) or mark what is not
+    known. Where 0 and -1 both appear the other columns decide: in a file of -1 and 1 a 0 is not known, in a file of 0
+    and 1 a -1 is. Raises ValueError otherwise."""
     found = set(np.unique(values[np.isfinite(values)]).tolist())
     if -1.0 not in found or not found <= {-1.0, 0.0, 1.0}:
         return values

@@ -31,14 +31,25 @@ def read_start(out, resume: str | None) -> tuple[dict | None, Path | None]:
 
 
 def train(
-    trainer: ScorerTrainer, faces: FaceStore, validation: FaceStore, sampler, run: Run, *, every: dict, options: dict
+    trainer: ScorerTrainer,
+    faces: FaceStore,
+    validation: FaceStore,
+    sampler,
+    run: Run,
+    *,
+    every: dict,  # steps between log lines, measurements and checkpoints (log, val, save)
+    options: dict,  # saved in checkpoints
+    source: Path | None,  # the checkpoint that was loaded
 ) -> None:
-    """Steps trainer.step .. iter - 1. every: steps between log lines, measurements and checkpoints (log, val, save).
-    options: saved in checkpoints. Raises UserError for a loss that is not finite, before anything is saved, and after
-    an orderly stop."""
+    """Steps trainer.step .. iter - 1. Raises UserError for a loss that is not finite, before anything is saved, and
+    after an orderly stop."""
     stop, order, recent, tick = StopSignal(), iter(sampler), [], time.perf_counter()
     total, batch = trainer.settings.iter, trainer.settings.batch
     names = [attribute.name for attribute in faces.table.attributes]
+    start = f"continuing {source}, step {trainer.step} of {total}" if source else "a new run"
+    print(
+        f"{run.folder}: {start}; {', '.join(names)}; {len(faces)} faces, {len(validation)} for validation", flush=True
+    )
     bar = StepBar(total, trainer.step)
     while trainer.step < total:
         rows = list(islice(order, batch))
@@ -50,9 +61,8 @@ def train(
         step, ending = trainer.step, stop.raised
         due = {name for name, n_steps in every.items() if step == total or step % n_steps == 0}
         if due or ending:
-            bad = [
-                f"loss of {n}" for n, loss in zip(names, recent[-1].tolist(), strict=True) if not math.isfinite(loss)
-            ]
+            losses = zip(names, recent[-1].tolist(), strict=True)
+            bad = [f"loss of {name}" for name, loss in losses if not math.isfinite(loss)]
             bad += [] if all(torch.isfinite(p).all() for p in trainer.network.parameters()) else ["network"]
             if bad:
                 raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")

@@ -1,16 +1,11 @@
 """Attribute scorers: images in, age, gender, smile, eyes and mouth open ... out, in stated units and differentiable.
 
-`load_scorer` gives every scorer one interface: the bundled networks, files of train_scorer.py, DEX, or a classifier
-file of somebody else's (scorer/backends.py). A loaded scorer is frozen; gradients flow through it to the images.
-
     scorer = load_scorer("face-scorer", "cuda")         # or a .safetensors file, "dex", "classifier.json"
     scores = scorer(images)                             # [N, 3, H, W] in [-1, 1] -> [N, A]: years, probabilities
-    age = scores[:, scorer.column("age")]
 
 The network: a small residual network (He et al. 2016; blocks from torchvision), or the first stages of EfficientNet-
-Lite0, so that edits are evaluated by another architecture than the one they were made with; age as the expected value
-of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit per attribute, calibrated on
-the validation split (Platt 1999; temperature for age).
+Lite0; age as the expected value of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit
+per attribute, calibrated on the validation split (Platt 1999; temperature for age).
 """
 
 from dataclasses import asdict, dataclass
@@ -31,8 +26,7 @@ from scorer.labels import AGE_BINS, Attribute
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for evaluating edits only
 FORMAT = "wpp-scorer-1"
-# Entries of earlier files, of which one value is left
-FIXED = {"mean": [0.0] * 3, "std": [0.5] * 3}
+FIXED = {"mean": [0.0] * 3, "std": [0.5] * 3}  # entries of earlier files, of which one value is left
 BACKBONES = ("resnet", "efficientnet")
 STD = 0.5  # the small residual network sees images in [-1, 1] divided by it
 EFFICIENTNET_STAGES = 4  # down to a sixteenth of the side
@@ -55,9 +49,8 @@ class ScorerConfig:
         if self.backbone not in BACKBONES:
             supported = ", ".join(BACKBONES)
             raise ValueError(f"backbone {self.backbone} is not supported, only {supported}: train the scorer again")
-        if len(self.window) != 4 or not all(
-            0 <= a < b <= 1 for a, b in zip(self.window, self.window[2:], strict=False)
-        ):
+        starts, ends = self.window[:2], self.window[2:]
+        if len(self.window) != 4 or not all(0 <= a < b <= 1 for a, b in zip(starts, ends, strict=True)):
             raise ValueError(f"--window {self.window}: expected left, top, right, bottom from 0 to 1")
 
     @property
@@ -65,16 +58,12 @@ class ScorerConfig:
         """Side of an image whose window has about the input size, in pixels."""
         return round(self.input_size / (self.window[2] - self.window[0]))
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict) -> "ScorerConfig":
         """Raises ValueError for a network that is no longer supported, KeyError or TypeError for no config at all."""
         values = dict(values)
         for name, supported in FIXED.items():
-            value = values.pop(name, supported)
-            if (list(value) if isinstance(value, tuple) else value) != supported:
+            if (value := list(values.pop(name, supported))) != supported:
                 raise ValueError(f"{name} {value} is not supported any more, only {supported}: train the scorer again")
         values["attributes"] = tuple(Attribute(**attribute) for attribute in values["attributes"])
         if "window" in values:
@@ -83,18 +72,15 @@ class ScorerConfig:
 
 
 class ScorerNetwork(nn.Module):
-    """Convolutional stages, global average, one linear head for all attributes. Trainable; `Scorer` is the frozen
-    interface."""
+    """Convolutional stages, global average, one linear head for all attributes. Trainable; Scorer is frozen."""
 
     def __init__(self, config: ScorerConfig):
         super().__init__()
         self.config = config
         if config.backbone == "efficientnet":
-            self.stages, widths = build_efficientnet(EFFICIENTNET_STAGES)
-            self.std = 1.0
+            (self.stages, widths), self.std = build_efficientnet(EFFICIENTNET_STAGES), 1.0
         else:
-            self.stages, widths = build_resnet(config.width)
-            self.std = STD
+            (self.stages, widths), self.std = build_resnet(config.width), STD
         self.n_features = widths[-1]
         self.head = nn.Linear(self.n_features, sum(attribute.n_outputs for attribute in config.attributes))
         nn.init.normal_(self.head.weight, 0, 0.01)  # an even distribution over ages at the start
@@ -111,8 +97,7 @@ class ScorerNetwork(nn.Module):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] -> [N, 3, S, S]: the window, resized."""
-        height, width = images.shape[2:]
-        left, top, right, bottom = self.config.window
+        (height, width), (left, top, right, bottom) = images.shape[2:], self.config.window
         columns = slice(round(left * width), round(right * width))
         window = images[:, :, round(top * height) : round(bottom * height), columns]
         return resize(window, self.config.input_size)
@@ -139,15 +124,15 @@ def build_resnet(width: float) -> tuple[nn.ModuleList, list[int]]:
     return nn.ModuleList(stages), [widths[0], *widths]
 
 
-def split_outputs(outputs: torch.Tensor, attributes) -> list[torch.Tensor]:
+def split_outputs(outputs: torch.Tensor, attributes) -> tuple[torch.Tensor, ...]:
     """[N, sum of n_outputs] -> per attribute [N, n_outputs]."""
-    return list(outputs.split([attribute.n_outputs for attribute in attributes], 1))
+    return outputs.split([attribute.n_outputs for attribute in attributes], 1)
 
 
 class Scorer(AttributeScorer):
-    """A trained ScorerNetwork, calibrated. calibration: attribute -> (scale, offset) of its logits.
-    Probability: sigmoid(scale * logit + offset). Years: softmax(scale * logits), then the expected value + offset.
-    `fingerprint` identifies the weights. errors: mean absolute error per attribute on the validation faces."""
+    """A trained ScorerNetwork. calibration: attribute -> (scale, offset) of its logits. Probability: sigmoid(scale *
+    logit + offset). Years: softmax(scale * logits), then the expected value + offset. `fingerprint`: of the weights.
+    errors: mean absolute error per attribute on the validation faces."""
 
     def __init__(self, network: ScorerNetwork, calibration: dict | None = None, errors: dict | None = None):
         super().__init__()
@@ -204,10 +189,9 @@ def score_files(scorer: AttributeScorer, paths, *, size: int = 0, batch: int = 6
 def save_scorer(path, scorer: Scorer, *, half: bool = True, **metadata) -> Path:
     """Write `.safetensors`: weights, and in the header config, calibration, attribute names and units, `metadata`.
     half: matrices and kernels as float16 (vectors stay float32). Returns the path."""
-    tensors = scorer.network.state_dict()
+    tensors, config = scorer.network.state_dict(), asdict(scorer.config)
     if half:
         tensors = {name: t.half() if t.ndim > 1 else t for name, t in tensors.items()}
-    config = scorer.config.to_dict()
     header = {"format": FORMAT, "config": config, "calibration": scorer.calibration, "attributes": scorer.names}
     save_safetensors(path, tensors, metadata | header | {"units": scorer.units, "input_size": scorer.input_size})
     return Path(path)
@@ -225,9 +209,8 @@ def read_scorer(path) -> Scorer:
         found = f"its header says {header.get('format')!r}, expected {FORMAT!r}"
         raise CheckpointError(f"{path} is no scorer of train_scorer.py ({found})")
     try:
-        network = ScorerNetwork(ScorerConfig.from_dict(header["config"]))
+        network, report = ScorerNetwork(ScorerConfig.from_dict(header["config"])), header.get("validation") or {}
         calibration = {name: (float(scale), float(offset)) for name, (scale, offset) in header["calibration"].items()}
-        report = header.get("validation") or {}
         errors = {name: float(numbers["mae"]) for name, numbers in report.items() if "mae" in numbers}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header describes no scorer known here ({error})") from error
@@ -237,11 +220,9 @@ def read_scorer(path) -> Scorer:
 
 
 def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop: bool = False) -> AttributeScorer:
-    """The scorer called `name`, frozen, on `device`.
-    name: `face-scorer` or `face-scorer-eval` (bundled), a `.safetensors` file of train_scorer.py, `dex` (or `dex_age`,
-    `dex_gender` alone; weights from common.weights), or a `.json` that describes a classifier file.
-    dex_crop: DEX sees the centre 224 of 256 pixels, as the original code does, instead of the whole face.
-    Raises FileNotFoundError or ValueError in one sentence."""
+    """The scorer called `name`, frozen, on `device`: `face-scorer` or `face-scorer-eval` (bundled), a `.safetensors` of
+    train_scorer.py, `dex` (`dex_age`, `dex_gender`), or a `.json` that describes a classifier. dex_crop: DEX sees the
+    centre 224 of 256 pixels, as in the original code. Raises FileNotFoundError or ValueError in one sentence."""
     from scorer.backends import load_classifier, load_dex
 
     device, name = resolve_device(device), str(name)

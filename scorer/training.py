@@ -1,17 +1,16 @@
 """Training an attribute scorer: augmentation, masked losses, the training step, calibration.
 
-Every random number of a step is drawn from (seed, step), so nothing about random state is saved and a resumed run
-repeats the uninterrupted one bit for bit. Age is learnt as a distribution (Gao et al. 2018, DLDL-v2: Kullback-Leibler
-divergence from a Gaussian around the label, plus the absolute error of the expected value), everything else by cross
-entropy with soft labels. A missing label has weight 0; the sum over a batch is divided by the attribute's mean weight
-over the training set, so that an attribute with few labels counts as much as the others.
+Every random number of a step is drawn from (seed, step): no random state is saved. Age is learnt as a distribution (Gao
+et al. 2018, DLDL-v2: Kullback-Leibler divergence from a Gaussian around the label, plus the absolute error of the
+expected value), all else by cross entropy with soft labels. A missing label has weight 0; the sum over a batch is
+divided by the attribute's mean weight over the training set, so that one with few labels counts as much as the others.
 """
 
 import copy
 import functools
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ EMA_DECAY = 0.998
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """Settings of an optimisation; the names are train_scorer.py's flags."""
+    """Flags of train_scorer.py."""
 
     iter: int = 3000
     batch: int = 64
@@ -77,12 +76,10 @@ def augment_faces(images: torch.Tensor, generator: torch.Generator) -> torch.Ten
     images = torch.where(chance(0.5), images.flip(3), images)
     images = torch.where(chance(0.7), _move(images, uniform), images)
 
-    third, sixth = n // 3, n // 6
-    low = int(torch.randint(24, 49, (), generator=generator))
-    parts, sizes = images.split((third, sixth, n - third - sixth)), (32, low, size)
-    small = [resize(part, min(side, size)) for part, side in zip(parts, sizes, strict=True)]
-    amounts = torch.where(chance(0.5), uniform(-1.0, 1.0), 0.0).split([len(part) for part in parts])
-    images = torch.cat([resize(_sharpen(part, amount), size) for part, amount in zip(small, amounts, strict=True)])
+    counts, low = (n // 3, n // 6, n - n // 3 - n // 6), int(torch.randint(24, 49, (), generator=generator))
+    amounts = torch.where(chance(0.5), uniform(-1.0, 1.0), 0.0).split(counts)
+    parts = zip(images.split(counts), amounts, (32, low, size), strict=True)
+    images = torch.cat([resize(_sharpen(resize(part, min(s, size)), amount), size) for part, amount, s in parts])
 
     luma = images.mean(1, keepdim=True)
     saturation = torch.where(chance(0.1), 0.0, uniform(-0.3, 0.3).exp())  # a tenth in grey
@@ -168,13 +165,11 @@ class ScorerTrainer:
         self.step = 0
 
     def start_from_imagenet(self) -> None:
-        """Take the weights of EfficientNet-Lite0 trained on ImageNet. Raises UserError where the package is absent."""
         load_imagenet(self.network.stages)
         self.average.load_state_dict(self.network.state_dict())
 
     def learning_rate(self) -> float:
-        total, step = self.settings.iter, self.step
-        warm = max(1, total // 20)
+        total, step, warm = self.settings.iter, self.step, max(1, self.settings.iter // 20)
         if step < warm:
             return self.settings.lr * (step + 1) / warm
         return self.settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))))
@@ -206,12 +201,12 @@ class ScorerTrainer:
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimiser")}
-        return parts | {"config": self.config.to_dict(), "step": self.step}
+        return parts | {"config": asdict(self.config), "step": self.step}
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Raises CheckpointError when `state` is no scorer's, or another one's."""
         try:
-            config, step = ScorerConfig.from_dict(state["config"]), int(state["step"])
+            config, self.step = ScorerConfig.from_dict(state["config"]), int(state["step"])
             network, average, optimiser = state["network"], state["average"], state["optimiser"]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source} is no checkpoint of train_scorer.py ({error!r})") from None
@@ -223,7 +218,6 @@ class ScorerTrainer:
             self.optimiser.load_state_dict(optimiser)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{source}: its optimiser is another one's ({error})") from None
-        self.step = step
 
 
 @torch.no_grad()
@@ -235,16 +229,15 @@ def network_outputs(network: ScorerNetwork, store: FaceStore, batch: int = 128) 
 
 
 def _describe(config: ScorerConfig) -> str:
-    names = ",".join(attribute.name for attribute in config.attributes)
-    window = ",".join(f"{edge:g}" for edge in config.window)
+    names, window = ",".join(a.name for a in config.attributes), ",".join(f"{edge:g}" for edge in config.window)
     size = f"--backbone {config.backbone} --width {config.width:g} --input_size {config.input_size}"
     return f"{size} --window {window} --attributes {names}"
 
 
 def calibrate(outputs: torch.Tensor, values: torch.Tensor, weights: torch.Tensor, attributes) -> dict:
-    """Outputs [N, K] on a validation split, its labels and weights [N, A] -> {attribute: (scale, offset)}.
-    Probability: Platt's two numbers; years: one temperature (scale = 1/T), by weighted likelihood of the rounded label;
-    values need none. Where there are too few labels (under 20, or of one kind only) the scores stay as they are."""
+    """Outputs [N, K] on a validation split, its labels and weights [N, A] -> {attribute: (scale, offset)}. Probability:
+    Platt's two numbers; years: one temperature (scale = 1/T), by weighted likelihood of the rounded label; values, and
+    labels too few (under 20, or of one kind only): as they are."""
     result, columns = {}, (split_outputs(outputs.double(), attributes), values.double().T, weights.double().T)
     for logits, value, weight, attribute in zip(*columns, attributes, strict=True):
         use = value.isfinite() & (weight > 0)

@@ -1,16 +1,9 @@
-"""Adaptive discriminator augmentation (ADA), for small training sets: every image the discriminator sees, real or
-generated, is transformed with probability p, and p follows how far the discriminator overfits.
+"""Adaptive discriminator augmentation (ADA): every image that the discriminator sees, real or generated, is transformed
+with probability p, and p follows how far the discriminator overfits.
 
-Karras et al. 2020, "Training Generative Adversarial Networks with Limited Data", arXiv 2006.06676. Appendix B: the
-transforms, their distributions and order; section 3: the control of p. This is the paper's `bgc` set.
-
-Per image all geometry is one affine matrix from output to input pixels and all colour one affine matrix on RGB. Images
-are resampled at twice the resolution, between an orthogonal low-pass (sym6) and its transpose. Different from NVIDIA's:
-images that drew blits alone are moved by exact indexing, and reflection at the border has no end.
-
-    ada = AdaptiveAugment(target=0.6, length=500_000, device=device)
-    logits = discriminator(ada(real)); ada.accumulate(logits); ada.update()
-"""
+Karras et al. 2020, arXiv 2006.06676. Appendix B: transforms, distributions, order (the set `bgc`); section 3: control
+of p. Per image all geometry is one affine matrix from output to input pixels, all colour one on RGB. Different from
+NVIDIA's: images that drew blits alone are moved by exact indexing, and reflection at the border has no end."""
 
 import functools
 import math
@@ -50,21 +43,12 @@ class Plan(NamedTuple):
     blit: torch.Tensor  # [N, 2, 3] output pixel -> input pixel, both (x, y) from the centre, of the blits alone
     geometry: torch.Tensor  # [N, 2, 3] likewise, of blits and geometry
     colour: torch.Tensor  # [N, 3, 4] on RGB in [-1, 1]
-    blitted: torch.Tensor  # bool [N], drew a blit
     resampled: torch.Tensor  # bool [N], drew geometry that is not a blit
-    coloured: torch.Tensor  # bool [N], drew a colour transform
-
-
-def _to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device` that the host does not wait for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transforms: Iterable[str] = TRANSFORMS) -> Plan:
     """Noise [N, N_NOISE] -> transforms of N images of size x size, each drawn with probability p (a number, or a 0-dim
-    tensor on the noise's device). Appendix B. No host sync."""
+    tensor on the noise's device). No host sync."""
     u = dict(zip(_VALUES, noise[:, len(_DECISIONS) :].unbind(1), strict=True))  # each [N]
     chance = {name: p if name in transforms else 0.0 for name in TRANSFORMS}
     chance["rotate"] = chance["rotate_after"] = 1 - (1 - chance["rotate"]) ** 0.5  # p_rot: P(before or after) = p
@@ -106,15 +90,9 @@ def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transform
     low, high = mean - turn, mean + turn
     rows = (same, low, high, shade), (high, same, low, shade), (low, high, same, shade)
     colour = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [N, 3, 4]
-    coloured = _any(drew, COLOURS)
+    coloured, resampled = (torch.stack([drew[name] for name in names]).any(0) for names in (COLOURS, _RESAMPLED))
     colour = torch.where(coloured[:, None, None], colour, torch.eye(3, 4, device=colour.device))  # free of rounding
-
-    matrices = torch.cat([blit, blit_offset], 2), torch.cat([linear, offset], 2), colour
-    return Plan(*matrices, _any(drew, BLITS), _any(drew, _RESAMPLED), coloured)
-
-
-def _any(drew: dict[str, torch.Tensor], names: Iterable[str]) -> torch.Tensor:
-    return torch.stack([drew[name] for name in names]).any(0)  # [N]
+    return Plan(torch.cat([blit, blit_offset], 2), torch.cat([linear, offset], 2), colour, resampled)
 
 
 def _matrix2(*elements: torch.Tensor) -> torch.Tensor:
@@ -126,49 +104,29 @@ def _rotation(theta: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, p, *, transforms=TRANSFORMS, noise=None, static=None) -> torch.Tensor:
-    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1].
-
-    Same shape, dtype and memory format. Differentiable twice; computed in float32 (float64 for float64).
-    p: a number from 0 to 1, or a 0-dim tensor; one on a GPU is never read by the host. At 0, known to the host, the
-        very tensor comes back and nothing is drawn.
-    noise: uniforms [N, N_NOISE]; default: drawn by the default generator of p's device.
-    static: do the same work whatever was drawn, without host sync; False: images are not put through what they did not
-        draw. Both give equal images. None: static where the parameters are on a GPU.
-    """
-    if isinstance(p, torch.Tensor) and p.device.type == "cpu" and not static:
-        p = float(p)
+    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p (a number, or a 0-dim tensor on their
+    device); values may leave [-1, 1]. Same shape, dtype and memory format; differentiable twice; computed in float32
+    (float64 for float64). noise: uniforms [N, N_NOISE]; default: drawn. static: resample all images, without host sync
+    (default: on a GPU), else those alone that drew it; the result is the same. Unless static, p = 0 returns the very
+    tensor."""
+    static = images.device.type != "cpu" if static is None else static
+    p = p if static else float(p)
     if not isinstance(p, torch.Tensor) and p == 0:
         return images
-    n, _, size, _ = images.shape
-    device = p.device if isinstance(p, torch.Tensor) else torch.device("cpu")
-    noise = torch.rand(n, N_NOISE, device=device) if noise is None else _to(noise, device)
+    noise = torch.rand(len(images), N_NOISE, device=images.device) if noise is None else noise.to(images.device)
     with torch.no_grad():
-        plan = make_plan(noise, p, size, transforms)
-    static = device.type != "cpu" if static is None else static
+        plan = make_plan(noise, p, images.shape[2], transforms)
 
     x = images if images.dtype == torch.float64 else images.float()
+    moved = blit(x, plan.blit)
     if static:
-        plan = Plan(*(_to(part, x.device) for part in plan))
-        x = torch.where(plan.resampled[:, None, None, None], resample(x, plan.geometry), blit(x, plan.blit))
-    else:
-        x = _move_drawn(x, plan)
-    if static or plan.coloured.any():
-        colour = _to(plan.colour, x.device).to(x.dtype)
-        x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], x.flatten(2)).view(images.shape)
+        moved = torch.where(plan.resampled[:, None, None, None], resample(x, plan.geometry), moved)
+    elif len(index := plan.resampled.nonzero()[:, 0]):
+        moved = moved.index_copy(0, index, resample(x.index_select(0, index), plan.geometry[index]))
+    colour = plan.colour.to(x.dtype)
+    x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], moved.flatten(2)).view(images.shape)
     nhwc = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
     return x.to(images.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-
-
-def _move_drawn(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """The geometry of x [N, 3, S, S], the plan on the CPU: each image through what it drew and nothing else."""
-    index = plan.resampled.nonzero()[:, 0]  # of the images that must be resampled
-    if len(index) == len(x):
-        return resample(x, _to(plan.geometry, x.device))
-    kept = blit(x, _to(plan.blit, x.device)) if (plan.blitted & ~plan.resampled).any() else x
-    if not len(index):
-        return kept
-    geometry, index = _to(plan.geometry[index], x.device), _to(index, x.device)
-    return kept.index_copy(0, index, resample(x.index_select(0, index), geometry))
 
 
 def blit(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -231,38 +189,24 @@ _MODE = (0, 1, True)  # bilinear; clamped to the border; -1 and 1 are the centre
 
 class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, grid):
+    def forward(ctx, x, grid, shape=None, transposed=False):
         ctx.save_for_backward(grid)
-        ctx.shape = image.shape
-        return torch.ops.aten.grid_sampler_2d(image, grid, *_MODE)
+        ctx.transpose = x.shape, not transposed
+        if not transposed:
+            return torch.ops.aten.grid_sampler_2d(x, grid, *_MODE)
+        image = x.new_zeros(()).expand(shape)  # read only for the gradient of the grid, which nobody asks for
+        return torch.ops.aten.grid_sampler_2d_backward(x, image, grid, *_MODE, [True, False])[0]
 
     @staticmethod
     def backward(ctx, grad):
-        (grid,) = ctx.saved_tensors
-        return _SampleTransposed.apply(grad, grid, ctx.shape), None
-
-
-class _SampleTransposed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, grad, grid, shape):
-        ctx.save_for_backward(grid)
-        image = grad.new_zeros(()).expand(shape)  # read only for the gradient of the grid, which nobody asks for
-        return torch.ops.aten.grid_sampler_2d_backward(grad, image, grid, *_MODE, [True, False])[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (grid,) = ctx.saved_tensors
-        return _Sample.apply(grad, grid), None, None
+        return _Sample.apply(grad, *ctx.saved_tensors, *ctx.transpose), None, None, None
 
 
 class AdaptiveAugment:
-    """Augmentation whose p follows r = E[sign(D(real))], the paper's r_t (section 3): p rises by images / length where
-    r is above target (the discriminator is sure of the training set), falls where it is below, and stays in [0, 1].
-
-    p: the start; a 0-dim tensor on `device` afterwards. target: r to hold; None keeps p. length: images in which p may
-    go from 0 to 1. interval: updates between adjustments. Nothing but state_dict() and reading p or r waits for the
-    device. With several ranks, all must call update() and state_dict().
-    """
+    """Augmentation whose p, a 0-dim tensor on `device`, follows r = E[sign(D(real))], the paper's r_t (section 3): it
+    rises by images / length where r is above target (the discriminator is sure of the training set), falls where it is
+    below, and stays in [0, 1]. target: None keeps p. length: images in which p may go from 0 to 1. interval: updates
+    between adjustments. All ranks must call update() and state_dict()."""
 
     def __init__(self, p=0.0, target=0.6, length=500_000, interval=4, *, transforms=TRANSFORMS, device="cpu"):
         self.target, self.length, self.interval, self.transforms = target, length, interval, transforms
@@ -273,7 +217,6 @@ class AdaptiveAugment:
         self._updates = 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """augment() with this p and these transforms."""
         return augment(images, self.p, transforms=self.transforms)
 
     @torch.no_grad()
@@ -296,12 +239,11 @@ class AdaptiveAugment:
         return True
 
     def state_dict(self) -> dict:
-        """Plain numbers."""
         signs, images = all_reduce_sum(self._sums.clone()).tolist()
         return {"p": self.p.item(), "r": self.r.item(), "signs": signs, "images": images, "updates": self._updates}
 
     def load_state_dict(self, state: dict, is_main: bool = True) -> None:
-        """Continue from state_dict(), bit-equal. One of several ranks (is_main) takes over the sums."""
+        """Continue from state_dict(). One of several ranks (is_main) takes over the sums."""
         self.p.fill_(state["p"])
         self.r.fill_(state["r"])
         self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) * is_main)

@@ -1,41 +1,35 @@
 """Conditional training (the paper's cGAN figure): the generator is given attributes of faces as a condition.
 
-Every image is generated under the attributes of a real face (editing/attributes.py). The generator's loss has an L1
-term between the condition and what the frozen scorer reads in the image; the discriminator sees no condition. `--light`
-trains nothing of the generator but the columns that the condition adds to the modulations: a direction of StyleSpace
-per attribute, the unconditional model staying what it is at 0.5. The discriminator is trained on: a frozen one is soon
-fooled together with the scorer.
-
-    train.py --path faces.lmdb --condition face-scorer --init_from faces.pt --exp_name runs/cgan
+The generator's loss has an L1 term between the attributes of a real face, its condition (editing/attributes.py), and
+what the frozen scorer reads in the image; the discriminator sees no condition. `--light` trains of the generator only
+the columns that the condition adds to the modulations: a direction of StyleSpace per attribute, the unconditional model
+staying what it is at 0.5. The discriminator is trained on: a frozen one is soon fooled together with the scorer.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.checkpoint import CheckpointError
-from common.cli import UsageError, UserError
+from common.cli import UserError
 from common.distributed import broadcast_object
-from editing.attributes import (
-    DEFAULT_ATTRIBUTES,
-    Condition,
-    ConditionScorer,
-    attribute_error,
-    draw_requests,
-    sample_requests,
-    score_dataset,
-)
+from dataset import normalise
+from editing.attributes import Condition, ConditionScorer
 from scorer.network import load_scorer
-from training.resume import Start, init_from
+from training.resume import ConditionSpec, Start, init_from
 from training.trainer import Trainer
 from training.transfer import is_modulation
 
+TABLE = 5000  # real faces whose attributes stand for the data set
+SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
+
 
 class ConditionalTrainer(Trainer):
-    """A Trainer whose generator takes attributes as a condition. scorer: the frozen scorer with the attributes of the
-    condition; scorer_name: for the checkpoint. table: attributes [M, d] of real faces, in [0, 1], kept in the
-    checkpoint, so that a resumed run draws the same conditions. condition: ConditionSettings."""
+    """A Trainer whose generator takes attributes, those of `scorer`, as a condition. scorer_name, table: attributes
+    [M, d] of real faces, in [0, 1]: kept in the checkpoint, so that a resumed run draws the same conditions."""
 
     def __init__(self, config, settings, dist, *, scorer: ConditionScorer, scorer_name, table, condition):
         if condition.light:  # path length depends on the columns of w, which stay
@@ -45,16 +39,17 @@ class ConditionalTrainer(Trainer):
         self.table = table.to(dist.device)
         if condition.light:
             self.g_optim.param_groups[0]["lr"] = condition.light_lr
-            self.frozen = [parameter for name, parameter in self.g.named_parameters() if not is_modulation(name)]
             columns = torch.arange(config.style_dim + config.condition_dim, device=dist.device) >= config.style_dim
             for name, parameter in self.g.named_parameters():
                 if is_modulation(name):  # Adam leaves alone what never has a gradient
                     parameter.register_hook(lambda gradient: gradient * columns)
+                else:
+                    self.frozen.add(parameter)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def draw_condition(self, n):
-        return draw_requests(self.table, n, permute=self.condition.attr_permute)  # [n, d]
+        return draw_targets(self.table, n, permute=self.condition.attr_permute)  # [n, d]
 
     @property
     def attr_weight(self) -> float:
@@ -70,7 +65,10 @@ class ConditionalTrainer(Trainer):
 
     def sample_inputs(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""
-        conditions = sample_requests(self.table.mean(0))  # [1 + 2d, d]
+        n = self.table.shape[1]
+        conditions = self.table.mean(0).repeat(1 + 2 * n, 1)  # [1 + 2d, d]
+        for k in range(n):
+            conditions[1 + 2 * k, k], conditions[2 + 2 * k, k] = 0.0, 1.0
         rows = z[: max(1, len(z) // len(conditions))]
         return rows.repeat_interleave(len(conditions), 0), conditions.repeat(len(rows), 1), len(conditions)
 
@@ -96,44 +94,43 @@ class ConditionalTrainer(Trainer):
         self.table = state["attributes"].to(self.dist.device)
 
 
-@dataclass(frozen=True)
-class ConditionSpec:
-    """Condition of a run: a scorer by name, attributes of it, and the fingerprint that a continued run's must have."""
-
-    scorer: str
-    attributes: tuple[str, ...]
-    light: bool = False
-    fingerprint: str | None = None
+def score_dataset(scorer: ConditionScorer, dataset, device) -> torch.Tensor:
+    """Attributes [M, d] of at most TABLE images (uint8 [3, S, S]) of a data set, evenly spread over it; CPU."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(TABLE, len(dataset))).round().astype(int)).tolist()
+    blocks = (chosen[start : start + 64] for start in range(0, len(chosen), 64))
+    return torch.cat([scorer.read(normalise(torch.stack([dataset[i] for i in block]), device)) for block in blocks])
 
 
-def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start):
-    """ConditionSpec of a run from the flags (None: not given) and the file that it starts from; None: unconditional.
-    Raises UsageError for flags that do not fit together, UserError for those that do not fit the file."""
-    path, stored = start.path, None
-    if start.config is not None and start.config.condition_dim:
-        stored = Condition.from_dict(start.state.get("condition") or {}, path)
-    if light and path is None:
-        raise UsageError("--light trains what the condition adds to a trained generator: pass one as --init_from")
-    if start.continues and scorer and stored is None:
-        raise UserError(f"{path} is an unconditional run: --init_from starts a conditional one from its weights")
-    if start.continues and stored is not None:
-        if light and not stored.light:
-            raise UserError(f"{path} was trained without --light: --init_from starts a light run from its weights")
-        scorer, light = scorer or stored.scorer, stored.light
-    if not scorer and stored is not None:
-        raise UserError(f"{path} is a conditional generator: pass --condition SCORER to train it on")
-    if not scorer:
-        if light or attributes:
-            raise UsageError("--light and --attributes are for a conditional GAN: pass --condition SCORER")
-        return None
-    names = tuple(name.strip() for name in attributes.split(",")) if attributes else None
-    if stored is not None and names not in (None, stored.attributes):
-        raise UserError(f"--attributes {attributes}, but {path} was trained for {','.join(stored.attributes)}")
-    names = names or (DEFAULT_ATTRIBUTES if stored is None else stored.attributes)
-    return ConditionSpec(scorer, names, bool(light), stored.scorer_fingerprint if start.continues else None)
+def draw_targets(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
+    """Target attributes [n, d] for n images: those of real faces, rows of `table` [M, d], each with the probability
+    `permute` that of another face: this separates what goes together in the data."""
+    faces = torch.randint(len(table), (n, 1), device=table.device).expand(-1, table.shape[1])
+    others = torch.randint(len(table), faces.shape, device=table.device)
+    swapped = torch.rand(faces.shape, device=table.device) < permute
+    return table.gather(0, torch.where(swapped, others, faces))
 
 
-def build_trainer(config, settings, dist, *, spec, condition, dataset, start: Start) -> Trainer:
+def attribute_error(scorer: ConditionScorer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """|C(T(image)) - target| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
+    return (scorer(jitter(images)) - targets).abs()
+
+
+def jitter(images: torch.Tensor) -> torch.Tensor:
+    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable. Between generator and scorer:
+    what the scorer reads shall be in the face and not in the pixel grid."""
+    n, device = len(images), images.device
+    u = torch.rand(n, 4, device=device)
+    scale = SCALE ** (2 * u[:, 0] - 1)
+    mirror = torch.where(u[:, 1] < 0.5, -1.0, 1.0)
+    shift = (2 * u[:, 2:] - 1) * (2 * SHIFT)  # grid coordinates span 2
+    zero = torch.zeros_like(scale)
+    affine = torch.stack([mirror * scale, zero, shift[:, 0], zero, scale, shift[:, 1]], 1).view(n, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # [N, H, W, 2]
+    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return moved + NOISE * torch.randn_like(moved)
+
+
+def build_trainer(config, settings, dist, *, spec: ConditionSpec | None, condition, dataset, start: Start) -> Trainer:
     """The trainer, conditional where there is a ConditionSpec, in the state of `start`. A new conditional run scores
     faces of the data set (on rank 0). Raises ConditionError for attributes that the scorer lacks, UserError for another
     scorer than a continued run's."""
@@ -141,7 +138,7 @@ def build_trainer(config, settings, dist, *, spec, condition, dataset, start: St
         trainer = Trainer(config, settings, dist)
     else:
         scorer = ConditionScorer(load_scorer(spec.scorer, dist.device), spec.attributes)
-        table = start.state.get("attributes") if start.continues else None
+        table = start.state["attributes"] if start.continues else None
         if table is None:
             table = broadcast_object(score_dataset(scorer, dataset, dist.device) if dist.is_main else None)
         name = str(Path(spec.scorer).resolve()) if Path(spec.scorer).is_file() else spec.scorer

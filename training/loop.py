@@ -1,7 +1,4 @@
-"""The training loop and everything it writes: log, sample grids, attention maps, checkpoints.
-
-training_loop(trainer, batches, run, StopSignal(), LoopSettings(save_every=1000), options=vars(args))
-"""
+"""The training loop and everything it writes: log, sample grids, attention maps, checkpoints."""
 
 import itertools
 import math
@@ -27,7 +24,7 @@ from training.settings import LoopSettings
 from training.trainer import Trainer
 
 MAX_ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
-LONG_DAYS, MEASURE_SECONDS = 100, 20  # time left that is worth a warning, once measured for so long
+LONG_DAYS = 100  # of training left: worth a warning
 FEW_IMAGES = 500  # below this a GAN memorises its training set
 LOSSES = ("d", "g", "r1", "aux_d", "aux_g", "attr")
 
@@ -36,16 +33,15 @@ def training_loop(
     trainer: Trainer,
     batches: BatchStream,  # of the images that are due, see dataset.data_loader
     run: Run,  # open run folder; writes on rank 0 only
-    stop: StopSignal,  # asks for an orderly end
     settings: LoopSettings,
     *,
     options: dict,  # plain values stored in every checkpoint
+    continued: Path | None = None,  # the checkpoint that was loaded
     evaluate=None,  # callable of (g_ema, step, images seen), on every rank
-    save_first: bool = False,  # also before the first step: shows now that it can be written, and rollbacks need one
 ) -> None:
     """Steps n_steps .. settings.iter - 1, with what is due at their intervals and after the last. Raises UserError at a
     number that is not finite, before a checkpoint is overwritten, and after an orderly stop."""
-    dist, sampler, total, n_rollbacks = trainer.dist, batches.sampler, settings.iter, 0
+    dist, sampler, total, stop, n_rollbacks = trainer.dist, batches.sampler, settings.iter, StopSignal(), 0
     z = trainer.g.draw_z(settings.n_sample, torch.Generator().manual_seed(trainer.settings.seed))
     speed = Speed(trainer, total)
 
@@ -55,7 +51,8 @@ def training_loop(
             save_and_prune(run, state, settings.keep)
         barrier()
 
-    if save_first:
+    # Save before the first step: this shows now that it can be done, and a rollback needs a checkpoint.
+    if continued is None or continued.resolve().parent != run.path("checkpoint").resolve():
         if dist.is_main:
             save_samples(trainer, run, z)
         save()
@@ -71,9 +68,6 @@ def training_loop(
             trainer.step(images)
             step, last = trainer.n_steps, trainer.n_steps == total
             bar.update()
-            if dist.is_main and (days := speed.days_left()) > LONG_DAYS:
-                left = f"{total - step:,} steps are left, {days:,.0f} days at this speed"
-                bar.write(f"warning: {left}: a smaller --iter, --size or --batch", file=sys.stderr)
 
             # Find what is due after it. Several ranks agree on a stop at log ticks, where no GPU must wait for it, or,
             # on processors, at every step: torchrun kills them 30 seconds after SIGTERM.
@@ -88,7 +82,8 @@ def training_loop(
                 metrics = trainer.stats.read()
                 broken = [f"loss {name}" for name, value in metrics.items() if not math.isfinite(value)]
                 if not broken and (save_due or eval_due or stopping):
-                    broken = [f"network {name}" for name in non_finite_networks(trainer)]
+                    networks = ((name, getattr(trainer, name).parameters()) for name in ("g", "d", "g_ema"))
+                    broken = [f"network {name}" for name, net in networks if not all(p.isfinite().all() for p in net)]
                 if broken:
                     n_rollbacks += 1
                     roll_back(trainer, batches, run, ", ".join(broken), settings.on_nan, n_rollbacks)
@@ -114,32 +109,25 @@ class Speed:
     """Images per second, share of time spent waiting for data, memory and time left, since the last reading."""
 
     def __init__(self, trainer: Trainer, total: int):
-        self.trainer, self.total = trainer, total
-        self.time, self.step, self.waited, self.measured = time.perf_counter(), trainer.n_steps, 0.0, False
-
-    def days_left(self) -> float:
-        """Days that the steps left will take, once, as soon as it can be told; else 0."""
-        seconds, step = time.perf_counter() - self.time, self.trainer.n_steps
-        if self.measured or seconds < MEASURE_SECONDS:
-            return 0
-        self.measured = True
-        return (self.total - step) * seconds / (step - self.step) / 86400
+        self.trainer, self.total, self.warned = trainer, total, False
+        self.time, self.step, self.waited = time.perf_counter(), trainer.n_steps, 0.0
 
     def read(self) -> dict:
         now, step, dist = time.perf_counter(), self.trainer.n_steps, self.trainer.dist
         seconds, steps, batch = now - self.time, max(1, step - self.step), self.trainer.settings.batch * dist.world_size
-        on_gpu = dist.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(dist.device) if on_gpu else peak_bytes()
-        values = {
+        waited, left, on_gpu = self.waited / seconds, (self.total - step) * seconds / steps, dist.device.type == "cuda"
+        self.time, self.step, self.waited = now, step, 0.0
+        if left > 86400 * LONG_DAYS and not self.warned:
+            self.warned, text = True, f"{self.total - step:,} steps are left, {left / 86400:,.0f} days at this speed"
+            StepBar.write(f"warning: {text}: a smaller --iter, --size or --batch", file=sys.stderr)
+        return {
             "images_per_s": round(steps * batch / seconds, 2),
             "s_per_kimg": round(1000 * seconds / (steps * batch), 2),
-            "data_wait": round(self.waited / seconds, 4),
-            "peak_memory_mb": memory >> 20,
+            "data_wait": round(waited, 4),
+            "peak_memory_mb": (torch.cuda.max_memory_allocated(dist.device) if on_gpu else peak_bytes()) >> 20,
             "kimg": round(step * batch / 1000, 3),
-            "eta_s": round((self.total - step) * seconds / steps),
+            "eta_s": round(left),
         }
-        self.time, self.step, self.waited = now, step, 0.0
-        return values
 
 
 def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepBar) -> None:
@@ -160,13 +148,14 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepB
     bar.report(step, f"{shown}, {speed['images_per_s']} img/s, data wait {wait}, left {left}")
 
 
-def report_start(trainer: Trainer, run: Run, continued: Path | None, n_images: int, total: int) -> None:
-    """A line on what is trained, and a warning per setting that is known to end badly."""
+def report_start(trainer: Trainer, folder: Path, continued: Path | None, n_images: int, total: int, note: str) -> None:
+    """A line on what is trained, `note`, and a warning per setting that is known to end badly."""
     config, settings, dist = trainer.config, trainer.settings, trainer.dist
-    origin, group = f"continuing {continued}" if continued else "a new run", settings.micro_batch or settings.batch
+    origin = f"continuing {continued}" if continued else "a new run"
     data = f"{config.space} at {config.size} px, {n_images} images, step {trainer.n_steps} of {total}"
     batches = f"batch {settings.batch} x {dist.world_size} on {dist.device}"
-    print(f"{run.folder}: {origin}, {data}, {batches}, minibatch deviation over {stddev_group(group)}")
+    print(f"{folder}: {origin}, {data}, {batches}, minibatch deviation over {stddev_group(settings.forward)}")
+    print(note, end="\n" if note else "")
     if (batch := settings.batch * dist.world_size) < 8 and settings.path_regularize:
         advice = "--path_regularize 0, or a larger --batch"
         print(f"warning: path length regularisation is unstable at {batch} images per step: {advice}", file=sys.stderr)
@@ -180,8 +169,9 @@ def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int,
     from metrics.flags import FeatureSettings
     from metrics.monitor import Monitor  # with torch-fidelity and SciPy: seconds, only where it is used
 
-    batch = trainer.settings.micro_batch or trainer.settings.batch
-    settings = FeatureSettings(extractor=extractor, n_sample=n, size=trainer.config.size, batch=batch)
+    settings = FeatureSettings(
+        extractor=extractor, n_sample=n, size=trainer.config.size, batch=trainer.settings.forward
+    )
     options = {"dist": trainer.dist, "start_step": trainer.n_steps, "header": trainer.header}
     return Monitor(run, path, metric, settings, **options).evaluate
 
@@ -189,10 +179,9 @@ def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int,
 @torch.no_grad()
 def save_samples(trainer: Trainer, run: Run, z: torch.Tensor) -> None:
     """Grid of the EMA generator on z [n, ...] with fixed noise maps; for W++ one figure of the attention maps."""
-    name, size = f"{trainer.n_steps:06d}.png", trainer.settings.micro_batch or trainer.settings.batch  # fits in memory
+    name, size = f"{trainer.n_steps:06d}.png", trainer.settings.forward  # fits in memory
     z, conditions, nrow = trainer.sample_inputs(z.to(trainer.dist.device))
-    conditions = itertools.repeat(None) if conditions is None else conditions.split(size)
-    chunks = zip(z.split(size), conditions, strict=False)
+    chunks = zip(z.split(size), itertools.repeat(None) if conditions is None else conditions.split(size), strict=False)
     images = [trainer.g_ema(zs, randomize_noise=False, condition=cs)[0].cpu() for zs, cs in chunks]
     save_grid(torch.cat(images), run.path("sample", name), nrow=nrow)
     if trainer.config.has_attention:
@@ -205,8 +194,7 @@ def save_and_prune(run: Run, state: dict, keep: int) -> None:
     newest = run.path("checkpoint", f"{state['step']:06d}.pt")
     save_checkpoint(newest, state)
     older = [path for path in newest.parent.glob("*.pt") if path.stem.isdecimal() and path != newest]
-    older.sort(key=lambda path: int(path.stem))
-    for path in older[: max(0, len(older) - keep + 1)] if keep else ():
+    for path in sorted(older, key=lambda path: int(path.stem))[: max(0, len(older) - keep + 1)] if keep else ():
         try:
             older_state = load_checkpoint(path)
         except CheckpointError as error:
@@ -215,12 +203,6 @@ def save_and_prune(run: Run, state: dict, keep: int) -> None:
         if "config" in older_state:  # else another program's file, put here to continue from: the user's to remove
             export_ema(older_state, path.with_suffix(".safetensors"))
             path.unlink()
-
-
-def non_finite_networks(trainer: Trainer) -> list[str]:
-    """Names of the networks that hold a NaN or an infinity; waits for the device."""
-    networks = {"g": trainer.g, "d": trainer.d, "g_ema": trainer.g_ema}
-    return [name for name, net in networks.items() if not all(torch.isfinite(p).all() for p in net.parameters())]
 
 
 def roll_back(trainer: Trainer, batches: BatchStream, run: Run, names: str, on_nan: str, count: int) -> None:
@@ -238,10 +220,9 @@ def roll_back(trainer: Trainer, batches: BatchStream, run: Run, names: str, on_n
 
 
 def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> None:
-    """Halve the micro-batch until every phase fits in memory (--micro_batch auto); leaves no trace in the state."""
-    images, ada = next(batches), trainer.ada.state_dict()
-    size = batch = trainer.settings.batch
-    while True:
+    """Lower the micro-batch until every phase fits in memory (--micro_batch auto); leaves no trace in the state."""
+    images, ada, batch = next(batches), trainer.ada.state_dict(), trainer.settings.batch
+    for size in (size for size in range(batch, 0, -1) if batch % size == 0):
         trainer.settings = replace(trainer.settings, micro_batch=size)
         try:
             for phase in trainer.phases:
@@ -250,14 +231,11 @@ def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> None:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if size == 1:
-                raise UserError("a single image does not fit in memory: lower --size or --channel_max") from None
-            size = max(s for s in range(1, size) if batch % s == 0)
             torch.cuda.empty_cache()
+    else:
+        raise UserError("a single image does not fit in memory: lower --size or --channel_max")
     smallest = min(gather_list(size))  # the draws of a step depend on the number of micro-batches, on every rank
     trainer.settings = replace(trainer.settings, micro_batch=smallest)
-    for optimiser in (trainer.g_optim, trainer.d_optim):
-        optimiser.zero_grad(set_to_none=True)
     trainer.ada.load_state_dict(ada, trainer.dist.is_main)
     trainer.next_path_mean.zero_()
     trainer.stats.sums.clear()

@@ -1,8 +1,5 @@
-"""Losses of adversarial training, as pure functions of logits, images and latents.
-
-The non-saturating logistic loss (Goodfellow et al. 2014, arXiv 1406.2661, section 3) with the R1 penalty and path
-length regularisation, both applied lazily by the trainer (Karras et al. 2020, arXiv 1912.04958, section 3.1).
-"""
+"""Losses of adversarial training, as pure functions: the non-saturating logistic loss (Goodfellow et al. 2014, arXiv
+1406.2661, section 3) with the R1 penalty and path length regularisation (Karras et al. 2020, arXiv 1912.04958)."""
 
 import math
 
@@ -26,6 +23,11 @@ def r1_penalty(real_logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """E |grad_x D(x)|^2 at real images [N, 3, S, S] (Mescheder et al. 2018, arXiv 1801.04406, equation 9)."""
     (grad,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
+
+
+def over_heads(loss, *logits: list[torch.Tensor]) -> torch.Tensor:
+    """Mean over the heads of the vision-aided discriminator of a loss of a discriminator's logits."""
+    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])
 
 
 def path_lengths(images: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:

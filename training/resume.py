@@ -1,19 +1,16 @@
-"""Start of a training: one read of the checkpoint it continues or of the weights it takes, and what follows from it.
-
-start = read_start("runs/faces", resume="auto")
-config = resolve_architecture({"size": 64}, start)  # also of a start without a file
-"""
+"""Start of a training: one read of the checkpoint it continues or of the weights it takes, and what follows from it."""
 
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors
-from common.cli import UsageError
+from common.cli import UsageError, UserError
 from common.generator_file import discriminator_file, infer_config, read_generator
 from common.runs import find_start
+from editing.attributes import DEFAULT_ATTRIBUTES, Condition
 from model import GeneratorConfig
-from training.settings import WIDTHS, TrainSettings
+from training.settings import ARCHITECTURE, WIDTHS
 from training.trainer import Trainer
 from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
 
@@ -33,6 +30,19 @@ class Start:
     def options(self) -> dict:
         """Flags of the run that wrote the file; {} for files of other programs."""
         return self.state.get("options") or {}
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """Condition of a run: a scorer by name, attributes of it, and the fingerprint that a continued run's must have."""
+
+    scorer: str
+    attributes: tuple[str, ...]
+    light: bool = False
+    fingerprint: str | None = None
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_start(exp_name: str | Path, *, resume: str | None = None, init_from: str | None = None) -> Start:
@@ -65,20 +75,13 @@ def read_weights(path: str | Path) -> Start:
         return read_checkpoint(path, continues=False)
     generator, config, metadata = read_generator(path)
     state = {"g_ema": generator, "condition": metadata.get("condition"), "options": {"noise": metadata.get("noise")}}
-    return Start(path, False, config, state | read_discriminator(path))
-
-
-def read_discriminator(path: Path) -> dict:
-    """`d`, `aux_d`, `vision_aided` from the file that convert.py wrote beside an exported generator; {} without."""
-    file = discriminator_file(path)
-    if not file.is_file():
-        return {}
-    tensors, metadata = load_safetensors(file)
-    state = {"vision_aided": rename_keys(metadata).get("vision_aided", "")}
-    for name, tensor in tensors.items():
-        network, _, name = name.partition(".")
-        state.setdefault(RENAMED.get(network, network), {})[name] = tensor.float()
-    return state
+    if (file := discriminator_file(path)).is_file():  # as convert.py wrote it
+        tensors, metadata = load_safetensors(file)
+        state["vision_aided"] = rename_keys(metadata).get("vision_aided", "")
+        for name, tensor in tensors.items():
+            network, _, name = name.partition(".")
+            state.setdefault(RENAMED.get(network, network), {})[name] = tensor.float()
+    return Start(path, False, config, state)
 
 
 def rename_keys(state: dict) -> dict:
@@ -87,6 +90,21 @@ def rename_keys(state: dict) -> dict:
     if isinstance(state.get("options"), dict):
         state["options"] = {RENAMED.get(name, name): value for name, value in state["options"].items()}
     return state
+
+
+# -- flags and the file -----------------------------------------------------------------------------------------------
+
+
+def resolve(flags: dict, start: Start) -> tuple[GeneratorConfig, ConditionSpec | None, dict]:
+    """Architecture, condition, and `flags` (None: not given) with all that the file decides filled in. --noise of a new
+    run: as given, else that of the weights' training, else random."""
+    config = resolve_architecture({name: flags[name] for name in ARCHITECTURE}, start)
+    spec = resolve_condition(flags["condition"], flags["attributes"], flags["light"], start)
+    options = flags | {name: getattr(config, name) for name in ARCHITECTURE} | {"light": bool(spec and spec.light)}
+    options |= {"condition": spec.scorer, "attributes": ",".join(spec.attributes)} if spec else {}
+    options["noise"] = keep("noise", flags["noise"], start.options.get("noise"), start) or "random"
+    stored = start.state.get("vision_aided", "") if start.continues else None
+    return config, spec, options | {"vision_aided": keep("vision_aided", flags["vision_aided"], stored, start) or ""}
 
 
 def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
@@ -102,27 +120,39 @@ def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
     return config
 
 
-def resolve_noise(given: str | None, start: Start) -> str:
-    """--noise of a continued run from its file; else as given, else that of the weights' training, else random."""
-    stored = start.options.get("noise")
-    if start.continues and stored:
-        require_kept("noise", given, stored, start)
-    return given or stored or TrainSettings.noise
-
-
-def resolve_vision_aided(given: str | None, start: Start) -> str:
-    """--vision_aided of a continued run from its file; else as given."""
-    stored = start.state.get("vision_aided", "") if start.continues else ""
-    if start.continues:
-        require_kept("vision_aided", given, stored, start)
+def keep(flag: str, given: str | None, stored: str | None, start: Start) -> str | None:
+    """`given`, else `stored`. Raises CheckpointError for a flag that a continued run cannot change."""
+    if start.continues and stored is not None and given not in (None, stored):
+        trained = f"{start.path} was trained with --{flag} {stored or '(none)'}, not {given or '(none)'}"
+        raise CheckpointError(f"{trained}: --init_from starts a new run from its weights")
     return given or stored
 
 
-def require_kept(flag: str, given: str | None, stored: str, start: Start) -> None:
-    """Raises CheckpointError for a flag that a continued run cannot change."""
-    if given not in (None, stored):
-        trained = f"{start.path} was trained with --{flag} {stored or '(none)'}, not {given or '(none)'}"
-        raise CheckpointError(f"{trained}: --init_from starts a new run from its weights")
+def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start):
+    """ConditionSpec of a run from the flags and the file; None: unconditional. Raises UsageError for flags that do not
+    fit together, UserError for those that do not fit the file."""
+    path, stored = start.path, None
+    if start.config is not None and start.config.condition_dim:
+        stored = Condition.from_dict(start.state.get("condition") or {}, path)
+    if light and path is None:
+        raise UsageError("--light trains what the condition adds to a trained generator: pass one as --init_from")
+    if start.continues and scorer and stored is None:
+        raise UserError(f"{path} is an unconditional run: --init_from starts a conditional one from its weights")
+    if start.continues and stored is not None:
+        if light and not stored.light:
+            raise UserError(f"{path} was trained without --light: --init_from starts a light run from its weights")
+        scorer, light = scorer or stored.scorer, stored.light
+    if not scorer:
+        if stored is not None:
+            raise UserError(f"{path} is a conditional generator: pass --condition SCORER to train it on")
+        if light or attributes:
+            raise UsageError("--light and --attributes are for a conditional GAN: pass --condition SCORER")
+        return None
+    names = tuple(name.strip() for name in attributes.split(",")) if attributes else None
+    if stored is not None and names not in (None, stored.attributes):
+        raise UserError(f"--attributes {attributes}, but {path} was trained for {','.join(stored.attributes)}")
+    names = names or (DEFAULT_ATTRIBUTES if stored is None else stored.attributes)
+    return ConditionSpec(scorer, names, bool(light), stored.scorer_fingerprint if start.continues else None)
 
 
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
@@ -138,19 +168,19 @@ def init_from(trainer: Trainer, start: Start) -> None:
     """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew. A smaller or
     narrower generator is grown, an unconditional one gets the condition that is trained (training/transfer.py). Raises
     CheckpointError for any other difference."""
-    state, config = start.state, start.config
-    weights = state if "g_ema" in state else {"g_ema": state}
-    generators = [name for name in ("g", "g_ema") if name in weights]
+    weights, config = start.state if "g_ema" in start.state else {"g_ema": start.state}, start.config
+    networks = {"g": trainer.g, "g_ema": trainer.g, "d": trainer.d}
+    networks = {name: network for name, network in networks.items() if name in weights}
     n = trainer.config.condition_dim
     if n and not config.condition_dim:
+        generators = [name for name in networks if name != "d"]
         weights = weights | {name: add_condition_columns(weights[name], config, n) for name in generators}
         config = replace(config, condition_dim=n)
     if can_grow(config, trainer.config):
-        grown = {name: grow_generator(weights[name], config, trainer.g) for name in generators}
-        weights = grown | ({"d": grow_discriminator(weights["d"], config, trainer.d)} if "d" in weights else {})
+        grow = {"g": grow_generator, "g_ema": grow_generator, "d": grow_discriminator}
+        weights = {name: grow[name](weights[name], config, network) for name, network in networks.items()}
     elif can_widen(config, trainer.config):
-        networks = {"g": trainer.g, "g_ema": trainer.g, "d": trainer.d}
-        weights = weights | {name: widen(weights[name], networks[name]) for name in networks if name in weights}
+        weights = weights | {name: widen(weights[name], network) for name, network in networks.items()}
     else:
         require_same_architecture(trainer.config, config, start.path)
     trainer.warm_start(weights, start.path)

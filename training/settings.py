@@ -1,6 +1,7 @@
 """Settings of a training, without torch. The fields that have a help text are flags of train.py."""
 
 import math
+import os
 from dataclasses import dataclass
 
 from common.cli import positive_int
@@ -46,8 +47,13 @@ class TrainSettings:
         require(self, "micro_batch", lambda n: n == 0 or (n > 0 and self.batch % n == 0), divides)
 
     @property
+    def forward(self) -> int:
+        """Images per forward pass."""
+        return self.micro_batch or self.batch
+
+    @property
     def n_micro(self) -> int:
-        return self.batch // self.micro_batch if self.micro_batch else 1
+        return self.batch // self.forward
 
 
 @dataclass(frozen=True)
@@ -80,18 +86,10 @@ class LoopSettings:
     on_nan: str = flag("stop", "at a loss that is not finite", choices=("stop", "rollback"))
 
 
-def cpu_preset(size: int, images_per_step: int, *, bf16: bool, warm: bool, vision_aided: str) -> dict:
-    """Flags of train.py for a short training on processors: narrow networks that cost the same at every resolution, no
-    noise, R1 by stylegan2-ada's rule, augmentation that reacts within 60,000 images, a discriminator on trained
-    features (docs/training.md says what each of them brought). warm: the run starts from trained weights."""
-    widths = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
-    return widths | {
-        "precision": "bf16" if bf16 else "fp32",
-        "lr": 0.0025 if warm else 0.006,
-        "r1": round(0.0002 * size**2 / images_per_step, 3),
-        "g_reg_every": 8,
-        "augment": True,
-        "ada_length": 60_000,
-        "vision_aided": vision_aided,
-        "noise": "none",
-    }
+def cpu_preset(size: int, batch: int, *, bf16: bool, warm: bool, vision_aided: str) -> dict:
+    """Flags for a short training on processors (docs/training.md says what each brings). warm: from trained weights."""
+    images_per_step = batch * int(os.environ.get("WORLD_SIZE", 1))
+    chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
+    chosen |= {"precision": "bf16" if bf16 else "fp32", "lr": 0.0025 if warm else 0.006}
+    chosen |= {"r1": round(0.0002 * size**2 / images_per_step, 3), "g_reg_every": 8}  # r1: stylegan2-ada's rule
+    return chosen | {"augment": True, "ada_length": 60_000, "vision_aided": vision_aided, "noise": "none"}

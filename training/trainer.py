@@ -2,13 +2,8 @@
 
 A step runs up to four phases: D, every 16 steps R1, G, every 4 steps path length. The regularisers are computed in
 float32, their weight makes up for the steps between (Karras et al. 2020, arXiv 1912.04958, section 3.1, appendix B).
-
-Every random number of a step is drawn from (seed, step, phase, micro-batch): nothing about random state needs saving,
-a resumed run repeats the uninterrupted one, and R processes draw what one process draws over R micro-batches.
-
-    trainer = Trainer(GeneratorConfig(64), TrainSettings(batch=16), dist)
-    trainer.step(images)  # uint8 [16, 3, 64, 64]
-"""
+Every random number of a step is drawn from (seed, step, phase, micro-batch), so that no random state is saved, and R
+processes draw what one process draws over R micro-batches."""
 
 import copy
 import math
@@ -24,24 +19,24 @@ from common.distributed import Distributed, Stats, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
 from dataset import mirror, normalise
 from model import Discriminator, Generator, GeneratorConfig
+from training import losses
 from training.augment import AdaptiveAugment
-from training.losses import d_logistic_loss, g_nonsaturating_loss, path_lengths, path_penalty, r1_penalty
 from training.settings import TrainSettings
-from training.vision_aided import build_aux_discriminator, over_heads
+from training.vision_aided import build_aux_discriminator
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: rosinality's constant
 EMA_RAMP = 0.05  # of the images seen so far: the longest half-life under --ema_images (stylegan2-ada-pytorch)
+STATES = ("g", "d", "g_ema", "g_optim", "d_optim")  # entries that a checkpoint must have to be continued
 PHASES = ("d", "r1", "g", "path")  # the position is part of every seed
 WEIGHT_STREAM = 0x77656967
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One update within a step: the gradient of gain * loss moves `networks`, every so many steps."""
+    """One update within a step: the gradient of gain * loss moves what `optimiser` holds, every so many steps."""
 
     name: str
     loss: Callable[[torch.Tensor], torch.Tensor]  # real images [N, 3, S, S] in [-1, 1] -> scalar
-    networks: tuple[nn.Module, ...]
     optimiser: torch.optim.Optimizer
     every: int = 1
     gain: float = 1.0
@@ -66,18 +61,18 @@ class Trainer:
         self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, device=device)
         self.augment = self.ada if settings.augment else nn.Identity()
 
-        d_networks = (self.d,) if self.aux_d is None else (self.d, self.aux_d)
-        self.g_optim = build_adam((self.g,), settings.lr, settings.g_reg_every)
-        self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, settings.d_reg_every)
         d_every, g_every = settings.d_reg_every, settings.g_reg_every
+        self.g_optim = build_adam([self.g], settings.lr, g_every)
+        d_networks = [self.d] if self.aux_d is None else [self.d, self.aux_d]
+        self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, d_every)
         phases = (
-            Phase("d", self.d_loss, d_networks, self.d_optim),
-            Phase("r1", self.r1_loss, d_networks, self.d_optim, d_every, settings.r1 / 2 * d_every),
-            Phase("g", self.g_loss, (self.g,), self.g_optim),
-            Phase("path", self.path_loss, (self.g,), self.g_optim, g_every, settings.path_regularize * g_every),
+            Phase("d", self.d_loss, self.d_optim),
+            Phase("r1", self.r1_loss, self.d_optim, d_every, settings.r1 / 2 * d_every),
+            Phase("g", self.g_loss, self.g_optim),
+            Phase("path", self.path_loss, self.g_optim, g_every, settings.path_regularize * g_every),
         )
         self.phases = [phase for phase in phases if phase.gain]
-        self.frozen = noise_strengths(self.g) if settings.noise == "none" else []  # parameters of g never trained
+        self.frozen = set(noise_strengths(self.g) if settings.noise == "none" else ())  # parameters never trained
 
         self.n_steps = 0
         self.warm = False  # started from trained weights (--init_from)
@@ -95,8 +90,8 @@ class Trainer:
                 self.run_phase(phase, images)
                 if phase.name == "path":
                     all_reduce_mean([self.next_path_mean])
-                    self.mean_path_length.copy_(self.next_path_mean)
-                    self.next_path_mean.zero_()
+                    self.mean_path_length = self.next_path_mean
+                    self.next_path_mean = torch.zeros_like(self.mean_path_length)
         if self.settings.augment:
             self.ada.update()
         update_average(self.g_ema, self.g, self.ema_decay)
@@ -115,11 +110,9 @@ class Trainer:
 
     def run_phase(self, phase: Phase, images: torch.Tensor, *, update: bool = True) -> None:
         """Accumulate the gradients of one phase over the micro-batches; average them over ranks, update the weights."""
-        for network in (self.g, self.d, self.aux_d):
-            if network is not None:
-                network.requires_grad_(network in phase.networks)
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
+        for optimiser in (self.g_optim, self.d_optim):
+            for parameter in optimiser.param_groups[0]["params"]:
+                parameter.requires_grad_(optimiser is phase.optimiser and parameter not in self.frozen)
 
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
@@ -129,18 +122,13 @@ class Trainer:
             (loss * (phase.gain / n_micro)).backward()
 
         if update:
-            parameters = (p for group in phase.optimiser.param_groups for p in group["params"])
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradients = [p.grad for p in phase.optimiser.param_groups[0]["params"] if p.grad is not None]
             all_reduce_mean(gradients)
             if self.dtype == torch.float16:  # overflow in one image must not end the run (as in stylegan2-ada-pytorch)
                 for gradient in gradients:
                     gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
             phase.optimiser.step()
         phase.optimiser.zero_grad(set_to_none=True)
-
-    def draw_condition(self, n: int) -> torch.Tensor | None:
-        """Conditions [n, d] of a conditional generator."""
-        return None
 
     def generate(self, n: int, dtype: torch.dtype, condition=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [n, 3, S, S] and ws [n, L, C] of fresh z, under `condition` [n, d] or a fresh one."""
@@ -149,50 +137,55 @@ class Trainer:
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
     def d_loss(self, real: torch.Tensor) -> torch.Tensor:
-        """Discriminator's loss on real images and as many generated ones."""
         with torch.no_grad():
             fake, _ = self.generate(len(real), self.dtype)
         real_logits = self.d(self.augment(real), dtype=self.dtype)  # [N, 1]
         fake_logits = self.d(self.augment(fake), dtype=self.dtype)
         if self.settings.augment:
             self.ada.accumulate(real_logits)
-        loss = d_logistic_loss(real_logits, fake_logits)
+        loss = losses.d_logistic_loss(real_logits, fake_logits)
         self.stats.report(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
-        return self.add_aux_loss("aux_d", loss, d_logistic_loss, real, fake)
+        return loss + self.aux_loss("aux_d", losses.d_logistic_loss, real, fake)
 
     def r1_loss(self, real: torch.Tensor) -> torch.Tensor:
         real = real.requires_grad_()
-        penalty = r1_penalty(self.d(self.augment(real), dtype=torch.float32), real)
+        penalty = losses.r1_penalty(self.d(self.augment(real), dtype=torch.float32), real)
         self.stats.report(r1=penalty)
         return penalty
 
     def g_loss(self, real: torch.Tensor) -> torch.Tensor:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
-        loss = g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
+        loss = losses.g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
         self.stats.report(g=loss)
-        return self.add_aux_loss("aux_g", loss, g_nonsaturating_loss, fake) + self.condition_loss(fake, condition)
-
-    def add_aux_loss(self, name: str, loss: torch.Tensor, criterion, *images: torch.Tensor) -> torch.Tensor:
-        """`loss` plus the mean of `criterion` over the heads of the vision-aided discriminator, if there is one."""
-        if self.aux_d is None:
-            return loss
-        aux_loss = over_heads(criterion, *(self.aux_d(batch, self.dtype) for batch in images))
-        self.stats.report(**{name: aux_loss})
-        return loss + self.settings.vision_aided_weight * aux_loss
-
-    def condition_loss(self, fake: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor | float:
-        """Weighted loss of generated images under their conditions."""
-        return 0.0
+        return loss + self.aux_loss("aux_g", losses.g_nonsaturating_loss, fake) + self.condition_loss(fake, condition)
 
     def path_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""
         fake, ws = self.generate(max(1, len(real) // self.settings.path_batch_shrink), torch.float32)
-        lengths = path_lengths(fake, ws)  # [n]
-        penalty, mean = path_penalty(lengths, self.mean_path_length)
+        lengths = losses.path_lengths(fake, ws)  # [n]
+        penalty, mean = losses.path_penalty(lengths, self.mean_path_length)
         self.next_path_mean += mean / self.settings.n_micro
         self.stats.report(path=penalty, path_length=lengths.mean())
         return penalty
+
+    def aux_loss(self, name: str, criterion, *images: torch.Tensor) -> torch.Tensor | float:
+        """Weighted mean of `criterion` over the heads of the vision-aided discriminator, if there is one."""
+        if self.aux_d is None:
+            return 0.0
+        loss = losses.over_heads(criterion, *(self.aux_d(batch, self.dtype) for batch in images))
+        self.stats.report(**{name: loss})
+        return self.settings.vision_aided_weight * loss
+
+    # Of a conditional generator (training/conditional.py)
+
+    def draw_condition(self, n: int) -> torch.Tensor | None:
+        """Conditions [n, d] of n images."""
+        return None
+
+    def condition_loss(self, fake: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor | float:
+        """Weighted loss of generated images under their conditions."""
+        return 0.0
 
     def sample_inputs(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """Inputs of a sample grid, from z [n, ...]: z, conditions or None, images per row."""
@@ -202,8 +195,7 @@ class Trainer:
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
-        networks = {"g": self.g, "d": self.d, "g_ema": self.g_ema, "g_optim": self.g_optim, "d_optim": self.d_optim}
-        state = {name: network.state_dict() for name, network in networks.items()}
+        state = {name: getattr(self, name).state_dict() for name in STATES}
         if self.aux_d is not None:
             state |= {"aux_d": self.aux_d.state_dict(), "vision_aided": self.settings.vision_aided}
         return state | {
@@ -217,14 +209,13 @@ class Trainer:
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
         """Continue from state_dict(), or from a rosinality or TransStyleGAN checkpoint, which lacks config and step.
-        Learning rates and betas stay those of the settings. Raises CheckpointError naming `source`."""
-        missing = [name for name in ("g", "d", "g_ema", "g_optim", "d_optim") if name not in state]
-        if missing:
+        Raises CheckpointError naming `source`."""
+        if missing := [name for name in STATES if name not in state]:
             hint = "--init_from starts a new run from its weights"
             raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; {hint}")
         self.load_weights(state, source)
-        for name, optimiser in (("g_optim", self.g_optim), ("d_optim", self.d_optim)):
-            load_optimiser(optimiser, state[name], f"{source}: {name}")
+        load_optimiser(self.g_optim, state["g_optim"], f"{source}: g_optim")
+        load_optimiser(self.d_optim, state["d_optim"], f"{source}: d_optim")
         self.n_steps, self.rng_offset = int(state.get("step", 0)), int(state.get("rng_offset", 0))
         self.warm = bool(state.get("warm"))
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
@@ -236,16 +227,14 @@ class Trainer:
     def load_weights(self, state: dict, source) -> None:
         """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""
         average = state.get("g_ema", state)
-        for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average), (self.d, state.get("d"))):
-            if isinstance(network, Generator):
-                weights = {"token": network.token, **weights}  # rosinality's files have none
-            if weights is not None:
-                load_strictly(network, weights, source)
+        for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average)):
+            load_strictly(network, {"token": network.token, **weights}, source)  # rosinality's files have no token
+            if self.settings.noise == "none":
+                torch._foreach_zero_([strength.data for strength in noise_strengths(network)])
+        if "d" in state:
+            load_strictly(self.d, state["d"], source)
         if self.aux_d is not None and state.get("vision_aided") == self.settings.vision_aided:
             load_strictly(self.aux_d, state["aux_d"], source)
-        if self.settings.noise == "none":
-            for network in (self.g, self.g_ema):
-                torch._foreach_zero_([strength.data for strength in noise_strengths(network)])
 
     def warm_start(self, weights: dict, source) -> None:
         """Begin a new run with these weights (--init_from)."""
@@ -253,7 +242,7 @@ class Trainer:
         self.warm = True
 
 
-def build_adam(networks: tuple[nn.Module, ...], lr: float, reg_every: int) -> torch.optim.Adam:
+def build_adam(networks: list[nn.Module], lr: float, reg_every: int) -> torch.optim.Adam:
     """Adam corrected for lazy regularisation (arXiv 1912.04958, appendix B)."""
     parameters = [parameter for network in networks for parameter in network.parameters()]
     ratio = reg_every / (reg_every + 1)
@@ -263,17 +252,17 @@ def build_adam(networks: tuple[nn.Module, ...], lr: float, reg_every: int) -> to
 
 def load_optimiser(optimiser: torch.optim.Adam, state: dict, source: str) -> None:
     """Load Adam's moments; its settings stay. Raises CheckpointError where the shapes differ."""
-    kept = [{name: group[name] for name in ("lr", "betas", "fused")} for group in optimiser.param_groups]
+    groups, parameters = optimiser.state_dict()["param_groups"], optimiser.param_groups[0]["params"]
     try:
-        optimiser.load_state_dict(state)
-        for parameter, moments in optimiser.state.items():  # Adam does not look at shapes
+        if (found := len(state["param_groups"][0]["params"])) != len(parameters):
+            raise ValueError(f"moments of {found} tensors for {len(parameters)}")
+        for i, moments in state["state"].items():  # Adam does not look at shapes
             shapes = [list(moments[name].shape) for name in ("exp_avg", "exp_avg_sq")]
-            if shapes != [list(parameter.shape)] * 2:
-                raise ValueError(f"moments {shapes[0]} for {list(parameter.shape)}")
+            if shapes != [list(parameters[i].shape)] * 2:
+                raise ValueError(f"moments {shapes[0]} for {list(parameters[i].shape)}")
+        optimiser.load_state_dict({"state": state["state"], "param_groups": groups})
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{source} belongs to another network ({error})") from None
-    for group, settings in zip(optimiser.param_groups, kept, strict=True):
-        group.update(settings, foreach=None)
 
 
 @torch.no_grad()
@@ -290,13 +279,13 @@ def noise_strengths(generator: Generator) -> list[nn.Parameter]:
 def draw_ws(g: Generator, n: int, mixing: float) -> torch.Tensor:
     """ws [n, L, C] of fresh z; in W with style mixing (Karras et al. 2019, arXiv 1812.04948, section 3.1). Both z of a
     mixture are mapped whether or not they are mixed: no host sync, the same shapes in every step."""
-    config, device = g.config, next(g.parameters()).device
+    device, n_tokens = g.token.device, g.config.n_tokens
     z = torch.randn(n, *g.draw_z(0).shape[1:], device=device)
     ws = g.get_latent(z)  # [n, L, C]
-    if not config.w_space or not mixing:
+    if not g.config.w_space or not mixing:
         return ws
     second = g.get_latent(torch.randn_like(z))
     mixed = torch.rand((), device=device) < mixing
-    crossover = torch.randint(1, config.n_tokens, (), device=device)
-    first_layers = torch.where(mixed, crossover, config.n_tokens)  # those of the first z
-    return torch.where(torch.arange(config.n_tokens, device=device)[:, None] < first_layers, ws, second)
+    crossover = torch.randint(1, n_tokens, (), device=device)
+    first_layers = torch.where(mixed, crossover, n_tokens)  # those of the first z
+    return torch.where(torch.arange(n_tokens, device=device)[:, None] < first_layers, ws, second)

@@ -1,9 +1,9 @@
 """Weights of a small or unconditional model for a larger or conditional one: cheap coarse training first.
 
-The image of a grown generator starts as the smaller one's, enlarged: the layers of the new resolutions are fresh, and
-their contribution (ToRGB) starts at zero. The discriminator's new blocks start as a plain reduction to the smaller
-image. The idea is progressive growing (Karras et al. 2018, arXiv 1710.10196) without its fade-in, which skip
-connections to RGB make unnecessary (arXiv 1912.04958, section 4.1).
+A grown generator's image starts as the smaller one's, enlarged: new layers are fresh, their ToRGB is zero. The
+discriminator's new blocks start as a plain reduction. This is progressive growing (Karras et al. 2018, arXiv
+1710.10196) without its fade-in, which skip connections to RGB make unnecessary (arXiv 1912.04958, section 4.1). A layer
+that gets more inputs keeps its output: its weights make up for the equalised scale 1/sqrt(inputs).
 """
 
 import math
@@ -25,19 +25,16 @@ def can_grow(small: GeneratorConfig, large: GeneratorConfig) -> bool:
 def grow_generator(state: dict, small: GeneratorConfig, generator: Generator) -> dict:
     """A state dict for the larger `generator` that holds the smaller one's weights; see can_grow."""
     grown = {name: tensor.clone() for name, tensor in generator.state_dict().items()}
-    n_old, n_new = small.n_tokens, generator.config.n_tokens
     for name, tensor in state.items():
+        target = grown[name]
         if name == "token":
             continue
-        if tensor.shape == grown[name].shape:
-            grown[name].copy_(tensor)
+        if tensor.shape == target.shape:
+            target.copy_(tensor)
         elif small.independent:  # an MLP per token: those of the new tokens start as the last one's
-            grown[name].copy_(torch.cat((tensor, tensor[-1:].expand_as(grown[name][n_old:]))))
-        else:
-            # First transformer block: in_dim = style_dim + tokens. New one-hot columns start at zero, and the
-            # equalised scale 1/sqrt(in_dim) is made up for.
-            in_old, in_new = small.style_dim + n_old, small.style_dim + n_new
-            grown[name].zero_()[:, :in_old] = tensor * math.sqrt(in_new / in_old)
+            target.copy_(torch.cat((tensor, tensor[-1:].expand_as(target[len(tensor) :]))))
+        else:  # first transformer block: the columns of the new one-hot tokens start at zero
+            target.zero_()[:, : tensor.shape[1]] = tensor * math.sqrt(target.shape[1] / tensor.shape[1])
     for i in range(len(generator.to_rgbs)):
         if 2 ** (i + 3) > small.size:
             grown[f"to_rgbs.{i}.conv.weight"].zero_()
@@ -51,15 +48,13 @@ def grow_discriminator(state: dict, small: GeneratorConfig, discriminator: Discr
     grown = {name: tensor.clone() for name, tensor in discriminator.state_dict().items()}
     added = int(math.log2(discriminator.config.size // small.size))
     for name, tensor in state.items():
-        parts = name.split(".")
-        if parts[0] == "convs" and parts[1] != "0":
-            parts[1] = str(int(parts[1]) + added)
-        if parts[:2] != ["convs", "0"]:
-            grown[".".join(parts)].copy_(tensor)
-    old_rgb, old_bias = state["convs.0.0.weight"], state["convs.0.1.bias"]
-    width = min(old_rgb.shape[0], grown["convs.0.0.weight"].shape[0])
-    grown["convs.0.0.weight"][:width].copy_(old_rgb[:width])
-    grown["convs.0.1.bias"][:width].copy_(old_bias[:width])
+        if name.startswith("convs.0."):  # from RGB: as many maps as both have
+            grown[name][: len(tensor)] = tensor[: len(grown[name])]
+        elif name.startswith("convs."):
+            _, block, rest = name.split(".", 2)
+            grown[f"convs.{int(block) + added}.{rest}"].copy_(tensor)
+        else:
+            grown[name].copy_(tensor)
     for block in range(1, added + 1):
         skip = grown[f"convs.{block}.skip.1.weight"]  # [out, in, 1, 1]; runtime gain 1/sqrt(2 * in)
         grown[f"convs.{block}.conv2.1.weight"].mul_(0.1)
@@ -78,16 +73,16 @@ def can_widen(narrow: GeneratorConfig, wide: GeneratorConfig) -> bool:
 @torch.no_grad()
 def widen(state: dict, network: Generator | Discriminator) -> dict:
     """A state dict for the wider `network` that computes what the narrower one of `state` does. New feature maps start
-    at random, and the weights by which old maps read them at zero, with a gradient. The equalised scale 1/sqrt(inputs)
-    is made up for. (Net2WiderNet, arXiv 1511.05641, splits maps instead: copies of one map would stay alike without
-    noise.) Only D's minibatch statistic, a mean over all maps, changes a little."""
+    at random, and the weights by which old maps read them at zero, with a gradient. (Net2WiderNet, arXiv 1511.05641,
+    splits maps instead: copies of one map would stay alike without noise.) Only D's minibatch statistic, a mean over
+    all maps, changes a little."""
     widened = {}
     for name, fresh in network.state_dict().items():
         old, new = fresh if name == "token" else state[name], fresh.clone()  # rosinality's files have no token
+        widened[name] = new
         if old.shape == new.shape:
-            widened[name] = new.copy_(old)
-            continue
-        if is_modulation(name) or name == "input.input" or not name.endswith("weight"):
+            new.copy_(old)
+        elif is_modulation(name) or name == "input.input" or not name.endswith("weight"):
             new[tuple(slice(n) for n in old.shape)] = old  # one number, kernel or style per map
         else:
             old, target = (old[0], new[0]) if old.ndim == 5 else (old, new)  # [out, in, ...]
@@ -97,13 +92,12 @@ def widen(state: dict, network: Generator | Discriminator) -> dict:
                 target[: old.shape[0], -1] = scaled[:, -1]
                 scaled = scaled[:, :-1]
             target[: scaled.shape[0], : scaled.shape[1]] = scaled
-        widened[name] = new
     return widened
 
 
 def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
     """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation. The
-    equalised scale 1/sqrt(inputs) is made up for: the images stay the same up to rounding, whatever the condition."""
+    images stay the same up to rounding, whatever the condition."""
     gain = math.sqrt((config.style_dim + n) / config.style_dim)
     return {k: F.pad(tensor.float() * gain, (0, n)) if is_modulation(k) else tensor for k, tensor in state.items()}
 

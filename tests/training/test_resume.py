@@ -8,11 +8,20 @@ from common.checkpoint import CheckpointError, save_checkpoint
 from common.cli import UsageError, UserError
 from editing.attributes import Condition
 from model import GeneratorConfig
-from training.conditional import ConditionSpec, resolve_condition
-from training.resume import Start, read_start, read_weights, resolve_architecture, resolve_noise
+from training.resume import (
+    ConditionSpec,
+    Start,
+    read_start,
+    read_weights,
+    resolve,
+    resolve_architecture,
+    resolve_condition,
+)
+from training.settings import ARCHITECTURE
 
 PLAIN = GeneratorConfig(16, 32, 2, channel_max=8)
 CONDITIONAL = GeneratorConfig(16, 32, 2, channel_max=8, condition_dim=2)
+FLAGS = dict.fromkeys((*ARCHITECTURE, "condition", "attributes", "light", "noise", "vision_aided"))
 STORED = Condition(("smile", "age"), ("probability", "years"), (0.5, 0.4), "/x/scorer", "f1")
 
 
@@ -62,9 +71,9 @@ def test_architecture(given, of, result):
 def test_noise(given, of, result):
     if len(result) > 6:
         with pytest.raises(CheckpointError, match=result):
-            resolve_noise(given, of)
+            resolve(FLAGS | {"noise": given}, of)
     else:
-        assert resolve_noise(given, of) == result
+        assert resolve(FLAGS | {"noise": given}, of)[2]["noise"] == result
 
 
 @pytest.mark.parametrize(

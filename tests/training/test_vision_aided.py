@@ -11,10 +11,11 @@ import train
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.cli import run
 from perceptual.lpips import build_perceptual
-from training.losses import d_logistic_loss, g_nonsaturating_loss
-from training.resume import read_checkpoint, resolve_vision_aided
+from training.losses import d_logistic_loss, g_nonsaturating_loss, over_heads
+from training.resume import read_checkpoint, resolve
+from training.settings import ARCHITECTURE
 from training.trainer import TrainSettings
-from training.vision_aided import LARGEST_MAP, VisionAidedDiscriminator, over_heads
+from training.vision_aided import LARGEST_MAP, VisionAidedDiscriminator
 
 FEATURES = "scorer:face-scorer"  # bundled, so that nothing is missing offline
 
@@ -106,9 +107,10 @@ def test_a_continued_run_keeps_its_networks_features(tiny_config, tmp_path):
     save_checkpoint(tmp_path / "5.pt", old)
     start = read_checkpoint(tmp_path / "5.pt")
     assert start.options == {"vision_aided": FEATURES, "vision_aided_weight": 2}
-    assert resolve_vision_aided(None, start) == resolve_vision_aided(FEATURES, start) == FEATURES
+    flags = dict.fromkeys((*ARCHITECTURE, "condition", "attributes", "light", "noise", "vision_aided"))
+    assert all(resolve(flags | {"vision_aided": n}, start)[2]["vision_aided"] == FEATURES for n in (None, FEATURES))
     with pytest.raises(CheckpointError, match=r"5.pt was trained with --vision_aided scorer:face-scorer, not squeeze"):
-        resolve_vision_aided("squeeze", start)
+        resolve(flags | {"vision_aided": "squeeze"}, start)
     again = make_trainer(tiny_config, vision_aided=FEATURES, seed=1)
     again.load_state_dict(start.state)
     assert again.rng_offset == 3

@@ -18,26 +18,17 @@ from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import run
 from common.distributed import Distributed
 from common.runs import read_log
-from editing.attributes import (
-    Condition,
-    ConditionError,
-    ConditionScorer,
-    attribute_error,
-    draw_requests,
-    jitter,
-    read_condition,
-    sample_requests,
-    score_dataset,
-)
+from editing.attributes import Condition, ConditionError, ConditionScorer, read_condition
 from model import Generator, GeneratorConfig, load_generator
 from scorer.labels import Attribute
+from training.conditional import attribute_error, draw_targets, jitter, score_dataset
 from training.settings import ConditionSettings
 from training.transfer import add_condition_columns, is_modulation
 
 # -- numbers of faces, targets, the loss ---------------------------------------------------------------------------
 
 
-def test_attributes_are_numbers_from_0_to_1(reader):
+def test_attributes_are_numbers_from_0_to_1(reader, monkeypatch):
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     scores = ColourScorer()(images)
     read = ConditionScorer(ColourScorer(), ["age", "smile"])(images)
@@ -49,19 +40,17 @@ def test_attributes_are_numbers_from_0_to_1(reader):
         ConditionScorer(ColourScorer(), ["beard"])
     with pytest.raises(ConditionError, match="different names"):
         ConditionScorer(ColourScorer(), ["smile", "smile"])
-    assert torch.allclose(
-        score_dataset(reader, list(random_images(9)), "cpu", n=4),
-        reader.read(random_images(9)[[0, 3, 5, 8]] / 127.5 - 1),
-        atol=1e-6,
-    )
+    monkeypatch.setattr("training.conditional.TABLE", 4)
+    expected = reader.read(random_images(9)[[0, 3, 5, 8]] / 127.5 - 1)
+    assert torch.allclose(score_dataset(reader, list(random_images(9)), "cpu"), expected, atol=1e-6)
 
 
 def test_targets_are_those_of_real_faces():
     table = torch.arange(20.0)[:, None] + torch.tensor([[0.0, 100.0, 200.0]])
     torch.manual_seed(0)
-    whole = draw_requests(table, 400, permute=0)
+    whole = draw_targets(table, 400, permute=0)
     assert (whole[:, 1] - whole[:, 0] == 100).all() and len(whole[:, 0].unique()) == 20
-    mixed = draw_requests(table, 400, permute=0.5)
+    mixed = draw_targets(table, 400, permute=0.5)
     together = ((mixed[:, 1] - mixed[:, 0]) == 100).float().mean()
     assert 0.2 < together < 0.4, "both of one face: (1/2)^2, and by chance"
     assert all(set(column.tolist()) <= set(values.tolist()) for column, values in zip(mixed.T, table.T, strict=True))
@@ -280,8 +269,14 @@ def test_what_a_condition_can_be_asked_for():
         Condition.from_dict(condition.to_dict() | {"gain": 4.0}, "x")
     with pytest.raises(ConditionError, match="unknown here"):
         Condition.from_dict({"attributes": ["smile"]}, "x")
-    rows = sample_requests(torch.tensor([0.3, 0.6]))
-    assert torch.allclose(rows, torch.tensor([[0.3, 0.6], [0, 0.6], [1, 0.6], [0.3, 0], [0.3, 1]]))
+
+
+def test_a_sample_grid_shows_each_attribute_at_its_ends(reader):
+    trainer = make_trainer(reader, table=torch.tensor([[0.2, 0.5], [0.4, 0.7]]))
+    z, conditions, n_row = trainer.sample_inputs(trainer.g.draw_z(12))
+    row = torch.tensor([[0.3, 0.6], [0, 0.6], [1, 0.6], [0.3, 0], [0.3, 1]])
+    assert n_row == 5 and torch.allclose(conditions, row.repeat(2, 1))
+    assert torch.equal(z[0], z[4]) and not torch.equal(z[4], z[5]), "one face per row"
 
 
 def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):

@@ -1,0 +1,204 @@
+"""train.py stopped and resumed: the published command on several processes, exact resume after SIGKILL, a full disk,
+SIGTERM, and what a run leaves behind. Networks are tiny; the code is that of 256 px on 8 GPUs."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+
+import torch
+from PIL import Image
+from train_runs import (
+    ENDS_WITHIN,
+    EVENTFUL,
+    assert_same_training_state,
+    checkpoint,
+    command,
+    end,
+    error_line,
+    good,
+    start,
+)
+
+from common.checkpoint import load_checkpoint, load_safetensors
+from common.runs import read_log
+from model import load_generator
+from training.trainer import Trainer
+
+# -- the published command, two processes --------------------------------------------------------------------------
+
+
+def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_path):
+    """`torch.distributed.launch` as the original's README has it, on faces; half of it again under torchrun."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    small = [*tiny_flags, *"--device cpu --iter 4 --save_every 2 --log_every 1 --keep 0 --workers 1 --augment".split()]
+    small += ["--sample_every", "2"]
+    published = [
+        "train.py",
+        "--path",
+        face_lmdb,
+        "--exp_name",
+        tmp_path / "launched",
+        "--batch",
+        "8",
+        "--n_sample",
+        "64",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"]
+    ending = good(end(start([*launch, *published, *small], root, env={"PET_MASTER_PORT": str(port)})))
+    assert "batch 8 x 2" in ending.out and ending.out.count("a new run") == 1, "one process speaks"
+    folder = tmp_path / "launched"
+    assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == ["000000.pt", "000002.pt", "000004.pt"]
+    assert checkpoint(folder, 4)["sampler"]["position"] == 4 * 8 * 2
+    assert sorted(p.name for p in (folder / "sample").iterdir()) == ["000000.png", "000002.png", "000004.png"]
+    with Image.open(folder / "sample" / "000004.png") as grid:
+        assert min(grid.size) >= 8 * 16, "64 images"
+
+    half = tmp_path / "half" / "checkpoint"
+    half.mkdir(parents=True)
+    shutil.copy(folder / "checkpoint" / "000002.pt", half)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    again = [tmp_path / "half" if part == folder else part for part in published]
+    good(end(start([*torchrun, *again, *small, "--resume", "auto"], root)))
+    assert_same_training_state(folder / "checkpoint" / "000004.pt", half / "000004.pt")
+
+
+def test_resume_after_sigkill_is_exact(straight, face_lmdb, tiny_flags, root, tmp_path):
+    """20 steps = 10 + SIGKILL in the middle of the next + --resume auto + 10."""
+    folder = tmp_path / "killed"
+    process = start(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)
+    deadline = time.monotonic() + 1200
+    while not (folder / "checkpoint" / "000010.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    time.sleep(0.05)  # into a step
+    process.kill()
+    assert end(process).status == -signal.SIGKILL
+    found = sorted(p.name for p in (folder / "checkpoint").glob("*.pt"))
+    assert found[-1] == "000010.pt", "killed too late to test anything"
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 11, "gro')  # a line torn by the crash
+
+    ending = good(end(start(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)))
+    assert "continuing" in ending.out and "step 10 of 20" in ending.out
+    assert_same_training_state(straight / "checkpoint" / "000020.pt", folder / "checkpoint" / "000020.pt")
+    timeless = [
+        [line | {"time": None} for line in read_log(home / "log.jsonl") if line["group"] != "Speed"]
+        for home in (straight, folder)
+    ]
+    assert timeless[0] == timeless[1], "every step once, with the same numbers"
+    for kind in ("sample", "similarity"):
+        assert (straight / kind / "000020.png").read_bytes() == (folder / kind / "000020.png").read_bytes()
+    names = [sorted(p.name for p in (home / "checkpoint").iterdir()) for home in (straight, folder)]
+    assert names[0] == names[1]
+
+
+def test_run_folder(straight):
+    """options.json, log.jsonl, sample/, similarity/, checkpoint/, tensorboard_log/."""
+    names = {"options.json", "log.jsonl", "sample", "similarity", "checkpoint", "tensorboard_log"}
+    assert {p.name for p in straight.iterdir()} == names
+    options = json.loads((straight / "options.json").read_text(encoding="utf-8"))
+    assert options["options"]["exp_name"] == "run ü/deep" and options["options"]["size"] == 16
+    assert options["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert "train.py" in " ".join(options["command"]) and options["world_size"] == 1
+
+    log = read_log(straight / "log.jsonl")
+    by_group = {}
+    for line in log:
+        by_group.setdefault(line["group"], []).append(line)
+    assert [line["step"] for line in by_group["Loss"]] == list(range(1, 21))
+    assert {"d", "g"} <= by_group["Loss"][1].keys() and "r1" in by_group["Loss"][0]
+    assert [line["step"] for line in by_group["Loss"] if "r1" in line] == [1, 7, 13, 19]
+    assert [line["step"] for line in by_group["Path"]] == [1, 5, 9, 13, 17]
+    assert {"path", "length", "mean_path"} <= by_group["Path"][0].keys()
+    assert {"real", "fake"} <= by_group["Score"][0].keys() and {"p", "r"} <= by_group["Augment"][0].keys()
+    speed = {"images_per_s", "s_per_kimg", "data_wait", "peak_memory_mb", "eta_s", "kimg"}
+    assert speed <= by_group["Speed"][-1].keys()
+    assert by_group["Speed"][-1]["eta_s"] == 0 and by_group["Speed"][-1]["kimg"] == 0.08
+    assert 0 <= by_group["Speed"][-1]["data_wait"] <= 1
+    assert len({line["p"] for line in by_group["Augment"]}) > 1 or by_group["Augment"][-1]["p"] in (0, 1)
+
+    for kind in ("sample", "similarity"):
+        assert sorted(p.name for p in (straight / kind).iterdir()) == ["000000.png", "000010.png", "000020.png"]
+        for path in (straight / kind).iterdir():
+            with Image.open(path) as image:
+                image.load()
+    with Image.open(straight / "similarity" / "000020.png") as image:
+        assert image.width > 4 * 6 and image.height > 2 * 6, "2 blocks x 4 heads of 6 tokens"
+    assert list((straight / "tensorboard_log").iterdir())
+
+
+def test_checkpoints_beyond_keep_become_generators(straight):
+    folder = straight / "checkpoint"
+    assert sorted(p.name for p in folder.iterdir()) == ["000000.safetensors", "000010.safetensors", "000020.pt"]
+    _, metadata = load_safetensors(folder / "000010.safetensors")
+    assert metadata["step"] == 10 and metadata["config"]["size"] == 16
+    old, new = load_generator(folder / "000010.safetensors"), load_generator(folder / "000020.pt")
+    assert old.fingerprint == metadata["fingerprint"] != new.fingerprint
+    state = load_checkpoint(folder / "000020.pt")
+    for name, tensor in new.state_dict().items():
+        assert torch.equal(tensor, state["g_ema"][name])
+    assert all(torch.equal(b, state["g"][name]) for name, b in new.named_buffers()), "the average carries buffers"
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(straight, face_lmdb, tiny_flags, root, tmp_path, start_run):
+    """The system refuses bytes beyond half a checkpoint (RLIMIT_FSIZE) in the middle of the next save."""
+    folder = tmp_path / "full"
+    shutil.copytree(straight, folder)
+    kept = folder / "checkpoint" / "000020.pt"
+    before, size = kept.read_bytes(), kept.stat().st_size
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    flags = ("--iter", 24, "--save_every", 1, "--resume", "auto", "--workers", 2)
+    process = start(command(face_lmdb, folder, tiny_flags, root, *flags), tmp_path, preexec_fn=limit)
+    line = next(line for line in process.stderr if line.startswith("error: "))
+    began = time.monotonic()
+    assert end(process).status == 1 and time.monotonic() - began < ENDS_WITHIN, "no worker keeps the process alive"
+    assert "000021.pt" in line and "could not be written" in line
+    assert kept.read_bytes() == before
+    assert not [p.name for p in (folder / "checkpoint").iterdir() if p.name.startswith(".tmp")]
+    again = ("--workers", "0", "--exp_name", folder, "--iter", 21, "--resume", "auto")
+    good(start_run("--path", face_lmdb, *EVENTFUL, *again))
+    assert checkpoint(folder, 21)["step"] == 21
+
+
+def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
+    """The first SIGTERM or Ctrl-C finishes the step and writes a checkpoint; the run goes on from there."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        folder = tmp_path / signal.Signals(number).name
+        original = Trainer.step
+
+        def step(self, images, number=number, original=original):
+            if self.n_steps == 2:
+                os.kill(os.getpid(), number)
+            original(self, images)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", step)
+            ending = start_run(face_lmdb, "--exp_name", folder, "--iter", 9)
+        assert ending.status == 1
+        assert "stopped at step 3" in error_line(ending) and "--resume auto" in error_line(ending)
+        assert checkpoint(folder, 3)["step"] == 3
+        good(start_run(face_lmdb, "--exp_name", folder, "--iter", 4, "--resume", "auto"))
+
+
+def test_sigterm_to_the_whole_process_group(face_lmdb, tiny_flags, root, tmp_path):
+    """A job scheduler or torchrun stops a run so: the loader's workers get the signal too."""
+    folder = tmp_path / "group"
+    flags = ("--iter", 5000, "--workers", 2)
+    process = start(command(face_lmdb, folder, tiny_flags, root, *flags), tmp_path, start_new_session=True)
+    while not (folder / "log.jsonl").exists() or len(read_log(folder / "log.jsonl")) < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    ending = end(process)
+    assert ending.status == 1 and "checkpoint written" in error_line(ending)
+    assert len(list((folder / "checkpoint").glob("*.pt"))) == 1
