@@ -128,8 +128,7 @@ def main(args) -> int:
         batches = data_loader(dataset, args.batch, sampler, workers=args.workers, device=dist.device)
         stack.enter_context(closing(batches))
         if args.micro_batch == "auto":
-            fit_micro_batch(trainer, batches)
-            options["micro_batch"] = str(trainer.settings.micro_batch)
+            options["micro_batch"] = str(fit_micro_batch(trainer, batches))
         if dist.is_main:
             report_start(trainer, run.folder, continued, len(dataset), args.iter, changed)
         evaluation = {"metric": args.metric, "n": args.eval_samples, "extractor": args.extractor}

@@ -219,7 +219,7 @@ def roll_back(trainer: Trainer, batches: BatchStream, run: Run, names: str, on_n
     run.log(trainer.n_steps, "Rollback", cause=names, checkpoint=path.name)
 
 
-def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> None:
+def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> int:
     """Lower the micro-batch until every phase fits in memory (--micro_batch auto); leaves no trace in the state."""
     images, ada, batch = next(batches), trainer.ada.state_dict(), trainer.settings.batch
     for size in (size for size in range(batch, 0, -1) if batch % size == 0):
@@ -241,3 +241,4 @@ def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> None:
     trainer.stats.sums.clear()
     batches.sampler.advance(-batch * trainer.dist.world_size)
     batches.restart()
+    return smallest
