@@ -17,14 +17,9 @@ from common.cli import ArgumentParser, UsageError, add_device_flags, positive, p
 NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "report", "scores", "dex_crop")  # of one invocation
 
 
-def sizes(text: str) -> list[int]:
-    """A `type` for flags: pixels separated by commas."""
-    return [int(size) for size in text.split(",")]
-
-
-def window(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
     """A `type` for flags: numbers separated by commas."""
-    return tuple(float(edge) for edge in text.split(","))
+    return tuple(float(number) for number in text.split(","))
 
 
 def build_parser() -> ArgumentParser:
@@ -41,7 +36,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
     add("--backbone", default="resnet", help="resnet, or efficientnet: starts from ImageNet weights (a package)")
-    add("--window", type=window, default="0,0,1,1", help="what it sees of an image: left,top,right,bottom from 0 to 1")
+    add("--window", type=numbers, default="0,0,1,1", help="what it sees of an image: left,top,right,bottom from 0 to 1")
     add("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
     add("--iter", type=positive_int, default=3000, help="training steps in all")
     add("--batch", type=positive_int, default=64, help="faces per step")
@@ -58,7 +53,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
     add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_age, dex_gender, FILE")
-    add("--sizes", type=sizes, default="0", help="comma-separated pixels to show faces at; 0: as they are")
+    add("--sizes", type=numbers, default="0", help="comma-separated pixels to show faces at; 0: as they are")
     add("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
     add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels, as the original")
@@ -83,7 +78,7 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device, ops=args.ops)
     if args.evaluate:
-        options = {"sizes": args.sizes, "report": args.report, "scores": args.scores}
+        options = {"sizes": [int(size) for size in args.sizes], "report": args.report, "scores": args.scores}
         loading = {"device": device, "weights_dir": args.weights_dir, "dex_crop": args.dex_crop}
         return evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
 
