@@ -4,8 +4,8 @@ import math
 import os
 from dataclasses import dataclass
 
-from common.cli import positive_int
-from common.flags import count, flag, not_negative, require
+from common.cli import count, positive_int
+from common.flags import flag, not_negative, require
 
 WIDTHS = ("channel_multiplier", "channel_max", "channel_base")
 ARCHITECTURE = ("size", "style_dim", "n_mlp", "w_space", "independent", *WIDTHS)  # flags, None: as in the start file
