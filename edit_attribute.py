@@ -46,7 +46,7 @@ def build_parser() -> ArgumentParser:
     add("--latent", required=True, help="folder of latents, .npy [N, L, 512], rosinality's .pt, NVIDIA's .npz")
     add("--output_dir", type=Path, required=True, help="folder of the results")
     add("--size", type=int, help="image size, checked against the generator's")
-    add("--attribute", help="age (default), gender ... of the scorer, or csv:FILE[:COLUMN]: labels of drawn images")
+    add("--attribute", help="age (default), gender ...: what the scorer reads")
     add("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | FILE.json")
     add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels (published)")
     add("--preset", choices=("published",), help="the paper's settings and file names, whatever the files recommend")
@@ -57,7 +57,7 @@ def build_parser() -> ArgumentParser:
     add("--batch_size", type=positive_int, default=25, help="images at a time")
     add("--ratio", type=float, default=0.02, help="share of the samples at either end: the extremes")
     add("--fit", choices=("ridge", "svm", "svc"), default="ridge", help="svc: published; svm: faster")
-    add("--conditional_fit", default="auto", metavar="NAMES", help="to hold fixed: auto (ridge: all), none, names")
+    add("--conditional_fit", default="auto", metavar="NAMES", help="held fixed by ridge: auto (all), none, names")
     add("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")
     add("--truncation", type=float, default=1.0, help="of the samples, towards the mean latent")
     add("--noise", choices=("random", "const", "none"), default="random", help="of the samples")
@@ -95,10 +95,16 @@ def _target(text: str) -> tuple[str, float]:
     raise ArgumentTypeError(f"{text}: expected ATTRIBUTE=NUMBER, such as age=60")
 
 
+def refuse_misuse(steps: int, num_sample: int, ratio: float, truncation: float) -> None:
+    """Raise UsageError for numbers, given or recommended, that cannot work."""
+    if steps < 1 or num_sample < 4 or not 0 < ratio <= 0.5 or not 0 < truncation <= 1:
+        raise UsageError("--steps takes 1 or more, --num_sample 4, --ratio up to 0.5, --truncation up to 1")
+
+
 def main(args) -> None:
     import numpy as np
 
-    from common.distributed import setup, shutdown
+    from common.distributed import setup
     from common.files import check_shape
     from common.latents import parse_layers
     from common.precision import DTYPES
@@ -112,25 +118,22 @@ def main(args) -> None:
     from sampling.render import latents_source
     from scorer.network import load_scorer
 
-    dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-    say = print if dist.is_main else lambda *_, **__: None
-    try:
+    if args.at and (args.target or len(args.at) not in (1, len(args.boundary or [None]))):
+        raise UsageError("--at takes one distance for all boundaries or one for each, and excludes --target")
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
-        if args.size and args.size != generator.config.size:
+        if args.size not in (None, generator.config.size):
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")
         recommended = generator.recommended.get("edit", {})
         check_shape(recommended, RECOMMENDED, f"{args.ckpt}: recommended.edit")
-        by_hand = SWEEP if SWEEP.keys() & args.given else ()
-        recommended = {name: value for name, value in recommended.items() if name not in by_hand}
+        if SWEEP.keys() & args.given:
+            recommended = {name: value for name, value in recommended.items() if name not in SWEEP}
         if args.preset:
             args.fill(PUBLISHED)
-        elif text := args.recommend(recommended, RECOMMENDED, args.ckpt):
-            say(text, file=sys.stderr)
-        if args.steps < 1 or args.num_sample < 4 or not 0 < args.ratio <= 0.5 or not 0 < args.truncation <= 1:
-            raise UsageError("--steps takes 1 or more, --num_sample 4, --ratio up to 0.5, --truncation up to 1")
-        if args.at and (args.target or len(args.at) not in (1, len(args.boundary or [None]))):
-            raise UsageError("--at takes one distance for all boundaries or one for each, and excludes --target")
-        source = latents_source(generator, args.latent, truncation=1, mean=None, noise=None, noise_seed=None)
+        elif (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
+            print(filled, file=sys.stderr)
+        refuse_misuse(args.steps, args.num_sample, args.ratio, args.truncation)
+        source = latents_source(generator, args.latent)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
@@ -140,48 +143,25 @@ def main(args) -> None:
         free_of = [boundary_of(path, generator) for path in args.orthogonal_to.split(",") if path]
         seeds = range(args.seed, args.seed + args.num_sample)
         samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
-        if args.boundary:
-            boundaries = [measured(boundary_of(path, generator), free_of, samples) for path in args.boundary]
-        else:
-            boundary = fit_attribute(
-                samples,
-                scorer,
-                args.attribute or "age",
-                args.conditional_fit,
-                settings={"fit": args.fit, "ratio": args.ratio, "seed": args.seed},
-                free_of=free_of,
-                scoring={"folder": args.samples or args.output_dir / "samples", "batch": args.batch_size, "dist": dist},
-                folder=args.output_dir,
-            )
-            boundaries, args.attribute = [boundary], boundary.attribute
+        boundaries = [measured(boundary_of(path, generator), free_of, samples) for path in args.boundary or ()]
+        if not boundaries:
+            fitting = {"fit": args.fit, "ratio": args.ratio, "seed": args.seed, "conditional": args.conditional_fit}
+            scoring = {"folder": args.samples or args.output_dir / "samples", "batch": args.batch_size, "dist": dist}
+            fitting |= {"scoring": scoring, "free_of": free_of, "folder": args.output_dir}
+            boundaries = [fit_attribute(samples, scorer, args.attribute or "age", **fitting)]
 
         # Distances: along the boundaries for all faces, or searched for the targets of each.
         targets, bounds = sweep.pair_targets(dict(args.target or ()), boundaries), sweep.common_range(boundaries)
         if bounds and not (args.preset or args.at or targets or {"start_distance", "end_distance"} & args.given):
             args.fill({"start_distance": bounds[0], "end_distance": bounds[1], "distance": "relative"})
             args.unit = "std"
-            say(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
-        ends = args.start_distance, args.end_distance
-        sweep.edit_faces(
-            generator,
-            source,
-            boundaries,
-            np.array([args.at]) if args.at else np.linspace(*ends, args.steps)[:, None],
-            unit=args.unit,
-            distance=args.distance,
-            targets=targets,
-            layers=layers,
-            networks=(scorer, identity, perceptual),
-            attribute=args.attribute or boundaries[0].attribute,
-            folder=args.output_dir,
-            published=bool(args.preset),
-            save_frames=not args.no_frames,
-            video=args.video,
-            fps=args.fps,
-            dist=dist,
-        )
-    finally:
-        shutdown()
+            if dist.is_main:
+                print(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
+        line = [args.at] if args.at else np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
+        edit = sweep.Edit(boundaries, np.array(line), args.unit, args.distance, targets, layers)
+        names = {"attribute": args.attribute or boundaries[0].attribute, "published": bool(args.preset)}
+        output = sweep.Output(args.output_dir, **names, save_frames=not args.no_frames, video=args.video, fps=args.fps)
+        sweep.edit_faces(generator, source, edit, (scorer, identity, perceptual), output, dist)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,19 @@ the plain direction takes along what goes together in the data (older faces wear
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.cli import UsageError
 from common.distributed import broadcast_object
 from common.files import safe_name
 from editing.boundary import Boundary, BoundaryError, orthogonalise, project_all
 from editing.realism import edit_range
-from editing.samples import Samples, labelled_seeds, score_samples, separable_ratio
+from editing.samples import Samples, score_samples
 
 FITS = ("ridge", "svm", "svc")
 SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)
@@ -26,34 +28,17 @@ BLOCK = 512  # rows in memory at a time
 N_MEASURED = 10_000  # samples, at most, over which the statistics of a given direction are taken
 
 
-def pick_extremes(scores, ratio: float, *, others=None, n_bins: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the `ratio` lowest and highest of scores [N], each sorted by score: (low, high).
-
-    others: [N, K] scores of attributes to balance: both ends get as many samples from every cell of their joint
-    quantiles (`n_bins` each). Raises BoundaryError when fewer than two samples per end remain.
-    """
+def pick_extremes(scores, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the `ratio` lowest and highest of scores [N], each sorted by score: (low, high). Raises BoundaryError
+    when fewer than two samples per end remain, or the ends do not differ."""
     scores = np.asarray(scores, np.float64)
     if not 0 < ratio <= 0.5:
         raise BoundaryError(f"--ratio {ratio}: expected above 0, at most 0.5")
     n, count = len(scores), int(len(scores) * ratio)
     order = np.argsort(scores, kind="stable")
-    if others is None:
-        low, high = order[:count], order[n - count :]
-    else:
-        cell = np.zeros(n, np.int64)
-        for column in np.asarray(others, np.float64).T:
-            cell = cell * n_bins + np.searchsorted(np.quantile(column, np.arange(1, n_bins) / n_bins), column)
-        rank = np.argsort(order)
-        chosen = np.zeros(n, np.int64)  # -1 low, 1 high
-        for value in np.unique(cell):
-            members = order[cell[order] == value]
-            share = min(max(1, round(count * len(members) / n)), len(members) // 2)
-            chosen[members[:share]], chosen[members[len(members) - share :]] = -1, 1
-        low = order[(chosen[order] < 0) & (rank[order] < n // 2)]
-        high = order[(chosen[order] > 0) & (rank[order] >= n // 2)]
-    if min(len(low), len(high)) < 2:
-        found = f"{len(low)} and {len(high)} extremes"
-        raise BoundaryError(f"{n} samples at --ratio {ratio:g} leave {found}; at least 2 and 2 are needed")
+    low, high = order[:count], order[n - count :]
+    if count < 2:
+        raise BoundaryError(f"{n} samples at --ratio {ratio:g} leave {count} extremes per end; at least 2 are needed")
     if scores[low[-1]] >= scores[high[0]]:
         raise BoundaryError(f"the scores do not tell the extremes apart: both ends reach {scores[high[0]]:g}")
     return low, high
@@ -124,7 +109,7 @@ def fit_boundary(
     *,
     fit: str = "ridge",  # ridge | svm | svc (published)
     ratio: float = 0.02,  # share of the samples at either end: svm and svc are fitted on them, ridge is validated
-    others=None,  # [N, K]: scores of attributes to hold fixed (ridge) or to balance at the two ends (svm, svc)
+    others=None,  # [N, K]: scores of attributes to hold fixed (ridge)
     seed: int = 0,  # of the split into training and validation
     **info,  # further fields of the Boundary: attribute, space, fingerprint, size ...
 ) -> Boundary:
@@ -142,7 +127,7 @@ def fit_boundary(
     if not np.isfinite(scores).all():
         worst = int(np.argmin(np.isfinite(scores)))
         raise BoundaryError(f"score {worst} of {info.get('attribute') or 'the attribute'} is not finite")
-    extremes = pick_extremes(scores, ratio, others=None if fit == "ridge" else others)
+    extremes = pick_extremes(scores, ratio)
     draw, every = np.random.default_rng(seed), np.arange(len(scores))
     ends = [np.split(draw.permutation(end), [max(1, int(len(end) * SPLIT))]) for end in extremes]
     (low, held_low), (high, held_high) = ends
@@ -180,34 +165,29 @@ def _accuracy(above, low, high) -> float | None:
 def fit_attribute(
     samples: Samples,
     scorer,
-    attribute: str,  # of the scorer, or csv:FILE[:COLUMN] (editing/samples.py: labelled_seeds)
-    conditional: str = "auto",  # attributes to hold fixed: auto (all others with ridge), none, or names with commas
+    attribute: str,
     *,
-    settings: dict,  # fit, ratio, seed of `fit_boundary`
-    free_of,  # boundaries that are projected out
+    conditional: str = "auto",  # attributes to hold fixed: auto (all others with ridge), none, or names with commas
+    free_of: Sequence[Boundary] = (),  # boundaries that are projected out
     scoring: dict,  # folder, batch, dist of `score_samples`
     folder: Path,  # where the boundary is saved
+    **settings,  # fit, ratio, seed of `fit_boundary`
 ) -> Boundary:
     """Score samples, fit, project out, measure the range, save; the ranks share the scoring, all return the boundary.
     Raises ValueError for an attribute that the scorer does not know."""
-    given, others = [], None
-    if attribute.startswith("csv:"):
-        seeds, scores, attribute = labelled_seeds(attribute.removeprefix("csv:"))
-        samples = Samples(samples.generator, seeds, truncation=samples.truncation, noise=samples.noise)
-        settings = settings | {"ratio": separable_ratio(scores)}
-    else:
-        every = scorer.names if settings["fit"] == "ridge" else ()
-        names = {"auto": every, "none": ()}.get(conditional, conditional.split(","))
-        given = [name.strip() for name in names if name.strip() != attribute]
-        columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
-        table = score_samples(samples, scorer, **scoring)[:, columns]
-        scores, others = table[:, 0], table[:, 1:] if given else None
+    every = scorer.names if settings["fit"] == "ridge" else ()
+    names = {"auto": every, "none": ()}.get(conditional, conditional.split(","))
+    given = [name.strip() for name in names if name.strip() != attribute]
+    if given and not every:
+        raise UsageError(f"--conditional_fit {conditional} is for --fit ridge, not {settings['fit']}")
+    columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
+    table = score_samples(samples, scorer, **scoring)[:, columns]
     if not scoring["dist"].is_main:
         return broadcast_object(None)
     config = samples.generator.config
     info = {"space": config.space, "size": config.size, "fingerprint": samples.generator.fingerprint, "given": given}
     info |= {"attribute": attribute, "truncation": samples.truncation}
-    boundary = fit_boundary(samples, scores, others=others, **settings, **info)
+    boundary = fit_boundary(samples, table[:, 0], others=table[:, 1:] if given else None, **settings, **info)
     shown = ", ".join(f"{part} {value:.1%}" for part, value in boundary.accuracies.items() if value is not None)
     if free_of:
         boundary, shown = orthogonalise(boundary, free_of, samples), f"{shown} before the projection"

@@ -48,8 +48,8 @@ def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, flo
         return None
     n_edited = min(EDITED, len(samples) // 4)
     n_references = min(REFERENCES, len(samples) - n_edited)
-    rows, generator = np.arange(n_references, n_references + n_edited), samples.generator
-    normal = torch.from_numpy(boundary.normal).view(-1, generator.config.style_dim).to(generator.token)  # [1|L, C]
+    rows = np.arange(n_references, n_references + n_edited)
+    normal = torch.from_numpy(boundary.normal).view(-1, samples.generator.config.style_dim)  # [1|L, C]
 
     def features(rows, distance=0.0):
         frames = list(samples.frames(rows, offset=distance * boundary.std * normal))

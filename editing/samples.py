@@ -6,9 +6,8 @@ reuse; the latents that a fit needs are computed again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +16,9 @@ from tqdm import tqdm
 from common.arrays import read_npy
 from common.distributed import Distributed, barrier, shard
 from common.files import atomic_write, read_json
-from common.images import to_uint8
 from common.runs import write_json
 from editing.evaluate import score_frames
-from sampling.render import blocks, noise_maps, seeded_z, select_noise, truncate
-from scorer.labels import read_labels
+from sampling.render import blocks, map_latents, noise_maps, seeded_z, select_noise, synthesise
 
 CHUNK = 500  # samples per file of scores
 BATCH = 50  # latents together
@@ -45,61 +42,20 @@ class Samples:
         return self.shape[0]
 
     def __getitem__(self, rows) -> np.ndarray:
-        rows = np.atleast_1d(rows)
-        latents = np.empty((len(rows), self.shape[1]), np.float32)
-        for start in range(0, len(rows), BATCH):
-            ws = self.latents(rows[start : start + BATCH]).flatten(1).cpu().numpy()
-            latents[start : start + BATCH] = ws[:, : self.shape[1]]  # in W all tokens are equal
-        return latents
+        return self.latents(np.atleast_1d(rows)).flatten(1).numpy()[:, : self.shape[1]]  # in W all tokens are equal
 
-    @torch.no_grad()
     def latents(self, rows) -> torch.Tensor:
-        """[B, L, C] of these rows, computed together."""
-        z = torch.stack(list(seeded_z(self.generator, [self.seeds[int(row)] for row in rows])))
-        z = z.to(self.generator.token.device)
-        ws = self.generator.get_latent(z[:, 0] if self.generator.config.w_space else z)
-        return truncate(ws, self.truncation, self.mean)
+        """[B, L, C] of these rows, on the CPU."""
+        z = seeded_z(self.generator, (self.seeds[int(row)] for row in rows))
+        drawn = map_latents(self.generator, z, truncation=self.truncation, mean=self.mean, batch=BATCH)
+        return torch.stack(list(drawn))
 
-    @torch.no_grad()
     def frames(self, rows, batch: int = 25, offset: torch.Tensor | float = 0.0) -> Iterator[np.ndarray]:
         """Images uint8 [size, size, 3] of these rows, all latents moved by offset [L, C] or [1, C]."""
-        for start in range(0, len(rows), batch):
-            block = rows[start : start + batch]
-            seeds, ws = [self.seeds[int(row)] for row in block], self.latents(block) + offset
+        for block in blocks(rows, batch):
+            seeds = [self.seeds[int(row)] for row in block]
             maps = select_noise(noise_maps(self.generator, self.noise, seeds=seeds), range(len(seeds)))
-            images, _ = self.generator(ws, input_is_latent=True, noise=[layer.to(ws.device) for layer in maps])
-            yield from to_uint8(images)
-
-
-def labelled_seeds(source: str) -> tuple[list[int], np.ndarray, str]:
-    """(seeds, labels float32 [n], attribute) of `FILE` or `FILE:COLUMN`: a CSV of labels for images that generate.py
-    drew (seed0012.png ...). Rows without a label are left out. Raises SamplesError."""
-    path, _, column = source.rpartition(":")
-    if not path or Path(source).exists():
-        path, column = source, ""
-    table = read_labels(path, column or "all")
-    attributes = [attribute.name for attribute in table.attributes]
-    if len(attributes) > 1:
-        names = ", ".join(attributes)
-        raise SamplesError(f"{path} has labels for {names}: name one, as in csv:{path}:{attributes[0]}")
-    labels, seeds = table.values[:, 0], []
-    labelled = np.isfinite(labels)
-    for row in np.flatnonzero(labelled):
-        match = re.fullmatch(r"seed(\d{1,10})", PurePosixPath(table.names[row]).stem)
-        if match is None:
-            message = f"{path}: {table.names[row]!r} is no image of generate.py (seed0012.png ...)"
-            raise SamplesError(f"{message}: for labels of other images train a scorer on them (train_scorer.py)")
-        seeds.append(int(match[1]))
-    return seeds, labels[labelled], attributes[0]
-
-
-def separable_ratio(labels: np.ndarray) -> float:
-    """The largest share, up to a half, of lowest and highest labels [n] that differ from each other; 0: all equal."""
-    ordered = np.sort(labels)
-    count = len(ordered) // 2
-    while count and ordered[count - 1] >= ordered[len(ordered) - count]:
-        count -= 1
-    return count / len(ordered)
+            yield from synthesise(self.generator, self.latents(block) + offset, noise=maps)
 
 
 def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Distributed | None = None) -> np.ndarray:
@@ -149,8 +105,7 @@ def _claim(folder: Path, info: dict) -> None:
     if not path.is_file():
         write_json(path, info)
         return
-    older = {"precision": "float32", "truncation": 1.0}  # what earlier files leave out
-    stored = older | read_json(path, dict, what="description of samples")
+    stored = read_json(path, dict, what="description of samples")
     for key, expected in info.items():
         if stored.get(key) != expected:
             held = f"{folder} holds scores of {key} {stored.get(key)}, expected {expected}"

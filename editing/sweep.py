@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from common.grids import make_strip
 from common.images import save_image
 from common.tables import append_table, write_table
 from common.video import save_video
+from editing.boundary import Boundary
 from editing.edit import InvertedFace, edit_face, edit_w, face_at, score_along, search_distance
 from editing.evaluate import Evaluation, evaluate
 from sampling.render import Source
@@ -24,18 +25,59 @@ LIMIT = 6.0  # standard deviations within which a target is searched for
 FRAMES, LEAST = 12, 96  # of a strip: frames at most, and pixels at least, so that captions have room
 
 
+@dataclass(frozen=True)
+class Edit:
+    """How far faces move along boundaries: to the same distances, or each face to its targets."""
+
+    boundaries: list[Boundary]
+    line: np.ndarray  # [K, 1 or number of boundaries]: distances of the frames
+    unit: str  # of these: latent or std
+    distance: str  # absolute or relative (editing/boundary.py)
+    targets: dict[int, tuple[str, float]]  # of `pair_targets`: they replace the line
+    layers: list[int] | None  # those that move; None: all
+
+    def distances(self) -> np.ndarray:
+        """[K, number of boundaries], in latent units."""
+        if self.unit == "latent":
+            return np.broadcast_to(self.line, (len(self.line), len(self.boundaries)))
+        means = [boundary.mean if self.distance == "absolute" else 0.0 for boundary in self.boundaries]
+        return self.line * [boundary.std for boundary in self.boundaries] + means
+
+
+@dataclass(frozen=True)
+class Output:
+    """The files of each face."""
+
+    folder: Path
+    attribute: str  # the one in file names and captions
+    published: bool  # file names
+    save_frames: bool
+    video: str  # none or a format
+    fps: float
+
+    def write(self, i: int, face: str, frames, suffixes: list[str], captions: list[str]) -> list[str]:
+        """Save frames, strip and video of the face at position i; returns the names of the frames."""
+        label = safe_name(self.attribute)
+        names, strip = [f"{face}_{suffix}" for suffix in suffixes], f"{face}_{label}"
+        if self.published:
+            strip = f"origin_{i}_{label}"
+            names = [f"origin_{i}_edit_{j}_{label}_{text}" for j, text in enumerate(captions[1:])]
+        images = {f"strips/{strip}": draw_strip(frames, captions)}
+        if self.save_frames:
+            images |= {f"frames/{name}": frame for name, frame in zip(names, frames[1:], strict=True)}
+        if len(frames) == 2:  # for align_faces.py
+            images |= {f"unedited/{face}": frames[0], f"edited/{face}": frames[1]}
+        for name, image in images.items():
+            save_image(image, self.folder / f"{name}.png")
+        if self.video != "none":
+            save_video(frames[1:], self.folder / "videos" / f"{strip}.{self.video}", self.fps)
+        return names
+
+
 def common_range(boundaries) -> tuple[float, float] | None:
     """The range that all boundaries allow; None where one of them does not say."""
     ranges = [boundary.range for boundary in boundaries]
     return (max(low for low, _ in ranges), min(high for _, high in ranges)) if all(ranges) else None
-
-
-def in_latent_units(line: np.ndarray, boundaries, unit: str, distance: str) -> np.ndarray:
-    """Distances [K, 1 or number of boundaries] in `unit` -> [K, number of boundaries] in latent units."""
-    if unit == "latent":
-        return np.broadcast_to(line, (len(line), len(boundaries)))
-    means = [boundary.mean if distance == "absolute" else 0.0 for boundary in boundaries]
-    return line * [boundary.std for boundary in boundaries] + means
 
 
 def pair_targets(targets: dict[str, float], boundaries) -> dict[int, tuple[str, float]]:
@@ -48,15 +90,15 @@ def pair_targets(targets: dict[str, float], boundaries) -> dict[int, tuple[str, 
     return {moved.index(name): (name, value) for name, value in targets.items()}
 
 
-def search_targets(generator, face: InvertedFace, boundaries, targets, scorer, layers) -> np.ndarray:
+def search_targets(generator, face: InvertedFace, edit: Edit, scorer) -> np.ndarray:
     """Relative distances [1, number of boundaries] at which the scorer sees the target values (or comes nearest)."""
-    result = np.zeros(len(boundaries))
-    for _ in range(ROUNDS if len(targets) > 1 else 1):
-        for k, (name, value) in targets.items():
-            result[k] = 0
-            (start,) = edit_w(face.w, boundaries, result[None], layers=layers)
-            score = score_along(generator, replace(face, w=start), boundaries[k], scorer, scorer.column(name), layers)
-            near, limit = tolerance(scorer, name), LIMIT * boundaries[k].std
+    result, layers = np.zeros(len(edit.boundaries)), edit.layers
+    for _ in range(ROUNDS if len(edit.targets) > 1 else 1):
+        for k, (name, value) in edit.targets.items():
+            result[k], boundary = 0, edit.boundaries[k]
+            (start,) = edit_w(face.w, edit.boundaries, result[None], layers=layers)
+            score = score_along(generator, replace(face, w=start), boundary, scorer, scorer.column(name), layers)
+            limit, near = LIMIT * boundary.std, tolerance(scorer, name)
             result[k], _ = search_distance(score, value, limit=limit, near=near)
     return result[None]
 
@@ -74,68 +116,38 @@ def describe_target(scorer, name, value, scores) -> str:
     return f"{name}={value:g}: {len(scores) - len(missed)} of {len(scores)} faces within {near}{rest}"
 
 
-def edit_faces(
-    generator,
-    source: Source,  # saved latents (sampling/render.py)
-    boundaries,
-    line: np.ndarray,  # [K, 1 or number of boundaries]: distances of the frames
-    *,
-    unit: str,  # of these: latent or std
-    distance: str,  # absolute or relative (editing/boundary.py)
-    targets: dict,  # of `pair_targets`: they replace the line
-    layers,  # those that move; None: all
-    networks,  # scorer, identity or None, perceptual or None
-    attribute: str,  # the one in file names and captions
-    folder: Path,
-    published: bool,  # file names
-    save_frames: bool,
-    video: str,  # none or a format
-    fps: float,
-    dist: Distributed,
-) -> None:
-    """Frames, strip, video and table rows of every face, as each is done; the ranks share the faces."""
-    scorer, label = networks[0], safe_name(attribute)
-    distances = in_latent_units(line, boundaries, unit, distance)
-    suffixes, rows = name_frames(line, boundaries, attribute, targets), []
-    faces = shard(len(source.names), dist.rank, dist.world_size)
-    for i in tqdm(faces, desc="editing", unit="face", disable=None):
-        face, how = face_at(source, i), "relative" if targets else distance
-        if targets:
-            distances = search_targets(generator, face, boundaries, targets, scorer, layers)
-        frames = edit_face(generator, face, boundaries, distances, distance=how, layers=layers)
+def edit_faces(generator, source: Source, edit: Edit, networks, output: Output, dist: Distributed) -> None:
+    """Edit saved latents: files and rows of edits.csv of every face, as each is done; the ranks share the faces.
+    networks: scorer, identity or None, perceptual or None."""
+    scorer, distances, rows = networks[0], edit.distances(), []
+    suffixes = name_frames(edit, output.attribute)
+    for i in tqdm(shard(len(source.names), dist.rank, dist.world_size), desc="editing", unit="face", disable=None):
+        face, distance = face_at(source, i), "relative" if edit.targets else edit.distance
+        if edit.targets:
+            distances = search_targets(generator, face, edit, scorer)
+        frames = edit_face(generator, face, edit.boundaries, distances, distance=distance, layers=edit.layers)
         result = evaluate(frames, *networks)
-        captions = caption_frames(scorer, attribute, result.scores, distances)
-        names, strip = [f"{face.name}_{suffix}" for suffix in suffixes], f"{face.name}_{label}"
-        if published:
-            strip = f"origin_{i}_{label}"
-            names = [f"origin_{i}_edit_{j}_{label}_{text}" for j, text in enumerate(captions[1:])]
-        images = {f"frames/{name}": frame for name, frame in zip(names, frames[1:], strict=True)} if save_frames else {}
-        if len(frames) == 2:  # for align_faces.py
-            images |= {f"unedited/{face.name}": frames[0], f"edited/{face.name}": frames[1]}
-        images[f"strips/{strip}"] = draw_strip(frames, captions)
-        for name, image in images.items():
-            save_image(image, folder / f"{name}.png")
-        if video != "none":
-            save_video(frames[1:], folder / "videos" / f"{strip}.{video}", fps)
+        captions = caption_frames(scorer, output.attribute, result.scores, distances)
+        names = output.write(i, face.name, frames, suffixes, captions)
         new = table_rows(i, face.name, names, distances, result, scorer.names)
         if dist.is_main:
-            append_table(folder / "edits.csv", new, start=not rows)
+            append_table(output.folder / "edits.csv", new, start=not rows)
         rows += new
     rows = [row for share in gather_list(rows) for row in share]
     if dist.is_main:
-        write_table(folder / "edits.csv", rows)
-        print(f"{len(source.names)} faces along {', '.join(b.attribute for b in boundaries)}: {folder}")
-        for name, value in targets.values():
+        write_table(output.folder / "edits.csv", rows)
+        print(f"{len(source.names)} faces along {', '.join(b.attribute for b in edit.boundaries)}: {output.folder}")
+        for name, value in edit.targets.values():
             print(describe_target(scorer, name, value, [row[name] for row in rows]))
 
 
-def name_frames(line: np.ndarray, boundaries, shown: str, targets) -> list[str]:
+def name_frames(edit: Edit, shown: str) -> list[str]:
     """Suffixes of the frames' file names: 'age+3', 'age+2_smile-1.5', or of targets 'age60'."""
-    if targets:
-        return ["_".join(f"{safe_name(name)}{value:g}" for name, value in targets.values())]
-    labels = [shown] if line.shape[1] == 1 else [boundary.attribute for boundary in boundaries]
-    parts = [[f"{safe_name(n)}{round(d, 2) + 0.0:+g}" for n, d in zip(labels, row, strict=True)] for row in line]
-    names = ["_".join(part) for part in parts]
+    if edit.targets:
+        return ["_".join(f"{safe_name(name)}{value:g}" for name, value in edit.targets.values())]
+    labels = [shown] if edit.line.shape[1] == 1 else [boundary.attribute for boundary in edit.boundaries]
+    rows = [zip(labels, row, strict=True) for row in edit.line]
+    names = ["_".join(f"{safe_name(n)}{round(d, 2) + 0.0:+g}" for n, d in row) for row in rows]
     return names if len(set(names)) == len(names) else [f"{name}_{j}" for j, name in enumerate(names)]
 
 

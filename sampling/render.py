@@ -155,7 +155,9 @@ def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch)
     return Source(names, ws, noise_maps(generator, noise, seeds=seeds, noise_seed=noise_seed), origin)
 
 
-def latents_source(generator, path, *, truncation, mean, noise, noise_seed, accept: Sequence[str] = ()) -> Source:
+def latents_source(
+    generator, path, *, truncation=1.0, mean=None, noise=None, noise_seed=None, accept: Sequence[str] = ()
+) -> Source:
     """Saved latents. Noise, unless a mode is given: the maps saved with them; else as `--save_latents` recorded it;
     else the stored maps. accept: fingerprints of generators whose latents are those of this one as well. Raises
     ValueError for latents of another generator, space, shape or size."""

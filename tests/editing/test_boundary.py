@@ -1,5 +1,5 @@
-"""editing/boundary.py and fit.py: planted directions are found, alone and given others, extremes are picked and
-balanced, latents land where they should, files are checked."""
+"""editing/boundary.py and fit.py: planted directions are found, alone and given others, extremes are picked,
+latents land where they should, files are checked."""
 
 import io
 import zipfile
@@ -101,7 +101,7 @@ def test_misuse_is_refused():
     for changes, message in (
         ({"fit": "pca"}, "--fit pca"),
         ({"ratio": 0.6}, "--ratio 0.6"),
-        ({"ratio": 0.01}, "at least 2 and 2"),
+        ({"ratio": 0.01}, "leave 1 extremes per end"),
     ):
         with pytest.raises(BoundaryError, match=message):
             fit_boundary(latents, scores, **{"ratio": 0.2} | changes)
@@ -120,17 +120,6 @@ def test_extremes():
     scores = np.array([5, 1, 9, 3, 7, 0, 8, 2, 6, 4.0])
     low, high = pick_extremes(scores, 0.2)
     assert scores[low].tolist() == [0, 1] and scores[high].tolist() == [8, 9]
-
-
-def test_balanced_extremes_do_not_differ_in_the_other_attribute():
-    draw = np.random.default_rng(0)
-    gender = draw.integers(0, 2, 4000)
-    smile = gender + 0.5 * draw.standard_normal(4000)  # women smile more
-    low, high = pick_extremes(smile, 0.1)
-    assert gender[high].mean() - gender[low].mean() > 0.9
-    low, high = pick_extremes(smile, 0.1, others=gender[:, None].astype(float))
-    assert abs(gender[high].mean() - gender[low].mean()) < 0.1 and min(len(low), len(high)) > 100
-    assert smile[high].mean() > smile[low].mean() + 0.5
 
 
 # -- moving --------------------------------------------------------------------------------------------------------
