@@ -108,9 +108,8 @@ def main(args) -> None:
     from common.files import check_shape
     from common.latents import parse_layers
     from common.precision import DTYPES
-    from editing import sweep
+    from editing import fit, sweep
     from editing.boundary import boundary_of
-    from editing.fit import fit_attribute, measured
     from editing.samples import Samples
     from model import load_generator
     from perceptual.identity import identity_or_none
@@ -143,12 +142,12 @@ def main(args) -> None:
         free_of = [boundary_of(path, generator) for path in args.orthogonal_to.split(",") if path]
         seeds = range(args.seed, args.seed + args.num_sample)
         samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
-        boundaries = [measured(boundary_of(path, generator), free_of, samples) for path in args.boundary or ()]
+        boundaries = [fit.measured(boundary_of(path, generator), free_of, samples) for path in args.boundary or ()]
         if not boundaries:
             fitting = {"fit": args.fit, "ratio": args.ratio, "seed": args.seed, "conditional": args.conditional_fit}
             scoring = {"folder": args.samples or args.output_dir / "samples", "batch": args.batch_size, "dist": dist}
             fitting |= {"scoring": scoring, "free_of": free_of, "folder": args.output_dir}
-            boundaries = [fit_attribute(samples, scorer, args.attribute or "age", **fitting)]
+            boundaries = [fit.fit_attribute(samples, scorer, args.attribute or "age", **fitting)]
 
         # Distances: along the boundaries for all faces, or searched for the targets of each.
         targets, bounds = sweep.pair_targets(dict(args.target or ()), boundaries), sweep.common_range(boundaries)
