@@ -1,8 +1,7 @@
 """Training of a pSp encoder: one step, validation, the loop, and everything that is written (upstream's Coach).
 
-Every random number of a step is drawn from (seed, step, rank), as in training/trainer.py: no random state is saved, and
-a run that was stopped continues exactly. Each rank normalises its own batch; the running statistics are averaged over
-ranks before they are used.
+Every random number of a step is drawn from (seed, step, rank): a run that was stopped continues exactly. Each rank
+normalises its own batch; the running statistics are averaged over ranks before they are used.
 """
 
 import math
@@ -17,16 +16,18 @@ from common.distributed import Distributed, Stats, all_reduce_mean, barrier, gat
 from common.grids import save_grid
 from common.lmdb_store import DatasetError
 from common.precision import DTYPES
-from common.runs import Run, StepBar, format_duration
-from dataset import normalise
+from common.runs import Run, StepBar, format_duration, open_run
+from dataset import InfiniteSampler, data_loader, normalise
 from pSp.data_configs import DATASETS
 from pSp.images import make_pair, read_batches
 from pSp.losses import EncoderLoss
 from pSp.psp import pSp, psp_state
 from pSp.ranger import Ranger
 from pSp.settings import TrainSettings, resize_factors
+from pSp.start import Start
 
 SHOWN = 8  # images per row of a sample grid
+FOLDERS = ("sample", "checkpoints", "tensorboard_log")
 
 
 class Coach:
@@ -46,8 +47,6 @@ class Coach:
         self.best: float | None = None  # lowest validation loss so far
         self.last: tuple | None = None  # source, target and output of the latest batch
         self.stats = Stats(dist.device)
-
-    # -- one step -----------------------------------------------------------------------------------------------------
 
     def train_step(self, images: torch.Tensor) -> None:
         """One update on this process's uint8 batch [B, 3, S, S], mirrored at random."""
@@ -78,8 +77,6 @@ class Coach:
             self.last = (pooled_source, pooled, output.detach())
             w, previous = w.detach(), net.fit(output.detach())
 
-    # -- validation ---------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def validate(self, held_out: Dataset) -> tuple[dict[str, float], tuple | None]:
         """Mean of each loss over the held-out images, and (source, target, output) of this rank's first batch. Stored
@@ -106,8 +103,6 @@ class Coach:
         """Average the encoder's running means and variances over ranks; early or late gives the same."""
         all_reduce_mean([b for b in self.net.encoder.buffers() if b.is_floating_point()])
 
-    # -- state --------------------------------------------------------------------------------------------------------
-
     def state_dict(self, opts: dict, *, optimiser: bool = True) -> dict:
         """The checkpoint: psp_state, with the optimiser's state unless told otherwise. All ranks must call it."""
         self.average_statistics()
@@ -122,8 +117,7 @@ class Coach:
         if "optimiser" not in state or not isinstance(state.get("sampler"), dict):
             hint = "--init_from starts a new run from its weights"
             raise CheckpointError(f"{source} cannot be continued, it holds no optimiser state; {hint}")
-        name, here = state.get("optim_name"), self.settings.optim_name
-        if name != here:
+        if (name := state.get("optim_name")) != (here := self.settings.optim_name):
             raise CheckpointError(f"{source} was trained with --optim_name {name}, this run has {here}")
         try:
             self.optimiser.load_state_dict(state["optimiser"])
@@ -134,11 +128,26 @@ class Coach:
             group["lr"] = self.settings.learning_rate  # the flag of this run, not of the file
         self.best = state.get("best_val_loss")
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
+    def train(self, images: Dataset, held_out: Dataset, start: Start, folder, options: dict) -> float:
+        """Steps up to max_steps with logs, validation and checkpoints in the run folder, of which `options` are the
+        flags. Returns the lowest validation loss. Raises UserError when a loss is not finite, before anything is saved,
+        or after an orderly stop."""
+        dist, settings, stop = self.dist, self.settings, StopSignal()
+        sampler = InfiniteSampler(len(images), rank=dist.rank, world_size=dist.world_size, seed=settings.seed)
+        resume_step = 0  # drops what a run logged that was killed before it saved
+        if start.continues:
+            self.resume(start.state, start.path)
+            sampler.load(start.state["sampler"])
+            resume_step = self.net.step + 1
+        opts, wandb = options | {"output_size": self.net.decoder.config.size}, options["use_wandb"] and "wpp-psp"
+        with open_run(folder, options, dist, resume_step=resume_step, folders=FOLDERS, wandb=wandb) as run:
+            run.write_json("opt.json", opts)
+            batches = data_loader(images, settings.batch_size, sampler, workers=options["workers"], device=dist.device)
+            self.loop(batches, sampler, held_out, run, opts, stop)
+        return self.best
 
-    def train(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> float:
-        """Steps `step` .. max_steps with logs, validation and checkpoints. Returns the lowest validation loss. Raises
-        UserError when a loss is not finite, before anything is saved, or after an orderly stop."""
+    def loop(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> None:
+        """The steps of `train`."""
         dist, total = self.dist, self.settings.max_steps
         bar = StepBar(total, self.net.step, main=dist.is_main)
         since, since_step, metrics = time.perf_counter(), self.net.step, {}
@@ -169,13 +178,12 @@ class Coach:
             if "save" in due or ending:
                 state = self.state_dict(opts) | {"sampler": sampler.state()}
                 if dist.is_main:
-                    self.save(state, metrics, run)
+                    save(state, run, self.settings.keep)
                 barrier()
             if ending:
                 bar.close()
                 raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
         bar.close()
-        return self.best
 
     def validate_and_save(self, held_out: Dataset, run: Run, opts: dict) -> dict[str, float]:
         """Validate, log, write the sample grid, and best_model.pt when the loss is the lowest so far."""
@@ -184,26 +192,24 @@ class Coach:
         better = self.best is None or metrics["loss"] < self.best
         if better:
             self.best = metrics["loss"]
-        state = self.state_dict(opts, optimiser=False) if better else None
-        if self.dist.is_main:
-            run.log(self.net.step, "test", **metrics)
-            if shown is not None:  # this rank may have had no image
-                save_samples(shown, run.path("sample", f"{self.net.step:06d}.png"))
-            if better:
-                save_checkpoint(run.path("checkpoints", "best_model.pt"), state)
-                append_note(run, f"**Best**: Step - {self.net.step}, Loss - {self.best:.3f} \n{metrics}\n")
+            state = self.state_dict(opts, optimiser=False)
+        run.log(self.net.step, "test", **metrics)
+        if self.dist.is_main and shown is not None:  # this rank may have had no image
+            save_samples(shown, run.path("sample", f"{self.net.step:06d}.png"))
+        if self.dist.is_main and better:
+            save_checkpoint(run.path("checkpoints", "best_model.pt"), state)
         return metrics
 
-    def save(self, state: dict, metrics: dict, run: Run) -> None:
-        """Write iteration_N.pt; beyond `keep` of them the older ones lose their optimiser state (a quarter is left)."""
-        path, keep = run.path("checkpoints", f"iteration_{self.net.step}.pt"), self.settings.keep
-        save_checkpoint(path, state)
-        append_note(run, f"Step - {self.net.step}, \n{metrics}\n")
-        full = sorted(path.parent.glob("iteration_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        for older in full[-keep - 1 : -keep] if keep else []:
-            state = load_checkpoint(older)
-            if state.pop("optimiser", None) is not None:
-                save_checkpoint(older, state)
+
+def save(state: dict, run: Run, keep: int) -> None:
+    """Write iteration_N.pt; beyond `keep` of them the older ones lose their optimiser state (a quarter is left)."""
+    path = run.path("checkpoints", f"iteration_{state['step']}.pt")
+    save_checkpoint(path, state)
+    full = sorted(path.parent.glob("iteration_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2]))
+    for older in full[-keep - 1 : -keep] if keep else []:
+        state = load_checkpoint(older)
+        if state.pop("optimiser", None) is not None:
+            save_checkpoint(older, state)
 
 
 def save_samples(images: tuple, path) -> None:
@@ -211,11 +217,6 @@ def save_samples(images: tuple, path) -> None:
     source, target, output = (rows[:SHOWN].cpu() for rows in images)
     rows = [target, output] if images[0] is images[1] else [source, target, output]
     save_grid(torch.cat(rows), path, nrow=len(target))
-
-
-def append_note(run: Run, text: str) -> None:
-    with open(run.path("checkpoints", "timestamp.txt"), "a", encoding="utf-8") as file:
-        file.write(text)
 
 
 def require_finite(metrics: dict[str, float], step: int, which: str = "") -> None:

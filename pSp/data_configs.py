@@ -11,11 +11,11 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import UserError
+from common.cli import ROOT, UserError
 
 # Folders of images or LMDBs, and a generator: fill in your own
 PATHS = {"ffhq": "", "celeba_train": "", "celeba_test": "", "stylegan": ""}
-BUNDLED_GENERATOR = Path(__file__).resolve().parents[1] / "checkpoints" / "face-wpp-64.safetensors"
+BUNDLED_GENERATOR = ROOT / "checkpoints" / "face-wpp-64.safetensors"
 
 
 class DatasetType(NamedTuple):
@@ -29,17 +29,6 @@ DATASETS = {
     "ffhq_frontalize": DatasetType("ffhq", "celeba_test", "mirrored"),
     "celebs_super_resolution": DatasetType("celeba_train", "celeba_test", "shrunk"),
 }
-NEEDS_LABELS = ("celebs_sketch_to_face", "celebs_seg_to_face")
-
-
-def dataset_type(name: str) -> DatasetType:
-    """Raises UserError for a type that does not exist, or that needs label maps."""
-    if name in NEEDS_LABELS:
-        why = f"sketches and segmentation maps need paired label images; supported are {', '.join(DATASETS)}"
-        raise UserError(f"--dataset_type {name} is not supported: {why}")
-    if name not in DATASETS:
-        raise UserError(f"--dataset_type {name}: expected one of {', '.join(DATASETS)}")
-    return DATASETS[name]
 
 
 def find_path(given: str | None, name: str) -> str | None:
@@ -57,12 +46,9 @@ def training_path(given: str | None, name: str) -> str:
 
 
 def generator_path(given: str | None, exp_dir: str | Path) -> Path:
-    """The generator to invert into: the flag, $WPP_STYLEGAN, the table, generator.{safetensors,pt} in --exp_dir, or the
-    bundled one. Raises UserError naming these places when it is in none."""
+    """The generator of a new run: the flag, $WPP_STYLEGAN, the table, generator.{safetensors,pt} in --exp_dir, or the
+    bundled one."""
     if path := find_path(given, "stylegan"):
         return Path(path)
-    inside = [Path(exp_dir) / f"generator{suffix}" for suffix in (".safetensors", ".pt")]
-    if found := [path for path in (*inside, BUNDLED_GENERATOR) if path.is_file()]:
-        return found[0]
-    which = "FILE (a checkpoint of train.py, an export or a published one)"
-    raise UserError(f"which generator? pass --stylegan_weights {which}, set $WPP_STYLEGAN, or put it at {inside[0]}")
+    inside = (Path(exp_dir) / f"generator{suffix}" for suffix in (".safetensors", ".pt"))
+    return next((path for path in inside if path.is_file()), BUNDLED_GENERATOR)

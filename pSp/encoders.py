@@ -12,7 +12,7 @@ a smaller image.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,8 @@ from layers import EqualLinear
 from perceptual.arcface import DEPTHS, MODES, STRIDES, arcface_state, build_body, input_layer
 from pSp.settings import E4E, GRADUAL, INTO_W, INTO_W_PLUS
 
-PUBLISHED_INPUT = 256  # pixels
+SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of the input, pixels
+PUBLISHED_INPUT = 256
 COARSE, MIDDLE = 3, 7  # tokens below 3 come from the coarsest tap, below 7 from the middle, the rest from the finest
 POOL = 7  # the side to which IntoWPlus pools its last map
 
@@ -43,15 +44,14 @@ class EncoderConfig:
     mode: str = "ir_se"  # or ir: without squeeze and excitation
 
     def __post_init__(self):
-        for name, allowed in (("encoder_type", tuple(ENCODERS)), ("depth", tuple(DEPTHS)), ("mode", MODES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is one of {', '.join(map(str, allowed))}, not {getattr(self, name)}")
+        allowed = {"encoder_type": ENCODERS, "depth": DEPTHS, "mode": MODES, "input_size": SIZES}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is one of {', '.join(map(str, values))}, not {getattr(self, name)!r}")
         for name, most in (("n_styles", 32), ("style_dim", 4096), ("input_nc", 512), ("width", 512)):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"the encoder's {name} is a number from 1 to {most}, not {value!r}")
-        if self.input_size not in (16, 32, 64, 128, 256, 512, 1024):
-            raise ValueError(f"the encoder's input_size is a power of two from 16 to 1024, not {self.input_size}")
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -78,9 +78,6 @@ class EncoderConfig:
         """The tap (0 fine, 1 middle, 2 coarse) that token `style` is computed from."""
         return 2 if style < COARSE else 1 if style < MIDDLE else 0
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict) -> EncoderConfig:
         unknown = set(values) - {f.name for f in fields(cls)}
@@ -92,15 +89,9 @@ class EncoderConfig:
     def for_generator(cls, config, *, width: int = 0, depth: int = 0, **other) -> EncoderConfig:
         """The encoder for a generator (a GeneratorConfig). 0 chooses: the published network from 256 px on, below that
         width 32 and depth 18. The input has the generator's size, at most the published one."""
-        light = config.size < PUBLISHED_INPUT
-        return cls(
-            n_styles=config.n_tokens,
-            style_dim=config.style_dim,
-            input_size=min(PUBLISHED_INPUT, max(16, config.size)),
-            width=width or (32 if light else 64),
-            depth=depth or (18 if light else 50),
-            **other,
-        )
+        light, size = config.size < PUBLISHED_INPUT, min(PUBLISHED_INPUT, max(16, config.size))
+        other |= {"width": width or (32 if light else 64), "depth": depth or (18 if light else 50)}
+        return cls(n_styles=config.n_tokens, style_dim=config.style_dim, input_size=size, **other)
 
 
 class GradualStyleBlock(nn.Module):
@@ -224,9 +215,13 @@ def init_backbone(encoder: Backbone, weights_dir=None) -> str:
         rest = encoder.input_layer[0].weight[:, 3:].detach()
         state["input_layer.0.weight"] = torch.cat([state["input_layer.0.weight"], rest], 1)
     for name in ("input_layer", "body"):
-        tensors = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-        load_strictly(getattr(encoder, name), tensors, path)
+        load_strictly(getattr(encoder, name), part(state, name), path)
     return str(path)
+
+
+def part(state: dict, name: str) -> dict:
+    """The tensors below `name.` of a state dict, without the prefix."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 
 def infer_encoder_config(state: dict, stated: str | None = None) -> EncoderConfig:

@@ -1,7 +1,7 @@
 """The pSp network: an encoder that gives w for the generator it carries, and the file that holds both.
 
     net = load_psp("checkpoints/best_model.pt", "cpu")
-    images, w = net(net.fit(photos), randomize_noise=False)     # [N, 3, S, S], [N, L, 512]
+    images = net.render(net.encode(net.fit(photos)))     # [N, 3, S, S]
 
 An encoder of six input channels refines its answer in the manner of ReStyle (Alaluf et al. 2021, arXiv 2104.02699,
 equations 1 and 2): it sees image and reconstruction, at first that of the average w, and w_t+1 = w_t + E(x, y_t).
@@ -10,6 +10,7 @@ Files of eladrich/pixel2style2pixel, ReStyle, e4e and TransStyleGAN are read, th
 opts. An exported encoder (.safetensors) is the encoder alone, in half precision, and names its generator.
 """
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_safetensors
 from common.generator_file import generator_fingerprint, infer_config
 from model import Generator, GeneratorConfig, load_generator
-from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config
+from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config, part
 
 RESTYLE_PASSES = 5  # as published
 # What building from a wrong file raises
@@ -109,12 +110,6 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
             w = self.encode_once(images, w, previous, dtype)
         return w
 
-    def forward(self, images, *, resize: bool = True, randomize_noise: bool = True):
-        """Reconstructions [N, 3, image_size | size, ...] (`resize`: face_pool) and their w [N, L, D]."""
-        w = self.encode(images)
-        output = self.render(w, randomize_noise=randomize_noise)
-        return (self.face_pool(output) if resize else output), w
-
 
 def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Tensor:
     """An average w as any of the published tools stores it, [D], [1, D], [L, D] or [1, L, D], as [1, L, D]."""
@@ -126,28 +121,13 @@ def shape_average(latent_avg: torch.Tensor, config: GeneratorConfig) -> torch.Te
 
 def psp_state(net: pSp, opts: dict) -> dict:
     """The entries that rebuild `net`, under the published keys; the coach adds its own state."""
-    published = {
-        "output_size": net.decoder.config.size,
-        "encoder_type": net.config.encoder_type,
-        "start_from_latent_avg": net.start_from_latent_avg,
-        "learn_in_w": net.learn_in_w,
-        "input_nc": net.config.input_nc,
-        "n_iters_per_batch": net.n_iters,
-    }
-    return {
-        "state_dict": net.state_dict(),
-        "latent_avg": net.latent_avg,
-        "opts": opts | published,
-        "encoder_config": net.config.to_dict(),
-        "config": net.decoder.config.to_dict(),
-        "fingerprint": generator_fingerprint(net.decoder.state_dict()),
-        "step": net.step,
-    }
-
-
-def part(state: dict, name: str) -> dict:
-    """The tensors below `name.` of a state dict, without the prefix."""
-    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    config, generator = net.config, net.decoder.config
+    opts = opts | {"output_size": generator.size, "encoder_type": config.encoder_type, "input_nc": config.input_nc}
+    opts |= {"start_from_latent_avg": net.start_from_latent_avg, "learn_in_w": net.learn_in_w}
+    opts |= {"n_iters_per_batch": net.n_iters}
+    state = {"state_dict": net.state_dict(), "latent_avg": net.latent_avg, "opts": opts, "step": net.step}
+    fingerprint = generator_fingerprint(net.decoder.state_dict())
+    return state | {"encoder_config": asdict(config), "config": generator.to_dict(), "fingerprint": fingerprint}
 
 
 def psp_from_state(checkpoint: dict, path) -> pSp:
@@ -165,7 +145,7 @@ def psp_from_state(checkpoint: dict, path) -> pSp:
         else:
             config = infer_encoder_config(encoder, opts.get("encoder_type"))
             if config.encoder_type == INTO_W:
-                config = EncoderConfig.from_dict(config.to_dict() | {"n_styles": generator.config.n_tokens})
+                config = replace(config, n_styles=generator.config.n_tokens)
         average, from_average = checkpoint.get("latent_avg"), bool(opts.get("start_from_latent_avg"))
         if average is None and (from_average or config.input_nc == 6):
             raise CheckpointError("it was trained with --start_from_latent_avg but lacks latent_avg")
@@ -207,14 +187,8 @@ def export_encoder(net: pSp, path: str | Path, generator: str) -> None:
     name of the file of its generator, which readers look for beside this one."""
     weights = net.encoder.state_dict()
     tensors = {f"encoder.{name}": value.half() if value.ndim > 1 else value for name, value in weights.items()}
-    header = {
-        "encoder_config": net.config.to_dict(),
-        "start_from_latent_avg": net.start_from_latent_avg,
-        "n_iters": net.n_iters,
-        "generator": generator,
-        "fingerprint": net.decoder.fingerprint,
-        "step": net.step,
-    }
+    header = {"encoder_config": asdict(net.config), "start_from_latent_avg": net.start_from_latent_avg}
+    header |= {"n_iters": net.n_iters, "generator": generator, "fingerprint": net.decoder.fingerprint, "step": net.step}
     save_safetensors(path, tensors | {"latent_avg": net.latent_avg}, header)
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 from common.cli import UsageError, UserError, positive_int
 from common.flags import count, flag, not_negative, require
+from pSp.data_configs import DATASETS
 
 GRADUAL, E4E = "GradualStyleEncoder", "Encoder4Editing"
 INTO_W, INTO_W_PLUS = "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus"
@@ -15,7 +16,7 @@ RESIZE_FACTORS = (1, 2, 4, 8, 16, 32)  # of super-resolution, when --resize_fact
 class TrainSettings:
     """Settings of a training run. Raises UserError for what cannot work."""
 
-    dataset_type: str = flag("ffhq_encode", "ffhq_encode | ffhq_frontalize | celebs_super_resolution")
+    dataset_type: str = flag("ffhq_encode", " | ".join(DATASETS))
     resize_factors: str | None = flag(None, "super-resolution: factors by which the source is shrunk", type=str)
     batch_size: int = flag(4, "images per step and process")
     test_batch_size: int = flag(2, "images per validation batch")
@@ -34,6 +35,7 @@ class TrainSettings:
 
     def __post_init__(self):
         require(self, "batch_size test_batch_size learning_rate", lambda value: value > 0, "must be positive")
+        require(self, "dataset_type", DATASETS.__contains__, f"is one of {', '.join(DATASETS)}")
         resize_factors(self.resize_factors)
         intervals = "max_steps image_interval board_interval val_interval save_interval"
         require(self, intervals, lambda steps: steps is None or steps >= 1, "must be at least 1")

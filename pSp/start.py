@@ -1,15 +1,17 @@
 """Start of an encoder's training: the file it continues or takes its weights from, its network, its images."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
 from common.cli import UserError
 from common.runs import find_start
 from dataset import open_dataset
-from model import Generator
+from model import Generator, load_generator
+from pSp.data_configs import DATASETS, find_path, generator_path, training_path
 from pSp.encoders import EncoderConfig, init_backbone
 from pSp.psp import RESTYLE_PASSES, load_psp, pSp, psp_from_state, psp_state, require_generator
 from pSp.settings import GRADUAL, INTO_W, EncoderFlags
@@ -17,13 +19,27 @@ from pSp.settings import GRADUAL, INTO_W, EncoderFlags
 MEAN_SAMPLES = 10_000  # of the average w, as published
 
 
-def read_start(exp_dir, resume, checkpoint_path, init_from) -> tuple[dict | None, Path | None, bool]:
-    """(state, its file, whether to continue it); (None, None, False): from scratch. Raises as common.runs.find_start.
-    checkpoint_path, the published flag, continues a checkpoint; one without optimiser state gives its weights alone."""
+class Start(NamedTuple):
+    """A checkpoint, its file, and whether it is continued; no checkpoint: from scratch."""
+
+    state: dict | None
+    path: Path | None
+    continues: bool
+
+
+def read_start(exp_dir, resume, checkpoint_path, init_from) -> Start:
+    """Raises as common.runs.find_start. checkpoint_path, the published flag, continues a checkpoint; one without
+    optimiser state gives its weights alone."""
     if checkpoint_path and "optimiser" in load_weights(checkpoint_path):
         resume = checkpoint_path
     path, continues = find_start(Path(exp_dir) / "checkpoints", resume, init_from or checkpoint_path, flag="exp_dir")
-    return load_weights(path) if path else None, path, continues
+    return Start(load_weights(path) if path else None, path, continues)
+
+
+def open_generator(start: Start, given: str | None, exp_dir, *, train_decoder: bool, device) -> Generator | None:
+    """The generator to invert into; None: the one that the checkpoint holds."""
+    path = generator_path(given, exp_dir) if start.state is None else find_path(given, "stylegan")
+    return load_generator(path, device) if path and not (start.continues and train_decoder) else None
 
 
 def load_weights(path: str | Path) -> dict:
@@ -31,15 +47,10 @@ def load_weights(path: str | Path) -> dict:
     return psp_state(load_psp(path), {}) if Path(path).suffix.lower() == ".safetensors" else load_checkpoint(path)
 
 
-def build_network(
-    flags: EncoderFlags,
-    state: dict | None,  # as source and continues, of read_start
-    source: Path | None,
-    continues: bool,
-    generator: Generator | None,  # None: the one in `state`
-    weights_dir=None,
-) -> tuple[pSp, str]:
-    """The network to train, and in words where it comes from. CheckpointError where a continued run's would change."""
+def build_network(flags: EncoderFlags, start: Start, generator: Generator | None, weights_dir=None) -> tuple[pSp, str]:
+    """The network to train, on `generator` or the one of the checkpoint, and in words where it comes from.
+    CheckpointError where a continued run's would change."""
+    state, source, continues = start
     n_iters, stored = flags.n_iters_per_batch, psp_from_state(state, source) if state is not None else None
     if continues:
         require_same(stored.config, flags, source)
@@ -65,26 +76,21 @@ def build_network(
 def require_same(config: EncoderConfig, flags: EncoderFlags, source) -> None:
     """Raises CheckpointError when flags ask for another encoder than the one that is continued."""
     stored = {"encoder_type": config.encoder_type, "encoder_width": config.width, "input_nc": config.input_nc}
-    pairs = [(name, getattr(flags, name), value) for name, value in stored.items()]
-    differing = [
-        f"--{name} {here} here, {there} in the file" for name, here, there in pairs if here not in (None, 0, there)
-    ]
+    here = {name: getattr(flags, name) for name in stored}
+    differing = [f"--{n} {here[n]} here, {v} in the file" for n, v in stored.items() if here[n] not in (None, 0, v)]
     if differing:
         raise CheckpointError(f"{source} holds another encoder: {'; '.join(differing)}")
 
 
-def open_images(size: int, training: str, test: str | None, *, holdout: float, val_images: int):
-    """Training data and held-out data, uint8 [3, size, size]. test: path of the held-out images; None: the share
-    `holdout` of the training images. val_images: the first of them; 0: all."""
-    images: Dataset = open_dataset(training, size)
-    if test is not None:
-        held_out = open_dataset(test, size)
-    else:
+def open_images(size: int, kind: str, train_path: str | None, test_path: str | None, *, holdout, val_images):
+    """Training data and held-out data of a data-set type, uint8 [3, size, size]. Without images to test on, in flags or
+    pSp/data_configs.py, they are the share `holdout` of the training images. val_images: the first of them; 0: all."""
+    test = find_path(test_path, DATASETS[kind].test)
+    images, held_out = open_dataset(training_path(train_path, kind), size), open_dataset(test, size) if test else None
+    if held_out is None:
         order = np.random.RandomState(0).permutation(len(images))  # the same split whatever --seed is
         n = max(1, round(holdout * len(images)))
         if n >= len(images):
             raise UserError("a single training image cannot be split: pass --test_path")
         images, held_out = Subset(images, sorted(order[n:].tolist())), Subset(images, sorted(order[:n].tolist()))
-    if val_images:
-        held_out = Subset(held_out, range(min(val_images, len(held_out))))
-    return images, held_out
+    return images, Subset(held_out, range(min(val_images or len(held_out), len(held_out))))

@@ -19,7 +19,6 @@ from dataclasses import fields
 
 from common.cli import ArgumentParser, UsageError, UserError, require_one_start, run_script
 from common.flags import add_fields, add_preset_flag, add_training_flags, count, read_fields
-from pSp.data_configs import dataset_type, find_path, generator_path, training_path
 from pSp.settings import EncoderFlags, LossWeights, TrainSettings
 
 RECOMMENDED = [item.name for kind in (TrainSettings, LossWeights, EncoderFlags) for item in fields(kind)]
@@ -38,10 +37,8 @@ def build_parser() -> ArgumentParser:
 
     group = parser.add_argument_group("networks")
     add = group.add_argument
-    add(
-        "--stylegan_weights",
-        help="generator (default: pSp/data_configs.py, EXP_DIR/generator.safetensors, the bundled)",
-    )
+    default = "pSp/data_configs.py, EXP_DIR/generator.safetensors, the bundled"
+    add("--stylegan_weights", metavar="FILE", help=f"generator (default: {default})")
     add("--output_size", type=int, help="checked against the generator, whose file tells its size")
     add_fields(group, EncoderFlags)
     train_decoder = {"type": flag_value, "default": False, "metavar": "True|False"}
@@ -68,88 +65,64 @@ def read_settings(flags: dict) -> tuple[TrainSettings, LossWeights, EncoderFlags
     """Raises UsageError or UserError for flags that are missing, unsupported or exclude each other."""
     if not flags["exp_dir"]:
         raise UsageError("where to? pass --exp_dir FOLDER")
-    dataset_type(flags["dataset_type"])
     if not 0 < flags["holdout"] < 1:
         raise UsageError(f"--holdout is a share between 0 and 1, got {flags['holdout']}")
     return tuple(read_fields(kind, flags) for kind in (TrainSettings, LossWeights, EncoderFlags))
 
 
-def main(args) -> int:
-    from contextlib import ExitStack
-
+def main(args) -> None:
     import torch
 
-    from common.cli import StopSignal
-    from common.distributed import setup, shutdown
-    from common.runs import open_run, restore_options, write_json
-    from dataset import InfiniteSampler, data_loader
-    from model import load_generator
+    from common.distributed import setup
+    from common.runs import restore_options
     from pSp.coach import Coach
     from pSp.losses import EncoderLoss
-    from pSp.start import build_network, open_images, read_start
+    from pSp.start import build_network, open_generator, open_images, read_start
 
     read_settings(vars(args))  # mistakes before any file is opened
     require_one_start(args, "checkpoint_path")
     if args.threads:
         torch.set_num_threads(args.threads)
-    with ExitStack() as stack:
-        dist = setup(args.device, ops=args.ops, timeout=args.dist_timeout)
-        stack.callback(shutdown)
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+        say = print if dist.is_main else lambda *_, **__: None
 
         # Start: new, from weights, or a checkpoint with its options.
-        state, source, continues = read_start(args.exp_dir, args.resume, args.checkpoint_path, args.init_from)
-        if continues and isinstance(state.get("opts"), dict):
-            changed = restore_options(args, state["opts"], source, keep=("stylegan_weights", "preset"))
-            if changed and dist.is_main:
-                print(changed)
+        start = read_start(args.exp_dir, args.resume, args.checkpoint_path, args.init_from)
+        if start.continues and isinstance(start.state.get("opts"), dict):
+            kept = ("stylegan_weights", "preset")
+            if changed := restore_options(args, start.state["opts"], start.path, keep=kept):
+                say(changed)
         torch.manual_seed(args.seed)  # the same weights on all ranks
-        given = find_path(args.stylegan_weights, "stylegan")
-        if state is None:
-            given = generator_path(args.stylegan_weights, args.exp_dir)
-        generator = load_generator(given, dist.device) if given and not (continues and args.train_decoder) else None
-        if generator and not continues:
+        source = {"train_decoder": args.train_decoder, "device": dist.device}
+        generator = open_generator(start, args.stylegan_weights, args.exp_dir, **source)
+        if generator and not start.continues:
             if args.output_size not in (None, size := generator.config.size):
-                raise UserError(f"--output_size {args.output_size}, but {given} is a generator of {size} px")
-            filled = args.recommend(generator.recommended.get("encoder", {}), RECOMMENDED, given)
-            if filled and dist.is_main:
-                print(filled, file=sys.stderr)
+                raise UserError(f"--output_size {args.output_size}, but {generator.path} is a generator of {size} px")
+            recommended = generator.recommended.get("encoder", {})
+            if filled := args.recommend(recommended, RECOMMENDED, generator.path):
+                say(filled, file=sys.stderr)
         settings, weights, flags = read_settings(vars(args))
-        net, origin = build_network(flags, state, source, continues, generator, args.weights_dir)
-        if continues and net.step >= settings.max_steps:
-            if dist.is_main:
-                print(f"{args.exp_dir}: step {net.step} of {settings.max_steps}, nothing was left to do")
-            return 0
+        net, origin = build_network(flags, start, generator, args.weights_dir)
+        if start.continues and net.step >= settings.max_steps:
+            say(f"{args.exp_dir}: step {net.step} of {settings.max_steps}, nothing was left to do")
+            return
 
-        # Data, losses, training state.
-        train_path = training_path(args.train_path, args.dataset_type)
-        test_path = find_path(args.test_path, dataset_type(args.dataset_type).test)
-        split = {"holdout": args.holdout, "val_images": args.val_images}
-        training, held_out = open_images(max(net.config.input_size, net.image_size), train_path, test_path, **split)
+        # Data, losses; then the loop.
+        size, split = (
+            max(net.config.input_size, net.image_size),
+            {"holdout": args.holdout, "val_images": args.val_images},
+        )
+        images, held_out = open_images(size, settings.dataset_type, args.train_path, args.test_path, **split)
         nets = {"lpips_net": args.lpips_net, "id_net": args.id_net, "weights_dir": args.weights_dir}
         loss = EncoderLoss(weights, dist.device, **nets)
+        data = f"{len(images)} images, {len(held_out)} held out; {loss.description}"
+        length = (
+            f"step {net.step} of {settings.max_steps}, batch {args.batch_size} x {dist.world_size} on {dist.device}"
+        )
+        say(f"{args.exp_dir}: {origin}; {net.description}; {data}; {length}")
         coach = Coach(net, loss, settings, dist)
-        sampler = InfiniteSampler(len(training), rank=dist.rank, world_size=dist.world_size, seed=args.seed)
-        if continues:
-            coach.resume(state, source)
-            sampler.load(state["sampler"])
-
-        # The run folder.
-        opts = vars(args) | {"output_size": net.decoder.config.size}
-        options = {"folders": ("sample", "checkpoints", "tensorboard_log"), "wandb": args.use_wandb and "wpp-psp"}
-        resume_step = net.step + 1 if continues else 0  # 0: also what a run logged that was killed before it saved
-        run = stack.enter_context(open_run(args.exp_dir, vars(args), dist, resume_step=resume_step, **options))
-        if dist.is_main:
-            write_json(run.path("opt.json"), opts)
-            length = (
-                f"step {net.step} of {settings.max_steps}, batch {args.batch_size} x {dist.world_size} on {dist.device}"
-            )
-            data = f"{len(training)} images, {len(held_out)} held out"
-            print(f"{run.folder}: {origin}; {net.description}; {data}; {loss.description}; {length}")
-        batches = data_loader(training, args.batch_size, sampler, workers=args.workers, device=dist.device)
-        best = coach.train(batches, sampler, held_out, run, opts, StopSignal())
-        if dist.is_main:
-            print(f"{run.path('checkpoints', 'best_model.pt')}: best validation loss {best:.4f}")
-    return 0
+        best = coach.train(images, held_out, start, args.exp_dir, vars(args))
+        say(f"{Path(args.exp_dir, 'checkpoints', 'best_model.pt')}: best validation loss {best:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""Training a pSp encoder and inverting folders with it: the published commands, exact resuming, what is written."""
+"""Training a pSp encoder: gradients of a step, the published commands, exact resuming, what is written."""
 
-import csv
 import json
 import os
 import shutil
@@ -8,117 +7,33 @@ import socket
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from psp_networks import FakeIdentity, FakePerceptual, tiny_generator, tiny_net
+from psp_commands import PLAIN, SMALL, start
+from psp_networks import tiny_generator, tiny_net
 from trainers import assert_equal_states
 
-import generate
-import inversion.inputs
-from common.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
-from common.cli import run
+from common.checkpoint import load_checkpoint, save_safetensors
 from common.distributed import setup
 from common.latents import load_latents
 from common.runs import read_log
-from model import Generator, GeneratorConfig, load_generator
-from perceptual.image_metrics import read_measures
 from pSp.coach import Coach
-from pSp.inference import retrieval
 from pSp.losses import EncoderLoss
-from pSp.psp import export_encoder, load_psp, psp_state
-from pSp.scripts import export as export_script
+from pSp.psp import export_encoder, load_psp
 from pSp.scripts import inference as inference_script
 from pSp.scripts import train as train_script
 from pSp.settings import LossWeights, TrainSettings
 
+pytestmark = pytest.mark.usefixtures("quick")
 # The commands of the published README, word for word (E, C and I are filled in)
 TRAIN = """--dataset_type ffhq_encode --exp_dir E --workers 8 --batch_size 8 --test_batch_size 8 --test_workers 8
     --val_interval 2500 --save_interval 5000 --encoder_type GradualStyleEncoder --start_from_latent_avg
     --lpips_lambda 0.8 --l2_lambda 1 --id_lambda 0.1"""
 INFERENCE = """--exp_dir E --checkpoint_path C --data_path I --test_batch_size 1 --test_workers 4 --resize_outputs
     --couple_outputs"""
-SMALL = "--encoder_width 2 --workers 0 --test_workers 0 --board_interval 1 --device cpu".split()
-PLAIN = [*SMALL, *"--lpips_lambda 0 --id_lambda 0 --start_from_latent_avg --batch_size 3".split()]
 MSE = LossWeights(lpips_lambda=0, id_lambda=0)
-
-
-class FakeMeasure(FakeIdentity):
-    def similarity(self, a, b):
-        return F.cosine_similarity(self.embed(a), self.embed(b))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """No paths from outside, no weights and no seconds for SqueezeNet in inference, a mean w of few samples."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("WPP_FFHQ", "WPP_CELEBA_TEST", "WPP_CELEBA_TRAIN", "WPP_STYLEGAN"):
-            patch.delenv(name, raising=False)
-        patch.setattr("perceptual.lpips.build_perceptual", lambda *_, **__: FakePerceptual())
-        patch.setattr("perceptual.identity.build_identity", lambda *_, **__: FakeMeasure())
-        patch.setattr("pSp.start.MEAN_SAMPLES", 100)
-        yield
-
-
-@pytest.fixture(scope="module")
-def generators(tmp_path_factory):
-    """{"w++" and "w": file of a tiny 32 px generator}."""
-    files = {}
-    for w_space in (False, True):
-        generator = tiny_generator(w_space=w_space)
-        files[generator.config.space] = tmp_path_factory.mktemp("generators") / f"{'w' if w_space else 'wpp'}.pt"
-        state = {"g_ema": generator.state_dict(), "config": generator.config.to_dict()}
-        save_checkpoint(files[generator.config.space], state)
-    return files
-
-
-def start(script, *flags) -> int:
-    return run(script.main, script.build_parser(), [str(flag) for flag in flags])
-
-
-@pytest.fixture(scope="module")
-def train(generators, face_folder):
-    """Status of a training in a folder on the W++ generator and the faces; later flags override the small ones."""
-
-    def train(folder, *flags):
-        base = ("--exp_dir", folder, "--stylegan_weights", generators["w++"], "--train_path", face_folder)
-        return start(train_script, *base, *PLAIN, *flags)
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def infer(face_folder):
-    """Status of an inversion of the faces into a folder, by the encoder that was trained there."""
-
-    def infer(folder, *flags):
-        base = ("--exp_dir", folder, "--data_path", face_folder, "--test_workers", 0, "--device", "cpu")
-        return start(inference_script, *base, *flags)
-
-    return infer
-
-
-@pytest.fixture(scope="module")
-def trained(train, tmp_path_factory):
-    """The folder of a run of four steps on the W++ generator."""
-    folder = tmp_path_factory.mktemp("runs") / "trained ü"
-    assert train(folder, "--max_steps", 4, "--save_interval", 2, "--val_interval", 2) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def newest(trained):
-    return trained / "checkpoints" / "iteration_4.pt"
-
-
-@pytest.fixture(scope="module")
-def best(trained):
-    return trained / "checkpoints" / "best_model.pt"
-
-
-# -- one step ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train_decoder", [False, True])
@@ -164,17 +79,12 @@ def test_passes_add_their_gradients_and_are_data_to_each_other():
     torch.testing.assert_close(ours, net.encoder.input_layer[0].weight.grad, atol=1e-6, rtol=1e-4)
 
 
-# -- the command line of training ----------------------------------------------------------------------------------
-
-
 def test_files_of_a_run(trained, best, newest):
-    names = ["best_model.pt", "iteration_2.pt", "iteration_4.pt", "timestamp.txt"]
+    names = ["best_model.pt", "iteration_2.pt", "iteration_4.pt"]
     assert sorted(p.name for p in best.parent.iterdir()) == names
     assert not (trained / "checkpoint").exists() and not (trained / "similarity").exists()
     opts = json.loads((trained / "opt.json").read_text())
     assert opts["dataset_type"] == "ffhq_encode" and opts["output_size"] == 32
-    notes = (best.parent / "timestamp.txt").read_text()
-    assert notes.startswith("**Best**: Step - 0, Loss - ") and "Step - 4, \n{" in notes
     log = read_log(trained / "log.jsonl")
     assert [line["step"] for line in log if line["group"] == "train"] == [1, 2, 3, 4]
     tests = [line for line in log if line["group"] == "test"]
@@ -219,9 +129,8 @@ def test_a_refining_encoder_is_trained_and_used(train, infer, tmp_path, capsys):
     assert "3 passes" in capsys.readouterr().out
     net = load_psp(tmp_path / "checkpoints" / "iteration_1.pt")
     assert net.config.input_nc == 6 and net.n_iters == 3
-    assert (
-        start(train_script, "--exp_dir", tmp_path, *"--resume auto --max_steps 2 --workers 0 --device cpu".split()) == 0
-    )
+    again = "--resume auto --max_steps 2 --workers 0 --device cpu".split()
+    assert start(train_script, "--exp_dir", tmp_path, *again) == 0
     assert load_psp(tmp_path / "checkpoints" / "iteration_2.pt").n_iters == 3
     assert infer(tmp_path, "--n_images", 2) == 0
     assert load_latents(tmp_path).latents.shape == (2, 8, 32)
@@ -237,7 +146,7 @@ def test_published_command(fake_networks, generators, face_folder, tmp_path, mon
     shutil.copy(generators["w++"], folder / "generator.pt")
     monkeypatch.setenv("WPP_FFHQ", str(face_folder))
     monkeypatch.setenv("WPP_CELEBA_TEST", str(face_folder))
-    monkeypatch.setattr("dataset.data_loader", lambda *a, workers, **k: data_loader(*a, workers=0, **k))
+    monkeypatch.setattr("pSp.coach.data_loader", lambda *a, workers, **k: data_loader(*a, workers=0, **k))
     monkeypatch.setattr("pSp.images.DataLoader", lambda *a, num_workers, **k: torch.utils.data.DataLoader(*a, **k))
     best = folder / "checkpoints" / "best_model.pt"
     words = {"E": folder, "C": best, "I": face_folder}
@@ -282,7 +191,7 @@ ERRORS = [
     ("--label_nc 19", "argument --label_nc: invalid choice: 19", 2),
     ("--input_nc 1", "argument --input_nc: invalid choice: 1", 2),
     ("--moco_lambda 0.5", "argument --moco_lambda: invalid choice: 0.5", 2),
-    ("--dataset_type celebs_sketch_to_face", "celebs_sketch_to_face is not supported", 1),
+    ("--dataset_type celebs_sketch_to_face", "--dataset_type is one of ffhq_encode", 2),
     ("--train_decoder perhaps", "invalid flag_value value: 'perhaps'", 2),
     ("--resume auto --checkpoint_path x.pt", "exclude each other", 2),
     ("--resume y.pt --init_from x.pt", "exclude each other", 2),
@@ -352,70 +261,6 @@ def test_two_processes_agree_with_one(train, generators, face_folder, tmp_path, 
     assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=0.2)
 
 
-# -- the command line of inference ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def faces_to_invert(face_folder, tmp_path_factory):
-    """Five images, one in a folder, one called like an image but none, and a folder called like an image."""
-    folder = tmp_path_factory.mktemp("to invert")
-    sources = sorted(p for p in face_folder.rglob("*") if p.is_file())[:5]
-    for i, source in enumerate(sources):
-        target = folder / ("in/ü 中.png" if i == 4 else f"face {i}.png")
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(source, target)
-    (folder / "broken.jpg").write_bytes(b"no image")
-    (folder / "folder.png").mkdir()
-    return folder
-
-
-def test_inference_keeps_every_image_and_its_name(infer, best, faces_to_invert, generators, tmp_path, capsys):
-    flags = ("--checkpoint_path", best, "--data_path", faces_to_invert, "--resize_outputs", "--couple_outputs")
-    assert infer(tmp_path, *flags, "--test_batch_size", 2) == 0
-    names = ["face 0.png", "face 1.png", "face 2.png", "face 3.png", "in/ü 中.png"]
-    for kind, size in (("inference_results", (32, 32)), ("inference_coupled", (64, 32))):
-        files = sorted((tmp_path / kind).rglob("*.png"))
-        assert [p.relative_to(tmp_path / kind).as_posix() for p in files] == names
-        assert all(Image.open(p).size == size for p in files)
-    generator = load_generator(generators["w++"])
-    latents = load_latents(tmp_path, expect_space="w++", expect_shape=(8, 32), expect_fingerprint=generator.fingerprint)
-    assert latents.names == names and latents.size == 32 and latents.extra["method"] == "pSp"
-    table = read_measures(tmp_path / "reconstruction.csv")
-    assert table.names == names and table.perceptual == "fake-perceptual" and table.identity == "fake-identity"
-    for name in ("perceptual", "mse"):
-        assert np.load(tmp_path / f"{name}.npy") == pytest.approx(latents.losses[name])
-        assert table.values[name] == pytest.approx(latents.losses[name], rel=1e-4)
-    assert (tmp_path / "stats.txt").read_text().startswith("Runtime ")
-    rows = list(csv.reader((tmp_path / "skipped.csv").read_text().splitlines()))
-    assert [row[0] for row in rows] == ["path", "broken.jpg"]
-    assert Image.open(tmp_path / "grid_000.png").size[0] > 5 * 128
-    assert "5 images inverted into w++" in capsys.readouterr().out
-
-    rendered = tmp_path / "rendered"  # generate.py makes the same images of the saved w
-    flags = ("--ckpt", generators["w++"], "--latents", tmp_path, "--output_dir", rendered, "--device", "cpu")
-    assert start(generate, *flags) == 0
-    for name in names:
-        ours, theirs = (np.asarray(Image.open(folder / name)) for folder in (tmp_path / "inference_results", rendered))
-        assert np.abs(ours.astype(int) - theirs).max() <= 1, name  # batches of another size round differently
-
-
-def test_no_image_ends_a_folder(infer, best, tmp_path, monkeypatch):
-    """Decoders raise more than ImageError (Pillow's AVIF: RuntimeError): each such image is listed, the rest done."""
-    errors = {1: RuntimeError("Failed to decode frame 0"), 3: OSError("broken data stream"), 4: MemoryError()}
-    read = inversion.inputs.read_file
-
-    def failing(paths, size, fit, resample, position):
-        if position in errors:
-            raise errors[position]
-        return read(paths, size, fit, resample, position)
-
-    monkeypatch.setattr(inversion.inputs, "read_file", failing)
-    assert infer(tmp_path, "--checkpoint_path", best, "--n_images", 6) == 0
-    assert len(load_latents(tmp_path).names) == 3
-    rows = list(csv.reader((tmp_path / "skipped.csv").read_text().splitlines()))
-    assert [row[1] for row in rows] == ["reason", "Failed to decode frame 0", "broken data stream", "MemoryError"]
-
-
 def test_settings_in_the_generators_file_are_used_and_named(face_folder, tmp_path, capsys):
     generator = tiny_generator()
     recommended = {"max_steps": 1, "batch_size": 2, "exp_dir": "elsewhere", "l2_lambda": "much"}
@@ -428,75 +273,6 @@ def test_settings_in_the_generators_file_are_used_and_named(face_folder, tmp_pat
     assert "recommends --batch_size 2 --max_steps 1 (" in captured.err and "step 0 of 1, batch 2" in captured.out
     assert start(train_script, "--exp_dir", tmp_path / "b", *flags, "--preset", "published", "--max_steps", 1) == 0
     assert "batch 4" in capsys.readouterr().out
-
-
-def test_batches_and_style_mixing_change_only_their_part(infer, newest, faces_to_invert, tmp_path):
-    latents = {}
-    for name, flags in (
-        ("plain", ("--test_batch_size", 1)),
-        ("batch", ("--test_batch_size", 8, "--test_workers", 1)),
-        ("mixed", ("--latent_mask", "6,7", "--mix_alpha", "0.5")),
-    ):
-        data = ("--checkpoint_path", newest, "--data_path", faces_to_invert)
-        assert infer(tmp_path / name, *data, *flags) == 0
-        latents[name] = load_latents(tmp_path / name).latents
-    plain, mixed = latents["plain"], latents["mixed"]
-    torch.testing.assert_close(plain, latents["batch"], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(plain[:, :6], mixed[:, :6], atol=1e-5, rtol=1e-5)
-    change = mixed[:, 6:] - plain[:, 6:]
-    assert change.abs().mean() > 0.01 and not torch.allclose(change[0], change[1], atol=1e-3)  # each has its own sample
-
-
-def test_outputs_at_the_generators_size_or_256(infer, tmp_path):
-    torch.manual_seed(0)
-    generator = Generator(GeneratorConfig(512, style_dim=16, n_mlp=1, channel_max=2)).eval()
-    save_checkpoint(tmp_path / "big.pt", psp_state(tiny_net(generator=generator), {}))
-    for flags, size in (((), 512), (("--resize_outputs",), 256)):
-        folder = tmp_path / str(size)
-        assert infer(folder, "--checkpoint_path", tmp_path / "big.pt", "--n_images", 1, *flags) == 0
-        (result,) = (folder / "inference_results").rglob("*.png")
-        (coupled,) = (folder / "inference_coupled").rglob("*.png")  # the first of every hundred, as published
-        assert Image.open(result).size == (size, size) and Image.open(coupled).size == (2 * size, size)
-
-
-def test_retrieval():
-    """Images near their originals are found; one face for all is not; and a swapped pair counts against it."""
-    draw = np.random.RandomState(0)
-    originals = [draw.randint(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
-    alike = [(o, np.clip(o.astype(int) + draw.randint(-9, 10, o.shape), 0, 255).astype(np.uint8)) for o in originals]
-    mean = np.mean(originals, 0).astype(np.uint8)
-
-    def share(pairs):
-        return retrieval(pairs, lambda x: [x], lambda a, b: (a[0] - b[0]).square().mean((1, 2, 3)), "cpu")
-
-    assert share(alike) == 1
-    assert share([(o, mean) for o in originals]) == pytest.approx(1 / 6)
-    swapped = [(alike[0][0], alike[1][1]), (alike[1][0], alike[0][1]), *alike[2:]]
-    assert share(swapped) == pytest.approx(4 / 6)
-
-
-def test_exported_encoder_gives_the_same_images(infer, best, generators, faces_to_invert, tmp_path, capsys):
-    """By the command lines of export and inference: half precision moves w by a little at most."""
-    out, a, b = tmp_path / "ü.safetensors", tmp_path / "a", tmp_path / "b"
-    flags, data = ("--checkpoint_path", best, "--output", out), ("--data_path", faces_to_invert)
-    assert start(export_script, *flags, "--stylegan_weights", generators["w++"]) == 0
-    assert "keep it beside wpp.pt" in capsys.readouterr().out
-    assert infer(a, "--checkpoint_path", out, *data) == 1
-    assert "an encoder for the generator wpp.pt" in capsys.readouterr().err
-    more = ("--stylegan_weights", generators["w++"], "--retrieval", 5, "--id_net", "none")
-    assert infer(a, "--checkpoint_path", out, *data, *more) == 0
-    assert "its own for" in capsys.readouterr().out
-    assert infer(b, "--checkpoint_path", best, *data) == 0
-    exported, whole = load_latents(a), load_latents(b)
-    assert exported.names == whole.names and exported.fingerprint == whole.fingerprint
-    torch.testing.assert_close(exported.latents, whole.latents, atol=1e-2, rtol=1e-2)
-    shares = json.loads((a / "reconstruction.json").read_text())["retrieval"]
-    assert set(shares) == {"perceptual"} and 0 <= shares["perceptual"] <= 1
-
-    assert start(export_script, *flags, "--stylegan_weights", generators["w"]) == 1
-    assert "was trained for" in capsys.readouterr().err
-    wrong = ("--checkpoint_path", best, "--output", "x.pt", "--stylegan_weights", generators["w"])
-    assert start(export_script, *wrong) == 2
 
 
 def test_a_new_run_begins_from_an_exported_encoder(train, best, generators, tmp_path, capsys):
@@ -516,31 +292,3 @@ def test_a_new_run_begins_from_an_exported_encoder(train, best, generators, tmp_
     exported.unlink()
     assert train(folder, "--max_steps", 2, "--resume", "auto", "--init_from", exported) == 0
     assert "step 1 of 2" in capsys.readouterr().out
-
-
-INFERENCE_ERRORS = [
-    ("--data_path absent", "absent does not exist", 1),
-    ("--data_path EMPTY", "holds no images", 1),
-    ("--data_path BROKEN", "none of the 1 images could be inverted", 1),
-    ("--checkpoint_path GENERATOR", "is no pSp checkpoint", 1),
-    ("--latent_mask 99", "this generator has the layers 0-7", 1),
-    ("--latent_mask a", "expected layers such as 8,9,10", 2),
-    ("--mix_alpha 0.5", "goes with --latent_mask", 2),
-    ("--resize_factors 2,4", "inference takes one factor", 2),
-    ("--retrieval 1", "at least two images", 2),
-    ("--stylegan_weights W", "best_model.pt was trained for", 1),
-    ("--n_outputs_to_generate 5", "--n_outputs_to_generate is not supported", 1),
-]
-
-
-@pytest.mark.parametrize("flags, message, status", INFERENCE_ERRORS)
-def test_mistakes_of_inference_are_one_line(flags, message, status, infer, best, generators, tmp_path, capsys):
-    paths = {"GENERATOR": generators["w++"], "W": generators["w"]}
-    paths |= {"EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken"}
-    for name in ("EMPTY", "BROKEN"):
-        paths[name].mkdir()
-    (tmp_path / "broken" / "x.png").write_bytes(b"no image")
-    flags = [paths.get(flag, flag) for flag in flags.split()]
-    assert infer(tmp_path / "E", "--checkpoint_path", best, *flags) == status
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
