@@ -20,7 +20,6 @@ from pSp.inference import retrieval
 from pSp.psp import psp_state
 from pSp.scripts import export as export_script
 
-
 pytestmark = pytest.mark.usefixtures("quick")
 
 
