@@ -48,10 +48,6 @@ class Boundary:
     size: int | None = None
     range: tuple[float, float] | None = None  # lowest and highest distance at which edits still are faces, in std
 
-    def project(self, ws: np.ndarray) -> np.ndarray:
-        """Signed length of latents [N, D] along the normal, [N]; without the intercept, as published."""
-        return ws @ self.normal[0]
-
     def measured_on(self, latents) -> Boundary:
         """The boundary with mean and std of latents [N, D] (see `project_all`), and the hyperplane at their median."""
         along = project_all(latents, self.normal[0])

@@ -79,8 +79,7 @@ class EncoderFlags:
 
     def __post_init__(self):
         if self.learn_in_w and self.encoder_type not in (None, INTO_W):
-            needs = f"it needs --encoder_type {INTO_W}, {self.encoder_type} gives one per layer"
-            raise UsageError(f"--learn_in_w is one w for all layers: {needs}")
+            raise UsageError(f"--learn_in_w is one w for all layers: {self.encoder_type} gives one per layer")
 
 
 @dataclass(frozen=True)
@@ -99,12 +98,9 @@ class InferenceSettings:
     seed: int = 0
 
     def __post_init__(self):
-        layers = self.layers
-        require(
-            self, "resize_factors", lambda text: len(resize_factors(text)) == 1, "is a list: inference takes one factor"
-        )
+        require(self, "resize_factors", lambda t: len(resize_factors(t)) == 1, "is a list: inference takes one factor")
         require(self, "retrieval", lambda n: n != 1, "is 0 or at least two images")
-        fits = self.mix_alpha is None or (layers and 0 <= self.mix_alpha <= 1)
+        fits = self.mix_alpha is None or (self.layers and 0 <= self.mix_alpha <= 1)
         require(self, "mix_alpha", lambda _: fits, "is a number from 0 to 1 and goes with --latent_mask")
 
     @property

@@ -89,9 +89,9 @@ def test_the_normal_points_to_higher_scores_and_the_seed_decides():
     latents, scores, _ = planted(400, 16)
     for fit in ("svc", "svm", "ridge"):
         boundary = fit_boundary(latents, scores, ratio=0.2, fit=fit)
-        assert np.corrcoef(boundary.project(latents), scores)[0, 1] > 0.9
+        assert np.corrcoef(latents @ boundary.normal[0], scores)[0, 1] > 0.9
         assert np.array_equal(fit_boundary(latents, scores, ratio=0.2, fit=fit).normal, boundary.normal)
-        assert 0.35 < np.mean(boundary.project(latents) + boundary.intercept > 0) < 0.65
+        assert 0.35 < np.mean((latents @ boundary.normal[0]) + boundary.intercept > 0) < 0.65
         flipped = fit_boundary(latents, -scores, ratio=0.2, fit=fit)
         assert flipped.normal[0] @ boundary.normal[0] < -0.8
 
@@ -130,12 +130,14 @@ def test_latents_move():
     latent = draw.standard_normal((4, 6)).astype(np.float32)
     boundary = simple(draw.standard_normal(24))
     steps = np.array([-2.0, 0.0, 3.0])
-    before = boundary.project(latent.reshape(1, -1))[0]
+    before = (latent.reshape(1, -1) @ boundary.normal[0])[0]
     relative = move_along(latent, boundary, steps)
     assert relative.shape == (3, 4, 6) and relative.dtype == np.float32 and np.array_equal(relative[1], latent)
-    assert np.allclose(boundary.project(relative.reshape(3, -1)), before + steps, atol=1e-5)
+    assert np.allclose(relative.reshape(3, -1) @ boundary.normal[0], before + steps, atol=1e-5)
     absolute = move_along(latent, boundary, steps, distance="absolute")
-    assert np.allclose(boundary.project(absolute.reshape(3, -1)), steps, atol=1e-5), "published: projection = distance"
+    assert np.allclose(absolute.reshape(3, -1) @ boundary.normal[0], steps, atol=1e-5), (
+        "published: projection = distance"
+    )
     some = move_along(latent, boundary, steps, layers=range(2), distance="absolute")
     assert np.array_equal(some[:, 2:], np.broadcast_to(latent[2:], (3, 2, 6))) and not np.allclose(
         some[0, 0], latent[0]
@@ -168,8 +170,8 @@ def test_orthogonal_moves_leave_the_other_attribute():
     free = orthogonalise(age, [glasses], ws)
     assert abs(free.normal[0] @ glasses.normal[0]) < 1e-6 and free.normal[0] @ age.normal[0] > 0.5
     frames = move_along(np.zeros((4, 6)), free, [5.0])
-    assert abs(glasses.project(frames.reshape(1, -1))[0]) < 1e-5
-    along = free.project(ws)
+    assert abs((frames.reshape(1, -1) @ glasses.normal[0])[0]) < 1e-5
+    along = ws @ free.normal[0]
     assert (free.mean, free.std) == pytest.approx((along.mean(), along.std()), abs=1e-4)
     assert np.mean(along + free.intercept > 0) == 0.5 and free.orthogonal_to == ["smile"] and not free.accuracies
     with pytest.raises(BoundaryError, match="nothing of the boundary"):

@@ -171,7 +171,7 @@ def test_the_saved_boundary_is_the_orthogonal_one(ckpt, latents, scorer, tmp_pat
     entangled, free = (load_boundary(folder / "boundary-age.npz") for folder in (tmp_path / "plain", out))
     other = load_boundary(smile).normal[0]
     assert abs(entangled.normal[0] @ other) > 1e-3 > 1e-5 > abs(free.normal[0] @ other)
-    along = free.project(Samples(generator, range(60))[np.arange(60)])
+    along = Samples(generator, range(60))[np.arange(60)] @ free.normal[0]
     assert (free.mean, free.std) == pytest.approx((along.mean(), along.std()), rel=1e-3)
     assert float(table(out)[0]["distance"]) == pytest.approx(2 * free.std, abs=1e-3)
     flags = ("--boundary", tmp_path / "plain" / "boundary-age.npz", "--orthogonal_to", smile)
