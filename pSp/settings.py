@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from common.cli import UsageError, UserError, positive_int
+from common.cli import PRECISIONS, UsageError, UserError, positive_int
 from common.flags import count, flag, not_negative, require
 from pSp.data_configs import DATASETS
 
@@ -94,8 +94,8 @@ class InferenceSettings:
     mix_alpha: float | None = flag(None, "how far those go to the sample, 0 to 1 (default: all the way)", type=float)
     resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
     retrieval: int = flag(0, "of the first N: whose nearest original is its own? 0: not asked", type=count, metavar="N")
-    precision: str = "fp32"
-    seed: int = 0
+    precision: str = flag("fp32", "of the convolutions", choices=PRECISIONS)
+    seed: int = flag(0, "of the samples of --latent_mask")
 
     def __post_init__(self):
         require(self, "resize_factors", lambda t: len(resize_factors(t)) == 1, "is a list: inference takes one factor")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import PRECISIONS, ArgumentParser, UsageError, UserError, add_device_flags, positive_int, run_script
+from common.cli import ArgumentParser, UserError, add_device_flags, positive_int, run_script
 from common.flags import add_face_flags, add_fields, add_preset_flag, read_fields
 from pSp.settings import InferenceSettings
 
@@ -24,19 +24,17 @@ RECOMMENDED = ("test_batch_size", "resize_outputs", "precision", "lpips_net", "i
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--exp_dir", help="folder for everything that is written")
+    add("--exp_dir", required=True, help="folder for everything that is written")
     add("--checkpoint_path", help="pSp checkpoint or exported encoder (default: EXP_DIR/checkpoints/best_model.pt)")
     add("--stylegan_weights", help="generator of an exported encoder (default: the file it names, beside it)")
     add("--data_path", default="gt_images", help="folder of images (any depth), one image, or an LMDB")
     add("--n_images", type=positive_int, help="only the first N images")
-    add("--n_outputs_to_generate", type=int, help="not supported: generate.py --mix mixes saved latents")
+    add("--n_outputs_to_generate", choices=(), help="not supported: generate.py --latents EXP_DIR --mix ROWS COLS")
     add_fields(parser, InferenceSettings)
     add_face_flags(parser)
     add("--lpips_net", default="auto", help="vgg as published, squeeze, alex, ...; auto: the best there is")
     add("--id_net", default="auto", help="identity network; auto: the first that is found; none")
     add("--weights_dir", help="folder looked into first for third-party weights")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
-    add("--seed", type=int, default=0, help="of the samples of --latent_mask")
     add_preset_flag(parser)
     add_device_flags(parser)
     return parser
@@ -52,10 +50,6 @@ def main(args) -> None:
     from pSp.inference import image_writer, invert, write_report
     from pSp.psp import load_psp
 
-    if not args.exp_dir:
-        raise UsageError("where to? pass --exp_dir FOLDER")
-    if args.n_outputs_to_generate is not None:
-        raise UserError("--n_outputs_to_generate is not supported: generate.py --latents EXP_DIR --mix ROWS COLS")
     read_fields(InferenceSettings, vars(args))  # mistakes before any file is opened
     exp_dir = Path(args.exp_dir)
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")

@@ -27,7 +27,7 @@ RECOMMENDED = [item.name for kind in (TrainSettings, LossWeights, EncoderFlags) 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data and folder").add_argument
-    add("--exp_dir", help="folder of the run; everything is written below it")
+    add("--exp_dir", required=True, help="folder of the run; everything is written below it")
     add("--train_path", help="training images: LMDB or folder (default: see pSp/data_configs.py)")
     add("--test_path", help="validation images (default: see pSp/data_configs.py, else a share of the training images)")
     add("--holdout", type=float, default=0.05, help="share of the training images held out where there is no test_path")
@@ -62,9 +62,7 @@ def flag_value(text: str) -> bool:
 
 
 def read_settings(flags: dict) -> tuple[TrainSettings, LossWeights, EncoderFlags]:
-    """Raises UsageError or UserError for flags that are missing, unsupported or exclude each other."""
-    if not flags["exp_dir"]:
-        raise UsageError("where to? pass --exp_dir FOLDER")
+    """Raises UsageError or UserError for flags that are unsupported or exclude each other."""
     if not 0 < flags["holdout"] < 1:
         raise UsageError(f"--holdout is a share between 0 and 1, got {flags['holdout']}")
     return tuple(read_fields(kind, flags) for kind in (TrainSettings, LossWeights, EncoderFlags))

@@ -150,7 +150,7 @@ INFERENCE_ERRORS = [
     ("--resize_factors 2,4", "inference takes one factor", 2),
     ("--retrieval 1", "at least two images", 2),
     ("--stylegan_weights W", "best_model.pt was trained for", 1),
-    ("--n_outputs_to_generate 5", "--n_outputs_to_generate is not supported", 1),
+    ("--n_outputs_to_generate 5", "argument --n_outputs_to_generate: invalid choice: '5'", 2),
 ]
 
 
