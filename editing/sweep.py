@@ -27,7 +27,7 @@ FRAMES, LEAST = 12, 96  # of a strip: frames at most, and pixels at least, so th
 
 @dataclass(frozen=True)
 class Edit:
-    """How far faces move along boundaries: to the same distances, or each face to its targets."""
+    """A move along boundaries: all faces to the same distances, or each face to its targets."""
 
     boundaries: list[Boundary]
     line: np.ndarray  # [K, 1 or number of boundaries]: distances of the frames
