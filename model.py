@@ -86,7 +86,7 @@ class Generator(nn.Module):
     def get_similarity(self, z) -> torch.Tensor:
         """Attention between tokens, batch mean: [n_mlp, heads, T, T], rows = query. ValueError without attention."""
         if not self.config.has_attention:
-            raise ValueError("attention maps exist in a transformer mapping network only: W++ without `independent`")
+            raise ValueError("only W++ has attention maps: neither W nor W++ with independent mappings")
         x, maps = self.tokens(z), []
         for block in self.style[1:]:
             maps.append(block.atten.similarity(block.norm(x)).mean(0))
