@@ -43,11 +43,12 @@ def record_phases(trainer):
     run_phase = trainer.run_phase
 
     def record(phase, images):
-        def keep():
-            parameters = phase.optimiser.param_groups[0]["params"]
-            seen[trainer.n_steps, phase.name] = {names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None}
-
-        phase.optimiser.step = keep
+        gradients = seen[trainer.n_steps, phase.name] = {}
+        for optimiser in phase.optimisers:
+            parameters = optimiser.param_groups[0]["params"]
+            optimiser.step = lambda parameters=parameters: gradients.update(
+                {names[id(p)]: p.grad.clone() for p in parameters if p.grad is not None}
+            )
         run_phase(phase, images)
 
     trainer.run_phase = record

@@ -1,7 +1,8 @@
 """Adversarial training of the generator: the networks, their optimisers, one step, the state.
 
-A step runs up to four phases: D, every 16 steps R1, G, every 4 steps path length. The regularisers are computed in
-float32, their weight makes up for the steps between (Karras et al. 2020, arXiv 1912.04958, section 3.1, appendix B).
+A step runs up to four phases: D, every 16 steps R1, G, every 4 steps path length; --one_stage: D and G in one. The
+regularisers are computed in float32, their weight makes up for the steps between (Karras et al. 2020, arXiv 1912.04958,
+section 3.1, appendix B).
 Every random number of a step is drawn from (seed, step, phase, micro-batch), so that no random state is saved, and R
 processes draw what one process draws over R micro-batches."""
 
@@ -27,17 +28,17 @@ from training.vision_aided import build_aux_discriminator
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: rosinality's constant
 EMA_RAMP = 0.05  # of the images seen so far: the longest half-life under --ema_images (stylegan2-ada-pytorch)
 STATES = ("g", "d", "g_ema", "g_optim", "d_optim")  # entries that a checkpoint must have to be continued
-PHASES = ("d", "r1", "g", "path")  # the position is part of every seed
+PHASES = ("d", "r1", "g", "path", "d+g")  # the position is part of every seed
 WEIGHT_STREAM = 0x77656967
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One update within a step: the gradient of gain * loss moves what `optimiser` holds, every so many steps."""
+    """One update within a step: the gradient of gain * loss moves what the optimisers hold, every so many steps."""
 
     name: str
     loss: Callable[[torch.Tensor], torch.Tensor]  # real images [N, 3, S, S] in [-1, 1] -> scalar
-    optimiser: torch.optim.Optimizer
+    optimisers: tuple[torch.optim.Optimizer, ...]
     every: int = 1
     gain: float = 1.0
 
@@ -65,11 +66,13 @@ class Trainer:
         self.g_optim = build_adam([self.g], settings.lr, g_every)
         d_networks = [self.d] if self.aux_d is None else [self.d, self.aux_d]
         self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, d_every)
+        of_d, of_g = (self.d_optim,), (self.g_optim,)
         phases = (
-            Phase("d", self.d_loss, self.d_optim),
-            Phase("r1", self.r1_loss, self.d_optim, d_every, settings.r1 / 2 * d_every),
-            Phase("g", self.g_loss, self.g_optim),
-            Phase("path", self.path_loss, self.g_optim, g_every, settings.path_regularize * g_every),
+            Phase("d", self.d_loss, of_d, gain=not settings.one_stage),
+            Phase("r1", self.r1_loss, of_d, d_every, settings.r1 / 2 * d_every),
+            Phase("g", self.g_loss, of_g, gain=not settings.one_stage),
+            Phase("d+g", self.joint_loss, of_d + of_g, gain=settings.one_stage),
+            Phase("path", self.path_loss, of_g, g_every, settings.path_regularize * g_every),
         )
         self.phases = [phase for phase in phases if phase.gain]
         self.frozen = set(noise_strengths(self.g) if settings.noise == "none" else ())  # parameters never trained
@@ -112,7 +115,7 @@ class Trainer:
         """Accumulate the gradients of one phase over the micro-batches; average them over ranks, update the weights."""
         for optimiser in (self.g_optim, self.d_optim):
             for parameter in optimiser.param_groups[0]["params"]:
-                parameter.requires_grad_(optimiser is phase.optimiser and parameter not in self.frozen)
+                parameter.requires_grad_(optimiser in phase.optimisers and parameter not in self.frozen)
 
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
@@ -121,14 +124,15 @@ class Trainer:
             loss = phase.loss(mirror(normalise(micro, self.dist.device)))
             (loss * (phase.gain / n_micro)).backward()
 
-        if update:
-            gradients = [p.grad for p in phase.optimiser.param_groups[0]["params"] if p.grad is not None]
-            all_reduce_mean(gradients)
-            if self.dtype == torch.float16:  # overflow in one image must not end the run (as in stylegan2-ada-pytorch)
-                for gradient in gradients:
-                    gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
-            phase.optimiser.step()
-        phase.optimiser.zero_grad(set_to_none=True)
+        for optimiser in phase.optimisers:
+            if update:
+                gradients = [p.grad for p in optimiser.param_groups[0]["params"] if p.grad is not None]
+                all_reduce_mean(gradients)
+                if self.dtype == torch.float16:  # overflow in one image must not end the run (stylegan2-ada-pytorch)
+                    for gradient in gradients:
+                        gradient.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+                optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
 
     def generate(self, n: int, dtype: torch.dtype, condition=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [n, 3, S, S] and ws [n, L, C] of fresh z, under `condition` [n, d] or a fresh one."""
@@ -159,6 +163,30 @@ class Trainer:
         loss = losses.g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
         self.stats.report(g=loss)
         return loss + self.aux_loss("aux_g", losses.g_nonsaturating_loss, fake) + self.condition_loss(fake, condition)
+
+    def joint_loss(self, real: torch.Tensor) -> torch.Tensor:
+        """Losses of both networks on the same generated images, before either has moved: one pass of G and one of D on
+        them instead of two. Shen et al. 2021, arXiv 2103.00430, scale D's gradient to be G's; here both are computed.
+        """
+        condition = self.draw_condition(len(real))
+        fake, _ = self.generate(len(real), self.dtype, condition)
+        seen = fake.detach().requires_grad_()
+        real_logits = self.d(self.augment(real), dtype=self.dtype)  # [N, 1]
+        fake_logits = self.d(self.augment(seen), dtype=self.dtype)
+        if self.settings.augment:
+            self.ada.accumulate(real_logits)
+        d_loss, g_loss = losses.d_logistic_loss(real_logits, fake_logits), losses.g_nonsaturating_loss(fake_logits)
+        self.stats.report(d=d_loss, g=g_loss, real=real_logits.mean(), fake=fake_logits.mean())
+        if self.aux_d is not None:
+            real_maps, maps = (self.aux_d.features(images, self.dtype) for images in (real, seen))
+            logits = [self.aux_d.discriminate(x) for x in (real_maps, [x.detach() for x in maps], maps)]
+            aux_d = losses.over_heads(losses.d_logistic_loss, *logits[:2])
+            aux_g = losses.over_heads(losses.g_nonsaturating_loss, logits[2])
+            self.stats.report(aux_d=aux_d, aux_g=aux_g)
+            d_loss = d_loss + self.settings.vision_aided_weight * aux_d
+            g_loss = g_loss + self.settings.vision_aided_weight * aux_g
+        (grad,) = torch.autograd.grad(g_loss, seen, retain_graph=True)
+        return d_loss + (fake * grad).sum() + self.condition_loss(fake, condition)
 
     def path_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""

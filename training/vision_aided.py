@@ -24,6 +24,7 @@ SIDE = 96  # pixels to which smaller images are enlarged: classification network
 EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
+BINOMIAL = (1, 4, 6, 4, 1)
 MIXED_WIDTHS = (64, 128, 256, 512)  # channels of the mixed maps, fine to coarse: no fewer than EfficientNet's own
 TRANSFORMS = ("xflip", "xint", "brightness", "contrast", "saturation")
 AUGMENT_P = 0.5  # heads on strong features overfit soon
@@ -56,16 +57,32 @@ class VisionAidedDiscriminator(nn.Module):
         return super().to(device)
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        return self.discriminate(self.features(images, dtype))
+
+    def features(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+        """Maps [N, C, h, w] of the augmented images, one per head."""
         images = self.augment(images)
         if images.shape[-1] < self.side:
             images = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
-        activations = self.frozen[0].activations(images)
+        activations = self.frozen[0].activations(blur(images))
         maps = []
         for index, channels in self.layers:
             x = F.normalize(activations[index], dim=1, eps=1e-4) * math.sqrt(channels)  # unit variance per pixel
             maps.append(x.to(dtype).contiguous(memory_format=torch.channels_last))  # [N, C, h, w]
-        maps = self.mix(maps)  # [N, width, h, w]
+        return self.mix(maps)  # [N, width, h, w]
+
+    def discriminate(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
         return [head(x).float().flatten(1) for x, head in zip(maps, self.heads, strict=True)]  # each [N, h * w]
+
+
+def blur(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W] through a binomial filter of one pixel's deviation. Unfiltered, the gradient of a trained
+    network is several times the discriminator's at the finest patterns, and the generator draws weaves (docs/log.md).
+    """
+    channels = images.shape[1]
+    row = (images.new_tensor(BINOMIAL) / sum(BINOMIAL)).expand(channels, 1, 1, -1)  # [C, 1, 1, 5]
+    images = F.pad(images, (2, 2, 2, 2), mode="reflect")
+    return F.conv2d(F.conv2d(images, row, groups=channels), row.transpose(2, 3), groups=channels)
 
 
 def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:

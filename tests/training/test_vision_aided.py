@@ -15,7 +15,7 @@ from training.losses import d_logistic_loss, g_nonsaturating_loss, over_heads
 from training.resume import read_checkpoint, resolve
 from training.settings import ARCHITECTURE
 from training.trainer import TrainSettings
-from training.vision_aided import LARGEST_MAP, VisionAidedDiscriminator
+from training.vision_aided import LARGEST_MAP, VisionAidedDiscriminator, blur
 
 FEATURES = "scorer:face-scorer"  # bundled, so that nothing is missing offline
 
@@ -83,6 +83,29 @@ def test_a_step_trains_heads_with_the_discriminator(tiny_config):
     same = [torch.equal(a, b) for a, b in zip(trainer.g.parameters(), plain.g.parameters(), strict=True)]
     assert not all(same), "the heads move the generator"
     assert trainer.g.state_dict().keys() == plain.g.state_dict().keys(), "which stays an ordinary one"
+
+
+def test_one_stage_moves_the_heads_as_two_stages_do(tiny_config):
+    """The first update of the heads has the same images and weights in both: those of G differ by D's step only."""
+    moved = {}
+    for one_stage in (False, True):
+        trainer = make_trainer(
+            tiny_config, vision_aided=FEATURES, one_stage=one_stage, r1=0, path_regularize=0, lr=0.01
+        )
+        before = {name: p.clone() for name, p in trainer.aux_d.named_parameters()}
+        trainer.step(random_images(4))
+        metrics = trainer.stats.read()
+        assert metrics["aux_d"] > 0 and metrics["aux_g"] > 0
+        moved[one_stage] = sum((p - before[name]).abs().sum() for name, p in trainer.aux_d.named_parameters()).item()
+    assert moved[True] == pytest.approx(moved[False], rel=0.05)  # Adam's first step: the size of the gradient drops out
+
+
+def test_fine_patterns_are_filtered_and_coarse_ones_pass():
+    ramp = torch.arange(64.0)
+    for period, lowest, highest in ((2, 0, 1e-3), (4, 0.2, 0.3), (32, 0.95, 1)):
+        wave = torch.cos(2 * math.pi * ramp / period).expand(1, 3, 64, 64)
+        share = blur(wave)[..., 8:-8].square().mean().sqrt() / wave[..., 8:-8].square().mean().sqrt()
+        assert lowest <= share <= highest, period
 
 
 def test_resume_is_exact(tiny_config, tmp_path):

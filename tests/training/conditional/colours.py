@@ -54,7 +54,7 @@ def random_images(n, seed=0):
 def gradients_of(trainer, name, images):
     """{parameter: gradient} of one phase, without the update."""
     (phase,) = (phase for phase in trainer.phases if phase.name == name)
-    parameters, gradients = phase.optimiser.param_groups[0]["params"], {}
-    phase.optimiser.step = lambda: gradients.update({p: p.grad.clone() for p in parameters if p.grad is not None})
+    parameters, gradients = phase.optimisers[0].param_groups[0]["params"], {}
+    phase.optimisers[0].step = lambda: gradients.update({p: p.grad.clone() for p in parameters if p.grad is not None})
     trainer.run_phase(phase, images)
     return gradients
