@@ -88,6 +88,7 @@ class PhotoEditor:
         self.models = models
         self.photo: Image.Image | None = None
         self.faces: list[Face] = []
+        self.layers: range | None = None  # of w that move along boundaries; None: all
 
     def set_photo(
         self,
@@ -125,6 +126,13 @@ class PhotoEditor:
         for face, inversion in zip(self.faces, results, strict=True):
             face.inversion, face.steps = inversion, face.steps + steps
         return loss
+
+    def set_layers(self, layers: range | None) -> None:
+        """Layers of w that move along boundaries from now on."""
+        if layers != self.layers:
+            self.layers = layers
+            for face in self.faces:
+                face.inversion.curves.clear()
 
     def set_expression(self, steps: int) -> None:
         """Invert the faces in the conditional generator, their own attributes held fixed; what is there stays."""
@@ -232,7 +240,7 @@ class PhotoEditor:
         boundaries = [b for name, b in models.boundaries.items() if any(name in position for position in at)]
         if boundaries or not any(at):
             steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-            moved = edit_w(source.w, boundaries, np.array(steps))  # [K, L, D]
+            moved = edit_w(source.w, boundaries, np.array(steps), layers=self.layers)  # [K, L, D]
             ws = torch.from_numpy(np.concatenate((source.w[None], moved)))
             before, *after = render(models.generator, ws, noise=source.noise)
             drawn.append((before, after))

@@ -41,7 +41,7 @@ def build_page(models: Models, folder: Path):
                 parts["compare"] = gr.ImageSlider(label="before | after", type="pil", interactive=False, **look)
                 parts["readout"] = gr.Markdown(elem_id="readout")
         with gr.Accordion("Advanced", open=False, elem_id="advanced"):
-            add_advanced(gr, parts, inputs)
+            add_advanced(gr, models.generator.config.n_tokens, parts, inputs)
         connect(gr, page, parts, inputs)
     return blocks
 
@@ -62,9 +62,11 @@ def add_controls(gr, page: Page, parts: dict, inputs: dict) -> None:
         parts["download"] = gr.DownloadButton("Download", size="sm", variant="primary", elem_id="download")
 
 
-def add_advanced(gr, parts: dict, inputs: dict) -> None:
-    """Refinement, the expression of a reference, landmarks by hand, the aligned face."""
+def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
+    """Layers, refinement, the expression of a reference, landmarks by hand, the aligned face, the command."""
     with gr.Row():
+        inputs["first"] = gr.Slider(0, n_tokens - 1, 0, step=1, label="from layer (0: coarsest)", elem_id="first")
+        inputs["last"] = gr.Slider(0, n_tokens - 1, n_tokens - 1, step=1, label="to layer", elem_id="last")
         inputs["steps"] = gr.Slider(0, 500, STEPS, step=CHUNK, label="steps of refinement", elem_id="steps")
         inputs["again"] = gr.Button("Refine further", size="sm", elem_id="refine")
     with gr.Row():
@@ -73,6 +75,8 @@ def add_advanced(gr, parts: dict, inputs: dict) -> None:
         inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
         label = "face not found? five points by hand: eyes, nose, mouth corners (pixels)"
         inputs["points"] = gr.Textbox(label=label, elem_id="points")
+    parts["distances"] = gr.Textbox(label="moved by standard deviations", interactive=False, elem_id="distances")
+    parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
     label = "aligned, inverted, edited"
     parts["crops"] = gr.Gallery(label=label, columns=3, height=160, allow_preview=False, elem_id="crops")
 
@@ -116,9 +120,10 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     inputs["samples"].select(pick, [session], outputs, **every).then(*save, **quiet)
 
     sliders = [parts[name] for name in page.names]
-    move = [session, *sliders]
+    layers = [inputs["first"], inputs["last"]]
+    move = [session, *layers, *sliders]
     dragged = [slider.input for slider in sliders]  # also by a typed number, which has no release
-    released = [slider.release for slider in sliders]
+    released = [slider.release for slider in (*sliders, *layers)]
     like = inputs["like"].click(streaming(page.take_expression), [session, inputs["reference"]], outputs, **quiet)
     for event in (
         gr.on(dragged, plain(page.move), move, outputs, trigger_mode="always_last", **quiet),

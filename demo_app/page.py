@@ -12,7 +12,7 @@ from common.cli import ROOT
 from common.images import image_size, read_image
 from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, expression_of, shrink
 from demo_app.models import Models
-from demo_app.targets import Target
+from demo_app.targets import FLAGS, Target
 from faces.align import parse_landmarks
 from faces.paste import save_like
 
@@ -107,10 +107,14 @@ class Page:
                 return
             yield answer
 
-    def move(self, session: Session | None, *values, rounds: int = 0) -> dict:
-        """While a slider is dragged (rounds 0), or when it was let go."""
+    def move(self, session: Session | None, first, last, *values, rounds: int = 0) -> dict:
+        """While a slider is dragged (rounds 0), or when it was let go. first, last: layers that move."""
         if session is None:
             return {"message": f"**{HELP}**"}
+        layers = range(int(first), int(last) + 1)
+        if not layers:
+            return {"message": f"**layers {first:g} to {last:g}: the first must not come after the last**"}
+        session.editor.set_layers(layers if len(layers) < self.models.generator.config.n_tokens else None)
         session.values = [float(value) for value in values]
         return self.show(session, rounds=rounds)
 
@@ -118,6 +122,7 @@ class Page:
         if session is None:
             return {"message": f"**{HELP}**"}
         session.like = {}
+        session.editor.set_layers(None)
         return self.start(session)
 
     def take_expression(self, session: Session | None, path):
@@ -149,6 +154,8 @@ class Page:
             "compare": (session.editor.photo, session.result.photo),
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
             "readout": self.readout(face.readings),
+            "distances": ", ".join(f"{name} {position:+.2f}" for name, position in face.positions.items()),
+            "command": command_of(session.name, targets) if session.file else "",
         }
 
     def readout(self, readings) -> str:
@@ -175,6 +182,13 @@ class Page:
         """One sentence without paths of this machine."""
         reason = str(error).replace(str(path), "the file").replace(str(ROOT) + os.sep, "")
         return {"message": f"**{Path(path).name}: {reason}**"}
+
+
+def command_of(name: str, targets: dict[str, Target]) -> str:
+    """The edit as a command line, for the folder that holds the photo."""
+    known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
+    words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
+    return f"python edit_photos.py {name!r} {' '.join(words)}" if words else ""
 
 
 def parse_points(text: str | None, scale: float) -> np.ndarray | None:

@@ -207,9 +207,14 @@ def test_upload_edit_refine_download(page, astronaut):
     assert stages[0]["message"].startswith("Finding the face")
     session, (before, after) = answer["session"], answer["compare"]
     assert np.array_equal(before, after) and answer["age"] == 0
-    moved = page.move(session, 10)
+    moved = page.move(session, 0, page.models.generator.config.n_tokens - 1, 10)
     assert not np.array_equal(*moved["compare"]) and "**age**" in moved["readout"]
     assert re.search(r"ages are read to ±\d+ years", moved["readout"]), "the read-out's own error stands beside it"
+    assert moved["command"].endswith("--age +10") and re.fullmatch(r"age [+-]\d\.\d\d", moved["distances"])
+    coarse = page.move(session, 0, 2, 10)
+    assert not np.array_equal(coarse["compare"][1], moved["compare"][1]), "three layers move instead of all"
+    every = page.models.generator.config.n_tokens
+    assert np.array_equal(page.move(session, 0, every - 1, 10)["compare"][1], moved["compare"][1])
     refined = list(page.refine(session, 20))
     assert "0 of 20 steps" in refined[0]["message"] and "Refined" in refined[-1]["message"]
     assert session.editor.faces[0].steps == 20
@@ -254,8 +259,9 @@ def test_a_new_photo_ends_the_refinement_of_the_one_before(page, astronaut):
 
 
 def test_without_a_photo_the_controls_say_so(page):
-    assert HELP in page.move(None, 0)["message"] and HELP in page.reset(None)["message"]
+    assert HELP in page.move(None, 0, 5, 0)["message"] and HELP in page.reset(None)["message"]
     assert list(page.refine(None, 60)) == [] and page.save(None) == {}
+    assert "must not come after" in page.move(page.pick(0)["session"], 4, 2, 0)["message"]
 
 
 # -- the browser -------------------------------------------------------------------------------------------------------
