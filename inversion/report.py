@@ -21,7 +21,8 @@ from sampling.render import CONDITION, blocks, file_names
 
 RESULTS, ORIGINALS, PROJECTED = "inversions", "origin", "project"  # folders of the finished images
 PER_GRID = 8  # columns
-METADATA = {"measures": {str: float}, "steps": int, "condition": ([float], None), "digest": str}
+MEASURES = {"perceptual": float, "mse": float, "psnr": float, "ssim": float, "identity?": float}
+METADATA = {"measures": MEASURES, "steps": int, "condition": ([float], None), "digest": str}
 
 
 def save_result(path: Path, result: dict) -> None:
@@ -90,7 +91,8 @@ def write_results(
         raise UserError(f"none of the {len(images)} images could be inverted; the first: {first}")
     names, alignment, every = [images.names[i] for i in results], images.alignment(), list(results.values())
     alignment = [alignment[i] for i in results]
-    measures = {name: [result["measures"][name] for result in every] for name in every[0]["measures"]}
+    common = set.intersection(*(set(result["measures"]) for result in every))
+    measures = {name: [result["measures"][name] for result in every] for name in every[0]["measures"] if name in common}
     by = {name: config[name] for name in ("perceptual", "identity")}
     saved = {"names": names, "losses": measures, "alignment": alignment if any(alignment) else None}
     saved |= {"space": config["space"], "size": config["size"], "fingerprint": config["generator"]}

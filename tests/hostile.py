@@ -136,7 +136,10 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     assert command(*project)(None) == 0
     kind("result.npz", folder / "p" / "inversions" / "face.npz", function(load_result), command(*project))
     kind("settings.json", folder / "p" / "inversions" / "settings.json", command(*project))
-    save_result(folder / "result.npz", result | {"curves": curves, "measures": {"mse": 0.1}})
+    save_result(
+        folder / "result.npz",
+        result | {"curves": curves, "measures": {"perceptual": 0.1, "mse": 0.1, "psnr": 10.0, "ssim": 0.5}},
+    )
 
     attributes = tuple(attribute for attribute, _ in KNOWN.values())[:2]
     network = ScorerNetwork(ScorerConfig(attributes, width=0.1, input_size=32))

@@ -34,7 +34,7 @@ def test_result_of_an_image(tmp_path):
         "latents": np.ones((4, 8), np.float32),
         "noise": [np.zeros((1, 4, 4), np.float32), np.ones((1, 8, 8), np.float32)],
         "curves": {name: np.arange(3.0) for name in ("perceptual", "noise", "mse")},
-        "measures": {"mse": 0.25},
+        "measures": {"perceptual": 0.5, "mse": 0.25, "psnr": 12.0, "ssim": 0.5},
         "steps": 30,
         "condition": [0.5, 1.0],
         "digest": "ab",
