@@ -22,6 +22,10 @@ def numbers(text: str) -> tuple[float, ...]:
     return tuple(float(number) for number in text.split(","))
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument_group("data and run folder").add_argument
@@ -53,7 +57,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
     add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_age, dex_gender, FILE")
-    add("--sizes", type=numbers, default="0", help="comma-separated pixels to show faces at; 0: as they are")
+    add("--sizes", type=sizes, default="0", help="comma-separated pixels to show faces at; 0: as they are")
     add("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
     add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels, as the original")
@@ -78,7 +82,7 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device, ops=args.ops)
     if args.evaluate:
-        options = {"sizes": [int(size) for size in args.sizes], "report": args.report, "scores": args.scores}
+        options = {"sizes": args.sizes, "report": args.report, "scores": args.scores}
         loading = {"device": device, "weights_dir": args.weights_dir, "dex_crop": args.dex_crop}
         return evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
 
