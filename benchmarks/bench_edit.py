@@ -201,8 +201,7 @@ def measure_sweep(args):
     if original:  # same weights, other arithmetic
         network.__class__ = BaselineGenerator
     step = np.random.default_rng(0).standard_normal(code.shape).astype(np.float32) * 0.1
-    codes = np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])
-    codes = torch.from_numpy(codes)
+    codes = torch.from_numpy(np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])).float()
     groups = [codes] if together else [codes[i : i + 1] for i in range(len(codes))]
 
     def sweep():
@@ -217,7 +216,7 @@ def measure_sweep(args):
         seconds.append(time.perf_counter() - start)
     np.save(args.frames_file, np.stack(frames))
     if args.profile:
-        write_trace(args.profile, {args.only: render})
+        write_trace(args.profile, {args.only: sweep})
     return statistics.median(seconds)
 
 

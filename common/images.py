@@ -174,7 +174,9 @@ def _to_srgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Im
     if alpha is not None and background is None:
         image.putalpha(alpha)
     elif alpha is not None:
-        image = Image.composite(image, Image.new("RGB", image.size, background), alpha)
+        shown = Image.new("RGB", image.size, background)
+        shown.paste(image, mask=alpha)
+        image = shown
     image.info = {}
     return image
 

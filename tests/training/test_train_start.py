@@ -120,7 +120,7 @@ def test_preset_for_processors(face_lmdb, start_run, tmp_path, monkeypatch, flag
     small = ("--channel_base", 128, "--lr", 0.003)
     ending = good(start_run(face_lmdb, "--preset", "cpu", "--iter", 1, *small))
     precision = "--precision bf16 " if bf16 else ""  # fp32 is the default
-    chosen = f"preset cpu: {precision}--r1 0.013 --g_reg_every 8 --augment --ada_length 60000"
+    chosen = f"preset cpu: {precision}--r1 0.013 --g_reg_every 8 --one_stage --augment --ada_length 60000"
     assert chosen in ending.out and "--lr" not in ending.out.partition("preset cpu")[2].splitlines()[0]
     options = checkpoint(tmp_path / "run", 1)["options"]
     expected = {"lr": 0.003, "r1": 0.013, "noise": "none", "vision_aided": "scorer:face-scorer", "channel_base": 128}
