@@ -2,8 +2,9 @@
 
 import torch
 
-from common.distributed import Distributed
-from training.trainer import Trainer, TrainSettings
+from common.distributed import Distributed, mix_seeds
+from dataset import mirror, normalise
+from training.trainer import PHASES, Trainer, TrainSettings
 
 ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
 
@@ -16,6 +17,15 @@ def random_images(n, size=16, seed=0):
     """uint8 [n, 3, size, size]"""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def prepare_images(images):
+    return mirror(normalise(images, ALONE.device))
+
+
+def seed_phase(trainer, phase, micro=0):
+    """The draws of a micro-batch of `phase` at the trainer's step, again."""
+    torch.manual_seed(mix_seeds(trainer.settings.seed, trainer.rng_offset, trainer.n_steps, PHASES.index(phase), micro))
 
 
 def flatten(value, name="state"):

@@ -140,13 +140,17 @@ class Trainer:
         condition = self.draw_condition(n) if condition is None else condition
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
+    def discriminate(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, 1] of augmented real and generated images; ADA counts those of the real ones."""
+        real_logits, fake_logits = (self.d(self.augment(images), dtype=self.dtype) for images in (real, fake))
+        if self.settings.augment:
+            self.ada.accumulate(real_logits)
+        return real_logits, fake_logits
+
     def d_loss(self, real: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             fake, _ = self.generate(len(real), self.dtype)
-        real_logits = self.d(self.augment(real), dtype=self.dtype)  # [N, 1]
-        fake_logits = self.d(self.augment(fake), dtype=self.dtype)
-        if self.settings.augment:
-            self.ada.accumulate(real_logits)
+        real_logits, fake_logits = self.discriminate(real, fake)
         loss = losses.d_logistic_loss(real_logits, fake_logits)
         self.stats.report(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
         return loss + self.aux_loss("aux_d", losses.d_logistic_loss, real, fake)
@@ -171,10 +175,7 @@ class Trainer:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
         seen = fake.detach().requires_grad_()
-        real_logits = self.d(self.augment(real), dtype=self.dtype)  # [N, 1]
-        fake_logits = self.d(self.augment(seen), dtype=self.dtype)
-        if self.settings.augment:
-            self.ada.accumulate(real_logits)
+        real_logits, fake_logits = self.discriminate(real, seen)
         d_loss, g_loss = losses.d_logistic_loss(real_logits, fake_logits), losses.g_nonsaturating_loss(fake_logits)
         self.stats.report(d=d_loss, g=g_loss, real=real_logits.mean(), fake=fake_logits.mean())
         if self.aux_d is not None:

@@ -12,22 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from trainers import ALONE, assert_equal_states, make_trainer, random_images, record_phases
+from trainers import ALONE, assert_equal_states, make_trainer, prepare_images, random_images, record_phases, seed_phase
 
-from common.distributed import mix_seeds
-from dataset import mirror, normalise
 from model import Generator, GeneratorConfig
 from training.losses import r1_penalty
 from training.trainer import EMA_DECAY, PHASES, TrainSettings, draw_ws, update_average
-
-
-def prepare_images(images):
-    return mirror(normalise(images, ALONE.device))
-
-
-def seed_phase(trainer, phase, micro=0):
-    """The draws of a micro-batch of `phase` at the trainer's step, again."""
-    torch.manual_seed(mix_seeds(trainer.settings.seed, trainer.rng_offset, trainer.n_steps, PHASES.index(phase), micro))
 
 
 def test_latents_of_the_runs_seed_are_no_rows_of_its_weights():
@@ -151,32 +140,6 @@ def test_d_and_g_gradients_by_the_textbook(tiny_config):
         assert torch.allclose(seen[0, "g"][name], gradient, rtol=1e-4, atol=1e-6), name
     assert set(seen[0, "d"]) <= {name for name, _ in d.named_parameters()}
     assert set(seen[0, "path"]) <= {name for name, _ in g.named_parameters()}
-
-
-def test_one_stage_gives_both_networks_the_gradients_of_their_own_losses(tiny_config):
-    """As before either has moved, in one backward pass, over micro-batches too."""
-    trainer = make_trainer(tiny_config, one_stage=True, micro_batch=2)
-    networks = {id(p): net for net in (trainer.g, trainer.d) for p in net.parameters()}
-    expected = {p: torch.zeros_like(p) for net in (trainer.g, trainer.d) for p in net.parameters()}
-    for k, micro in enumerate(random_images(4).chunk(2)):
-        seed_phase(trainer, "d+g", micro=k)
-        real = prepare_images(micro)
-        fake, _ = trainer.generate(2, torch.float32)
-        d_loss = F.softplus(-trainer.d(real)).mean() + F.softplus(trainer.d(fake.detach())).mean()
-        g_loss = F.softplus(-trainer.d(fake)).mean()
-        for loss, net in ((d_loss, trainer.d), (g_loss, trainer.g)):
-            for p, gradient in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True):
-                expected[p] += gradient / 2
-    seen = {}
-    for optimiser in (trainer.d_optim, trainer.g_optim):
-        parameters = optimiser.param_groups[0]["params"]
-        optimiser.step = lambda ps=parameters: seen.update({p: p.grad.clone() for p in ps if p.grad is not None})
-    (phase,) = (phase for phase in trainer.phases if phase.name == "d+g")
-    trainer.run_phase(phase, random_images(4))
-    assert {id(networks[id(p)]) for p in seen} == {id(trainer.g), id(trainer.d)}
-    for p, gradient in seen.items():
-        assert torch.allclose(gradient, expected[p], rtol=1e-4, atol=1e-6)
-    assert [phase.name for phase in trainer.phases] == ["r1", "d+g", "path"]
 
 
 def test_path_phase_on_a_share_of_the_batch(tiny_config, monkeypatch):
