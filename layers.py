@@ -145,11 +145,17 @@ def build_mapping(config) -> nn.Sequential:
     return nn.Sequential(PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp)))
 
 
+def energy_of(weight: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of a weight [O, I, k, k] over its kernel, [O, I]."""
+    return weight.square().sum((2, 3))
+
+
 def modulated_conv2d(
     x: torch.Tensor,  # [N, I, H, W], in the number format of the convolution; channels_last is fastest
     weight: torch.Tensor,  # [O, I, k, k], k = 1 or 3
     styles: torch.Tensor,  # [N, I], the factor of each input channel
     *,
+    energy: torch.Tensor | None = None,  # [O, I], energy_of(weight) where it is at hand
     demodulate: bool = True,  # scale the output channels back to unit variance
     up: bool = False,  # twice the height and width: transposed convolution of stride 2, then `kernel`
     kernel: torch.Tensor | None = None,  # [4, 4], the low-pass filter of `up`
@@ -169,7 +175,7 @@ def modulated_conv2d(
         weight = weight / weight.abs().amax((1, 2, 3), keepdim=True)  # [O, I, k, k]
     demod = None
     if demodulate:
-        energy = weight.square().sum((2, 3))  # [O, I]
+        energy = energy_of(weight) if energy is None else energy
         demod = torch.rsqrt(styles.square() @ energy.t() + 1e-8)  # [N, O]
     if weight.shape[2] == 1:
         n, channels, height, width = x.shape
@@ -197,18 +203,35 @@ class ModulatedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, out_channel, in_channel, kernel_size, kernel_size))
         self.modulation = EqualLinear(style_dim, in_channel, bias_init=1)
         self.scale, self.up = 1 / math.sqrt(in_channel * kernel_size**2), up
+        self.kept = None, None  # what `prepare` gave last for a frozen weight, after what it depends on
         if up:
             self.blur = Resample((1, 1), gain=4)  # the gain makes up for the zeros between upsampled pixels
 
     def forward(self, x, w, **options):
         """x [N, I, H, W], w [N, style_dim] -> [N, O, H', W']; options: of modulated_conv2d."""
         kernel = self.blur.kernel if self.up else None
-        weight = self.weight[0] * self.scale  # [O, I, k, k]
-        return modulated_conv2d(x, weight, self.modulation(w), up=self.up, kernel=kernel, **options)
+        weight, energy = self.prepare(x.dtype)
+        # The equalised learning rate's factor costs less on the styles than on the weight.
+        styles = self.modulation(w) * self.scale  # [N, I]
+        return modulated_conv2d(x, weight, styles, energy=energy, up=self.up, kernel=kernel, **options)
+
+    def prepare(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight [O, I, k, k] in `dtype`, and its energy [O, I]. Kept from call to call while the weight is frozen:
+        both take a third of the forward pass of a single image. Not for float16, whose weights follow other rules."""
+        weight, state = self.weight[0], (self.weight._version, self.weight.device, dtype)
+        if dtype == torch.float16:
+            return weight, None
+        if weight.requires_grad:
+            return weight.to(dtype), energy_of(weight)
+        if self.kept[0] != state:
+            self.kept = state, (weight.to(dtype), energy_of(weight))
+        return self.kept[1]
 
 
 class NoiseInjection(nn.Module):
     """Holds the learned noise strength; the sum itself happens inside `noise_bias_act`."""
+
+    used = True  # False: the strength is zero and stays so, and the sum is left out
 
     def __init__(self):
         super().__init__()
@@ -225,6 +248,8 @@ class StyledConv(nn.Module):
         self.activate = FusedLeakyReLU(out_channel)
 
     def forward(self, x, w, noise):  # [N, I, H, W] -> [N, O, H', W']
+        if not self.noise.used:
+            return self.conv(x, w, bias=self.activate.bias)
         if noise is None:
             factor = 2 if self.conv.up else 1
             noise = x.new_empty(x.shape[0], 1, factor * x.shape[2], factor * x.shape[3]).normal_()

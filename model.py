@@ -120,6 +120,20 @@ class Generator(nn.Module):
         """Mean w per token, [1, L, 512], of n samples drawn from the seed."""
         return self.latent_statistics(n, seed)[0]
 
+    @property
+    def noise_strengths(self) -> list[nn.Parameter]:
+        return [block.noise.weight for block in (self.conv1, *self.convs)]
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether noise enters the image. Setting it to False spares its cost where all strengths are and stay zero."""
+        return self.conv1.noise.used
+
+    @uses_noise.setter
+    def uses_noise(self, used: bool) -> None:
+        for block in (self.conv1, *self.convs):
+            block.noise.used = used
+
     def fixed_noise(self) -> list[torch.Tensor]:
         """The stored noise maps, each [1, 1, r, r]."""
         return [getattr(self.noises, f"noise_{i}") for i in range(self.config.n_noise)]
@@ -247,6 +261,7 @@ def load_generator(
     state, config, file = read_generator(path)
     generator = Generator(config)
     load_strictly(generator, {k: v.float() for k, v in state.items()}, path)
+    generator.uses_noise = any(map(bool, generator.noise_strengths))
     generator.fingerprint = generator_fingerprint(generator.state_dict())
     stated = file.get("fingerprint") if Path(path).suffix == ".safetensors" else None
     if stated not in (None, generator.fingerprint):

@@ -98,7 +98,8 @@ def project(
     if w_start is None or s.noise:
         mean, std = (value.to(images) for value in statistics or generator.latent_statistics())
 
-    # Leaf tensors per image, as each has its own step size: w [C, D], C = 1 in W, else L, and noise maps [1, r, r].
+    # Leaf tensors per image, as each has its own step size: w [C, D], C = 1 in W, else L, and the noise maps [1, r, r]
+    # of a generator that uses them.
     draws = [torch.Generator().manual_seed(int(seed)) for seed in (range(n) if seeds is None else seeds)]
     shapes = [(1, config.noise_size(i), config.noise_size(i)) for i in range(config.n_noise)]
     drawn = [[torch.randn(shape, generator=draw) for shape in shapes] for draw in draws]
@@ -106,7 +107,9 @@ def project(
     maps = [layer.expand(n, *shape) for layer, shape in zip(maps, shapes, strict=True)]
     w_start = (mean if w_start is None else w_start.to(images)).expand(n, config.n_tokens, config.style_dim)
     w_start = w_start.mean(1, keepdim=True) if space == "w" else w_start
-    leaves = [[leaf.to(images, copy=True) for leaf in image] for image in zip(w_start, *maps, strict=True)]
+    fixed = [] if generator.uses_noise else maps
+    leaves = zip(w_start, *([] if fixed else maps), strict=True)
+    leaves = [[leaf.to(images, copy=True) for leaf in image] for image in leaves]
     optimizer = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves])
 
     active, window = list(range(n)), max(CURVE_EVERY, steps // 20)
@@ -130,13 +133,13 @@ def project(
         if strength:
             drawn = [torch.randn(ws.shape[1:], generator=draws[i]) * (end[i] == steps) for i in active]
             ws = ws + torch.stack(drawn).to(ws) * strength * std[: ws.shape[1], None]
-        inputs = {"noise": maps, "condition": None if condition is None else condition[active].to(images)}
+        inputs = {"noise": maps or None, "condition": None if condition is None else condition[active].to(images)}
         synth, _ = generator(ws.expand(-1, config.n_tokens, -1), input_is_latent=True, dtype=dtype, **inputs)
 
         # Losses [A], and the gradient of their sum: every image by itself, the weights not at all.
         losses = {
             "perceptual": perceptual.distance(perceptual.features(average_down(synth)), target),
-            "noise": noise_regularisation(maps),
+            "noise": noise_regularisation(maps) if maps else images.new_zeros(len(active)),
             "mse": (synth - images).square().mean((1, 2, 3)),
         }
         visible = losses["perceptual"] + s.mse * losses["mse"]
@@ -170,4 +173,5 @@ def project(
             window_loss.zero_()
 
     ws, *maps = (torch.stack(layer).detach().float().cpu() for layer in zip(*leaves, strict=True))
+    maps = maps or [layer.float().cpu() for layer in fixed]
     return Projection(ws.expand(-1, config.n_tokens, -1).contiguous(), maps, curves, torch.tensor(end))

@@ -75,7 +75,8 @@ class Trainer:
             Phase("path", self.path_loss, of_g, g_every, settings.path_regularize * g_every),
         )
         self.phases = [phase for phase in phases if phase.gain]
-        self.frozen = set(noise_strengths(self.g) if settings.noise == "none" else ())  # parameters never trained
+        self.g.uses_noise = self.g_ema.uses_noise = settings.noise != "none"
+        self.frozen = set() if self.g.uses_noise else set(self.g.noise_strengths)  # parameters never trained
 
         self.n_steps = 0
         self.warm = False  # started from trained weights (--init_from)
@@ -258,8 +259,8 @@ class Trainer:
         average = state.get("g_ema", state)
         for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average)):
             load_strictly(network, {"token": network.token, **weights}, source)  # rosinality's files have no token
-            if self.settings.noise == "none":
-                torch._foreach_zero_([strength.data for strength in noise_strengths(network)])
+            if not network.uses_noise:
+                torch._foreach_zero_([strength.data for strength in network.noise_strengths])
         if "d" in state:
             load_strictly(self.d, state["d"], source)
         if self.aux_d is not None and state.get("vision_aided") == self.settings.vision_aided:
@@ -299,10 +300,6 @@ def update_average(average: Generator, generator: Generator, decay: float) -> No
     """Exponential moving average of the parameters; buffers (noise maps, token) are copied."""
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(generator.parameters()), None)
     torch._foreach_copy_(list(average.buffers()), list(generator.buffers()))
-
-
-def noise_strengths(generator: Generator) -> list[nn.Parameter]:
-    return [parameter for name, parameter in generator.named_parameters() if name.endswith("noise.weight")]
 
 
 def draw_ws(g: Generator, n: int, mixing: float) -> torch.Tensor:

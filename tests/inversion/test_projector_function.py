@@ -158,6 +158,24 @@ def test_start_from_w_and_noise(generator, samples, statistics):
         project(generator, samples[:2], **common, w_start=first.latents[[0, 0, 1]])
 
 
+def test_noise_that_no_layer_uses(config, samples, statistics):
+    """Without noise the same w is found, and the maps are those that were given or drawn."""
+    torch.manual_seed(0)
+    silent, settings = Generator(config).requires_grad_(False).double(), {"steps": 12, "mse": 1.0}
+    settings |= {"perceptual": PixelDistance(), "statistics": [value.double() for value in statistics]}
+    optimised = project(silent, samples[:2].double(), **settings)
+    silent.uses_noise = False
+    result = project(silent, samples[:2].double(), **settings)
+    torch.testing.assert_close(result.latents, optimised.latents, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(result.curves["mse"], optimised.curves["mse"])
+    assert (optimised.curves["noise"] > 0).all() and (result.curves["noise"] == 0).all()
+    draw = torch.Generator().manual_seed(1)  # of the second image
+    for layer, given in zip(result.noise, silent.fixed_noise(), strict=True):
+        torch.testing.assert_close(layer[1], torch.randn(given.shape[1:], generator=draw))
+    again = project(silent, samples[:2].double(), **settings, noise_start=optimised.noise)
+    torch.testing.assert_close(again.noise, optimised.noise)
+
+
 def test_bad_arguments(generator, samples, statistics):
     with pytest.raises(ValueError, match=r"makes images \[N, 3, 16, 16\], got \[5, 3, 8, 8\]"):
         project(generator, samples[:, :, :8, :8], perceptual=PixelDistance(), statistics=statistics)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from straight import grouped_modulated_conv, loud, straight_resample
 
 from common.generator_file import infer_config
-from model import STATISTICS_STREAM, Discriminator, Generator, GeneratorConfig
+from model import STATISTICS_STREAM, Discriminator, Generator, GeneratorConfig, load_generator
 
 
 def straight_mapping(state, z, heads=4, lr_mul=0.01):
@@ -238,6 +238,21 @@ def test_noise_fixed_random_and_seeded(tiny_config):
     maps = generator.seeded_noise([7, 2**32 - 1])
     assert [tuple(m.shape) for m in maps] == [(2, 1, side, side) for side in (4, 8, 8, 16, 16)]
     assert torch.equal(maps[0][0], generator.seeded_noise([7])[0][0])
+
+
+def test_noise_without_strength_is_left_out(tiny_config, tmp_path):
+    """Zero strengths give the same image with and without the sum; only then does a loaded generator leave it out."""
+    generator = loud(Generator(tiny_config)).eval().requires_grad_(False)
+    w = torch.randn(2, 6, 32)
+    for strength in generator.noise_strengths:
+        torch.nn.init.zeros_(strength)
+    summed, _ = generator(w, input_is_latent=True)
+    generator.uses_noise = False
+    assert torch.allclose(generator(w, input_is_latent=True)[0], summed, atol=1e-5)
+    for file, strength in ("silent.pt", 0.0), ("loud.pt", 0.1):
+        torch.nn.init.constant_(generator.noise_strengths[-1], strength)
+        torch.save({"g_ema": generator.state_dict(), "config": tiny_config.to_dict()}, tmp_path / file)
+        assert load_generator(tmp_path / file).uses_noise == bool(strength)
 
 
 def test_seeded_noise_is_not_the_seeded_latent(tiny_config):

@@ -1,11 +1,13 @@
 """model.py and layers.py: modulated convolution and the layers around it, against straight formulations."""
 
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from straight import grouped_modulated_conv, straight_resample
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from layers import EqualLinear, ModulatedConv2d, StyledConv, ToRGB
 
@@ -29,6 +31,36 @@ def test_modulated_convolution_equals_grouped(kernel, up, dtype, tolerance):
         strict=True,
     ):
         assert torch.allclose(a, b, atol=20 * tolerance, rtol=20 * tolerance)
+
+
+def test_a_frozen_convolution_follows_its_weight():
+    """What is kept of a frozen weight is made again after every way to change it, and in every precision."""
+    torch.manual_seed(0)
+    layer = ModulatedConv2d(6, 5, 3, style_dim=16).requires_grad_(False)
+    x, style = torch.randn(2, 6, 4, 4), torch.randn(2, 16)
+    other = ModulatedConv2d(6, 5, 3, style_dim=16).state_dict()
+    average = get_ema_multi_avg_fn(0.5)
+
+    def changes():
+        yield
+        yield layer.weight.abs_()
+        yield layer.load_state_dict(other)
+        yield average([layer.weight], [torch.ones_like(layer.weight)], None)
+        yield layer.double()
+        yield torch.nn.init.normal_(layer.weight)
+
+    seen = []
+    for _ in changes():
+        a, b = x.to(layer.weight.dtype), style.to(layer.weight.dtype)
+        seen.append(layer(a, b).float())
+        assert torch.allclose(seen[-1], grouped_modulated_conv(layer, a, b, True).float(), atol=1e-5)
+        low = layer(a.bfloat16(), b)
+        assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), seen[-1], atol=0.1)
+        assert layer(a, b).equal(layer(a, b))
+    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in itertools.combinations(seen[:4] + seen[5:], 2))
+    with torch.no_grad():
+        layer.requires_grad_(True)(a, b)
+    assert layer(a, b).requires_grad
 
 
 @pytest.mark.parametrize("up", [False, True])
