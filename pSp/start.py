@@ -1,9 +1,11 @@
 """Start of an encoder's training: the file it continues or takes its weights from, its network, its images."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Subset
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
@@ -57,6 +59,9 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
         require_generator(source, stored.decoder.fingerprint, generator)
         stored.n_iters = n_iters or stored.n_iters if stored.refines else 1
         return stored, f"continuing {source}"
+    passes = n_iters or (RESTYLE_PASSES if flags.input_nc == 6 else 1)
+    if stored is not None and passes > 1 and not stored.refines:
+        stored = widen_input(stored, passes, source)
     if generator is None:
         stored.step = 0
         return stored, f"a new run from the encoder and generator of {source}"
@@ -71,6 +76,24 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
     config = EncoderConfig.for_generator(generator.config, **shape)
     net = pSp(config, generator, **options, n_iters=n_iters or RESTYLE_PASSES)
     return net, f"a new run on {generator.path}, backbone from {init_backbone(net.encoder, weights_dir)}"
+
+
+def widen_input(net: pSp, n_iters: int, source) -> pSp:
+    """The start of a refining encoder (ReStyle) from `net`, one of a single pass: the first convolution does not see
+    the reconstruction yet, and each pass gives 1 / n_iters of the offsets, so that all together give the w of `net`.
+    Whole offsets in each pass would overshoot (docs/results/inversion.md). Raises CheckpointError."""
+    if not net.start_from_latent_avg:
+        hint = "it cannot start one of several passes"
+        raise CheckpointError(f"{source} holds an encoder that gives w, not offsets from the average: {hint}")
+    state = net.encoder.state_dict()
+    colours = state["input_layer.0.weight"]  # [width, 3, 3, 3]
+    state["input_layer.0.weight"] = torch.cat([colours, torch.zeros_like(colours)], 1)  # [width, 6, 3, 3]
+    for name in state:
+        if name.rpartition(".")[0].endswith("linear"):  # the last layer of every encoder, one or one per token
+            state[name] = state[name] / n_iters
+    wide = pSp(replace(net.config, input_nc=6), net.decoder, net.latent_avg, n_iters=n_iters)
+    load_strictly(wide.encoder, state, source)
+    return wide
 
 
 def require_same(config: EncoderConfig, flags: EncoderFlags, source) -> None:

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +16,18 @@ from psp_commands import PLAIN, SMALL, start
 from psp_networks import tiny_generator, tiny_net
 from trainers import assert_equal_states
 
-from common.checkpoint import load_checkpoint, save_safetensors
+from common.checkpoint import CheckpointError, load_checkpoint, save_safetensors
 from common.distributed import setup
 from common.latents import load_latents
 from common.runs import read_log
 from pSp.coach import Coach
+from pSp.encoders import GRADUAL, INTO_W, INTO_W_PLUS
 from pSp.losses import EncoderLoss
-from pSp.psp import export_encoder, load_psp
+from pSp.psp import export_encoder, load_psp, pSp, psp_state
 from pSp.scripts import inference as inference_script
 from pSp.scripts import train as train_script
-from pSp.settings import LossWeights, TrainSettings
+from pSp.settings import EncoderFlags, LossWeights, TrainSettings
+from pSp.start import Start, build_network
 
 pytestmark = pytest.mark.usefixtures("quick")
 # The commands of the published README, word for word (E, C and I are filled in)
@@ -134,6 +137,39 @@ def test_a_refining_encoder_is_trained_and_used(train, infer, tmp_path, capsys):
     assert load_psp(tmp_path / "checkpoints" / "iteration_2.pt").n_iters == 3
     assert infer(tmp_path, "--n_images", 2) == 0
     assert load_latents(tmp_path).latents.shape == (2, 8, 32)
+
+
+def single_pass(**options) -> tuple[pSp, Start]:
+    """A trained encoder of one pass, and its checkpoint as the start of a new run."""
+    net = tiny_net(**options).eval()
+    return net, Start(psp_state(net, {}), Path("one.pt"), continues=False)
+
+
+@pytest.mark.parametrize("kind", [GRADUAL, INTO_W, INTO_W_PLUS])
+@pytest.mark.parametrize("flags", [{"n_iters_per_batch": 4}, {"input_nc": 6}])
+def test_a_refining_encoder_begins_from_one_of_a_single_pass(kind, flags):
+    """All passes together give its w, each one the same share, whatever the reconstruction shows."""
+    one, start = single_pass(encoder_type=kind)
+    net, origin = build_network(EncoderFlags(**flags), start, None)
+    assert net.config.input_nc == 6 and net.n_iters == flags.get("n_iters_per_batch", 5) and "one.pt" in origin
+    images, other = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
+    net.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net.encode(images), one.encode(images), atol=1e-5, rtol=1e-4)
+        first = net.latent_avg + (one.encode(images) - one.latent_avg) / net.n_iters
+        torch.testing.assert_close(net.encode_once(images, previous=other), first, atol=1e-5, rtol=1e-4)
+    net.requires_grad_(True)
+    net.encode_once(images, previous=other).sum().backward()
+    assert net.encoder.input_layer[0].weight.grad[:, 3:].abs().max() > 0  # the reconstruction's channels learn
+
+
+def test_weights_keep_their_passes_unless_more_are_asked_for():
+    one, start = single_pass()
+    net, _ = build_network(EncoderFlags(), start, None)
+    assert net.config.input_nc == 3 and torch.equal(net.encode(images := torch.randn(1, 3, 32, 32)), one.encode(images))
+    _, start = single_pass(start_from_latent_avg=False)
+    with pytest.raises(CheckpointError, match="one.pt holds an encoder that gives w, not offsets"):
+        build_network(EncoderFlags(n_iters_per_batch=3), start, None)
 
 
 def test_published_command(fake_networks, generators, face_folder, tmp_path, monkeypatch):
