@@ -1,6 +1,7 @@
 """The identity network: the framing leads to the ArcFace template, the layout is the published one, it tells people
 apart, and it is a frozen, differentiable function of each image alone."""
 
+import copy
 import csv
 import random
 
@@ -11,7 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import common.weights
-from perceptual.identity import Identity, MobileFaceNet, build_identity, crop_as_psp, crop_for_arcface, resample_box
+from perceptual.identity import (
+    Identity,
+    MobileFaceNet,
+    build_identity,
+    crop_as_psp,
+    crop_for_arcface,
+    fold_batch_norms,
+    resample_box,
+)
 
 # Mean landmarks of FFHQ-framed faces at 128 pixels, and the ArcFace template for 112 (perceptual/identity.py)
 FRAME = np.array([(47.66, 60.26), (80.00, 59.93), (64.26, 79.20), (50.18, 93.58), (78.24, 93.30)])
@@ -118,6 +127,19 @@ def test_embedding_is_per_image_and_of_length_one(random_identity):
     similarity = random_identity.similarity(images, images.flip(0))
     torch.testing.assert_close(similarity, (embeddings * embeddings.flip(0)).sum(1), atol=1e-5, rtol=0)
     assert similarity[1].item() == pytest.approx(1, abs=1e-5)
+
+
+def test_folded_batch_norms_change_nothing(random_identity):
+    """Outputs and gradients, in float64: in float32 rounding moves activations over the kinks of ReLU."""
+    network = copy.deepcopy(random_identity.network).double()
+    faces = torch.rand(2, 3, 112, 112, dtype=torch.float64, requires_grad=True)
+    expected = network(faces)
+    (expected_gradient,) = torch.autograd.grad(expected[:, 0].sum(), faces)
+    folded = fold_batch_norms(network)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    (gradient,) = torch.autograd.grad(folded(faces)[:, 0].sum(), faces)
+    torch.testing.assert_close(folded(faces), expected, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-9, rtol=1e-6)
 
 
 def test_gradients_reach_the_image_only(random_identity):
