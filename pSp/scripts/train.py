@@ -3,7 +3,7 @@
 One process or many: alone or under torchrun; --batch_size counts images per process. The folder --exp_dir receives
 checkpoints/ (best_model.pt by validation loss, iteration_N.pt), sample grids, log.jsonl and TensorBoard events; a run
 that was stopped at any moment continues with --resume auto as if it had not been. --n_iters_per_batch 3 trains an
-encoder that sees its own reconstruction and corrects it (ReStyle).
+encoder that sees its own reconstruction and corrects it (ReStyle); --init_from may name one of a single pass.
 
     python pSp/scripts/train.py --dataset_type ffhq_encode --exp_dir E --stylegan_weights generator.safetensors
         --train_path ffhq --test_path celeba-hq-test --encoder_type GradualStyleEncoder --start_from_latent_avg
