@@ -216,12 +216,13 @@ class ModulatedConv2d(nn.Module):
         return modulated_conv2d(x, weight, styles, energy=energy, up=self.up, kernel=kernel, **options)
 
     def prepare(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weight [O, I, k, k] in `dtype`, and its energy [O, I]. Kept from call to call while the weight is frozen:
-        both take a third of the forward pass of a single image. Not for float16, whose weights follow other rules."""
+        """The weight [O, I, k, k] in `dtype`, and its energy [O, I]. Kept from call to call while the weight is frozen
+        in eval mode: both take a third of the forward pass of a single image. Never in training mode, since fused
+        optimisers leave the version of a tensor as it is; nor in float16, whose weights follow other rules."""
         weight, state = self.weight[0], (self.weight._version, self.weight.device, dtype)
         if dtype == torch.float16:
             return weight, None
-        if weight.requires_grad:
+        if self.training or self.weight.requires_grad:
             return weight.to(dtype), energy_of(weight)
         if self.kept[0] != state:
             self.kept = state, (weight.to(dtype), energy_of(weight))

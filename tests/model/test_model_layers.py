@@ -36,7 +36,7 @@ def test_modulated_convolution_equals_grouped(kernel, up, dtype, tolerance):
 def test_a_frozen_convolution_follows_its_weight():
     """What is kept of a frozen weight is made again after every way to change it, and in every precision."""
     torch.manual_seed(0)
-    layer = ModulatedConv2d(6, 5, 3, style_dim=16).requires_grad_(False)
+    layer = ModulatedConv2d(6, 5, 3, style_dim=16).eval().requires_grad_(False)
     x, style = torch.randn(2, 6, 4, 4), torch.randn(2, 16)
     other = ModulatedConv2d(6, 5, 3, style_dim=16).state_dict()
     average = get_ema_multi_avg_fn(0.5)
@@ -61,6 +61,13 @@ def test_a_frozen_convolution_follows_its_weight():
     with torch.no_grad():
         layer.requires_grad_(True)(a, b)
     assert layer(a, b).requires_grad
+    layer.train()
+    fused = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
+    for _ in range(2):  # as a trainer does: the generator frozen while the discriminator moves
+        layer.requires_grad_(True)(a, b).square().sum().backward()
+        fused.step()
+        layer.requires_grad_(False)
+        assert torch.allclose(layer(a, b), grouped_modulated_conv(layer, a, b, True), atol=1e-5)
 
 
 @pytest.mark.parametrize("up", [False, True])
