@@ -25,6 +25,7 @@ EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
 BINOMIAL = (1, 4, 6, 4, 1)
+MOST_SHIFT = 7  # pixels: every position within the stride of the second finest map
 MIXED_WIDTHS = (64, 128, 256, 512)  # channels of the mixed maps, fine to coarse: no fewer than EfficientNet's own
 TRANSFORMS = ("xflip", "xint", "brightness", "contrast", "saturation")
 AUGMENT_P = 0.5  # heads on strong features overfit soon
@@ -64,7 +65,7 @@ class VisionAidedDiscriminator(nn.Module):
         images = self.augment(images)
         if images.shape[-1] < self.side:
             images = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
-        activations = self.frozen[0].activations(blur(images))
+        activations = self.frozen[0].activations(shift(blur(images)))
         maps = []
         for index, channels in self.layers:
             x = F.normalize(activations[index], dim=1, eps=1e-4) * math.sqrt(channels)  # unit variance per pixel
@@ -83,6 +84,14 @@ def blur(images: torch.Tensor) -> torch.Tensor:
     row = (images.new_tensor(BINOMIAL) / sum(BINOMIAL)).expand(channels, 1, 1, -1)  # [C, 1, 1, 5]
     images = F.pad(images, (2, 2, 2, 2), mode="reflect")
     return F.conv2d(F.conv2d(images, row, groups=channels), row.transpose(2, 3), groups=channels)
+
+
+def shift(images: torch.Tensor) -> torch.Tensor:
+    """Images [N, C, H, W] moved by 0 to 7 pixels along each axis, one draw for all; borders reflect. Unmoved, the
+    strides of a network leave their grid in the generated images (docs/log.md)."""
+    x, y = torch.randint(MOST_SHIFT + 1, (2,)).tolist()
+    height, width = images.shape[2:]
+    return F.pad(images, (0, MOST_SHIFT) * 2, mode="reflect")[:, :, y : y + height, x : x + width]
 
 
 def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:

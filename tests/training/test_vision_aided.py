@@ -15,7 +15,7 @@ from training.losses import d_logistic_loss, g_nonsaturating_loss, over_heads
 from training.resume import read_checkpoint, resolve
 from training.settings import ARCHITECTURE
 from training.trainer import TrainSettings
-from training.vision_aided import LARGEST_MAP, VisionAidedDiscriminator, blur
+from training.vision_aided import LARGEST_MAP, VisionAidedDiscriminator, blur, shift
 
 FEATURES = "scorer:face-scorer"  # bundled, so that nothing is missing offline
 
@@ -157,3 +157,16 @@ def test_from_the_command_line(face_lmdb, tiny_flags, tmp_path, capsys):
     capsys.readouterr()
     assert start("--resume", "auto", "--vision_aided", "squeeze", "--iter", "3") == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_shift_moves_by_whole_pixels_of_one_draw():
+    torch.manual_seed(0)
+    images, seen = torch.rand(2, 3, 12, 10), set()
+    for _ in range(200):
+        moved = shift(images)
+        assert moved.shape == images.shape
+        (here,) = [
+            (y, x) for y in range(8) for x in range(8) if moved[:, :, : 12 - y, : 10 - x].equal(images[:, :, y:, x:])
+        ]
+        seen.add(here)
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(8)) and len(seen) > 50
