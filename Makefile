@@ -45,8 +45,8 @@ demo: $(VENV)/.installed
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --distance relative --unit std --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
-	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --step 300 --perceptual scorer:face-scorer \
-	  --identity none --mse 1 --noise 0 --lr 0.5 --mean_samples 1000 --device cpu --output_dir $(DEMO)/expression
+	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --identity none --device cpu \
+	  --output_dir $(DEMO)/expression
 	$(PY) edit_conditional.py --ckpt $(CGAN) --latent $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
 	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size $(SIZE) --n_worker 2 $(DEMO)/faces
