@@ -222,11 +222,13 @@ class ModulatedConv2d(nn.Module):
         weight, state = self.weight[0], (self.weight._version, self.weight.device, dtype)
         if dtype == torch.float16:
             return weight, None
-        if self.training or self.weight.requires_grad:
-            return weight.to(dtype), energy_of(weight)
-        if self.kept[0] != state:
-            self.kept = state, (weight.to(dtype), energy_of(weight))
-        return self.kept[1]
+        frozen = not self.training and not self.weight.requires_grad
+        if frozen and self.kept[0] == state:
+            return self.kept[1]
+        axes = (1, 0, 2, 3) if self.up else (0, 1, 2, 3)  # in the layout that the convolution reads
+        prepared = weight.permute(axes).to(dtype, memory_format=torch.channels_last).permute(axes), energy_of(weight)
+        self.kept = (state, prepared) if frozen else (None, None)
+        return prepared
 
 
 class NoiseInjection(nn.Module):
