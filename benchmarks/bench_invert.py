@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
@@ -27,7 +28,8 @@ from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from inversion.projector import learning_rate, project  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig, load_generator  # noqa: E402
 from perceptual.image_metrics import average_down  # noqa: E402
-from perceptual.lpips import DiscriminatorFeatures, FeatureDistance, build_perceptual  # noqa: E402
+from perceptual.lpips import FeatureDistance, build_perceptual  # noqa: E402
+from scorer.interface import resize  # noqa: E402
 
 BATCH = 8  # of the original
 
@@ -129,7 +131,22 @@ def distance(args, size, device):
     if args.perceptual != "random":
         return build_perceptual(args.perceptual, device)
     network = Discriminator(GeneratorConfig(min(size, 256), channel_max=64)).to(device)
-    return FeatureDistance(DiscriminatorFeatures(network), "random-discriminator", size=network.config.size)
+    return FeatureDistance(DiscriminatorFeatures(network), "random-discriminator")
+
+
+class DiscriminatorFeatures(nn.Module):
+    """The activations of a discriminator at every resolution, from the image's own down to 4 x 4."""
+
+    def __init__(self, discriminator):
+        super().__init__()
+        self.convs, self.size = discriminator.convs, discriminator.config.size
+
+    def feature_maps(self, images):
+        x, layers = resize(images, self.size).contiguous(memory_format=torch.channels_last), []
+        for block in self.convs:
+            x = block(x)
+            layers.append(x)  # [N, C, size, size], then [N, C, size/2, size/2] ... [N, C, 4, 4]
+        return layers
 
 
 def targets(args, generator, device):

@@ -37,7 +37,7 @@ TINY = "--style_dim 16 --n_mlp 1 --channel_max 8 --batch 4 --n_sample 4 --augmen
 PSP = "--encoder_width 2 --batch_size 2 --lpips_lambda 0 --id_lambda 0 --start_from_latent_avg --resume auto --keep 0 "
 PSP += "--image_interval 4 --workers 1 --test_workers 1 --val_interval 3 --save_interval 3 --board_interval 1"
 SCORER = "--validation 0.3 --width 0.1 --input_size 32 --batch 4 --resume auto --log_every 1"
-INVERT = "--perceptual discriminator:generator.pt --identity none --mean_samples 50 --batch 2 --noise_regularize 1"
+INVERT = "--perceptual scorer:face-scorer --identity none --mean_samples 50 --batch 2 --noise_regularize 1"
 COMMANDS = {
     "train.py": f"--path faces --size 16 {TINY} --iter 16 --save_every 3 --sample_every 10 --exp_name out",
     "pSp/scripts/train.py": f"--stylegan_weights generator.pt --train_path faces {PSP} --max_steps 8 --exp_dir out",

@@ -2,8 +2,8 @@
 
 LPIPS (Zhang et al. 2018, arXiv 1801.03924) compares the activations of a classification network, unit length over
 channels, with learnt weights per channel. Networks and learnt weights are the `lpips` package's; the backbone is looked
-for by common/weights.py. Fallbacks compare the activations of a trained discriminator or scorer in the same way without
-learnt weights: useful as a loss, not comparable with LPIPS. `.name` tells which distance it is: it goes beside numbers.
+for by common/weights.py. The fallback compares the activations of a scorer in the same way without learnt weights:
+useful as a loss, not comparable with LPIPS. `.name` tells which distance it is: it goes beside numbers.
 
     perceptual = build_perceptual("auto", "cuda")
     target = perceptual.features(photos)                                     # once: half of the work
@@ -18,11 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common.checkpoint import CheckpointError, load_checkpoint, load_strictly
+from common.checkpoint import CheckpointError, load_checkpoint
 from common.cli import UsageError
 from common.weights import find, require
-from model import Discriminator, GeneratorConfig
-from scorer.interface import resize
 from scorer.network import load_scorer
 
 # Weights that hold each backbone, in the order in which `auto` looks for them: SqueezeNet is nearer to VGG than AlexNet
@@ -135,85 +133,45 @@ def _build_lpips(net, backbone, source):
 
 class FeatureDistance(Perceptual):
     """Mean over layers of the squared difference between unit-length activations: LPIPS without learnt weights.
-    network: a module with `feature_maps(images [N, 3, H, W] in [-1, 1]) -> list of tensors [N, C, h, w]`; it is frozen.
-    size: pixels that the network takes; others are resized (bilinear, antialiased); None when it resizes by itself.
-    Values lie in 0..4."""
+    network: a module with `feature_maps(images [N, 3, H, W] in [-1, 1], any H and W) -> list of tensors [N, C, h, w]`;
+    it is frozen. Values lie in 0..4."""
 
-    def __init__(self, network, name, *, size=None, dtype=torch.float32):
+    def __init__(self, network, name, *, dtype=torch.float32):
         super().__init__()
-        self.network, self.size, self.dtype, self.weights = network.to(dtype), size, dtype, None
-        self.name = f"{name}{f'@{size}px' if size else ''}{'-bf16' if dtype == torch.bfloat16 else ''}"
+        self.network, self.dtype, self.weights = network.to(dtype), dtype, None
+        self.name = name + ("-bf16" if dtype == torch.bfloat16 else "")
         self.eval().requires_grad_(False)
 
     def activations(self, images):
-        images = images if self.size is None else resize(images.float(), self.size)
         return self.network.feature_maps(images.to(self.dtype))
-
-
-class DiscriminatorFeatures(nn.Module):
-    """The activations of a discriminator at every resolution, from the image's own down to 4 x 4."""
-
-    def __init__(self, discriminator):
-        super().__init__()
-        self.convs, self.size = discriminator.convs, discriminator.config.size
-
-    def feature_maps(self, images):
-        x, layers = images.contiguous(memory_format=torch.channels_last), []
-        for block in self.convs:
-            x = block(x)
-            layers.append(x)  # [N, C, size, size], then [N, C, size/2, size/2] ... [N, C, 4, 4]
-        return layers
-
-
-def load_discriminator(path):
-    """The discriminator `d` of a training checkpoint, in eval mode, float32.
-    Raises FileNotFoundError, or CheckpointError when the file holds none."""
-    state = load_checkpoint(path)
-    if not isinstance(state.get("d"), dict) or not isinstance(state.get("config"), dict):
-        raise CheckpointError(f"{path} holds no discriminator (d) and config: expected a checkpoint of train.py")
-    discriminator = Discriminator(GeneratorConfig.from_dict(state["config"]))
-    load_strictly(discriminator, state["d"], path)
-    return discriminator.float().eval()
 
 
 def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch.float32):
     """The distance called `name`, a frozen Perceptual on `device`.
 
     name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found, else the
-    features of the bundled scorer); any of the four with `-up64`, to enlarge images below 64 pixels;
-    discriminator:CHECKPOINT (of train.py); scorer:NAME (a name or file that scorer/network.py reads). dtype: float32 or
-    bfloat16, of the network. Raises FileNotFoundError naming the file and where it is to be had, UsageError for another
-    name, CheckpointError for a file that is something else.
+    features of the bundled scorer); any of the four with `-up64`, to enlarge images below 64 pixels; scorer:NAME (a
+    name or file that scorer/network.py reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError
+    naming the file and where it is to be had, UsageError for another name, CheckpointError for a file that is something
+    else.
     """
-    kind, _, path = name.partition(":")
-    if kind in ("discriminator", "scorer"):
-        if not path:
-            raise UsageError(f"perceptual distance {kind}: needs a file, as in {kind}:PATH")
-        return _build_feature_distance(kind, path, weights_dir, dtype).to(device)
+    kind, _, scorer = name.partition(":")
     base = name.removesuffix(UPSAMPLE)
-    if base not in ("auto", *LPIPS_WEIGHTS):
-        expected = f"auto, {', '.join(LPIPS_WEIGHTS)}, discriminator:CHECKPOINT or scorer:NAME"
-        raise UsageError(f"perceptual distance {name!r} is unknown: expected {expected}")
     nets = LPIPS_WEIGHTS if base == "auto" else (base,)
-    here = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS[net] if find(weights, weights_dir))
+    here = ((net, weights) for net in nets for weights in LPIPS_WEIGHTS.get(net, ()) if find(weights, weights_dir))
     net, weights = next(here, (base, None))
     if net == "auto":
-        return _build_feature_distance("scorer", FALLBACK, weights_dir, dtype).to(device)
-    try:
-        path = require(weights or LPIPS_WEIGHTS[net][0], weights_dir)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}, or compare by discriminator:CHECKPOINT") from None
+        kind, scorer = "scorer", FALLBACK
+    if kind == "scorer" and scorer:
+        network = load_scorer(scorer, "cpu", weights_dir=weights_dir)
+        return FeatureDistance(network, f"scorer-features({Path(scorer).name})", dtype=dtype).to(device)
+    if net not in LPIPS_WEIGHTS:
+        expected = f"auto, {', '.join(LPIPS_WEIGHTS)} or scorer:NAME"
+        raise UsageError(f"perceptual distance {name!r} is unknown: expected {expected}")
+    path = require(weights or LPIPS_WEIGHTS[net][0], weights_dir)
     return Lpips(net, load_checkpoint(path), dtype=dtype, upsample_small=base != name, source=path).to(device)
 
 
 def perceptual_or_none(name, device="cpu", weights_dir=None):
     """`build_perceptual`; None for 'none'."""
     return None if name == "none" else build_perceptual(name, device, weights_dir)
-
-
-def _build_feature_distance(kind, path, weights_dir, dtype):
-    name = f"{kind}-features({Path(path).name})"
-    if kind == "scorer":  # it resizes by itself
-        return FeatureDistance(load_scorer(path, "cpu", weights_dir=weights_dir), name, dtype=dtype)
-    network = DiscriminatorFeatures(load_discriminator(path))
-    return FeatureDistance(network, name, size=network.size, dtype=dtype)

@@ -121,17 +121,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     result = {"latents": w[0], "noise": [m[0].numpy() for m in maps], "steps": 3, "condition": None, "digest": "x"}
     curves = {name: np.zeros(1, np.float32) for name in ("perceptual", "noise", "mse")}
     Image.new("RGB", (16, 16), (90, 120, 30)).save(folder / "face.png")
-    settings = (
-        "--step",
-        "1",
-        "--perceptual",
-        f"discriminator:{ckpt}",
-        "--identity",
-        "none",
-        "--mean_samples",
-        "2",
-        *cpu,
-    )
+    settings = ("--step", "1", "--perceptual", "scorer:face-scorer", "--identity", "none", "--mean_samples", "2", *cpu)
     project = (projector, "--ckpt", ckpt, "--dataset", folder / "face.png", *settings, "--output_dir", folder / "p")
     assert command(*project)(None) == 0
     kind("result.npz", folder / "p" / "inversions" / "face.npz", function(load_result), command(*project))

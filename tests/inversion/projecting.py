@@ -13,7 +13,7 @@ STEPS = 4
 def flags(checkpoint, dataset, out, *more):
     sources = dataset if isinstance(dataset, list) else [dataset]
     argv = ["--ckpt", checkpoint, "--dataset", *sources, "--output_dir", out, "--step", STEPS, "--device", "cpu"]
-    argv += ["--perceptual", f"discriminator:{checkpoint}", "--identity", "none", "--mean_samples", 50]
+    argv += ["--perceptual", "scorer:face-scorer", "--identity", "none", "--mean_samples", 50]
     return [str(arg) for arg in (*argv, *more)]
 
 

@@ -48,7 +48,7 @@ def test_folder_of_results(checkpoint, photos, tmp_path, capsys):
     with open(out / "reconstruction.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == saved.names and {row["identity"] for row in rows} == {""}
-    assert rows[0]["perceptual_by"].startswith("discriminator-features(wpp.pt)")
+    assert rows[0]["perceptual_by"] == "scorer-features(face-scorer)"
     original = to_tensor(read_image(out / "origin" / "0.png"))
     difference = original - to_tensor(read_image(out / "project" / "0.png"))
     assert float(rows[0]["mse"]) == pytest.approx(float(difference.square().mean()), rel=1e-4)
@@ -215,7 +215,7 @@ def export(checkpoint, tmp_path_factory):
 def test_recommended_settings_are_used_and_named(checkpoint, export, photos, tmp_path, capsys):
     """A flag given by hand wins; a recommended start lies beside the generator."""
     argv = ["--ckpt", export, "--dataset", photos / "1.png", "--output_dir", tmp_path / "out", "--mse", "2"]
-    argv += ["--perceptual", f"discriminator:{checkpoint}", "--device", "cpu", "--identity", "none"]
+    argv += ["--perceptual", "scorer:face-scorer", "--device", "cpu", "--identity", "none"]
 
     def settings(*more):
         assert run(projector.main, projector.build_parser(), [str(arg) for arg in (*argv, *more)]) == 0

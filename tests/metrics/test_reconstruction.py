@@ -278,7 +278,7 @@ def test_table_of_what_the_projector_writes(tmp_path, tiny_config, tiny_w_config
             "--step",
             2,
             "--perceptual",
-            f"discriminator:{checkpoints['wpp']}",
+            "scorer:face-scorer",
             "--identity",
             "none",
             "--device",

@@ -75,7 +75,7 @@ def edit(cgan, unconditional, monkeypatch, capfd):
             "--mean_samples",
             "50",
             "--perceptual",
-            f"discriminator:{unconditional}",
+            "scorer:face-scorer",
             *flags,
         ]
         capfd.readouterr()
@@ -234,7 +234,7 @@ def test_latents_of_the_projector_are_neutral(edit, cgan, unconditional, faces, 
         "--identity",
         "none",
         "--perceptual",
-        f"discriminator:{unconditional}",
+        "scorer:face-scorer",
         "--device",
         "cpu",
         "--mean_samples",
