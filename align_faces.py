@@ -30,7 +30,6 @@ def build_parser() -> ArgumentParser:
     add("--size", type=int, default=256, help="side of the aligned faces in pixels")
     add("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
     add("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
-    add("--framing", default="ffhq", choices=("ffhq", "template"), help="FFHQ's formula, or least squares")
     add("--aligned_tolerance", type=float, default=4.0, help="%% of the side: take nearly aligned photos as they are")
     add("--max_yaw", type=float, default=90.0, help="leave out heads that are turned further, in degrees; 90: none")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes")

@@ -3,11 +3,14 @@
 IN is a pickle (.pkl) of NVlabs/stylegan2-ada-pytorch or NVlabs/stylegan3 (config stylegan2, no labels), read without
 running anything in it, or a checkpoint (.pt) or exported generator (.safetensors). OUT.pt holds `g_ema`, and `g`, `d`,
 `latent_avg` where IN has them, under rosinality's tensor names, with the config; OUT.safetensors the EMA generator
-alone, with mean and deviation of its latents. At the end the file is read again, and draws an image.
+alone, with mean and deviation of its latents. At the end the file is read again, and draws an image. With
+--stylegan_weights IN is a checkpoint of a pSp encoder, OUT.safetensors the encoder alone, in half precision: it needs
+that generator's file beside it.
 
     python convert.py ffhq.pkl ffhq.pt
     python convert.py runs/faces/checkpoint/100000.pt faces.safetensors --half
     python convert.py faces.safetensors faces-with-settings.safetensors --recommended settings.json
+    python convert.py best_model.pt encoder.safetensors --stylegan_weights generator.safetensors
 
 settings.json names flags per script, {"projector": {"step": 300, "lr": 0.5}, "generate": {"truncation": 0.7}}: the
 scripts use them where no flag is given.
@@ -27,6 +30,7 @@ def build_parser() -> ArgumentParser:
     add("--recommended", metavar="FILE.json", help="settings to store, per script (default: those of IN)")
     add("--with_d", action="store_true", help="the discriminator too (OUT-d.safetensors), for train.py --init_from")
     add("--base", metavar="FILE", help="an export beside OUT whose equal tensors are left out (for --light training)")
+    add("--stylegan_weights", type=Path, metavar="FILE", help="IN is a pSp encoder for this generator")
     add = parser.add_argument_group("the image drawn as a check").add_argument
     add("--seed", type=int, default=0, help="its seed; z is what NVIDIA's scripts draw for it")
     add("--image", metavar="FILE", help="keep it, to compare with the other program's")
@@ -36,12 +40,14 @@ def build_parser() -> ArgumentParser:
 def main(args) -> None:
     from common.generator_file import discriminator_file
     from interop.export import draw_check, export_generator, read_source, write_checkpoint
+    from model import load_generator
+    from pSp.psp import export_encoder, load_psp
 
     source, target = Path(args.source), Path(args.target)
     options = {"half": args.half, "recommended": args.recommended, "with_d": args.with_d, "base": args.base}
     if target.suffix not in (".pt", ".safetensors"):
         raise UsageError(f"{target}: expected a name that ends with .pt or .safetensors")
-    given = [flag for flag, value in options.items() if value]
+    given = [flag for flag, value in (options | {"stylegan_weights": args.stylegan_weights}).items() if value]
     if given and target.suffix != ".safetensors":
         raise UsageError(f"--{given[0]} is for .safetensors, not for {target}")
     if not 0 <= args.seed < 2**32:
@@ -49,6 +55,11 @@ def main(args) -> None:
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: IN and OUT are the same file")
 
+    if args.stylegan_weights:
+        net = load_psp(source, generator=load_generator(args.stylegan_weights))
+        export_encoder(net, target, args.stylegan_weights.name)
+        print(f"{target}: {net.description}, step {net.step}; keep it beside {args.stylegan_weights.name}")
+        return
     if target.suffix == ".safetensors":
         (_, notes), held = export_generator(source, target, **options), "g_ema"
     else:

@@ -119,19 +119,6 @@ def ffhq_quad(landmarks) -> np.ndarray:
     return np.stack([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
 
 
-def template_quad(landmarks) -> np.ndarray:
-    """Corners [4, 2] of the frame in which eyes and mouth corners lie nearest to TEMPLATE: least-squares similarity."""
-    photo = np.asarray(landmarks, np.float64)[[0, 1, 3, 4]] @ (1, 1j)  # complex numbers turn and scale by a product
-    frame = TEMPLATE @ (1, 1j)
-    photo_mean, frame_mean = photo.mean(), frame.mean()
-    centred = photo - photo_mean
-    if (scale := np.vdot(centred, centred).real) < 1:
-        raise AlignError("the landmarks of a face coincide")
-    turn = np.vdot(centred, frame - frame_mean) / scale  # photo -> frame, as the shared data's faces were made
-    corners = (np.array([0, 1j, 1 + 1j, 1]) - frame_mean) / turn + photo_mean
-    return np.stack([corners.real, corners.imag], axis=1)
-
-
 def estimate_yaw(landmarks) -> float:
     """Degrees by which the head is turned to the right of the image, by how far the nose leaves the midline; +-10."""
     right_eye, left_eye, nose, right_mouth, left_mouth = np.asarray(landmarks, np.float64)
@@ -151,18 +138,13 @@ def template_error(landmarks, photo_size) -> float:
     return float(np.linalg.norm(points - TEMPLATE, axis=1).mean())
 
 
-FRAMINGS = {"ffhq": ffhq_quad, "template": template_quad}
-
-
-def align(photo, landmarks, *, size=256, framing="ffhq", aligned_tolerance=0.04, **info) -> Alignment:
-    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; framing: ffhq or template; info: score, box, name,
-    source. A square photo whose template_error is at most aligned_tolerance is taken as it is (0: never). Raises
-    AlignError for landmarks that frame nothing, or something far from the photo."""
-    if framing not in FRAMINGS:
-        raise ValueError(f"framing is one of {', '.join(FRAMINGS)}, not {framing!r}")
+def align(photo, landmarks, *, size=256, aligned_tolerance=0.04, **info) -> Alignment:
+    """The Alignment of one face. photo: PIL image; landmarks [5, 2]; info: score, box, name, source. A square photo
+    whose template_error is at most aligned_tolerance is taken as it is (0: never). Raises AlignError for landmarks that
+    frame nothing, or something far from the photo."""
     width, height = photo.size
     whole = template_error(landmarks, photo.size) <= aligned_tolerance
-    quad = np.array([[0, 0], [0, height], [width, height], [width, 0]]) - 0.5 if whole else FRAMINGS[framing](landmarks)
+    quad = np.array([[0, 0], [0, height], [width, height], [width, 0]]) - 0.5 if whole else ffhq_quad(landmarks)
     _require_frame(quad, photo.size)
     quad, points = np.round(quad, 3).tolist(), np.round(landmarks, 3).tolist()
     return Alignment(quad, [width, height], size, points, whole, round(estimate_yaw(landmarks), 1), **info)

@@ -40,7 +40,6 @@ class AlignSettings:
 
     size: int = 256
     faces: str = "largest"  # or all, or an index as text, 0 being the largest
-    framing: str = "ffhq"
     aligned_tolerance: float = 4.0  # % of the side
     max_yaw: float = 90.0  # degrees
 
@@ -97,8 +96,8 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
         alignments, crops = [], []
         for i, (points, info) in enumerate(chosen):
             info |= {"name": task.name if len(chosen) == 1 else f"{task.name}_face{i}", "source": task.source}
-            info |= {"framing": settings.framing, "aligned_tolerance": settings.aligned_tolerance / 100}
-            alignment = geometry.align(photo, points, size=settings.size, **info)
+            tolerance = settings.aligned_tolerance / 100
+            alignment = geometry.align(photo, points, size=settings.size, aligned_tolerance=tolerance, **info)
             geometry.crop_aligned(photo, alignment).save(buffer := io.BytesIO(), "PNG")
             crops.append((alignment.name, buffer.getvalue()))
             alignments.append(alignment)

@@ -20,7 +20,6 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="[NAME=]PATH", help="run folders or metrics.jsonl files")
-    add("--pick", choices=("best", "last"), default="best", help="checkpoint of each row: the best by FID, or the last")
     add("--metric", help="metric of the curve; default: the first of the table")
     add("--against", choices=("images", "step", "truncation"), default="images", help="horizontal axis of the curve")
     add("--csv", type=Path, help="write the table as CSV")
@@ -37,7 +36,7 @@ def main(args) -> None:
 
     runs = read_runs(args.runs)
     differences = check(runs, args.against, args.allow_unlike)
-    header, rows = build_table(by_truncation(runs) if args.against == "truncation" else runs, args.pick)
+    header, rows = build_table(by_truncation(runs) if args.against == "truncation" else runs)
     print(text_table(header, rows))
     for line in differences:
         print(f"warning: not computed alike: {line}", file=sys.stderr)

@@ -52,14 +52,14 @@ def metric_names(runs: dict[str, list[dict]]) -> list[str]:
     return sorted(names, key=lambda name: ((*ORDER, family(name)).index(family(name)), name))
 
 
-def build_table(runs: dict[str, list[dict]], pick: str = "best") -> tuple[list[str], list[list]]:
-    """Header and rows [name, step, thousand images, value per metric or None]. pick: best (lowest FID) or last."""
+def build_table(runs: dict[str, list[dict]]) -> tuple[list[str], list[list]]:
+    """Header and rows [name, step, thousand images, value per metric or None] of the checkpoint with the best FID."""
     metrics, rows = metric_names(runs), []
     for name, records in runs.items():
         candidates = [r for r in records if r["metric"] == metrics[0]] or records
         finite = [r for r in candidates if r["value"] is not None]
         best = BEST.get(family(candidates[0]["metric"]), max)
-        chosen = best(finite, key=lambda r: r["value"]) if finite and pick == "best" else candidates[-1]
+        chosen = best(finite, key=lambda r: r["value"]) if finite else candidates[-1]
         values = {r["metric"]: r["value"] for r in records if _subject(r) == _subject(chosen)}
         images = chosen["fake"].get("images")
         thousands = None if images is None else images / 1000

@@ -70,7 +70,7 @@ def invert(
     """w, reconstructions and measures of images. Measured are the 8-bit images, at 256 px or the generator's size where
     that is smaller."""
     device, dtype, inverted = net.latent_avg.device, DTYPES[settings.precision], Inverted()
-    mix, n_shown = style_mixing(net, settings), max(SHOWN, settings.retrieval)
+    mix = style_mixing(net, settings)
     for items in read_batches(images.read, positions, settings.test_batch_size, settings.test_workers):
         inverted.failures |= {position: reason for position, image, reason in items if image is None}
         items = {position: image for position, image, _ in items if image is not None}
@@ -89,7 +89,7 @@ def invert(
         output = torch.stack([net.face_pool(to_tensor(image)[None])[0] for image in saved])
         target = torch.stack([to_tensor(image) for image in pooled])
         values = measure(target.to(device), output.to(device), perceptual=perceptual, identity=identity)
-        inverted.pairs += list(zip(pooled, to_uint8(output), strict=True))[: n_shown - len(inverted.pairs)]
+        inverted.pairs += list(zip(pooled, to_uint8(output), strict=True))[: SHOWN - len(inverted.pairs)]
         for i, position in enumerate(items):
             measures = {name: float(value[i]) for name, value in values.items()}
             latents, digest = w[i].float().cpu().numpy(), image_digest(pooled[i])
@@ -116,26 +116,6 @@ def style_mixing(net: pSp, settings: InferenceSettings) -> Callable:
     return mix
 
 
-@torch.no_grad()
-def retrieval(pairs: list[tuple[np.ndarray, np.ndarray]], features: Callable, distance: Callable, device) -> float:
-    """Share of the reconstructions whose nearest original is their own: does the output depend on the input? pairs:
-    (original, output), uint8 [S, S, 3]. features(images [1, 3, S, S]) -> list of tensors [1, ...];
-    distance(features of N, features of 1) -> [N]. An encoder that always gives the mean face has 1 / n."""
-    originals, outputs = ([features(to_tensor(pair[side])[None].to(device)) for pair in pairs] for side in (0, 1))
-    originals = [torch.cat(layer) for layer in zip(*originals, strict=True)]
-    nearest = [int(distance(originals, output).argmin()) for output in outputs]
-    return sum(index == i for i, index in enumerate(nearest)) / len(pairs)
-
-
-def retrieve(pairs: list, perceptual, identity, device) -> dict[str, float]:
-    """`retrieval` by the perceptual distance and, if it is there, identity."""
-    shares = {"perceptual": retrieval(pairs, perceptual.features, perceptual.distance, device)}
-    if identity is not None:
-        embed, distance = (lambda images: [identity.embed(images)]), (lambda a, b: -(a[0] * b[0]).sum(1))
-        shares["identity"] = retrieval(pairs, embed, distance, device)
-    return shares
-
-
 def write_report(
     folder: Path, net: pSp, images, parts: list[Inverted], settings: InferenceSettings, *, perceptual, identity, source
 ) -> None:
@@ -146,20 +126,12 @@ def write_report(
     pairs, seconds = sum((part.pairs for part in parts), []), sum((part.seconds for part in parts), [])
     config = {"checkpoint": source.name, "step": net.step, "space": net.space, "size": net.decoder.config.size}
     config |= {"generator": net.decoder.fingerprint, "perceptual": perceptual.name}
-    config |= {
-        "identity": identity and identity.name,
-        "factor": settings.factor,
-        "latent_mask": settings.layers or None,
-    }
-    asked, info = pairs[: settings.retrieval], {"method": "pSp"}
-    if asked:
-        info["retrieval"] = retrieve(asked, perceptual, identity, net.latent_avg.device)
-    line = write_results(folder, images, results, failures, pairs[:SHOWN], config, **info)
+    config |= {"identity": identity and identity.name, "factor": settings.factor}
+    config["latent_mask"] = settings.layers or None
+    line = write_results(folder, images, results, failures, pairs[:SHOWN], config, method="pSp")
     for name in ("perceptual", "mse"):  # the published files, one value per image
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array([result["measures"][name] for result in results.values()]))
     runtime = f"Runtime {np.mean(seconds):.4f}+-{np.std(seconds):.4f}"  # the published line
     write_text(folder / "stats.txt", f"{runtime}\n{line}\n")
     print(f"{folder}: {len(results)} images inverted into {net.space}; {line}")
-    for name, share in info.get("retrieval", {}).items():
-        print(f"nearest original by {name}: its own for {share:.0%} of {len(asked)}")

@@ -93,13 +93,11 @@ class InferenceSettings:
     latent_mask: str | None = flag(None, "style mixing: layers (8,9,10) whose w comes from a random sample", type=str)
     mix_alpha: float | None = flag(None, "how far those go to the sample, 0 to 1 (default: all the way)", type=float)
     resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
-    retrieval: int = flag(0, "of the first N: whose nearest original is its own? 0: not asked", type=count, metavar="N")
     precision: str = flag("fp32", "of the convolutions", choices=PRECISIONS)
     seed: int = flag(0, "of the samples of --latent_mask")
 
     def __post_init__(self):
         require(self, "resize_factors", lambda t: len(resize_factors(t)) == 1, "is a list: inference takes one factor")
-        require(self, "retrieval", lambda n: n != 1, "is 0 or at least two images")
         fits = self.mix_alpha is None or (self.layers and 0 <= self.mix_alpha <= 1)
         require(self, "mix_alpha", lambda _: fits, "is a number from 0 to 1 and goes with --latent_mask")
 

@@ -72,10 +72,10 @@ def test_a_finished_run_only_does_what_is_new(photos, tmp_path, monkeypatch):
     assert done == ["nobody.png", "same.png", "two  spaces.png"]
     assert read_report(out)["a b/two  spaces.PNG"]["names"] == "two  spaces", "names stay"
     done.clear()
-    assert align_cli(photos, out, "--framing", "template") == 0
+    assert align_cli(photos, out, "--max_yaw", "80") == 0
     assert len(done) == 11, "other settings: all again"
     done.clear()
-    assert align_cli(photos, out, "--framing", "template", "--overwrite") == 0 and len(done) == 11
+    assert align_cli(photos, out, "--max_yaw", "80", "--overwrite") == 0 and len(done) == 11
 
 
 def test_a_killed_run_goes_on(photos, tmp_path, monkeypatch):

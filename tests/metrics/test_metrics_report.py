@@ -165,11 +165,6 @@ def test_table_of_w_against_wpp(command, runs, tmp_path):
     assert rows[0][:2] == ["name", "step"] and rows[2] == ["W++", "3000", "48.0", "95.5", "0.8", "0.4"]
 
 
-def test_pick_last(runs):
-    _, rows = metric_runs.build_table(metric_runs.read_runs(runs), "last")
-    assert [row[1] for row in rows] == [3000, 3000] and rows[0][3] == 130.0
-
-
 def test_curve(command, runs, tmp_path):
     png, points = tmp_path / "c.png", tmp_path / "c.csv"
     status, _, err = command(*runs, "--png", png, "--curve_csv", points)
@@ -183,15 +178,14 @@ def test_curve(command, runs, tmp_path):
     assert command(*runs, "--png", png, "--metric", "kid")[0] == 1
 
 
-@pytest.mark.parametrize("pick", ["best", "last"])
-def test_values_that_are_not_finite(pick, command, tmp_path):
+def test_values_that_are_not_finite(command, tmp_path):
     """`null` in metrics.jsonl: never the best, no point of the curve, a dash in the table."""
     folder = write_run(tmp_path / "run", [(1000, 90.0), (2000, float("nan")), (3000, 95.0)])
     files = {name: tmp_path / f"t.{name}" for name in ("csv", "png", "curve_csv")}
     flags = [part for name, file in files.items() for part in (f"--{name}", file)]
-    status, out, err = command(folder, "--pick", pick, *flags)
+    status, out, err = command(folder, *flags)
     assert status == 0, err
-    assert out.splitlines()[2].split()[1] == ("1000" if pick == "best" else "3000")
+    assert out.splitlines()[2].split()[1] == "1000"
     assert [line.split(",")[1] for line in files["curve_csv"].read_text().splitlines()[1:]] == ["16.0", "48.0"]
     alone = write_run(tmp_path / "alone", [(1000, float("nan"))])
     status, out, err = command(alone, folder)

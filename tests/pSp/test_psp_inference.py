@@ -1,7 +1,6 @@
 """Inverting folders with a trained encoder: the command line, what is written, exported encoders."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -10,15 +9,14 @@ from PIL import Image
 from psp_commands import start
 from psp_networks import tiny_net
 
+import convert
 import generate
 import inversion.inputs
 from common.checkpoint import save_checkpoint
 from common.latents import load_latents
 from model import Generator, GeneratorConfig, load_generator
 from perceptual.image_metrics import read_measures
-from pSp.inference import retrieval
 from pSp.psp import psp_state
-from pSp.scripts import export as export_script
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -99,44 +97,24 @@ def test_outputs_at_the_generators_size_or_256(infer, tmp_path):
         assert Image.open(result).size == (size, size) and Image.open(coupled).size == (2 * size, size)
 
 
-def test_retrieval():
-    """Images near their originals are found; one face for all is not; and a swapped pair counts against it."""
-    draw = np.random.RandomState(0)
-    originals = [draw.randint(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
-    alike = [(o, np.clip(o.astype(int) + draw.randint(-9, 10, o.shape), 0, 255).astype(np.uint8)) for o in originals]
-    mean = np.mean(originals, 0).astype(np.uint8)
-
-    def share(pairs):
-        return retrieval(pairs, lambda x: [x], lambda a, b: (a[0] - b[0]).square().mean((1, 2, 3)), "cpu")
-
-    assert share(alike) == 1
-    assert share([(o, mean) for o in originals]) == pytest.approx(1 / 6)
-    swapped = [(alike[0][0], alike[1][1]), (alike[1][0], alike[0][1]), *alike[2:]]
-    assert share(swapped) == pytest.approx(4 / 6)
-
-
 def test_exported_encoder_gives_the_same_images(infer, best, generators, faces_to_invert, tmp_path, capsys):
-    """By the command lines of export and inference: half precision moves w by a little at most."""
+    """By the command lines of convert.py and inference: half precision moves w by a little at most."""
     out, a, b = tmp_path / "ü.safetensors", tmp_path / "a", tmp_path / "b"
-    flags, data = ("--checkpoint_path", best, "--output", out), ("--data_path", faces_to_invert)
-    assert start(export_script, *flags, "--stylegan_weights", generators["w++"]) == 0
+    data = ("--data_path", faces_to_invert)
+    assert start(convert, best, out, "--stylegan_weights", generators["w++"]) == 0
     assert "keep it beside wpp.pt" in capsys.readouterr().out
     assert infer(a, "--checkpoint_path", out, *data) == 1
     assert "an encoder for the generator wpp.pt" in capsys.readouterr().err
-    more = ("--stylegan_weights", generators["w++"], "--retrieval", 5, "--id_net", "none")
+    more = ("--stylegan_weights", generators["w++"], "--id_net", "none")
     assert infer(a, "--checkpoint_path", out, *data, *more) == 0
-    assert "its own for" in capsys.readouterr().out
     assert infer(b, "--checkpoint_path", best, *data) == 0
     exported, whole = load_latents(a), load_latents(b)
     assert exported.names == whole.names and exported.fingerprint == whole.fingerprint
     torch.testing.assert_close(exported.latents, whole.latents, atol=1e-2, rtol=1e-2)
-    shares = json.loads((a / "reconstruction.json").read_text())["retrieval"]
-    assert set(shares) == {"perceptual"} and 0 <= shares["perceptual"] <= 1
 
-    assert start(export_script, *flags, "--stylegan_weights", generators["w"]) == 1
+    assert start(convert, best, out, "--stylegan_weights", generators["w"]) == 1
     assert "was trained for" in capsys.readouterr().err
-    wrong = ("--checkpoint_path", best, "--output", "x.pt", "--stylegan_weights", generators["w"])
-    assert start(export_script, *wrong) == 2
+    assert start(convert, best, "x.pt", "--stylegan_weights", generators["w"]) == 2
 
 
 INFERENCE_ERRORS = [
@@ -148,7 +126,6 @@ INFERENCE_ERRORS = [
     ("--latent_mask a", "expected layers such as 8,9,10", 2),
     ("--mix_alpha 0.5", "goes with --latent_mask", 2),
     ("--resize_factors 2,4", "inference takes one factor", 2),
-    ("--retrieval 1", "at least two images", 2),
     ("--stylegan_weights W", "best_model.pt was trained for", 1),
     ("--n_outputs_to_generate 5", "argument --n_outputs_to_generate: invalid choice: '5'", 2),
 ]

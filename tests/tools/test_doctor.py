@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import tools.doctor
-import tools.machine
 from common.cli import run
 from op import dispatch
 
@@ -23,18 +22,18 @@ def test_report(capsys, tmp_path, monkeypatch):
 
 
 def test_absent_packages_are_seen(monkeypatch):
-    monkeypatch.setattr(tools.machine, "package_versions", lambda names: dict.fromkeys(names))
-    packages = dict(tools.machine.report("cpu"))["packages"]
+    monkeypatch.setattr(tools.doctor, "package_versions", lambda names: dict.fromkeys(names))
+    packages = dict(tools.doctor.report("cpu"))["packages"]
     assert "torch ABSENT" in packages and "gradio ABSENT" in packages
 
 
 def test_why_the_kernels_do_not_run(monkeypatch):
     monkeypatch.setattr(dispatch, "obstacle", lambda device: "Triton is not installed")
     monkeypatch.setattr(dispatch, "chosen", lambda: "auto")
-    assert tools.machine.operations(torch.device("cuda")) == "--ops auto: plain PyTorch (Triton is not installed)"
+    assert tools.doctor.operations(torch.device("cuda")) == "--ops auto: plain PyTorch (Triton is not installed)"
     monkeypatch.setattr(dispatch, "obstacle", lambda device: None)
-    assert "Triton kernels" in tools.machine.operations(torch.device("cuda"))
-    assert "plain PyTorch" in tools.machine.operations(torch.device("cpu"))
+    assert "Triton kernels" in tools.doctor.operations(torch.device("cuda"))
+    assert "plain PyTorch" in tools.doctor.operations(torch.device("cpu"))
 
 
 def test_a_device_that_is_not_here(capsys):
