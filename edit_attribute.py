@@ -47,8 +47,7 @@ def build_parser() -> ArgumentParser:
     add("--output_dir", type=Path, required=True, help="folder of the results")
     add("--size", type=int, help="image size, checked against the generator's")
     add("--attribute", help="age (default), gender ...: what the scorer reads")
-    add("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | FILE.json")
-    add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels (published)")
+    add("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | dex_crop | FILE.json")
     add("--preset", choices=("published",), help="the paper's settings and file names, whatever the files recommend")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the generator's convolutions")
     add = parser.add_argument_group("boundary").add_argument
@@ -134,7 +133,7 @@ def main(args) -> None:
         refuse_misuse(args.steps, args.num_sample, args.ratio, args.truncation)
         source = latents_source(generator, args.latent)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
-        scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir, dex_crop=args.dex_crop)
+        scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir)
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         perceptual = perceptual_or_none(args.perceptual, dist.device, args.weights_dir)
 

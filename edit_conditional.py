@@ -79,6 +79,8 @@ def main(args) -> None:
     if args.steps < 2 or args.mean_samples < 2:
         raise UsageError(f"--steps and --mean_samples take 2 or more, got {args.steps} and {args.mean_samples}")
 
+    import numpy as np
+
     from common.distributed import setup
     from common.tables import write_skipped
     from editing import transfer
@@ -121,7 +123,7 @@ def main(args) -> None:
             options |= {"start": lambda positions, batch: {"condition": scorer.read(batch)}}
             faces, compared = open_all(args.source, out), {"identity": models.identity, "dist": dist}
             invert_images(generator, faces, folder, settings=settings, **compared, **options)
-        path = {"start": args.start, "steps": args.steps, "strength": args.strength}
+        path = {"start": args.start, "ts": np.linspace(0, args.strength, args.steps)}
         transfer.edit_faces(models, folder, targets, out, paired=args.paired, dist=dist, **path)
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.cli import FILTERS, FITS, ArgumentParser, UsageError, positive_int, run_script
+from common.cli import FILTERS, FITS, ArgumentParser, UsageError, positive_int, run_script, several, whole
 from common.workers import n_cores
 
 SETTINGS_VERSION = 1
@@ -24,11 +24,16 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("path", help="folder of images, of any depth")
     add("--out", required=True, help="folder of the LMDB to write")
-    add("--size", default="128,256,512,1024", help="sizes in pixels, separated by commas")
+    add("--size", type=several(whole(1, MAX_SIZE)), default="128,256,512,1024", help="sizes in pixels")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes that read and encode")
     add("--resample", default="lanczos", choices=FILTERS, help="filter of the resizing")
     add("--fit", default="crop", choices=FITS, help="of images that are not square: the centre, filled up, distorted")
-    add("--background", default="255,255,255", help="R,G,B below transparent parts and in padding")
+    add(
+        "--background",
+        type=several(whole(0, 255)),
+        default="255,255,255",
+        help="R,G,B below transparent parts, in padding",
+    )
     add("--format", default="png", choices=("png", "jpeg", "webp"), help="how images are stored")
     add("--quality", type=int, help="1..100 of jpeg (4:4:4; default 95) or webp (default: lossless)")
     add("--compat", action="store_true", help="the bytes of rosinality's tool: plain RGB, JPEG quality 100 with 4:2:0")
@@ -56,27 +61,20 @@ def main(args) -> None:
 
 def read_settings(size, background, codec, quality, fit, resample, compat) -> dict:
     """The options that decide the bytes; stored in the manifest, compared with those of a finished LMDB."""
-    try:
-        sizes = sorted({int(part) for part in size.split(",")})
-        colour = [int(part) for part in background.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--size and --background are whole numbers separated by commas: {error}") from error
-    if not 1 <= sizes[0] <= sizes[-1] <= MAX_SIZE:
-        raise UsageError(f"--size takes sizes of 1 to {MAX_SIZE} pixels, not {size}")
-    if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
-        raise UsageError(f"--background is R,G,B with values 0..255, not {background}")
+    if len(background) != 3:
+        raise UsageError(f"--background is R,G,B, three numbers, not {len(background)}")
     subsampling = "4:4:4" if codec == "jpeg" else None
     if compat:
-        if (codec, fit, quality, background) != ("png", "crop", None, "255,255,255"):
+        if (codec, fit, quality, background) != ("png", "crop", None, (255, 255, 255)):
             raise UsageError("--compat fixes --format, --quality, --fit and --background: leave them out")
         codec, quality, subsampling = "jpeg", 100, "4:2:0"
     elif quality is not None and (codec == "png" or not 1 <= quality <= 100):
         raise UsageError("--quality is 1..100, with --format jpeg or webp; png is lossless")
     elif codec == "jpeg":
         quality = quality or 95
-    settings = {"version": SETTINGS_VERSION, "sizes": sizes, "resample": resample, "fit": fit}
+    settings = {"version": SETTINGS_VERSION, "sizes": sorted(set(size)), "resample": resample, "fit": fit}
     settings |= {"format": codec, "quality": quality, "subsampling": subsampling}
-    return settings | {"background": colour, "compat": compat}
+    return settings | {"background": list(background), "compat": compat}
 
 
 def parse_max_bad(text: str) -> int | float:

@@ -7,23 +7,14 @@ with validation.json. A run stopped at any moment continues with --resume auto a
     python train_scorer.py --labels faces/labels.csv --data faces --out runs/scorer
     python train_scorer.py --labels celeba.csv --data celeba --attributes age,Bald,Wearing_Hat --out runs/hats
     python train_scorer.py --evaluate faces-heldout --scorer runs/scorer/scorer.safetensors --sizes 0,64,32
-    python train_scorer.py --evaluate images --scorer dex --dex_crop --scores scores.csv
+    python train_scorer.py --evaluate images --scorer dex_crop --scores scores.csv
 """
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
+from common.cli import ArgumentParser, UsageError, add_device_flags, finite, positive, positive_int, run_script, several
 
-NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "report", "scores", "dex_crop")  # of one invocation
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """A `type` for flags: numbers separated by commas."""
-    return tuple(float(number) for number in text.split(","))
-
-
-def sizes(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "report", "scores")  # of one invocation
 
 
 def build_parser() -> ArgumentParser:
@@ -40,7 +31,12 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
     add("--backbone", default="resnet", help="resnet, or efficientnet: starts from ImageNet weights (a package)")
-    add("--window", type=numbers, default="0,0,1,1", help="what it sees of an image: left,top,right,bottom from 0 to 1")
+    add(
+        "--window",
+        type=several(finite),
+        default="0,0,1,1",
+        help="what it sees of an image: left,top,right,bottom from 0 to 1",
+    )
     add("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
     add("--iter", type=positive_int, default=3000, help="training steps in all")
     add("--batch", type=positive_int, default=64, help="faces per step")
@@ -56,11 +52,10 @@ def build_parser() -> ArgumentParser:
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
-    add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_age, dex_gender, FILE")
-    add("--sizes", type=sizes, default="0", help="comma-separated pixels to show faces at; 0: as they are")
+    add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_crop, dex_age, dex_gender, FILE")
+    add("--sizes", type=several(int), default="0", help="comma-separated pixels to show faces at; 0: as they are")
     add("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
-    add("--dex_crop", action="store_true", help="DEX sees the centre 224 of 256 pixels, as the original")
     add("--weights_dir", help="folder with third-party weights (DEX)")
     return parser
 
@@ -83,7 +78,7 @@ def main(args) -> None:
     device = resolve_device(args.device, ops=args.ops)
     if args.evaluate:
         options = {"sizes": args.sizes, "report": args.report, "scores": args.scores}
-        loading = {"device": device, "weights_dir": args.weights_dir, "dex_crop": args.dex_crop}
+        loading = {"device": device, "weights_dir": args.weights_dir}
         return evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
 
     # Start: new, or the options and the state of a checkpoint.

@@ -80,7 +80,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
-        self.register("type", float, _finite)
+        self.register("type", float, finite)
         self.register("type", int, whole())
 
     def parse_known_args(self, args=None, namespace=None):
@@ -109,7 +109,8 @@ class ArgumentParser(argparse.ArgumentParser):
         return ["".join((declared.get(flag.replace("_", "-"), flag), *value)) for flag, *value in parts] + args[end:]
 
 
-def _finite(text):
+def finite(text):
+    """A `type` for flags: a number, neither infinite nor NaN."""
     value = float(text)
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
@@ -130,9 +131,18 @@ def whole(least=-(2**63), most=2**63 - 1):
 positive_int, count = whole(1), whole(0)
 
 
+def several(kind):
+    """A `type` for flags: values of a type with commas between, as a tuple."""
+
+    def values(text):
+        return tuple(map(kind, text.split(",")))
+
+    return values
+
+
 def positive(text):
     """A `type` for flags: a finite number above 0."""
-    if (value := _finite(text)) <= 0:
+    if (value := finite(text)) <= 0:
         raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
     return value
 

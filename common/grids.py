@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from common.files import atomic_write
 from common.images import WHITE, save_image, to_pil
 
-SMALLEST = 128  # pixels: smaller images are enlarged in comparisons, so that the captions have room
+SMALLEST = 128  # pixels: smaller images are enlarged in strips, so that the captions have room
+FONT_SIZE = 12
 DIFFERENCE_GAIN = 2  # |difference| is shown twice as bright
 
 
@@ -38,16 +39,18 @@ def save_grid(images, path: str | os.PathLike, nrow: int = 8) -> Path:
     return save_image(make_grid(images, nrow), path)
 
 
-def make_strip(images, captions: Sequence[str], *, nrow: int | None = None, font_size: int = 12) -> Image.Image:
-    """Images of one size (as of `make_grid`) with a caption below each; one too long for its cell is cut."""
-    font, cells = ImageFont.load_default(font_size), [to_pil(image) for image in images]
-    cells = [_captioned(cell, str(text), font, font_size) for cell, text in zip(cells, captions, strict=True)]
+def make_strip(images, captions: Sequence[str], *, nrow: int | None = None) -> Image.Image:
+    """Images of one size (as of `make_grid`), small ones enlarged, with a caption below each; one too long is cut."""
+    cells = [to_pil(image) for image in images]
+    factor = -(-SMALLEST // cells[0].height)
+    cells = [cell.resize((factor * cell.width, factor * cell.height), Image.Resampling.NEAREST) for cell in cells]
+    cells = [_captioned(cell, str(text)) for cell, text in zip(cells, captions, strict=True)]
     return Image.fromarray(make_grid(cells, nrow or len(cells)))
 
 
-def _captioned(image: Image.Image, text: str, font, font_size: int) -> Image.Image:
-    text = " ".join(text.split())
-    cell = Image.new("RGB", (image.width, image.height + round(1.6 * font_size)), WHITE)
+def _captioned(image: Image.Image, text: str) -> Image.Image:
+    font, text = ImageFont.load_default(FONT_SIZE), " ".join(text.split())
+    cell = Image.new("RGB", (image.width, image.height + round(1.6 * FONT_SIZE)), WHITE)
     cell.paste(image)
     if font.getlength(text) > image.width:
         while text and font.getlength(text + "...") > image.width:
@@ -80,11 +83,9 @@ def similarity_figure(maps: torch.Tensor) -> Image.Image:
 
 def comparison_grid(originals: Sequence, images: Sequence, captions: Sequence[str]) -> Image.Image:
     """Columns of original, |difference| and reconstruction; images are uint8 arrays [S, S, 3] of one size."""
-    factor = -(-SMALLEST // originals[0].shape[0])
     differences = [difference_map(a, b) for a, b in zip(originals, images, strict=True)]
-    cells = [cell.repeat(factor, 0).repeat(factor, 1) for cell in (*originals, *differences, *images)]
     n, label = len(captions), f"|difference| x {DIFFERENCE_GAIN}"
-    return make_strip(cells, ["original"] * n + [label] * n + list(captions), nrow=n)
+    return make_strip([*originals, *differences, *images], ["original"] * n + [label] * n + list(captions), nrow=n)
 
 
 def difference_map(original: np.ndarray, image: np.ndarray) -> np.ndarray:

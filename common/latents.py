@@ -76,7 +76,7 @@ class Latents:
     names: list[str]  # N, in the order of the latents
     space: str | None
     size: int
-    fingerprint: str | None = None
+    fingerprint: str | None = None  # of the generator
     losses: dict[str, list[float]] = field(default_factory=dict)  # each N values
     alignment: list | None = None  # N transforms, as align_faces.py records them, or None
     noise: list[torch.Tensor] | None = None  # per layer, float32 [N, 1, r, r]
@@ -87,40 +87,30 @@ class Latents:
         return len(self.latents)
 
 
-def save_latents(
-    folder,
-    latents,  # float [N, L, D] tensor or array, L = n_tokens(size); for space 'w' also [N, D], repeated over L
-    *,
-    names,  # N strings, such as the image files'
-    space,
-    size,
-    fingerprint,  # of the generator (`common.checkpoint.fingerprint`), or None when unknown
-    losses=None,  # {name: N numbers}
-    alignment=None,  # N JSON values
-    noise=None,  # per layer [N, 1, r, r]
-    extra=None,  # JSON values
-):
-    """Write a folder of latents; every file is complete on the disk before the first of them takes its name. Raises
-    ValueError when the parts do not fit each other or a latent is not finite; OSError naming the file."""
-    folder, latents = Path(folder), _array(latents)
-    if space not in SPACES:
-        raise ValueError(f"space {space!r}: expected one of {', '.join(SPACES)}")
-    if latents.ndim == 2 and space == "w":
-        latents = np.repeat(latents[:, None], n_tokens(size), axis=1)  # [N, D] -> [N, L, D]
-    _check_latents(latents, folder, size)
-    if space == "w" and (latents != latents[:, :1]).any():
+def save_latents(folder, w, **metadata):
+    """Write a folder of latents; every file is complete on the disk before the first of them takes its name. w: float
+    [N, L, D], tensor or array, L = n_tokens(size); for space 'w' also [N, D], repeated over L. metadata: fields of
+    `Latents`. Raises ValueError when the parts do not fit each other or a latent is not finite; OSError naming the
+    file."""
+    folder, w, saved = Path(folder), _array(w), Latents(w, **metadata)
+    if saved.space not in SPACES:
+        raise ValueError(f"space {saved.space!r}: expected one of {', '.join(SPACES)}")
+    if w.ndim == 2 and saved.space == "w":
+        w = np.repeat(w[:, None], n_tokens(saved.size), axis=1)  # [N, D] -> [N, L, D]
+    _check_latents(w, folder, saved.size)
+    if saved.space == "w" and (w != w[:, :1]).any():
         raise ValueError(f"{folder}: latents of space w repeat one vector over all tokens, these differ: they are w+")
-    noise = None if noise is None else [_array(layer) for layer in noise]
-    parts = {"names": names} | ({} if alignment is None else {"alignment": alignment})
-    parts |= {f"losses[{name!r}]": values for name, values in (losses or {}).items()}
+    noise = None if saved.noise is None else [_array(layer) for layer in saved.noise]
+    parts = {"names": saved.names} | ({} if saved.alignment is None else {"alignment": saved.alignment})
+    parts |= {f"losses[{name!r}]": values for name, values in saved.losses.items()}
     parts |= {f"noise[{index}]": layer for index, layer in enumerate(noise or [])}
     for part, values in parts.items():
-        if len(values) != len(latents):
-            raise ValueError(f"{folder}: {len(latents)} latents, but {len(values)} in {part}")
+        if len(values) != len(w):
+            raise ValueError(f"{folder}: {len(w)} latents, but {len(values)} in {part}")
 
-    info = {"format": 1, "names": [str(name) for name in names], "space": space, "size": size, "shape": latents.shape}
-    info |= {"fingerprint": fingerprint, "losses": losses or {}, "alignment": alignment, "noise": noise is not None}
-    text = json.dumps(to_plain(info | {"extra": extra or {}}), ensure_ascii=False, indent=1)
+    info = {"format": 1, "names": [str(name) for name in saved.names], "space": saved.space, "size": saved.size}
+    info |= {"shape": w.shape, "fingerprint": saved.fingerprint, "losses": saved.losses, "alignment": saved.alignment}
+    text = json.dumps(to_plain(info | {"noise": noise is not None, "extra": saved.extra}), ensure_ascii=False, indent=1)
     with ExitStack() as files:  # left in reverse order: the description takes its name last
         files.enter_context(atomic_write(folder / "latents.json")).write(text.encode())
         if noise is not None:
@@ -128,8 +118,8 @@ def save_latents(
             np.savez(files.enter_context(atomic_write(folder / "noise.npz")), **layers)
         # numpy.save, but through `file.write`, whose error on a full disk carries its errno
         file = files.enter_context(atomic_write(folder / "latents.npy"))
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(latents))
-        file.write(latents.data)
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(w))
+        file.write(w.data)
     if noise is None:
         (folder / "noise.npz").unlink(missing_ok=True)  # of an earlier save
 

@@ -1,5 +1,6 @@
-"""Work for several processes, results in order; the workers end with whoever started them."""
+"""Work for several processes or threads, results in order; processes end with whoever started them."""
 
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -7,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from common.cli import UserError
@@ -16,6 +17,23 @@ from common.cli import UserError
 def n_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def blocks(items: Iterable, size: int) -> Iterator[list]:
+    """Consecutive lists of `size` items, the last one shorter."""
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+def read_ahead(function: Callable, items: Iterable, batch: int, n_thread: int) -> Iterator[list]:
+    """Lists of `function` of each item, in their order; threads work on the next list meanwhile."""
+    with ThreadPoolExecutor(max(1, n_thread)) as pool:
+        ahead = ()
+        for block in [*blocks(items, batch), ()]:
+            ready, ahead = ahead, pool.map(function, block)
+            if ready:
+                yield list(ready)
 
 
 def map_ordered(function: Callable, items: Iterable, n_worker: int, ahead: int = 64) -> Iterator:

@@ -16,8 +16,9 @@ from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
 from demo_app.models import LR_RATIO, Models
 from demo_app.targets import EXPRESSION, NEAR, Reading, Target
-from editing.edit import edit_w, nearest_crossing, nearest_value
+from editing.edit import edit_face, nearest_crossing, nearest_value
 from editing.evaluate import score_frames
+from editing.transfer import render_path
 from faces.align import Alignment, align, crop_aligned, to_bytes
 from faces.detect import FaceDetector
 from faces.paste import edit_crop, paste_edit
@@ -240,16 +241,13 @@ class PhotoEditor:
         boundaries = [b for name, b in models.boundaries.items() if any(name in position for position in at)]
         if boundaries or not any(at):
             steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-            moved = edit_w(source.w, boundaries, np.array(steps), layers=self.layers)  # [K, L, D]
-            ws = torch.from_numpy(np.concatenate((source.w[None], moved)))
-            before, *after = render(models.generator, ws, noise=source.noise)
+            before, *after = edit_face(models.generator, source, boundaries, np.array(steps), layers=self.layers)
             drawn.append((before, after))
         if any(name not in models.boundaries for position in at for name in position):
             source, names = face.expression, models.conditional.reader.names
             change = [[p.get(n, 0.0) * (n not in models.boundaries) for n in names] for p in [{}, *at]]  # [1 + K, d]
             conditions = torch.from_numpy(source.condition + np.array(change, np.float32))
-            ws = torch.from_numpy(source.w).expand(len(conditions), -1, -1)
-            before, *after = render(models.conditional.generator, ws, noise=source.noise, condition=conditions)
+            before, *after = render_path(models.conditional.generator, source, conditions)
             drawn.append((before, after))
         return drawn
 

@@ -17,8 +17,9 @@ from common.arrays import read_npy
 from common.distributed import Distributed, barrier, shard
 from common.files import atomic_write, read_json
 from common.runs import write_json
+from common.workers import blocks
 from editing.evaluate import score_frames
-from sampling.render import blocks, map_latents, noise_maps, seeded_z, select_noise, synthesise
+from sampling.render import map_latents, noise_maps, seeded_z, select_noise, synthesise
 
 CHUNK = 500  # samples per file of scores
 BATCH = 50  # latents together

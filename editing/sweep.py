@@ -22,7 +22,7 @@ from sampling.render import Source
 
 ROUNDS = 3  # of the coordinate search for several targets at once: one edit moves the other attributes a little
 LIMIT = 6.0  # standard deviations within which a target is searched for
-FRAMES, LEAST = 12, 96  # of a strip: frames at most, and pixels at least, so that captions have room
+FRAMES = 12  # of a strip, at most
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,4 @@ def caption_frames(scorer, attribute, scores, distances) -> list[str]:
 def draw_strip(frames, captions):
     """The inversion and at most FRAMES of the others side by side."""
     chosen = np.unique(np.linspace(1, len(frames) - 1, min(FRAMES, len(frames) - 1)).round().astype(int))
-    scale = max(1, LEAST // frames[0].shape[0])
-    cells = [frames[j].repeat(scale, 0).repeat(scale, 1) for j in [0, *chosen]]
-    return make_strip(cells, [f"inv. {captions[0]}", *(captions[j] for j in chosen)])
+    return make_strip([frames[j] for j in [0, *chosen]], [f"inv. {captions[0]}", *(captions[j] for j in chosen)])

@@ -37,7 +37,6 @@ from sampling.render import Source, latents_source, render
 from scorer.interface import AttributeScorer
 from scorer.network import load_scorer
 
-LEAST = 128  # pixels of an image in a grid: smaller ones are enlarged, so that the captions have room
 PER_GRID = 8  # columns
 KINDS = ("original", "reference", "inverted", "edited")  # rows of a grid
 
@@ -146,13 +145,12 @@ def edit_faces(
     *,
     paired: bool,  # the first face with the first target ...; else each with each
     start: str,  # attributes that an edit starts from: those of the source, or of the inversion
-    steps: int,  # frames, from the inversion on
-    strength: float,  # of the last one: 1: the target
+    ts: Sequence[float],  # places of the frames on the path: 0, the inversion, ..., 1, the target
     dist: Distributed,
 ) -> None:
     """Frames, tables and grids of every face with its targets, as each is done; the ranks share the faces. Raises
     ValueError when --paired finds more faces than targets, or fewer."""
-    source, scorer, ts = open_inversions(inversions, models, dist), models.scorer, np.linspace(0, strength, steps)
+    source, scorer = open_inversions(inversions, models, dist), models.scorer
     folder, n = inversions if inversions.is_dir() else inversions.parent, len(source.names)
     if paired and len(targets) != n:
         raise ValueError(f"--paired needs as many references as sources, found {len(targets)} and {n}")
@@ -216,8 +214,7 @@ def save_edit(folder: Path, face, target: Target, frames, rows, scorer: Conditio
     if single:
         images |= {f"unedited/{face.name}.png": frames[0], f"edited/{face.name}.png": frames[-1]}
     if len(frames) > 2:
-        strip = transfer_grid([list(zip(frames, captions, strict=True))])
-        images[f"strips/{face.name}_{target.label}.png"] = strip
+        images[f"strips/{face.name}_{target.label}.png"] = make_strip(frames, captions)
     for name, image in images.items():
         save_image(image, folder / name)
     files, ends = [folder / "frames" / row["frame"] for row in rows], {"inverted": 0, "edited": -1}
@@ -238,14 +235,6 @@ def caption(values: Sequence[float], target: Target, scorer: ConditionScorer) ->
     return f"{scorer.names[moved[0]]} {numbers[0]}" if len(numbers) == 1 else " ".join(numbers)
 
 
-def transfer_grid(rows: Sequence[Sequence[tuple[np.ndarray, str]]]):
-    """Grid of rows of (image, caption), one face per column: original, reference, inverted, edited."""
-    factor = -(-LEAST // len(rows[0][0][0]))
-    cells = [cell for row in rows for cell in row]
-    images = [image.repeat(factor, 0).repeat(factor, 1) for image, _ in cells]
-    return make_strip(images, [text for _, text in cells], nrow=len(rows[0]))
-
-
 def write_grids(folder: Path, columns: list[tuple[Target, dict]], paired: bool) -> None:
     """Grids of at most PER_GRID faces: one after the other for each target, or for all when paired. Images are read
     again, no more at a time than one grid shows."""
@@ -260,8 +249,10 @@ def write_grids(folder: Path, columns: list[tuple[Target, dict]], paired: bool) 
     for label, group in groups.items():
         kinds = [kind for kind in KINDS if all(kind in column for _, column in group)]
         for start in range(0, len(group), PER_GRID):
-            rows = [[cell(kind, *pair) for pair in group[start : start + PER_GRID]] for kind in kinds]
-            save_image(transfer_grid(rows), folder / f"{label}_{start // PER_GRID:03d}.png")
+            pairs = group[start : start + PER_GRID]  # a column each
+            images, texts = zip(*(cell(kind, *pair) for kind in kinds for pair in pairs), strict=True)
+            grid = make_strip(images, texts, nrow=len(pairs))
+            save_image(grid, folder / f"{label}_{start // PER_GRID:03d}.png")
 
 
 def summarise(rows: list[dict], names) -> str:

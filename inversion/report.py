@@ -15,9 +15,10 @@ from common.images import read_image, save_image
 from common.latents import save_latents
 from common.runs import write_json
 from common.tables import write_skipped
+from common.workers import blocks
 from inversion.projector import CURVE_EVERY, CURVES
 from perceptual.image_metrics import image_digest, mean_and_std, summary, write_measures
-from sampling.render import CONDITION, blocks, file_names
+from sampling.render import CONDITION, file_names
 
 RESULTS, ORIGINALS, PROJECTED = "inversions", "origin", "project"  # folders of the finished images
 PER_GRID = 8  # columns

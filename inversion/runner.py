@@ -18,12 +18,13 @@ from common.latents import load_latents
 from common.lock import lock_folder
 from common.runs import to_plain, write_json
 from common.weights import file_sha256
+from common.workers import blocks
 from dataset import normalise
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from inversion.report import ORIGINALS, PROJECTED, RESULTS, load_result, save_result, write_report
 from perceptual.image_metrics import measure
-from sampling.render import blocks, file_names, render
+from sampling.render import file_names, render
 
 DIVERGED = "the optimisation diverged: try a smaller --lr, or --precision fp32"
 

@@ -1,10 +1,9 @@
 """Flags of the commands that compare images by features, and their settings; no torch, so that `--help` is quick."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import ArgumentParser, add_device_flags, count, positive_int, whole
+from common.cli import ArgumentParser, add_device_flags, count, finite, positive_int, several, whole
 from common.flags import add_fields, flag
 
 IMAGES = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
@@ -13,14 +12,6 @@ PROTOCOLS = "images to extractor: paper (pytorch-fid), tf-compat (torch-fidelity
 SIZE = "pixels of the images; default: as they are, or those of the generated images"
 CACHE = "folder of the feature cache, or none; default $WPP_CACHE, else ~/.cache/wpp/features"
 LARGEST_SEED = 1999  # times 2 SEED_STRIDE (metrics/sources.py) are below 2^32, the seeds of PyTorch
-
-
-def numbers(text: str) -> list[float]:
-    """A `type` for flags: finite numbers with commas between."""
-    values = [float(part) for part in text.split(",")]
-    if not all(map(math.isfinite, values)):
-        raise ValueError
-    return values
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,7 @@ def add_feature_flags(parser: ArgumentParser) -> None:
     add_fields(parser.add_argument_group("features"), FeatureSettings)
     group = parser.add_argument_group("generated images")
     psi = "w = mean + psi (w - mean); several values: a sweep"
-    group.add_argument("--truncation", type=numbers, default="1", metavar="PSI[,PSI...]", help=psi)
+    group.add_argument("--truncation", type=several(finite), default="1", metavar="PSI[,PSI...]", help=psi)
     add_fields(group, Sampling)
     add_device_flags(parser)
 

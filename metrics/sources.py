@@ -5,7 +5,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from common.files import read_json
 from common.images import image_size, list_images
 from common.latents import Latents
 from common.lmdb_store import DatasetError, is_lmdb, open_store, sizes_present
+from common.workers import blocks, read_ahead
 from dataset import FolderDataset, open_dataset
 from metrics.flags import IMAGES, Sampling
 from model import Generator, load_generator
@@ -49,15 +49,10 @@ class ImageSource:
 
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
         """uint8 [B, 3, H, W] on `device`; threads read the next batch meanwhile. DatasetError for a damaged image."""
-        if not len(positions):
-            return
-        self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
-        with ThreadPoolExecutor(max(1, self.workers)) as pool:
-            ahead = ()
-            for following in [*render.blocks(positions, batch), ()]:
-                images, ahead = ahead, pool.map(self.dataset.__getitem__, following)
-                if images:
-                    yield torch.stack(list(images)).to(device)
+        if len(positions):
+            self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
+        for images in read_ahead(self.dataset.__getitem__, positions, batch, self.workers):
+            yield torch.stack(images).to(device)
 
 
 class GeneratorSource:
@@ -96,7 +91,7 @@ class GeneratorSource:
         first = self.sampling.seed * SEED_STRIDE
         seeds = range(first, first + SEED_STRIDE)
         noise = saved.noise if saved and saved.noise else render.noise_maps(generator, self.sampling.noise, seeds=seeds)
-        for chosen in render.blocks(positions, batch):
+        for chosen in blocks(positions, batch):
             if saved is None:
                 z = render.seeded_z(generator, (seeds[i] for i in chosen))
                 ws = torch.stack(list(render.map_latents(generator, z, truncation=psi, mean=mean, batch=batch)))

@@ -1,40 +1,29 @@
 """Images of an encoder: read in batches, and made into source and target."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from common.images import ImageError
 from common.lmdb_store import DatasetError
+from common.workers import read_ahead
 from dataset import mirror
 from pSp.settings import RESIZE_FACTORS
 
 
-class Readable(Dataset):
-    """Images for worker processes: (position, uint8 [3, S, S], None), or (position, None, why it cannot be read)."""
+def read_batches(read: Callable, positions: Sequence[int], batch: int, workers: int) -> Iterator[list]:
+    """Per batch, in order: (position, uint8 [3, S, S], None), or (position, None, why it cannot be read)."""
 
-    def __init__(self, read: Callable[[int], torch.Tensor], positions: Iterable[int]):
-        self.read, self.positions = read, list(positions)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int):
-        position = self.positions[index]
+    def attempt(position: int):
         try:
-            return position, self.read(position), None
+            return position, read(position), None
         except (ImageError, DatasetError, OSError, RuntimeError, MemoryError) as error:  # decoders raise them all
             return position, None, str(error) or type(error).__name__
 
-
-def read_batches(read: Callable, positions: Iterable[int], batch: int, workers: int) -> Iterator[list]:
-    """Lists of Readable's items, in order, the last one shorter."""
-    images, generator = Readable(read, positions), torch.Generator()  # else the loader draws from the global one
-    if len(images):
-        workers = min(workers, len(images))
-        yield from DataLoader(images, batch, num_workers=workers, collate_fn=list, generator=generator)
+    if len(positions):
+        attempt(positions[0])  # opens an LMDB here: two threads at once would open it twice
+    yield from read_ahead(attempt, positions, batch, workers)
 
 
 def make_pair(images: torch.Tensor, kind: str, *, factors=RESIZE_FACTORS, training: bool):

@@ -5,7 +5,7 @@ of another batch size.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.cli import UserError
 from common.files import atomic_write, write_text
 from common.images import save_image, to_tensor, to_uint8
-from common.latents import draw_z
+from common.latents import draw_z, parse_layers
 from common.precision import DTYPES
 from dataset import normalise
 from inversion.report import PER_GRID, write_results
@@ -60,7 +59,7 @@ def image_writer(exp_dir: Path, names: list[str], settings: InferenceSettings, s
 def invert(
     net: pSp,
     images,  # of inversion/inputs.py
-    positions: Iterable[int],
+    positions: Sequence[int],
     settings: InferenceSettings,
     *,
     perceptual,  # networks that measure, of perceptual/
@@ -101,9 +100,8 @@ def invert(
 def style_mixing(net: pSp, settings: InferenceSettings) -> Callable:
     """mix(position, w [L, D]) -> w: --latent_mask takes its layers, mix_alpha of the way, from a random sample that
     belongs to (seed, position) alone. UserError for a layer the generator does not have."""
-    config, layers, alpha = net.decoder.config, settings.layers, settings.mix_alpha
-    if beyond := [layer for layer in layers if layer >= config.n_tokens]:
-        raise UserError(f"--latent_mask {beyond[0]}: this generator has the layers 0-{config.n_tokens - 1}")
+    config, mask, alpha = net.decoder.config, settings.latent_mask, settings.mix_alpha
+    layers = parse_layers(mask, config.n_tokens, "--latent_mask") if mask else []
 
     def mix(position, w):
         if not layers:
@@ -127,7 +125,7 @@ def write_report(
     config = {"checkpoint": source.name, "step": net.step, "space": net.space, "size": net.decoder.config.size}
     config |= {"generator": net.decoder.fingerprint, "perceptual": perceptual.name}
     config |= {"identity": identity and identity.name, "factor": settings.factor}
-    config["latent_mask"] = settings.layers or None
+    config["latent_mask"] = settings.latent_mask
     line = write_results(folder, images, results, failures, pairs[:SHOWN], config, method="pSp")
     for name in ("perceptual", "mse"):  # the published files, one value per image
         with atomic_write(folder / f"{name}.npy") as file:

@@ -130,36 +130,41 @@ def psp_state(net: pSp, opts: dict) -> dict:
     return state | {"encoder_config": asdict(config), "config": generator.to_dict(), "fingerprint": fingerprint}
 
 
-def psp_from_state(checkpoint: dict, path) -> pSp:
-    """The network in a loaded checkpoint, on the CPU, in eval mode, gradients off. Raises CheckpointError."""
+def psp_from_state(checkpoint: dict, path, generator: Generator | None = None) -> pSp:
+    """The network in a loaded checkpoint, on the CPU, in eval mode, gradients off. generator: the one that it was
+    trained for, of a file that holds the encoder alone. Raises CheckpointError."""
     state, opts = checkpoint.get("state_dict"), checkpoint.get("opts")
     if not isinstance(state, dict) or not isinstance(opts, dict):
         hint = "; it holds a generator: pSp/scripts/train.py trains an encoder for it" if "g_ema" in checkpoint else ""
         raise CheckpointError(f"{path} is no pSp checkpoint: it has no state_dict and opts{hint}")
     encoder, decoder = part(state, "encoder"), part(state, "decoder")
     try:
-        inferred, stored = infer_config(decoder), checkpoint.get("config")  # the first refuses what is no generator
-        generator = Generator(GeneratorConfig.from_dict(stored) if stored else inferred)
+        if generator is None:
+            inferred, stored = infer_config(decoder), checkpoint.get("config")  # the first refuses what is no generator
+            network = Generator(GeneratorConfig.from_dict(stored) if stored else inferred)
+        else:
+            network = generator
         if "encoder_config" in checkpoint:
             config = EncoderConfig.from_dict(checkpoint["encoder_config"])
         else:
             config = infer_encoder_config(encoder, opts.get("encoder_type"))
             if config.encoder_type == INTO_W:
-                config = replace(config, n_styles=generator.config.n_tokens)
+                config = replace(config, n_styles=network.config.n_tokens)
         average, from_average = checkpoint.get("latent_avg"), bool(opts.get("start_from_latent_avg"))
         if average is None and (from_average or config.input_nc == 6):
             raise CheckpointError("it was trained with --start_from_latent_avg but lacks latent_avg")
         if average is None:
-            average = torch.zeros(1, generator.config.style_dim)
+            average = torch.zeros(1, network.config.style_dim)
         n_iters = opts.get("n_iters_per_batch", RESTYLE_PASSES)
-        net = pSp(config, generator, average, start_from_latent_avg=from_average, n_iters=n_iters)
+        net = pSp(config, network, average, start_from_latent_avg=from_average, n_iters=n_iters)
         net.step = int(checkpoint.get("step", 0))
     except MALFORMED as error:
         raise CheckpointError(f"{path}: {error}") from None
-    decoder.setdefault("token", torch.eye(generator.config.n_tokens))  # absent from eladrich's files
-    load_strictly(net.decoder, decoder, f"{path} (decoder)")
+    if generator is None:
+        decoder.setdefault("token", torch.eye(network.config.n_tokens))  # absent from eladrich's files
+        load_strictly(network, decoder, f"{path} (decoder)")
+        network.fingerprint = generator_fingerprint(network.state_dict())
     load_strictly(net.encoder, encoder, f"{path} (encoder)")
-    net.decoder.fingerprint = generator_fingerprint(net.decoder.state_dict())
     return net.eval().requires_grad_(False)
 
 
@@ -206,13 +211,6 @@ def load_exported(path: Path, generator: Generator | None = None) -> pSp:
             raise FileNotFoundError(f"{path} is an encoder for {name}, {where}")
         generator = load_generator(beside)
     require_generator(path, header["fingerprint"], generator)
-    options = {"start_from_latent_avg": bool(header.get("start_from_latent_avg")), "n_iters": header.get("n_iters", 1)}
-    try:
-        config = EncoderConfig.from_dict(header["encoder_config"])
-        net = pSp(config, generator, tensors.pop("latent_avg"), **options)
-        net.step = int(header.get("step", 0))
-    except MALFORMED as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    state = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    load_strictly(net.encoder, part(state, "encoder"), path)
-    return net.eval().requires_grad_(False)
+    opts = {"start_from_latent_avg": header.get("start_from_latent_avg"), "n_iters_per_batch": header.get("n_iters", 1)}
+    encoder = {"latent_avg": tensors.pop("latent_avg"), "state_dict": tensors, "opts": opts}
+    return psp_from_state(header | encoder, path, generator)

@@ -20,7 +20,7 @@ class TrainSettings:
     resize_factors: str | None = flag(None, "super-resolution: factors by which the source is shrunk", type=str)
     batch_size: int = flag(4, "images per step and process")
     test_batch_size: int = flag(2, "images per validation batch")
-    test_workers: int = flag(2, "loader processes for validation", type=count)
+    test_workers: int = flag(2, "threads that read validation images", type=count)
     learning_rate: float = flag(1e-4, "of the optimiser")
     optim_name: str = flag("ranger", "optimiser", choices=("ranger", "adam"))
     train_decoder: bool = False
@@ -89,7 +89,7 @@ class InferenceSettings:
     couple_outputs: bool = flag(False, "save every input beside its output, not each 100th only")
     resize_outputs: bool = flag(False, "save outputs at 256x256 where the generator's are larger")
     test_batch_size: int = flag(2, "images per forward pass", type=positive_int)
-    test_workers: int = flag(2, "processes that read images (0: this one)", type=count)
+    test_workers: int = flag(2, "threads that read images", type=count)
     latent_mask: str | None = flag(None, "style mixing: layers (8,9,10) whose w comes from a random sample", type=str)
     mix_alpha: float | None = flag(None, "how far those go to the sample, 0 to 1 (default: all the way)", type=float)
     resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
@@ -98,30 +98,22 @@ class InferenceSettings:
 
     def __post_init__(self):
         require(self, "resize_factors", lambda t: len(resize_factors(t)) == 1, "is a list: inference takes one factor")
-        fits = self.mix_alpha is None or (self.layers and 0 <= self.mix_alpha <= 1)
+        fits = self.mix_alpha is None or (self.latent_mask and 0 <= self.mix_alpha <= 1)
         require(self, "mix_alpha", lambda _: fits, "is a number from 0 to 1 and goes with --latent_mask")
 
     @property
     def factor(self) -> int:
         return resize_factors(self.resize_factors)[0]
 
-    @property
-    def layers(self) -> list[int]:
-        return whole_numbers("latent_mask", self.latent_mask, 0, "layers such as 8,9,10") if self.latent_mask else []
-
-
-def whole_numbers(flag: str, text: str, least: int, expected: str) -> list[int]:
-    """'1,2,4' -> [1, 2, 4]. UsageError for what is no list of numbers from `least`."""
-    try:
-        numbers = [int(part) for part in str(text).split(",")]  # a file may hold a number
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < least:
-        raise UsageError(f"--{flag} {text}: expected {expected}")
-    return numbers
-
 
 def resize_factors(text: str | None) -> tuple[int, ...]:
-    """Factors of super-resolution; None: the published list."""
-    expected = "whole numbers from 1, such as 4 or 2,4,8"
-    return RESIZE_FACTORS if text is None else tuple(whole_numbers("resize_factors", text, 1, expected))
+    """Factors of super-resolution; None: the published list. UsageError for what is no list of numbers from 1."""
+    if text is None:
+        return RESIZE_FACTORS
+    try:
+        factors = tuple(map(int, str(text).split(",")))  # a file may hold a number
+    except ValueError:
+        factors = (0,)
+    if min(factors) < 1:
+        raise UsageError(f"--resize_factors {text}: expected whole numbers from 1, such as 4 or 2,4,8")
+    return factors

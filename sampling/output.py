@@ -14,9 +14,10 @@ from common.grids import make_grid, save_grid
 from common.images import save_image
 from common.latents import save_latents
 from common.video import save_video
+from common.workers import blocks
 from model import Generator
 from sampling import render
-from sampling.render import Source, blocks
+from sampling.render import Source
 
 
 def mean_w(generator: Generator, truncation: float, samples: int, dist: Distributed) -> torch.Tensor | None:

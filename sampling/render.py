@@ -7,7 +7,6 @@ device. What is computed from it is equal up to rounding: batches of another siz
     for image in render(generator, ws, noise=noise_maps(generator, "const")): ...
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from common.files import safe_path
 from common.images import IMAGE_SUFFIXES, to_uint8
 from common.latents import Latents, draw_z, load_latents
+from common.workers import blocks
 from model import Generator
 
 NOISE_MODES = ("const", "random", "none")
@@ -28,13 +28,6 @@ CONDITION = "condition"  # the entry that tells the attributes of each image of 
 # Noise of N images: one map per layer, each [N, 1, r, r] or, shared by all, [1, 1, r, r]; or a function that gives
 # such a list for some positions, which keeps the memory bounded.
 Noise = list[torch.Tensor] | Callable[[Sequence[int]], list[torch.Tensor]]
-
-
-def blocks(items: Iterable, size: int) -> Iterator[list]:
-    """Consecutive lists of `size` items, the last one shorter."""
-    items = iter(items)
-    while block := list(itertools.islice(items, size)):
-        yield block
 
 
 def seeded_z(generator: Generator, seeds: Iterable[int]) -> Iterator[torch.Tensor]:

@@ -100,12 +100,12 @@ class DexScorer(AttributeScorer):
         return torch.cat([network.features(x) for network in self.networks.values()], 1)
 
 
-def load_dex(name: str = "dex", *, weights_dir=None, crop: bool = False) -> DexScorer:
-    """DEX from common.weights (`age_sd.pth`, `gender_sd.pth`). name: `dex` (both), `dex_age` or `dex_gender`.
-    Raises FileNotFoundError with the place to get the file."""
-    parts = [name.removeprefix("dex_")] if name.startswith("dex_") else list(DEX_CLASSES)
+def load_dex(name: str = "dex", *, weights_dir=None) -> DexScorer:
+    """DEX from common.weights (`age_sd.pth`, `gender_sd.pth`). name: `dex` or `dex_crop` (both), `dex_age` or
+    `dex_gender`. Raises FileNotFoundError with the place to get the file."""
+    parts = [part for part in DEX_CLASSES if name in ("dex", "dex_crop", f"dex_{part}")]
     networks = {part: read_vgg(require(f"dex_{part}", weights_dir), DEX_CLASSES[part]) for part in parts}
-    return DexScorer(networks, crop=crop)
+    return DexScorer(networks, crop=name == "dex_crop")
 
 
 class ClassifierScorer(AttributeScorer):

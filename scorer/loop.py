@@ -47,9 +47,8 @@ def train(
     total, batch = trainer.settings.iter, trainer.settings.batch
     names = [attribute.name for attribute in faces.table.attributes]
     start = f"continuing {source}, step {trainer.step} of {total}" if source else "a new run"
-    print(
-        f"{run.folder}: {start}; {', '.join(names)}; {len(faces)} faces, {len(validation)} for validation", flush=True
-    )
+    data = f"{len(faces)} faces, {len(validation)} for validation"
+    print(f"{run.folder}: {start}; {', '.join(names)}; {data}", flush=True)
     bar = StepBar(total, trainer.step)
     while trainer.step < total:
         rows = list(islice(order, batch))

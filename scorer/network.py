@@ -219,19 +219,19 @@ def read_scorer(path) -> Scorer:
     return Scorer(network, calibration, errors)
 
 
-def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None, dex_crop: bool = False) -> AttributeScorer:
+def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None) -> AttributeScorer:
     """The scorer called `name`, frozen, on `device`: `face-scorer` or `face-scorer-eval` (bundled), a `.safetensors` of
-    train_scorer.py, `dex` (`dex_age`, `dex_gender`), or a `.json` that describes a classifier. dex_crop: DEX sees the
-    centre 224 of 256 pixels, as in the original code. Raises FileNotFoundError or ValueError in one sentence."""
+    train_scorer.py, `dex` (`dex_crop`: as the original crops; `dex_age`, `dex_gender`), or a `.json` that describes a
+    classifier. Raises FileNotFoundError or ValueError in one sentence."""
     from scorer.backends import load_classifier, load_dex
 
     device, name = resolve_device(device), str(name)
     if name.endswith(".json"):
         return load_classifier(name).to(device)
-    if name in ("dex", "dex_age", "dex_gender"):
-        return load_dex(name, weights_dir=weights_dir, crop=dex_crop).to(device)
+    if name in ("dex", "dex_crop", "dex_age", "dex_gender"):
+        return load_dex(name, weights_dir=weights_dir).to(device)
     path = ROOT / "checkpoints" / f"{name}.safetensors" if name in BUNDLED else Path(name)
     if not path.exists():
-        expected = f"{', '.join(BUNDLED)}, dex, dex_age, dex_gender, or a .safetensors or .json file"
+        expected = f"{', '.join(BUNDLED)}, dex, dex_crop, dex_age, dex_gender, or a .safetensors or .json file"
         raise FileNotFoundError(f"{path}: no such scorer; expected {expected}")
     return read_scorer(path).to(device)

@@ -106,18 +106,15 @@ def main(args) -> None:
             return
 
         # Data, losses; then the loop.
-        size, split = (
-            max(net.config.input_size, net.image_size),
-            {"holdout": args.holdout, "val_images": args.val_images},
-        )
+        size = max(net.config.input_size, net.image_size)
+        split = {"holdout": args.holdout, "val_images": args.val_images}
         images, held_out = open_images(size, settings.dataset_type, args.train_path, args.test_path, **split)
         nets = {"lpips_net": args.lpips_net, "id_net": args.id_net, "weights_dir": args.weights_dir}
         loss = EncoderLoss(weights, dist.device, **nets)
         data = f"{len(images)} images, {len(held_out)} held out; {loss.description}"
-        length = (
-            f"step {net.step} of {settings.max_steps}, batch {args.batch_size} x {dist.world_size} on {dist.device}"
-        )
-        say(f"{args.exp_dir}: {origin}; {net.description}; {data}; {length}")
+        length = f"step {net.step} of {settings.max_steps}"
+        batch = f"batch {args.batch_size} x {dist.world_size} on {dist.device}"
+        say(f"{args.exp_dir}: {origin}; {net.description}; {data}; {length}, {batch}")
         coach = Coach(net, loss, settings, dist)
         best = coach.train(images, held_out, start, args.exp_dir, vars(args))
         say(f"{Path(args.exp_dir, 'checkpoints', 'best_model.pt')}: best validation loss {best:.4f}")

@@ -123,7 +123,7 @@ INFERENCE_ERRORS = [
     ("--data_path BROKEN", "none of the 1 images could be inverted", 1),
     ("--checkpoint_path GENERATOR", "is no pSp checkpoint", 1),
     ("--latent_mask 99", "this generator has the layers 0-7", 1),
-    ("--latent_mask a", "expected layers such as 8,9,10", 2),
+    ("--latent_mask a", "expected layers such as 0-3", 2),
     ("--mix_alpha 0.5", "goes with --latent_mask", 2),
     ("--resize_factors 2,4", "inference takes one factor", 2),
     ("--stylegan_weights W", "best_model.pt was trained for", 1),
