@@ -14,10 +14,7 @@ distance and mean change of the pixels per frame. With one frame per face (--at,
 inversion are OUT/edited/NAME.png and OUT/unedited/NAME.png, for align_faces.py --paste_back --unedited.
 """
 
-from __future__ import annotations
-
 import math
-import sys
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -128,8 +125,8 @@ def main(args) -> None:
             recommended = {name: value for name, value in recommended.items() if name not in SWEEP}
         if args.preset:
             args.fill(PUBLISHED)
-        elif (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
-            print(filled, file=sys.stderr)
+        else:
+            args.recommend(recommended, RECOMMENDED, args.ckpt)
         refuse_misuse(args.steps, args.num_sample, args.ratio, args.truncation)
         source = latents_source(generator, args.latent)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None

@@ -16,7 +16,6 @@ align_faces.py --paste_back --unedited takes them. At the end grids/TARGET_K.png
 edited; below each what the scorer reads, in the order in which the generator knows the attributes).
 """
 
-import sys
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
@@ -93,9 +92,8 @@ def main(args) -> None:
         names = {"scorer": args.scorer, "eval_scorer": args.eval_scorer, "identity": args.identity}
         models = transfer.load_models(args.ckpt, dist.device, weights_dir=args.weights_dir, **names)
         generator, scorer, out = models.generator, models.scorer, args.output_dir
-        filled = args.recommend(generator.recommended.get("projector", {}), RECOMMENDED, args.ckpt)
-        if filled and args.source and dist.is_main:
-            print(filled, file=sys.stderr)
+        if args.source:
+            args.recommend(generator.recommended.get("projector", {}), RECOMMENDED, args.ckpt)
         settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
         ProjectorSettings(**settings)  # mistakes before any image is opened
 

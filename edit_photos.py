@@ -11,8 +11,6 @@ photos takes about a second each. A photo without a face is reported and passed 
 edited.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, add_device_flags, positive, run_script

@@ -11,7 +11,6 @@ images. What the file recommends (truncation, noise) holds where no flag is give
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,8 +112,7 @@ def main(args) -> None:
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         recommended = {} if args.latents else generator.recommended.get("generate", {})
-        if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
-            print(filled, file=sys.stderr)
+        args.recommend(recommended, RECOMMENDED, args.ckpt)
         mean = mean_w(generator, args.truncation, args.truncation_mean, dist)
         drawing = {"truncation": args.truncation, "mean": mean}
         if args.latents:

@@ -28,12 +28,8 @@ def build_parser() -> ArgumentParser:
     add("--n_worker", type=positive_int, default=n_cores(), help="processes that read and encode")
     add("--resample", default="lanczos", choices=FILTERS, help="filter of the resizing")
     add("--fit", default="crop", choices=FITS, help="of images that are not square: the centre, filled up, distorted")
-    add(
-        "--background",
-        type=several(whole(0, 255)),
-        default="255,255,255",
-        help="R,G,B below transparent parts, in padding",
-    )
+    colour = several(whole(0, 255))
+    add("--background", type=colour, default="255,255,255", help="R,G,B below transparent parts and in padding")
     add("--format", default="png", choices=("png", "jpeg", "webp"), help="how images are stored")
     add("--quality", type=int, help="1..100 of jpeg (4:4:4; default 95) or webp (default: lossless)")
     add("--compat", action="store_true", help="the bytes of rosinality's tool: plain RGB, JPEG quality 100 with 4:2:0")

@@ -69,9 +69,7 @@ def main(args) -> None:
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         # Settings: flags, else what the generator's file recommends; an encoder that it names lies beside it.
         generator = load_generator(args.ckpt, dist.device)
-        recommended = generator.recommended.get("projector", {})
-        if (filled := args.recommend(recommended, RECOMMENDED, args.ckpt)) and dist.is_main:
-            print(filled, file=sys.stderr)
+        args.recommend(generator.recommended.get("projector", {}), RECOMMENDED, args.ckpt)
         kind, path = parse_start(args.init, None if "init" in args.given else Path(args.ckpt).parent)
         settings = asdict(read_fields(ProjectorSettings, vars(args) | {"steps": args.step}))
         if kind != "mean":  # a perturbation would take the w of an encoder or a file far away

@@ -51,13 +51,14 @@ class Flags(argparse.Namespace):
         flags.update(changed)
         return changed
 
-    def recommend(self, settings: dict, names, source) -> str:
-        """`fill` in those of the flags `names` that `source` recommends, if of the right type. Returns what changed."""
+    def recommend(self, settings: dict, names, source) -> None:
+        """`fill` in those of the flags `names` that `source` recommends, if of the right type; rank 0 says which."""
         flags, names = vars(self), {name.rstrip("?") for name in names}  # of a schema as well
         fitting = {name: value for name, value in settings.items() if name in names and is_like(value, flags[name])}
         changed = {} if flags.get("preset") == "published" else self.fill(fitting)
         text = " ".join(f"--{name} {value}" for name, value in changed.items())
-        return f"{source} recommends {text} (--preset published: the paper's settings)" if text else ""
+        if text and os.environ.get("RANK") in (None, "", "0"):
+            print(f"{source} recommends {text} (--preset published: the paper's settings)", file=sys.stderr)
 
 
 def is_like(value, default) -> bool:

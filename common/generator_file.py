@@ -1,8 +1,6 @@
 """A generator's file: its architecture, its weights (EMA) and what else it says. Read are training checkpoints (`.pt`)
 of ours, of rosinality and of TransStyleGAN, and exports (`.safetensors`), which are written here."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,7 +81,7 @@ class GeneratorConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> GeneratorConfig:
+    def from_dict(cls, values: dict) -> "GeneratorConfig":
         """The config that `to_dict` gave. Raises ValueError for other names, types and numbers."""
         defaults = asdict(cls())
         if not isinstance(values, dict):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from common.checkpoint import CheckpointError, latest_checkpoint
 from common.cli import ROOT, Flags, UserError, is_like
 from common.distributed import barrier
-from common.files import atomic_write, open_regular, parse_json, write_text
+from common.files import atomic_write, open_regular, parse_json, read_json, write_text
 from common.lock import lock_folder
 
 LINE = {"step?": float, "time?": (float, str), "group?": str}  # of log.jsonl and metrics.jsonl, whose time is a text
@@ -103,6 +103,17 @@ def to_plain(value):
 def write_json(path, value):
     """Write `value` (see `to_plain`) as readable UTF-8 JSON, atomically."""
     write_text(path, json.dumps(to_plain(value), indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
+
+
+def claim_folder(file: Path, settings: dict, *, results: str, otherwise: str) -> None:
+    """Record in `file` the settings on which the results of its folder depend, for results of the same settings alone;
+    results: what they are. UserError for those of others; otherwise: what to do then."""
+    settings = json.loads(json.dumps(to_plain(settings)))
+    earlier = read_json(file, dict, what=f"settings of {results}") if file.is_file() else settings
+    if changed := [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]:
+        changes = "; ".join(f"{name} {earlier.get(name)}, now {settings.get(name)}" for name in changed[:3])
+        raise UserError(f"{file.parent} holds {results} made with other settings ({changes}): {otherwise}")
+    write_json(file, settings)
 
 
 class Run:

@@ -4,8 +4,6 @@ The paper's cGAN figure (Li et al. 2024, arXiv 2105.14230): the attributes of a 
 code; an L1 loss compares them with what the same frozen classifier reads in the generated image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -73,7 +71,7 @@ class Condition:
     light: bool = False  # the last steps trained the columns of the condition alone
 
     @classmethod
-    def of(cls, reader: ConditionScorer, table: torch.Tensor, scorer: str, light: bool = False) -> Condition:
+    def of(cls, reader: ConditionScorer, table: torch.Tensor, scorer: str, light: bool = False) -> "Condition":
         means, fingerprint = tuple(table.mean(0).tolist()), scorer_identity(reader.scorer)
         return cls(reader.names, reader.kinds, means, str(scorer), fingerprint, light=light)
 
@@ -81,7 +79,7 @@ class Condition:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict, source) -> Condition:
+    def from_dict(cls, values: dict, source) -> "Condition":
         try:
             check_shape(values, SCHEMA)
             values = {f.name: values[f.name] for f in fields(cls) if f.name in values}

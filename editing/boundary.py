@@ -4,8 +4,6 @@ InterFaceGAN (Shen et al. 2020, arXiv 2005.09635): a hyperplane separates sample
 do not, and latents move along its normal.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -48,7 +46,7 @@ class Boundary:
     size: int | None = None
     range: tuple[float, float] | None = None  # lowest and highest distance at which edits still are faces, in std
 
-    def measured_on(self, latents) -> Boundary:
+    def measured_on(self, latents) -> "Boundary":
         """The boundary with mean and std of latents [N, D] (see `project_all`), and the hyperplane at their median."""
         along = project_all(latents, self.normal[0])
         statistics = {"mean": float(along.mean()), "std": float(along.std()), "intercept": -float(np.median(along))}

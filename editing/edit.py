@@ -3,8 +3,6 @@
 frames = edit_face(generator, face, [boundary], np.linspace(-3, 3, 7) * boundary.std)      # the inversion first
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

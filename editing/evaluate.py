@@ -1,7 +1,5 @@
 """Evaluation of edited frames: attribute scores, and similarity to the inversion."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -5,8 +5,6 @@ SVM. Ridge regression uses every sample, through sums, so that no latents are ke
 the plain direction takes along what goes together in the data (older faces wear glasses).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ reference images, spanned by the spheres that reach to their k-th neighbours. He
 features the scorer's, and a face is at least as real as 95 % of the references are to each other.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

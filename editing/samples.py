@@ -4,8 +4,6 @@ A sample is its seed: only the scores are kept, in chunks with which a killed ru
 reuse; the latents that a fit needs are computed again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,19 +12,16 @@ import torch
 from tqdm import tqdm
 
 from common.arrays import read_npy
+from common.cli import UserError
 from common.distributed import Distributed, barrier, shard
-from common.files import atomic_write, read_json
-from common.runs import write_json
+from common.files import atomic_write
+from common.runs import claim_folder
 from common.workers import blocks
 from editing.evaluate import score_frames
 from sampling.render import map_latents, noise_maps, seeded_z, select_noise, synthesise
 
 CHUNK = 500  # samples per file of scores
 BATCH = 50  # latents together
-
-
-class SamplesError(ValueError):
-    """The folder holds scores of other samples; the message is one sentence."""
 
 
 class Samples:
@@ -63,7 +58,7 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     """Scores float32 [n, A] of the samples' images, columns as scorer.names; their seeds are a range.
 
     folder: where chunks are kept; those that are there are not computed again. The ranks share the work, and all return
-    the whole. Raises SamplesError when the folder holds scores of other samples.
+    the whole. Raises UserError when the folder holds scores of other samples.
     """
     dist = dist or Distributed(0, 0, 1, samples.generator.token.device, None)
     generator, first, folder = samples.generator, samples.seeds.start, Path(folder)
@@ -71,7 +66,7 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     info = {"generator": generator.fingerprint, "scorer": scorer_identity(scorer), "names": list(scorer.names)}
     info |= {"first": first, "chunk": CHUNK, "precision": str(generator.compute_dtype).removeprefix("torch."), **draw}
     if dist.is_main:
-        _claim(folder, info)
+        claim_folder(folder / "samples.json", info, results="scores", otherwise="choose another folder, or remove it")
     barrier()
     paths = {start: folder / f"scores-{start:08d}.npy" for start in range(0, len(samples), CHUNK)}
     missing = [start for start, path in paths.items() if not path.is_file()]
@@ -85,7 +80,7 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     chunks = [read_npy(path, "file of scores") for path in paths.values()]
     for path, chunk in zip(paths.values(), chunks, strict=True):
         if chunk.shape != (CHUNK, len(scorer.names)):
-            raise SamplesError(f"{path} holds scores {list(chunk.shape)}, expected {[CHUNK, len(scorer.names)]}")
+            raise UserError(f"{path} holds scores {list(chunk.shape)}, expected {[CHUNK, len(scorer.names)]}")
     return np.concatenate(chunks)[: len(samples)]
 
 
@@ -97,17 +92,3 @@ def _score(samples: Samples, scorer, batch: int) -> np.ndarray:
 def scorer_identity(scorer) -> str:
     """Fingerprint of a scorer's weights, or its class where it has none."""
     return getattr(scorer, "fingerprint", None) or type(scorer).__name__
-
-
-def _claim(folder: Path, info: dict) -> None:
-    """Write the description of the folder's scores, or compare it with the one that is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "samples.json"
-    if not path.is_file():
-        write_json(path, info)
-        return
-    stored = read_json(path, dict, what="description of samples")
-    for key, expected in info.items():
-        if stored.get(key) != expected:
-            held = f"{folder} holds scores of {key} {stored.get(key)}, expected {expected}"
-            raise SamplesError(f"{held}: another folder, or remove it")

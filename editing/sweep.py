@@ -1,7 +1,5 @@
 """The sweep of edit_attribute.py: distances along boundaries or to targets, and the files and rows of each face."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

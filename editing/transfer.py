@@ -4,8 +4,6 @@ A face keeps the condition under which its latent was found; what moves it is th
 attributes and its own, so that t = 0 is the inversion itself and t = 1 the target.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,8 +102,7 @@ def parse_target(text: str, condition: Condition) -> Target:
 def open_inversions(path: Path, models: Models, dist: Distributed) -> Source:
     """Saved latents of this generator, or of the one that its file says it was trained from."""
     generator, base = models.generator, base_fingerprint(models.ckpt) if models.condition.light else None
-    stored = {"truncation": 1, "mean": None, "noise": None, "noise_seed": None}
-    source = latents_source(generator, path, **stored, accept=(base,) if base else ())
+    source = latents_source(generator, path, accept=(base,) if base else ())
     if source.origin["fingerprint"] not in (None, generator.fingerprint) and dist.is_main:
         print(f"{path}: inversions of the generator that {models.ckpt} was trained from, taken as neutral ones")
     return source

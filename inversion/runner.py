@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from common.cli import UsageError, UserError
 from common.distributed import Distributed, barrier, gather_list, shard
-from common.files import read_json
 from common.images import save_image, to_tensor, to_uint8
 from common.latents import load_latents
 from common.lock import lock_folder
-from common.runs import to_plain, write_json
+from common.runs import claim_folder, to_plain
 from common.weights import file_sha256
 from common.workers import blocks
 from dataset import normalise
@@ -68,7 +67,10 @@ def invert_images(
 
     with lock_folder(folder, "an inversion") if dist.is_main else contextlib.nullcontext(), bar:
         if dist.is_main:
-            prepare_folder(folder, config, overwrite)
+            for name in (RESULTS, ORIGINALS, PROJECTED) if overwrite else ():
+                shutil.rmtree(folder / name, ignore_errors=True)
+            otherwise = "choose another --output_dir, or start anew with --overwrite"
+            claim_folder(folder / RESULTS / "settings.json", config, results="results", otherwise=otherwise)
         barrier()
         for k, block in enumerate(todo):
             # Read a block. Always the same blocks: one that was killed is made again as a whole, to the bit.
@@ -123,20 +125,6 @@ def reconstruct(generator, result: dict, original, perceptual, identity) -> tupl
     pair = (to_tensor(image)[None].to(generator.token.device) for image in (original, synth))
     values = measure(*pair, perceptual=perceptual, identity=identity)
     return synth, {name: float(value) for name, value in values.items()}
-
-
-def prepare_folder(folder: Path, config: dict, overwrite: bool) -> None:
-    """Record the settings of a folder of results. UserError when it holds results of others, unless `overwrite`."""
-    for name in (RESULTS, ORIGINALS, PROJECTED) if overwrite else ():
-        shutil.rmtree(folder / name, ignore_errors=True)
-    file = folder / RESULTS / "settings.json"
-    earlier = read_json(file, dict, what="settings of an inversion") if file.exists() else config
-    changed = [name for name in {**earlier, **config} if earlier.get(name) != config.get(name)]
-    if changed:
-        changes = "; ".join(f"{name} {earlier.get(name)}, now {config.get(name)}" for name in changed[:3])
-        other = f"{folder} holds results made with other settings ({changes})"
-        raise UserError(f"{other}: choose another --output_dir, or start anew with --overwrite")
-    write_json(file, config)
 
 
 def parse_start(text: str, folder: Path | None = None) -> tuple[str, str]:

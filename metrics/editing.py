@@ -92,7 +92,7 @@ def main(args) -> None:
             if attribute not in (None, boundary.attribute):
                 raise UserError(f"{path} is a boundary of {boundary.attribute}, {paths[0]} of {attribute}")
             attribute = boundary.attribute
-            source = latents_source(generator, latent, truncation=1, mean=None, noise=None, noise_seed=None)
+            source = latents_source(generator, latent)
             source = replace(source, names=source.names[: args.faces or None])
             if sweeps and source.names != sweeps[0].faces:
                 raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")

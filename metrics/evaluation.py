@@ -61,36 +61,26 @@ def find_warnings(real: Features, fake: Features) -> list[str]:
 
 
 def run_comparison(metrics: tuple[str, ...], flags: dict) -> None:
-    """`compare` under the flags of `comparison_parser`, in this process or in one of several."""
-    settings, sampling = (read_fields(kind, flags) for kind in (FeatureSettings, Sampling))
-    fakes = find_fakes(flags["fake"] or flags["ckpt"], flags["start_num"])
-    options = {name: flags.get(name) for name in ("ckpt", "output", "nearest_k")}
+    """Print and append the metrics (of METRICS) of every set of generated images against the real ones, under the flags
+    of `comparison_parser`; in this process or in one of several."""
     with setup(flags["device"], ops=flags["ops"], timeout=flags["dist_timeout"]) as dist:
-        pairs = itertools.product(fakes, (replace(sampling, truncation=psi) for psi in flags["truncation"]))
-        compare(metrics, Path(flags["real"]), pairs, settings, dist=dist, **options)
+        compare(metrics, flags, dist)
 
 
-def compare(
-    metrics: tuple[str, ...],  # of METRICS
-    real: Path,  # folder, LMDB, checkpoint, latents or features
-    fakes: Iterable[tuple[Path, Sampling]],  # such as `real`, each measured against it
-    settings: FeatureSettings,
-    *,
-    ckpt: str | None,  # generator of latents
-    output: Path | None,  # file of the results; None: metrics.jsonl of the checkpoint's run, else here
-    nearest_k: int | None,  # of prdc
-    dist: Distributed,
-) -> None:
-    """Print and append the metrics of every set of generated images against the real ones."""
+def compare(metrics: tuple[str, ...], flags: dict, dist: Distributed) -> None:
+    """The work of `run_comparison`."""
+    real, fakes = Path(flags["real"]), find_fakes(flags["fake"] or flags["ckpt"], flags["start_num"])
+    settings, sampling = (read_fields(kind, flags) for kind in (FeatureSettings, Sampling))
+    draws = [replace(sampling, truncation=psi) for psi in flags["truncation"]]
     # the paper's precision and recall: VGG-16 on reals drawn from all, its FID: Inception on the first of them
     as_published = settings.protocol == "paper" and metrics == ("prdc",)
     network = {"weights_dir": settings.weights_dir, "preferred": ("vgg16", *AUTO[1:]) if as_published else AUTO}
     network = build_extractor(settings.extractor, PROTOCOLS[settings.protocol], device=dist.device, **network)
-    opening = {"ckpt": ckpt, "device": dist.device, "workers": settings.workers}
+    opening = {"ckpt": flags["ckpt"], "device": dist.device, "workers": settings.workers}
     options = {"batch": settings.batch, "dist": dist, "cache_dir": cache_folder(settings.cache_dir)}
     options["order"] = "drawn" if as_published else None
     reals: dict[int | None, Features] = {}
-    for path, sampling in fakes:
+    for path, sampling in itertools.product(fakes, draws):
         exported = path.with_suffix(".safetensors")
         if not path.exists() and exported.exists():  # by train.py --keep, since it was listed
             warnings.warn(f"{path} does not exist any more: {exported}, exported from it, is read", stacklevel=2)
@@ -104,9 +94,9 @@ def compare(
             reals[size] = extract(images, network, settings.n_sample, seed=other.seed, **options)
         features = extract(source, network, settings.n_sample, seed=sampling.seed, **options)
         if dist.is_main:
-            records = evaluate(reals[size], features, metrics, nearest_k=nearest_k, device=dist.device)
+            records = evaluate(reals[size], features, metrics, nearest_k=flags.get("nearest_k"), device=dist.device)
             report(path, records)
-            append_records(output or (run_folder(path) or Path()) / "metrics.jsonl", records)
+            append_records(flags["output"] or (run_folder(path) or Path()) / "metrics.jsonl", records)
 
 
 def find_fakes(fake: str | None, start_num: int = 0) -> list[Path]:

@@ -8,8 +8,6 @@ at the first call that needs it, and compiles a kernel at its first launch: impo
     return reference(x) if fast is None else fast.noise_bias_act(x, ...)
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import warnings

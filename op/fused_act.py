@@ -7,8 +7,6 @@ Source: Karras et al. 2020 (arXiv 1912.04958), appendix B; signature of rosinali
     y = fused_leaky_relu(x, bias)
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

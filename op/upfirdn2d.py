@@ -8,8 +8,6 @@ so the kernel is flipped before PyTorch's cross-correlation).
     y = upfirdn2d(x, kernel, up=2, pad=(2, 1))
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

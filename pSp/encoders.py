@@ -9,8 +9,6 @@ a smaller image.
     offsets = encoder(images)                                    # add generator.mean_latent() for w
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 
@@ -79,14 +77,14 @@ class EncoderConfig:
         return 2 if style < COARSE else 1 if style < MIDDLE else 0
 
     @classmethod
-    def from_dict(cls, values: dict) -> EncoderConfig:
+    def from_dict(cls, values: dict) -> "EncoderConfig":
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"encoder config has unknown entries {sorted(unknown)}: written by a newer version?")
         return cls(**values)
 
     @classmethod
-    def for_generator(cls, config, *, width: int = 0, depth: int = 0, **other) -> EncoderConfig:
+    def for_generator(cls, config, *, width: int = 0, depth: int = 0, **other) -> "EncoderConfig":
         """The encoder for a generator (a GeneratorConfig). 0 chooses: the published network from 256 px on, below that
         width 32 and depth 18. The input has the generator's size, at most the published one."""
         light, size = config.size < PUBLISHED_INPUT, min(PUBLISHED_INPUT, max(16, config.size))

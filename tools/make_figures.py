@@ -8,14 +8,45 @@ faces along a boundary, the score below each. Faces are scikit-image's astronaut
 is seeded. A figure for which a model is absent is left out with a sentence.
 """
 
+import io
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from skimage.data import astronaut
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ROOT, ArgumentParser, UserError, add_device_flags, positive_int, run_script
+from common.distributed import resolve_device
+from common.files import read_json
+from common.grids import DIFFERENCE_GAIN, difference_map
+from common.images import fit_image, save_image, to_tensor
+from common.latents import parse_seeds
+from demo_app.models import load_boundaries
+from editing.edit import edit_w
+from editing.evaluate import score_frames
+from faces.align import align, crop_aligned, parse_landmarks
+from inversion.projector import project
+from model import Generator, load_generator
+from perceptual.image_metrics import measure
+from perceptual.lpips import build_perceptual
+from pSp.psp import load_psp, pSp
+from sampling.render import noise_maps, render, seed_source, select_noise
+from scorer.network import load_scorer
 
 FIGURES = ("inversion", "age", "gender", "smile")
+LANDMARKS = ROOT / "docs" / "astronaut.json"
+TRUNCATION, MEAN_SAMPLES = 0.7, 1000  # of drawn faces; for the statistics of w, unless the generator's file holds them
+W_RATIO, WPP_RATIO = 0.016, 0.01  # step sizes of Adam in standard deviations of w: in W and W+, in W++
+DISTANCES = (-4.5, -3, -1.5, 0, 1.5, 3, 4.5)  # standard deviations of the samples
+CELL = 1.35  # inches at 100 dots each: width of a cell
+
+Cell = tuple[np.ndarray | None, str]  # image uint8 [S, S, 3], caption below it
 
 
 def build_parser() -> ArgumentParser:
@@ -40,15 +71,6 @@ def beside(path: Path, kind: str) -> Path | None:
 
 
 def main(args) -> None:
-    from common.distributed import resolve_device
-    from common.images import save_image
-    from common.latents import parse_seeds
-    from model import load_generator
-    from perceptual.lpips import build_perceptual
-    from pSp.psp import load_psp
-    from scorer.network import load_scorer
-    from tools.figures import Models, boundary_figure, draw_all, inversion_figure
-
     device = resolve_device(args.device, ops=args.ops)
     encoder, w_ckpt = beside(args.ckpt, "psp"), args.w_ckpt or beside(args.ckpt, "w")
     wpp, w = load_generator(args.ckpt, device), w_ckpt and load_generator(w_ckpt, device)
@@ -65,6 +87,136 @@ def main(args) -> None:
             print(f"{name} is left out: {figure}")
         else:
             print(save_image(figure, args.output_dir / f"{name}.jpg", quality=90), flush=True)
+
+
+@dataclass
+class Models:
+    """Networks and faces (uint8 [S, S, 3]): scikit-image's astronaut, then drawn ones, one of them by `w`."""
+
+    wpp: Generator
+    w: Generator | None
+    encoder: pSp | None
+    scorer: torch.nn.Module
+    perceptual: torch.nn.Module
+    boundaries: Path  # folder
+    steps: int  # of every inversion
+    names: list[str]
+    faces: list[np.ndarray]
+    inversions: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """ws: float32 [N, L, D]; noise: per layer [N or 1, 1, r, r]; images: N of uint8 [S, S, 3]."""
+
+    ws: torch.Tensor
+    noise: list[torch.Tensor]
+    images: list[np.ndarray]
+
+
+def draw_all(wpp: Generator, w: Generator | None, seeds: Sequence[int]) -> tuple[list[str], list[np.ndarray]]:
+    """Names and images of the faces: the photo of Eileen Collins (NASA, public domain), aligned, and drawn ones."""
+    photo = Image.fromarray(astronaut())
+    (points,) = parse_landmarks(read_json(LANDMARKS, (dict, list), what="landmarks"), LANDMARKS)
+    names, faces = ["astronaut"], [np.asarray(crop_aligned(photo, align(photo, points), wpp.config.size))]
+    for generator, chosen, label in ((wpp, seeds, "seed"), (w, seeds[:1], "W, seed")):
+        if generator:
+            drawing = {"truncation": TRUNCATION, "mean": generator.latent_statistics(MEAN_SAMPLES)[0], "noise": "none"}
+            source = seed_source(generator, chosen, **drawing, noise_seed=0, batch=8)
+            faces += render(generator, source.ws(range(len(chosen))), noise=noise_maps(generator, "none"))
+            names += [f"{label} {seed}" for seed in chosen]
+    return names, faces
+
+
+def to_batch(images: Sequence[np.ndarray], generator: Generator) -> torch.Tensor:
+    """Images as float32 [N, 3, S, S] in [-1, 1], S and device those of the generator."""
+    fitted = [fit_image(Image.fromarray(image), generator.config.size) for image in images]
+    return torch.stack([to_tensor(image) for image in fitted]).to(generator.token)
+
+
+def invert(models: Models, method: str) -> Inversion:
+    """The faces inverted in W, W+ or W++, by the encoder, or `refined`: from the encoder's result, if there is one."""
+    if method == "refined" and models.encoder is None:
+        method = "W++"
+    if method not in models.inversions:
+        generator = models.w if method in ("W", "W+") else models.wpp
+        originals = to_batch(models.faces, generator)
+        if method == "encoder":
+            with torch.no_grad():
+                ws = torch.cat([models.encoder.encode(models.encoder.fit(image[None])) for image in originals]).cpu()
+            noise = generator.fixed_noise()
+        else:
+            start = invert(models, "encoder").ws if method == "refined" else None
+            mean, std = generator.latent_statistics(MEAN_SAMPLES)
+            ratio = W_RATIO if method in ("W", "W+") else WPP_RATIO
+            settings = {"perceptual": models.perceptual, "steps": models.steps, "lr": ratio * float(std.mean())}
+            settings |= {"mse": 1.0, "noise": 0.0, "space": method.lower() if generator is models.w else "w++"}
+            result = project(generator, originals, statistics=(mean, std), w_start=start, **settings)
+            ws, noise = result.latents, result.noise
+        models.inversions[method] = Inversion(ws, noise, list(render(generator, ws, noise=noise)))
+    return models.inversions[method]
+
+
+def inversion_figure(models: Models) -> Image.Image:
+    """Reconstructions and, below each, |difference|: the paper's inversion.png."""
+    titles = {"W": "W", "W+": "W+"} if models.w else {}
+    titles |= {"W++": "W++"} | ({"encoder": "encoder", "refined": "encoder, then steps"} if models.encoder else {})
+    results = [invert(models, method).images for method in titles]
+    originals = to_batch(models.faces, models.wpp)
+    values = [measure(originals, to_batch(images, models.wpp), perceptual=models.perceptual) for images in results]
+    rows, labels = [], []
+    for i, (name, original) in enumerate(zip(models.names, models.faces, strict=True)):
+        captions = [f"{value['perceptual'][i]:.3f} / {value['mse'][i]:.3f}" for value in values]
+        rows.append([(original, ""), *((images[i], text) for images, text in zip(results, captions, strict=True))])
+        rows.append([(None, ""), *((difference_map(original, images[i]), "") for images in results)])
+        labels += [name, f"|difference| x {DIFFERENCE_GAIN}"]
+    note = f"{models.steps} steps; below each: {models.perceptual.name} / mean squared error on [-1, 1]"
+    return draw_grid(rows, columns=["original", *titles.values()], labels=labels, note=note)
+
+
+def boundary_figure(models: Models, attribute: str) -> Image.Image | str:
+    """Faces along the boundary of an attribute: the paper's aging and transitioning figures."""
+    boundary = load_boundaries(models.boundaries, models.wpp).get(attribute)
+    if boundary is None:
+        return f"no boundary of {attribute} for this generator"
+    inverted, column = invert(models, "refined"), models.scorer.column(attribute)
+    form = "{:.0f} years" if models.scorer.attributes[column].kind == "years" else "{:.2f}"
+    rows = []
+    for i, face in enumerate(models.faces):
+        ws = torch.from_numpy(edit_w(inverted.ws[i], [boundary], np.array(DISTANCES) * boundary.std))
+        frames = [face, *render(models.wpp, ws, noise=select_noise(inverted.noise, [i]))]
+        scores = score_frames(models.scorer, frames)[:, column]
+        rows.append([(frame, form.format(score)) for frame, score in zip(frames, scores, strict=True)])
+    titles = ["original", *(f"{value:+g}" if value else "inversion" for value in DISTANCES)]
+    note = f"{attribute}, standard deviations from the inversion; below each: the score"
+    return draw_grid(rows, columns=titles, labels=models.names, note=note)
+
+
+def draw_grid(
+    rows: Sequence[Sequence[Cell]], *, columns: Sequence[str], labels: Sequence[str], note: str
+) -> Image.Image:
+    """Rows of cells, a title above each column, a label before each row; note: a line below everything."""
+    from matplotlib.figure import Figure  # at import it writes a cache of fonts
+
+    n_columns = max(len(row) for row in rows)
+    size = (CELL * (n_columns + 1), CELL * len(rows) * 1.12 + 0.5)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    axes = figure.subplots(len(rows), n_columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[], frame_on=False, xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    for i, row in enumerate(rows):
+        for axis, (image, caption) in zip(axes[i], row, strict=False):
+            if image is not None:
+                axis.imshow(image, extent=(0, 1, 0, 1), interpolation="bicubic")
+            axis.set_xlabel(caption, fontsize=8, labelpad=2)
+    for axis, title in zip(axes[0], columns, strict=False):
+        axis.set_title(title, fontsize=9)
+    for axis, label in zip(axes[:, 0], labels, strict=False):
+        axis.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+    figure.supxlabel(note, fontsize=8, color="dimgray")
+    figure.savefig(buffer := io.BytesIO(), format="png")
+    return Image.open(buffer).convert("RGB")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ are in float32 (float64 for float64). Images are [N, C, P], P pixels in any numb
 NCHW or of channels_last.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import torch

@@ -4,8 +4,6 @@ Each pixel of the result reads the taps that meet a pixel of the image, and no i
 where it upsamples by two. Neighbours share them in the cache. Sums are in float32 (float64 for float64).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton

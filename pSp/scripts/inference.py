@@ -61,9 +61,7 @@ def main(args) -> None:
         if net.config.input_nc not in (3, 6):
             maps = f"label maps of {net.config.input_nc} channels"
             raise UserError(f"{path} encodes {maps}: only encoders of RGB images are supported")
-        recommended = net.decoder.recommended.get("encoder", {})
-        if (filled := args.recommend(recommended, RECOMMENDED, path)) and dist.is_main:
-            print(filled, file=sys.stderr)
+        args.recommend(net.decoder.recommended.get("encoder", {}), RECOMMENDED, path)
         settings = read_fields(InferenceSettings, vars(args))
         perceptual = build_perceptual(args.lpips_net, dist.device, args.weights_dir)
         identity = identity_or_none(args.id_net, dist.device, args.weights_dir)

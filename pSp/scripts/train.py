@@ -82,7 +82,7 @@ def main(args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
-        say = print if dist.is_main else lambda *_, **__: None
+        say = print if dist.is_main else lambda text: None
 
         # Start: new, from weights, or a checkpoint with its options.
         start = read_start(args.exp_dir, args.resume, args.checkpoint_path, args.init_from)
@@ -96,9 +96,7 @@ def main(args) -> None:
         if generator and not start.continues:
             if args.output_size not in (None, size := generator.config.size):
                 raise UserError(f"--output_size {args.output_size}, but {generator.path} is a generator of {size} px")
-            recommended = generator.recommended.get("encoder", {})
-            if filled := args.recommend(recommended, RECOMMENDED, generator.path):
-                say(filled, file=sys.stderr)
+            args.recommend(generator.recommended.get("encoder", {}), RECOMMENDED, generator.path)
         settings, weights, flags = read_settings(vars(args))
         net, origin = build_network(flags, start, generator, args.weights_dir)
         if start.continues and net.step >= settings.max_steps:

@@ -8,10 +8,11 @@ import torch
 from colour_edits import ColourScorer, PixelScorer
 
 import editing.samples
+from common.cli import UserError
 from common.distributed import Distributed
 from editing.fit import fit_boundary
 from editing.realism import Realism, edit_range
-from editing.samples import Samples, SamplesError, score_samples
+from editing.samples import Samples, score_samples
 from sampling.render import map_latents, seeded_z
 
 
@@ -45,11 +46,11 @@ def test_scores_do_not_depend_on_batch_ranks_or_a_restart(generator, tmp_path, m
     assert more.shape == (50, 2) and np.allclose(more[:35], whole, atol=1e-3)
     assert computed == [0, 10, 40]
     for other, message in (
-        (Samples(generator, range(3, 38)), "holds scores of first 0, expected 3"),
-        (Samples(generator, range(35), truncation=0.8), "of truncation 1.0, expected 0.8"),
-        (Samples(generator, range(35), noise="none"), "of noise random, expected none"),
+        (Samples(generator, range(3, 38)), "holds scores made with other settings (first 0, now 3)"),
+        (Samples(generator, range(35), truncation=0.8), "(truncation 1.0, now 0.8)"),
+        (Samples(generator, range(35), noise="none"), "(noise random, now none)"),
     ):
-        with pytest.raises(SamplesError, match=message):
+        with pytest.raises(UserError, match=message):
             score_samples(other, scorer, folder=folder)
     (folder / "scores-00000010.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(ValueError, match="scores-00000010.npy is truncated"):

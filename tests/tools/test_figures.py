@@ -13,7 +13,7 @@ from model import Generator, GeneratorConfig, load_generator
 from perceptual.lpips import build_perceptual
 from sampling.render import render
 from scorer.network import load_scorer
-from tools.figures import CELL, Inversion, Models, draw_all, draw_grid, inversion_figure, invert
+from tools.make_figures import CELL, Inversion, Models, draw_all, draw_grid, inversion_figure, invert
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 
@@ -97,7 +97,7 @@ def test_perfect_reconstructions_have_black_maps_and_no_error(networks, monkeypa
     models.w = None
     models.inversions["W++"] = Inversion(None, None, list(models.faces))
     shown = []
-    monkeypatch.setattr("tools.figures.draw_grid", lambda rows, **words: shown.append((rows, words)))
+    monkeypatch.setattr("tools.make_figures.draw_grid", lambda rows, **words: shown.append((rows, words)))
     inversion_figure(models)
     ((rows, words),) = shown
     assert words["columns"] == ["original", "W++"] and len(rows) == 2 * len(models.faces)
