@@ -18,7 +18,7 @@ scripts use them where no flag is given.
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, run_script
+from common.cli import ArgumentParser, UsageError, run_script, whole
 
 
 def build_parser() -> ArgumentParser:
@@ -32,7 +32,7 @@ def build_parser() -> ArgumentParser:
     add("--base", metavar="FILE", help="an export beside OUT whose equal tensors are left out (for --light training)")
     add("--stylegan_weights", type=Path, metavar="FILE", help="IN is a pSp encoder for this generator")
     add = parser.add_argument_group("the image drawn as a check").add_argument
-    add("--seed", type=int, default=0, help="its seed; z is what NVIDIA's scripts draw for it")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="its seed; z is what NVIDIA's scripts draw for it")
     add("--image", metavar="FILE", help="keep it, to compare with the other program's")
     return parser
 
@@ -50,8 +50,6 @@ def main(args) -> None:
     given = [flag for flag, value in (options | {"stylegan_weights": args.stylegan_weights}).items() if value]
     if given and target.suffix != ".safetensors":
         raise UsageError(f"--{given[0]} is for .safetensors, not for {target}")
-    if not 0 <= args.seed < 2**32:
-        raise UsageError(f"--seed takes 0 to {2**32 - 1}, got {args.seed}")
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: IN and OUT are the same file")
 

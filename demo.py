@@ -9,7 +9,7 @@ a temporary folder of its own. Boundaries are those in --boundaries that were fi
 
 from pathlib import Path
 
-from common.cli import ROOT, ArgumentParser, UsageError, add_device_flags, positive, run_script
+from common.cli import ROOT, ArgumentParser, add_device_flags, count, positive, run_script, whole
 
 
 def build_parser() -> ArgumentParser:
@@ -23,16 +23,14 @@ def build_parser() -> ArgumentParser:
     add("--perceptual", default="auto", help="distance that is refined: auto, vgg, squeeze, alex or scorer:NAME")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     add("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
-    add("--port", type=int, default=7860, help="port to answer at")
+    add("--port", type=whole(1, 65535), default=7860, help="port to answer at")
     add("--max_upload_mb", type=positive, default=40, help="largest upload, in megabytes")
-    add("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    add("--threads", type=count, default=0, help="CPU threads; 0: PyTorch's choice")
     add_device_flags(parser)
     return parser
 
 
 def main(args) -> None:
-    if not 0 < args.port < 65536 or args.threads < 0:
-        raise UsageError("--port takes 1 to 65535, --threads 0 or more")
     import tempfile
     import time
 

@@ -18,7 +18,16 @@ edited; below each what the scorer reads, in the order in which the generator kn
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, positive_int, run_script
+from common.cli import (
+    ArgumentParser,
+    UsageError,
+    UserError,
+    add_device_flags,
+    positive,
+    positive_int,
+    run_script,
+    whole,
+)
 from common.flags import add_face_flags, add_preset_flag
 
 RECOMMENDED = ("step", "lr", "noise", "mse", "perceptual")  # flags that a generator's file may set (`projector`)
@@ -36,7 +45,7 @@ def build_parser() -> ArgumentParser:
     add("--paired", action="store_true", help="first source with first reference ... (default: each with each)")
     start = {"choices": ("source", "inversion"), "default": "source"}
     add("--start", **start, help="attributes that an edit starts from: the source's, or those read in the inversion")
-    add("--steps", type=int, default=2, help="frames, from the inversion to --strength")
+    add("--steps", type=whole(2), default=2, help="frames, from the inversion to --strength")
     add("--strength", type=positive, default=1.0, help="1: the target attributes; above: beyond them")
     add("--output_dir", type=Path, default=Path("expressions"), help="folder of the results; made when absent")
     add = parser.add_argument_group("networks that read and compare").add_argument
@@ -53,7 +62,7 @@ def build_parser() -> ArgumentParser:
     add("--noise", type=float, default=0.05, help="perturbation of the latent at the first step")
     add("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
     add("--perceptual", default="auto", help="distance that is minimised: auto, vgg, squeeze-up64 ...")
-    add("--mean_samples", type=int, default=10_000, help="samples for mean and deviation of w")
+    add("--mean_samples", type=whole(2), default=10_000, help="samples for mean and deviation of w")
     add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
     add("--batch", type=positive_int, default=8, help="images at once; on a CPU at most 512 / size")
     add("--overwrite", action="store_true", help="invert anew where other inversions are")
@@ -61,22 +70,13 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def is_latents(paths) -> bool:
-    path = Path(paths[0])
-    return len(paths) == 1 and (path.suffix == ".npy" or (path / "latents.npy").is_file())
-
-
 def main(args) -> None:
-    if args.source and not args.latent and is_latents(args.source):
-        args.source, args.latent = None, args.source[0]
     if bool(args.source) == bool(args.latent):
         raise UsageError("which faces? pass either --source FACES or --latent INVERSIONS")
     if bool(args.reference) == bool(args.set):
         raise UsageError("which attributes? pass either --reference FACES or --set NAME=NUMBER,...")
     if args.set and (args.attributes or args.paired):
         raise UsageError("--attributes and --paired are for --reference; --set names its attributes itself")
-    if args.steps < 2 or args.mean_samples < 2:
-        raise UsageError(f"--steps and --mean_samples take 2 or more, got {args.steps} and {args.mean_samples}")
 
     import numpy as np
 

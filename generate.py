@@ -10,24 +10,21 @@ images. What the file recommends (truncation, noise) holds where no flag is give
     python generate.py --ckpt faces.safetensors --latents projection/ --output_dir rendered
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script
+from common.cli import (
+    PRECISIONS,
+    ArgumentParser,
+    UsageError,
+    add_device_flags,
+    count,
+    positive,
+    positive_int,
+    run_script,
+)
 
 RECOMMENDED = ("truncation", "truncation_mean", "noise", "noise_seed")  # flags that a generator's file may set
-
-
-def named(*suffixes: str):
-    """A `type` for flags: a file name with one of these suffixes."""
-
-    def check(text):
-        if Path(text).suffix.lower() in suffixes:
-            return text
-        raise argparse.ArgumentTypeError(f"{text}: expected a name that ends with {', '.join(suffixes)}")
-
-    return check
 
 
 def build_parser() -> ArgumentParser:
@@ -58,7 +55,7 @@ def add_source_flags(group) -> None:
     add("--truncation_mean", type=positive_int, default=10_000, metavar="N", help="samples for the mean of w")
     noise = "stored maps, maps drawn from each seed, or zeros; default const, for --latents as they were saved"
     add("--noise", choices=("const", "random", "none"), help=noise)
-    add("--noise_seed", type=int, help="another value, other maps of --noise random; default 0")
+    add("--noise_seed", type=count, help="another value, other maps of --noise random; default 0")
     attributes = "attributes of a conditional generator, such as smile=1; the others as saved, or the training's means"
     add("--set", metavar="NAME=NUMBER,...", help=attributes)
 
@@ -70,17 +67,15 @@ def add_mode_flags(group) -> None:
     mode("--mix", nargs=2, metavar=("ROWS", "COLS"), help=mixing)
     mode("--interpolate", nargs="?", const="w", choices=("w", "z"), help="closed loop, straight in w or spherical in z")
     add("--mix_layers", default="0-3", metavar="RANGE", help="layers taken from the columns: 0-3 is pose and shape")
-    video = named(".mp4", ".gif", ".webp")
-    add("--video", type=video, help=".mp4, .gif or .webp file; default OUTPUT_DIR/interpolation.mp4")
+    add("--video", help=".mp4, .gif or .webp file; default OUTPUT_DIR/interpolation.mp4")
     add("--frames", type=positive_int, default=60, help="frames from one seed to the next")
     add("--fps", type=positive, default=30, help="frames per second")
 
 
-def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video, noise_seed) -> None:
+def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video) -> None:
     """Raise UsageError for flags that exclude each other."""
     kept = grid is not None or save_latents is not None
     for wrong, message in (
-        ((noise_seed or 0) < 0, f"--noise_seed must be 0 or more, got {noise_seed}"),
         (video and not interpolate, "--video is for --interpolate"),
         (mix and seeds, "--mix cannot be used with --seeds: name the seeds in ROWS and COLS"),
         (latents and save_latents is not None, "--latents cannot be used with --save_latents"),
@@ -102,7 +97,7 @@ def main(args) -> None:
     from sampling.output import mean_w, write_images, write_loop, write_mixture
     from sampling.render import latents_source, seed_source, seeded_z
 
-    excluding = ("mix", "interpolate", "latents", "seeds", "grid", "save_latents", "video", "noise_seed")
+    excluding = ("mix", "interpolate", "latents", "seeds", "grid", "save_latents", "video")
     refuse_misuse(**{name: getattr(args, name) for name in excluding})
     rows, columns = ([], []) if args.mix is None else (parse_seeds(text, "--mix") for text in args.mix)
     seeds = rows + columns or parse_seeds(args.seeds or "0-35")

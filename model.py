@@ -71,10 +71,8 @@ class Generator(nn.Module):
             return self.style(z)[:, None].expand(-1, config.n_tokens, -1)
         if z.shape[1:] != (config.n_tokens, config.style_dim):
             vector = f"[N, {config.style_dim}] or " if config.w_space else ""
-            raise ValueError(
-                f"{config.space.upper()} at size {config.size} maps z {vector}"
-                f"[N, {config.n_tokens}, {config.style_dim}], got {list(z.shape)}"
-            )
+            shapes = f"{vector}[N, {config.n_tokens}, {config.style_dim}]"
+            raise ValueError(f"{config.space.upper()} at size {config.size} maps z {shapes}, got {list(z.shape)}")
         if not config.has_attention:
             return self.style(z)
         x = self.tokens(z)
@@ -171,10 +169,8 @@ class Generator(nn.Module):
         if latent.ndim == 2:
             latent = latent[:, None].expand(-1, config.n_tokens, -1)
         if latent.shape[1:] != (config.n_tokens, config.style_dim):
-            raise ValueError(
-                f"this generator ({config.space}, {config.size} px) takes w "
-                f"[N, {config.n_tokens}, {config.style_dim}], got {list(latent.shape)}"
-            )
+            shape = f"[N, {config.n_tokens}, {config.style_dim}], got {list(latent.shape)}"
+            raise ValueError(f"this generator ({config.space}, {config.size} px) takes w {shape}")
         if truncation != 1:
             if truncation_latent is None:
                 raise ValueError("truncation needs truncation_latent = generator.mean_latent(n)")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, add_device_flags, finite, positive, positive_int, run_script, several
 
-NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "report", "scores")  # of one invocation
+NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "scores")  # of one invocation
 
 
 def build_parser() -> ArgumentParser:
@@ -54,7 +54,6 @@ def build_parser() -> ArgumentParser:
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
     add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_crop, dex_age, dex_gender, FILE")
     add("--sizes", type=several(int), default="0", help="comma-separated pixels to show faces at; 0: as they are")
-    add("--report", metavar="FILE.json", help="write the numbers of --evaluate here")
     add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
     add("--weights_dir", help="folder with third-party weights (DEX)")
     return parser
@@ -77,7 +76,7 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     device = resolve_device(args.device, ops=args.ops)
     if args.evaluate:
-        options = {"sizes": args.sizes, "report": args.report, "scores": args.scores}
+        options = {"sizes": args.sizes, "scores": args.scores}
         loading = {"device": device, "weights_dir": args.weights_dir}
         return evaluate_folder(Path(args.evaluate), args.scorer, labels=args.labels, **options, **loading)
 

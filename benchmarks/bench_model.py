@@ -192,7 +192,7 @@ def measure_training(args, device, original, precision):
     """The four phases with optimiser step, one by one, and their sum weighted by how often they run."""
     settings = TrainSettings(batch=args.train_batch, precision=precision)
     config = GeneratorConfig(args.train_size, channel_max=args.channel_max)
-    trainer = Trainer(config, settings, Distributed(0, 0, 1, device, None))
+    trainer = Trainer(config, settings, Distributed(0, 1, device))
     if original:
         trainer.g.__class__, trainer.d.__class__ = BaselineGenerator, BaselineDiscriminator
     images = torch.randint(0, 256, (args.train_batch, 3, args.train_size, args.train_size), dtype=torch.uint8)

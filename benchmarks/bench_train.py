@@ -143,7 +143,7 @@ def measure_here(row: Row, args) -> dict:
     """The row in this process: one of a group, or alone."""
     if row.formulation == ORIGINAL:
         device = resolve_device(args.device, ops=args.ops)  # on a CPU without our allocator setting
-        dist = Distributed(0, 0, 1, device, None)
+        dist = Distributed(0, 1, device)
     else:
         dist = setup(args.device, ops=args.ops)
     forget_peak(dist.device)

@@ -32,13 +32,11 @@ class DistributedError(ConnectionError):
 
 @dataclass(frozen=True)
 class Distributed:
-    """Place of this process among all; `backend` is None alone. As a context it ends with `shutdown`."""
+    """Place of this process among all. As a context it ends with `shutdown`."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
-    backend: str | None
 
     @property
     def is_main(self):
@@ -87,17 +85,17 @@ def setup(device="auto", *, ops=None, timeout=TIMEOUT):
     An all-reduce that waits longer than `timeout` seconds raises DistributedError; so does what waits for work when a
     rank has died. A rank without a sign of life for `timeout` seconds ends this process, with a line that names it."""
     global _control, _watch
-    rank, world_size, local_rank = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1), _env_int("LOCAL_RANK", 0)
+    rank, world_size = _env_int("RANK", 0), _env_int("WORLD_SIZE", 1)
     device = resolve_device(device, ops=ops)
     if device.type == "cpu":
         tune_allocator()
     if device.type == "cuda":
         if world_size > 1 and device.index is None:
-            device = resolve_device(f"cuda:{local_rank}")
+            device = resolve_device(f"cuda:{_env_int('LOCAL_RANK', 0)}")
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     if world_size == 1:
-        return Distributed(rank, local_rank, world_size, device, None)
+        return Distributed(rank, world_size, device)
 
     backend = "nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
     limit = timedelta(seconds=timeout)
@@ -106,7 +104,7 @@ def setup(device="auto", *, ops=None, timeout=TIMEOUT):
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         _control = dist.new_group(backend="gloo", timeout=WORK)
     _watch = _Watch(dist.PrefixStore("watch", store), rank, world_size, timeout)
-    return Distributed(rank, local_rank, world_size, device, backend)
+    return Distributed(rank, world_size, device)
 
 
 def _env_int(name, default):

@@ -190,7 +190,7 @@ def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path)
 
 
 def export_ema(
-    state: dict,  # of a training: g_ema, config; step, condition, noise when known
+    state: dict,  # of a training: g_ema, config; step, sampler, condition, noise when known
     path: str | Path,
     *,
     half: bool = False,  # 16-bit floats
@@ -208,8 +208,9 @@ def export_ema(
         weights = {name: tensor.half() for name, tensor in weights.items()}
         if large := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
-    header = {"noise": state.get("options", {}).get("noise")} | state
-    header = {name: header[name] for name in ("step", "condition", "noise", "config") if header.get(name) is not None}
+    known = {"noise": state.get("options", {}).get("noise"), "images": state.get("sampler", {}).get("position")} | state
+    names = ("step", "images", "condition", "noise", "config")
+    header = {name: known[name] for name in names if known.get(name) is not None}
     header["half"] = all(tensor.dtype == torch.float16 for tensor in weights.values())
     header["fingerprint"] = generator_fingerprint(weights)
     if recommended:

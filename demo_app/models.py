@@ -137,10 +137,7 @@ def largest(kind: str) -> Path | None:
 def load_encoder(path: Path | None, generator: Generator, device) -> pSp | None:
     """The encoder `path`, or the one in checkpoints/ for this generator, or None."""
     if path is not None:
-        encoder = load_psp(path, device, generator)
-        if encoder.decoder.fingerprint != generator.fingerprint:
-            raise UserError(f"--encoder {path} was trained for another generator than {generator.path}")
-        return encoder
+        return load_psp(path, device, generator)
     for file in sorted(CHECKPOINTS.glob("face-psp-*.safetensors")):
         with suppress(CheckpointError):  # for another generator
             return load_psp(file, device, generator)

@@ -60,7 +60,7 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     folder: where chunks are kept; those that are there are not computed again. The ranks share the work, and all return
     the whole. Raises UserError when the folder holds scores of other samples.
     """
-    dist = dist or Distributed(0, 0, 1, samples.generator.token.device, None)
+    dist = dist or Distributed(0, 1, samples.generator.token.device)
     generator, first, folder = samples.generator, samples.seeds.start, Path(folder)
     draw = {"truncation": samples.truncation, "noise": samples.noise}
     info = {"generator": generator.fingerprint, "scorer": scorer_identity(scorer), "names": list(scorer.names)}

@@ -8,7 +8,7 @@ eye, left eye, nose, right and left mouth corner, where right is the person's ri
 """
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -47,9 +47,6 @@ class Alignment:
     def side(self) -> float:
         """Side of the crop in pixels of the photo."""
         return float(np.linalg.norm(np.subtract(self.quad[3], self.quad[0])))
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 # A face in alignment.json, for read_json

@@ -263,7 +263,7 @@ def _read_records(output_dir, settings) -> dict[str, PhotoRecord]:
 
 def _write_records(output_dir, settings, records) -> None:
     known = [record for record in records.values() if record is not None]
-    faces = [face.to_dict() for record in known for face in record.faces]
+    faces = [asdict(face) for record in known for face in record.faces]
     photos = [{**vars(record), "faces": [face.name for face in record.faces]} for record in known]
     state = {"version": VERSION, "settings": asdict(settings), "faces": faces, "photos": photos}
     write_json(output_dir / "alignment.json", state)

@@ -20,7 +20,7 @@ from interop.nvidia_pickle import read_networks
 from model import Discriminator, Generator, GeneratorConfig, load_generator
 
 SAMPLES = 10_000  # behind the stored statistics of w
-KEPT = ("step", "condition", "noise", "recommended", "vision_aided", "aid")  # of a source's metadata
+KEPT = ("step", "images", "condition", "noise", "recommended", "vision_aided", "aid")  # of a source's metadata
 SETTINGS = {str: {str: (str, float, bool, None, list)}}  # per script, flag names and values
 
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class Images:
         files = functools.cache(lambda file: read_alignment(file) if file.is_file() else {})
         folders = ((path.stem, *(folder / "alignment.json" for folder in path.parents[:2])) for path in self.paths)
         of_paths = (files(beside).get(name) or files(above).get(name) for name, beside, above in folders)
-        return [None if record is None else record.to_dict() for record in of_paths] or [None] * len(self)
+        return [None if record is None else asdict(record) for record in of_paths] or [None] * len(self)
 
 
 def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, position: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from metrics.flags import Sampling
 from metrics.sources import ImageSource, open_source
 
 FORMAT = 1  # raised when the same inputs give other features
-HERE = Distributed(0, 0, 1, torch.device("cpu"), None)
+HERE = Distributed(0, 1, torch.device("cpu"))
 ABOUT = {"n": int, "size?": (int, None), "truncation?": (float, None)}
 SCHEMA = {"about": ABOUT, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}  # of a file (.npz)
 

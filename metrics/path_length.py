@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from common.cli import UserError
@@ -13,9 +12,8 @@ from metrics.features import HERE
 from metrics.flags import PathSettings
 from metrics.sources import SEED_STRIDE
 from model import Generator
+from perceptual.image_metrics import average_down
 from sampling.render import seeded_z, slerp
-
-LARGEST = 256  # pixels; larger images are averaged down to it, as the published programs do
 
 
 @torch.no_grad()
@@ -59,12 +57,11 @@ def _ends(generator: Generator, seeds: list[int], space: str) -> torch.Tensor:
 
 
 def crop_and_shrink(images: torch.Tensor, crop: bool) -> torch.Tensor:
-    """[N, 3, S, S] -> the centre of the face if `crop`, at most LARGEST pixels high."""
+    """[N, 3, S, S] -> the centre of the face if `crop`, averaged down to 256 pixels as the published programs do."""
     if crop:  # eyes to mouth of FFHQ's framing, arXiv 1812.04948
         eighth = images.shape[2] // 8
         images = images[:, :, 3 * eighth : 7 * eighth, 2 * eighth : 6 * eighth]
-    factor = images.shape[2] // LARGEST
-    return F.avg_pool2d(images, factor) if factor > 1 else images
+    return average_down(images)
 
 
 def trimmed_mean(lengths: np.ndarray) -> tuple[float, float]:

@@ -3,7 +3,6 @@ i of seed s is that of `generate.py --seeds S --noise random` with S = s * 1,000
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UserError
-from common.files import read_json
 from common.images import image_size, list_images
 from common.latents import Latents
 from common.lmdb_store import DatasetError, is_lmdb, open_store, sizes_present
@@ -24,7 +22,6 @@ from sampling import render
 
 CHECKPOINTS = (".pt", ".pth", ".safetensors")
 SEED_STRIDE = 1_000_000  # seeds of images between one --seed and the next
-OPTIONS = {"options?": {"batch?": (int, None)}, "world_size?": int}  # of a run's options.json
 
 
 class ImageSource:
@@ -175,7 +172,7 @@ def checkpoint_info(path: Path) -> dict:
         average = "g_ema" in state
         step = state.get("step", int(path.stem) if path.stem.isdigit() and average else None)
     sampler = state.get("sampler")
-    images = sampler.get("position") if isinstance(sampler, dict) else _images_at(path, step)
+    images = sampler.get("position") if isinstance(sampler, dict) else state.get("images")
     return {"step": step, "images": images, "ema": True if average else None}
 
 
@@ -184,16 +181,3 @@ def run_folder(path: Path) -> Path | None:
     folder = path.resolve().parent
     run = folder.parent if folder.name == "checkpoint" and is_checkpoint(path) else None
     return run if run and (run / "options.json").exists() else None
-
-
-def _images_at(path: Path, step: int | None) -> int | None:
-    """Images a run had seen at a step, from the options.json of the run folder around the checkpoint."""
-    if step is None or (run := run_folder(path)) is None:
-        return None
-    try:
-        settings = read_json(run / "options.json", OPTIONS, what="options.json of a training")
-    except (OSError, UserError) as error:  # no reason to lose a result
-        warnings.warn(f"how many images the generator has seen is unknown: {error}", stacklevel=2)
-        return None
-    batch = settings.get("options", {}).get("batch")
-    return None if batch is None else step * batch * settings.get("world_size", 1)

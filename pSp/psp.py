@@ -21,6 +21,7 @@ from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors
 from common.generator_file import generator_fingerprint, infer_config
 from model import Generator, GeneratorConfig, load_generator
 from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config, part
+from scorer.interface import resize
 
 RESTYLE_PASSES = 5  # as published
 # What building from a wrong file raises
@@ -70,10 +71,7 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
 
     def fit(self, images):
         """Square images [N, C, H, H] of any size -> the encoder's input size, by the filter of upstream's Resize."""
-        size = self.config.input_size
-        if images.shape[-1] == size:
-            return images
-        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=True)
+        return resize(images, self.config.input_size)
 
     def face_pool(self, images):
         """Output of the generator -> [N, 3, image_size, image_size], shrunk by area (256 from 512 and 1024)."""

@@ -144,9 +144,6 @@ class Identity(nn.Module):
             faces = (self.crop(images.float()) / 2 + 0.5 - self.mean) / self.std  # [N, 3, 112, 112]
             return F.normalize(self.network(faces.contiguous(memory_format=torch.channels_last)))
 
-    def forward(self, images):
-        return self.embed(images)
-
     def similarity(self, images_a, images_b):
         """Cosine similarity, [N], -1..1: about 0 for strangers (what marks the same person: docs/results.md)."""
         return (self.embed(images_a) * self.embed(images_b)).sum(1)

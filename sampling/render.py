@@ -161,10 +161,8 @@ def latents_source(
         maps = saved.noise
         sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
         if [list(layer.shape) for layer in maps] != [[len(saved), 1, side, side] for side in sides]:
-            raise ValueError(
-                f"{path}: noise maps {[list(layer.shape) for layer in maps]}; "
-                f"the generator takes [{len(saved)}, 1, r, r] with sides {sides}"
-            )
+            found, expected = [list(layer.shape) for layer in maps], f"[{len(saved)}, 1, r, r] with sides {sides}"
+            raise ValueError(f"{path}: noise maps {found}; the generator takes {expected}")
     else:
         record = saved.extra.get(RECORD, {})
         seeds = record.get("seeds", range(len(saved)))

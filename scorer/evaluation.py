@@ -12,7 +12,6 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from common.cli import UserError
 from common.files import write_text
 from common.images import list_images
-from common.runs import write_json
 from common.tables import csv_text
 from scorer.labels import Attribute, LabelTable, present_faces, read_labels
 from scorer.network import load_scorer, score_files
@@ -71,10 +70,10 @@ def format_report(report: dict) -> str:
     return "\n".join(lines)
 
 
-def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report, scores, device, **loading) -> None:
+def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], scores, device, **loading) -> None:
     """Print how good the scorer `name` is on the faces of a folder, shown at each size; the last line is JSON. labels:
-    CSV; None: labels.csv of the folder. report: JSON file for the numbers; scores: CSV for the score of every face at
-    the first size; or None. loading: of `load_scorer`."""
+    CSV; None: labels.csv of the folder. scores: CSV for the score of every face at the first size, or None. loading: of
+    `load_scorer`."""
     scorer = load_scorer(name, device, **loading)
     names, table = read_evaluation(folder, labels, scorer)
     if table is None and not scores:
@@ -90,10 +89,7 @@ def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], report
             reports[str(size)] = accuracy_report(at_size[:, columns], table)
             print(f"{name} on {len(names)} faces of {folder}, {f'{size} px' if size else 'as they are'}")
             print(format_report(reports[str(size)]), end="\n\n")
-    result = {"scorer": name, "faces": len(names), "sizes": reports}
-    if report:
-        write_json(report, result | {"folder": folder})
-    print(json.dumps(result))
+    print(json.dumps({"scorer": name, "faces": len(names), "sizes": reports}))
 
 
 def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str], LabelTable | None]:

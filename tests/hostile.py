@@ -43,7 +43,7 @@ from scorer.network import Scorer, ScorerConfig, ScorerNetwork, load_scorer, sav
 from training.resume import read_checkpoint, read_weights
 from training.trainer import Trainer, TrainSettings
 
-ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+ALONE = Distributed(0, 1, torch.device("cpu"))
 LANDMARKS = [[24, 28], [40, 28], [32, 36], [26, 44], [38, 44]]
 HOSTILE = [None, True, -1, 0, 16384, 1e300, 2**63 - 1, "", "x" * 5000, "../../x", "/x", "\udcff", "\0", [], [[]], {}]
 HOSTILE += [[[1, 2]] * 4, {"a": {"a": 1}}, float("nan"), float("-inf")]

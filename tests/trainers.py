@@ -6,7 +6,7 @@ from common.distributed import Distributed, mix_seeds
 from dataset import mirror, normalise
 from training.trainer import PHASES, Trainer, TrainSettings
 
-ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def make_trainer(config, *, dist=ALONE, **settings):

@@ -185,7 +185,7 @@ def test_ours_runs_the_schedule_of_train(monkeypatch):
     made, make = [], bench_train.make_trainer
     monkeypatch.setattr(bench_train, "make_trainer", lambda *args: made.append(make(*args)) or made[-1])
     args = bench_train.build_parser().parse_args(TINY)
-    dist = bench_train.Distributed(0, 0, 1, torch.device("cpu"), None)
+    dist = bench_train.Distributed(0, 1, torch.device("cpu"))
     schedule = bench_train.our_schedule(bench_train.Row("ours", 8, 2, "fp32"), args, dist)
     assert list(schedule.phases) == list(PHASES) and schedule.every == {"r1": 16, "path": 4}
     schedule.run(2)

@@ -10,7 +10,7 @@ from common.distributed import Distributed
 from training.resume import init_from, read_weights
 from training.trainer import Trainer, TrainSettings
 
-ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+ALONE = Distributed(0, 1, torch.device("cpu"))
 FEATURES = "scorer:face-scorer"
 
 

@@ -35,7 +35,7 @@ def test_scores_do_not_depend_on_batch_ranks_or_a_restart(generator, tmp_path, m
     folder = tmp_path / "ranks"
     (folder).mkdir()
     with pytest.raises(FileNotFoundError):  # alone, rank 1 of 2 finds the other half missing
-        score_samples(samples, scorer, folder=folder, batch=4, dist=Distributed(1, 1, 2, device, None))
+        score_samples(samples, scorer, folder=folder, batch=4, dist=Distributed(1, 2, device))
     assert sorted(path.name for path in folder.glob("*.npy")) == ["scores-00000020.npy", "scores-00000030.npy"]
     computed = []
     original = editing.samples._score

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 from aligning import align_cli, read_report, read_report_bytes
@@ -52,7 +53,7 @@ def test_crops_are_those_of_the_library(photos, tmp_path, astronaut):
     alignment = read_alignment(tmp_path / "out" / "alignment.json")["two  spaces"]
     saved = Image.open(tmp_path / "out" / "aligned" / "two  spaces.png")
     assert saved.tobytes() == crop_aligned(astronaut, alignment).tobytes()
-    assert Alignment(**alignment.to_dict()) == alignment
+    assert Alignment(**asdict(alignment)) == alignment
 
 
 def test_a_finished_run_only_does_what_is_new(photos, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
     assert load_safetensors(tmp_path / "a.safetensors")[1]["fingerprint"] == first.fingerprint
     flags = ["--ckpt", str(tmp_path / "a.pt"), "--seeds", "0", "--output_dir", str(tmp_path / "drawn")]
     assert run(generate.main, generate.build_parser(), flags) == 0 and (tmp_path / "drawn/seed0000.png").is_file()
-    trainer = Trainer(first.config, TrainSettings(batch=4), Distributed(0, 0, 1, torch.device("cpu"), None))
+    trainer = Trainer(first.config, TrainSettings(batch=4), Distributed(0, 1, torch.device("cpu")))
     init_from(trainer, read_weights(tmp_path / "a.pt"))
     made, _ = networks_in(tmp_path / "a.pt")
     for own, name in ((trainer.g, "g"), (trainer.g_ema, "g_ema"), (trainer.d, "d")):

@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
     for red, name in enumerate(("anna", "berta", "clara", "dora")):
         save_image(Image.new("RGB", (16, 16), (red, 60, 200)), faces / "aligned" / f"{name}.png")
     face = Alignment([[0, 0], [0, 9], [9, 9], [9, 0]], [30, 20], 16, [[1, 2]] * 5, name="anna", source="anna.jpg")
-    (faces / "alignment.json").write_text(json.dumps({"faces": [face.to_dict()]}), encoding="utf-8")
+    (faces / "alignment.json").write_text(json.dumps({"faces": [asdict(face)]}), encoding="utf-8")
     times = []
     monkeypatch.setattr(inversion.inputs, "read_alignment", lambda path: times.append(path) or read_alignment(path))
     start(checkpoint, faces / "aligned", tmp_path / "out")

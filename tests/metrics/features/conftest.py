@@ -40,5 +40,6 @@ def checkpoint(tmp_path_factory):
         torch.manual_seed(step)
         generator = Generator(GeneratorConfig(size=16, style_dim=32, n_mlp=2, channel_max=8))
         state = {"g_ema": generator.state_dict(), "config": generator.config.to_dict(), "step": step}
+        state["sampler"] = {"position": 8 * step}
         export_ema(state, folder / "checkpoint" / f"{step:06d}.safetensors")
     return folder / "checkpoint" / "000020.safetensors"

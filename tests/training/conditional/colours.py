@@ -13,7 +13,7 @@ from training.trainer import TrainSettings
 
 SMALL = {"size": 32, "style_dim": 64, "n_mlp": 2, "channel_max": 16}
 FLAGS = [part for name, value in SMALL.items() for part in (f"--{name}", str(value))]
-ALONE = Distributed(0, 0, 1, torch.device("cpu"), None)
+ALONE = Distributed(0, 1, torch.device("cpu"))
 NAMES = ("smile", "eyes_open")
 
 

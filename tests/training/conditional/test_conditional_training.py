@@ -204,9 +204,7 @@ def test_resume_is_exact(tmp_path, face_lmdb, unconditional, mode):
 def test_processes_draw_what_micro_batches_draw(reader):
     """Gradients of two ranks, averaged, are those of one process over two micro-batches."""
     one = make_trainer(reader, batch=4, micro_batch=2)
-    ranks = [
-        make_trainer(reader, batch=2, dist=Distributed(rank, rank, 2, torch.device("cpu"), None)) for rank in range(2)
-    ]
+    ranks = [make_trainer(reader, batch=2, dist=Distributed(rank, 2, torch.device("cpu"))) for rank in range(2)]
     images = random_images(4)
     whole = gradients_of(one, "g", images)
     parts = [gradients_of(trainer, "g", share) for trainer, share in zip(ranks, images.chunk(2), strict=True)]
