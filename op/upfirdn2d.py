@@ -127,8 +127,5 @@ def depthwise_weight(kernel, channels, like):
 
 
 def layout_of(tensor):
-    return torch.channels_last if is_channels_last(tensor) else torch.contiguous_format
-
-
-def is_channels_last(tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

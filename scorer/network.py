@@ -214,7 +214,6 @@ def read_scorer(path) -> Scorer:
         errors = {name: float(numbers["mae"]) for name, numbers in report.items() if "mae" in numbers}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its header describes no scorer known here ({error})") from error
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     load_strictly(network, tensors, path)
     return Scorer(network, calibration, errors)
 

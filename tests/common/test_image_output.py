@@ -77,13 +77,13 @@ def test_grid():
 
 
 def test_strip_and_captions():
-    images = [noise(48, seed) for seed in range(3)]
+    images = [noise(64, seed) for seed in range(3)]  # shown twice as large, so that the captions have room
     strip = make_strip(images, ["-1.0", "0", "a caption much too long for its cell"])
-    assert strip.width == 3 * 48 + 4 and strip.height > 48
-    assert np.array_equal(np.asarray(strip)[:48, :48], images[0])
-    below = np.asarray(strip.convert("L"))[48:]
-    assert all((below[:, left : left + 48] < 100).any() for left in (0, 50, 100))  # each has ink
-    assert (below[:, 48:50] == 255).all() and (below[:, 98:100] == 255).all()  # and keeps to its cell
+    assert strip.width == 3 * 128 + 4 and strip.height > 128
+    assert np.array_equal(np.asarray(strip)[:128:2, 1:128:2], images[0])
+    below = np.asarray(strip.convert("L"))[128:]
+    assert all((below[:, left : left + 128] < 100).any() for left in (0, 130, 260))  # each has ink
+    assert (below[:, 128:130] == 255).all() and (below[:, 258:260] == 255).all()  # and keeps to its cell
     with pytest.raises(ValueError):
         make_strip(images, ["a", "b"])
 

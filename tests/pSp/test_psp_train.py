@@ -174,7 +174,7 @@ def test_weights_keep_their_passes_unless_more_are_asked_for():
 
 def test_published_command(fake_networks, generators, face_folder, tmp_path, monkeypatch):
     """Word for word: paths from the environment, the generator from --exp_dir. Only the network and the number of steps
-    are made small, and no worker processes are started, eight of which are slow on one core."""
+    are made small, and no loader processes are started, eight of which are slow on one core."""
     from dataset import data_loader
 
     folder = tmp_path / "E"
@@ -183,7 +183,6 @@ def test_published_command(fake_networks, generators, face_folder, tmp_path, mon
     monkeypatch.setenv("WPP_FFHQ", str(face_folder))
     monkeypatch.setenv("WPP_CELEBA_TEST", str(face_folder))
     monkeypatch.setattr("pSp.coach.data_loader", lambda *a, workers, **k: data_loader(*a, workers=0, **k))
-    monkeypatch.setattr("pSp.images.DataLoader", lambda *a, num_workers, **k: torch.utils.data.DataLoader(*a, **k))
     best = folder / "checkpoints" / "best_model.pt"
     words = {"E": folder, "C": best, "I": face_folder}
     few = "--max_steps 1 --train_decoder False --encoder_width 2".split()

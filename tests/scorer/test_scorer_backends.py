@@ -57,7 +57,7 @@ def test_dex_from_files(dex_files):
 
 
 def test_dex_crop_is_the_originals(dex_files):
-    dex = load_dex(crop=True)
+    dex = load_dex("dex_crop")
     images = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.equal(dex.prepare(images), (images[:, :, 16:-16, 16:-16].flip(1) + 1) * 127.5)
     for size in (64, 224, 512):  # where the original gives nothing or a nose
