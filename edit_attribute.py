@@ -18,16 +18,7 @@ import math
 from argparse import ArgumentTypeError
 from pathlib import Path
 
-from common.cli import (
-    PRECISIONS,
-    ArgumentParser,
-    UsageError,
-    UserError,
-    add_device_flags,
-    positive,
-    positive_int,
-    run_script,
-)
+from common.cli import PRECISIONS, ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, whole
 
 PUBLISHED = {"fit": "svc", "conditional_fit": "none"}
 SWEEP = {"start_distance": float, "end_distance": float, "distance": str, "unit": str}  # one choice, in one unit
@@ -50,7 +41,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("boundary").add_argument
     add("--boundary", nargs="+", help="use these files instead of sampling and fitting")
     add("--num_sample", type=int, default=100_000, help="random samples to score")
-    add("--batch_size", type=positive_int, default=25, help="images at a time")
+    add("--batch_size", type=whole(1), default=25, help="images at a time")
     add("--ratio", type=float, default=0.02, help="share of the samples at either end: the extremes")
     add("--fit", choices=("ridge", "svm", "svc"), default="ridge", help="svc: published; svm: faster")
     add("--conditional_fit", default="auto", metavar="NAMES", help="held fixed by ridge: auto (all), none, names")
@@ -62,7 +53,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("edit").add_argument
     add("--start_distance", type=float, default=-30, help="first distance, unless the boundary has a range")
     add("--end_distance", type=float, default=30, help="distance of the last frame")
-    add("--steps", type=positive_int, default=61, help="frames per face")
+    add("--steps", type=whole(1), default=61, help="frames per face")
     distances = "from the boundary (published; W+: added, as InterFaceGAN does), or from the inversion"
     add("--distance", choices=("absolute", "relative"), default="absolute", help=distances)
     add("--unit", choices=("latent", "std"), default="latent", help="latent units, or standard deviations")

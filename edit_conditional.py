@@ -18,16 +18,7 @@ edited; below each what the scorer reads, in the order in which the generator kn
 
 from pathlib import Path
 
-from common.cli import (
-    ArgumentParser,
-    UsageError,
-    UserError,
-    add_device_flags,
-    positive,
-    positive_int,
-    run_script,
-    whole,
-)
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, whole
 from common.flags import add_face_flags, add_preset_flag
 
 RECOMMENDED = ("step", "lr", "noise", "mse", "perceptual")  # flags that a generator's file may set (`projector`)
@@ -64,7 +55,7 @@ def build_parser() -> ArgumentParser:
     add("--perceptual", default="auto", help="distance that is minimised: auto, vgg, squeeze-up64 ...")
     add("--mean_samples", type=whole(2), default=10_000, help="samples for mean and deviation of w")
     add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
-    add("--batch", type=positive_int, default=8, help="images at once; on a CPU at most 512 / size")
+    add("--batch", type=whole(1), default=8, help="images at once; on a CPU at most 512 / size")
     add("--overwrite", action="store_true", help="invert anew where other inversions are")
     add_device_flags(parser)
     return parser

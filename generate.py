@@ -13,16 +13,7 @@ images. What the file recommends (truncation, noise) holds where no flag is give
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import (
-    PRECISIONS,
-    ArgumentParser,
-    UsageError,
-    add_device_flags,
-    count,
-    positive,
-    positive_int,
-    run_script,
-)
+from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, positive, run_script, whole
 
 RECOMMENDED = ("truncation", "truncation_mean", "noise", "noise_seed")  # flags that a generator's file may set
 
@@ -40,7 +31,7 @@ def build_parser() -> ArgumentParser:
     add("--output_dir", "--outdir", default="generated", help="folder of the images; made when absent")
     add("--grid", nargs="?", type=int, const=0, metavar="NROW", help="grid.png as well, NROW per row")
     add("--save_latents", nargs="?", const="", metavar="FOLDER", help="save w; default OUTPUT_DIR/latents")
-    add("--batch", type=positive_int, default=8, help="images per forward pass")
+    add("--batch", type=whole(1), default=8, help="images per forward pass")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
     add_device_flags(parser)
     return parser
@@ -52,10 +43,10 @@ def add_source_flags(group) -> None:
     source("--seeds", help="such as 7 or 0-35,40; default 0-35")
     source("--latents", metavar="FOLDER|FILE", help="saved latents instead; other programs' .npy, .pt, .npz too")
     add("--truncation", "--trunc", type=float, default=1.0, metavar="PSI", help="w = mean + psi (w - mean), per token")
-    add("--truncation_mean", type=positive_int, default=10_000, metavar="N", help="samples for the mean of w")
+    add("--truncation_mean", type=whole(1), default=10_000, metavar="N", help="samples for the mean of w")
     noise = "stored maps, maps drawn from each seed, or zeros; default const, for --latents as they were saved"
     add("--noise", choices=("const", "random", "none"), help=noise)
-    add("--noise_seed", type=count, help="another value, other maps of --noise random; default 0")
+    add("--noise_seed", type=whole(0), help="another value, other maps of --noise random; default 0")
     attributes = "attributes of a conditional generator, such as smile=1; the others as saved, or the training's means"
     add("--set", metavar="NAME=NUMBER,...", help=attributes)
 
@@ -68,7 +59,7 @@ def add_mode_flags(group) -> None:
     mode("--interpolate", nargs="?", const="w", choices=("w", "z"), help="closed loop, straight in w or spherical in z")
     add("--mix_layers", default="0-3", metavar="RANGE", help="layers taken from the columns: 0-3 is pose and shape")
     add("--video", help=".mp4, .gif or .webp file; default OUTPUT_DIR/interpolation.mp4")
-    add("--frames", type=positive_int, default=60, help="frames from one seed to the next")
+    add("--frames", type=whole(1), default=60, help="frames from one seed to the next")
     add("--fps", type=positive, default=30, help="frames per second")
 
 

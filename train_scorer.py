@@ -12,7 +12,7 @@ with validation.json. A run stopped at any moment continues with --resume auto a
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, add_device_flags, finite, positive, positive_int, run_script, several
+from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script, several
 
 NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "scores")  # of one invocation
 
@@ -31,12 +31,8 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
     add("--backbone", default="resnet", help="resnet, or efficientnet: starts from ImageNet weights (a package)")
-    add(
-        "--window",
-        type=several(finite),
-        default="0,0,1,1",
-        help="what it sees of an image: left,top,right,bottom from 0 to 1",
-    )
+    window = {"type": several(float), "default": "0,0,1,1"}
+    add("--window", **window, help="of an image that the network sees: left,top,right,bottom from 0 to 1")
     add("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
     add("--iter", type=positive_int, default=3000, help="training steps in all")
     add("--batch", type=positive_int, default=64, help="faces per step")

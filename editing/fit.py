@@ -142,17 +142,10 @@ def fit_boundary(
     above, median = along + intercept > 0, np.median(scores)
     sides = {"train": (low, high), "validation": (held_low, held_high)}
     sides["remaining"] = (rest[scores[rest] <= median], rest[scores[rest] > median])
-    return Boundary(
-        normal=normal[None].astype(np.float32),
-        intercept=intercept,
-        mean=float(along.mean()),
-        std=float(along.std()),
-        fit=fit,
-        ratio=float(ratio),
-        n_samples=len(scores),
-        accuracies={name: _accuracy(above, *ends) for name, ends in sides.items()},
-        **{"attribute": "", "space": None} | info,
-    )
+    statistics = {"mean": float(along.mean()), "std": float(along.std()), "n_samples": len(scores)}
+    statistics["accuracies"] = {name: _accuracy(above, *ends) for name, ends in sides.items()}
+    info = {"attribute": "", "space": None, "fit": fit, "ratio": float(ratio)} | statistics | info
+    return Boundary(normal[None].astype(np.float32), intercept, **info)
 
 
 def _accuracy(above, low, high) -> float | None:

@@ -18,14 +18,7 @@ from common.grids import make_strip
 from common.images import read_image, save_image
 from common.tables import append_table, write_table
 from dataset import normalise
-from editing.attributes import (
-    UNIT_OF,
-    Condition,
-    ConditionScorer,
-    base_fingerprint,
-    load_condition_scorer,
-    read_condition,
-)
+from editing.attributes import Condition, ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
 from editing.edit import InvertedFace, face_at
 from editing.evaluate import evaluate, score_frames
 from inversion.report import ORIGINALS
@@ -187,8 +180,7 @@ def table_rows(models: Models, face: InvertedFace, i: int, target: Target, ts, f
     """Rows of edits.csv, one per frame: target attributes, what the scorers read, measures."""
     scorer, eval_scorer = models.scorer, models.eval_scorer
     result = evaluate(frames, scorer.scorer, models.identity)
-    units = np.array([UNIT_OF[kind] for kind in scorer.kinds])
-    values = {"asked": target_path(face, target, ts).numpy() * units}  # the published column name
+    values = {"asked": target_path(face, target, ts).numpy() * models.condition.units}  # the published column name
     values["read"] = result.scores[:, scorer.columns]
     if eval_scorer:
         values["eval"] = score_frames(eval_scorer, frames)[:, [eval_scorer.column(name) for name in scorer.names]]

@@ -127,13 +127,9 @@ class Source:
 
     def render(self, generator: Generator, positions: Sequence[int], ws: Iterable | None = None) -> list[np.ndarray]:
         """Images at these positions by `synthesise`; ws: latents in the place of their own."""
-        return synthesise(
-            generator,
-            torch.stack(list(self.ws(positions) if ws is None else ws)),
-            noise=select_noise(self.noise, positions),
-            condition=select_condition(self.condition, positions),
-            first=positions[0],
-        )
+        ws = torch.stack(list(self.ws(positions) if ws is None else ws))
+        noise, condition = select_noise(self.noise, positions), select_condition(self.condition, positions)
+        return synthesise(generator, ws, noise=noise, condition=condition, first=positions[0])
 
 
 def seed_source(generator, seeds, *, truncation, mean, noise, noise_seed, batch) -> Source:

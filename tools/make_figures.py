@@ -25,7 +25,7 @@ from common.cli import ROOT, ArgumentParser, UserError, add_device_flags, positi
 from common.distributed import resolve_device
 from common.files import read_json
 from common.grids import DIFFERENCE_GAIN, difference_map
-from common.images import fit_image, save_image, to_tensor
+from common.images import save_image, to_tensor
 from common.latents import parse_seeds
 from demo_app.models import load_boundaries
 from editing.edit import edit_w
@@ -47,6 +47,8 @@ DISTANCES = (-4.5, -3, -1.5, 0, 1.5, 3, 4.5)  # standard deviations of the sampl
 CELL = 1.35  # inches at 100 dots each: width of a cell
 
 Cell = tuple[np.ndarray | None, str]  # image uint8 [S, S, 3], caption below it
+# w float32 [N, L, D]; noise per layer [N or 1, 1, r, r]; images, N of uint8 [S, S, 3]
+Inversion = tuple[torch.Tensor, list[torch.Tensor], list[np.ndarray]]
 
 
 def build_parser() -> ArgumentParser:
@@ -102,16 +104,7 @@ class Models:
     steps: int  # of every inversion
     names: list[str]
     faces: list[np.ndarray]
-    inversions: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """ws: float32 [N, L, D]; noise: per layer [N or 1, 1, r, r]; images: N of uint8 [S, S, 3]."""
-
-    ws: torch.Tensor
-    noise: list[torch.Tensor]
-    images: list[np.ndarray]
+    inversions: dict[str, Inversion] = field(default_factory=dict)
 
 
 def draw_all(wpp: Generator, w: Generator | None, seeds: Sequence[int]) -> tuple[list[str], list[np.ndarray]]:
@@ -129,9 +122,8 @@ def draw_all(wpp: Generator, w: Generator | None, seeds: Sequence[int]) -> tuple
 
 
 def to_batch(images: Sequence[np.ndarray], generator: Generator) -> torch.Tensor:
-    """Images as float32 [N, 3, S, S] in [-1, 1], S and device those of the generator."""
-    fitted = [fit_image(Image.fromarray(image), generator.config.size) for image in images]
-    return torch.stack([to_tensor(image) for image in fitted]).to(generator.token)
+    """Images of the generator's size as float32 [N, 3, S, S] in [-1, 1] on its device."""
+    return torch.stack([to_tensor(image) for image in images]).to(generator.token)
 
 
 def invert(models: Models, method: str) -> Inversion:
@@ -146,14 +138,14 @@ def invert(models: Models, method: str) -> Inversion:
                 ws = torch.cat([models.encoder.encode(models.encoder.fit(image[None])) for image in originals]).cpu()
             noise = generator.fixed_noise()
         else:
-            start = invert(models, "encoder").ws if method == "refined" else None
+            start = invert(models, "encoder")[0] if method == "refined" else None
             mean, std = generator.latent_statistics(MEAN_SAMPLES)
             ratio = W_RATIO if method in ("W", "W+") else WPP_RATIO
             settings = {"perceptual": models.perceptual, "steps": models.steps, "lr": ratio * float(std.mean())}
             settings |= {"mse": 1.0, "noise": 0.0, "space": method.lower() if generator is models.w else "w++"}
             result = project(generator, originals, statistics=(mean, std), w_start=start, **settings)
             ws, noise = result.latents, result.noise
-        models.inversions[method] = Inversion(ws, noise, list(render(generator, ws, noise=noise)))
+        models.inversions[method] = ws, noise, list(render(generator, ws, noise=noise))
     return models.inversions[method]
 
 
@@ -161,7 +153,7 @@ def inversion_figure(models: Models) -> Image.Image:
     """Reconstructions and, below each, |difference|: the paper's inversion.png."""
     titles = {"W": "W", "W+": "W+"} if models.w else {}
     titles |= {"W++": "W++"} | ({"encoder": "encoder", "refined": "encoder, then steps"} if models.encoder else {})
-    results = [invert(models, method).images for method in titles]
+    results = [invert(models, method)[2] for method in titles]
     originals = to_batch(models.faces, models.wpp)
     values = [measure(originals, to_batch(images, models.wpp), perceptual=models.perceptual) for images in results]
     rows, labels = [], []
@@ -179,12 +171,12 @@ def boundary_figure(models: Models, attribute: str) -> Image.Image | str:
     boundary = load_boundaries(models.boundaries, models.wpp).get(attribute)
     if boundary is None:
         return f"no boundary of {attribute} for this generator"
-    inverted, column = invert(models, "refined"), models.scorer.column(attribute)
+    (ws, noise, _), column = invert(models, "refined"), models.scorer.column(attribute)
     form = "{:.0f} years" if models.scorer.attributes[column].kind == "years" else "{:.2f}"
     rows = []
     for i, face in enumerate(models.faces):
-        ws = torch.from_numpy(edit_w(inverted.ws[i], [boundary], np.array(DISTANCES) * boundary.std))
-        frames = [face, *render(models.wpp, ws, noise=select_noise(inverted.noise, [i]))]
+        moved = torch.from_numpy(edit_w(ws[i], [boundary], np.array(DISTANCES) * boundary.std))
+        frames = [face, *render(models.wpp, moved, noise=select_noise(noise, [i]))]
         scores = score_frames(models.scorer, frames)[:, column]
         rows.append([(frame, form.format(score)) for frame, score in zip(frames, scores, strict=True)])
     titles = ["original", *(f"{value:+g}" if value else "inversion" for value in DISTANCES)]

@@ -13,7 +13,7 @@ from model import Generator, GeneratorConfig, load_generator
 from perceptual.lpips import build_perceptual
 from sampling.render import render
 from scorer.network import load_scorer
-from tools.make_figures import CELL, Inversion, Models, draw_all, draw_grid, inversion_figure, invert
+from tools.make_figures import CELL, Models, draw_all, draw_grid, inversion_figure, invert
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 
@@ -95,7 +95,7 @@ def test_perfect_reconstructions_have_black_maps_and_no_error(networks, monkeypa
     """Below an image that equals the original the map is black, and both numbers are 0."""
     models = small_models(networks)
     models.w = None
-    models.inversions["W++"] = Inversion(None, None, list(models.faces))
+    models.inversions["W++"] = None, None, list(models.faces)
     shown = []
     monkeypatch.setattr("tools.make_figures.draw_grid", lambda rows, **words: shown.append((rows, words)))
     inversion_figure(models)
@@ -112,11 +112,11 @@ def test_optimisation_comes_closer(networks):
     for steps in (1, 12):
         models = small_models(networks, steps)
         for space in ("W", "W+", "W++"):
-            inverted = invert(models, space)
-            pairs = zip(inverted.images, models.faces, strict=True)
+            ws, noise, images = invert(models, space)
+            pairs = zip(images, models.faces, strict=True)
             errors[space, steps] = np.mean([np.square(a.astype(float) - b).mean() for a, b in pairs])
             generator = models.wpp if space == "W++" else models.w
-            assert np.array_equal(list(render(generator, inverted.ws, noise=inverted.noise)), inverted.images)
+            assert np.array_equal(list(render(generator, ws, noise=noise)), images)
     for space in ("W", "W+", "W++"):
         assert errors[space, 12] < 0.9 * errors[space, 1], (space, errors)
 
