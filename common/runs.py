@@ -108,7 +108,7 @@ def write_json(path, value):
 def claim_folder(file: Path, settings: dict, *, results: str, otherwise: str) -> None:
     """Record in `file` the settings on which the results of its folder depend, for results of the same settings alone;
     results: what they are. UserError for those of others; otherwise: what to do then."""
-    settings = json.loads(json.dumps(to_plain(settings)))
+    settings = to_plain(settings)
     earlier = read_json(file, dict, what=f"settings of {results}") if file.is_file() else settings
     if changed := [name for name in {**earlier, **settings} if earlier.get(name) != settings.get(name)]:
         changes = "; ".join(f"{name} {earlier.get(name)}, now {settings.get(name)}" for name in changed[:3])

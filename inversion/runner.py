@@ -53,8 +53,8 @@ def invert_images(
     space, device, size = choose_space(generator, space), generator.token.device, generator.config.size
     config = {**settings, "perceptual": perceptual.name, "identity": identity and identity.name, "space": space}
     config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}
-    salt = json.dumps(to_plain(config | (recorded or {}))).encode()
-    config = json.loads(salt)
+    config = to_plain(config | (recorded or {}))
+    salt = json.dumps(config).encode()
     batch = min(batch, max(1, 512 // size)) if device.type == "cpu" else batch
     stems, steps, statistics, failures = file_names(images.names), settings["steps"], None, {}
     todo = list(blocks(shard(len(images), dist.rank, dist.world_size), batch))
