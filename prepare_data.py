@@ -24,7 +24,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("path", help="folder of images, of any depth")
     add("--out", required=True, help="folder of the LMDB to write")
-    add("--size", type=several(whole(1, MAX_SIZE)), default="128,256,512,1024", help="sizes in pixels")
+    add("--size", type=several(whole(1, MAX_SIZE)), default="128,256,512,1024", help="pixels, with commas between")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes that read and encode")
     add("--resample", default="lanczos", choices=FILTERS, help="filter of the resizing")
     add("--fit", default="crop", choices=FITS, help="of images that are not square: the centre, filled up, distorted")
