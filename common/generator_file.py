@@ -2,7 +2,7 @@
 of ours, of rosinality and of TransStyleGAN, and exports (`.safetensors`), which are written here."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,15 +83,10 @@ class GeneratorConfig:
     @classmethod
     def from_dict(cls, values: dict) -> "GeneratorConfig":
         """The config that `to_dict` gave. Raises ValueError for other names, types and numbers."""
-        defaults = asdict(cls())
-        if not isinstance(values, dict):
-            raise ValueError(f"the model config is a {type(values).__name__}, no table")
-        if unknown := sorted(set(values) - set(defaults)):
+        schema = {f"{item.name}?": item.type for item in fields(cls)}
+        check_shape(values, schema, "config")
+        if unknown := [name for name in values if f"{name}?" not in schema]:
             raise ValueError(f"model config has unknown entries {unknown}: written by a newer version?")
-        for name, value in values.items():
-            kinds = (int, float) if name in ("channel_multiplier", "lr_mlp") else type(defaults[name])
-            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(defaults[name], bool):
-                raise ValueError(f"{name} of the model config is {value!r:.40}, such as {defaults[name]} expected")
         return cls(**values)
 
 

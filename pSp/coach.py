@@ -149,41 +149,39 @@ class Coach:
     def loop(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> None:
         """The steps of `train`."""
         dist, total = self.dist, self.settings.max_steps
-        bar = StepBar(total, self.net.step, main=dist.is_main)
         since, since_step, metrics = time.perf_counter(), self.net.step, {}
         if self.net.step == 0:
             metrics = self.validate_and_save(held_out, run, opts)  # also: a folder that cannot be written shows now
-        while self.net.step < total:
-            self.train_step(next(batches))
-            bar.update()
+        with StepBar(total, self.net.step, main=dist.is_main) as bar:
+            while self.net.step < total:
+                self.train_step(next(batches))
+                bar.update()
 
-            # Ranks agree on stopping where they meet anyway.
-            step, due = self.net.step, self.settings.due(self.net.step)
-            ending = (dist.world_size == 1 or bool(due)) and any(gather_list(stop.raised)) and step < total
-            if due or ending:
-                metrics = self.stats.read() or metrics
-                require_finite(metrics, step)
-            if "image" in due and dist.is_main:
-                save_samples(self.last, run.path("sample", f"train_{step:06d}.png"))
-            if "board" in due and dist.is_main:
-                now = time.perf_counter()
-                speed = (step - since_step) * self.settings.batch_size * dist.world_size / (now - since)
-                left = (total - step) * (now - since) / (step - since_step)
-                run.log(step, "train", **metrics)
-                run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))
-                bar.report(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
-                since, since_step = now, step
-            if "val" in due:
-                metrics = self.validate_and_save(held_out, run, opts)
-            if "save" in due or ending:
-                state = self.state_dict(opts) | {"sampler": sampler.state()}
-                if dist.is_main:
-                    save(state, run, self.settings.keep)
-                barrier()
-            if ending:
-                bar.close()
-                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
-        bar.close()
+                # Ranks agree on stopping where they meet anyway.
+                step, due = self.net.step, self.settings.due(self.net.step)
+                ending = (dist.world_size == 1 or bool(due)) and any(gather_list(stop.raised)) and step < total
+                if due or ending:
+                    metrics = self.stats.read() or metrics
+                    require_finite(metrics, step)
+                if "image" in due and dist.is_main:
+                    save_samples(self.last, run.path("sample", f"train_{step:06d}.png"))
+                if "board" in due and dist.is_main:
+                    now = time.perf_counter()
+                    speed = (step - since_step) * self.settings.batch_size * dist.world_size / (now - since)
+                    left = (total - step) * (now - since) / (step - since_step)
+                    run.log(step, "train", **metrics)
+                    run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))
+                    bar.report(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
+                    since, since_step = now, step
+                if "val" in due:
+                    metrics = self.validate_and_save(held_out, run, opts)
+                if "save" in due or ending:
+                    state = self.state_dict(opts) | {"sampler": sampler.state()}
+                    if dist.is_main:
+                        save(state, run, self.settings.keep)
+                    barrier()
+                if ending:
+                    raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
 
     def validate_and_save(self, held_out: Dataset, run: Run, opts: dict) -> dict[str, float]:
         """Validate, log, write the sample grid, and best_model.pt when the loss is the lowest so far."""

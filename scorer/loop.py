@@ -49,41 +49,39 @@ def train(
     start = f"continuing {source}, step {trainer.step} of {total}" if source else "a new run"
     data = f"{len(faces)} faces, {len(validation)} for validation"
     print(f"{run.folder}: {start}; {', '.join(names)}; {data}", flush=True)
-    bar = StepBar(total, trainer.step)
-    while trainer.step < total:
-        rows = list(islice(order, batch))
-        values, weights = (torch.from_numpy(array[rows]) for array in (faces.table.values, faces.table.weights))
-        recent.append(trainer.train_step(faces.batch(rows), values, weights))  # [A]
-        sampler.advance(batch)
-        bar.update()
+    with StepBar(total, trainer.step) as bar:
+        while trainer.step < total:
+            rows = list(islice(order, batch))
+            values, weights = (torch.from_numpy(array[rows]) for array in (faces.table.values, faces.table.weights))
+            recent.append(trainer.train_step(faces.batch(rows), values, weights))  # [A]
+            sampler.advance(batch)
+            bar.update()
 
-        step, ending = trainer.step, stop.raised
-        due = {name for name, n_steps in every.items() if step == total or step % n_steps == 0}
-        if due or ending:
-            losses = zip(names, recent[-1].tolist(), strict=True)
-            bad = [f"loss of {name}" for name, loss in losses if not math.isfinite(loss)]
-            bad += [] if all(torch.isfinite(p).all() for p in trainer.network.parameters()) else ["network"]
-            if bad:
-                raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")
-        if "log" in due:
-            losses = torch.stack(recent).mean(0).tolist()
-            speed = len(recent) * batch / (time.perf_counter() - tick)
-            run.log(step, "Loss", **dict(zip(names, losses, strict=True)))
-            run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
-            bar.report(step, f"loss {sum(losses):.3f}, {speed:.0f} img/s")
-            recent, tick = [], time.perf_counter()
-        if "val" in due:
-            log_validation(trainer, validation, run)
-            tick = time.perf_counter()
-        if "save" in due or ending:
-            path = run.path("checkpoint", f"{step:06d}.pt")
-            save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": options})
-            for old in sorted(path.parent.glob("*.pt"))[:-KEPT]:
-                old.unlink()
-        if ending and step < total:
-            bar.close()
-            raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
-    bar.close()
+            step, ending = trainer.step, stop.raised
+            due = {name for name, n_steps in every.items() if step == total or step % n_steps == 0}
+            if due or ending:
+                losses = zip(names, recent[-1].tolist(), strict=True)
+                bad = [f"loss of {name}" for name, loss in losses if not math.isfinite(loss)]
+                bad += [] if all(torch.isfinite(p).all() for p in trainer.network.parameters()) else ["network"]
+                if bad:
+                    raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")
+            if "log" in due:
+                losses = torch.stack(recent).mean(0).tolist()
+                speed = len(recent) * batch / (time.perf_counter() - tick)
+                run.log(step, "Loss", **dict(zip(names, losses, strict=True)))
+                run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
+                bar.report(step, f"loss {sum(losses):.3f}, {speed:.0f} img/s")
+                recent, tick = [], time.perf_counter()
+            if "val" in due:
+                log_validation(trainer, validation, run)
+                tick = time.perf_counter()
+            if "save" in due or ending:
+                path = run.path("checkpoint", f"{step:06d}.pt")
+                save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": options})
+                for old in sorted(path.parent.glob("*.pt"))[:-KEPT]:
+                    old.unlink()
+            if ending and step < total:
+                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
 
 
 @torch.no_grad()
