@@ -60,7 +60,6 @@ def build_parser() -> ArgumentParser:
     add("--at", type=float, nargs="+", metavar="DISTANCE", help="one frame, this far along all or each boundary")
     add("--layers", default="", help="layers that move, such as 0-7 or 4,6 (default: all)")
     add("--target", nargs="+", type=_target, help="ATTRIBUTE=VALUE per boundary: one frame with these scores")
-    add("--no_frames", action="store_true", help="strips and tables only")
     add("--video", choices=("none", "mp4", "gif", "webp"), default="none", help="a video per face")
     add("--fps", type=positive, default=20, help="frames per second of the video")
     add("--identity", default="auto", help="network of the frames' similarity to the inversion: auto, none or its name")
@@ -146,7 +145,7 @@ def main(args) -> None:
         line = [args.at] if args.at else np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
         edit = sweep.Edit(boundaries, np.array(line), args.unit, args.distance, targets, layers)
         names = {"attribute": args.attribute or boundaries[0].attribute, "published": bool(args.preset)}
-        output = sweep.Output(args.output_dir, **names, save_frames=not args.no_frames, video=args.video, fps=args.fps)
+        output = sweep.Output(args.output_dir, **names, video=args.video, fps=args.fps)
         sweep.edit_faces(generator, source, edit, (scorer, identity, perceptual), output, dist)
 
 

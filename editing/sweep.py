@@ -49,7 +49,6 @@ class Output:
     folder: Path
     attribute: str  # the one in file names and captions
     published: bool  # file names
-    save_frames: bool
     video: str  # none or a format
     fps: float
 
@@ -61,8 +60,7 @@ class Output:
             strip = f"origin_{i}_{label}"
             names = [f"origin_{i}_edit_{j}_{label}_{text}" for j, text in enumerate(captions[1:])]
         images = {f"strips/{strip}": draw_strip(frames, captions)}
-        if self.save_frames:
-            images |= {f"frames/{name}": frame for name, frame in zip(names, frames[1:], strict=True)}
+        images |= {f"frames/{name}": frame for name, frame in zip(names, frames[1:], strict=True)}
         if len(frames) == 2:  # for align_faces.py
             images |= {f"unedited/{face}": frames[0], f"edited/{face}": frames[1]}
         for name, image in images.items():

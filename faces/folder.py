@@ -85,10 +85,7 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
     try:
         faces = _given_faces(task)
         if faces is None:
-            try:
-                seen = _detector(task.weights_dir).detect(photo, many=settings.faces == "all")
-            except DetectorError as error:
-                return replace(record, outcome="unreadable", note=str(error)), []
+            seen = _detector(task.weights_dir).detect(photo, many=settings.faces == "all")
             faces = [(f.landmarks, {"box": [round(v, 2) for v in f.box], "score": round(f.score, 4)}) for f in seen]
         if not faces:
             return record, []
@@ -101,6 +98,8 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
             geometry.crop_aligned(photo, alignment).save(buffer := io.BytesIO(), "PNG")
             crops.append((alignment.name, buffer.getvalue()))
             alignments.append(alignment)
+    except DetectorError as error:
+        return replace(record, outcome="unreadable", note=str(error)), []
     except UserError as error:
         return replace(record, outcome="bad landmarks", note=str(error)), []
     whole, note = all(alignment.whole for alignment in alignments), ", ".join(notes + _remarks(alignments))

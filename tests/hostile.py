@@ -109,7 +109,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     boundary = Boundary(
         w[:1].reshape(1, -1) / np.linalg.norm(w[0]), 0.1, "age", mean=0.0, std=1.0, accuracies={"train": 1.0}, **inner
     )
-    edit = ("--latent", folder / "w", "--identity", "none", "--perceptual", "none", "--at", "1", "--no_frames", *cpu)
+    edit = ("--latent", folder / "w", "--identity", "none", "--perceptual", "none", "--at", "1", *cpu)
     edit = command(edit_attribute, "--ckpt", ckpt, "--boundary", "FILE", *edit, "--output_dir", folder / "out")
     read = function(lambda path: load_boundary(path, space="w++", width=n * 16, fingerprint=generator.fingerprint))
     kind("boundary.npz", boundary.save(folder / "boundary.npz"), read, edit)
