@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from common.checkpoint import CheckpointError, require_file
+from common.checkpoint import PLAIN, CheckpointError, require_file
 
 NETWORKS = ("G", "D", "G_ema")
 DEEPEST = 16  # modules within modules; a StyleGAN2 network has five levels
 MOST = 2000  # modules of a network, a shared one counted at each place; a StyleGAN2 network has about a hundred
-PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass

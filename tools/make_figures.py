@@ -27,17 +27,14 @@ from common.files import read_json
 from common.grids import DIFFERENCE_GAIN, difference_map
 from common.images import save_image, to_tensor
 from common.latents import parse_seeds
-from demo_app.models import load_boundaries
+from demo_app.models import Models, load_models
 from editing.edit import edit_w
 from editing.evaluate import score_frames
 from faces.align import align, crop_aligned, parse_landmarks
 from inversion.projector import project
 from model import Generator, load_generator
 from perceptual.image_metrics import measure
-from perceptual.lpips import build_perceptual
-from pSp.psp import load_psp, pSp
 from sampling.render import noise_maps, render, seed_source, select_noise
-from scorer.network import load_scorer
 
 FIGURES = ("inversion", "age", "gender", "smile")
 LANDMARKS = ROOT / "docs" / "astronaut.json"
@@ -57,7 +54,7 @@ def build_parser() -> ArgumentParser:
     add("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-64.safetensors", help="W++ generator")
     add("--w_ckpt", type=Path, help="W generator (default: face-w-SIZE beside it, if any)")
     add("--scorer", default="face-scorer", help="scorer of attributes: face-scorer, face-scorer-eval, FILE.safetensors")
-    add("--perceptual", default="auto", help="distance that is minimised and shown: vgg, squeeze, scorer:NAME ...")
+    add("--perceptual", default="auto-up64", help="distance that is minimised and shown: vgg, scorer:NAME ...")
     add("--seeds", default="4,41", help="seeds of the drawn faces")
     add("--step", type=positive_int, default=300, help="optimisation steps of every inversion")
     add("--only", nargs="+", choices=FIGURES, default=FIGURES, help="these figures alone")
@@ -73,18 +70,17 @@ def beside(path: Path, kind: str) -> Path | None:
 
 
 def main(args) -> None:
-    device = resolve_device(args.device, ops=args.ops)
-    encoder, w_ckpt = beside(args.ckpt, "psp"), args.w_ckpt or beside(args.ckpt, "w")
-    wpp, w = load_generator(args.ckpt, device), w_ckpt and load_generator(w_ckpt, device)
+    device, w_ckpt = resolve_device(args.device, ops=args.ops), args.w_ckpt or beside(args.ckpt, "w")
+    networks = {"scorer": args.scorer, "perceptual": args.perceptual, "encoder": beside(args.ckpt, "psp")}
+    models = load_models(device, ckpt=args.ckpt, boundaries=args.ckpt.parent, conditional="none", **networks)
+    wpp, w = models.generator, w_ckpt and load_generator(w_ckpt, device)
     for flag, generator, space in (("--ckpt", wpp, "w++"), ("--w_ckpt", w, "w")):
         if generator and (generator.config.space, generator.config.size) != (space, wpp.config.size):
             found = f"{generator.config.size} pixels from {generator.config.space}"
             raise UserError(f"{flag} draws {found}: expected {wpp.config.size} pixels from {space}")
-    encoder, scorer = encoder and load_psp(encoder, device, wpp), load_scorer(args.scorer, device)
-    perceptual, faces = build_perceptual(args.perceptual, device), draw_all(wpp, w, parse_seeds(args.seeds))
-    models = Models(wpp, w, encoder, scorer, perceptual, args.ckpt.parent, args.step, *faces)
+    faces = Faces(models, w, args.step, *draw_all(wpp, w, parse_seeds(args.seeds)))
     for name in args.only:
-        figure = inversion_figure(models) if name == "inversion" else boundary_figure(models, name)
+        figure = inversion_figure(faces) if name == "inversion" else boundary_figure(faces, name)
         if isinstance(figure, str):
             print(f"{name} is left out: {figure}")
         else:
@@ -92,18 +88,14 @@ def main(args) -> None:
 
 
 @dataclass
-class Models:
-    """Networks and faces (uint8 [S, S, 3]): scikit-image's astronaut, then drawn ones, one of them by `w`."""
+class Faces:
+    """Images (uint8 [S, S, 3]): scikit-image's astronaut, then drawn ones, one of them by `w`, a W generator."""
 
-    wpp: Generator
+    models: Models  # of a W++ generator
     w: Generator | None
-    encoder: pSp | None
-    scorer: torch.nn.Module
-    perceptual: torch.nn.Module
-    boundaries: Path  # folder
     steps: int  # of every inversion
     names: list[str]
-    faces: list[np.ndarray]
+    images: list[np.ndarray]
     inversions: dict[str, Inversion] = field(default_factory=dict)
 
 
@@ -126,67 +118,67 @@ def to_batch(images: Sequence[np.ndarray], generator: Generator) -> torch.Tensor
     return torch.stack([to_tensor(image) for image in images]).to(generator.token)
 
 
-def invert(models: Models, method: str) -> Inversion:
+def invert(faces: Faces, method: str) -> Inversion:
     """The faces inverted in W, W+ or W++, by the encoder, or `refined`: from the encoder's result, if there is one."""
+    models = faces.models
     if method == "refined" and models.encoder is None:
         method = "W++"
-    if method not in models.inversions:
-        generator = models.w if method in ("W", "W+") else models.wpp
-        originals = to_batch(models.faces, generator)
+    if method not in faces.inversions:
+        generator = faces.w if method in ("W", "W+") else models.generator
+        originals = to_batch(faces.images, generator)
         if method == "encoder":
             with torch.no_grad():
                 ws = torch.cat([models.encoder.encode(models.encoder.fit(image[None])) for image in originals]).cpu()
             noise = generator.fixed_noise()
         else:
-            start = invert(models, "encoder")[0] if method == "refined" else None
+            start = invert(faces, "encoder")[0] if method == "refined" else None
             mean, std = generator.latent_statistics(MEAN_SAMPLES)
             ratio = W_RATIO if method in ("W", "W+") else WPP_RATIO
-            settings = {"perceptual": models.perceptual, "steps": models.steps, "lr": ratio * float(std.mean())}
-            settings |= {"mse": 1.0, "noise": 0.0, "space": method.lower() if generator is models.w else "w++"}
+            settings = {"perceptual": models.perceptual, "steps": faces.steps, "lr": ratio * float(std.mean())}
+            settings |= {"mse": 1.0, "noise": 0.0, "space": method.lower() if generator is faces.w else "w++"}
             result = project(generator, originals, statistics=(mean, std), w_start=start, **settings)
             ws, noise = result.latents, result.noise
-        models.inversions[method] = ws, noise, list(render(generator, ws, noise=noise))
-    return models.inversions[method]
+        faces.inversions[method] = ws, noise, list(render(generator, ws, noise=noise))
+    return faces.inversions[method]
 
 
-def inversion_figure(models: Models) -> Image.Image:
+def inversion_figure(faces: Faces) -> Image.Image:
     """Reconstructions and, below each, |difference|: the paper's inversion.png."""
-    titles = {"W": "W", "W+": "W+"} if models.w else {}
+    models, titles = faces.models, {"W": "W", "W+": "W+"} if faces.w else {}
     titles |= {"W++": "W++"} | ({"encoder": "encoder", "refined": "encoder, then steps"} if models.encoder else {})
-    results = [invert(models, method)[2] for method in titles]
-    originals = to_batch(models.faces, models.wpp)
-    values = [measure(originals, to_batch(images, models.wpp), perceptual=models.perceptual) for images in results]
+    results = [invert(faces, method)[2] for method in titles]
+    originals = to_batch(faces.images, models.generator)
+    reconstructions = (to_batch(images, models.generator) for images in results)
+    values = [measure(originals, images, perceptual=models.perceptual) for images in reconstructions]
     rows, labels = [], []
-    for i, (name, original) in enumerate(zip(models.names, models.faces, strict=True)):
+    for i, (name, original) in enumerate(zip(faces.names, faces.images, strict=True)):
         captions = [f"{value['perceptual'][i]:.3f} / {value['mse'][i]:.3f}" for value in values]
         rows.append([(original, ""), *((images[i], text) for images, text in zip(results, captions, strict=True))])
         rows.append([(None, ""), *((difference_map(original, images[i]), "") for images in results)])
         labels += [name, f"|difference| x {DIFFERENCE_GAIN}"]
-    note = f"{models.steps} steps; below each: {models.perceptual.name} / mean squared error on [-1, 1]"
+    note = f"{faces.steps} steps; below each: {models.perceptual.name} / mean squared error on [-1, 1]"
     return draw_grid(rows, columns=["original", *titles.values()], labels=labels, note=note)
 
 
-def boundary_figure(models: Models, attribute: str) -> Image.Image | str:
+def boundary_figure(faces: Faces, attribute: str) -> Image.Image | str:
     """Faces along the boundary of an attribute: the paper's aging and transitioning figures."""
-    boundary = load_boundaries(models.boundaries, models.wpp).get(attribute)
+    models, boundary = faces.models, faces.models.boundaries.get(attribute)
     if boundary is None:
         return f"no boundary of {attribute} for this generator"
-    (ws, noise, _), column = invert(models, "refined"), models.scorer.column(attribute)
+    (ws, noise, _), column = invert(faces, "refined"), models.scorer.column(attribute)
     form = "{:.0f} years" if models.scorer.attributes[column].kind == "years" else "{:.2f}"
     rows = []
-    for i, face in enumerate(models.faces):
+    for i, face in enumerate(faces.images):
         moved = torch.from_numpy(edit_w(ws[i], [boundary], np.array(DISTANCES) * boundary.std))
-        frames = [face, *render(models.wpp, moved, noise=select_noise(noise, [i]))]
+        frames = [face, *render(models.generator, moved, noise=select_noise(noise, [i]))]
         scores = score_frames(models.scorer, frames)[:, column]
         rows.append([(frame, form.format(score)) for frame, score in zip(frames, scores, strict=True)])
     titles = ["original", *(f"{value:+g}" if value else "inversion" for value in DISTANCES)]
     note = f"{attribute}, standard deviations from the inversion; below each: the score"
-    return draw_grid(rows, columns=titles, labels=models.names, note=note)
+    return draw_grid(rows, columns=titles, labels=faces.names, note=note)
 
 
-def draw_grid(
-    rows: Sequence[Sequence[Cell]], *, columns: Sequence[str], labels: Sequence[str], note: str
-) -> Image.Image:
+def draw_grid(rows: Sequence[Sequence[Cell]], *, columns, labels, note: str) -> Image.Image:
     """Rows of cells, a title above each column, a label before each row; note: a line below everything."""
     from matplotlib.figure import Figure  # at import it writes a cache of fonts
 

@@ -8,12 +8,13 @@ from PIL import Image
 import tools.make_figures
 from common.cli import run
 from common.generator_file import export_ema
+from demo_app.models import Models
 from editing.boundary import Boundary
 from model import Generator, GeneratorConfig, load_generator
 from perceptual.lpips import build_perceptual
 from sampling.render import render
 from scorer.network import load_scorer
-from tools.make_figures import CELL, Models, draw_all, draw_grid, inversion_figure, invert
+from tools.make_figures import CELL, Faces, draw_all, draw_grid, inversion_figure, invert
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 
@@ -87,21 +88,21 @@ def test_models_that_do_not_fit_are_refused(flags, networks, capsys):
 
 def small_models(networks, steps=1):
     wpp, w = (load_generator(networks / f"face-{name}-16.safetensors") for name in ("wpp", "w"))
-    scorer, (names, faces) = load_scorer("face-scorer-eval"), draw_all(wpp, w, [5])
-    return Models(wpp, w, None, scorer, build_perceptual("scorer:face-scorer-eval"), networks, steps, names, faces)
+    perceptual = build_perceptual("scorer:face-scorer-eval")
+    return Faces(Models(wpp, load_scorer("face-scorer-eval"), perceptual), w, steps, *draw_all(wpp, w, [5]))
 
 
 def test_perfect_reconstructions_have_black_maps_and_no_error(networks, monkeypatch):
     """Below an image that equals the original the map is black, and both numbers are 0."""
-    models = small_models(networks)
-    models.w = None
-    models.inversions["W++"] = None, None, list(models.faces)
+    faces = small_models(networks)
+    faces.w = None
+    faces.inversions["W++"] = None, None, list(faces.images)
     shown = []
     monkeypatch.setattr("tools.make_figures.draw_grid", lambda rows, **words: shown.append((rows, words)))
-    inversion_figure(models)
+    inversion_figure(faces)
     ((rows, words),) = shown
-    assert words["columns"] == ["original", "W++"] and len(rows) == 2 * len(models.faces)
-    for original, (above, below) in zip(models.faces, zip(rows[::2], rows[1::2], strict=True), strict=True):
+    assert words["columns"] == ["original", "W++"] and len(rows) == 2 * len(faces.images)
+    for original, (above, below) in zip(faces.images, zip(rows[::2], rows[1::2], strict=True), strict=True):
         assert np.array_equal(above[0][0], original) and above[1][1] == "0.000 / 0.000"
         assert below[0][0] is None and below[1][0].max() == 0
 
@@ -110,12 +111,12 @@ def test_optimisation_comes_closer(networks):
     """More steps, a smaller error, in W, W+ and W++; noise and w give the image again."""
     errors = {}
     for steps in (1, 12):
-        models = small_models(networks, steps)
+        faces = small_models(networks, steps)
         for space in ("W", "W+", "W++"):
-            ws, noise, images = invert(models, space)
-            pairs = zip(images, models.faces, strict=True)
+            ws, noise, images = invert(faces, space)
+            pairs = zip(images, faces.images, strict=True)
             errors[space, steps] = np.mean([np.square(a.astype(float) - b).mean() for a, b in pairs])
-            generator = models.wpp if space == "W++" else models.w
+            generator = faces.models.generator if space == "W++" else faces.w
             assert np.array_equal(list(render(generator, ws, noise=noise)), images)
     for space in ("W", "W+", "W++"):
         assert errors[space, 12] < 0.9 * errors[space, 1], (space, errors)
