@@ -61,7 +61,14 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def is_latents(paths) -> bool:
+    path = Path(paths[0])
+    return len(paths) == 1 and (path.suffix == ".npy" or (path / "latents.npy").is_file())
+
+
 def main(args) -> None:
+    if args.source and not args.latent and is_latents(args.source):
+        args.source, args.latent = None, args.source[0]
     if bool(args.source) == bool(args.latent):
         raise UsageError("which faces? pass either --source FACES or --latent INVERSIONS")
     if bool(args.reference) == bool(args.set):

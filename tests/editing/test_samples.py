@@ -46,9 +46,9 @@ def test_scores_do_not_depend_on_batch_ranks_or_a_restart(generator, tmp_path, m
     assert more.shape == (50, 2) and np.allclose(more[:35], whole, atol=1e-3)
     assert computed == [0, 10, 40]
     for other, message in (
-        (Samples(generator, range(3, 38)), "holds scores made with other settings (first 0, now 3)"),
-        (Samples(generator, range(35), truncation=0.8), "(truncation 1.0, now 0.8)"),
-        (Samples(generator, range(35), noise="none"), "(noise random, now none)"),
+        (Samples(generator, range(3, 38)), "holds scores made with other settings [(]first 0, now 3[)]"),
+        (Samples(generator, range(35), truncation=0.8), "[(]truncation 1.0, now 0.8[)]"),
+        (Samples(generator, range(35), noise="none"), "[(]noise random, now none[)]"),
     ):
         with pytest.raises(UserError, match=message):
             score_samples(other, scorer, folder=folder)

@@ -122,7 +122,7 @@ def test_embedding_is_per_image_and_of_length_one(random_identity):
     embeddings = random_identity.embed(images)
     assert embeddings.shape == (3, 128) and embeddings.dtype == torch.float32
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
-    single = torch.cat([random_identity(image[None]) for image in images])
+    single = torch.cat([random_identity.embed(image[None]) for image in images])
     torch.testing.assert_close(embeddings, single, atol=1e-5, rtol=0)
     similarity = random_identity.similarity(images, images.flip(0))
     torch.testing.assert_close(similarity, (embeddings * embeddings.flip(0)).sum(1), atol=1e-5, rtol=0)
@@ -154,7 +154,7 @@ def test_gradients_reach_the_image_only(random_identity):
 @pytest.mark.parametrize("shape", [(1, 3, 40, 50), (3, 40, 40), (1, 1, 40, 40)])
 def test_other_shapes_are_refused(random_identity, shape):
     with pytest.raises(ValueError, match="aligned square images"):
-        random_identity(torch.zeros(shape))
+        random_identity.embed(torch.zeros(shape))
 
 
 # -- by name -------------------------------------------------------------------------------------------------------
