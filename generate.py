@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, positive, run_script, whole
 
+VIDEOS = (".mp4", ".gif", ".webp")
 RECOMMENDED = ("truncation", "truncation_mean", "noise", "noise_seed")  # flags that a generator's file may set
 
 
@@ -68,6 +69,7 @@ def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video) -
     kept = grid is not None or save_latents is not None
     for wrong, message in (
         (video and not interpolate, "--video is for --interpolate"),
+        (video and not video.endswith(VIDEOS), f"--video {video}: expected a name that ends with {', '.join(VIDEOS)}"),
         (mix and seeds, "--mix cannot be used with --seeds: name the seeds in ROWS and COLS"),
         (latents and save_latents is not None, "--latents cannot be used with --save_latents"),
         (latents and interpolate == "z", "--interpolate z cannot be used with --latents, whose z is not known"),

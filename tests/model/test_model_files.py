@@ -155,7 +155,7 @@ def bad_files(folder, config):
         torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), name: value}}, folder / f"{name}-{value}.pt")
         yield f"{name}-{value}.pt", name
     torch.save({"g_ema": good["g_ema"], "config": [1]}, folder / "list.pt")
-    yield "list.pt", "config is a list"
+    yield "list.pt", "`config` is a list"
     torch.save({"g": good["g"], "d": good["d"]}, folder / "unaveraged.pt")
     yield "unaveraged.pt", "holds `g`, `d`, but no `g_ema`"
     wide = {**good["g_ema"], "style.1.mlp.0.weight": torch.zeros(1).expand(32, 1 << 20)}
@@ -171,7 +171,7 @@ def bad_files(folder, config):
     save_safetensors(folder / "base.safetensors", {"x": torch.zeros(1)}, {"base": {"file": 3}})
     yield "base.safetensors", "does not name a file"
     save_safetensors(folder / "deep.safetensors", good["g_ema"], {"config": {"size": 10**400}})
-    yield "deep.safetensors", "config is a|size"
+    yield "deep.safetensors", "`config` is a|size"
     torch.save({"g_ema": good["g_ema"], "config": {**config.to_dict(), "later": 1}}, folder / "newer.pt")
     yield "newer.pt", "later"
     widths = {**good["g_ema"], "convs.2.conv.weight": torch.zeros(1, 11, 8, 3, 3)}

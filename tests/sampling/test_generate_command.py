@@ -29,7 +29,7 @@ from model import load_generator
         (["--latents", "x", "--interpolate", "z"], 2, "z"),
         (["--latents", "absent ü"], 1, "absent ü"),
         (["--video", "a.mp4"], 2, "--interpolate"),
-        (["--interpolate", "--video", "a.avi"], 1, ".webp"),
+        (["--interpolate", "--video", "a.avi"], 2, ".webp"),
         (["--latents", "x", "--save_latents"], 2, "--save_latents"),
         (["--batch", "0"], 2, "--batch"),
         (["--frames", "0", "--interpolate"], 2, "--frames"),
