@@ -69,7 +69,7 @@ def invert(
     """w, reconstructions and measures of images. Measured are the 8-bit images, at 256 px or the generator's size where
     that is smaller."""
     device, dtype, inverted = net.latent_avg.device, DTYPES[settings.precision], Inverted()
-    mix = style_mixing(net, settings)
+    mix, n_pairs = style_mixing(net, settings), max(SHOWN, settings.retrieval)
     for items in read_batches(images.read, positions, settings.test_batch_size, settings.test_workers):
         inverted.failures |= {position: reason for position, image, reason in items if image is None}
         items = {position: image for position, image, _ in items if image is not None}
@@ -88,7 +88,7 @@ def invert(
         output = torch.stack([net.face_pool(to_tensor(image)[None])[0] for image in saved])
         target = torch.stack([to_tensor(image) for image in pooled])
         values = measure(target.to(device), output.to(device), perceptual=perceptual, identity=identity)
-        inverted.pairs += list(zip(pooled, to_uint8(output), strict=True))[: SHOWN - len(inverted.pairs)]
+        inverted.pairs += list(zip(pooled, to_uint8(output), strict=True))[: n_pairs - len(inverted.pairs)]
         for i, position in enumerate(items):
             measures = {name: float(value[i]) for name, value in values.items()}
             latents, digest = w[i].float().cpu().numpy(), image_digest(pooled[i])
@@ -114,6 +114,16 @@ def style_mixing(net: pSp, settings: InferenceSettings) -> Callable:
     return mix
 
 
+@torch.no_grad()
+def retrieval(pairs: list[tuple[np.ndarray, np.ndarray]], identity, device) -> float:
+    """Share of the reconstructions whose nearest original by identity is their own. pairs: (original, output), uint8
+    [S, S, 3]. An encoder that always gives the mean face has 1 / n."""
+    sides = ([identity.embed(to_tensor(image)[None].to(device)) for image in side] for side in zip(*pairs, strict=True))
+    originals, outputs = map(torch.cat, sides)  # [n, C] each
+    nearest = (outputs @ originals.T).argmax(1).tolist()
+    return sum(index == i for i, index in enumerate(nearest)) / len(pairs)
+
+
 def write_report(
     folder: Path, net: pSp, images, parts: list[Inverted], settings: InferenceSettings, *, perceptual, identity, source
 ) -> None:
@@ -126,7 +136,11 @@ def write_report(
     config |= {"generator": net.decoder.fingerprint, "perceptual": perceptual.name}
     config |= {"identity": identity and identity.name, "factor": settings.factor}
     config["latent_mask"] = settings.latent_mask
-    line = write_results(folder, images, results, failures, pairs[:SHOWN], config, method="pSp")
+    info, asked = {"method": "pSp"}, pairs[: settings.retrieval] if identity else []
+    if asked:
+        info["retrieval"] = retrieval(asked, identity, net.latent_avg.device)
+        print(f"nearest original by identity: its own for {info['retrieval']:.0%} of {len(asked)}")
+    line = write_results(folder, images, results, failures, pairs[:SHOWN], config, **info)
     for name in ("perceptual", "mse"):  # the published files, one value per image
         with atomic_write(folder / f"{name}.npy") as file:
             np.save(file, np.array([result["measures"][name] for result in results.values()]))

@@ -93,6 +93,7 @@ class InferenceSettings:
     latent_mask: str | None = flag(None, "style mixing: layers (8,9,10) whose w comes from a random sample", type=str)
     mix_alpha: float | None = flag(None, "how far those go to the sample, 0 to 1 (default: all the way)", type=float)
     resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
+    retrieval: int = flag(0, "of the first N: whose nearest original is its own?", type=count, metavar="N")
     precision: str = flag("fp32", "of the convolutions", choices=PRECISIONS)
     seed: int = flag(0, "of the samples of --latent_mask")
 

@@ -16,6 +16,7 @@ from common.checkpoint import save_checkpoint
 from common.latents import load_latents
 from model import Generator, GeneratorConfig, load_generator
 from perceptual.image_metrics import read_measures
+from pSp.inference import retrieval
 from pSp.psp import psp_state
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -95,6 +96,23 @@ def test_outputs_at_the_generators_size_or_256(infer, tmp_path):
         (result,) = (folder / "inference_results").rglob("*.png")
         (coupled,) = (folder / "inference_coupled").rglob("*.png")  # the first of every hundred, as published
         assert Image.open(result).size == (size, size) and Image.open(coupled).size == (2 * size, size)
+
+
+def test_retrieval():
+    """Images near their originals are found; one face for all is not; and a swapped pair counts against it."""
+
+    class Pixels:
+        def embed(self, images):
+            return torch.nn.functional.normalize(images.flatten(1), dim=1)
+
+    draw = np.random.RandomState(0)
+    originals = [draw.randint(0, 256, (8, 8, 3), np.uint8) for _ in range(6)]
+    alike = [(o, np.clip(o.astype(int) + draw.randint(-9, 10, o.shape), 0, 255).astype(np.uint8)) for o in originals]
+    mean = np.mean(originals, 0).astype(np.uint8)
+    assert retrieval(alike, Pixels(), "cpu") == 1
+    assert retrieval([(o, mean) for o in originals], Pixels(), "cpu") == pytest.approx(1 / 6)
+    swapped = [(alike[0][0], alike[1][1]), (alike[1][0], alike[0][1]), *alike[2:]]
+    assert retrieval(swapped, Pixels(), "cpu") == pytest.approx(4 / 6)
 
 
 def test_exported_encoder_gives_the_same_images(infer, best, generators, faces_to_invert, tmp_path, capsys):
