@@ -69,7 +69,7 @@ def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video) -
     kept = grid is not None or save_latents is not None
     for wrong, message in (
         (video and not interpolate, "--video is for --interpolate"),
-        (video and not video.endswith(VIDEOS), f"--video {video}: expected a name that ends with {', '.join(VIDEOS)}"),
+        (video and not video.lower().endswith(VIDEOS), f"--video {video}: expected {', '.join(VIDEOS)} at the end"),
         (mix and seeds, "--mix cannot be used with --seeds: name the seeds in ROWS and COLS"),
         (latents and save_latents is not None, "--latents cannot be used with --save_latents"),
         (latents and interpolate == "z", "--interpolate z cannot be used with --latents, whose z is not known"),
