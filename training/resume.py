@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors
+from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly
 from common.cli import UsageError, UserError
 from common.generator_file import discriminator_file, infer_config, read_generator
 from common.runs import find_start
@@ -12,7 +12,7 @@ from editing.attributes import DEFAULT_ATTRIBUTES, Condition
 from model import GeneratorConfig
 from training.settings import ARCHITECTURE, WIDTHS
 from training.trainer import Trainer
-from training.transfer import add_condition_columns, can_grow, can_widen, grow_discriminator, grow_generator, widen
+from training.transfer import add_condition_columns, can_enlarge, enlarge
 
 RENAMED = {"critic": "aux_d", "aid": "vision_aided", "aid_weight": "vision_aided_weight", "salt": "rng_offset"}
 
@@ -166,21 +166,18 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
 
 def init_from(trainer: Trainer, start: Start) -> None:
     """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew. A smaller or
-    narrower generator is grown, an unconditional one gets the condition that is trained (training/transfer.py). Raises
-    CheckpointError for any other difference."""
+    narrower network is enlarged, an unconditional generator gets the condition that is trained (training/transfer.py).
+    Raises CheckpointError for any other difference."""
     weights, config = start.state if "g_ema" in start.state else {"g_ema": start.state}, start.config
-    networks = {"g": trainer.g, "g_ema": trainer.g, "d": trainer.d}
-    networks = {name: network for name, network in networks.items() if name in weights}
+    networks = {name: getattr(trainer, name) for name in ("g", "d", "g_ema") if name in weights}
     n = trainer.config.condition_dim
     if n and not config.condition_dim:
-        generators = [name for name in networks if name != "d"]
-        weights = weights | {name: add_condition_columns(weights[name], config, n) for name in generators}
+        weights = weights | {name: add_condition_columns(weights[name], config, n) for name in networks if name != "d"}
         config = replace(config, condition_dim=n)
-    if can_grow(config, trainer.config):
-        grow = {"g": grow_generator, "g_ema": grow_generator, "d": grow_discriminator}
-        weights = {name: grow[name](weights[name], config, network) for name, network in networks.items()}
-    elif can_widen(config, trainer.config):
-        weights = weights | {name: widen(weights[name], network) for name, network in networks.items()}
+    if config.widths != trainer.config.widths and can_enlarge(config, trainer.config):
+        for name, network in networks.items():
+            load_strictly(type(network)(config), weights[name], start.path)  # nothing is missing, nothing left over
+            weights = weights | {name: enlarge(weights[name], config, network)}
     else:
         require_same_architecture(trainer.config, config, start.path)
     trainer.warm_start(weights, start.path)

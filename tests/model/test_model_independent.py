@@ -8,7 +8,7 @@ import torch
 from common.generator_file import infer_config
 from layers import EqualLinear
 from model import Generator, GeneratorConfig, load_generator
-from training.transfer import grow_generator
+from training.transfer import enlarge
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_refusals(config):
 def test_new_tokens_of_a_grown_generator_start_as_the_last(config):
     large = replace(config, size=2 * config.size)
     small, grown = Generator(config), Generator(large)
-    grown.load_state_dict(grow_generator(small.state_dict(), config, grown))
+    grown.load_state_dict(enlarge(small.state_dict(), config, grown))
     z = grown.draw_z(2)
     z[:, -2:] = z[:, config.n_tokens - 1 : config.n_tokens]
     with torch.no_grad():
