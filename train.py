@@ -107,7 +107,7 @@ def main(args) -> int:
         filled = args.fill(cpu_preset(size, args.batch, bf16=bf16_pays(), warm=warm, vision_aided=find_features()))
         flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in filled.items())
         changed = f"preset cpu: {' '.join(flags)}"
-    config, spec, options = resolve(vars(args), start)
+    config, options = resolve(vars(args), start)
     settings = read_fields(TrainSettings, options | {"micro_batch": int(args.micro_batch.replace("auto", "0"))})
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -119,8 +119,8 @@ def main(args) -> int:
         sampler = InfiniteSampler(len(dataset), rank=dist.rank, world_size=dist.world_size, **order)
         if "sampler" in start.state and start.continues:
             sampler.load(start.state["sampler"])
-        condition = {"spec": spec, "condition": read_fields(ConditionSettings, options), "dataset": dataset}
-        trainer = build_trainer(config, settings, dist, start=start, **condition)
+        condition = read_fields(ConditionSettings, options)
+        trainer = build_trainer(config, settings, dist, condition=condition, dataset=dataset, start=start)
         continued = start.path if start.continues else None
         del start  # the file's tensors, which the trainer has by now
         log = {"resume_step": trainer.n_steps + 1 if continued else 0, "wandb": args.wandb and "wpp"}

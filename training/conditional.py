@@ -7,19 +7,18 @@ staying what it is at 0.5. The discriminator is trained on: a frozen one is soon
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from common.checkpoint import CheckpointError
-from common.cli import UserError
 from common.distributed import broadcast_object
 from dataset import normalise
-from editing.attributes import Condition, ConditionScorer
+from editing.attributes import Condition, ConditionScorer, load_condition_scorer
 from scorer.network import load_scorer
-from training.resume import ConditionSpec, Start, init_from
+from training.resume import Start, init_from
+from training.settings import ConditionSettings
 from training.trainer import Trainer
 from training.transfer import is_modulation
 
@@ -28,15 +27,14 @@ SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, fact
 
 
 class ConditionalTrainer(Trainer):
-    """A Trainer whose generator takes attributes, those of `scorer`, as a condition. scorer_name, table: attributes
-    [M, d] of real faces, in [0, 1]: kept in the checkpoint, so that a resumed run draws the same conditions."""
+    """A Trainer whose generator takes attributes, those of `scorer`, as a condition. table: attributes [M, d] of real
+    faces, in [0, 1]: kept in the checkpoint, so that a resumed run draws the same conditions."""
 
-    def __init__(self, config, settings, dist, *, scorer: ConditionScorer, scorer_name, table, condition):
+    def __init__(self, config, settings, dist, *, scorer: ConditionScorer, table, condition: ConditionSettings):
         if condition.light:  # path length depends on the columns of w, which stay
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, dist)
-        self.scorer, self.scorer_name, self.condition = scorer, scorer_name, condition
-        self.table = table.to(dist.device)
+        self.scorer, self.table, self.condition = scorer, table.to(dist.device), condition
         if condition.light:
             self.g_optim.param_groups[0]["lr"] = condition.light_lr
             columns = torch.arange(config.style_dim + config.condition_dim, device=dist.device) >= config.style_dim
@@ -49,7 +47,12 @@ class ConditionalTrainer(Trainer):
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def draw_condition(self, n):
-        return draw_targets(self.table, n, permute=self.condition.attr_permute)  # [n, d]
+        """Those of n real faces, [n, d], each attribute with the probability --attr_permute that of another face: this
+        separates what goes together in the data."""
+        faces = torch.randint(len(self.table), (n, 1), device=self.table.device).expand(-1, self.table.shape[1])
+        others = torch.randint(len(self.table), faces.shape, device=self.table.device)
+        swapped = torch.rand(faces.shape, device=self.table.device) < self.condition.attr_permute
+        return self.table.gather(0, torch.where(swapped, others, faces))
 
     @property
     def attr_weight(self) -> float:
@@ -58,7 +61,7 @@ class ConditionalTrainer(Trainer):
         return self.condition.attr_weight * (min(1.0, (self.n_steps + 1) / ramp) if ramp else 1.0)
 
     def condition_loss(self, fake, condition):
-        errors = attribute_error(self.scorer, fake, condition).mean(0)  # [d]
+        errors = (self.scorer(jitter(fake)) - condition).abs().mean(0)  # [d], the L1 loss of the figure
         by_name = zip(self.scorer.names, errors, strict=True)
         self.stats.report(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
         return self.attr_weight * errors.mean()
@@ -84,14 +87,11 @@ class ConditionalTrainer(Trainer):
 
     @property
     def header(self):
-        return {"condition": Condition.of(self.scorer, self.table, self.scorer_name, self.condition.light).to_dict()}
+        name, light = self.condition.condition, self.condition.light
+        return {"condition": Condition.of(self.scorer, self.table, name, light).to_dict()}
 
     def state_dict(self):
         return super().state_dict() | self.header | {"attributes": self.table.cpu().clone()}
-
-    def load_state_dict(self, state, source="checkpoint"):
-        super().load_state_dict(state, source)
-        self.table = state["attributes"].to(self.dist.device)
 
 
 def score_dataset(scorer: ConditionScorer, dataset, device) -> torch.Tensor:
@@ -99,20 +99,6 @@ def score_dataset(scorer: ConditionScorer, dataset, device) -> torch.Tensor:
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(TABLE, len(dataset))).round().astype(int)).tolist()
     blocks = (chosen[start : start + 64] for start in range(0, len(chosen), 64))
     return torch.cat([scorer.read(normalise(torch.stack([dataset[i] for i in block]), device)) for block in blocks])
-
-
-def draw_targets(table: torch.Tensor, n: int, *, permute: float) -> torch.Tensor:
-    """Target attributes [n, d] for n images: those of real faces, rows of `table` [M, d], each with the probability
-    `permute` that of another face: this separates what goes together in the data."""
-    faces = torch.randint(len(table), (n, 1), device=table.device).expand(-1, table.shape[1])
-    others = torch.randint(len(table), faces.shape, device=table.device)
-    swapped = torch.rand(faces.shape, device=table.device) < permute
-    return table.gather(0, torch.where(swapped, others, faces))
-
-
-def attribute_error(scorer: ConditionScorer, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """|C(T(image)) - target| per image and attribute, [N, d]: the L1 loss of the figure before its mean."""
-    return (scorer(jitter(images)) - targets).abs()
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
@@ -123,32 +109,29 @@ def jitter(images: torch.Tensor) -> torch.Tensor:
     scale = SCALE ** (2 * u[:, 0] - 1)
     mirror = torch.where(u[:, 1] < 0.5, -1.0, 1.0)
     shift = (2 * u[:, 2:] - 1) * (2 * SHIFT)  # grid coordinates span 2
-    zero = torch.zeros_like(scale)
-    affine = torch.stack([mirror * scale, zero, shift[:, 0], zero, scale, shift[:, 1]], 1).view(n, 2, 3)
+    factors = torch.diag_embed(torch.stack([mirror * scale, scale], 1))  # [N, 2, 2]
+    affine = torch.cat([factors, shift[:, :, None]], 2)  # [N, 2, 3]
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # [N, H, W, 2]
     moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return moved + NOISE * torch.randn_like(moved)
 
 
-def build_trainer(config, settings, dist, *, spec: ConditionSpec | None, condition, dataset, start: Start) -> Trainer:
-    """The trainer, conditional where there is a ConditionSpec, in the state of `start`. A new conditional run scores
+def build_trainer(config, settings, dist, *, condition: ConditionSettings, dataset, start: Start) -> Trainer:
+    """The trainer, conditional where `condition` names a scorer, in the state of `start`. A new conditional run scores
     faces of the data set (on rank 0). Raises ConditionError for attributes that the scorer lacks, UserError for another
     scorer than a continued run's."""
-    if spec is None:
+    if not condition.condition:
         trainer = Trainer(config, settings, dist)
     else:
-        scorer = ConditionScorer(load_scorer(spec.scorer, dist.device), spec.attributes)
-        table = start.state["attributes"] if start.continues else None
-        if table is None:
+        if start.continues:
+            stored = Condition.from_dict(start.state["condition"], start.path)
+            scorer = load_condition_scorer(start.path, stored, dist.device, scorer=condition.condition)
+            table = start.state["attributes"]
+        else:
+            scorer = ConditionScorer(load_scorer(condition.condition, dist.device), condition.attributes.split(","))
             table = broadcast_object(score_dataset(scorer, dataset, dist.device) if dist.is_main else None)
-        name = str(Path(spec.scorer).resolve()) if Path(spec.scorer).is_file() else spec.scorer
-        fingerprint = Condition.of(scorer, table, name).scorer_fingerprint
-        if spec.fingerprint not in (None, fingerprint):
-            which = f"the scorer {spec.fingerprint}, --condition {spec.scorer} is {fingerprint}"
-            raise UserError(f"the run was trained with {which}")
         config = replace(config, condition_dim=len(scorer.names))
-        networks = {"scorer": scorer, "scorer_name": name, "table": table}
-        trainer = ConditionalTrainer(config, settings, dist, condition=condition, **networks)
+        trainer = ConditionalTrainer(config, settings, dist, scorer=scorer, table=table, condition=condition)
     if start.continues:
         trainer.load_state_dict(start.state, start.path)
     elif start.path:

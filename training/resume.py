@@ -32,16 +32,6 @@ class Start:
         return self.state.get("options") or {}
 
 
-@dataclass(frozen=True)
-class ConditionSpec:
-    """Condition of a run: a scorer by name, attributes of it, and the fingerprint that a continued run's must have."""
-
-    scorer: str
-    attributes: tuple[str, ...]
-    light: bool = False
-    fingerprint: str | None = None
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -95,16 +85,15 @@ def rename_keys(state: dict) -> dict:
 # -- flags and the file -----------------------------------------------------------------------------------------------
 
 
-def resolve(flags: dict, start: Start) -> tuple[GeneratorConfig, ConditionSpec | None, dict]:
-    """Architecture, condition, and `flags` (None: not given) with all that the file decides filled in. --noise of a new
-    run: as given, else that of the weights' training, else random."""
+def resolve(flags: dict, start: Start) -> tuple[GeneratorConfig, dict]:
+    """Architecture, and `flags` (None: not given) with all that the file decides filled in. --noise of a new run: as
+    given, else that of the weights' training, else random."""
     config = resolve_architecture({name: flags[name] for name in ARCHITECTURE}, start)
-    spec = resolve_condition(flags["condition"], flags["attributes"], flags["light"], start)
-    options = flags | {name: getattr(config, name) for name in ARCHITECTURE} | {"light": bool(spec and spec.light)}
-    options |= {"condition": spec.scorer, "attributes": ",".join(spec.attributes)} if spec else {}
+    options = flags | {name: getattr(config, name) for name in ARCHITECTURE}
+    options |= resolve_condition(flags["condition"], flags["attributes"], flags["light"], start)
     options["noise"] = keep("noise", flags["noise"], start.options.get("noise"), start) or "random"
     stored = start.state.get("vision_aided", "") if start.continues else None
-    return config, spec, options | {"vision_aided": keep("vision_aided", flags["vision_aided"], stored, start) or ""}
+    return config, options | {"vision_aided": keep("vision_aided", flags["vision_aided"], stored, start) or ""}
 
 
 def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
@@ -120,7 +109,7 @@ def resolve_architecture(given: dict, start: Start) -> GeneratorConfig:
     return config
 
 
-def keep(flag: str, given: str | None, stored: str | None, start: Start) -> str | None:
+def keep(flag: str, given, stored, start: Start):
     """`given`, else `stored`. Raises CheckpointError for a flag that a continued run cannot change."""
     if start.continues and stored is not None and given not in (None, stored):
         trained = f"{start.path} was trained with --{flag} {stored or '(none)'}, not {given or '(none)'}"
@@ -128,31 +117,30 @@ def keep(flag: str, given: str | None, stored: str | None, start: Start) -> str 
     return given or stored
 
 
-def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start):
-    """ConditionSpec of a run from the flags and the file; None: unconditional. Raises UsageError for flags that do not
-    fit together, UserError for those that do not fit the file."""
-    path, stored = start.path, None
+def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start) -> dict:
+    """The options condition, attributes and light of a run, from the flags and the file. Raises UsageError for flags
+    that do not fit together, UserError for those that do not fit the file."""
+    stored = None
     if start.config is not None and start.config.condition_dim:
-        stored = Condition.from_dict(start.state.get("condition") or {}, path)
-    if light and path is None:
+        stored = Condition.from_dict(start.state.get("condition") or {}, start.path)
+    if light and start.path is None:
         raise UsageError("--light trains what the condition adds to a trained generator: pass one as --init_from")
-    if start.continues and scorer and stored is None:
-        raise UserError(f"{path} is an unconditional run: --init_from starts a conditional one from its weights")
-    if start.continues and stored is not None:
-        if light and not stored.light:
-            raise UserError(f"{path} was trained without --light: --init_from starts a light run from its weights")
-        scorer, light = scorer or stored.scorer, stored.light
+    if start.continues and stored is None:
+        scorer = keep("condition", scorer, "", start)
+    elif start.continues:
+        scorer, light = scorer or stored.scorer, keep("light", light, stored.light, start)
     if not scorer:
         if stored is not None:
-            raise UserError(f"{path} is a conditional generator: pass --condition SCORER to train it on")
+            raise UserError(f"{start.path} is a conditional generator: pass --condition SCORER to train it on")
         if light or attributes:
             raise UsageError("--light and --attributes are for a conditional GAN: pass --condition SCORER")
-        return None
+        return {"condition": None, "attributes": None, "light": False}
     names = tuple(name.strip() for name in attributes.split(",")) if attributes else None
     if stored is not None and names not in (None, stored.attributes):
-        raise UserError(f"--attributes {attributes}, but {path} was trained for {','.join(stored.attributes)}")
+        raise UserError(f"--attributes {attributes}, but {start.path} was trained for {','.join(stored.attributes)}")
     names = names or (DEFAULT_ATTRIBUTES if stored is None else stored.attributes)
-    return ConditionSpec(scorer, names, bool(light), stored.scorer_fingerprint if start.continues else None)
+    scorer = str(Path(scorer).resolve()) if Path(scorer).is_file() else scorer
+    return {"condition": scorer, "attributes": ",".join(names), "light": bool(light)}
 
 
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:

@@ -1,4 +1,4 @@
-"""Weights of a small, narrow or unconditional model for a larger, wider or conditional one: cheap coarse training first.
+"""Weights of a small or unconditional model for a larger, wider or conditional one: cheap coarse training first.
 
 An enlarged generator's image starts as the smaller one's, enlarged: new layers are fresh, their ToRGB is zero. The
 discriminator's new blocks start as a plain reduction. This is progressive growing (Karras et al. 2018, arXiv

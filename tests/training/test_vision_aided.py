@@ -116,7 +116,7 @@ def test_a_continued_run_keeps_its_networks_features(tiny_config, tmp_path):
     start = read_checkpoint(tmp_path / "5.pt")
     assert start.options == {"vision_aided": FEATURES, "vision_aided_weight": 2}
     flags = dict.fromkeys((*ARCHITECTURE, "condition", "attributes", "light", "noise", "vision_aided"))
-    assert all(resolve(flags | {"vision_aided": n}, start)[2]["vision_aided"] == FEATURES for n in (None, FEATURES))
+    assert all(resolve(flags | {"vision_aided": n}, start)[1]["vision_aided"] == FEATURES for n in (None, FEATURES))
     with pytest.raises(CheckpointError, match=r"5.pt was trained with --vision_aided scorer:face-scorer, not squeeze"):
         resolve(flags | {"vision_aided": "squeeze"}, start)
     again = make_trainer(tiny_config, vision_aided=FEATURES, seed=1)

@@ -36,15 +36,8 @@ def make_trainer(reader, *, table=None, batch=4, micro_batch=0, lr=0.01, dist=AL
     config = config or GeneratorConfig(**SMALL, condition_dim=len(reader.names))
     table = torch.rand(50, len(reader.names), generator=torch.Generator().manual_seed(5)) if table is None else table
     settings = TrainSettings(batch=batch, micro_batch=micro_batch, lr=lr)
-    return ConditionalTrainer(
-        config,
-        settings,
-        dist,
-        scorer=reader,
-        scorer_name="colour",
-        table=table,
-        condition=ConditionSettings(**condition),
-    )
+    condition = ConditionSettings(condition="colour", **condition)
+    return ConditionalTrainer(config, settings, dist, scorer=reader, table=table, condition=condition)
 
 
 def random_images(n, seed=0):

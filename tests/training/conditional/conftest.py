@@ -5,6 +5,7 @@ import torch
 from colours import ALONE, NAMES, SMALL, ColourScorer
 
 from common.checkpoint import save_checkpoint
+from editing import attributes
 from editing.attributes import ConditionScorer
 from model import GeneratorConfig
 from training import conditional
@@ -18,7 +19,8 @@ def colours(monkeypatch):
     def load(name, *args, **kwargs):
         return ColourScorer(3.0 if name == "other" else 6.0)
 
-    monkeypatch.setattr(conditional, "load_scorer", load)
+    for module in (conditional, attributes):
+        monkeypatch.setattr(module, "load_scorer", load)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from common.runs import read_log
 from editing.attributes import Condition, ConditionError, ConditionScorer, read_condition
 from model import Generator, GeneratorConfig, load_generator
 from scorer.labels import Attribute
-from training.conditional import attribute_error, draw_targets, jitter, score_dataset
+from training.conditional import jitter, score_dataset
 from training.settings import ConditionSettings
 from training.transfer import add_condition_columns, is_modulation
 
@@ -45,12 +45,12 @@ def test_attributes_are_numbers_from_0_to_1(reader, monkeypatch):
     assert torch.allclose(score_dataset(reader, list(random_images(9)), "cpu"), expected, atol=1e-6)
 
 
-def test_targets_are_those_of_real_faces():
+def test_targets_are_those_of_real_faces(reader):
     table = torch.arange(20.0)[:, None] + torch.tensor([[0.0, 100.0, 200.0]])
     torch.manual_seed(0)
-    whole = draw_targets(table, 400, permute=0)
+    whole = make_trainer(reader, table=table, attr_permute=0).draw_condition(400)
     assert (whole[:, 1] - whole[:, 0] == 100).all() and len(whole[:, 0].unique()) == 20
-    mixed = draw_targets(table, 400, permute=0.5)
+    mixed = make_trainer(reader, table=table, attr_permute=0.5).draw_condition(400)
     together = ((mixed[:, 1] - mixed[:, 0]) == 100).float().mean()
     assert 0.2 < together < 0.4, "both of one face: (1/2)^2, and by chance"
     assert all(set(column.tolist()) <= set(values.tolist()) for column, values in zip(mixed.T, table.T, strict=True))
@@ -78,9 +78,12 @@ def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
     assert gradient[:, 64:].abs().sum() > 0 and gradient[:, :64].abs().sum() > 0
     assert reader.scorer.gain.grad is None and reader.scorer.gain.item() == before
     assert all(p.grad is None for p in trainer.d.parameters()), "nor the discriminator"
-    images, target = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.5]])
-    error = attribute_error(reader, images, target)
-    assert torch.allclose(error, torch.tensor([[0.0, 0.5], [0.5, 0.0]]), atol=0.05)
+    trainer.stats.sums.clear()
+    images, target = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.9]])
+    loss = trainer.condition_loss(images, target).item()
+    errors = trainer.stats.read()
+    assert errors == pytest.approx({"attr": 0.35, "attr_smile": 0.25, "attr_eyes_open": 0.45}, abs=0.03)
+    assert loss == pytest.approx(trainer.condition.attr_weight * errors["attr"])
 
 
 def test_weight_of_the_loss(reader):
@@ -311,8 +314,8 @@ def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
     status, line = error("--resume", "auto", "--condition", "other")
     assert status == 1 and "colour 6.0" in line and "colour 3.0" in line
     status, line = error("--resume", "auto", "--light")
-    assert status == 1 and "was trained without --light" in line
+    assert status == 1 and "was trained with --light (none)" in line
     status, line = error("--resume", unconditional, "--exp_name", tmp_path / "new", "--iter", "9")
-    assert status == 1 and "unconditional run: --init_from" in line
+    assert status == 1 and "was trained with --condition (none), not colour: --init_from" in line
     status, line = error("--exp_name", tmp_path / "newer", "--light", "--init_from", export)
     assert status == 1 and "no discriminator" in line
