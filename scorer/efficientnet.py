@@ -21,7 +21,8 @@ LAYERS |= {"_bn1": "depthwise.norm", "_project_conv": "project.conv", "_bn2": "p
 
 
 class ConvNorm(nn.Module):
-    """Convolution and batch norm; stride 2 with TensorFlow's padding, where the odd pixel comes last."""
+    """Convolution and batch norm, in the precision of the weights; stride 2 with TensorFlow's padding, where the odd
+    pixel comes last."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__()
@@ -31,9 +32,10 @@ class ConvNorm(nn.Module):
         self.pad = (kernel - 2) // 2 if stride == 2 else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.to(self.conv.weight.dtype)
         if self.pad is not None:
-            x = F.pad(x, (self.pad, self.pad + 1) * 2)
-        return self.norm(self.conv(x))  # [N, c_out, H/stride, W/stride]
+            y = F.pad(y, (self.pad, self.pad + 1) * 2)
+        return self.norm(self.conv(y)).to(x.dtype)  # [N, c_out, H/stride, W/stride]
 
 
 class Block(nn.Module):

@@ -28,6 +28,11 @@ def seed_phase(trainer, phase, micro=0):
     torch.manual_seed(mix_seeds(trainer.settings.seed, trainer.rng_offset, trainer.n_steps, PHASES.index(phase), micro))
 
 
+def over_heads(loss, *logits):
+    """Mean over the heads of a vision-aided discriminator of a loss of a discriminator's logits."""
+    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])
+
+
 def flatten(value, name="state"):
     """Flat {path: tensor or plain value} of a nested state."""
     if isinstance(value, dict):

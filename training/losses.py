@@ -25,11 +25,6 @@ def r1_penalty(real_logits: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return grad.square().sum((1, 2, 3)).mean()
 
 
-def over_heads(loss, *logits: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over the heads of the vision-aided discriminator of a loss of a discriminator's logits."""
-    return sum(loss(*of_head) for of_head in zip(*logits, strict=True)) / len(logits[0])
-
-
 def path_lengths(images: torch.Tensor, ws: torch.Tensor) -> torch.Tensor:
     """|J_w^T y| of each image, [N]; y ~ N(0, 1 / pixels), root mean square over the tokens of ws [N, L, C]
     (arXiv 1912.04958, equation 4)."""

@@ -117,13 +117,14 @@ class Trainer:
         for optimiser in (self.g_optim, self.d_optim):
             for parameter in optimiser.param_groups[0]["params"]:
                 parameter.requires_grad_(optimiser in phase.optimisers and parameter not in self.frozen)
+        trained = [p for optimiser in phase.optimisers for p in optimiser.param_groups[0]["params"] if p.requires_grad]
 
         n_micro = self.settings.n_micro
         for k, micro in enumerate(images.chunk(n_micro)):
             source = (self.settings.seed, self.rng_offset, self.n_steps, PHASES.index(phase.name))
             torch.manual_seed(mix_seeds(*source, self.dist.rank * n_micro + k))
             loss = phase.loss(mirror(normalise(micro, self.dist.device)))
-            (loss * (phase.gain / n_micro)).backward()
+            (loss * (phase.gain / n_micro)).backward(inputs=trained)  # no further than these: not into generated images
 
         for optimiser in phase.optimisers:
             if update:
@@ -141,20 +142,34 @@ class Trainer:
         condition = self.draw_condition(n) if condition is None else condition
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
-    def discriminate(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [N, 1] of augmented real and generated images; ADA counts those of the real ones."""
-        real_logits, fake_logits = (self.d(self.augment(images), dtype=self.dtype) for images in (real, fake))
+    def judge(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
+        """For each batch of images the logits [N, 1] of d, then those [N, P] of each head of the vision-aided one."""
+        logits = [[self.d(self.augment(images), dtype=self.dtype)] for images in batches]
+        if self.aux_d is not None:
+            logits = [[*first, *self.aux_d(images, self.dtype)] for first, images in zip(logits, batches, strict=True)]
+        return logits
+
+    def adversarial_loss(self, name: str, criterion, *logits: list[torch.Tensor]) -> torch.Tensor:
+        """`criterion` of the logits of d, plus the weighted mean of those of the heads."""
+        loss, *of_heads = (criterion(*of_head) for of_head in zip(*logits, strict=True))
+        self.stats.report(**{name: loss})
+        if of_heads:
+            aux_loss = sum(of_heads) / len(of_heads)
+            self.stats.report(**{f"aux_{name}": aux_loss})
+            loss = loss + self.settings.vision_aided_weight * aux_loss
+        return loss
+
+    def loss_of_d(self, real: torch.Tensor, fake: list[torch.Tensor]) -> torch.Tensor:
+        """Loss of the logits of real and generated images; ADA counts those of the real ones."""
         if self.settings.augment:
-            self.ada.accumulate(real_logits)
-        return real_logits, fake_logits
+            self.ada.accumulate(real[0])
+        self.stats.report(real=real[0].mean(), fake=fake[0].mean())
+        return self.adversarial_loss("d", losses.d_logistic_loss, real, fake)
 
     def d_loss(self, real: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             fake, _ = self.generate(len(real), self.dtype)
-        real_logits, fake_logits = self.discriminate(real, fake)
-        loss = losses.d_logistic_loss(real_logits, fake_logits)
-        self.stats.report(d=loss, real=real_logits.mean(), fake=fake_logits.mean())
-        return loss + self.aux_loss("aux_d", losses.d_logistic_loss, real, fake)
+        return self.loss_of_d(*self.judge(real, fake))
 
     def r1_loss(self, real: torch.Tensor) -> torch.Tensor:
         real = real.requires_grad_()
@@ -165,9 +180,8 @@ class Trainer:
     def g_loss(self, real: torch.Tensor) -> torch.Tensor:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
-        loss = losses.g_nonsaturating_loss(self.d(self.augment(fake), dtype=self.dtype))
-        self.stats.report(g=loss)
-        return loss + self.aux_loss("aux_g", losses.g_nonsaturating_loss, fake) + self.condition_loss(fake, condition)
+        loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, *self.judge(fake))
+        return loss + self.condition_loss(fake, condition)
 
     def joint_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Losses of both networks on the same generated images, before either has moved: one pass of G and one of D on
@@ -176,19 +190,10 @@ class Trainer:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
         seen = fake.detach().requires_grad_()
-        real_logits, fake_logits = self.discriminate(real, seen)
-        d_loss, g_loss = losses.d_logistic_loss(real_logits, fake_logits), losses.g_nonsaturating_loss(fake_logits)
-        self.stats.report(d=d_loss, g=g_loss, real=real_logits.mean(), fake=fake_logits.mean())
-        if self.aux_d is not None:
-            real_maps, maps = (self.aux_d.features(images, self.dtype) for images in (real, seen))
-            logits = [self.aux_d.discriminate(x) for x in (real_maps, [x.detach() for x in maps], maps)]
-            aux_d = losses.over_heads(losses.d_logistic_loss, *logits[:2])
-            aux_g = losses.over_heads(losses.g_nonsaturating_loss, logits[2])
-            self.stats.report(aux_d=aux_d, aux_g=aux_g)
-            d_loss = d_loss + self.settings.vision_aided_weight * aux_d
-            g_loss = g_loss + self.settings.vision_aided_weight * aux_g
+        real_logits, fake_logits = self.judge(real, seen)
+        g_loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, fake_logits)
         (grad,) = torch.autograd.grad(g_loss, seen, retain_graph=True)
-        return d_loss + (fake * grad).sum() + self.condition_loss(fake, condition)
+        return self.loss_of_d(real_logits, fake_logits) + (fake * grad).sum() + self.condition_loss(fake, condition)
 
     def path_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""
@@ -198,14 +203,6 @@ class Trainer:
         self.next_path_mean += mean / self.settings.n_micro
         self.stats.report(path=penalty, path_length=lengths.mean())
         return penalty
-
-    def aux_loss(self, name: str, criterion, *images: torch.Tensor) -> torch.Tensor | float:
-        """Weighted mean of `criterion` over the heads of the vision-aided discriminator, if there is one."""
-        if self.aux_d is None:
-            return 0.0
-        loss = losses.over_heads(criterion, *(self.aux_d(batch, self.dtype) for batch in images))
-        self.stats.report(**{name: loss})
-        return self.settings.vision_aided_weight * loss
 
     # Of a conditional generator (training/conditional.py)
 

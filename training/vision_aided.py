@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.weights import find
-from layers import ConvLayer
+from layers import ConvLayer, make_kernel
+from op import upfirdn2d
 from perceptual.lpips import LPIPS_WEIGHTS, build_perceptual
 from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
-from training.augment import AdaptiveAugment
+from training.augment import augment
 
 SIDE = 96  # pixels to which smaller images are enlarged: classification networks reduce by 16 to 32
 EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
@@ -41,49 +42,37 @@ class VisionAidedDiscriminator(nn.Module):
         super().__init__()
         self.frozen, self.side = (features,), side  # in a tuple: no submodule, so neither trained nor saved
         with torch.no_grad():
-            shapes = [layer.shape[1:] for layer in features.activations(torch.zeros(1, 3, side, side))]
-        sizes = {height: (index, channels) for index, (channels, height, _) in enumerate(shapes)}  # the last of a size
-        self.layers = [(index, channels) for height, (index, channels) in sizes.items() if height <= LARGEST_MAP]
-        widths = [channels for _, channels in self.layers]
+            maps = features.activations(torch.zeros(1, 3, side, side))
+        last = {x.shape[2]: layer for layer, x in enumerate(maps)}  # of each size
+        self.layers = [layer for size, layer in last.items() if size <= LARGEST_MAP]
+        widths = [maps[layer].shape[1] for layer in self.layers]
         self.mix = RandomMixing(widths) if mixed else nn.Identity()
         self.heads = nn.ModuleList(
             nn.Sequential(ConvLayer(n, WIDTH, 1), ConvLayer(WIDTH, WIDTH, 3), ConvLayer(WIDTH, 1, 1, activate=False))
             for n in (MIXED_WIDTHS if mixed else widths)
         )
-        self.augment = AdaptiveAugment(AUGMENT_P, None, transforms=TRANSFORMS)
 
     def to(self, device):
         self.frozen[0].to(device)
-        self.augment.p = self.augment.p.to(device)
         return super().to(device)
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        return self.discriminate(self.features(images, dtype))
-
-    def features(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        """Maps [N, C, h, w] of the augmented images, one per head."""
-        images = self.augment(images)
+        images = augment(images, AUGMENT_P, transforms=TRANSFORMS)
         if images.shape[-1] < self.side:
             images = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
-        activations = self.frozen[0].activations(shift(blur(images)))
-        maps = []
-        for index, channels in self.layers:
-            x = F.normalize(activations[index], dim=1, eps=1e-4) * math.sqrt(channels)  # unit variance per pixel
-            maps.append(x.to(dtype).contiguous(memory_format=torch.channels_last))  # [N, C, h, w]
-        return self.mix(maps)  # [N, width, h, w]
-
-    def discriminate(self, maps: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [head(x).float().flatten(1) for x, head in zip(maps, self.heads, strict=True)]  # each [N, h * w]
+        activations, maps = self.frozen[0].activations(shift(blur(images))), []
+        for layer in self.layers:
+            x = F.normalize(activations[layer], dim=1, eps=1e-4)
+            x = x.mul(math.sqrt(x.shape[1])).to(dtype)  # unit variance per pixel
+            maps.append(x.contiguous(memory_format=torch.channels_last))  # [N, C, h, w]
+        return [head(x).float().flatten(1) for head, x in zip(self.heads, self.mix(maps), strict=True)]  # [N, h * w]
 
 
 def blur(images: torch.Tensor) -> torch.Tensor:
     """Images [N, C, H, W] through a binomial filter of one pixel's deviation. Unfiltered, the gradient of a trained
     network is several times the discriminator's at the finest patterns, and the generator draws weaves (docs/log.md).
     """
-    channels = images.shape[1]
-    row = (images.new_tensor(BINOMIAL) / sum(BINOMIAL)).expand(channels, 1, 1, -1)  # [C, 1, 1, 5]
-    images = F.pad(images, (2, 2, 2, 2), mode="reflect")
-    return F.conv2d(F.conv2d(images, row, groups=channels), row.transpose(2, 3), groups=channels)
+    return upfirdn2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), make_kernel(BINOMIAL).to(images.device))
 
 
 def shift(images: torch.Tensor) -> torch.Tensor:
@@ -113,14 +102,17 @@ def find_features() -> str:
 
 
 class FrozenEfficientNet(nn.Module):
-    """Stages of scorer/efficientnet.py for features alone, computed in `dtype`."""
+    """Stages of scorer/efficientnet.py for features alone, computed in `dtype`, norms folded into convolutions.
+    Depthwise ones of stride 2 compute in float32: their gradient in bfloat16 takes 35 to 85 times as long on a CPU, for
+    lack of a kernel (torch 2.14)."""
 
     def __init__(self, stages: nn.ModuleList, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.dtype, self.stages = dtype, stages.eval()
-        for name, layer in [*stages.named_modules()]:
-            if isinstance(layer, ConvNorm):
-                stages.set_submodule(name, FrozenConv(layer, dtype))
+        self.dtype, self.stages = dtype, stages.eval().requires_grad_(False)
+        for layer in [module for module in stages.modules() if isinstance(module, ConvNorm)]:
+            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
+            slow = layer.pad is not None and layer.conv.groups > 1
+            layer.to(torch.float32 if slow else dtype, memory_format=torch.channels_last)
 
     def activations(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Images [N, 3, S, S] in [-1, 1], S a multiple of 32 -> maps of 24, 40, 112, 320 channels, strides 4 to 32."""
@@ -129,24 +121,6 @@ class FrozenEfficientNet(nn.Module):
             x = stage(x)
             maps.append(x)  # [N, C, S/2, S/2], then at S/4, S/8, S/16, S/32
         return maps[1:]
-
-
-class FrozenConv(nn.Module):
-    """ConvNorm of scorer/efficientnet.py as one convolution. Depthwise ones of stride 2 compute in float32: their
-    gradient in bfloat16 takes 35 to 85 times as long on a CPU, for lack of a kernel (torch 2.14)."""
-
-    def __init__(self, layer: ConvNorm, dtype: torch.dtype):
-        super().__init__()
-        self.pad = layer.pad
-        dtype = torch.float32 if self.pad is not None and layer.conv.groups > 1 else dtype
-        conv = fuse_conv_bn_eval(layer.conv, layer.norm).requires_grad_(False)
-        self.conv = conv.to(dtype, memory_format=torch.channels_last)
-
-    def forward(self, images):
-        x = images.to(self.conv.weight.dtype)  # [N, Cin, H, W]
-        if self.pad is not None:
-            x = F.pad(x, (self.pad, self.pad + 1) * 2)
-        return self.conv(x).to(images.dtype)  # [N, Cout, H/stride, W/stride]
 
 
 class RandomMixing(nn.Module):

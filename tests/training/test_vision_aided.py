@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from trainers import assert_equal_states, make_trainer, random_images
+from trainers import assert_equal_states, make_trainer, over_heads, random_images
 
 import train
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.cli import run
 from perceptual.lpips import build_perceptual
-from training.losses import d_logistic_loss, g_nonsaturating_loss, over_heads
+from training.losses import d_logistic_loss, g_nonsaturating_loss
 from training.resume import read_checkpoint, resolve
 from training.settings import ARCHITECTURE
 from training.trainer import TrainSettings
@@ -49,16 +49,13 @@ def test_gradients_reach_the_image_and_the_heads_alone(aux_d, features):
     assert all(p.grad is None and not p.requires_grad for p in features.parameters())
 
 
-def test_losses_are_the_discriminators_averaged_over_heads():
-    real, fake = torch.randn(3, 4), torch.randn(3, 4)
-    assert torch.allclose(over_heads(d_logistic_loss, [real], [fake]), d_logistic_loss(real, fake))
-    assert torch.allclose(
-        over_heads(d_logistic_loss, [real, fake], [fake, real]),
-        (d_logistic_loss(real, fake) + d_logistic_loss(fake, real)) / 2,
-    )
-    assert torch.allclose(
-        over_heads(g_nonsaturating_loss, [real, fake]), (g_nonsaturating_loss(real) + g_nonsaturating_loss(fake)) / 2
-    )
+def test_losses_are_the_discriminators_and_the_mean_over_heads(tiny_config):
+    trainer = make_trainer(tiny_config, vision_aided_weight=0.5)
+    real, fake = torch.randn(3, 3, 4), torch.randn(3, 3, 4)  # of d and of two heads
+    first, *of_heads = (d_logistic_loss(*logits).item() for logits in zip(real, fake, strict=True))
+    loss = trainer.adversarial_loss("d", d_logistic_loss, list(real), list(fake))
+    assert loss.item() == pytest.approx(first + 0.5 * sum(of_heads) / 2)
+    assert trainer.stats.read() == pytest.approx({"d": first, "aux_d": sum(of_heads) / 2})
 
 
 def test_heads_learn_to_tell_red_from_green(aux_d):
