@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from common.distributed import all_reduce_mean
+
 BLITS = ("xflip", "rotate90", "xint")  # xint: translation by whole pixels, xfrac: by fractions
 GEOMETRY = ("scale", "rotate", "aniso", "xfrac")  # rotate: before and after aniso, the stretch
 COLOURS = ("brightness", "contrast", "lumaflip", "hue", "saturation")
@@ -35,6 +37,7 @@ TAPS = """0.015404109327027373 0.0034907120842174702 -0.11799011114819057 -0.048
     -0.021060292512300564 0.04472490177066578 0.0017677118642428036 -0.007800708325034148"""
 SYM6 = [float(tap) for tap in TAPS.split()]
 MARGIN = 6  # pixels around the image that are doubled with it
+BILINEAR, NEAREST, BORDER, REFLECTION = 0, 1, 1, 2  # of torch's grid_sampler_2d
 
 
 class Plan(NamedTuple):
@@ -90,8 +93,7 @@ def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transform
     low, high = mean - turn, mean + turn
     rows = (same, low, high, shade), (high, same, low, shade), (low, high, same, shade)
     colour = torch.stack([torch.stack(row, 1) for row in rows], 1)  # [N, 3, 4]
-    coloured, resampled = (torch.stack([drew[name] for name in names]).any(0) for names in (COLOURS, _RESAMPLED))
-    colour = torch.where(coloured[:, None, None], colour, torch.eye(3, 4, device=colour.device))  # free of rounding
+    resampled = torch.stack([drew[name] for name in _RESAMPLED]).any(0)
     return Plan(torch.cat([blit, blit_offset], 2), torch.cat([linear, offset], 2), colour, resampled)
 
 
@@ -131,17 +133,10 @@ def augment(images: torch.Tensor, p, *, transforms=TRANSFORMS, noise=None, stati
 
 def blit(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Move x [N, C, S, S] by matrices [N, 2, 3] of mirrors, quarter turns and whole pixels. Exact; borders reflect."""
-    n, channels, size, _ = x.shape
-    centre, period = (size - 1) / 2, 2 * (size - 1)
-    position = torch.arange(size, device=x.device) - centre  # [S]
-    column, line = position[None, None, :], position[None, :, None]
-    source = []
-    for m in matrix.float().unbind(1):  # x, then y; m [N, 3]
-        a, b, c = m[:, :, None, None].unbind(1)  # each [N, 1, 1]
-        index = torch.round(a * column + b * line + c + centre).long() % period  # [N, S, S]
-        source.append(torch.minimum(index, period - index))
-    flat = (source[1] * size + source[0]).view(n, 1, -1).expand(-1, channels, -1)  # [N, C, S*S]
-    return x.flatten(2).gather(2, flat).view(n, channels, size, size)
+    linear, offset = matrix.to(x.dtype).split((2, 1), 2)
+    matrix = torch.cat([linear, offset * (2 / (x.shape[2] - 1))], 2)  # the grid's unit: -1, 1 are the outermost pixels
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=True)  # [N, S, S, 2]
+    return _Sample.apply(x, grid, (NEAREST, REFLECTION, True))
 
 
 def resample(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -159,17 +154,14 @@ def resample(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     x = F.conv_transpose2d(x, up.mT, None, (1, 2), (0, 2 * 3 + 5), (0, 1), channels)  # [N, C, R, R], R = 2S-1+4margin
 
     # Sample from 5 before the first pixel to 6 after the last on the doubled grid, as the transposed filter needs.
-    # The unit is grid_sample's: positions about the centre, -1 and 1 on the ends of the doubled image.
-    centre, reach = (size - 1) / 2, (size - 1) / 2 + margin
-    position = (torch.arange(2 * size + 10, device=x.device, dtype=x.dtype) - 5) / 2 - centre  # [Q], Q = 2S+10
-    matrix = matrix.to(x.dtype) / reach
-    column = position[:, None] * matrix[:, None, :, 0] + matrix[:, None, :, 2]  # [N, Q, 2]
-    line = position[:, None] * matrix[:, None, :, 1]  # [N, Q, 2]
-    grid = line[:, :, None] + column[:, None]  # [N, Q, Q, 2]
-    border = centre / reach
+    # The grid's unit: positions about the centre, -1 and 1 on the ends of the doubled image.
+    n, ends, (linear, offset) = 2 * size + 10, (size - 1) / 2 + margin, matrix.to(x.dtype).split((2, 1), 2)
+    offset = offset + linear.sum(2, keepdim=True) / 4  # the middle of the n lies a quarter off the centre
+    matrix = torch.cat([linear * ((n - 1) / 4), offset], 2) / ends
+    grid, border = F.affine_grid(matrix, [len(x), channels, n, n], align_corners=True), (size - 1) / 2 / ends
     phase = (grid / (4 * border)).add_(0.25)
     wave = phase.sub_(phase.floor()).sub_(0.5).abs_().mul_(-4 * border).add_(border)  # reflected between the borders
-    x = _Sample.apply(x, torch.where(grid.abs() > 1, wave, grid))  # [N, C, Q, Q]
+    x = _Sample.apply(x, torch.where(grid.abs() > 1, wave, grid), (BILINEAR, BORDER, True))  # [N, C, n, n]
 
     # The transpose of the doubling: out[k] = sum_i down[i] x[2k + i].
     x = x.contiguous(memory_format=torch.channels_last)
@@ -184,18 +176,17 @@ def _taps(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 # grid_sample is linear in the image: its gradient is the transposed sampling, whose gradient is the sampling again.
 # Releases before torch 2.15 raise "derivative for grid_sampler_2d_backward is not implemented". CUDA adds in any order.
-_MODE = (0, 1, True)  # bilinear; clamped to the border; -1 and 1 are the centres of the outermost pixels
-
-
 class _Sample(torch.autograd.Function):
+    """x [N, C, H, W] at a grid; mode: interpolation, padding, align_corners. shape: the transpose, to that shape."""
+
     @staticmethod
-    def forward(ctx, x, grid, shape=None, transposed=False):
+    def forward(ctx, x, grid, mode, shape=None):
         ctx.save_for_backward(grid)
-        ctx.transpose = x.shape, not transposed
-        if not transposed:
-            return torch.ops.aten.grid_sampler_2d(x, grid, *_MODE)
+        ctx.transpose = mode, None if shape else x.shape
+        if shape is None:
+            return torch.ops.aten.grid_sampler_2d(x, grid, *mode)
         image = x.new_zeros(()).expand(shape)  # read only for the gradient of the grid, which nobody asks for
-        return torch.ops.aten.grid_sampler_2d_backward(x, image, grid, *_MODE, [True, False])[0]
+        return torch.ops.aten.grid_sampler_2d_backward(x, image, grid, *mode, [True, False])[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -208,8 +199,8 @@ class AdaptiveAugment:
     below, and stays in [0, 1]. target: None keeps p. length: images in which p may go from 0 to 1. interval: updates
     between adjustments. All ranks must call update() and state_dict()."""
 
-    def __init__(self, p=0.0, target=0.6, length=500_000, interval=4, *, transforms=TRANSFORMS, device="cpu"):
-        self.target, self.length, self.interval, self.transforms = target, length, interval, transforms
+    def __init__(self, p=0.0, target=0.6, length=500_000, interval=4, *, device="cpu", world_size: int = 1):
+        self.target, self.length, self.interval, self.world_size = target, length, interval, world_size
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.p = torch.tensor(p, dtype=dtype, device=device)
         self.r = torch.zeros_like(self.p)  # E[sign(D(real))] of the last adjustment, for the log
@@ -217,7 +208,7 @@ class AdaptiveAugment:
         self._updates = 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return augment(images, self.p, transforms=self.transforms)
+        return augment(images, self.p)
 
     @torch.no_grad()
     def accumulate(self, real_logits: torch.Tensor) -> None:
@@ -225,33 +216,30 @@ class AdaptiveAugment:
         self._sums[0] += real_logits.detach().sign().sum(dtype=self._sums.dtype)
         self._sums[1] += real_logits.numel()
 
-    @torch.no_grad()
-    def update(self) -> bool:
-        """Adjust p at every interval-th call, once per step; whether it did."""
+    def _total(self) -> torch.Tensor:
+        """The sums of all ranks."""
+        total = self._sums.clone()
+        all_reduce_mean([total])
+        return total * self.world_size
+
+    def update(self) -> None:
+        """Adjust p at every interval-th call, once per step."""
         self._updates += 1
         if self.target is None or self._updates % self.interval:
-            return False
-        signs, images = all_reduce_sum(self._sums)
+            return
+        signs, images = self._total()
         self.r.copy_(signs / images.clamp(min=1))
         step = torch.sign(self.r - self.target) * images / self.length  # 0 where no image was counted
         self.p.add_(step).clamp_(0, 1)
         self._sums.zero_()
-        return True
 
     def state_dict(self) -> dict:
-        signs, images = all_reduce_sum(self._sums.clone()).tolist()
+        signs, images = self._total().tolist()
         return {"p": self.p.item(), "r": self.r.item(), "signs": signs, "images": images, "updates": self._updates}
 
-    def load_state_dict(self, state: dict, is_main: bool = True) -> None:
-        """Continue from state_dict(). One of several ranks (is_main) takes over the sums."""
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from state_dict(); each rank takes over its share of the sums."""
         self.p.fill_(state["p"])
         self.r.fill_(state["r"])
-        self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) * is_main)
+        self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) / self.world_size)
         self._updates = int(state["updates"])
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks, in place."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-    return tensor

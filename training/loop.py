@@ -236,7 +236,7 @@ def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> int:
         raise UserError("a single image does not fit in memory: lower --size or --channel_max")
     smallest = min(gather_list(size))  # the draws of a step depend on the number of micro-batches, on every rank
     trainer.settings = replace(trainer.settings, micro_batch=smallest)
-    trainer.ada.load_state_dict(ada, trainer.dist.is_main)
+    trainer.ada.load_state_dict(ada)
     trainer.next_path_mean.zero_()
     trainer.stats.sums.clear()
     batches.sampler.advance(-batch * trainer.dist.world_size)

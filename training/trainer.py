@@ -58,8 +58,8 @@ class Trainer:
         self.dtype, self.aux_d = DTYPES[settings.precision], None
         if settings.vision_aided:
             self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype).to(device)
-        target = None if settings.augment_p else settings.ada_target
-        self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, device=device)
+        target, ranks = None if settings.augment_p else settings.ada_target, {"world_size": dist.world_size}
+        self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, device=device, **ranks)
         self.augment = self.ada if settings.augment else nn.Identity()
 
         d_every, g_every = settings.d_reg_every, settings.g_reg_every
@@ -247,7 +247,7 @@ class Trainer:
         self.warm = bool(state.get("warm"))
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
         if "ada" in state:
-            self.ada.load_state_dict(state["ada"], is_main=self.dist.is_main)
+            self.ada.load_state_dict(state["ada"])
         if self.settings.augment_p:
             self.ada.p.fill_(self.settings.augment_p)
 
