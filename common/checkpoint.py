@@ -206,3 +206,21 @@ def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{source} holds another architecture: {'; '.join(wrong[:3])}{more}")
     network.load_state_dict(state)
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, state: dict, source) -> None:
+    """Load the moments of Adam or a relative of it; its settings stay. Raises CheckpointError where shapes differ."""
+    groups, parameters = (
+        optimiser.state_dict()["param_groups"],
+        [p for g in optimiser.param_groups for p in g["params"]],
+    )
+    try:
+        if (found := sum(len(group["params"]) for group in state["param_groups"])) != len(parameters):
+            raise ValueError(f"moments of {found} tensors for {len(parameters)}")
+        for i, moments in state["state"].items():  # the optimisers do not look at shapes
+            shapes = [list(moments[name].shape) for name in ("exp_avg", "exp_avg_sq")]
+            if shapes != [list(parameters[i].shape)] * 2:
+                raise ValueError(f"moments {shapes[0]} for {list(parameters[i].shape)}")
+        optimiser.load_state_dict({"state": state["state"], "param_groups": groups})
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{source} belongs to another network ({error})") from None

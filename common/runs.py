@@ -239,7 +239,13 @@ class StepBar(tqdm):
 
     def __init__(self, total, initial=0, *, main=True):
         super().__init__(total=total, initial=initial, unit="step", dynamic_ncols=True, disable=None if main else True)
-        self.main = main
+        self.main, self.since, self.warned = main, (time.perf_counter(), initial), False
+
+    def speed(self, step: int, batch: int) -> tuple[float, float, float]:
+        """Seconds since the last call, images per second of them (`batch` a step), and seconds left from `step` on."""
+        now, (then, first) = time.perf_counter(), self.since
+        self.since, per_step = (now, step), (now - then) / max(1, step - first)
+        return now - then, batch / per_step, (self.total - step) * per_step
 
     def report(self, step, text):
         if not self.disable:

@@ -5,12 +5,11 @@ normalises its own batch; the running statistics are averaged over ranks before 
 """
 
 import math
-import time
 
 import torch
 from torch.utils.data import Dataset
 
-from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from common.checkpoint import CheckpointError, load_checkpoint, load_optimiser, save_checkpoint
 from common.cli import StopSignal, UserError
 from common.distributed import Distributed, Stats, all_reduce_mean, barrier, gather_list, mix_seeds, shard
 from common.grids import save_grid
@@ -119,13 +118,7 @@ class Coach:
             raise CheckpointError(f"{source} cannot be continued, it holds no optimiser state; {hint}")
         if (name := state.get("optim_name")) != (here := self.settings.optim_name):
             raise CheckpointError(f"{source} was trained with --optim_name {name}, this run has {here}")
-        try:
-            self.optimiser.load_state_dict(state["optimiser"])
-        except (ValueError, KeyError, TypeError) as error:
-            which = f"the optimiser belongs to another network ({error}); was --train_decoder the same?"
-            raise CheckpointError(f"{source}: {which}") from None
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate  # the flag of this run, not of the file
+        load_optimiser(self.optimiser, state["optimiser"], f"{source}: the optimiser (was --train_decoder the same?)")
         self.best = state.get("best_val_loss")
 
     def train(self, images: Dataset, held_out: Dataset, start: Start, folder, options: dict) -> float:
@@ -148,8 +141,7 @@ class Coach:
 
     def loop(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> None:
         """The steps of `train`."""
-        dist, total = self.dist, self.settings.max_steps
-        since, since_step, metrics = time.perf_counter(), self.net.step, {}
+        dist, total, metrics = self.dist, self.settings.max_steps, {}
         if self.net.step == 0:
             metrics = self.validate_and_save(held_out, run, opts)  # also: a folder that cannot be written shows now
         with StepBar(total, self.net.step, main=dist.is_main) as bar:
@@ -166,13 +158,10 @@ class Coach:
                 if "image" in due and dist.is_main:
                     save_samples(self.last, run.path("sample", f"train_{step:06d}.png"))
                 if "board" in due and dist.is_main:
-                    now = time.perf_counter()
-                    speed = (step - since_step) * self.settings.batch_size * dist.world_size / (now - since)
-                    left = (total - step) * (now - since) / (step - since_step)
+                    _, speed, left = bar.speed(step, self.settings.batch_size * dist.world_size)
                     run.log(step, "train", **metrics)
                     run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))
                     bar.report(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
-                    since, since_step = now, step
                 if "val" in due:
                     metrics = self.validate_and_save(held_out, run, opts)
                 if "save" in due or ending:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import minimize
 
-from common.checkpoint import CheckpointError, load_strictly
+from common.checkpoint import CheckpointError, load_optimiser, load_strictly
 from common.distributed import mix_seeds
 from common.images import read_image, to_tensor, to_uint8
 from scorer.efficientnet import load_imagenet
@@ -214,10 +214,7 @@ class ScorerTrainer:
             raise CheckpointError(f"{source} holds another scorer: {_describe(config)}; here {_describe(self.config)}")
         load_strictly(self.network, network, source)
         load_strictly(self.average, average, source)
-        try:
-            self.optimiser.load_state_dict(optimiser)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{source}: its optimiser is another one's ({error})") from None
+        load_optimiser(self.optimiser, optimiser, f"{source}: its optimiser")
 
 
 @torch.no_grad()

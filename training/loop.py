@@ -43,7 +43,7 @@ def training_loop(
     number that is not finite, before a checkpoint is overwritten, and after an orderly stop."""
     dist, sampler, total, stop, n_rollbacks = trainer.dist, batches.sampler, settings.iter, StopSignal(), 0
     z = trainer.g.draw_z(settings.n_sample, torch.Generator().manual_seed(trainer.settings.seed))
-    speed = Speed(trainer, total)
+    waited = 0.0  # seconds, for data
 
     def save():
         state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}  # collective
@@ -64,7 +64,7 @@ def training_loop(
             # Train one step.
             start = time.perf_counter()
             images = next(batches)
-            speed.waited += time.perf_counter() - start
+            waited += time.perf_counter() - start
             trainer.step(images)
             step, last = trainer.n_steps, trainer.n_steps == total
             bar.update()
@@ -87,12 +87,14 @@ def training_loop(
                 if broken:
                     n_rollbacks += 1
                     roll_back(trainer, batches, run, ", ".join(broken), settings.on_nan, n_rollbacks)
-                    bar.n, speed = trainer.n_steps, Speed(trainer, total)
+                    bar.n, waited = trainer.n_steps, 0.0
+                    bar.speed(trainer.n_steps, 1)  # measured from here
                     continue
 
                 # Report status.
                 if dist.is_main:
-                    write_log(run, trainer, metrics, speed.read(), bar)
+                    write_log(run, trainer, metrics, bar, waited)
+                    waited = 0.0
 
             # Save samples, evaluate, save checkpoint.
             if sample_due and dist.is_main:
@@ -105,34 +107,10 @@ def training_loop(
                 raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
 
 
-class Speed:
-    """Images per second, share of time spent waiting for data, memory and time left, since the last reading."""
-
-    def __init__(self, trainer: Trainer, total: int):
-        self.trainer, self.total, self.warned = trainer, total, False
-        self.time, self.step, self.waited = time.perf_counter(), trainer.n_steps, 0.0
-
-    def read(self) -> dict:
-        now, step, dist = time.perf_counter(), self.trainer.n_steps, self.trainer.dist
-        seconds, steps, batch = now - self.time, max(1, step - self.step), self.trainer.settings.batch * dist.world_size
-        waited, left, on_gpu = self.waited / seconds, (self.total - step) * seconds / steps, dist.device.type == "cuda"
-        self.time, self.step, self.waited = now, step, 0.0
-        if left > 86400 * LONG_DAYS and not self.warned:
-            self.warned, text = True, f"{self.total - step:,} steps are left, {left / 86400:,.0f} days at this speed"
-            StepBar.write(f"warning: {text}: a smaller --iter, --size or --batch", file=sys.stderr)
-        return {
-            "images_per_s": round(steps * batch / seconds, 2),
-            "s_per_kimg": round(1000 * seconds / (steps * batch), 2),
-            "data_wait": round(waited, 4),
-            "peak_memory_mb": (torch.cuda.max_memory_allocated(dist.device) if on_gpu else peak_bytes()) >> 20,
-            "kimg": round(step * batch / 1000, 3),
-            "eta_s": round(left),
-        }
-
-
-def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepBar) -> None:
-    """One line per group into log.jsonl and TensorBoard, a summary beside the bar."""
-    step, loss = trainer.n_steps, {name: metrics[name] for name in LOSSES if name in metrics}
+def write_log(run: Run, trainer: Trainer, metrics: dict, bar: StepBar, waited: float) -> None:
+    """One line per group into log.jsonl and TensorBoard, a summary beside the bar. waited: seconds, for data, since the
+    last call."""
+    step, loss, dist = trainer.n_steps, {name: metrics[name] for name in LOSSES if name in metrics}, trainer.dist
     run.log(step, "Loss", **loss)
     if "path" in metrics:
         mean = float(trainer.mean_path_length)
@@ -142,10 +120,15 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, speed: dict, bar: StepB
         run.log(step, "Attributes", **attributes)
     if trainer.settings.augment:
         run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
-    run.log(step, "Speed", **speed)
+    seconds, speed, left = bar.speed(step, trainer.settings.batch * dist.world_size)
+    memory = torch.cuda.max_memory_allocated(dist.device) if dist.device.type == "cuda" else peak_bytes()
+    numbers = {"images_per_s": round(speed, 2), "data_wait": round(waited / seconds, 4), "eta_s": round(left)}
+    run.log(step, "Speed", **numbers, peak_memory_mb=memory >> 20)
     shown = " ".join(f"{name} {loss[name]:.3f}" for name in ("d", "g", "attr") if name in loss)
-    wait, left = f"{speed['data_wait']:.1%}", format_duration(speed["eta_s"])
-    bar.report(step, f"{shown}, {speed['images_per_s']} img/s, data wait {wait}, left {left}")
+    bar.report(step, f"{shown}, {speed:.2f} img/s, data wait {waited / seconds:.1%}, left {format_duration(left)}")
+    if left > 86400 * LONG_DAYS and not bar.warned:
+        bar.warned, text = True, f"{bar.total - step:,} steps are left, {left / 86400:,.0f} days at this speed"
+        StepBar.write(f"warning: {text}: a smaller --iter, --size or --batch", file=sys.stderr)
 
 
 def report_start(trainer: Trainer, folder: Path, continued: Path | None, n_images: int, total: int, note: str) -> None:

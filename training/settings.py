@@ -93,10 +93,7 @@ def cpu_preset(size: int, batch: int, *, bf16: bool, warm: bool, vision_aided: s
     """Flags for a short training on processors (docs/training.md says what each brings). warm: from trained weights."""
     images_per_step = batch * int(os.environ.get("WORLD_SIZE", 1))
     chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
-    chosen |= {"precision": "bf16" if bf16 else "fp32", "lr": 0.0025 if warm else 0.006}
-    chosen |= {
-        "r1": round(0.0002 * size**2 / images_per_step, 3),
-        "g_reg_every": 8,
-        "one_stage": True,
-    }  # r1: ADA's rule
-    return chosen | {"augment": True, "ada_length": 60_000, "vision_aided": vision_aided, "noise": "none"}
+    r1 = round(0.0002 * size**2 / images_per_step, 3)  # ADA's rule
+    chosen |= {"precision": "bf16" if bf16 else "fp32", "lr": 0.0025 if warm else 0.006, "r1": r1, "g_reg_every": 8}
+    chosen |= {"one_stage": True, "augment": True, "ada_length": 60_000}
+    return chosen | {"vision_aided": vision_aided, "noise": "none"}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from common.checkpoint import CheckpointError, load_strictly
+from common.checkpoint import CheckpointError, load_optimiser, load_strictly
 from common.distributed import Distributed, Stats, all_reduce_mean, mix_seeds
 from common.precision import DTYPES
 from dataset import mirror, normalise
@@ -275,21 +275,6 @@ def build_adam(networks: list[nn.Module], lr: float, reg_every: int) -> torch.op
     ratio = reg_every / (reg_every + 1)
     fused = parameters[0].device.type in ("cuda", "cpu")
     return torch.optim.Adam(parameters, lr=lr * ratio, betas=(0.0**ratio, 0.99**ratio), fused=fused)
-
-
-def load_optimiser(optimiser: torch.optim.Adam, state: dict, source: str) -> None:
-    """Load Adam's moments; its settings stay. Raises CheckpointError where the shapes differ."""
-    groups, parameters = optimiser.state_dict()["param_groups"], optimiser.param_groups[0]["params"]
-    try:
-        if (found := len(state["param_groups"][0]["params"])) != len(parameters):
-            raise ValueError(f"moments of {found} tensors for {len(parameters)}")
-        for i, moments in state["state"].items():  # Adam does not look at shapes
-            shapes = [list(moments[name].shape) for name in ("exp_avg", "exp_avg_sq")]
-            if shapes != [list(parameters[i].shape)] * 2:
-                raise ValueError(f"moments {shapes[0]} for {list(parameters[i].shape)}")
-        optimiser.load_state_dict({"state": state["state"], "param_groups": groups})
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{source} belongs to another network ({error})") from None
 
 
 @torch.no_grad()
