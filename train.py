@@ -55,12 +55,7 @@ def build_parser() -> ArgumentParser:
     add("--light", action="store_true", default=None, help="train only what the condition adds to --init_from")
     add_fields(group, ConditionSettings)
 
-    group = parser.add_argument_group("length and output")
-    add_fields(group, LoopSettings)
-    add = group.add_argument
-    add("--metric", default="fid,prdc", help="what --eval_every computes: fid, kid, prdc, several with commas between")
-    add("--eval_samples", type=int, default=5000, help="real and generated images of an evaluation")
-    add("--extractor", default="auto", help="features for --eval_every: inception, or a named fallback (fid-squeeze)")
+    add_fields(parser.add_argument_group("length and output"), LoopSettings)
     return parser
 
 
@@ -88,7 +83,7 @@ def main(args) -> int:
     from dataset import InfiniteSampler, data_loader, open_dataset
     from model import GeneratorConfig
     from training.conditional import build_trainer
-    from training.loop import fit_micro_batch, report_start, start_monitor, training_loop
+    from training.loop import fit_micro_batch, report_start, training_loop
     from training.resume import read_start, resolve
     from training.vision_aided import find_features
 
@@ -131,10 +126,8 @@ def main(args) -> int:
             options["micro_batch"] = str(fit_micro_batch(trainer, batches))
         if dist.is_main:
             report_start(trainer, run.folder, continued, len(dataset), args.iter, changed)
-        evaluation = {"metric": args.metric, "n": args.eval_samples, "extractor": args.extractor}
-        evaluate = start_monitor(trainer, run, args.path, **evaluation) if args.eval_every else None
-        files = {"options": options, "continued": continued, "evaluate": evaluate}
-        training_loop(trainer, batches, run, read_fields(LoopSettings, options), **files)
+        loop = read_fields(LoopSettings, options)
+        training_loop(trainer, batches, run, loop, options=options, continued=continued)
     return 0
 
 

@@ -7,6 +7,7 @@ squeeze-and-excitation. Weights trained on ImageNet come from the package effici
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.checkpoint import load_checkpoint, load_strictly
 from common.cli import UserError
@@ -86,3 +87,25 @@ def load_imagenet(stages: nn.ModuleList) -> None:
         if layer in places:
             state[f"{places[layer]}.{kind}"] = tensor
     load_strictly(stages, state, path)
+
+
+class FrozenEfficientNet(nn.Module):
+    """Stages of build_efficientnet for features alone, computed in `dtype`, norms folded into convolutions.
+    Depthwise ones of stride 2 compute in float32: their gradient in bfloat16 takes 35 to 85 times as long on a CPU, for
+    lack of a kernel (torch 2.14)."""
+
+    def __init__(self, stages: nn.ModuleList, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype, self.stages = dtype, stages.eval().requires_grad_(False)
+        for layer in [module for module in stages.modules() if isinstance(module, ConvNorm)]:
+            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
+            slow = layer.pad is not None and layer.conv.groups > 1
+            layer.to(torch.float32 if slow else dtype, memory_format=torch.channels_last)
+
+    def activations(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Images [N, 3, S, S] in [-1, 1], S a multiple of 32 -> maps of 24, 40, 112, 320 channels, strides 4 to 32."""
+        x, maps = images.to(self.dtype).contiguous(memory_format=torch.channels_last), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)  # [N, C, S/2, S/2], then at S/4, S/8, S/16, S/32
+        return maps[1:]

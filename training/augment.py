@@ -49,9 +49,8 @@ class Plan(NamedTuple):
     resampled: torch.Tensor  # bool [N], drew geometry that is not a blit
 
 
-def make_plan(noise: torch.Tensor, p: float | torch.Tensor, size: int, transforms: Iterable[str] = TRANSFORMS) -> Plan:
-    """Noise [N, N_NOISE] -> transforms of N images of size x size, each drawn with probability p (a number, or a 0-dim
-    tensor on the noise's device). No host sync."""
+def make_plan(noise: torch.Tensor, p: float, size: int, transforms: Iterable[str] = TRANSFORMS) -> Plan:
+    """Noise [N, N_NOISE] -> transforms of N images of size x size, each drawn with probability p."""
     u = dict(zip(_VALUES, noise[:, len(_DECISIONS) :].unbind(1), strict=True))  # each [N]
     chance = {name: p if name in transforms else 0.0 for name in TRANSFORMS}
     chance["rotate"] = chance["rotate_after"] = 1 - (1 - chance["rotate"]) ** 0.5  # p_rot: P(before or after) = p
@@ -105,15 +104,11 @@ def _rotation(theta: torch.Tensor) -> torch.Tensor:
     return _matrix2(torch.cos(theta), -torch.sin(theta), torch.sin(theta), torch.cos(theta))
 
 
-def augment(images: torch.Tensor, p, *, transforms=TRANSFORMS, noise=None, static=None) -> torch.Tensor:
-    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p (a number, or a 0-dim tensor on their
-    device); values may leave [-1, 1]. Same shape, dtype and memory format; differentiable twice; computed in float32
-    (float64 for float64). noise: uniforms [N, N_NOISE]; default: drawn. static: resample all images, without host sync
-    (default: on a GPU), else those alone that drew it; the result is the same. Unless static, p = 0 returns the very
-    tensor."""
-    static = images.device.type != "cpu" if static is None else static
-    p = p if static else float(p)
-    if not isinstance(p, torch.Tensor) and p == 0:
+def augment(images: torch.Tensor, p: float, *, transforms=TRANSFORMS, noise=None) -> torch.Tensor:
+    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1]. Same shape,
+    dtype and memory format; differentiable twice; computed in float32 (float64 for float64). noise: uniforms
+    [N, N_NOISE]; default: drawn. p = 0 returns the very tensor."""
+    if p == 0:
         return images
     noise = torch.rand(len(images), N_NOISE, device=images.device) if noise is None else noise.to(images.device)
     with torch.no_grad():
@@ -121,9 +116,7 @@ def augment(images: torch.Tensor, p, *, transforms=TRANSFORMS, noise=None, stati
 
     x = images if images.dtype == torch.float64 else images.float()
     moved = blit(x, plan.blit)
-    if static:
-        moved = torch.where(plan.resampled[:, None, None, None], resample(x, plan.geometry), moved)
-    elif len(index := plan.resampled.nonzero()[:, 0]):
+    if len(index := plan.resampled.nonzero()[:, 0]):  # a GPU is waited for here
         moved = moved.index_copy(0, index, resample(x.index_select(0, index), plan.geometry[index]))
     colour = plan.colour.to(x.dtype)
     x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], moved.flatten(2)).view(images.shape)
@@ -194,17 +187,15 @@ class _Sample(torch.autograd.Function):
 
 
 class AdaptiveAugment:
-    """Augmentation whose p, a 0-dim tensor on `device`, follows r = E[sign(D(real))], the paper's r_t (section 3): it
-    rises by images / length where r is above target (the discriminator is sure of the training set), falls where it is
-    below, and stays in [0, 1]. target: None keeps p. length: images in which p may go from 0 to 1. interval: updates
-    between adjustments. All ranks must call update() and state_dict()."""
+    """Augmentation whose p follows r = E[sign(D(real))], the paper's r_t (section 3): it rises by images / length where
+    r is above target (the discriminator is sure of the training set), falls where it is below, and stays in [0, 1].
+    target: None keeps p. length: images in which p may go from 0 to 1. interval: updates between adjustments. All ranks
+    must call update() and state_dict()."""
 
     def __init__(self, p=0.0, target=0.6, length=500_000, interval=4, *, device="cpu", world_size: int = 1):
         self.target, self.length, self.interval, self.world_size = target, length, interval, world_size
-        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
-        self.p = torch.tensor(p, dtype=dtype, device=device)
-        self.r = torch.zeros_like(self.p)  # E[sign(D(real))] of the last adjustment, for the log
-        self._sums = torch.zeros(2, dtype=dtype, device=device)  # signs, images: since the last adjustment, this rank's
+        self.p, self.r = p, 0.0  # r: of the last adjustment, for the log
+        self._sums = torch.zeros(2, device=device)  # signs, images: since the last adjustment, this rank's
         self._updates = 0
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -213,14 +204,15 @@ class AdaptiveAugment:
     @torch.no_grad()
     def accumulate(self, real_logits: torch.Tensor) -> None:
         """Count the discriminator's outputs [N, 1] (before softplus) for augmented real images."""
-        self._sums[0] += real_logits.detach().sign().sum(dtype=self._sums.dtype)
-        self._sums[1] += real_logits.numel()
+        if self.target is not None:
+            self._sums[0] += real_logits.sign().sum()
+            self._sums[1] += real_logits.numel()
 
-    def _total(self) -> torch.Tensor:
-        """The sums of all ranks."""
+    def _total(self) -> list[float]:
+        """Signs and images of all ranks."""
         total = self._sums.clone()
         all_reduce_mean([total])
-        return total * self.world_size
+        return (total * self.world_size).tolist()
 
     def update(self) -> None:
         """Adjust p at every interval-th call, once per step."""
@@ -228,18 +220,16 @@ class AdaptiveAugment:
         if self.target is None or self._updates % self.interval:
             return
         signs, images = self._total()
-        self.r.copy_(signs / images.clamp(min=1))
-        step = torch.sign(self.r - self.target) * images / self.length  # 0 where no image was counted
-        self.p.add_(step).clamp_(0, 1)
+        self.r = signs / max(1, images)
+        direction = (self.r > self.target) - (self.r < self.target)
+        self.p = min(1.0, max(0.0, self.p + direction * images / self.length))
         self._sums.zero_()
 
     def state_dict(self) -> dict:
-        signs, images = self._total().tolist()
-        return {"p": self.p.item(), "r": self.r.item(), "signs": signs, "images": images, "updates": self._updates}
+        signs, images = self._total()
+        return {"p": self.p, "r": self.r, "signs": signs, "images": images, "updates": self._updates}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from state_dict(); each rank takes over its share of the sums."""
-        self.p.fill_(state["p"])
-        self.r.fill_(state["r"])
-        self._sums.copy_(torch.tensor([state["signs"], state["images"]], dtype=self._sums.dtype) / self.world_size)
-        self._updates = int(state["updates"])
+        self.p, self.r, self._updates = state["p"], state["r"], int(state["updates"])
+        self._sums.copy_(torch.tensor([state["signs"], state["images"]]) / self.world_size)

@@ -44,8 +44,6 @@ class ConditionalTrainer(Trainer):
                 else:
                     self.frozen.add(parameter)
 
-    # -- one step -----------------------------------------------------------------------------------------------------
-
     def draw_condition(self, n):
         """Those of n real faces, [n, d], each attribute with the probability --attr_permute that of another face: this
         separates what goes together in the data."""
@@ -74,8 +72,6 @@ class ConditionalTrainer(Trainer):
             conditions[1 + 2 * k, k], conditions[2 + 2 * k, k] = 0.0, 1.0
         rows = z[: max(1, len(z) // len(conditions))]
         return rows.repeat_interleave(len(conditions), 0), conditions.repeat(len(rows), 1), len(conditions)
-
-    # -- state --------------------------------------------------------------------------------------------------------
 
     def warm_start(self, weights, source):
         if self.condition.light and "d" not in weights:

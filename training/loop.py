@@ -37,12 +37,12 @@ def training_loop(
     *,
     options: dict,  # plain values stored in every checkpoint
     continued: Path | None = None,  # the checkpoint that was loaded
-    evaluate=None,  # callable of (g_ema, step, images seen), on every rank
 ) -> None:
     """Steps n_steps .. settings.iter - 1, with what is due at their intervals and after the last. Raises UserError at a
     number that is not finite, before a checkpoint is overwritten, and after an orderly stop."""
     dist, sampler, total, stop, n_rollbacks = trainer.dist, batches.sampler, settings.iter, StopSignal(), 0
     z = trainer.g.draw_z(settings.n_sample, torch.Generator().manual_seed(trainer.settings.seed))
+    evaluate = start_monitor(trainer, run, settings, options["path"]) if settings.eval_every else None
     waited = 0.0  # seconds, for data
 
     def save():
@@ -119,7 +119,7 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, bar: StepBar, waited: f
     if attributes := {name[5:]: value for name, value in metrics.items() if name.startswith("attr_")}:
         run.log(step, "Attributes", **attributes)
     if trainer.settings.augment:
-        run.log(step, "Augment", p=float(trainer.ada.p), r=float(trainer.ada.r))
+        run.log(step, "Augment", p=trainer.ada.p, r=trainer.ada.r)
     seconds, speed, left = bar.speed(step, trainer.settings.batch * dist.world_size)
     memory = torch.cuda.max_memory_allocated(dist.device) if dist.device.type == "cuda" else peak_bytes()
     numbers = {"images_per_s": round(speed, 2), "data_wait": round(waited / seconds, 4), "eta_s": round(left)}
@@ -147,16 +147,16 @@ def report_start(trainer: Trainer, folder: Path, continued: Path | None, n_image
         print(f"warning: a GAN learns {n_images} images by heart: {advice}", file=sys.stderr)
 
 
-def start_monitor(trainer: Trainer, run: Run, path: str, *, metric: str, n: int, extractor: str):
-    """`evaluate` of --eval_every. Raises FileNotFoundError when the extractor's weights are absent."""
+def start_monitor(trainer: Trainer, run: Run, settings: LoopSettings, path: str):
+    """What --eval_every calls, on every rank: of (g_ema, step, images seen). Raises FileNotFoundError when the
+    extractor's weights are absent."""
     from metrics.flags import FeatureSettings
     from metrics.monitor import Monitor  # with torch-fidelity and SciPy: seconds, only where it is used
 
-    settings = FeatureSettings(
-        extractor=extractor, n_sample=n, size=trainer.config.size, batch=trainer.settings.forward
-    )
+    images = {"n_sample": settings.eval_samples, "size": trainer.config.size, "batch": trainer.settings.forward}
+    features = FeatureSettings(extractor=settings.extractor, **images)
     options = {"dist": trainer.dist, "start_step": trainer.n_steps, "header": trainer.header}
-    return Monitor(run, path, metric, settings, **options).evaluate
+    return Monitor(run, path, settings.metric, features, **options).evaluate
 
 
 @torch.no_grad()

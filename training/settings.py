@@ -85,6 +85,9 @@ class LoopSettings:
     save_every: int = flag(10_000, "steps between checkpoints", type=positive_int)
     log_every: int = flag(50, "steps between log lines", type=positive_int)
     eval_every: int = flag(0, "steps between evaluations; lowest FID: best.safetensors; 0: none", type=count)
+    metric: str = flag("fid,prdc", "what --eval_every computes: fid, kid, prdc, several with commas between")
+    eval_samples: int = flag(5000, "real and generated images of an evaluation")
+    extractor: str = flag("auto", "features for --eval_every: inception, or a named fallback (fid-squeeze)")
     keep: int = 3  # checkpoints that can be continued; of older ones the EMA generator stays; 0: all
     on_nan: str = flag("stop", "at a loss that is not finite", choices=("stop", "rollback"))
 

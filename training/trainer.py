@@ -159,17 +159,17 @@ class Trainer:
             loss = loss + self.settings.vision_aided_weight * aux_loss
         return loss
 
-    def loss_of_d(self, real: torch.Tensor, fake: list[torch.Tensor]) -> torch.Tensor:
-        """Loss of the logits of real and generated images; ADA counts those of the real ones."""
+    def d_loss(self, real: torch.Tensor, logits: list | None = None) -> torch.Tensor:
+        """logits: what `judge` gave for real and generated images, where that is known. ADA counts the real ones."""
+        if logits is None:
+            with torch.no_grad():
+                fake, _ = self.generate(len(real), self.dtype)
+            logits = self.judge(real, fake)
+        of_real, of_fake = (of_batch[0] for of_batch in logits)
+        self.stats.report(real=of_real.mean(), fake=of_fake.mean())
         if self.settings.augment:
-            self.ada.accumulate(real[0])
-        self.stats.report(real=real[0].mean(), fake=fake[0].mean())
-        return self.adversarial_loss("d", losses.d_logistic_loss, real, fake)
-
-    def d_loss(self, real: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            fake, _ = self.generate(len(real), self.dtype)
-        return self.loss_of_d(*self.judge(real, fake))
+            self.ada.accumulate(of_real)
+        return self.adversarial_loss("d", losses.d_logistic_loss, *logits)
 
     def r1_loss(self, real: torch.Tensor) -> torch.Tensor:
         real = real.requires_grad_()
@@ -190,10 +190,10 @@ class Trainer:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
         seen = fake.detach().requires_grad_()
-        real_logits, fake_logits = self.judge(real, seen)
-        g_loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, fake_logits)
+        logits = self.judge(real, seen)
+        g_loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, logits[1])
         (grad,) = torch.autograd.grad(g_loss, seen, retain_graph=True)
-        return self.loss_of_d(real_logits, fake_logits) + (fake * grad).sum() + self.condition_loss(fake, condition)
+        return self.d_loss(real, logits) + (fake * grad).sum() + self.condition_loss(fake, condition)
 
     def path_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""
@@ -249,13 +249,13 @@ class Trainer:
         if "ada" in state:
             self.ada.load_state_dict(state["ada"])
         if self.settings.augment_p:
-            self.ada.p.fill_(self.settings.augment_p)
+            self.ada.p = self.settings.augment_p
 
     def load_weights(self, state: dict, source) -> None:
         """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""
         average = state.get("g_ema", state)
         for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average)):
-            load_strictly(network, {"token": network.token, **weights}, source)  # rosinality's files have no token
+            load_strictly(network, weights, source)
             if not network.uses_noise:
                 torch._foreach_zero_([strength.data for strength in network.noise_strengths])
         if "d" in state:

