@@ -49,12 +49,9 @@ def build_parser() -> ArgumentParser:
     parser.add_hidden_alias("--aid_weight", "--vision_aided_weight")
 
     group = parser.add_argument_group("conditional GAN", "the generator takes attributes of faces")
-    add = group.add_argument
-    add("--condition", metavar="SCORER", help="face-scorer, or a .safetensors of train_scorer.py")
-    add("--attributes", help="of the scorer, with commas between (default: smile,eyes_open,mouth_open)")
-    add("--light", action="store_true", default=None, help="train only what the condition adds to --init_from")
     add_fields(group, ConditionSettings)
-
+    light = "train only what the condition adds to --init_from"
+    group.add_argument("--light", action="store_true", default=None, help=light)
     add_fields(parser.add_argument_group("length and output"), LoopSettings)
     return parser
 

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ from perceptual.image_metrics import read_measures, write_measures
 from pSp.psp import export_encoder, load_psp, psp_state
 from scorer.labels import KNOWN, read_labels
 from scorer.network import Scorer, ScorerConfig, ScorerNetwork, load_scorer, save_scorer
-from training.resume import read_checkpoint, read_weights
+from training.resume import read_checkpoint
 from training.trainer import Trainer, TrainSettings
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -86,7 +87,8 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     kind("training.pt", folder / "training.pt", function(read_condition), function(continue_training))
     kinds["training.pt"][1].append(command(generate, "--ckpt", "FILE", *draws))
     assert command(convert, "FILE", folder / "g.safetensors")(ckpt) == 0
-    kind("g.safetensors", folder / "g.safetensors", command(generate, "--ckpt", "FILE", *draws), function(read_weights))
+    weights = function(partial(read_checkpoint, continues=False))
+    kind("g.safetensors", folder / "g.safetensors", command(generate, "--ckpt", "FILE", *draws), weights)
     kinds["g.safetensors"][1].append(function(lambda path: read_source(path)))
 
     losses = {"mse": [0.1, 0.2]}

@@ -5,7 +5,6 @@ Karras et al. 2020, arXiv 2006.06676. Appendix B: transforms, distributions, ord
 of p. Per image all geometry is one affine matrix from output to input pixels, all colour one on RGB. Different from
 NVIDIA's: images that drew blits alone are moved by exact indexing, and reflection at the border has no end."""
 
-import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -136,7 +135,7 @@ def resample(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     """Warp x [N, C, S, S] by matrices [N, 2, 3] (Plan.geometry): up to twice the resolution through the low-pass,
     bilinear sampling there, down through its transpose. Whole pixels are exact, as the low-pass is orthogonal."""
     channels, size = x.shape[1:3]
-    taps = _taps(x.dtype, x.device).expand(channels, 1, -1, 1)  # along y; taps.mT along x
+    taps = x.new_tensor(SYM6)[:, None].expand(channels, 1, -1, 1)  # along y; taps.mT along x
     up, down = taps * 2**0.5, taps * 0.5**0.5
 
     # Twice the resolution: out[j] = sum_k up[j + 5 - 2k] x[k], where out[2k] lies on pixel k, as tap 5 is the centre.
@@ -160,11 +159,6 @@ def resample(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     x = F.conv2d(x, down, None, (2, 1), 0, 1, channels)  # [N, C, S, Q]
     return F.conv2d(x, down.mT, None, (1, 2), 0, 1, channels)  # [N, C, S, S]
-
-
-@functools.cache
-def _taps(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor(SYM6, dtype=dtype, device=device)[:, None]
 
 
 # grid_sample is linear in the image: its gradient is the transposed sampling, whose gradient is the sampling again.
@@ -216,8 +210,10 @@ class AdaptiveAugment:
 
     def update(self) -> None:
         """Adjust p at every interval-th call, once per step."""
+        if self.target is None:
+            return
         self._updates += 1
-        if self.target is None or self._updates % self.interval:
+        if self._updates % self.interval:
             return
         signs, images = self._total()
         self.r = signs / max(1, images)

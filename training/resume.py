@@ -32,21 +32,19 @@ class Start:
         return self.state.get("options") or {}
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read_start(exp_name: str | Path, *, resume: str | None = None, init_from: str | None = None) -> Start:
     """Find and read the file that a run in the folder `exp_name` starts from; see common.runs.find_start. Raises
     UserError where an earlier run would be overwritten, CheckpointError for a file that is none."""
     path, continues = find_start(Path(exp_name) / "checkpoint", resume, init_from, flag="exp_name")
-    if path is None:
-        return Start()
-    return read_checkpoint(path) if continues else read_weights(path)
+    return Start() if path is None else read_checkpoint(path, continues=continues)
 
 
 def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
-    """A training checkpoint; of other programs too, which tell the step in the file name only."""
+    """A training checkpoint; of other programs too, which tell the step in the file name only. For a new run weights
+    alone as well: a generator's, or an exported one with the discriminator beside it."""
     path = Path(path)
+    if path.suffix == ".safetensors" and not continues:
+        return read_export(path)
     state = rename_keys(load_checkpoint(path))
     generator = state.get("g_ema", {} if continues else state)
     try:
@@ -58,11 +56,7 @@ def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
     return Start(path, continues, config, state)
 
 
-def read_weights(path: str | Path) -> Start:
-    """Weights for a new run: a checkpoint, or an exported generator with the discriminator beside it."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        return read_checkpoint(path, continues=False)
+def read_export(path: Path) -> Start:
     generator, config, metadata = read_generator(path)
     state = {"g_ema": generator, "condition": metadata.get("condition"), "options": {"noise": metadata.get("noise")}}
     if (file := discriminator_file(path)).is_file():  # as convert.py wrote it
@@ -80,9 +74,6 @@ def rename_keys(state: dict) -> dict:
     if isinstance(state.get("options"), dict):
         state["options"] = {RENAMED.get(name, name): value for name, value in state["options"].items()}
     return state
-
-
-# -- flags and the file -----------------------------------------------------------------------------------------------
 
 
 def resolve(flags: dict, start: Start) -> tuple[GeneratorConfig, dict]:
@@ -120,9 +111,8 @@ def keep(flag: str, given, stored, start: Start):
 def resolve_condition(scorer: str | None, attributes: str | None, light: bool | None, start: Start) -> dict:
     """The options condition, attributes and light of a run, from the flags and the file. Raises UsageError for flags
     that do not fit together, UserError for those that do not fit the file."""
-    stored = None
-    if start.config is not None and start.config.condition_dim:
-        stored = Condition.from_dict(start.state.get("condition") or {}, start.path)
+    conditional = start.config is not None and start.config.condition_dim
+    stored = Condition.from_dict(start.state.get("condition") or {}, start.path) if conditional else None
     if light and start.path is None:
         raise UsageError("--light trains what the condition adds to a trained generator: pass one as --init_from")
     if start.continues and stored is None:

@@ -61,8 +61,8 @@ class TrainSettings:
 class ConditionSettings:
     """Hyperparameters of the condition (training/conditional.py). Raises UsageError for what cannot work."""
 
-    condition: str | None = None  # scorer of the attributes, by name or file; None: an unconditional generator
-    attributes: str | None = None  # with commas between
+    condition: str | None = flag(None, "face-scorer, or a .safetensors of train_scorer.py", type=str, metavar="SCORER")
+    attributes: str | None = flag(None, "with commas between (default: smile,eyes_open,mouth_open)", type=str)
     attr_weight: float = flag(5.0, "weight of the L1 loss of the attributes")
     attr_ramp: int = flag(1000, "steps in which it rises from 0 with --init_from")
     attr_permute: float = flag(0.5, "probability that an attribute is taken from another face")

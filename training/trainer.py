@@ -58,9 +58,9 @@ class Trainer:
         self.dtype, self.aux_d = DTYPES[settings.precision], None
         if settings.vision_aided:
             self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype).to(device)
-        target, ranks = None if settings.augment_p else settings.ada_target, {"world_size": dist.world_size}
-        self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, device=device, **ranks)
-        self.augment = self.ada if settings.augment else nn.Identity()
+        target = settings.ada_target if settings.augment and not settings.augment_p else None
+        ranks = {"device": device, "world_size": dist.world_size}
+        self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, **ranks)  # without --augment: p = 0
 
         d_every, g_every = settings.d_reg_every, settings.g_reg_every
         self.g_optim = build_adam([self.g], settings.lr, g_every)
@@ -96,8 +96,7 @@ class Trainer:
                     all_reduce_mean([self.next_path_mean])
                     self.mean_path_length = self.next_path_mean
                     self.next_path_mean = torch.zeros_like(self.mean_path_length)
-        if self.settings.augment:
-            self.ada.update()
+        self.ada.update()
         update_average(self.g_ema, self.g, self.ema_decay)
         self.n_steps += 1
 
@@ -144,7 +143,7 @@ class Trainer:
 
     def judge(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
         """For each batch of images the logits [N, 1] of d, then those [N, P] of each head of the vision-aided one."""
-        logits = [[self.d(self.augment(images), dtype=self.dtype)] for images in batches]
+        logits = [[self.d(self.ada(images), dtype=self.dtype)] for images in batches]
         if self.aux_d is not None:
             logits = [[*first, *self.aux_d(images, self.dtype)] for first, images in zip(logits, batches, strict=True)]
         return logits
@@ -167,13 +166,12 @@ class Trainer:
             logits = self.judge(real, fake)
         of_real, of_fake = (of_batch[0] for of_batch in logits)
         self.stats.report(real=of_real.mean(), fake=of_fake.mean())
-        if self.settings.augment:
-            self.ada.accumulate(of_real)
+        self.ada.accumulate(of_real)
         return self.adversarial_loss("d", losses.d_logistic_loss, *logits)
 
     def r1_loss(self, real: torch.Tensor) -> torch.Tensor:
         real = real.requires_grad_()
-        penalty = losses.r1_penalty(self.d(self.augment(real), dtype=torch.float32), real)
+        penalty = losses.r1_penalty(self.d(self.ada(real), dtype=torch.float32), real)
         self.stats.report(r1=penalty)
         return penalty
 
@@ -246,16 +244,14 @@ class Trainer:
         self.n_steps, self.rng_offset = int(state.get("step", 0)), int(state.get("rng_offset", 0))
         self.warm = bool(state.get("warm"))
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
-        if "ada" in state:
+        if "ada" in state and self.ada.target is not None:
             self.ada.load_state_dict(state["ada"])
-        if self.settings.augment_p:
-            self.ada.p = self.settings.augment_p
 
     def load_weights(self, state: dict, source) -> None:
         """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""
         average = state.get("g_ema", state)
         for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average)):
-            load_strictly(network, weights, source)
+            load_strictly(network, {"token": network.token, **weights}, source)  # rosinality's files have no token
             if not network.uses_noise:
                 torch._foreach_zero_([strength.data for strength in network.noise_strengths])
         if "d" in state:

@@ -7,7 +7,7 @@ import convert
 from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.distributed import Distributed
-from training.resume import init_from, read_weights
+from training.resume import init_from, read_checkpoint
 from training.trainer import Trainer, TrainSettings
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -26,12 +26,12 @@ def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features
     assert call(tmp_path / "000007.pt", export, "--with_d") == 0
     assert (tmp_path / "face-d.safetensors").is_file()
     new = Trainer(tiny_config, TrainSettings(batch=4, vision_aided=features, seed=1), ALONE)
-    init_from(new, read_weights(export))
+    init_from(new, read_checkpoint(export, continues=False))
     for network in ("g", "d", "g_ema", *(("aux_d",) if features else ())):
         pairs = zip(getattr(new, network).parameters(), getattr(old, network).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), network
     other = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)
-    init_from(other, read_weights(export))  # heads that the new run has no use for are left
+    init_from(other, read_checkpoint(export, continues=False))  # heads that the new run has no use for are left
     assert torch.equal(other.d.final_conv[0].weight, old.d.final_conv[0].weight)
 
 
@@ -40,7 +40,7 @@ def test_half_precision_and_a_missing_discriminator(tiny_config, tmp_path, capsy
     save_checkpoint(tmp_path / "000007.pt", old.state_dict())
     assert call(tmp_path / "000007.pt", tmp_path / "half.safetensors", "--half", "--with_d") == 0
     new = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)
-    init_from(new, read_weights(tmp_path / "half.safetensors"))
+    init_from(new, read_checkpoint(tmp_path / "half.safetensors", continues=False))
     for a, b in zip(new.d.parameters(), old.d.parameters(), strict=True):
         assert a.dtype == torch.float32 and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     assert call(tmp_path / "half.safetensors", tmp_path / "again.safetensors", "--with_d") == 1

@@ -35,7 +35,7 @@ from common.cli import run
 from common.distributed import Distributed
 from common.images import read_image
 from model import Discriminator, Generator, GeneratorConfig, load_generator
-from training.resume import init_from, read_weights
+from training.resume import init_from, read_checkpoint
 from training.trainer import Trainer, TrainSettings
 
 
@@ -105,7 +105,7 @@ def test_what_the_other_scripts_make_of_it(nvidia, tmp_path, capsys):
     flags = ["--ckpt", str(tmp_path / "a.pt"), "--seeds", "0", "--output_dir", str(tmp_path / "drawn")]
     assert run(generate.main, generate.build_parser(), flags) == 0 and (tmp_path / "drawn/seed0000.png").is_file()
     trainer = Trainer(first.config, TrainSettings(batch=4), Distributed(0, 1, torch.device("cpu")))
-    init_from(trainer, read_weights(tmp_path / "a.pt"))
+    init_from(trainer, read_checkpoint(tmp_path / "a.pt", continues=False))
     made, _ = networks_in(tmp_path / "a.pt")
     for own, name in ((trainer.g, "g"), (trainer.g_ema, "g_ema"), (trainer.d, "d")):
         assert all(torch.equal(value, made[name].state_dict()[key]) for key, value in own.state_dict().items())

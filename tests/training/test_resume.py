@@ -8,7 +8,7 @@ from common.checkpoint import CheckpointError, save_checkpoint
 from common.cli import UsageError, UserError
 from editing.attributes import Condition
 from model import GeneratorConfig
-from training.resume import Start, read_start, read_weights, resolve, resolve_architecture, resolve_condition
+from training.resume import Start, read_checkpoint, read_start, resolve, resolve_architecture, resolve_condition
 from training.settings import ARCHITECTURE
 
 PLAIN = GeneratorConfig(16, 32, 2, channel_max=8)
@@ -122,7 +122,7 @@ def test_files_of_other_programs(tmp_path, tiny_w_config):
     start = read_start(tmp_path / "new", resume=str(tmp_path / "stylegan2-230000.pt"))
     assert start.state["step"] == 230_000 and start.config.widths == tiny_w_config.widths and start.options == {}
     torch.save(state["g_ema"], tmp_path / "7.pt")
-    assert read_weights(tmp_path / "7.pt").config.w_space
+    assert read_checkpoint(tmp_path / "7.pt", continues=False).config.w_space
     torch.save({"g_ema": {"a": torch.zeros(1)}}, tmp_path / "8.pt")
     with pytest.raises(CheckpointError, match="8.pt: these tensors"):
-        read_weights(tmp_path / "8.pt")
+        read_checkpoint(tmp_path / "8.pt", continues=False)
