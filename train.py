@@ -11,7 +11,7 @@ of its checkpoint.
 
 from common.cli import ArgumentParser, UsageError, require_one_start, run_script
 from common.flags import add_fields, add_training_flags, read_fields
-from training.settings import ARCHITECTURE, ConditionSettings, LoopSettings, TrainSettings, cpu_preset
+from training.settings import ARCHITECTURE, ConditionSettings, LoopSettings, TrainSettings
 
 RESOLVED = (*ARCHITECTURE, "noise", "vision_aided", "condition", "attributes", "light")  # with rules of their own
 
@@ -75,14 +75,11 @@ def main(args) -> int:
     import torch
 
     from common.distributed import setup
-    from common.precision import bf16_pays
     from common.runs import open_run, restore_options
     from dataset import InfiniteSampler, data_loader, open_dataset
-    from model import GeneratorConfig
     from training.conditional import build_trainer
     from training.loop import fit_micro_batch, report_start, training_loop
-    from training.resume import read_start, resolve
-    from training.vision_aided import find_features
+    from training.resume import cpu_preset, read_start, resolve
 
     # The file that the run starts from, and the flags; a continued run has its options where no flag is given.
     if args.path_positional:
@@ -95,8 +92,7 @@ def main(args) -> int:
     if not args.path:
         raise UsageError("which faces? pass an LMDB or folder as --path PATH")
     if args.preset and not start.continues:
-        size, warm = args.size or (start.config or GeneratorConfig()).size, start.path is not None
-        filled = args.fill(cpu_preset(size, args.batch, bf16=bf16_pays(), warm=warm, vision_aided=find_features()))
+        filled = args.fill(cpu_preset(args.size, args.batch, start))
         flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in filled.items())
         changed = f"preset cpu: {' '.join(flags)}"
     config, options = resolve(vars(args), start)

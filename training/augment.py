@@ -104,8 +104,8 @@ def _rotation(theta: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, p: float, *, transforms=TRANSFORMS, noise=None) -> torch.Tensor:
-    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1]. Same shape,
-    dtype and memory format; differentiable twice; computed in float32 (float64 for float64). noise: uniforms
+    """Augment images [N, 3, S, S] in [-1, 1], each transform with probability p; values may leave [-1, 1]. Same shape
+    and dtype; differentiable twice; computed in float32 (float64 for float64). noise: uniforms
     [N, N_NOISE]; default: drawn. p = 0 returns the very tensor."""
     if p == 0:
         return images
@@ -119,8 +119,7 @@ def augment(images: torch.Tensor, p: float, *, transforms=TRANSFORMS, noise=None
         moved = moved.index_copy(0, index, resample(x.index_select(0, index), plan.geometry[index]))
     colour = plan.colour.to(x.dtype)
     x = torch.baddbmm(colour[:, :, 3:], colour[:, :, :3], moved.flatten(2)).view(images.shape)
-    nhwc = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return x.to(images.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+    return x.to(images.dtype)
 
 
 def blit(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -210,10 +209,8 @@ class AdaptiveAugment:
 
     def update(self) -> None:
         """Adjust p at every interval-th call, once per step."""
-        if self.target is None:
-            return
-        self._updates += 1
-        if self._updates % self.interval:
+        self._updates += self.target is not None
+        if self.target is None or self._updates % self.interval:
             return
         signs, images = self._total()
         self.r = signs / max(1, images)

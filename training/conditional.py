@@ -52,17 +52,12 @@ class ConditionalTrainer(Trainer):
         swapped = torch.rand(faces.shape, device=self.table.device) < self.condition.attr_permute
         return self.table.gather(0, torch.where(swapped, others, faces))
 
-    @property
-    def attr_weight(self) -> float:
-        """Attribute-loss weight at the current step (linear ramp after a warm start)."""
-        ramp = self.condition.attr_ramp if self.warm else 0
-        return self.condition.attr_weight * (min(1.0, (self.n_steps + 1) / ramp) if ramp else 1.0)
-
     def condition_loss(self, fake, condition):
         errors = (self.scorer(jitter(fake)) - condition).abs().mean(0)  # [d], the L1 loss of the figure
         by_name = zip(self.scorer.names, errors, strict=True)
         self.stats.report(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
-        return self.attr_weight * errors.mean()
+        ramp = self.condition.attr_ramp if self.warm else 0  # after a warm start the weight rises
+        return self.condition.attr_weight * min(1.0, (self.n_steps + 1) / max(1, ramp)) * errors.mean()
 
     def sample_inputs(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""

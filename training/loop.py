@@ -1,6 +1,5 @@
 """The training loop and everything it writes: log, sample grids, attention maps, checkpoints."""
 
-import itertools
 import math
 import sys
 import time
@@ -108,13 +107,11 @@ def training_loop(
 
 
 def write_log(run: Run, trainer: Trainer, metrics: dict, bar: StepBar, waited: float) -> None:
-    """One line per group into log.jsonl and TensorBoard, a summary beside the bar. waited: seconds, for data, since the
-    last call."""
+    """A line per group into log.jsonl and TensorBoard, a summary beside the bar. waited: for data, s since the last."""
     step, loss, dist = trainer.n_steps, {name: metrics[name] for name in LOSSES if name in metrics}, trainer.dist
     run.log(step, "Loss", **loss)
     if "path" in metrics:
-        mean = float(trainer.mean_path_length)
-        run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=mean)
+        run.log(step, "Path", path=metrics["path"], length=metrics["path_length"], mean_path=trainer.mean_path_length)
     run.log(step, "Score", real=metrics["real"], fake=metrics["fake"])
     if attributes := {name[5:]: value for name, value in metrics.items() if name.startswith("attr_")}:
         run.log(step, "Attributes", **attributes)
@@ -164,7 +161,7 @@ def save_samples(trainer: Trainer, run: Run, z: torch.Tensor) -> None:
     """Grid of the EMA generator on z [n, ...] with fixed noise maps; for W++ one figure of the attention maps."""
     name, size = f"{trainer.n_steps:06d}.png", trainer.settings.forward  # fits in memory
     z, conditions, nrow = trainer.sample_inputs(z.to(trainer.dist.device))
-    chunks = zip(z.split(size), itertools.repeat(None) if conditions is None else conditions.split(size), strict=False)
+    chunks = zip(z.split(size), [None] * len(z) if conditions is None else conditions.split(size), strict=False)
     images = [trainer.g_ema(zs, randomize_noise=False, condition=cs)[0].cpu() for zs, cs in chunks]
     save_grid(torch.cat(images), run.path("sample", name), nrow=nrow)
     if trainer.config.has_attention:
@@ -220,7 +217,7 @@ def fit_micro_batch(trainer: Trainer, batches: BatchStream) -> int:
     smallest = min(gather_list(size))  # the draws of a step depend on the number of micro-batches, on every rank
     trainer.settings = replace(trainer.settings, micro_batch=smallest)
     trainer.ada.load_state_dict(ada)
-    trainer.next_path_mean.zero_()
+    trainer.path_means.clear()
     trainer.stats.sums.clear()
     batches.sampler.advance(-batch * trainer.dist.world_size)
     batches.restart()

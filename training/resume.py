@@ -1,5 +1,6 @@
 """Start of a training: one read of the checkpoint it continues or of the weights it takes, and what follows from it."""
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly
 from common.cli import UsageError, UserError
 from common.generator_file import discriminator_file, infer_config, read_generator
+from common.precision import bf16_pays
 from common.runs import find_start
 from editing.attributes import DEFAULT_ATTRIBUTES, Condition
 from model import GeneratorConfig
 from training.settings import ARCHITECTURE, WIDTHS
 from training.trainer import Trainer
-from training.transfer import add_condition_columns, can_enlarge, enlarge
+from training.transfer import can_enlarge, enlarge
+from training.vision_aided import find_features
 
 RENAMED = {"critic": "aux_d", "aid": "vision_aided", "aid_weight": "vision_aided_weight", "salt": "rng_offset"}
 
@@ -74,6 +77,16 @@ def rename_keys(state: dict) -> dict:
     if isinstance(state.get("options"), dict):
         state["options"] = {RENAMED.get(name, name): value for name, value in state["options"].items()}
     return state
+
+
+def cpu_preset(size: int | None, batch: int, start: Start) -> dict:
+    """Flags for a short training on processors (docs/training.md says what each brings), of a new run."""
+    size, warm = size or (start.config or GeneratorConfig()).size, start.path is not None
+    r1 = round(0.0002 * size**2 / (batch * int(os.environ.get("WORLD_SIZE", 1))), 3)  # ADA's rule
+    chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
+    chosen |= {"precision": "bf16" if bf16_pays() else "fp32", "lr": 0.0025 if warm else 0.006, "r1": r1}
+    chosen |= {"g_reg_every": 8, "one_stage": True, "augment": True, "ada_length": 60_000}
+    return chosen | {"vision_aided": find_features(), "noise": "none"}
 
 
 def resolve(flags: dict, start: Start) -> tuple[GeneratorConfig, dict]:
@@ -148,11 +161,7 @@ def init_from(trainer: Trainer, start: Start) -> None:
     Raises CheckpointError for any other difference."""
     weights, config = start.state if "g_ema" in start.state else {"g_ema": start.state}, start.config
     networks = {name: getattr(trainer, name) for name in ("g", "d", "g_ema") if name in weights}
-    n = trainer.config.condition_dim
-    if n and not config.condition_dim:
-        weights = weights | {name: add_condition_columns(weights[name], config, n) for name in networks if name != "d"}
-        config = replace(config, condition_dim=n)
-    if config.widths != trainer.config.widths and can_enlarge(config, trainer.config):
+    if config != trainer.config and can_enlarge(config, trainer.config):
         for name, network in networks.items():
             load_strictly(type(network)(config), weights[name], start.path)  # nothing is missing, nothing left over
             weights = weights | {name: enlarge(weights[name], config, network)}

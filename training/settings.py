@@ -1,7 +1,6 @@
 """Settings of a training, without torch. The fields that have a help text are flags of train.py."""
 
 import math
-import os
 from dataclasses import dataclass
 
 from common.cli import count, positive_int
@@ -44,17 +43,14 @@ class TrainSettings:
         require(self, "mixing augment_p", lambda p: 0 <= p <= 1, "is a probability, 0 to 1")
         require(self, "ada_target", lambda r: -1 < r < 1, "is a number between -1 and 1")
         require(self, "augment_p", lambda p: self.augment or not p, "needs --augment")
-        divides = f"must divide --batch {self.batch}"
-        require(self, "micro_batch", lambda n: n == 0 or (n > 0 and self.batch % n == 0), divides)
+        require(
+            self, "micro_batch", lambda n: n >= 0 and self.batch % (n or 1) == 0, f"must divide --batch {self.batch}"
+        )
 
     @property
     def forward(self) -> int:
         """Images per forward pass."""
         return self.micro_batch or self.batch
-
-    @property
-    def n_micro(self) -> int:
-        return self.batch // self.forward
 
 
 @dataclass(frozen=True)
@@ -90,13 +86,3 @@ class LoopSettings:
     extractor: str = flag("auto", "features for --eval_every: inception, or a named fallback (fid-squeeze)")
     keep: int = 3  # checkpoints that can be continued; of older ones the EMA generator stays; 0: all
     on_nan: str = flag("stop", "at a loss that is not finite", choices=("stop", "rollback"))
-
-
-def cpu_preset(size: int, batch: int, *, bf16: bool, warm: bool, vision_aided: str) -> dict:
-    """Flags for a short training on processors (docs/training.md says what each brings). warm: from trained weights."""
-    images_per_step = batch * int(os.environ.get("WORLD_SIZE", 1))
-    chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
-    r1 = round(0.0002 * size**2 / images_per_step, 3)  # ADA's rule
-    chosen |= {"precision": "bf16" if bf16 else "fp32", "lr": 0.0025 if warm else 0.006, "r1": r1, "g_reg_every": 8}
-    chosen |= {"one_stage": True, "augment": True, "ada_length": 60_000}
-    return chosen | {"vision_aided": vision_aided, "noise": "none"}

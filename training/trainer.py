@@ -57,7 +57,7 @@ class Trainer:
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
         self.dtype, self.aux_d = DTYPES[settings.precision], None
         if settings.vision_aided:
-            self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype).to(device)
+            self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype, device)
         target = settings.ada_target if settings.augment and not settings.augment_p else None
         ranks = {"device": device, "world_size": dist.world_size}
         self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, **ranks)  # without --augment: p = 0
@@ -82,20 +82,18 @@ class Trainer:
         self.warm = False  # started from trained weights (--init_from)
         self.rng_offset = 0  # raised by a rollback, so that the same numbers are not drawn again
         self.mean_path_length = torch.zeros((), device=device)
-        self.next_path_mean = torch.zeros((), device=device)  # mean over the micro-batches of this step
+        self.path_means: list[torch.Tensor] = []  # what the micro-batches of this step make of it
         self.stats = Stats(device)
-
-    # -- one step -----------------------------------------------------------------------------------------------------
 
     def step(self, images: torch.Tensor) -> None:
         """One step on this process's uint8 images [B, 3, S, S]."""
         for phase in self.phases:
             if self.n_steps % phase.every == 0:
                 self.run_phase(phase, images)
-                if phase.name == "path":
-                    all_reduce_mean([self.next_path_mean])
-                    self.mean_path_length = self.next_path_mean
-                    self.next_path_mean = torch.zeros_like(self.mean_path_length)
+        if self.path_means:
+            self.mean_path_length = torch.stack(self.path_means).mean()
+            all_reduce_mean([self.mean_path_length])
+            self.path_means.clear()
         self.ada.update()
         update_average(self.g_ema, self.g, self.ema_decay)
         self.n_steps += 1
@@ -118,7 +116,7 @@ class Trainer:
                 parameter.requires_grad_(optimiser in phase.optimisers and parameter not in self.frozen)
         trained = [p for optimiser in phase.optimisers for p in optimiser.param_groups[0]["params"] if p.requires_grad]
 
-        n_micro = self.settings.n_micro
+        n_micro = self.settings.batch // self.settings.forward
         for k, micro in enumerate(images.chunk(n_micro)):
             source = (self.settings.seed, self.rng_offset, self.n_steps, PHASES.index(phase.name))
             torch.manual_seed(mix_seeds(*source, self.dist.rank * n_micro + k))
@@ -198,7 +196,7 @@ class Trainer:
         fake, ws = self.generate(max(1, len(real) // self.settings.path_batch_shrink), torch.float32)
         lengths = losses.path_lengths(fake, ws)  # [n]
         penalty, mean = losses.path_penalty(lengths, self.mean_path_length)
-        self.next_path_mean += mean / self.settings.n_micro
+        self.path_means.append(mean)
         self.stats.report(path=penalty, path_length=lengths.mean())
         return penalty
 
@@ -215,8 +213,6 @@ class Trainer:
     def sample_inputs(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, int]:
         """Inputs of a sample grid, from z [n, ...]: z, conditions or None, images per row."""
         return z, None, math.ceil(len(z) ** 0.5)
-
-    # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""

@@ -14,21 +14,23 @@ import re
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from model import Discriminator, Generator, GeneratorConfig
 from training.settings import WIDTHS
 
 
 def can_enlarge(small: GeneratorConfig, large: GeneratorConfig) -> bool:
-    """Whether the configs differ in size and feature maps alone, of which `large` has as many or more everywhere."""
-    alike = replace(small, **{name: getattr(large, name) for name in ("size", *WIDTHS)}) == large
+    """Whether the configs differ in size and feature maps alone, of which `large` has as many or more everywhere, and
+    in a condition that `small` lacks."""
+    free = ("size", *WIDTHS) if small.condition_dim else ("size", *WIDTHS, "condition_dim")
+    alike = replace(small, **{name: getattr(large, name) for name in free}) == large
     return alike and small.size <= large.size and all(map(int.__le__, small.widths, large.widths))
 
 
 @torch.no_grad()
 def enlarge(state: dict, config: GeneratorConfig, network: Generator | Discriminator) -> dict:
-    """A state dict for `network` from that of the smaller one of `config`; see can_enlarge."""
+    """A state dict for `network` from that of the smaller one of `config`; see can_enlarge. A condition changes the
+    images at first by rounding alone: its columns are zero."""
     enlarged = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     added = int(math.log2(network.config.size // config.size)) if isinstance(network, Discriminator) else 0
     if added:  # new blocks stand in front of the old ones, behind the layer from RGB
@@ -39,11 +41,11 @@ def enlarge(state: dict, config: GeneratorConfig, network: Generator | Discrimin
             if re.fullmatch(r"to_rgbs\.\d+\.(conv\.weight|bias)", name):
                 new.zero_()
             continue
-        old = state[name][tuple(map(slice, new.shape))]  # from RGB: as many maps as both have
+        old = state[name][tuple(map(slice, new.shape))].float()  # from RGB: as many maps as both have
         if config.independent and name.startswith("style."):  # an MLP per token: those of new tokens are the last one's
             new.copy_(torch.cat((old, old[-1:].expand_as(new[len(old) :]))))
-        elif old.shape == new.shape or is_modulation(name) or name == "input.input" or not name.endswith("weight"):
-            new[tuple(map(slice, old.shape))] = old  # one number, kernel or style per map
+        elif old.shape == new.shape or name == "input.input" or not name.endswith("weight"):
+            new[tuple(map(slice, old.shape))] = old  # one number or kernel per map
         else:
             old, new = (old[0], new[0]) if old.ndim == 5 else (old, new)  # [out, in, ...]
             new[: len(old)] = 0
@@ -58,13 +60,6 @@ def enlarge(state: dict, config: GeneratorConfig, network: Generator | Discrimin
         shared = min(skip.shape[:2])
         skip.mul_(0.1)[:shared, :shared, 0, 0] += torch.eye(shared, device=skip.device) * math.sqrt(2 * skip.shape[1])
     return enlarged
-
-
-def add_condition_columns(state: dict, config: GeneratorConfig, n: int) -> dict:
-    """A generator's state dict with n condition inputs on every style: new columns of zeros in each modulation. The
-    images stay the same up to rounding, whatever the condition."""
-    gain = math.sqrt((config.style_dim + n) / config.style_dim)
-    return {k: F.pad(tensor.float() * gain, (0, n)) if is_modulation(k) else tensor for k, tensor in state.items()}
 
 
 def is_modulation(name: str) -> bool:

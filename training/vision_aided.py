@@ -37,11 +37,11 @@ class VisionAidedDiscriminator(nn.Module):
     gets a head, its activations brought to one length per pixel; mixed: through RandomMixing. side: pixels to which
     smaller images are enlarged. state_dict() holds the heads alone."""
 
-    def __init__(self, features: nn.Module, *, mixed: bool = False, side: int = SIDE):
+    def __init__(self, features: nn.Module, *, mixed: bool = False, side: int = SIDE, device="cpu"):
         super().__init__()
-        self.frozen, self.side = (features,), side  # in a tuple: no submodule, so neither trained nor saved
+        self.frozen, self.side = (features.to(device),), side  # in a tuple: no submodule, so neither trained nor saved
         with torch.no_grad():
-            maps = features.activations(torch.zeros(1, 3, side, side))
+            maps = features.activations(torch.zeros(1, 3, side, side, device=device))
         last = {x.shape[2]: layer for layer, x in enumerate(maps)}  # of each size
         self.layers = [layer for size, layer in last.items() if size <= LARGEST_MAP]
         widths = [maps[layer].shape[1] for layer in self.layers]
@@ -50,10 +50,7 @@ class VisionAidedDiscriminator(nn.Module):
             nn.Sequential(ConvLayer(n, WIDTH, 1), ConvLayer(WIDTH, WIDTH, 3), ConvLayer(WIDTH, 1, 1, activate=False))
             for n in (MIXED_WIDTHS if mixed else widths)
         )
-
-    def to(self, device):
-        self.frozen[0].to(device)
-        return super().to(device)
+        self.to(device)
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         images = augment(images, AUGMENT_P, transforms=TRANSFORMS)
@@ -82,15 +79,17 @@ def shift(images: torch.Tensor) -> torch.Tensor:
     return F.pad(images, (0, MOST_SHIFT) * 2, mode="reflect")[:, :, y : y + height, x : x + width]
 
 
-def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32) -> VisionAidedDiscriminator:
+def build_aux_discriminator(name: str, dtype: torch.dtype = torch.float32, device="cpu") -> VisionAidedDiscriminator:
     """The discriminator on `efficientnet`, or on the network of the perceptual distance `name`. Raises UserError where
     a package is missing, else what build_perceptual does."""
     dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    if name == "efficientnet":
-        stages, _ = build_efficientnet()
-        load_imagenet(stages)
-        return VisionAidedDiscriminator(FrozenEfficientNet(stages, dtype), mixed=True, side=EFFICIENTNET_SIDE)
-    return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype))
+    if name != "efficientnet":
+        return VisionAidedDiscriminator(build_perceptual(name, dtype=dtype), device=device)
+    stages, _ = build_efficientnet()
+    load_imagenet(stages)
+    return VisionAidedDiscriminator(
+        FrozenEfficientNet(stages, dtype), mixed=True, side=EFFICIENTNET_SIDE, device=device
+    )
 
 
 def find_features() -> str:

@@ -147,9 +147,7 @@ def test_sizes(n, size):
 def test_dtype_and_memory_format():
     x, noise = faces(4, dtype=torch.float32), draw_noise(4, 0)
     expected = augment(x, 0.9, noise=noise)
-    assert expected.is_contiguous()
     last = augment(x.contiguous(memory_format=torch.channels_last), 0.9, noise=noise)
-    assert last.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(last, expected, atol=1e-5, rtol=1e-5)
     half = augment(x.bfloat16(), 0.9, noise=noise)
     assert half.dtype == torch.bfloat16

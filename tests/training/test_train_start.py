@@ -116,7 +116,7 @@ def test_preset_for_processors(face_lmdb, start_run, tmp_path, monkeypatch, flag
     """It goes by the processor, says what it chose, gives way to flags, and a continued run keeps what it had."""
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
     monkeypatch.setattr("common.precision.CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr("training.vision_aided.find_features", lambda: "scorer:face-scorer")
+    monkeypatch.setattr("training.resume.find_features", lambda: "scorer:face-scorer")
     small = ("--channel_base", 128, "--lr", 0.003)
     ending = good(start_run(face_lmdb, "--preset", "cpu", "--iter", 1, *small))
     precision = "--precision bf16 " if bf16 else ""  # fp32 is the default

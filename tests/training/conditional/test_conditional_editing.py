@@ -23,9 +23,9 @@ from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
 from editing.attributes import Condition, ConditionScorer
 from editing.edit import InvertedFace
-from model import GeneratorConfig, load_generator
+from model import Generator, GeneratorConfig, load_generator
 from sampling.render import render
-from training.transfer import add_condition_columns
+from training.transfer import enlarge
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def cgan(unconditional, tmp_path_factory):
     """A conditional generator whose first attribute makes faces redder, and the second one greener."""
     state = load_checkpoint(unconditional)
     config = GeneratorConfig(**SMALL, condition_dim=2)
-    weights = add_condition_columns(state["g_ema"], GeneratorConfig(**SMALL), 2)
+    weights = enlarge(state["g_ema"], GeneratorConfig(**SMALL), Generator(GeneratorConfig(**SMALL, condition_dim=2)))
     torch.manual_seed(4)
     reader = ConditionScorer(ColourScorer(), NAMES)
     trainer = make_trainer(reader, batch=4, lr=0.002, light=True, light_lr=0.03, attr_weight=50, attr_ramp=0)
@@ -328,7 +328,7 @@ def test_inversions_of_the_generator_it_was_trained_from(edit, cgan, uncondition
     export_ema({"g_ema": state["g_ema"], "config": state["config"]}, base)
     conditional = load_checkpoint(cgan)
     light = conditional["condition"] | {"light": True}
-    weights = add_condition_columns(state["g_ema"], GeneratorConfig(**SMALL), 2)
+    weights = enlarge(state["g_ema"], GeneratorConfig(**SMALL), Generator(GeneratorConfig(**SMALL, condition_dim=2)))
     export_ema({"g_ema": weights, "config": conditional["config"], "condition": light}, own, base=base)
     generator = load_generator(base)
     ws = generator.get_latent(torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(1)))

@@ -23,7 +23,7 @@ from model import Generator, GeneratorConfig, load_generator
 from scorer.labels import Attribute
 from training.conditional import jitter, score_dataset
 from training.settings import ConditionSettings
-from training.transfer import add_condition_columns, is_modulation
+from training.transfer import enlarge, is_modulation
 
 # -- numbers of faces, targets, the loss ---------------------------------------------------------------------------
 
@@ -88,11 +88,16 @@ def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
 
 def test_weight_of_the_loss(reader):
     trainer = make_trainer(reader, attr_weight=4, attr_ramp=8)
-    assert trainer.attr_weight == 4, "no ramp without a warm start"
+
+    def weight():
+        loss = trainer.condition_loss(torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.9]])).item()
+        return pytest.approx(loss / trainer.stats.read()["attr"])
+
+    assert weight() == 4, "no ramp without a warm start"
     trainer.warm = True
-    assert trainer.attr_weight == 0.5
+    assert weight() == 0.5
     trainer.n_steps = 100
-    assert trainer.attr_weight == 4
+    assert weight() == 4
     for wrong in ({"attr_weight": -1}, {"attr_permute": 1.5}, {"attr_ramp": -1}, {"light_lr": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             ConditionSettings(**wrong)
@@ -106,7 +111,7 @@ def test_warm_start_gives_the_same_random_images(w_space):
     torch.manual_seed(1)
     plain = Generator(GeneratorConfig(**SMALL, w_space=w_space)).eval().requires_grad_(False)
     conditional = Generator(GeneratorConfig(**SMALL, w_space=w_space, condition_dim=3)).eval().requires_grad_(False)
-    conditional.load_state_dict(add_condition_columns(plain.state_dict(), plain.config, 3))
+    conditional.load_state_dict(enlarge(plain.state_dict(), plain.config, conditional))
     z = plain.draw_z(4)
     expected, ws = plain(z, randomize_noise=False)
     found, own = conditional(z, randomize_noise=False, condition=torch.rand(4, 3))
@@ -161,8 +166,8 @@ def test_training_follows_the_target(reader, unconditional, light):
     torch.manual_seed(0)
     known = load_checkpoint(unconditional)
     config = GeneratorConfig(**SMALL)
-    weights = {name: add_condition_columns(known[name], config, 2) for name in ("g", "g_ema")} | {"d": known["d"]}
     trainer = make_trainer(reader, batch=8, lr=0.01, light=light, light_lr=0.05, attr_ramp=5, attr_weight=20)
+    weights = {name: enlarge(known[name], config, trainer.g) for name in ("g", "g_ema")} | {"d": known["d"]}
     trainer.warm_start(weights, "test")
 
     def changes():
