@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, Dataset
 
 from common import lmdb_store
 from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image
@@ -47,7 +47,7 @@ class MultiResolutionDataset(Dataset):
     ever put in its place."""
 
     def __init__(self, path: str | os.PathLike, size: int):
-        self.path, self.size, self._store, self._owner = Path(path), int(size), None, None
+        self.path, self.size, self._store = Path(path), int(size), None  # the store of the process that read last
         self._check(store := open_store(self.path))
         self.manifest = lmdb_store.read_manifest(store)
         if self.manifest is not None and (n_names := len(self.manifest["names"])) != len(self):
@@ -91,14 +91,13 @@ class MultiResolutionDataset(Dataset):
 
     def encoded(self, indices: Iterable[int]) -> Iterator[bytes | None]:
         """The images as they lie in the store; None for one that is not there."""
-        if self._store is None or self._owner != os.getpid():
-            self._store, self._owner = open_store(self.path), os.getpid()
+        self._store = open_store(self.path)  # the one that is open, unless this process is a fork
         with reading(self._store) as transaction:
             for index in indices:
                 yield transaction.get(image_key(self.size, index))
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_store": None, "_owner": None}
+        return {**self.__dict__, "_store": None}
 
     def _decode(self, index: int, data: bytes | None) -> torch.Tensor:
         key, again = image_key(self.size, index).decode(), f"run {PREPARE} --overwrite --out {self.path} ... again"
@@ -189,10 +188,6 @@ class InfiniteSampler:
         source_weights: dict[str, float] | None = None,
         names: list[str] | None = None,
     ):
-        if n < 1:
-            raise ValueError("a sampler needs at least one image")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not within 0..{world_size - 1}")
         self.n, self.rank, self.world_size, self.seed, self.position = n, rank, world_size, seed, position
         self.source_weights = source_weights or None
         self._bounds = _draw_bounds(names, source_weights) if source_weights else None
@@ -248,13 +243,11 @@ def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarr
 
 class BatchStream:
     """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader. Each batch handed out
-    advances `sampler.position` by batch x world_size, however much the workers have fetched ahead. To CUDA batches go
-    on a stream of their own, beside the computation."""
+    advances `sampler.position` by batch x world_size, however much the workers have fetched ahead."""
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
         self.loader, self.sampler, self.device = loader, sampler, device
         self._batches = iter(loader)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # Python itself asks the workers to end by SIGTERM, which they ignore, and would wait for ever
         atexit.register(_kill_workers, weakref.ref(self))
 
@@ -262,18 +255,12 @@ class BatchStream:
         return self
 
     def __next__(self) -> torch.Tensor:
-        batch = next(self._batches)
-        if isinstance(batch, Exception):
-            raise batch
+        try:
+            batch = next(self._batches)
+        except DatasetError as error:  # a worker's stands at the end of its traceback
+            raise DatasetError(str(error).rpartition("DatasetError: ")[2].strip()) from None
         self.sampler.advance(self.loader.batch_size * self.sampler.world_size)
-        if self._copies is None:
-            return batch.to(self.device)
-        with torch.cuda.stream(self._copies):
-            images = batch.to(self.device, non_blocking=True)
-        consumer = torch.cuda.current_stream(self.device)
-        consumer.wait_stream(self._copies)
-        images.record_stream(consumer)  # its memory is not given to a later batch before the consumer is done
-        return images
+        return batch.to(self.device, non_blocking=True)
 
     def restart(self) -> None:
         """Continue from `sampler.position` after it was changed: drop what was fetched ahead."""
@@ -282,8 +269,9 @@ class BatchStream:
 
     def close(self) -> None:
         """End the workers; at the end of the process this happens by itself."""
-        workers = getattr(self._batches, "_workers", ())
-        self._batches = iter(())  # by a message of the DataLoader, which waits some seconds for each
+        batches, self._batches = self._batches, iter(())
+        if workers := getattr(batches, "_workers", ()):
+            batches._shutdown_workers()  # by a message of the DataLoader, which waits some seconds for each
         for worker in workers:
             worker.kill()
 
@@ -310,29 +298,12 @@ def data_loader(
     """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs. A
     DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone."""
     device = torch.device(device)
-    options = {"batch_size": batch, "collate_fn": default_convert, "pin_memory": device.type == "cuda"}
+    options = {"batch_size": batch, "pin_memory": device.type == "cuda"}
     options["generator"] = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
     if workers:
         options |= {"num_workers": workers, "prefetch_factor": prefetch, "worker_init_fn": _ignore_signals}
         options["multiprocessing_context"] = start_method
-    return BatchStream(DataLoader(_Fetch(dataset), sampler=sampler, **options), sampler, device)
-
-
-class _Fetch(Dataset):
-    """Reads a whole batch at once; a user's error travels as a value, since a raised one arrives as a traceback."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: list[int]) -> torch.Tensor | DatasetError:
-        try:
-            fetch = getattr(self.dataset, "__getitems__", None)
-            return torch.stack(fetch(indices) if fetch else [self.dataset[i] for i in indices])
-        except DatasetError as error:
-            return DatasetError(str(error))
+    return BatchStream(DataLoader(dataset, sampler=sampler, **options), sampler, device)
 
 
 def _ignore_signals(worker: int) -> None:
