@@ -184,11 +184,10 @@ class InfiniteSampler:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
-        position: int = 0,
         source_weights: dict[str, float] | None = None,
         names: list[str] | None = None,
     ):
-        self.n, self.rank, self.world_size, self.seed, self.position = n, rank, world_size, seed, position
+        self.n, self.rank, self.world_size, self.seed, self.position = n, rank, world_size, seed, 0
         self.source_weights = source_weights or None
         self._bounds = _draw_bounds(names, source_weights) if source_weights else None
 
@@ -242,7 +241,7 @@ def _draw_bounds(names: list[str], source_weights: dict[str, float]) -> np.ndarr
 
 
 class BatchStream:
-    """Endless iterator of uint8 batches [batch, 3, size, size] on `device`; see data_loader. Each batch handed out
+    """Endless uint8 batches [batch, 3, size, size] on `device`, by `next`; see data_loader. Each batch handed out
     advances `sampler.position` by batch x world_size, however much the workers have fetched ahead."""
 
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
@@ -250,9 +249,6 @@ class BatchStream:
         self._batches = iter(loader)
         # Python itself asks the workers to end by SIGTERM, which they ignore, and would wait for ever
         atexit.register(_kill_workers, weakref.ref(self))
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> torch.Tensor:
         try:
@@ -298,8 +294,8 @@ def data_loader(
     """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs. A
     DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone."""
     device = torch.device(device)
-    options = {"batch_size": batch, "pin_memory": device.type == "cuda"}
-    options["generator"] = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
+    generator = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
+    options = {"batch_size": batch, "pin_memory": device.type == "cuda", "generator": generator}
     if workers:
         options |= {"num_workers": workers, "prefetch_factor": prefetch, "worker_init_fn": _ignore_signals}
         options["multiprocessing_context"] = start_method

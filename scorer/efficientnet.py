@@ -22,8 +22,7 @@ LAYERS |= {"_bn1": "depthwise.norm", "_project_conv": "project.conv", "_bn2": "p
 
 
 class ConvNorm(nn.Module):
-    """Convolution and batch norm, in the precision of the weights; stride 2 with TensorFlow's padding, where the odd
-    pixel comes last."""
+    """Convolution and batch norm in its weights' precision; stride 2 with TensorFlow's padding, odd pixel last."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1):
         super().__init__()

@@ -1,7 +1,6 @@
 """The training loop of an attribute scorer, and everything that it writes: log, checkpoints, the scorer at the end."""
 
 import math
-import time
 from itertools import islice
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def train(
 ) -> None:
     """Steps trainer.step .. iter - 1. Raises UserError for a loss that is not finite, before anything is saved, and
     after an orderly stop."""
-    stop, order, recent, tick = StopSignal(), iter(sampler), [], time.perf_counter()
+    stop, order, recent = StopSignal(), iter(sampler), []
     total, batch = trainer.settings.iter, trainer.settings.batch
     names = [attribute.name for attribute in faces.table.attributes]
     start = f"continuing {source}, step {trainer.step} of {total}" if source else "a new run"
@@ -67,14 +66,14 @@ def train(
                     raise UserError(f"not finite at step {step}: {', '.join(bad)}; lower --lr and --resume auto")
             if "log" in due:
                 losses = torch.stack(recent).mean(0).tolist()
-                speed = len(recent) * batch / (time.perf_counter() - tick)
+                _, speed, _ = bar.speed(step, batch)
                 run.log(step, "Loss", **dict(zip(names, losses, strict=True)))
                 run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
                 bar.report(step, f"loss {sum(losses):.3f}, {speed:.0f} img/s")
-                recent, tick = [], time.perf_counter()
+                recent = []
             if "val" in due:
                 log_validation(trainer, validation, run)
-                tick = time.perf_counter()
+                bar.speed(step, batch)  # measured from here
             if "save" in due or ending:
                 path = run.path("checkpoint", f"{step:06d}.pt")
                 save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": options})

@@ -6,7 +6,6 @@ of p. Per image all geometry is one affine matrix from output to input pixels, a
 NVIDIA's: images that drew blits alone are moved by exact indexing, and reflection at the border has no end."""
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ class Plan(NamedTuple):
     resampled: torch.Tensor  # bool [N], drew geometry that is not a blit
 
 
-def make_plan(noise: torch.Tensor, p: float, size: int, transforms: Iterable[str] = TRANSFORMS) -> Plan:
+def make_plan(noise: torch.Tensor, p: float, size: int, transforms: tuple[str, ...] = TRANSFORMS) -> Plan:
     """Noise [N, N_NOISE] -> transforms of N images of size x size, each drawn with probability p."""
     u = dict(zip(_VALUES, noise[:, len(_DECISIONS) :].unbind(1), strict=True))  # each [N]
     chance = {name: p if name in transforms else 0.0 for name in TRANSFORMS}
