@@ -145,8 +145,8 @@ def report_start(trainer: Trainer, folder: Path, continued: Path | None, n_image
 
 
 def start_monitor(trainer: Trainer, run: Run, settings: LoopSettings, path: str):
-    """What --eval_every calls, on every rank: of (g_ema, step, images seen). Raises FileNotFoundError when the
-    extractor's weights are absent."""
+    """The function of --eval_every, called on every rank with (g_ema, step, images seen). Raises FileNotFoundError when
+    the extractor's weights are absent."""
     from metrics.flags import FeatureSettings
     from metrics.monitor import Monitor  # with torch-fidelity and SciPy: seconds, only where it is used
 
