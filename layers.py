@@ -145,17 +145,12 @@ def build_mapping(config) -> nn.Sequential:
     return nn.Sequential(PixelNorm(), *(TransformerBlock(dim if i else first, dim, lr) for i in range(config.n_mlp)))
 
 
-def energy_of(weight: torch.Tensor) -> torch.Tensor:
-    """Sums of squares of a weight [O, I, k, k] over its kernel, [O, I]."""
-    return weight.square().sum((2, 3))
-
-
 def modulated_conv2d(
     x: torch.Tensor,  # [N, I, H, W], in the number format of the convolution; channels_last is fastest
     weight: torch.Tensor,  # [O, I, k, k], k = 1 or 3
     styles: torch.Tensor,  # [N, I], the factor of each input channel
     *,
-    energy: torch.Tensor | None = None,  # [O, I], energy_of(weight) where it is at hand
+    energy: torch.Tensor | None = None,  # [O, I], squares of weight summed over the kernel, where they are at hand
     demodulate: bool = True,  # scale the output channels back to unit variance
     up: bool = False,  # twice the height and width: transposed convolution of stride 2, then `kernel`
     kernel: torch.Tensor | None = None,  # [4, 4], the low-pass filter of `up`
@@ -175,7 +170,7 @@ def modulated_conv2d(
         weight = weight / weight.abs().amax((1, 2, 3), keepdim=True)  # [O, I, k, k]
     demod = None
     if demodulate:
-        energy = energy_of(weight) if energy is None else energy
+        energy = weight.square().sum((2, 3)) if energy is None else energy  # [O, I]
         demod = torch.rsqrt(styles.square() @ energy.t() + 1e-8)  # [N, O]
     if weight.shape[2] == 1:
         n, channels, height, width = x.shape
@@ -226,15 +221,14 @@ class ModulatedConv2d(nn.Module):
         if frozen and self.kept[0] == state:
             return self.kept[1]
         axes = (1, 0, 2, 3) if self.up else (0, 1, 2, 3)  # in the layout that the convolution reads
-        prepared = weight.permute(axes).to(dtype, memory_format=torch.channels_last).permute(axes), energy_of(weight)
+        laid_out = weight.permute(axes).to(dtype, memory_format=torch.channels_last).permute(axes)
+        prepared = laid_out, weight.square().sum((2, 3))
         self.kept = (state, prepared) if frozen else (None, None)
         return prepared
 
 
 class NoiseInjection(nn.Module):
     """Holds the learned noise strength; the sum itself happens inside `noise_bias_act`."""
-
-    used = True  # False: the strength is zero and stays so, and the sum is left out
 
     def __init__(self):
         super().__init__()
@@ -250,12 +244,7 @@ class StyledConv(nn.Module):
         self.noise = NoiseInjection()
         self.activate = FusedLeakyReLU(out_channel)
 
-    def forward(self, x, w, noise):  # [N, I, H, W] -> [N, O, H', W']
-        if not self.noise.used:
-            return self.conv(x, w, bias=self.activate.bias)
-        if noise is None:
-            factor = 2 if self.conv.up else 1
-            noise = x.new_empty(x.shape[0], 1, factor * x.shape[2], factor * x.shape[3]).normal_()
+    def forward(self, x, w, noise):  # [N, I, H, W], noise [N or 1, 1, H', W'] or None -> [N, O, H', W']
         return self.conv(x, w, bias=self.activate.bias, noise=noise, noise_strength=self.noise.weight)
 
 

@@ -34,6 +34,7 @@ class Generator(nn.Module):
         self.recommended: dict[str, dict] = {}  # script -> flag -> value
         self.statistics: Statistics | None = None
         self.compute_dtype = torch.float32  # of the convolutions; mapping and image sum stay in float32
+        self.uses_noise = True  # False: all strengths are and stay zero, so that noise is left out
         dim = config.style_dim + config.condition_dim
 
         self.style = build_mapping(config)
@@ -75,10 +76,7 @@ class Generator(nn.Module):
             raise ValueError(f"{config.space.upper()} at size {config.size} maps z {shapes}, got {list(z.shape)}")
         if not config.has_attention:
             return self.style(z)
-        x = self.tokens(z)
-        for block in self.style[1:]:
-            x = block(x)
-        return x
+        return self.style[1:](self.tokens(z))
 
     @torch.no_grad()
     def get_similarity(self, z) -> torch.Tensor:
@@ -121,16 +119,6 @@ class Generator(nn.Module):
     @property
     def noise_strengths(self) -> list[nn.Parameter]:
         return [block.noise.weight for block in (self.conv1, *self.convs)]
-
-    @property
-    def uses_noise(self) -> bool:
-        """Whether noise enters the image. Setting it to False spares its cost where all strengths are and stay zero."""
-        return self.conv1.noise.used
-
-    @uses_noise.setter
-    def uses_noise(self, used: bool) -> None:
-        for block in (self.conv1, *self.convs):
-            block.noise.used = used
 
     def fixed_noise(self) -> list[torch.Tensor]:
         """The stored noise maps, each [1, 1, r, r]."""
@@ -181,6 +169,9 @@ class Generator(nn.Module):
         given = [None if n is None else n.shape[-1] for n in noise]
         if len(given) != len(sides) or any(g not in (None, side) for g, side in zip(given, sides, strict=True)):
             raise ValueError(f"noise must be {len(sides)} maps [N or 1, 1, r, r] with r = {sides}, got {given}")
+        maps = zip(noise, sides, strict=True)
+        maps = [latent.new_empty(len(latent), 1, r, r).normal_() if n is None else n for n, r in maps]
+        noise = maps if self.uses_noise else [None] * len(sides)
         w = self.add_condition(latent, condition)  # [N, L, 512 + condition_dim]
 
         x = self.input.input.to(dtype or self.compute_dtype).expand(latent.shape[0], -1, -1, -1)

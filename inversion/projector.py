@@ -107,8 +107,7 @@ def project(
     maps = [layer.expand(n, *shape) for layer, shape in zip(maps, shapes, strict=True)]
     w_start = (mean if w_start is None else w_start.to(images)).expand(n, config.n_tokens, config.style_dim)
     w_start = w_start.mean(1, keepdim=True) if space == "w" else w_start
-    fixed = [] if generator.uses_noise else maps
-    leaves = zip(w_start, *([] if fixed else maps), strict=True)
+    leaves = zip(w_start, *(maps if generator.uses_noise else ()), strict=True)
     leaves = [[leaf.to(images, copy=True) for leaf in image] for image in leaves]
     optimizer = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves])
 
@@ -128,18 +127,18 @@ def project(
                 break
 
         # Synthesis from perturbed w.
-        ws, *maps = (torch.stack(layer) for layer in zip(*(leaves[i] for i in active), strict=True))  # [A, C, D]
+        ws, *noise = (torch.stack(layer) for layer in zip(*(leaves[i] for i in active), strict=True))  # [A, C, D]
         strength = s.noise * max(0.0, 1 - step / ramp) ** 2 if ramp else 0.0
         if strength:
             drawn = [torch.randn(ws.shape[1:], generator=draws[i]) * (end[i] == steps) for i in active]
             ws = ws + torch.stack(drawn).to(ws) * strength * std[: ws.shape[1], None]
-        inputs = {"noise": maps or None, "condition": None if condition is None else condition[active].to(images)}
+        inputs = {"noise": noise or None, "condition": None if condition is None else condition[active].to(images)}
         synth, _ = generator(ws.expand(-1, config.n_tokens, -1), input_is_latent=True, dtype=dtype, **inputs)
 
         # Losses [A], and the gradient of their sum: every image by itself, the weights not at all.
         losses = {
             "perceptual": perceptual.distance(perceptual.features(average_down(synth)), target),
-            "noise": noise_regularisation(maps) if maps else images.new_zeros(len(active)),
+            "noise": noise_regularisation(noise) if noise else images.new_zeros(len(active)),
             "mse": (synth - images).square().mean((1, 2, 3)),
         }
         visible = losses["perceptual"] + s.mse * losses["mse"]
@@ -172,6 +171,6 @@ def project(
                 last_loss[i] = average
             window_loss.zero_()
 
-    ws, *maps = (torch.stack(layer).detach().float().cpu() for layer in zip(*leaves, strict=True))
-    maps = maps or [layer.float().cpu() for layer in fixed]
-    return Projection(ws.expand(-1, config.n_tokens, -1).contiguous(), maps, curves, torch.tensor(end))
+    ws, *noise = (torch.stack(layer).detach().float().cpu() for layer in zip(*leaves, strict=True))
+    noise = noise or [layer.float().cpu() for layer in maps]
+    return Projection(ws.expand(-1, config.n_tokens, -1).contiguous(), noise, curves, torch.tensor(end))

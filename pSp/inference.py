@@ -120,8 +120,8 @@ def retrieval(pairs: list[tuple[np.ndarray, np.ndarray]], identity, device) -> f
     [S, S, 3]. An encoder that always gives the mean face has 1 / n."""
     sides = ([identity.embed(to_tensor(image)[None].to(device)) for image in side] for side in zip(*pairs, strict=True))
     originals, outputs = map(torch.cat, sides)  # [n, C] each
-    nearest = (outputs @ originals.T).argmax(1).tolist()
-    return sum(index == i for i, index in enumerate(nearest)) / len(pairs)
+    nearest = (outputs @ originals.T).argmax(1).cpu()
+    return float((nearest == torch.arange(len(pairs))).float().mean())
 
 
 def write_report(
