@@ -88,7 +88,7 @@ boundaries() {  # 20,000 samples of each generator
     for attribute in age gender smile; do
       [ -f "$OUT/$kind-$attribute/boundary-$attribute.npz" ] || $PY edit_attribute.py --ckpt "$(ckpt "$kind")" --attribute $attribute --num_sample 20000 \
         --noise none --fit ridge --samples "$OUT/$kind-samples" --latent "$OUT/inverted-$kind" --at 2 --distance relative --unit std \
-        --no_frames --identity none --perceptual none --output_dir "$OUT/$kind-$attribute" --device cpu
+        --identity none --perceptual none --output_dir "$OUT/$kind-$attribute" --device cpu
     done
   done
 }
