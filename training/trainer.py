@@ -139,7 +139,7 @@ class Trainer:
         condition = self.draw_condition(n) if condition is None else condition
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
-    def judge(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
+    def discriminate(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
         """For each batch of images the logits [N, 1] of d, then those [N, P] of each head of the vision-aided one."""
         logits = [[self.d(self.ada(images), dtype=self.dtype)] for images in batches]
         if self.aux_d is not None:
@@ -157,11 +157,11 @@ class Trainer:
         return loss
 
     def d_loss(self, real: torch.Tensor, logits: list | None = None) -> torch.Tensor:
-        """logits: what `judge` gave for real and generated images, where that is known. ADA counts the real ones."""
+        """logits: of real and generated images by `discriminate`, where they are known. ADA counts the real ones."""
         if logits is None:
             with torch.no_grad():
                 fake, _ = self.generate(len(real), self.dtype)
-            logits = self.judge(real, fake)
+            logits = self.discriminate(real, fake)
         of_real, of_fake = (of_batch[0] for of_batch in logits)
         self.stats.report(real=of_real.mean(), fake=of_fake.mean())
         self.ada.accumulate(of_real)
@@ -176,7 +176,7 @@ class Trainer:
     def g_loss(self, real: torch.Tensor) -> torch.Tensor:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
-        loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, *self.judge(fake))
+        loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, *self.discriminate(fake))
         return loss + self.condition_loss(fake, condition)
 
     def joint_loss(self, real: torch.Tensor) -> torch.Tensor:
@@ -186,7 +186,7 @@ class Trainer:
         condition = self.draw_condition(len(real))
         fake, _ = self.generate(len(real), self.dtype, condition)
         seen = fake.detach().requires_grad_()
-        logits = self.judge(real, seen)
+        logits = self.discriminate(real, seen)
         g_loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, logits[1])
         (grad,) = torch.autograd.grad(g_loss, seen, retain_graph=True)
         return self.d_loss(real, logits) + (fake * grad).sum() + self.condition_loss(fake, condition)
