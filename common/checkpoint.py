@@ -210,10 +210,8 @@ def load_strictly(network: torch.nn.Module, state: dict, source) -> None:
 
 def load_optimiser(optimiser: torch.optim.Optimizer, state: dict, source) -> None:
     """Load the moments of Adam or a relative of it; its settings stay. Raises CheckpointError where shapes differ."""
-    groups, parameters = (
-        optimiser.state_dict()["param_groups"],
-        [p for g in optimiser.param_groups for p in g["params"]],
-    )
+    groups = optimiser.state_dict()["param_groups"]
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     try:
         if (found := sum(len(group["params"]) for group in state["param_groups"])) != len(parameters):
             raise ValueError(f"moments of {found} tensors for {len(parameters)}")

@@ -43,9 +43,8 @@ class TrainSettings:
         require(self, "mixing augment_p", lambda p: 0 <= p <= 1, "is a probability, 0 to 1")
         require(self, "ada_target", lambda r: -1 < r < 1, "is a number between -1 and 1")
         require(self, "augment_p", lambda p: self.augment or not p, "needs --augment")
-        require(
-            self, "micro_batch", lambda n: n >= 0 and self.batch % (n or 1) == 0, f"must divide --batch {self.batch}"
-        )
+        divides = f"must divide --batch {self.batch}"
+        require(self, "micro_batch", lambda n: n >= 0 and self.batch % (n or 1) == 0, divides)
 
     @property
     def forward(self) -> int:

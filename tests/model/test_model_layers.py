@@ -34,7 +34,7 @@ def test_modulated_convolution_equals_grouped(kernel, up, dtype, tolerance):
 
 
 def test_a_frozen_convolution_follows_its_weight():
-    """What is kept of a frozen weight is made again after every way to change it, and in every precision."""
+    """The prepared weight is made again after every way to change a frozen weight, and in every precision."""
     torch.manual_seed(0)
     layer = ModulatedConv2d(6, 5, 3, style_dim=16).eval().requires_grad_(False)
     x, style = torch.randn(2, 6, 4, 4), torch.randn(2, 16)
