@@ -20,7 +20,8 @@ from common.checkpoint import CheckpointError, load_strictly
 from common.weights import find
 from layers import EqualLinear
 from perceptual.arcface import DEPTHS, MODES, STRIDES, arcface_state, build_body, input_layer
-from pSp.settings import E4E, GRADUAL, INTO_W, INTO_W_PLUS
+from perceptual.identity import MobileFaceNet, build_identity, crop_with_margin, fold_batch_norms
+from pSp.settings import E4E, GRADUAL, IDENTITY, INTO_W, INTO_W_PLUS
 
 SIZES = (16, 32, 64, 128, 256, 512, 1024)  # of the input, pixels
 PUBLISHED_INPUT = 256
@@ -98,7 +99,7 @@ class GradualStyleBlock(nn.Module):
     def __init__(self, channels: int, out_dim: int, side: int):
         super().__init__()
         layers = []
-        for _ in range(max(1, int(math.log2(side)))):
+        for _ in range(max(1, math.ceil(math.log2(side)))):
             layers += [nn.Conv2d(channels, channels, 3, 2, 1), nn.LeakyReLU()]
         self.convs = nn.Sequential(*layers)
         self.linear = EqualLinear(channels, out_dim)
@@ -163,6 +164,33 @@ def enlarge(x, like):
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=True)
 
 
+class IdentityStyleEncoder(nn.Module):
+    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim]: a pyramid as in GradualStyleEncoder on the maps of a face
+    recognition network, plus a linear function of its embedding, so that the person is known from the first step on
+    (Nitzan et al. 2020, arXiv 2005.07728, give identity and all else to an encoder apart)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.recognition = fold_batch_norms(MobileFaceNet())
+        fine, middle, coarse = MobileFaceNet.TAP_CHANNELS
+        channels = config.channels
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in (fine, middle, coarse))
+        self.styles = nn.ModuleList(
+            GradualStyleBlock(channels, config.style_dim, MobileFaceNet.TAP_SIZES[config.tap_of(i)])
+            for i in range(config.n_styles)
+        )
+        self.identity = EqualLinear(MobileFaceNet.EMBEDDING, config.n_styles * config.style_dim)
+
+    def forward(self, images):
+        taps, embedding = self.recognition.taps(crop_with_margin(images))
+        fine, middle, coarse = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
+        middle = enlarge(coarse, middle) + middle  # [N, 8w, 18, 18]
+        pyramid = (enlarge(middle, fine) + fine, middle, coarse)  # [N, 8w, 36, 36], ..., [N, 8w, 9, 9]
+        ws = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
+        return torch.stack(ws, 1) + self.identity(embedding).unflatten(1, (-1, self.config.style_dim))
+
+
 class BackboneEncoderUsingLastLayerIntoW(Backbone):
     """images [N, 3, S, S] in [-1, 1] -> one w [N, style_dim] for all layers (space W)."""
 
@@ -193,6 +221,7 @@ class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
 ENCODERS = {
     GRADUAL: GradualStyleEncoder,
     E4E: Encoder4Editing,
+    IDENTITY: IdentityStyleEncoder,
     INTO_W: BackboneEncoderUsingLastLayerIntoW,
     INTO_W_PLUS: BackboneEncoderUsingLastLayerIntoWPlus,
 }
@@ -205,7 +234,11 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
 def init_backbone(encoder: Backbone, weights_dir=None) -> str:
     """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published, where the file is found and fits;
     returns what was loaded. Of six input channels the first three get ArcFace's, as in ReStyle."""
-    config, path = encoder.config, find("arcface_ir_se50", weights_dir)
+    config = encoder.config
+    if config.encoder_type == IDENTITY:
+        encoder.recognition = build_identity("mobilefacenet", weights_dir=weights_dir).network
+        return str(find("mobilefacenet", weights_dir))
+    path = find("arcface_ir_se50", weights_dir)
     if path is None or (config.width, config.depth, config.mode) != (64, 50, "ir_se"):
         return f"random weights (IR-SE50 ArcFace {'has another shape' if path else 'is not here'})"
     state = arcface_state(path)

@@ -6,9 +6,9 @@ from common.cli import PRECISIONS, UsageError, UserError, positive_int
 from common.flags import count, flag, not_negative, require
 from pSp.data_configs import DATASETS
 
-GRADUAL, E4E = "GradualStyleEncoder", "Encoder4Editing"
+GRADUAL, E4E, IDENTITY = "GradualStyleEncoder", "Encoder4Editing", "IdentityStyleEncoder"
 INTO_W, INTO_W_PLUS = "BackboneEncoderUsingLastLayerIntoW", "BackboneEncoderUsingLastLayerIntoWPlus"
-TRAINED = (GRADUAL, INTO_W, INTO_W_PLUS)
+TRAINED = (GRADUAL, IDENTITY, INTO_W, INTO_W_PLUS)
 RESIZE_FACTORS = (1, 2, 4, 8, 16, 32)  # of super-resolution, when --resize_factors gives none
 
 

@@ -57,6 +57,16 @@ def crop_for_arcface(images):
     return resample_box(images, ARCFACE_BOX, INPUT_SIZE)
 
 
+def crop_with_margin(images):
+    """FFHQ-framed [N, 3, H, H] in [-1, 1] -> MobileFaceNet's input [N, 3, 144, 144]: the ArcFace template and one cell
+    of its last map, 16 pixels, on each side. Nearly the whole frame."""
+    left, top, right, bottom = ARCFACE_BOX
+    margin = 16 / INPUT_SIZE * (right - left)
+    crops = resample_box(images, (left - margin, top - margin, right + margin, bottom + margin), INPUT_SIZE + 32)
+    mean, std = (crops.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((crops / 2 + 0.5 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
 def crop_as_psp(images):
     """FFHQ-framed [N, 3, H, H] -> [N, 3, 112, 112] as pSp's identity loss: [35:223, 32:220] of 256, pooled."""
     if images.shape[-1] != 256:
@@ -83,6 +93,8 @@ class MobileFaceNet(nn.Module):
 
     # expansion, width, repeats, first stride of the inverted residuals
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
+    EMBEDDING = 128
+    TAPS, TAP_CHANNELS, TAP_SIZES = (4, 11, 14), (64, 128, 128), (36, 18, 9)  # last blocks of a resolution, see `taps`
 
     def __init__(self):
         super().__init__()
@@ -107,7 +119,20 @@ class MobileFaceNet(nn.Module):
     def forward(self, x):
         x = self.dw_conv(self.conv1(x))  # [N, 64, 56, 56]
         x = self.conv2(self.features(x))  # [N, 512, 7, 7]
+        return self.embed(x)
+
+    def embed(self, x):
         return self.bn(self.conv3(self.gdconv(x)).flatten(1))  # [N, 128]
+
+    def taps(self, x):
+        """Inputs with a margin [N, 3, 144, 144] (crop_with_margin) -> maps [N, 64, 36, 36], [N, 128, 18, 18], [N, 128,
+        9, 9], and the embedding [N, 128] from the inner 7x7 of the last."""
+        x, taps = self.dw_conv(self.conv1(x)), []
+        for index, block in enumerate(self.features):
+            x = block(x)
+            if index in self.TAPS:
+                taps.append(x)
+        return taps, F.normalize(self.embed(self.conv2(x[..., 1:-1, 1:-1]))) * self.EMBEDDING**0.5
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
