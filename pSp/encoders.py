@@ -51,6 +51,8 @@ class EncoderConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"the encoder's {name} is a number from 1 to {most}, not {value!r}")
+        if self.encoder_type == IDENTITY and self.input_nc != 3:
+            raise ValueError(f"{IDENTITY} takes 3 channels, a face alone, not {self.input_nc}")
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -87,22 +89,24 @@ class EncoderConfig:
     @classmethod
     def for_generator(cls, config, *, width: int = 0, depth: int = 0, **other) -> "EncoderConfig":
         """The encoder for a generator (a GeneratorConfig). 0 chooses: the published network from 256 px on, below that
-        width 32 and depth 18. The input has the generator's size, at most the published one."""
+        width 32 and depth 18; IdentityStyleEncoder has width 12. The input has the generator's size, at most the
+        published one."""
         light, size = config.size < PUBLISHED_INPUT, min(PUBLISHED_INPUT, max(16, config.size))
-        other |= {"width": width or (32 if light else 64), "depth": depth or (18 if light else 50)}
+        suited = 12 if other.get("encoder_type") == IDENTITY else 32 if light else 64
+        other |= {"width": width or suited, "depth": depth or (18 if light else 50)}
         return cls(n_styles=config.n_tokens, style_dim=config.style_dim, input_size=size, **other)
 
 
 class GradualStyleBlock(nn.Module):
     """map2style: strided convolutions from [N, C, side, side] down to one pixel, then a linear layer -> [N, out]."""
 
-    def __init__(self, channels: int, out_dim: int, side: int):
+    def __init__(self, channels: int, out_dim: int, side: int, linear: type[nn.Module] = EqualLinear):
         super().__init__()
         layers = []
         for _ in range(max(1, math.ceil(math.log2(side)))):
             layers += [nn.Conv2d(channels, channels, 3, 2, 1), nn.LeakyReLU()]
         self.convs = nn.Sequential(*layers)
-        self.linear = EqualLinear(channels, out_dim)
+        self.linear = linear(channels, out_dim)
 
     def forward(self, x):
         return self.linear(self.convs(x).flatten(1))
@@ -165,28 +169,52 @@ def enlarge(x, like):
 
 
 class IdentityStyleEncoder(nn.Module):
-    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim]: a pyramid as in GradualStyleEncoder on the maps of a face
-    recognition network, plus a linear function of its embedding, so that the person is known from the first step on
-    (Nitzan et al. 2020, arXiv 2005.07728, give identity and all else to an encoder apart)."""
+    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim]: a pyramid on the maps of MobileFaceNet, as that of
+    GradualStyleEncoder, plus a linear function of its embedding. The recognition network is not trained: what tells
+    people apart is there before the first step (Nitzan et al. 2020, arXiv 2005.07728, encode identity so)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.recognition = fold_batch_norms(MobileFaceNet())
-        fine, middle, coarse = MobileFaceNet.TAP_CHANNELS
-        channels = config.channels
-        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in (fine, middle, coarse))
+        self.recognition = fold_batch_norms(MobileFaceNet()).requires_grad_(False)
+        self.lateral = nn.ModuleList(nn.Conv2d(taken, config.channels, 1) for taken, _ in MobileFaceNet.TAPS)
+        sides = [side for _, side in MobileFaceNet.TAPS]
         self.styles = nn.ModuleList(
-            GradualStyleBlock(channels, config.style_dim, MobileFaceNet.TAP_SIZES[config.tap_of(i)])
+            GradualStyleBlock(config.channels, config.style_dim, sides[config.tap_of(i)], nn.Linear)
             for i in range(config.n_styles)
         )
-        self.identity = EqualLinear(MobileFaceNet.EMBEDDING, config.n_styles * config.style_dim)
+        for style in self.styles:  # at first the embedding alone decides
+            nn.init.zeros_(style.linear.weight)
+            nn.init.zeros_(style.linear.bias)
+        self.identity = nn.Linear(MobileFaceNet.EMBEDDING, config.n_styles * config.style_dim)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        super().requires_grad_(requires_grad)
+        self.recognition.requires_grad_(False)
+        return self
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.recognition.eval()  # the embedding's batch norm keeps its statistics
+        return self
+
+    def embed(self, images):
+        """[N, 3, S, S] -> [N, 128], what `identity` sees."""
+        return self.recognition.taps(crop_with_margin(images))[1]
+
+    @torch.no_grad()
+    def fit_identity(self, embeddings, offsets) -> None:
+        """Least squares of `identity`: embeddings [N, 128] of images whose offsets [N, L, style_dim] are known."""
+        x = torch.cat((embeddings, torch.ones_like(embeddings[:, :1])), 1)  # the last column is the bias
+        solution = torch.linalg.lstsq(x.double(), offsets.flatten(1).double()).solution  # [129, L * style_dim]
+        self.identity.weight.copy_(solution[:-1].T)
+        self.identity.bias.copy_(solution[-1])
 
     def forward(self, images):
         taps, embedding = self.recognition.taps(crop_with_margin(images))
         fine, middle, coarse = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
         middle = enlarge(coarse, middle) + middle  # [N, 8w, 18, 18]
-        pyramid = (enlarge(middle, fine) + fine, middle, coarse)  # [N, 8w, 36, 36], ..., [N, 8w, 9, 9]
+        pyramid = (enlarge(middle, fine) + fine, middle, coarse)  # [N, 8w, 36, 36], the same, [N, 8w, 9, 9]
         ws = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
         return torch.stack(ws, 1) + self.identity(embedding).unflatten(1, (-1, self.config.style_dim))
 

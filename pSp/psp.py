@@ -20,7 +20,7 @@ from torch import nn
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_safetensors
 from common.generator_file import generator_fingerprint, infer_config
 from model import Generator, GeneratorConfig, load_generator
-from pSp.encoders import INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config, part
+from pSp.encoders import IDENTITY, INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config, part
 from scorer.interface import resize
 
 RESTYLE_PASSES = 5  # as published
@@ -49,7 +49,8 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
         if not isinstance(n_iters, int) or not 1 <= n_iters <= 100:
             raise ValueError(f"--n_iters_per_batch is a number of passes from 1 to 100, not {n_iters!r}")
         self.n_iters = n_iters if self.refines else 1
-        self.config, self.start_from_latent_avg = config, start_from_latent_avg or self.refines
+        self.config = config
+        self.start_from_latent_avg = start_from_latent_avg or self.refines or config.encoder_type == IDENTITY
         self.encoder, self.decoder = build_encoder(config), decoder
         self.register_buffer("latent_avg", shape_average(latent_avg, generator), persistent=False)
         self.step = 0  # of the training it comes from
@@ -66,7 +67,8 @@ class pSp(nn.Module):  # noqa: N801 - the name it has in every paper and checkpo
     @property
     def description(self) -> str:
         config, passes = self.config, f", {self.n_iters} passes" if self.refines else ""
-        shape = f"depth {config.depth}, width {config.width}, {config.input_size} px{passes}"
+        depth = "on MobileFaceNet" if config.encoder_type == IDENTITY else f"depth {config.depth}"
+        shape = f"{depth}, width {config.width}, {config.input_size} px{passes}"
         return f"{config.encoder_type} ({shape}) into {self.space} of a {self.decoder.config.size} px generator"
 
     def fit(self, images):

@@ -16,8 +16,12 @@ from model import Generator, load_generator
 from pSp.data_configs import DATASETS, find_path, generator_path, training_path
 from pSp.encoders import EncoderConfig, init_backbone
 from pSp.psp import RESTYLE_PASSES, load_psp, pSp, psp_from_state, psp_state, require_generator
-from pSp.settings import GRADUAL, INTO_W, EncoderFlags
+from pSp.settings import GRADUAL, IDENTITY, INTO_W, EncoderFlags
 
+FIT_BATCH, IDENTITY_SAMPLES = (
+    20,
+    2_000,
+)  # generated faces to which IdentityStyleEncoder's function of the embedding is fitted
 MEAN_SAMPLES = 10_000  # of the average w, as published
 
 
@@ -75,7 +79,24 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
     shape = {"encoder_type": kind, "width": flags.encoder_width, "input_nc": input_nc}
     config = EncoderConfig.for_generator(generator.config, **shape)
     net = pSp(config, generator, **options, n_iters=n_iters or RESTYLE_PASSES)
-    return net, f"a new run on {generator.path}, backbone from {init_backbone(net.encoder, weights_dir)}"
+    origin = f"a new run on {generator.path}, backbone from {init_backbone(net.encoder, weights_dir)}"
+    if kind == IDENTITY:
+        fit_identity(net)
+        origin += f", identity fitted to {IDENTITY_SAMPLES:,} generated faces"
+    return net, origin
+
+
+@torch.no_grad()
+def fit_identity(net: pSp) -> None:
+    """Fit the part of IdentityStyleEncoder that sees the embedding to faces that the generator draws, whose w is known.
+    The same on all ranks."""
+    generator, draw, embeddings, offsets = net.decoder, torch.Generator().manual_seed(0), [], []
+    for _ in range(IDENTITY_SAMPLES // FIT_BATCH):
+        w = generator.get_latent(generator.draw_z(FIT_BATCH, draw).to(net.latent_avg.device))
+        images = net.face_pool(net.render(w)).clamp(-1, 1)
+        embeddings.append(net.encoder.embed(net.fit(images)).cpu())
+        offsets.append((w - net.latent_avg).cpu())
+    net.encoder.fit_identity(torch.cat(embeddings), torch.cat(offsets))
 
 
 def widen_input(net: pSp, n_iters: int, source) -> pSp:

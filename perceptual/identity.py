@@ -94,7 +94,8 @@ class MobileFaceNet(nn.Module):
     # expansion, width, repeats, first stride of the inverted residuals
     STAGES = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
     EMBEDDING = 128
-    TAPS, TAP_CHANNELS, TAP_SIZES = (4, 11, 14), (64, 128, 128), (36, 18, 9)  # last blocks of a resolution, see `taps`
+    LAST = (4, 11, 14)  # the last residual of each resolution
+    TAPS = ((64, 36), (128, 18), (128, 9))  # feature maps and side of what they give, see `taps`
 
     def __init__(self):
         super().__init__()
@@ -125,12 +126,13 @@ class MobileFaceNet(nn.Module):
         return self.bn(self.conv3(self.gdconv(x)).flatten(1))  # [N, 128]
 
     def taps(self, x):
-        """Inputs with a margin [N, 3, 144, 144] (crop_with_margin) -> maps [N, 64, 36, 36], [N, 128, 18, 18], [N, 128,
-        9, 9], and the embedding [N, 128] from the inner 7x7 of the last."""
+        """Inputs with a margin, [N, 3, 144, 144] (crop_with_margin) -> the three maps of TAPS, fine to coarse, and the
+        embedding [N, 128] of length sqrt(128), from the inner 7x7 of the last. It is near that of the template alone,
+        cosine 0.73 on average: at the border its cells see the picture, not zeros."""
         x, taps = self.dw_conv(self.conv1(x)), []
         for index, block in enumerate(self.features):
             x = block(x)
-            if index in self.TAPS:
+            if index in self.LAST:
                 taps.append(x)
         return taps, F.normalize(self.embed(self.conv2(x[..., 1:-1, 1:-1]))) * self.EMBEDDING**0.5
 

@@ -20,8 +20,10 @@ from common.checkpoint import CheckpointError, load_checkpoint, save_safetensors
 from common.distributed import setup
 from common.latents import load_latents
 from common.runs import read_log
+from model import load_generator
+from perceptual.identity import build_identity
 from pSp.coach import Coach
-from pSp.encoders import GRADUAL, INTO_W, INTO_W_PLUS
+from pSp.encoders import GRADUAL, IDENTITY, INTO_W, INTO_W_PLUS
 from pSp.losses import EncoderLoss
 from pSp.psp import export_encoder, load_psp, pSp, psp_state
 from pSp.scripts import inference as inference_script
@@ -170,6 +172,45 @@ def test_weights_keep_their_passes_unless_more_are_asked_for():
     _, start = single_pass(start_from_latent_avg=False)
     with pytest.raises(CheckpointError, match="one.pt holds an encoder that gives w, not offsets"):
         build_network(EncoderFlags(n_iters_per_batch=3), start, None)
+
+
+def test_identity_encoder_learns_around_a_fixed_recognition_network(generators, train, tmp_path, monkeypatch):
+    """It begins from the generator's own faces, continues exactly, and is itself again from its export."""
+    monkeypatch.setattr("pSp.start.IDENTITY_SAMPLES", 200)
+    flags = ("--encoder_type", IDENTITY, "--encoder_width", 2, "--save_interval", 1, "--optim_name", "adam")
+    assert train(tmp_path / "a", *flags, "--max_steps", 2) == 0
+    first, last = (load_psp(tmp_path / "a" / "checkpoints" / f"iteration_{i}.pt") for i in (1, 2))
+    assert last.start_from_latent_avg and last.config.encoder_type == IDENTITY
+    pretrained = build_identity("mobilefacenet").network.state_dict()
+    assert_equal_states(last.encoder.recognition.state_dict(), pretrained)
+    moved = [
+        name for name, p in last.encoder.named_parameters() if not torch.equal(p, first.encoder.get_parameter(name))
+    ]
+    assert moved == [name for name, _ in last.encoder.named_parameters() if not name.startswith("recognition.")]
+
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "checkpoints" / "iteration_2.pt").unlink()
+    assert train(tmp_path / "b", "--resume", "auto", "--max_steps", 2) == 0
+    again = load_psp(tmp_path / "b" / "checkpoints" / "iteration_2.pt")
+    assert_equal_states(again.encoder.state_dict(), last.encoder.state_dict())
+
+    export_encoder(last, tmp_path / "e.safetensors", "wpp.pt")
+    exported = load_psp(tmp_path / "e.safetensors", generator=load_generator(generators["w++"]))
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    w = last.encode(images)
+    assert (exported.encode(images) - w).norm() < 0.01 * w.norm()  # in half precision
+
+
+def test_identity_encoder_is_fitted_to_generated_faces(monkeypatch):
+    """A function of the embedding explains the w of faces better than their mean does."""
+    monkeypatch.setattr("pSp.start.IDENTITY_SAMPLES", 400)
+    net, origin = build_network(EncoderFlags(encoder_type=IDENTITY), Start(None, None, False), tiny_generator())
+    assert "identity fitted to 400 generated faces" in origin
+    draw = torch.Generator().manual_seed(0)
+    w = net.decoder.get_latent(net.decoder.draw_z(20, draw))  # of the faces of the fit
+    with torch.no_grad():
+        error = (net.encode(net.render(w).clamp(-1, 1)) - w).square().mean()
+    assert error < 0.8 * (w - net.latent_avg).square().mean()
 
 
 def test_published_command(fake_networks, generators, face_folder, tmp_path, monkeypatch):

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import common.weights
+from common.images import IMAGENET_MEAN, IMAGENET_STD
 from perceptual.identity import (
     Identity,
     MobileFaceNet,
     build_identity,
     crop_as_psp,
     crop_for_arcface,
+    crop_with_margin,
     fold_batch_norms,
     resample_box,
 )
@@ -85,6 +87,22 @@ def test_psp_crop_is_the_published_one():
     expected = F.adaptive_avg_pool2d(images[:, :, 35:223, 32:220], (112, 112))
     assert torch.equal(crop_as_psp(images), expected)
     assert crop_as_psp(random_images(1, 64)).shape == (1, 3, 112, 112)
+
+
+def test_the_margin_is_one_cell_around_the_template():
+    images = random_images(2, 128)
+    network = torch.nn.Module()
+    inner = crop_with_margin(images)[..., 16:-16, 16:-16]
+    identity = Identity(network, "none", crop_for_arcface, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    torch.testing.assert_close(
+        inner, (crop_for_arcface(images) / 2 + 0.5 - identity.mean) / identity.std, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_maps_have_the_stated_shapes(random_identity):
+    maps, embedding = random_identity.network.taps(crop_with_margin(random_images(2, 64)))
+    assert [tuple(m.shape[1:]) for m in maps] == [(width, side, side) for width, side in MobileFaceNet.TAPS]
+    assert embedding.shape == (2, MobileFaceNet.EMBEDDING)
 
 
 # -- the network ---------------------------------------------------------------------------------------------------
