@@ -169,18 +169,19 @@ def enlarge(x, like):
 
 
 class IdentityStyleEncoder(nn.Module):
-    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim]: a pyramid on the maps of MobileFaceNet, as that of
-    GradualStyleEncoder, plus a linear function of its embedding. The recognition network is not trained: what tells
-    people apart is there before the first step (Nitzan et al. 2020, arXiv 2005.07728, encode identity so)."""
+    """images [N, 3, S, S] in [-1, 1] -> w [N, L, style_dim]: each token from the image and the maps of MobileFaceNet at
+    its pyramid level, plus a linear function of the embedding. The recognition network is not trained: what tells
+    people apart is there before the first step (Nitzan et al. 2020, arXiv 2005.07728, encode identity so). Its deep
+    maps ignore hair, light and background: every level sees all of them, and the pixels."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
         self.recognition = fold_batch_norms(MobileFaceNet()).requires_grad_(False)
-        self.lateral = nn.ModuleList(nn.Conv2d(taken, config.channels, 1) for taken, _ in MobileFaceNet.TAPS)
-        sides = [side for _, side in MobileFaceNet.TAPS]
+        taken, self.sides = 3 + sum(width for width, _ in MobileFaceNet.TAPS), [side for _, side in MobileFaceNet.TAPS]
+        self.lateral = nn.ModuleList(nn.Conv2d(taken, config.channels, 1) for _ in self.sides)
         self.styles = nn.ModuleList(
-            GradualStyleBlock(config.channels, config.style_dim, sides[config.tap_of(i)], nn.Linear)
+            GradualStyleBlock(config.channels, config.style_dim, self.sides[config.tap_of(i)], nn.Linear)
             for i in range(config.n_styles)
         )
         for style in self.styles:  # at first the embedding alone decides
@@ -211,10 +212,12 @@ class IdentityStyleEncoder(nn.Module):
         self.identity.bias.copy_(solution[-1])
 
     def forward(self, images):
-        taps, embedding = self.recognition.taps(crop_with_margin(images))
-        fine, middle, coarse = (lateral(tap) for lateral, tap in zip(self.lateral, taps, strict=True))
-        middle = enlarge(coarse, middle) + middle  # [N, 8w, 18, 18]
-        pyramid = (enlarge(middle, fine) + fine, middle, coarse)  # [N, 8w, 36, 36], the same, [N, 8w, 9, 9]
+        faces = crop_with_margin(images)
+        taps, embedding = self.recognition.taps(faces)
+        pyramid = [
+            lateral(torch.cat([F.interpolate(x, (side, side), mode="area") for x in (faces, *taps)], 1))
+            for lateral, side in zip(self.lateral, self.sides, strict=True)
+        ]  # [N, 8w, 36, 36], [N, 8w, 18, 18], [N, 8w, 9, 9]
         ws = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
         return torch.stack(ws, 1) + self.identity(embedding).unflatten(1, (-1, self.config.style_dim))
 
