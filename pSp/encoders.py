@@ -188,6 +188,7 @@ class IdentityStyleEncoder(nn.Module):
             nn.init.zeros_(style.linear.weight)
             nn.init.zeros_(style.linear.bias)
         self.identity = nn.Linear(MobileFaceNet.EMBEDDING, config.n_styles * config.style_dim)
+        self.register_buffer("basis", torch.eye(config.style_dim))  # rows: principal directions of w, times deviations
 
     def requires_grad_(self, requires_grad: bool = True):
         super().requires_grad_(requires_grad)
@@ -204,10 +205,17 @@ class IdentityStyleEncoder(nn.Module):
         return self.recognition.taps(crop_with_margin(images))[1]
 
     @torch.no_grad()
-    def fit_identity(self, embeddings, offsets) -> None:
-        """Least squares of `identity`: embeddings [N, 128] of images whose offsets [N, L, style_dim] are known."""
-        x = torch.cat((embeddings, torch.ones_like(embeddings[:, :1])), 1)  # the last column is the bias
-        solution = torch.linalg.lstsq(x.double(), offsets.flatten(1).double()).solution  # [129, L * style_dim]
+    def fit(self, embeddings, offsets) -> None:
+        """Set `basis`, and `identity` by least squares, from embeddings [N, 128] of images whose offsets [N, L, D] are
+        known. In units of the deviations all directions of w are learnt at one pace."""
+        x, offsets = embeddings.double(), offsets.double()
+        flat = offsets.flatten(0, 1)  # all tokens have nearly the same covariance
+        variances, directions = torch.linalg.eigh(flat.T @ flat / len(flat))
+        basis = directions.T * variances.clamp(min=variances[-1] * 1e-6).sqrt()[:, None]  # [D, D]
+        x = torch.cat((x, torch.ones_like(x[:, :1])), 1)  # the last column is the bias
+        known = torch.linalg.solve(basis, offsets, left=False)  # [N, L, D]
+        solution = torch.linalg.lstsq(x, known.flatten(1)).solution  # [129, L * D]
+        self.basis.copy_(basis)
         self.identity.weight.copy_(solution[:-1].T)
         self.identity.bias.copy_(solution[-1])
 
@@ -219,7 +227,7 @@ class IdentityStyleEncoder(nn.Module):
             for lateral, side in zip(self.lateral, self.sides, strict=True)
         ]  # [N, 8w, 36, 36], [N, 8w, 18, 18], [N, 8w, 9, 9]
         ws = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
-        return torch.stack(ws, 1) + self.identity(embedding).unflatten(1, (-1, self.config.style_dim))
+        return (torch.stack(ws, 1) + self.identity(embedding).unflatten(1, (-1, self.config.style_dim))) @ self.basis
 
 
 class BackboneEncoderUsingLastLayerIntoW(Backbone):

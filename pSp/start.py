@@ -81,22 +81,22 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
     net = pSp(config, generator, **options, n_iters=n_iters or RESTYLE_PASSES)
     origin = f"a new run on {generator.path}, backbone from {init_backbone(net.encoder, weights_dir)}"
     if kind == IDENTITY:
-        fit_identity(net)
+        fit_to_samples(net)
         origin += f", identity fitted to {IDENTITY_SAMPLES:,} generated faces"
     return net, origin
 
 
 @torch.no_grad()
-def fit_identity(net: pSp) -> None:
-    """Fit the part of IdentityStyleEncoder that sees the embedding to faces that the generator draws, whose w is known.
-    The same on all ranks."""
+def fit_to_samples(net: pSp) -> None:
+    """Fit IdentityStyleEncoder's function of the embedding, and its units, to faces that the generator draws, whose w is
+    known. The same on all ranks."""
     generator, draw, embeddings, offsets = net.decoder, torch.Generator().manual_seed(0), [], []
     for _ in range(IDENTITY_SAMPLES // FIT_BATCH):
         w = generator.get_latent(generator.draw_z(FIT_BATCH, draw).to(net.latent_avg.device))
         images = net.face_pool(net.render(w)).clamp(-1, 1)
         embeddings.append(net.encoder.embed(net.fit(images)).cpu())
         offsets.append((w - net.latent_avg).cpu())
-    net.encoder.fit_identity(torch.cat(embeddings), torch.cat(offsets))
+    net.encoder.fit(torch.cat(embeddings), torch.cat(offsets))
 
 
 def widen_input(net: pSp, n_iters: int, source) -> pSp:

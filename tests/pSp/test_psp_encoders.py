@@ -125,7 +125,10 @@ def test_identity_encoder_starts_from_the_linear_function_of_the_embedding():
     encoder = build_encoder(EncoderConfig(IDENTITY, 4, 6, 32, width=2)).requires_grad_(True)
     assert not any(p.requires_grad for p in encoder.recognition.parameters())
     truth, bias, embeddings = torch.randn(128, 24), torch.randn(24), torch.randn(200, 128)
-    encoder.fit_identity(embeddings, (embeddings @ truth + bias).unflatten(1, (4, 6)))
+    offsets = (embeddings @ truth + bias).unflatten(1, (4, 6))
+    encoder.fit(embeddings, offsets)
+    units = torch.linalg.solve(encoder.basis, offsets, left=False).flatten(0, 1)
+    torch.testing.assert_close(units.T @ units / len(units), torch.eye(6), atol=1e-3, rtol=0)
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     expected = (encoder.embed(images) @ truth + bias).unflatten(1, (4, 6))
     torch.testing.assert_close(encoder(images), expected, atol=1e-4, rtol=1e-4)
