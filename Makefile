@@ -17,7 +17,7 @@ $(VENV)/.installed: requirements.txt requirements-extra.txt requirements-dev.txt
 # The main job on CPU, in minutes, with the bundled models: faces by seed; a photo (scikit-image's astronaut) and drawn faces
 # are aligned, inverted, edited, given another face's expression, pasted back; then the drawn faces become a data set, on
 # which a training starts, is stopped and goes on. Images land in demo/.
-SIZE       ?= 64
+SIZE       ?= 128
 NAME       ?= face-wpp-$(SIZE)
 MODEL      ?= checkpoints/$(NAME).safetensors
 CGAN       ?= checkpoints/face-cgan-$(SIZE).safetensors

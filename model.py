@@ -5,7 +5,7 @@ network (Li et al. 2024, arXiv 2105.14230) maps one latent per token, L = 2*(log
 of self-attention, so that the native output space has one vector per synthesis layer. Tensor names are those of
 rosinality/stylegan2-pytorch and AnonSubm2021/TransStyleGAN: their checkpoints load with `load_generator`.
 
-    generator = load_generator("checkpoints/face-wpp-64.safetensors", "cpu")
+    generator = load_generator("checkpoints/face-wpp-128.safetensors", "cpu")
     images, latents = generator(generator.draw_z(3), truncation=0.7, truncation_latent=generator.mean_latent())
 """
 

@@ -3,19 +3,21 @@
 #
 #   DATA=data OUT=runs/tables benchmarks/face_tables.sh synthesis inversion boundaries encoders editing conditional
 #
-# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on. KINDS="wpp" leaves the W baseline
-# out. Projector, encoders and boundaries go on where they were stopped.
+# DATA holds faces-heldout/ and weights/; FACES is the LMDB that the generators were trained on. The W baseline is left out unless W
+# names a generator; the tables of docs/results.md at 64 px are of the files in checkpoints/ at commit 85d3235: WPP, W, ENCODER and CGAN
+# name them, SIZE=64. Projector, encoders and boundaries go on where they were stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-.venv/bin/python}
 DATA=${DATA:?set DATA to the folder that holds faces/ and faces-heldout/}
 OUT=${OUT:-runs/tables}
 FACES=${FACES:-runs/faces.lmdb}
-KINDS=${KINDS:-w wpp}
-WPP=${WPP:-checkpoints/face-wpp-64.safetensors}
-W=${W:-checkpoints/face-w-64.safetensors}
-ENCODER=${ENCODER:-checkpoints/face-psp-64.safetensors}
-CGAN=${CGAN:-checkpoints/face-cgan-64.safetensors}
+SIZE=${SIZE:-128}
+W=${W:-}
+KINDS=${KINDS:-${W:+w }wpp}
+WPP=${WPP:-checkpoints/face-wpp-$SIZE.safetensors}
+ENCODER=${ENCODER:-checkpoints/face-psp-$SIZE.safetensors}
+CGAN=${CGAN:-checkpoints/face-cgan-$SIZE.safetensors}
 NET=${NET:-squeeze}     # LPIPS backbone and features
 STEPS=${STEPS:-200}     # of the projector
 LR_W=${LR_W:-0.28}      # step sizes per space: docs/results.md
@@ -42,7 +44,7 @@ synthesis() {  # 10,000 real and 10,000 drawn faces
   local kind extractor script common
   for kind in $KINDS; do
     for extractor in $NET scorer; do
-      common="--real $FACES --size 64 --fake $(ckpt "$kind") --extractor $extractor --n_sample 10000 --noise none --device cpu"
+      common="--real $FACES --size $SIZE --fake $(ckpt "$kind") --extractor $extractor --n_sample 10000 --noise none --device cpu"
       for script in fid prdc; do $PY metrics/$script.py $common --output "$OUT/synthesis-$extractor.jsonl"; done
     done
   done
@@ -66,7 +68,7 @@ inversion() {  # held-out faces in W, W+, W++, W++ from the encoder, and by the 
   $PY metrics/reconstruction.py "${folders[@]}" --measures perceptual,mse,identity --output "$OUT/reconstruction.txt"
 }
 
-encoders() {  # pSp into W+ and W of the twin, trained as face-psp-64 was, and the same faces by each
+encoders() {  # pSp into W+ and W of the twin, trained as face-psp-64 was (a GradualStyleEncoder), and the same faces by each
   faces "$COUNT" 11
   local space flags common="--stylegan_weights $W --train_path $FACES --holdout 0.05 --val_images 256 --encoder_width 16 --batch_size 16 --test_batch_size 32"
   common+=" --workers 0 --test_workers 0 --start_from_latent_avg --lpips_lambda 0.8 --lpips_net $NET --l2_lambda 1 --id_lambda 0 --precision bf16"

@@ -24,8 +24,8 @@ SAFE = 3.5  # standard deviations along a boundary without a range of its own: f
 CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 # Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs better, but leaves a face where edits
-# fail: of a target of 15 years, 7 are read in the photo after 40 steps (mean of three), 12 at 0.001, 13 unrefined.
-LR_RATIO = 0.001
+# fail (docs/log.md, 2026-11-29).
+LR_RATIO = 0.0002
 SMALL = 64  # pixels up to which the scorer's features invert a face better than LPIPS does (docs/results.md)
 
 
@@ -83,7 +83,7 @@ class Models(Inverter):
         return min(low, 0.0), max(high, 0.0)
 
     def describe(self) -> str:
-        """One line: 'face-wpp-64 (64 px), refined by ...'."""
+        """One line: 'face-wpp-128 (64 px), refined by ...'."""
         parts = [f"{self.generator.path.stem} ({self.size} px)", f"refined by {self.perceptual.name}"]
         if self.conditional:
             parts.append(f"expressions by {self.conditional.generator.path.stem}")

@@ -18,6 +18,7 @@ from common.files import safe_name
 from editing.boundary import Boundary, BoundaryError, orthogonalise, project_all
 from editing.realism import edit_range
 from editing.samples import Samples, score_samples
+from perceptual.identity import build_identity
 
 FITS = ("ridge", "svm", "svc")
 SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)
@@ -172,6 +173,7 @@ def fit_attribute(
     if given and not every:
         raise UsageError(f"--conditional_fit {conditional} is for --fit ridge, not {settings['fit']}")
     columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
+    identity = build_identity("auto", samples.generator.token.device)
     table = score_samples(samples, scorer, **scoring)[:, columns]
     if not scoring["dist"].is_main:
         return broadcast_object(None)
@@ -184,7 +186,7 @@ def fit_attribute(
         boundary, shown = orthogonalise(boundary, free_of, samples), f"{shown} before the projection"
     text = f" given {', '.join(given)}" if given else ""
     print(f"{attribute}: {boundary.fit} on {len(samples)} samples{text}, accuracy {shown}")
-    if bounds := edit_range(samples, boundary, scorer):
+    if bounds := edit_range(samples, boundary, identity):
         print(f"{attribute}: edits stay faces from {bounds[0]:+g} to {bounds[1]:+g} standard deviations")
     boundary = replace(boundary, range=bounds)
     path = boundary.save(folder / f"boundary-{safe_name(attribute)}.npz")

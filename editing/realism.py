@@ -2,7 +2,8 @@
 
 Realism (Kynkäänniemi et al. 2019, arXiv 1904.06991, equation 3): the distance of an image's features to the manifold of
 reference images, spanned by the spheres that reach to their k-th neighbours. Here references are unedited samples,
-features the scorer's, and a face is at least as real as 95 % of the references are to each other.
+features the embeddings of the identity network, and a face is at least as real as 95 % of the references are to each
+other. (In features of the scorer an unusually old face leaves the manifold as a broken one does.)
 """
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from editing.boundary import Boundary
 from editing.evaluate import image_batches
 from editing.samples import Samples
-from scorer.interface import AttributeScorer
 
 REFERENCES, EDITED = 500, 150  # samples that span the manifold; others that are moved
 NEIGHBOUR = 3  # k, published
@@ -39,10 +39,11 @@ class Realism:
 
 
 @torch.no_grad()
-def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, float] | None:
+def edit_range(samples: Samples, boundary: Boundary, identity) -> tuple[float, float] | None:
     """(lowest, highest) distance in standard deviations up to which SHARE of the samples that are faces still are,
-    bisected among multiples of STEP. None without features, for fewer than 20 samples, or where no STEP is left."""
-    if len(samples) < 20 or type(scorer).features is AttributeScorer.features:
+    bisected among multiples of STEP. identity: network of perceptual/identity.py. None for fewer than 20 samples, or
+    where no STEP is left."""
+    if len(samples) < 20:
         return None
     n_edited = min(EDITED, len(samples) // 4)
     n_references = min(REFERENCES, len(samples) - n_edited)
@@ -51,7 +52,7 @@ def edit_range(samples: Samples, boundary: Boundary, scorer) -> tuple[float, flo
 
     def features(rows, distance=0.0):
         frames = list(samples.frames(rows, offset=distance * boundary.std * normal))
-        return torch.cat([scorer.features(block).cpu() for block in image_batches(frames, scorer)])
+        return torch.cat([identity.embed(block).cpu() for block in image_batches(frames, identity)])
 
     realism = Realism(features(np.arange(n_references)))
     before, ends = realism.are_faces(features(rows)), []

@@ -15,7 +15,7 @@ from common.cli import ROOT, UserError
 
 # Folders of images or LMDBs, and a generator: fill in your own
 PATHS = {"ffhq": "", "celeba_train": "", "celeba_test": "", "stylegan": ""}
-BUNDLED_GENERATOR = ROOT / "checkpoints" / "face-wpp-64.safetensors"
+BUNDLED_GENERATOR = ROOT / "checkpoints" / "face-wpp-128.safetensors"
 
 
 class DatasetType(NamedTuple):

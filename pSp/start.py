@@ -88,7 +88,7 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
 
 @torch.no_grad()
 def fit_to_samples(net: pSp) -> None:
-    """Fit IdentityStyleEncoder's function of the embedding, and its units, to faces that the generator draws, whose w is
+    """Fit IdentityStyleEncoder's units and function of the embedding to faces that the generator draws, whose w is
     known. The same on all ranks."""
     generator, draw, embeddings, offsets = net.decoder, torch.Generator().manual_seed(0), [], []
     for _ in range(IDENTITY_SAMPLES // FIT_BATCH):

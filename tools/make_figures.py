@@ -51,7 +51,7 @@ Inversion = tuple[torch.Tensor, list[torch.Tensor], list[np.ndarray]]
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-64.safetensors", help="W++ generator")
+    add("--ckpt", type=Path, default=ROOT / "checkpoints" / "face-wpp-128.safetensors", help="W++ generator")
     add("--w_ckpt", type=Path, help="W generator (default: face-w-SIZE beside it, if any)")
     add("--scorer", default="face-scorer", help="scorer of attributes: face-scorer, face-scorer-eval, FILE.safetensors")
     add("--perceptual", default="auto-up64", help="distance that is minimised and shown: vgg, scorer:NAME ...")
@@ -64,7 +64,7 @@ def build_parser() -> ArgumentParser:
 
 
 def beside(path: Path, kind: str) -> Path | None:
-    """face-wpp-64 -> face-KIND-64 in the same folder, if it is there."""
+    """face-wpp-128 -> face-KIND-128 in the same folder, if it is there."""
     other = path.with_name(path.name.replace("-wpp-", f"-{kind}-"))
     return other if other != path and other.is_file() else None
 

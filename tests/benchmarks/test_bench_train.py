@@ -134,9 +134,9 @@ def test_checkpoints_and_spaces(root):
     args = parser.parse_args(["--sizes", "8", "16", "--spaces", "w", "w++", "--precision", "bf16", "fp32", *TINY])
     rows = list(bench_generate.rows_of(args))
     assert len(rows) == 8 and {(row.size, row.space) for row in rows} == {(8, "w"), (8, "w++"), (16, "w"), (16, "w++")}
-    args.ckpt = str(root / "checkpoints" / "face-wpp-64.safetensors")
+    args.ckpt = str(root / "checkpoints" / "face-wpp-128.safetensors")
     generator = bench_generate.make_generator(rows[0], args, torch.device("cpu"))
-    assert generator.config.size == 64 and not generator.training
+    assert generator.config.size == 128 and not generator.training
     assert not any(parameter.requires_grad for parameter in generator.parameters())
 
 

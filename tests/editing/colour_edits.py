@@ -21,10 +21,10 @@ class ColourScorer(AttributeScorer):
         )
 
 
-class PixelScorer(ColourScorer):
-    """Its features are the image at 4 x 4 pixels: an edit that leaves the samples' colours is no face."""
+class PixelIdentity(torch.nn.Module):
+    """Its embedding is the image at 4 x 4 pixels: an edit that leaves the samples' colours is no face."""
 
-    def features(self, images):
+    def embed(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
 
 

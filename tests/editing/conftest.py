@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from colour_edits import ColourScorer
+from colour_edits import ColourScorer, PixelIdentity
 
+import editing.fit
 import editing.samples
 from common.checkpoint import save_checkpoint
 from common.latents import save_latents
@@ -14,6 +15,15 @@ from sampling.render import map_latents, seeded_z
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(editing.samples, "CHUNK", 60)
+
+
+@pytest.fixture(autouse=True)
+def edit_range(monkeypatch):
+    """No range is measured; the function that does, with a small identity network."""
+    function = editing.fit.edit_range
+    monkeypatch.setattr("editing.fit.edit_range", lambda *_: None)
+    monkeypatch.setattr("editing.fit.build_identity", lambda *_: PixelIdentity())
+    return function
 
 
 @pytest.fixture

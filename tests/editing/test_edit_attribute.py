@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from colour_edits import ColourScorer, PixelScorer, command, table
+from colour_edits import ColourScorer, command, table
 from PIL import Image
 
 from common.checkpoint import save_checkpoint
@@ -53,8 +53,8 @@ def test_the_frame_at_distance_zero_is_the_inversion(ckpt, latents, scorer, tmp_
     assert [float(row["change"]) for row in table(tmp_path / "out")] == [0, 0, 0]
 
 
-def test_a_sweep_goes_as_far_as_the_boundary_says(ckpt, latents, scorer, tmp_path, generator, capsys, monkeypatch):
-    monkeypatch.setattr("scorer.network.load_scorer", lambda *args, **kwargs: PixelScorer())
+def test_a_sweep_goes_as_far_as_the_boundary_says(ckpt, latents, scorer, tmp_path, capsys, monkeypatch, edit_range):
+    monkeypatch.setattr("editing.fit.edit_range", edit_range)
     assert command(ckpt, latents, tmp_path / "fit", "--num_sample 120 --ratio 0.2 --steps 1 --at 0") == 0
     path = tmp_path / "fit" / "boundary-age.npz"
     assert "edits stay faces from" in capsys.readouterr().out and load_boundary(path).range is not None

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from colour_edits import ColourScorer, PixelScorer
+from colour_edits import ColourScorer, PixelIdentity
 
 import editing.samples
 from common.cli import UserError
@@ -75,11 +75,11 @@ def test_the_range_ends_where_samples_are_no_faces_any_more(generator):
     samples = Samples(generator, range(200), noise="none")
     scores = samples[np.arange(200)] @ np.random.default_rng(0).standard_normal(samples.shape[1])
     boundary = fit_boundary(samples, scores, ratio=0.1, space=generator.config.space)
-    low, high = edit_range(samples, boundary, PixelScorer())
+    low, high = edit_range(samples, boundary, PixelIdentity())
     assert -6 <= low <= 0 <= high <= 6 and low < high
     wild = replace(boundary, std=30 * boundary.std)  # a step is 30 times as long
     assert (
-        edit_range(samples, wild, PixelScorer()) is None
-        or np.ptp(edit_range(samples, wild, PixelScorer())) < high - low
+        edit_range(samples, wild, PixelIdentity()) is None
+        or np.ptp(edit_range(samples, wild, PixelIdentity())) < high - low
     )
-    assert edit_range(samples, boundary, ColourScorer()) is None, "a scorer without features"
+    assert edit_range(Samples(generator, range(19)), boundary, PixelIdentity()) is None, "too few samples"

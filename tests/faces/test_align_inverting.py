@@ -22,8 +22,8 @@ from faces.align import crop_aligned, read_alignment
 from model import Generator
 from pSp.scripts import inference
 
-SIZE = 64  # of the bundled models
-BUNDLED = "checkpoints/face-{}-64.safetensors"
+SIZE = 128  # of the bundled models
+BUNDLED = "checkpoints/face-{}-128.safetensors"
 COMMON = [
     "--device",
     "cpu",

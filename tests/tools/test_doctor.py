@@ -16,7 +16,7 @@ def test_report(capsys, tmp_path, monkeypatch):
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     assert f"torch {torch.__version__.partition('+')[0]}" in lines["packages"] and "gradio" in lines["packages"]
     assert "plain PyTorch" in lines["operations"] and "nvcc" in lines["compilers"]
-    assert "face-wpp-64.safetensors" in lines["bundled"]
+    assert "face-wpp-128.safetensors" in lines["bundled"]
     assert "yunet_640, " in f"{lines['weights here']}, " and "mobilefacenet (UNUSABLE: " in lines["weights here"]
     assert "vgg16" in lines["not here"] and str(tmp_path) in lines["not here"]
 
