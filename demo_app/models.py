@@ -83,7 +83,7 @@ class Models(Inverter):
         return min(low, 0.0), max(high, 0.0)
 
     def describe(self) -> str:
-        """One line: 'face-wpp-128 (64 px), refined by ...'."""
+        """One line: 'face-wpp-128 (128 px), refined by ...'."""
         parts = [f"{self.generator.path.stem} ({self.size} px)", f"refined by {self.perceptual.name}"]
         if self.conditional:
             parts.append(f"expressions by {self.conditional.generator.path.stem}")

@@ -270,7 +270,7 @@ def build_encoder(config: EncoderConfig) -> nn.Module:
     return ENCODERS[config.encoder_type](config)
 
 
-def init_backbone(encoder: Backbone, weights_dir=None) -> str:
+def init_backbone(encoder: nn.Module, weights_dir=None) -> str:
     """Load IR-SE50 ArcFace into input_layer and body of an encoder, as published, where the file is found and fits;
     returns what was loaded. Of six input channels the first three get ArcFace's, as in ReStyle."""
     config = encoder.config
