@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
-from demo_app.models import LR_RATIO, Models
+from demo_app.models import Models
 from demo_app.targets import EXPRESSION, NEAR, Reading, Target
 from editing.edit import edit_face, nearest_crossing, nearest_value
 from editing.evaluate import score_frames
@@ -22,9 +22,9 @@ from editing.transfer import render_path
 from faces.align import Alignment, align, crop_aligned, to_bytes
 from faces.detect import FaceDetector
 from faces.paste import edit_crop, paste_edit
-from inversion.inputs import pixel_seed
-from inversion.projector import choose_space, project
-from sampling.render import map_latents, noise_maps, render, seeded_z
+from inversion.tuning import tunable, tune, tuned_generator
+from model import Generator
+from sampling.render import map_latents, render, seeded_z
 
 CROP = 256  # pixels of an aligned face
 READ = 128  # pixels at which edits are tried out before one is pasted
@@ -39,12 +39,17 @@ class PhotoError(UserError):
 
 @dataclass(frozen=True)
 class Inversion:
-    """A face in a generator. condition: attributes [d] in [0, 1] under which it was found, of a conditional one."""
+    """A face in a generator. condition: attributes [d] in [0, 1] at which it is drawn, of a conditional one."""
 
     w: np.ndarray  # float32 [L, D]
-    noise: list[torch.Tensor]  # per layer [1, 1, r, r], CPU
-    condition: np.ndarray | None = None
+    generator: Generator  # that draws it: the bundled one, or a copy tuned to the face
+    condition: torch.Tensor | None = None
     curves: dict = field(default_factory=dict, compare=False)  # attribute -> (positions, readings) [TRIES]
+
+    @property
+    def noise(self) -> list[torch.Tensor]:
+        """The generator's own maps, per layer [1, 1, r, r]."""
+        return [layer.cpu() for layer in self.generator.fixed_noise()]
 
 
 @dataclass(eq=False)
@@ -111,22 +116,22 @@ class PhotoEditor:
         """The generator's own face of a seed, whose w is exact: generate.py --truncation 0.7 --noise none."""
         generator, mean = self.models.generator, self.models.statistics[0]
         (w,) = map_latents(generator, seeded_z(generator, [seed]), truncation=TRUNCATION, mean=mean)
-        noise = [layer.cpu() for layer in noise_maps(generator, "none")]
-        (image,) = render(generator, [w], noise=noise)
+        inversion = Inversion(w.cpu().numpy(), generator)
+        (image,) = render(generator, [w], noise=inversion.noise)
         photo, end = Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BICUBIC), CROP - 0.5
         quad = [[-0.5, -0.5], [-0.5, end], [end, end], [end, -0.5]]
         alignment = Alignment(quad, [CROP, CROP], CROP, landmarks=[], whole=True, name=f"seed{seed:04d}")
-        self.photo, self.faces = photo, [Face(alignment, photo, Inversion(w.cpu().numpy(), noise), exact=True)]
+        self.photo, self.faces = photo, [Face(alignment, photo, inversion, exact=True)]
 
     def refine(self, steps: int, *, callback: Callable | None = None) -> float:
-        """Optimise w and noise maps of all faces for `steps` more steps. Returns the loss, a mean over the faces."""
-        if all(face.exact for face in self.faces):
-            return 0.0
-        models, starts = self.models, [face.inversion for face in self.faces]
-        results, loss = self._project(models, models.space, starts, steps, callback)
-        for face, inversion in zip(self.faces, results, strict=True):
-            face.inversion, face.steps = inversion, face.steps + steps
-        return loss
+        """Tune the generator of each face for `steps` more steps. Returns the loss, a mean over the faces."""
+        losses = []
+        for face, image in zip(self.faces, self._images(self.models.generator), strict=True):
+            if not face.exact:
+                face.inversion, loss = self._tune(face.inversion, image, steps, callback)
+                face.expression, face.steps = None, face.steps + steps
+                losses.append(loss)
+        return float(np.mean(losses or 0.0))
 
     def set_layers(self, layers: range | None) -> None:
         """Layers of w that move along boundaries from now on."""
@@ -136,18 +141,20 @@ class PhotoEditor:
                 face.inversion.curves.clear()
 
     def set_expression(self, steps: int) -> None:
-        """Invert the faces in the conditional generator, their own attributes held fixed; what is there stays."""
-        if all(face.expression for face in self.faces):
-            return
+        """Invert the faces in the conditional generator; what is there stays. One that was trained from the other by
+        --light draws the same at the neutral condition, with the same tuned weights."""
         conditional = self.models.conditional
-        source = conditional.reader.read(self._images(conditional.generator)).numpy()
-        maps = [layer.cpu() for layer in conditional.generator.fixed_noise()]
-        ws = [face.inversion.w for face in self.faces]  # usually fine-tuned from the other: its w fit
-        if ws[0].shape != conditional.statistics[0][0].shape:
-            ws = [conditional.statistics[0][0].cpu().numpy()] * len(ws)
-        starts = [Inversion(w, maps, condition) for w, condition in zip(ws, source, strict=True)]
-        for face, inversion in zip(self.faces, self._project(conditional, None, starts, steps)[0], strict=True):
-            face.expression = inversion
+        images = self._images(conditional.generator)
+        for face, image in zip(self.faces, images, strict=True):
+            if face.expression is None and conditional.light:
+                neutral = torch.full((len(conditional.reader.names),), 0.5)
+                generator = tuned_generator(conditional.generator, tunable(face.inversion.generator))
+                face.expression = Inversion(face.inversion.w, generator, neutral)
+            elif face.expression is None:
+                (condition,) = conditional.reader.read(image[None])
+                mean = conditional.statistics[0][0].cpu().numpy()
+                start = Inversion(mean, conditional.generator, condition)
+                face.expression, _ = self._tune(start, image, steps)
 
     def edit(
         self,
@@ -204,36 +211,20 @@ class PhotoEditor:
     @torch.no_grad()
     def _encode(self, crop: Image.Image) -> Inversion:
         models, net = self.models, self.models.encoder
-        noise = [layer.cpu() for layer in models.generator.fixed_noise()]
         if net is None:
-            return Inversion(models.statistics[0][0].cpu().numpy(), noise)
+            return Inversion(models.statistics[0][0].cpu().numpy(), models.generator)
         image = to_tensor(fit_image(crop, max(net.config.input_size, net.image_size)))[None].to(models.generator.token)
         (w,) = net.encode(net.fit(image))  # [1, L, D]
-        return Inversion(w.float().cpu().numpy(), noise)
+        return Inversion(w.float().cpu().numpy(), models.generator)
 
-    def _project(self, source, space, starts, steps, callback=None) -> tuple[list[Inversion], float]:
-        """Inversions in `source` (Models or Conditional), refined from `starts`, and their mean loss."""
-        generator, images, losses = source.generator, self._images(source.generator), []
-        conditions = None if starts[0].condition is None else np.stack([start.condition for start in starts])
-
-        def watch(step, active, synth, loss):
-            losses.append(float(loss.mean()))
-            if callback is not None:
-                callback()
-
-        settings = {"space": choose_space(generator, space), "steps": steps, "mse": 1.0, "noise": 0.0}
-        settings["lr"] = LR_RATIO * float(source.statistics[1].mean())
-        settings["seeds"] = [pixel_seed(image, 0) for image in ((images + 1) * 127.5).round().byte().cpu()]
-        settings["condition"] = None if conditions is None else torch.from_numpy(conditions)
-        settings["w_start"] = torch.from_numpy(np.stack([start.w for start in starts]))
-        settings["noise_start"] = [torch.cat(maps) for maps in zip(*(start.noise for start in starts), strict=True)]
-        networks = {"perceptual": self.models.perceptual, "statistics": source.statistics}
-        result = project(generator, images, **networks, **settings, callback=watch)
-        if not torch.isfinite(result.latents).all():
+    def _tune(self, inversion: Inversion, image, steps, callback=None) -> tuple[Inversion, float]:
+        """The inversion with a generator that was tuned to the image [3, S, S], and the loss."""
+        condition = None if inversion.condition is None else inversion.condition[None].to(image)
+        w, how = torch.from_numpy(inversion.w), {"steps": steps, "condition": condition, "callback": callback}
+        tuned, loss = tune(inversion.generator, image[None], w, perceptual=self.models.perceptual, **how)
+        if not np.isfinite(loss):
             raise PhotoError("the refinement diverged: use --quality fast")
-        noise = [[layer[i : i + 1] for layer in result.noise] for i in range(len(starts))]
-        parts = zip(result.latents, noise, starts, strict=True)
-        return [Inversion(w.numpy(), maps, start.condition) for w, maps, start in parts], losses[-1]
+        return Inversion(inversion.w, tuned, inversion.condition), loss
 
     def _draw(self, face: Face, at: list[dict[str, float]]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
         """Per generator that takes part: the face unedited, and at each of the K positions; uint8 [S, S, 3]."""
@@ -241,13 +232,13 @@ class PhotoEditor:
         boundaries = [b for name, b in models.boundaries.items() if any(name in position for position in at)]
         if boundaries or not any(at):
             steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-            before, *after = edit_face(models.generator, source, boundaries, np.array(steps), layers=self.layers)
+            before, *after = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
             drawn.append((before, after))
         if any(name not in models.boundaries for position in at for name in position):
             source, names = face.expression, models.conditional.reader.names
             change = [[p.get(n, 0.0) * (n not in models.boundaries) for n in names] for p in [{}, *at]]  # [1 + K, d]
-            conditions = torch.from_numpy(source.condition + np.array(change, np.float32))
-            before, *after = render_path(models.conditional.generator, source, conditions)
+            conditions = source.condition.cpu() + torch.tensor(change)
+            before, *after = render_path(source.generator, source, conditions)
             drawn.append((before, after))
         return drawn
 

@@ -15,8 +15,9 @@ from common.files import atomic_write
 from demo_app.editor import Face, Inversion
 from demo_app.models import Models
 from faces.align import alignment_of, crop_aligned
+from inversion.tuning import tunable, tuned_generator
 
-VERSION = 1  # of what set_photo makes of a photo
+VERSION = 2  # of what set_photo makes of a photo
 
 
 def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Path:
@@ -33,9 +34,11 @@ def save_faces(file: Path, faces: list[Face]) -> None:
     for i, face in enumerate(faces):
         for name, inversion in ((f"w_{i}", face.inversion), (f"expression_{i}", face.expression)):
             if inversion is not None:
-                arrays |= {name: inversion.w, f"{name}_condition": inversion.condition}
-                arrays |= {f"{name}_noise_{k}": layer.numpy() for k, layer in enumerate(inversion.noise)}
-    arrays = {name: array for name, array in arrays.items() if array is not None}
+                arrays[name] = inversion.w
+                weights = tunable(inversion.generator) if face.steps or inversion is face.expression else {}
+                arrays |= {f"{name}.{k}": weight.detach().half().cpu().numpy() for k, weight in weights.items()}
+            if inversion is not None and inversion.condition is not None:
+                arrays[f"{name}_condition"] = inversion.condition.cpu().numpy()
     info = [{"alignment": asdict(face.alignment), "steps": face.steps} for face in faces]
     with atomic_write(file) as out:
         np.savez(out, info=np.frombuffer(json.dumps(info).encode(), np.uint8), **arrays)
@@ -58,5 +61,8 @@ def load_faces(file: Path, photo: Image.Image, models: Models) -> list[Face] | N
 def _inversion(arrays, name: str, generator) -> Inversion | None:
     if name not in arrays:
         return None
-    maps = [torch.from_numpy(arrays[f"{name}_noise_{k}"]) for k in range(generator.config.n_noise)]
-    return Inversion(arrays[name], maps, arrays.get(f"{name}_condition"))
+    start = f"{name}."
+    weights = {k.removeprefix(start): torch.from_numpy(value) for k, value in arrays.items() if k.startswith(start)}
+    condition = arrays.get(f"{name}_condition")
+    condition = None if condition is None else torch.from_numpy(condition)
+    return Inversion(arrays[name], tuned_generator(generator, weights) if weights else generator, condition)

@@ -10,7 +10,7 @@ import torch
 
 from common.checkpoint import CheckpointError
 from common.cli import ROOT, UserError
-from editing.attributes import ConditionScorer, load_condition_scorer, read_condition
+from editing.attributes import ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
 from editing.boundary import Boundary, BoundaryError, boundary_of
 from model import Generator, load_generator
 from perceptual.lpips import Perceptual, build_perceptual
@@ -23,10 +23,6 @@ SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, no
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
 CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
 MEAN_SAMPLES = 1000  # for mean and deviation of w
-# Step size of Adam in deviations of w. The projector's best, 0.01, reconstructs better, but leaves a face where edits
-# fail (docs/log.md, 2026-11-29).
-LR_RATIO = 0.0002
-SMALL = 64  # pixels up to which the scorer's features invert a face better than LPIPS does (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -43,17 +39,18 @@ class Inverter:
 
 @dataclass(frozen=True)
 class Conditional(Inverter):
-    """A conditional generator; reader: attributes as it takes them."""
+    """A conditional generator; reader: attributes as it takes them; light: trained from the other by --light."""
 
     reader: ConditionScorer
+    light: bool = False
 
 
 @dataclass(frozen=True)
 class Models(Inverter):
-    """Frozen networks on one device. Without encoder, a refinement starts at the mean of w."""
+    """Frozen networks on one device. Without encoder, faces are tuned around the mean of w."""
 
     scorer: AttributeScorer  # all read-outs come from it
-    perceptual: Perceptual  # distance that refinements minimise
+    perceptual: Perceptual  # distance that tuning minimises
     boundaries: dict[str, Boundary] = field(default_factory=dict)
     encoder: pSp | None = None
     conditional: Conditional | None = None
@@ -63,11 +60,6 @@ class Models(Inverter):
     def size(self) -> int:
         """Side of the generator's images, in pixels."""
         return self.generator.config.size
-
-    @property
-    def space(self) -> str:
-        """Space of inversions: the encoder's, else the generator's own."""
-        return self.encoder.space if self.encoder is not None else self.generator.config.space
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -98,7 +90,7 @@ def load_models(
     boundaries: Path = CHECKPOINTS,  # folder of .npz files
     conditional: str | Path | None = None,  # default: the largest checkpoints/face-cgan-SIZE; "none" for none
     scorer: str = SCORER,  # of the read-outs
-    perceptual: str = "auto",  # the generator's recommendation, else the best that is here
+    perceptual: str = "mobilefacenet",  # distance that tuning minimises
     weights_dir: Path | None = None,  # of third-party weights, looked into first
 ) -> Models:
     """Raises FileNotFoundError, or UserError, CheckpointError, BoundaryError for files that do not fit together."""
@@ -112,11 +104,10 @@ def load_models(
     if conditional == "none":
         conditional = None
     else:
-        reader = load_condition_scorer(conditional, read_condition(conditional), device, weights_dir=weights_dir)
-        conditional = Conditional(load_generator(conditional, device), reader)
-    if perceptual == "auto":
-        fallback = "scorer:face-scorer" if generator.config.size <= SMALL else "auto"
-        perceptual = generator.recommended.get("projector", {}).get("perceptual", fallback)
+        condition = read_condition(conditional)
+        reader = load_condition_scorer(conditional, condition, device, weights_dir=weights_dir)
+        light = condition.light and base_fingerprint(conditional) == generator.fingerprint
+        conditional = Conditional(load_generator(conditional, device), reader, light)
     return Models(
         generator,
         scorer=load_scorer(scorer, device, weights_dir=weights_dir),

@@ -129,12 +129,19 @@ class MobileFaceNet(nn.Module):
         """Inputs with a margin, [N, 3, 144, 144] (crop_with_margin) -> the three maps of TAPS, fine to coarse, and the
         embedding [N, 128] of length sqrt(128), from the inner 7x7 of the last. It is near that of the template alone,
         cosine 0.73 on average: at the border its cells see the picture, not zeros."""
-        x, taps = self.dw_conv(self.conv1(x)), []
+        maps = self.maps(x)
+        embedding = self.embed(self.conv2(maps[-1][..., 1:-1, 1:-1]))
+        return maps[1:], F.normalize(embedding) * self.EMBEDDING**0.5
+
+    def maps(self, x):
+        """Inputs [N, 3, 144, 144] -> the map of the first convolution, [N, 64, 72, 72], and those of TAPS."""
+        maps = [self.conv1(x)]
+        x = self.dw_conv(maps[0])
         for index, block in enumerate(self.features):
             x = block(x)
             if index in self.LAST:
-                taps.append(x)
-        return taps, F.normalize(self.embed(self.conv2(x[..., 1:-1, 1:-1]))) * self.EMBEDDING**0.5
+                maps.append(x)
+        return maps
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
@@ -170,6 +177,10 @@ class Identity(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             faces = (self.crop(images.float()) / 2 + 0.5 - self.mean) / self.std  # [N, 3, 112, 112]
             return F.normalize(self.network(faces.contiguous(memory_format=torch.channels_last)))
+
+    def feature_maps(self, images):
+        """[N, 3, H, H] in [-1, 1] -> the four maps of MobileFaceNet, for a perceptual distance of aligned faces."""
+        return self.network.maps(crop_with_margin(images))
 
     def similarity(self, images_a, images_b):
         """Cosine similarity, [N], -1..1: about 0 for strangers (what marks the same person: docs/results.md)."""

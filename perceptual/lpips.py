@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from common.checkpoint import CheckpointError, load_checkpoint
 from common.cli import UsageError
 from common.weights import find, require
+from perceptual.identity import build_identity
 from scorer.network import load_scorer
 
 # Weights that hold each backbone, in the order in which `auto` looks for them: SqueezeNet is nearer to VGG than AlexNet
@@ -150,8 +151,9 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
     """The distance called `name`, a frozen Perceptual on `device`.
 
     name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found, else the
-    features of the bundled scorer); any of the four with `-up64`, to enlarge images below 64 pixels; scorer:NAME (a
-    name or file that scorer/network.py reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError
+    features of the bundled scorer); any of the four with `-up64`, to enlarge images below 64 pixels; mobilefacenet (the
+    maps of the bundled recognition network: aligned faces alone); scorer:NAME (a name or file that scorer/network.py
+    reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError
     naming the file and where it is to be had, UsageError for another name, CheckpointError for a file that is something
     else.
     """
@@ -165,8 +167,10 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
     if kind == "scorer" and scorer:
         network = load_scorer(scorer, "cpu", weights_dir=weights_dir)
         return FeatureDistance(network, f"scorer-features({Path(scorer).name})", dtype=dtype).to(device)
+    if net == "mobilefacenet":
+        return FeatureDistance(build_identity(net, "cpu", weights_dir), net, dtype=dtype).to(device)
     if net not in LPIPS_WEIGHTS:
-        expected = f"auto, {', '.join(LPIPS_WEIGHTS)} or scorer:NAME"
+        expected = f"auto, {', '.join(LPIPS_WEIGHTS)}, mobilefacenet or scorer:NAME"
         raise UsageError(f"perceptual distance {name!r} is unknown: expected {expected}")
     path = require(weights or LPIPS_WEIGHTS[net][0], weights_dir)
     return Lpips(net, load_checkpoint(path), dtype=dtype, upsample_small=base != name, source=path).to(device)

@@ -24,7 +24,8 @@ for folder in ("faces", "faces-ffhq"):
 PY
   "$python" prepare_data.py --out "$work/faces.lmdb" --size 128 --n_worker 2 --format jpeg --quality 97 "$work/faces"
 fi
-flags=(--path "$work/faces.lmdb" --exp_name "$work/run" --size 128 --device cpu --precision bf16 --channel_base 4096 --channel_max 256
+precision=${PRECISION:-$("$python" -c "from common.precision import bf16_pays; print('bf16' if bf16_pays() else 'fp32')")}
+flags=(--path "$work/faces.lmdb" --exp_name "$work/run" --size 128 --device cpu --precision "$precision" --channel_base 4096 --channel_max 256
   --g_reg_every 8 --augment --ada_length 60000 --vision_aided efficientnet --vision_aided_weight 0.3 --one_stage --noise none --r1 0.2 --lr "${LR:-0.0025}" --ema_images 12000
   --source_weights ffhq=4,ffhq-q50=3,celebahq=3,aaf=0.6,lfw=0.4 --workers 1 --threads 1
   --resume auto --init_from checkpoints/training-128/generator.safetensors
