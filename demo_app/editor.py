@@ -31,6 +31,7 @@ READ = 128  # pixels at which edits are tried out before one is pasted
 TRIES = 13  # positions per attribute at which the photo is read
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
+REACH = 1.7  # factor on the safe range of a tuned face: identity at its ends is still 0.77 to 0.8 (docs/results.md)
 
 
 class PhotoError(UserError):
@@ -248,11 +249,17 @@ class PhotoEditor:
         for k in range(len(at)):
             yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
 
+    def _range(self, face: Face, name: str) -> tuple[float, float]:
+        """Positions of an attribute, lowest and highest, that are tried on a face."""
+        low, high = self.models.safe_range(name)
+        reach = REACH if face.steps and name in self.models.boundaries else 1.0
+        return reach * low, reach * high
+
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Positions [TRIES] along an attribute within its safe range, and what is read in the photo there."""
         curves = (face.inversion if name in self.models.boundaries else face.expression).curves
         if name not in curves:
-            low, high = self.models.safe_range(name)
+            low, high = self._range(face, name)
             at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
             crops = list(self._try(face, [{name: value} for value in at]))
             curves[name] = at, self.read(crops)[:, self.models.scorer.column(name)]
@@ -271,7 +278,7 @@ class PhotoEditor:
         aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {})
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
-            ends = [self.models.safe_range(name)[position > 0] or 1.0 for name, position in at.items()]
+            ends = [self._range(face, name)[position > 0] or 1.0 for name, position in at.items()]
             away = float(np.linalg.norm(np.divide([*at.values()], ends)))  # of the safe range, all edits together
             at = {name: position / max(1.0, away) for name, position in at.items()}
             if not targets or rounds == 0 or strength != 1:

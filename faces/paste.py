@@ -24,6 +24,8 @@ STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps
 LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
 SPREAD = 0.025  # of the side: radius of an edit's region
 WEAK, STRONG = 3.0, 12.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
+LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed, see `edit_region`
+FAITHFUL = 0.5
 DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
 FEATHER = 0.05  # of the side: width of the soft border
 HEAD = (0.5, 0.52), (0.46, 0.5)  # centre and radii of the ellipse that edits stay in, of the side of an FFHQ frame
@@ -105,13 +107,18 @@ def feather_mask(size, feather) -> np.ndarray:
     return np.outer(ramp, ramp).astype(np.float32)
 
 
-def edit_region(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
-    """Share of the drawn face at each pixel, float32 [H, W] in 0..1. Images float32 [H, W, 3]."""
-    side = len(edited)
-    change = (edited - unedited).mean(-1)
+def structure(change: np.ndarray) -> np.ndarray:
+    """Strength of what a difference of two images [H, W, 3] changes besides light, grey levels, float32 [H, W]."""
+    side, change = len(change), change.mean(-1)
     change = change - ndimage.gaussian_filter(change, LIGHT * side)  # a tint is no structure
-    strength = np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
-    return _smooth((strength - WEAK) / (STRONG - WEAK))
+    return np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
+
+
+def edit_region(edited: np.ndarray, unedited: np.ndarray, missed: np.ndarray) -> np.ndarray:
+    """Share of the drawn face at each pixel, float32 [H, W] in 0..1: that of a strong edit is 1 where the inversion
+    missed much, and FAITHFUL where it missed little. Images float32 [H, W, 3]."""
+    region = _smooth((structure(edited - unedited) - WEAK) / (STRONG - WEAK))
+    return region * (FAITHFUL + (1 - FAITHFUL) * _smooth((structure(missed) - LITTLE) / (MUCH - LITTLE)))
 
 
 def head_mask(size: int) -> np.ndarray:
@@ -128,7 +135,8 @@ def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
     crop, edited, unedited = map(to_pil, (crop, edited, unedited))
     coarse = crop.resize(edited.size, Image.Resampling.BOX)  # at the generator's resolution
     before, after, coarse = (_resize(image, crop.width) for image in (unedited, edited, coarse))
-    region, missed, photo = edit_region(after, before)[..., None], coarse - before, np.asarray(crop, np.float32)
+    missed, photo = coarse - before, np.asarray(crop, np.float32)
+    region = edit_region(after, before, missed)[..., None]
     light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])
     kept = light + (1 - region) * (missed - light) + (1 - (1 - DETAIL) * region) * (photo - coarse)
     return after + kept, region[..., 0]

@@ -9,7 +9,7 @@ from demo_app.editor import PhotoEditor, PhotoError, open_error, position_for, s
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.targets import Reading, Target
 from faces.align import crop_aligned
-from faces.paste import blend_edit, edit_region, paste_edit
+from faces.paste import FAITHFUL, blend_edit, edit_region, paste_edit
 
 
 def test_no_edit_leaves_the_photo(editor, astronaut):
@@ -129,9 +129,16 @@ def test_a_strong_edit_takes_the_drawn_face_and_keeps_the_light():
 def test_a_tint_is_no_region():
     photo, _, drawn = face_images()
     tinted = np.clip(drawn.astype(int) + 20, 0, 255).astype(np.uint8)
-    assert edit_region(tinted.astype(np.float32), drawn.astype(np.float32)).max() < 0.01
+    tinted, drawn = tinted.astype(np.float32), drawn.astype(np.float32)
+    assert edit_region(tinted, drawn, 0 * drawn).max() < 0.01
     blended, _ = blend_edit(photo, tinted, drawn)
     assert np.abs(blended - photo - 20).max() < 1
+
+
+def test_a_faithful_inversion_leaves_half_of_the_photo():
+    _, smiling, drawn = (image.astype(np.float32) for image in face_images())
+    faithful, missed = edit_region(smiling, drawn, 0 * drawn), edit_region(smiling, drawn, np.roll(drawn, 4, 0) - drawn)
+    assert faithful.max() == pytest.approx(FAITHFUL, abs=0.01) and missed.max() > 0.95
 
 
 def test_paste_of_nothing_is_the_photo(editor):
