@@ -129,8 +129,8 @@ def test_a_strong_edit_takes_the_drawn_face_and_keeps_the_light():
 def test_a_tint_is_no_region():
     photo, _, drawn = face_images()
     tinted = np.clip(drawn.astype(int) + 20, 0, 255).astype(np.uint8)
-    tinted, drawn = tinted.astype(np.float32), drawn.astype(np.float32)
-    assert edit_region(tinted, drawn, 0 * drawn).max() < 0.01
+    same = np.zeros(drawn.shape, np.float32)
+    assert edit_region(same + tinted, same + drawn, same).max() < 0.01
     blended, _ = blend_edit(photo, tinted, drawn)
     assert np.abs(blended - photo - 20).max() < 1
 
