@@ -8,14 +8,15 @@ W generator, W++ for a W++ generator. The same command resumes an interrupted ru
     torchrun --nproc_per_node 8 projector.py --ckpt ffhq.pt --dataset faces.lmdb --init encoder:best_model.pt
 
 OUTPUT_DIR receives, as each image is finished, project/NAME.png (reconstruction), origin/NAME.png and
-inversions/NAME.npz; at the end latents, grids, tables and curves (docs/formats.md).
+inversions/NAME.npz, with --tune also tuned/NAME.safetensors; at the end latents, grids, tables and curves
+(docs/formats.md).
 """
 
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.cli import PRECISIONS, SPACES, ArgumentParser, UserError, add_device_flags, positive_int, run_script
+from common.cli import PRECISIONS, SPACES, ArgumentParser, UserError, add_device_flags, count, positive_int, run_script
 from common.flags import add_face_flags, add_fields, add_preset_flag, read_fields
 from inversion.settings import ProjectorSettings
 
@@ -37,6 +38,7 @@ def build_parser() -> ArgumentParser:
     add = group.add_argument
     add("--step", "--steps", type=int, default=1000, help="optimisation steps")
     add_fields(group, ProjectorSettings)
+    add("--tune", type=count, default=0, metavar="STEPS", help="then tune the generator to each image around its w")
     add("--mean_samples", type=positive_int, default=10_000, help="samples for mean and deviation of w")
     add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
 
@@ -90,6 +92,9 @@ def main(args) -> None:
         options |= {"recorded": {"fit": args.fit, "init": origin, "precision": args.precision}, "space": space}
         options |= {"dtype": DTYPES[args.precision], "published_names": args.preset == "published", "start": start}
         networks = {"perceptual": perceptual, "identity": identity}
+        if args.tune:
+            distance = build_perceptual("mobilefacenet", dist.device, args.weights_dir)
+            networks["tuning"] = {"steps": args.tune, "perceptual": distance}
         invert_images(generator, images, args.output_dir, dist=dist, settings=settings, **networks, **options)
 
 

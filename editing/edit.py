@@ -3,14 +3,18 @@
 frames = edit_face(generator, face, [boundary], np.linspace(-3, 3, 7) * boundary.std)      # the inversion first
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from editing.boundary import Boundary, BoundaryError, move_along
 from editing.evaluate import score_frames
+from inversion.tuning import TUNED, load_tuned
+from model import Generator
 from sampling.render import Source, render, select_condition, select_noise
 
 SCAN = 6  # steps from 0 to the limit, each way, in which a target is looked for before it is bisected
@@ -28,14 +32,31 @@ class InvertedFace:
     condition: torch.Tensor | None = None
     scored: torch.Tensor | None = None
     original: np.ndarray | None = None  # uint8 [S, S, 3]
+    generator: Generator | None = None  # that draws it, tuned to it or not
 
 
-def face_at(source: Source, i: int) -> InvertedFace:
-    """The face at position i of saved latents."""
+def tuned_file(source: Source, i: int) -> Path | None:
+    """The weights tuned to the face at position i (projector.py --tune); None where there are none."""
+    file = source.folder / TUNED / f"{source.names[i]}.safetensors"
+    return file if source.origin["fingerprint"] and file.is_file() else None
+
+
+def note_tuned(source: Source) -> None:
+    """Say on stderr how many faces of saved latents are drawn by a tuned generator."""
+    if n := sum(tuned_file(source, i) is not None for i in range(len(source.names))):
+        print(f"{source.folder / TUNED}: {n} of {len(source.names)} faces with a tuned generator each", file=sys.stderr)
+
+
+def face_at(source: Source, i: int, generator: Generator | None = None) -> InvertedFace:
+    """The face at position i of saved latents. generator: of the latents, or trained from that one; with weights tuned
+    to the face, where there are any, it draws the face. Raises CheckpointError for those of another generator."""
     (w,) = source.ws([i])
     condition = select_condition(source.condition, [i])
     condition = None if condition is None else condition[0]
-    return InvertedFace(source.names[i], w.numpy(), select_noise(source.noise, [i]), condition)
+    if generator is not None and (file := tuned_file(source, i)):
+        generator = load_tuned(file, generator, source.origin["fingerprint"])
+    noise = select_noise(source.noise, [i])
+    return InvertedFace(source.names[i], w.numpy(), noise, condition, generator=generator)
 
 
 def edit_w(w, boundaries: Sequence[Boundary], distances, *, distance="relative", layers=None) -> np.ndarray:

@@ -14,7 +14,7 @@ from common.images import save_image
 from common.tables import append_table, write_table
 from common.video import save_video
 from editing.boundary import Boundary
-from editing.edit import InvertedFace, edit_face, edit_w, face_at, score_along, search_distance
+from editing.edit import InvertedFace, edit_face, edit_w, face_at, note_tuned, score_along, search_distance
 from editing.evaluate import Evaluation, evaluate
 from sampling.render import Source
 
@@ -86,14 +86,14 @@ def pair_targets(targets: dict[str, float], boundaries) -> dict[int, tuple[str, 
     return {moved.index(name): (name, value) for name, value in targets.items()}
 
 
-def search_targets(generator, face: InvertedFace, edit: Edit, scorer) -> np.ndarray:
+def search_targets(face: InvertedFace, edit: Edit, scorer) -> np.ndarray:
     """Relative distances [1, number of boundaries] at which the scorer sees the target values (or comes nearest)."""
     result, layers = np.zeros(len(edit.boundaries)), edit.layers
     for _ in range(ROUNDS if len(edit.targets) > 1 else 1):
         for k, (name, value) in edit.targets.items():
             result[k], boundary = 0, edit.boundaries[k]
             (start,) = edit_w(face.w, edit.boundaries, result[None], layers=layers)
-            score = score_along(generator, replace(face, w=start), boundary, scorer, scorer.column(name), layers)
+            score = score_along(face.generator, replace(face, w=start), boundary, scorer, scorer.column(name), layers)
             limit, near = LIMIT * boundary.std, tolerance(scorer, name)
             result[k], _ = search_distance(score, value, limit=limit, near=near)
     return result[None]
@@ -117,11 +117,13 @@ def edit_faces(generator, source: Source, edit: Edit, networks, output: Output, 
     networks: scorer, identity or None, perceptual or None."""
     scorer, distances, rows = networks[0], edit.distances(), []
     suffixes = name_frames(edit, output.attribute)
+    if dist.is_main:
+        note_tuned(source)
     for i in tqdm(shard(len(source.names), dist.rank, dist.world_size), desc="editing", unit="face", disable=None):
-        face, distance = face_at(source, i), "relative" if edit.targets else edit.distance
+        face, distance = face_at(source, i, generator), "relative" if edit.targets else edit.distance
         if edit.targets:
-            distances = search_targets(generator, face, edit, scorer)
-        frames = edit_face(generator, face, edit.boundaries, distances, distance=distance, layers=edit.layers)
+            distances = search_targets(face, edit, scorer)
+        frames = edit_face(face.generator, face, edit.boundaries, distances, distance=distance, layers=edit.layers)
         result = evaluate(frames, *networks)
         captions = caption_frames(scorer, output.attribute, result.scores, distances)
         names = output.write(i, face.name, frames, suffixes, captions)

@@ -19,7 +19,7 @@ from common.images import read_image, save_image
 from common.tables import append_table, write_table
 from dataset import normalise
 from editing.attributes import Condition, ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
-from editing.edit import InvertedFace, face_at
+from editing.edit import InvertedFace, face_at, note_tuned
 from editing.evaluate import evaluate, score_frames
 from inversion.report import ORIGINALS
 from model import Generator, load_generator
@@ -109,12 +109,12 @@ def original_file(folder: Path, name: str, i: int) -> Path:
 
 def read_face(models: Models, source: Source, i: int, folder: Path, start: str) -> InvertedFace:
     """A face of saved latents. One without recorded attributes was found under the neutral 0.5."""
-    face, scorer = face_at(source, i), models.scorer
+    face, scorer = face_at(source, i, models.generator), models.scorer
     condition = torch.full((len(scorer.names),), 0.5) if face.condition is None else face.condition
     path, scored = original_file(folder, face.name, i), condition
     original = np.asarray(read_image(path)) if path.is_file() else None
     if face.condition is None or start == "inversion":
-        frames = render_path(models.generator, face, condition[None])
+        frames = render_path(face.generator, face, condition[None])
         scored = scorer.to_unit(torch.from_numpy(score_frames(scorer.scorer, frames)))[0]
     return replace(face, condition=condition, scored=scored, original=original)
 
@@ -146,6 +146,8 @@ def edit_faces(
         raise ValueError(f"--paired needs as many references as sources, found {len(targets)} and {n}")
     pairs = list(enumerate(targets)) if paired else [(i, target) for target in targets for i in range(n)]
     single = paired or len(targets) == 1
+    if dist.is_main:
+        note_tuned(source)
     results, local = [], shard(n, dist.rank, dist.world_size)
     for i in tqdm(local, desc="editing", unit="face", disable=not dist.is_main):
         face = read_face(models, source, i, folder, start)
@@ -153,7 +155,7 @@ def edit_faces(
             if k != i:
                 continue
             conditions = face.condition + target_path(face, target, ts) - face.scored
-            frames = render_path(models.generator, face, conditions)
+            frames = render_path(face.generator, face, conditions)
             rows = table_rows(models, face, i, target, ts, frames)
             column = save_edit(output_dir, face, target, frames, rows, scorer, single)
             if face.original is not None:

@@ -22,6 +22,7 @@ from dataset import normalise
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from inversion.report import ORIGINALS, PROJECTED, RESULTS, load_result, save_result, write_report
+from inversion.tuning import TUNED, save_tuned, tune
 from perceptual.image_metrics import measure
 from sampling.render import file_names, render
 
@@ -36,6 +37,7 @@ def invert_images(
     dist: Distributed,
     settings: dict,  # keywords of project(): steps, lr ...
     perceptual,  # distance of perceptual/lpips.py that is minimised and reported
+    tuning: dict | None = None,  # keywords of tune(), steps and perceptual; None: the generator stays as it is
     identity=None,  # network of perceptual/identity.py that is reported
     space: str | None = None,
     start: Callable | None = None,  # start(positions, images [B, 3, S, S]) -> w_start, noise_start, condition
@@ -53,12 +55,15 @@ def invert_images(
     space, device, size = choose_space(generator, space), generator.token.device, generator.config.size
     config = {**settings, "perceptual": perceptual.name, "identity": identity and identity.name, "space": space}
     config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}
+    config |= {"tune": tuning["steps"]} if tuning else {}  # folders of earlier versions have no such entry
     config = to_plain(config | (recorded or {}))
     salt = json.dumps(config).encode()
     batch = min(batch, max(1, 512 // size)) if device.type == "cpu" else batch
     stems, steps, statistics, failures = file_names(images.names), settings["steps"], None, {}
-    todo = list(blocks(shard(len(images), dist.rank, dist.world_size), batch))
-    bar = tqdm(total=len(todo) * steps, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
+    local = shard(len(images), dist.rank, dist.world_size)
+    todo, per_image = list(blocks(local, batch)), tuning["steps"] if tuning else 0
+    total = len(todo) * steps + len(local) * per_image
+    bar = tqdm(total=total, disable=not dist.is_main, unit="step", unit_scale=True, dynamic_ncols=True)
 
     def watch(step, active, synth, losses) -> None:
         bar.update()
@@ -67,14 +72,14 @@ def invert_images(
 
     with lock_folder(folder, "an inversion") if dist.is_main else contextlib.nullcontext(), bar:
         if dist.is_main:
-            for name in (RESULTS, ORIGINALS, PROJECTED) if overwrite else ():
+            for name in (RESULTS, ORIGINALS, PROJECTED, TUNED) if overwrite else ():
                 shutil.rmtree(folder / name, ignore_errors=True)
             otherwise = "choose another --output_dir, or start anew with --overwrite"
             claim_folder(folder / RESULTS / "settings.json", config, results="results", otherwise=otherwise)
         barrier()
         for k, block in enumerate(todo):
             # Read a block. Always the same blocks: one that was killed is made again as a whole, to the bit.
-            bar.update(k * steps - bar.n)
+            bar.update(k * (steps + batch * per_image) - bar.n)
             read = {}
             for i in block:
                 try:
@@ -95,17 +100,21 @@ def invert_images(
             seeds = [pixel_seed(image, seed) for image in read.values()]
             projection = project(generator, target, seeds=seeds, callback=watch, **common, **given, **settings)
 
-            # Measure and write every image of it.
+            # Tune the generator to every image of it, measure and write them.
             for row, i in enumerate(read):
                 result = projection.image(row) | {"digest": digests[i], "condition": None}
                 if "condition" in given:
                     result["condition"] = given["condition"][row].tolist()
-                original = to_uint8(target[row])
+                original, tuned, (w, inputs) = to_uint8(target[row]), generator, synthesis_inputs(result)
+                if tuning and w.isfinite().all():
+                    tuned, _ = tune(generator, target[row, None], w[0], callback=bar.update, **inputs, **tuning)
                 try:
-                    synth, result["measures"] = reconstruct(generator, result, original, perceptual, identity)
+                    synth, result["measures"] = reconstruct(tuned, result, original, perceptual, identity)
                 except ValueError:  # the image is not finite
                     failures[i] = DIVERGED
                     continue
+                if tuning:
+                    save_tuned(folder / TUNED / f"{stems[i]}.safetensors", tuned)
                 save_image(original, folder / ORIGINALS / f"{stems[i]}.png")
                 save_image(synth, folder / PROJECTED / f"{stems[i]}.png")
                 save_result(folder / RESULTS / f"{stems[i]}.npz", result)
@@ -119,12 +128,18 @@ def invert_images(
 
 def reconstruct(generator, result: dict, original, perceptual, identity) -> tuple:
     """The image of a result, uint8 [S, S, 3], and its measures. Raises ValueError for one that is not finite."""
-    w, *noise = (torch.from_numpy(array)[None] for array in (result["latents"], *result["noise"]))
-    condition = None if result["condition"] is None else torch.tensor([result["condition"]])
-    synth = next(render(generator, w, noise=noise, condition=condition))
+    w, inputs = synthesis_inputs(result)
+    synth = next(render(generator, w, **inputs))
     pair = (to_tensor(image)[None].to(generator.token.device) for image in (original, synth))
     values = measure(*pair, perceptual=perceptual, identity=identity)
     return synth, {name: float(value) for name, value in values.items()}
+
+
+def synthesis_inputs(result: dict) -> tuple[torch.Tensor, dict]:
+    """w [1, L, D] of a result, its noise maps [1, 1, r, r] and condition [1, d], by name."""
+    w, *noise = (torch.from_numpy(array)[None] for array in (result["latents"], *result["noise"]))
+    condition = None if result["condition"] is None else torch.tensor([result["condition"]])
+    return w, {"noise": noise, "condition": condition}
 
 
 def parse_start(text: str, folder: Path | None = None) -> tuple[str, str]:

@@ -11,13 +11,16 @@ generator and the light conditional one that was trained from it.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
+from common.checkpoint import CheckpointError, load_safetensors, save_safetensors
 from model import Generator
 from perceptual.image_metrics import average_down
 
+TUNED = "tuned"  # folder of tuned weights in a folder of inversions
 RESOLUTIONS = 3  # that are tuned, the finest
 LR = 0.005  # of Adam; equalised weights have unit size. 0.015 comes nearer to the image, and edits move half as far
 BETAS = (0.9, 0.99)
@@ -41,19 +44,22 @@ def tune(
     *,
     perceptual,  # distance of perceptual/lpips.py, on the generator's device
     steps: int,
+    noise: Sequence[torch.Tensor] | None = None,  # per layer [1, 1, r, r]; default: the stored maps
     condition: torch.Tensor | None = None,  # [1, condition_dim] of a conditional generator
     callback: Callable | None = None,  # callback() after every step
 ) -> tuple[Generator, float]:
     """A copy of the generator, tuned to one image, and the last loss: perceptual distance + MSE * squared error."""
     tuned = tuned_generator(generator, {})
     weights, w, image = [*tunable(tuned).values()], w.to(generator.token)[None], image.to(generator.token)
+    noise = [layer.to(w) for layer in noise or generator.fixed_noise()]
+    condition = None if condition is None else condition.to(w)
     for weight in weights:
         weight.requires_grad_()
     optimizer, loss = torch.optim.Adam(weights, betas=BETAS, fused=True), image.new_zeros(())
     with torch.no_grad():
         target = perceptual.features(average_down(image))
     for step in range(steps):
-        drawn, _ = tuned(w, input_is_latent=True, randomize_noise=False, condition=condition)
+        drawn, _ = tuned(w, input_is_latent=True, noise=noise, condition=condition)
         distance = perceptual.distance(perceptual.features(average_down(drawn)), target).mean()
         loss = distance + MSE * (drawn - image).square().mean()
         optimizer.zero_grad()
@@ -78,3 +84,21 @@ def tuned_generator(generator: Generator, weights: dict[str, torch.Tensor]) -> G
             raise ValueError(f"these are the tuned weights of another generator: {name} does not fit")
         parameters[name].copy_(weight)
     return tuned
+
+
+def save_tuned(path: Path, tuned: Generator) -> None:
+    """Write the tuned weights in half precision, and into the header the fingerprint of the generator before tuning."""
+    weights = {name: weight.half() for name, weight in tunable(tuned).items()}
+    save_safetensors(path, weights, {"fingerprint": tuned.fingerprint})
+
+
+def load_tuned(path: Path, generator: Generator, fingerprint: str | None) -> Generator:
+    """The generator with the weights of a file of `save_tuned`; fingerprint: of the generator that was tuned, or of the
+    one that `generator` was trained from. Raises CheckpointError naming the file where it belongs to another one."""
+    weights, header = load_safetensors(path)
+    if (found := header.get("fingerprint")) != fingerprint:
+        raise CheckpointError(f"{path}: tuned weights of the generator {found}; the latents are of {fingerprint}")
+    try:
+        return tuned_generator(generator, weights)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None

@@ -124,6 +124,7 @@ class Source:
     noise: Noise
     origin: dict  # how they were drawn, for latents.json
     condition: torch.Tensor | None = None  # attributes [N, d] or [1, d] of a conditional generator
+    folder: Path | None = None  # in which the latents are saved
 
     def render(self, generator: Generator, positions: Sequence[int], ws: Iterable | None = None) -> list[np.ndarray]:
         """Images at these positions by `synthesise`; ws: latents in the place of their own."""
@@ -169,7 +170,8 @@ def latents_source(
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
 
     origin = {"space": saved.space, "fingerprint": saved.fingerprint}
-    return Source(file_names(saved.names), ws, maps, origin, saved_condition(saved, generator))
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return Source(file_names(saved.names), ws, maps, origin, saved_condition(saved, generator), folder)
 
 
 def read_latents(generator: Generator, path, *, accept: Sequence[str] = ()) -> Latents:

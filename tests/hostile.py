@@ -33,6 +33,7 @@ from editing.boundary import Boundary, load_boundary
 from faces.align import align, read_alignment
 from interop.export import read_source
 from inversion.report import load_result, save_result
+from inversion.tuning import load_tuned, save_tuned
 from metrics import reconstruction, report
 from metrics.features import Features, load_features, save_features
 from metrics.protocol import read_records
@@ -128,6 +129,9 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     assert command(*project)(None) == 0
     kind("result.npz", folder / "p" / "inversions" / "face.npz", function(load_result), command(*project))
     kind("settings.json", folder / "p" / "inversions" / "settings.json", command(*project))
+    save_tuned(folder / "tuned.safetensors", generator)
+    read = function(lambda path: load_tuned(path, generator, generator.fingerprint))
+    kind("tuned.safetensors", folder / "tuned.safetensors", read)
     save_result(
         folder / "result.npz",
         result | {"curves": curves, "measures": {"perceptual": 0.1, "mse": 0.1, "psnr": 10.0, "ssim": 0.5}},
@@ -209,7 +213,7 @@ KINDS = (
 )
 KINDS += "boundary.npz direction.npy direction.pt result.npz settings.json scorer.safetensors classifier.json".split()
 KINDS += "encoder.pt encoder.safetensors features.npz metrics.jsonl log.jsonl recommended.json alignment.json".split()
-KINDS += "landmarks.json kept.npz labels.csv network.pkl".split()
+KINDS += "landmarks.json kept.npz labels.csv network.pkl tuned.safetensors".split()
 IMAGES = [f"image.{suffix}" for suffix in ("avif", "jpg", "png", "gif", "webp", "tiff", "bmp", "ppm", "jp2", "tga")]
 
 

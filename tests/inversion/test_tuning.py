@@ -2,18 +2,10 @@
 
 import pytest
 import torch
+from projecting import PIXELS
 
-from inversion.tuning import tunable, tune, tuned_generator
+from inversion.tuning import MSE, tunable, tune, tuned_generator
 from model import Generator, GeneratorConfig
-from perceptual.lpips import FeatureDistance
-
-
-class Pixels(torch.nn.Module):
-    def feature_maps(self, images):
-        return [images]
-
-
-PIXELS = FeatureDistance(Pixels(), "pixels")
 
 
 @pytest.fixture
@@ -37,6 +29,22 @@ def test_tuning_draws_the_image_at_the_same_w(generator):
     assert later < loss and error(again) < error(tuned)
     assert all(torch.equal(before[name], value) for name, value in generator.state_dict().items())
     assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_noise_maps_and_condition_are_those_given():
+    network = Generator(GeneratorConfig(size=32, style_dim=32, n_mlp=1, channel_max=8, condition_dim=2)).eval()
+    for strength in network.requires_grad_(False).noise_strengths:
+        strength.fill_(1.0)
+    image, w, losses = torch.zeros(1, 3, 32, 32), network.mean_latent(100)[0], set()
+    given = {"noise": network.seeded_noise([5]), "condition": torch.tensor([[0.0, 1.0]])}
+    for names in (["noise", "condition"], ["noise"], ["condition"]):
+        inputs = {name: given[name] for name in names}
+        drawn, _ = network(w[None], input_is_latent=True, randomize_noise=False, **inputs)
+        first = PIXELS.distance(PIXELS.features(drawn), PIXELS.features(image)).mean() + MSE * drawn.square().mean()
+        _, loss = tune(network, image, w, perceptual=PIXELS, steps=1, **inputs)
+        assert loss == pytest.approx(float(first), rel=1e-5)
+        losses.add(loss)
+    assert len(losses) == 3
 
 
 def test_only_fine_convolutions_differ(generator):

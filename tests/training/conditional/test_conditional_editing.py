@@ -24,7 +24,7 @@ from common.latents import load_latents, save_latents
 from editing.attributes import Condition, ConditionScorer
 from editing.edit import InvertedFace
 from model import Generator, GeneratorConfig, load_generator
-from sampling.render import render
+from sampling.render import latents_source, render
 from training.transfer import enlarge
 
 
@@ -321,8 +321,9 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
     assert status == 1 and "as many references as sources, found 3 and 2" in line
 
 
-def test_inversions_of_the_generator_it_was_trained_from(edit, cgan, unconditional, tmp_path):
-    """A light conditional generator draws at the neutral 0.5 what its base draws: their latents are shared."""
+@pytest.fixture
+def light(cgan, unconditional, tmp_path):
+    """Files of a generator, and of a light conditional one that was trained from it."""
     state = load_checkpoint(unconditional)
     base, own = tmp_path / "base.safetensors", tmp_path / "cgan.safetensors"
     export_ema({"g_ema": state["g_ema"], "config": state["config"]}, base)
@@ -330,6 +331,12 @@ def test_inversions_of_the_generator_it_was_trained_from(edit, cgan, uncondition
     light = conditional["condition"] | {"light": True}
     weights = enlarge(state["g_ema"], GeneratorConfig(**SMALL), Generator(GeneratorConfig(**SMALL, condition_dim=2)))
     export_ema({"g_ema": weights, "config": conditional["config"], "condition": light}, own, base=base)
+    return base, own
+
+
+def test_inversions_of_the_generator_it_was_trained_from(edit, light, tmp_path):
+    """A light conditional generator draws at the neutral 0.5 what its base draws: their latents are shared."""
+    base, own = light
     generator = load_generator(base)
     ws = generator.get_latent(torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(1)))
     described = {"names": ["a.png", "b.png"], "space": "w++", "size": 32}
@@ -345,6 +352,24 @@ def test_inversions_of_the_generator_it_was_trained_from(edit, cgan, uncondition
     save_latents(tmp_path / "others", ws, **described, fingerprint="f" * 16)
     status, _, error = edit("--latent", tmp_path / "others", "--set", "smile=1", ckpt=own)
     assert status == 1 and f"trained from {generator.fingerprint}" in error and "f" * 16 in error
+
+
+def test_weights_tuned_for_its_base_serve_a_light_generator(edit, light, faces, tmp_path):
+    base, own = light
+    tuned, argv = tmp_path / "tuned", ["--ckpt", base, "--dataset", faces, "--output_dir", tmp_path / "tuned"]
+    argv += ["--step", "2", "--tune", "10", "--identity", "none", "--perceptual", "scorer:face-scorer"]
+    argv += ["--device", "cpu", "--mean_samples", "50"]
+    assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
+    out, flags = tmp_path / "out", ("--set", "smile=1", "--output_dir", tmp_path / "out")
+    status, said, error = edit("--latent", tuned, *flags, ckpt=own)
+    assert status == 0 and "3 of 3 faces with a tuned generator each" in error, error
+    source = latents_source(load_generator(base), tuned)
+    for name, plain in zip(source.names, source.render(load_generator(base), range(3)), strict=True):
+        frame, inversion = (
+            np.asarray(read_image(folder / f"{name}.png")).astype(int)
+            for folder in (out / "unedited", tuned / "project")
+        )
+        assert np.abs(frame - inversion).max() <= 1 and np.abs(plain - inversion).max() > 5
 
 
 def test_results_of_a_stopped_run_stay(edit, cgan, tmp_path, monkeypatch):
