@@ -40,7 +40,7 @@ demo: $(VENV)/.installed
 	cp docs/astronaut.json $(DEMO)/photos/
 	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
 	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
-	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --identity none --device cpu --output_dir $(DEMO)/inverted
+	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --step 1 --tune 40 --device cpu --output_dir $(DEMO)/inverted
 	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --distance relative --unit std --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
@@ -57,7 +57,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "$(DEMO)/edited                 the astronaut's photo, 20 years older: edit_photos.py"
 	@echo "$(DEMO)/1-faces-by-seed.png    100 faces drawn by the bundled W++ model, truncation 0.8"
-	@echo "$(DEMO)/inverted               the astronaut and three drawn faces in W++: encoder start, then optimised"
+	@echo "$(DEMO)/inverted               the astronaut and three drawn faces in W++: by the encoder, the generator tuned to each"
 	@echo "$(DEMO)/edits/*/strips         them along age, gender and smile, with what the scorer sees"
 	@echo "$(DEMO)/pasted                 the astronaut's edited face in the photo"
 	@echo "$(DEMO)/expression             the same faces asked to smile by the conditional generator"
