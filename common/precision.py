@@ -20,7 +20,7 @@ def describe_processor() -> dict[str, str]:
 
 
 def bf16_pays() -> bool:
-    """Whether convolutions are faster in bfloat16 than in float32 on this processor, by a measurement of 0.1 s. Its
+    """Whether convolutions are faster in bfloat16 than in float32 on this processor, by a measurement of 0.3 s. Its
     flags do not tell: of two with AVX512-BF16, without AMX, one is twice as fast in bfloat16 and one half as fast."""
     image, weight = torch.randn(4, 64, 64, 64), torch.randn(64, 64, 3, 3)
     seconds = []

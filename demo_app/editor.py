@@ -31,7 +31,7 @@ READ = 128  # pixels at which edits are tried out before one is pasted
 TRIES = 13  # positions per attribute at which the photo is read
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-REACH = 1.7  # factor on the safe range of a tuned face: identity at its ends is still 0.77 to 0.8 (docs/results.md)
+REACH = 1.7  # factor on the safe range of a tuned face, which is still itself there (identity 0.84, docs/results.md)
 
 
 class PhotoError(UserError):

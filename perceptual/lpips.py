@@ -153,9 +153,8 @@ def build_perceptual(name="auto", device="cpu", weights_dir=None, *, dtype=torch
     name: vgg, squeeze, alex (LPIPS on that backbone); auto (the first of these whose weights are found, else the
     features of the bundled scorer); any of the four with `-up64`, to enlarge images below 64 pixels; mobilefacenet (the
     maps of the bundled recognition network: aligned faces alone); scorer:NAME (a name or file that scorer/network.py
-    reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError
-    naming the file and where it is to be had, UsageError for another name, CheckpointError for a file that is something
-    else.
+    reads). dtype: float32 or bfloat16, of the network. Raises FileNotFoundError naming the file and where it is to be
+    had, UsageError for another name, CheckpointError for a file that is something else.
     """
     kind, _, scorer = name.partition(":")
     base = name.removesuffix(UPSAMPLE)

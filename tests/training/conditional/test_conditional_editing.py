@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from colours import NAMES, SMALL, ColourScorer, make_trainer, random_images
+from colours import NAMES, ColourScorer
 from PIL import Image
 
 import common.distributed
@@ -16,44 +16,13 @@ import editing.transfer
 import generate
 import projector
 import training.conditional
-from common.checkpoint import load_checkpoint, save_checkpoint
 from common.cli import run
-from common.generator_file import export_ema
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
-from editing.attributes import Condition, ConditionScorer
+from editing.attributes import ConditionScorer
 from editing.edit import InvertedFace
-from model import Generator, GeneratorConfig, load_generator
+from model import load_generator
 from sampling.render import latents_source, render
-from training.transfer import enlarge
-
-
-@pytest.fixture(scope="module")
-def cgan(unconditional, tmp_path_factory):
-    """A conditional generator whose first attribute makes faces redder, and the second one greener."""
-    state = load_checkpoint(unconditional)
-    config = GeneratorConfig(**SMALL, condition_dim=2)
-    weights = enlarge(state["g_ema"], GeneratorConfig(**SMALL), Generator(GeneratorConfig(**SMALL, condition_dim=2)))
-    torch.manual_seed(4)
-    reader = ConditionScorer(ColourScorer(), NAMES)
-    trainer = make_trainer(reader, batch=4, lr=0.002, light=True, light_lr=0.03, attr_weight=50, attr_ramp=0)
-    trainer.warm_start({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
-    for k in range(20):
-        trainer.step(random_images(4, seed=k))
-    about = Condition.of(reader, trainer.table, "colour").to_dict()
-    path = tmp_path_factory.mktemp("cgan ü") / "000040.pt"
-    save_checkpoint(path, {"g_ema": trainer.g.state_dict(), "config": config.to_dict(), "step": 40, "condition": about})
-    return path
-
-
-@pytest.fixture
-def faces(face_folder, tmp_path):
-    """Three faces, one with a Unicode name."""
-    folder = tmp_path / "faces"
-    folder.mkdir()
-    for name in ("face 01.png", "face 02.png", "ü 中文.png"):
-        (folder / name).write_bytes((face_folder / name).read_bytes())
-    return folder
 
 
 @pytest.fixture
@@ -319,19 +288,6 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
     save_latents(tmp_path / "good", torch.zeros(2, 8, 64), **described)
     status, line = error("--source", tmp_path / "good", "--reference", faces, "--paired")
     assert status == 1 and "as many references as sources, found 3 and 2" in line
-
-
-@pytest.fixture
-def light(cgan, unconditional, tmp_path):
-    """Files of a generator, and of a light conditional one that was trained from it."""
-    state = load_checkpoint(unconditional)
-    base, own = tmp_path / "base.safetensors", tmp_path / "cgan.safetensors"
-    export_ema({"g_ema": state["g_ema"], "config": state["config"]}, base)
-    conditional = load_checkpoint(cgan)
-    light = conditional["condition"] | {"light": True}
-    weights = enlarge(state["g_ema"], GeneratorConfig(**SMALL), Generator(GeneratorConfig(**SMALL, condition_dim=2)))
-    export_ema({"g_ema": weights, "config": conditional["config"], "condition": light}, own, base=base)
-    return base, own
 
 
 def test_inversions_of_the_generator_it_was_trained_from(edit, light, tmp_path):
