@@ -12,7 +12,7 @@ from common.cli import UserError
 from common.grids import make_grid, make_strip
 from common.images import ImageError, read_image, reading_losses, save_image
 from common.tables import write_table
-from demo_app.editor import Edited, PhotoEditor, shrink
+from demo_app.editor import Edited, Face, PhotoEditor, shrink
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import Models
 from demo_app.targets import Target
@@ -38,7 +38,8 @@ def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
 
 @dataclass
 class PhotoBatch:
-    """One edit of many photos. tiles: face before and after, and its caption, for the overview."""
+    """One edit of many photos; files are read and written beside the edits. tiles: of overview.jpg, face before, after,
+    and caption."""
 
     models: Models
     folder: Path
@@ -52,7 +53,7 @@ class PhotoBatch:
     def run(self, photos: dict[str, Path]) -> None:
         """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
         failed, saves, total = set(), {}, len(photos) * (self.steps + OVERHEAD)
-        with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(1) as writer:
+        with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(2) as pool:
 
             def attempt(name, path, work):
                 try:
@@ -61,10 +62,13 @@ class PhotoBatch:
                     failed.add(name)
                     bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
 
+            paths = [*photos.values(), None]
+            following = pool.submit(self.load, paths[0])
             for i, (name, path) in enumerate(photos.items()):
+                loading, following = following, paths[i + 1] and pool.submit(self.load, paths[i + 1])
                 bar.set_description(Path(name).name[:24])
-                if images := attempt(name, path, lambda name=name, path=path: self.edit(name, path, bar)):
-                    saves[name] = writer.submit(self.save, name, path, *images, bar)  # beside the next photo's edit
+                if images := attempt(name, path, lambda name=name, one=loading: self.edit(name, *one.result(), bar)):
+                    saves[name] = pool.submit(self.save, name, path, *images, bar)
                 bar.update((i + 1) * (self.steps + OVERHEAD) - bar.n)
             for name, save in saves.items():
                 attempt(name, photos[name], save.result)
@@ -79,11 +83,15 @@ class PhotoBatch:
             print(f"ages are read to ±{error:.0f} years, the scorer's mean error on faces that it did not learn from")
         print(f"{len(photos) - len(failed)} photos edited{left_out}: {self.folder / 'overview.jpg'}")
 
-    def edit(self, name: str, path: Path, bar: tqdm) -> tuple[Image.Image, Image.Image]:
-        """A photo before and after."""
-        photo, editor = read_image(path), PhotoEditor(self.models)
+    def load(self, path: Path) -> tuple[Image.Image, Path, list[Face] | None]:
+        """A photo, the file of its inversions, and the faces that the file holds, if it is there."""
+        photo = read_image(path)
         file = inversion_file(self.folder / "inversions", path, self.models, steps=self.steps, faces=self.faces)
-        kept = load_faces(file, photo, self.models)
+        return photo, file, load_faces(file, photo, self.models)
+
+    def edit(self, name: str, photo: Image.Image, file: Path, kept: list[Face] | None, bar: tqdm):
+        """The photo before and after, PIL images."""
+        editor = PhotoEditor(self.models)
         if kept:
             editor.photo, editor.faces = photo, kept
         else:
