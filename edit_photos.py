@@ -16,7 +16,7 @@ from pathlib import Path
 from common.cli import ArgumentParser, UsageError, add_device_flags, positive, run_script
 from demo_app.targets import FLAGS, parse_gender, parse_target
 
-QUALITY = {"fast": 0, "good": 40, "best": 120}  # steps of refinement after the encoder
+QUALITY = {"fast": 0, "good": 20, "best": 60}  # steps of refinement after the encoder
 
 
 def build_parser() -> ArgumentParser:

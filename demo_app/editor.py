@@ -252,7 +252,7 @@ class PhotoEditor:
     def _range(self, face: Face, name: str) -> tuple[float, float]:
         """Positions of an attribute, lowest and highest, that are tried on a face."""
         low, high = self.models.safe_range(name)
-        reach = REACH if face.steps and name in self.models.boundaries else 1.0
+        reach = REACH if name in self.models.boundaries and not face.exact else 1.0
         return reach * low, reach * high
 
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from demo_app.models import Models
 from demo_app.page import CHUNK, HELP, SLIDERS, Page
 
 SAMPLES = 6  # drawn faces to click
-STEPS = 40  # of the refinement that follows the encoder
+STEPS = 20  # of the refinement that follows the encoder
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from faces.paste import save_like
 
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
-CHUNK = 20  # steps of refinement between two looks at it
+CHUNK = 10  # steps of refinement between two looks at it
 STILL = 0.02  # a slider moved by less changes nothing
 SLIDERS = {  # attribute -> label, least, most; years are a change, the others what the photo shall show
     "age": ("Age: years younger or older", -20, 30),

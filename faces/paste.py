@@ -1,14 +1,14 @@
 """Edited faces back into their photos, by the Alignment that was kept beside the crop (faces/align.py).
 
-`paste_back` pastes a face with a feathered border, or the plain difference that an edit made; that keeps all that the
-inversion missed: a smile meets the photo's own mouth and becomes a shadow. `paste_edit` takes what was missed in three
-bands: light stays everywhere; structure, up to the generator's resolution, goes where the edit is strong; so does most
-of the detail beyond.
+`paste_back` pastes a face with a feathered border. `paste_edit` pastes what an edit changed: the photo moves as the
+drawn face moves (optical flow), so that all that the inversion missed moves along, at the photo's resolution; then the
+remaining difference is added. Where that is strong and the inversion missed much, the drawn face replaces the photo.
 """
 
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageCms
 from scipy import ndimage
@@ -23,9 +23,9 @@ STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps
 
 LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
 SPREAD = 0.025  # of the side: radius of an edit's region
-WEAK, STRONG = 3.0, 12.0  # grey levels of changed structure: up to the first the photo, from the second the drawn face
-LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed, see `edit_region`
-FAITHFUL = 0.5  # share of the drawn face in a strong edit where the inversion missed little
+SMOOTH = 0.008  # of the side: blur of the motion
+WEAK, STRONG = 6.0, 24.0  # grey levels of structure that an edit changes beyond motion, see `edit_region`
+LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed
 DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
 FEATHER = 0.05  # of the side: width of the soft border
 HEAD = (0.5, 0.52), (0.46, 0.5)  # centre and radii of the ellipse that edits stay in, of the side of an FFHQ frame
@@ -38,20 +38,19 @@ ORIENTATION = 0x0112  # EXIF tag
 def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
     """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it. face: PIL
     image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1]. unedited: the same before the edit: then only what the
-    edit changed is added. feather: width of the soft border, of the face's side. detail: of the photo, finer than the
-    crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone. Pixels outside the frame are
-    not touched. Raises AlignError for sizes that do not fit each other."""
+    edit changed is pasted (`paste_edit`). feather: width of the soft border, of the face's side. detail: of the photo,
+    finer than the crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone. Pixels
+    outside the frame are not touched. Raises AlignError for sizes that do not fit each other."""
     photo, face = to_pil(photo), to_pil(face)
     if face.width != face.height:
         raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
     _require_same_size(photo, alignment)
-    crop = crop_aligned(photo, alignment, face.width)
     if unedited is not None:
         unedited = to_pil(unedited)
         if unedited.size != face.size:
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
-        new, old, drawn = (np.asarray(image, np.int16) for image in (face, crop, unedited))
-        face, detail = Image.fromarray(to_bytes(old + new - drawn)), "keep"
+        return paste_edit(photo, [(unedited, face)], alignment)
+    crop = crop_aligned(photo, alignment, face.width)
     new, old = np.asarray(face, np.float32), np.asarray(crop, np.float32)
     mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
     keep = np.full(mask.shape, float(detail == "keep"))
@@ -68,34 +67,35 @@ def _require_same_size(photo, alignment) -> None:
         raise AlignError(f"{alignment.source or 'the photo'} has {found} pixels, but {aligned} when it was aligned")
 
 
-def _composite(photo, crop, new, kept, alignment) -> Image.Image:
+def _composite(photo, crop, new, kept, alignment, flow=None) -> Image.Image:
     """The photo whose aligned face, as its `crop` shows it, becomes new + kept * (photo - crop), at the photo's
-    resolution. crop, new: [H, H, 3] in 0..255; kept: [H, H], share of the photo in 0..1."""
-    import cv2  # here: `import faces.paste` stays fast
-
-    planes = [*np.moveaxis(new - kept[..., None] * np.asarray(crop, np.float32), -1, 0), 1 - kept]  # 0 where unedited
-    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in planes]
+    resolution. crop, new: [H, H, 3] in 0..255; kept: [H, H], share of the photo in 0..1; flow: see `motion`."""
+    crop = np.asarray(crop, np.float32)
+    if flow is None:
+        flow = np.zeros((*kept.shape, 2), np.float32)
+    planes = np.dstack((new - kept[..., None] * warp(crop, flow), 1 - kept, flow))  # all 0 where nothing was edited
+    planes = [Image.fromarray(np.ascontiguousarray(plane, np.float32)) for plane in np.moveaxis(planes, -1, 0)]
     side = max(1, round(alignment.side))
-    if crop.width > side:  # no finer than the photo, else the mapping would alias
+    if len(crop) > side:  # no finer than the photo, else the mapping would alias
         planes = [plane.resize((side, side), Image.Resampling.LANCZOS) for plane in planes]
     fine = 3 * planes[0].width  # then a bilinear warp is as smooth as a bicubic one
-    *added, lost = (np.asarray(plane.resize((fine, fine), Image.Resampling.BICUBIC)) for plane in planes)
-    layers = np.dstack(added), lost
+    planes = [np.asarray(plane.resize((fine, fine), Image.Resampling.BICUBIC)) for plane in planes]
     quad = np.array(alignment.quad)
     low = np.clip(np.floor(quad.min(0) + 0.5), 0, photo.size).astype(int)
     high = np.clip(np.ceil(quad.max(0) + 0.5), 0, photo.size).astype(int)
-    inverse = np.linalg.inv(np.stack([quad[3] - quad[0], quad[1] - quad[0]], axis=1)) * fine
-    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    axes = np.stack([quad[3] - quad[0], quad[1] - quad[0]], axis=1)  # of the face, in pixels of the photo
+    inverse, moves = np.linalg.inv(axes) * fine, np.dstack(planes[4:]) @ (axes.T / len(crop)).astype(np.float32)
+    layers = np.dstack(planes[:3]), planes[3], moves
     border = cv2.BORDER_REPLICATE if alignment.whole else cv2.BORDER_CONSTANT
-    photo = photo.copy()
+    how = {"flags": cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, "borderMode": border}
+    photo, before = photo.copy(), np.asarray(photo.crop((*low, *high)))
     band = max(1, 2**22 // max(1, high[0] - low[0]))  # rows at a time: memory stays bounded for any photo
-    for top in range(low[1], high[1], band):
-        box = int(low[0]), top, int(high[0]), int(min(top + band, high[1]))
-        mapping = np.column_stack((inverse, inverse @ (box[:2] - quad[0]) - 0.5))  # photo -> face pixels, of centres
-        size = box[2] - box[0], box[3] - box[1]
-        added, lost = (cv2.warpAffine(layer, mapping, size, flags=how, borderMode=border) for layer in layers)
-        pixels = np.asarray(photo.crop(box)) * (1 - lost)[..., None]
-        photo.paste(Image.fromarray(cv2.add(pixels, added, dtype=cv2.CV_8U)), box[:2])
+    for top in range(0, len(before), band):
+        size, corner = before[top : top + band].shape[1::-1], low + (0, top)
+        mapping = np.column_stack((inverse, inverse @ (corner - quad[0]) - 0.5))  # photo -> face pixels, of centres
+        added, lost, moved = (cv2.warpAffine(layer, mapping, size, **how) for layer in layers)
+        pixels = warp(before, moved, top, cv2.INTER_CUBIC) * (1 - lost)[..., None]
+        photo.paste(Image.fromarray(cv2.add(pixels, added, dtype=cv2.CV_8U)), tuple(corner.tolist()))
     return photo
 
 
@@ -119,11 +119,28 @@ def structure(change: np.ndarray) -> np.ndarray:
     return np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
 
 
+def motion(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
+    """Flow [H, W, 2] of an edit: (x, y) in pixels from each pixel of `edited` to where it was in `unedited`, images
+    float32 [H, W, 3], so that `warp(unedited, flow)` is like `edited`. Dense inverse search (Kroeger et al. 2016); 0
+    in the background."""
+    grey = (to_bytes(image.mean(-1)) for image in (edited, unedited))
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)
+    return cv2.GaussianBlur(flow, (0, 0), SMOOTH * len(flow)) * head_mask(len(flow))[..., None]
+
+
+def warp(image: np.ndarray, flow: np.ndarray, top=0, interpolation=cv2.INTER_LINEAR) -> np.ndarray:
+    """Values of an image [H, W(, C)] at the pixels of its rows from `top`, moved by `flow` [h, W, 2]."""
+    at = flow.copy()
+    at[..., 0] += np.arange(flow.shape[1])
+    at[..., 1] += np.arange(top, top + len(flow))[:, None]
+    return cv2.remap(image, at, None, interpolation, borderMode=cv2.BORDER_REPLICATE)
+
+
 def edit_region(edited: np.ndarray, unedited: np.ndarray, missed: np.ndarray) -> np.ndarray:
-    """Share of the drawn face at each pixel, float32 [H, W] in 0..1: that of a strong edit is 1 where the inversion
-    missed much, and FAITHFUL where it missed little. Images float32 [H, W, 3]."""
-    region = _smooth((structure(edited - unedited) - WEAK) / (STRONG - WEAK))
-    return region * (FAITHFUL + (1 - FAITHFUL) * _smooth((structure(missed) - LITTLE) / (MUCH - LITTLE)))
+    """Share of the drawn face at each pixel, float32 [H, W] in 0..1: where an edit changes structure, and the inversion
+    missed much of it. Images float32 [H, W, 3], `unedited` and `missed` moved as the edit moves."""
+    changed = _smooth((structure(edited - unedited) - WEAK) / (STRONG - WEAK))
+    return changed * _smooth((structure(missed) - LITTLE) / (MUCH - LITTLE))
 
 
 def head_mask(size: int) -> np.ndarray:
@@ -134,35 +151,43 @@ def head_mask(size: int) -> np.ndarray:
     return _smooth((1 - radius) / FADE) * feather_mask(size, FEATHER)
 
 
-def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray]:
-    """The crop of a photo with an edit: float32 [H, H, 3] in 0..255, and the region [H, H] of the drawn face. edited,
-    unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or uint8, as the crop."""
+def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The crop of a photo with an edit, float32 [H, H, 3] in 0..255; the region [H, H] of the drawn face; and the
+    motion [H, H, 2]. The photo's light stays: a change of the whole head's colour is left out. edited, unedited: the
+    generator's images [S, S, 3] of that face, S <= H; PIL images or uint8, as the crop."""
     crop, edited, unedited = map(to_pil, (crop, edited, unedited))
     coarse = crop.resize(edited.size, Image.Resampling.BOX)  # at the generator's resolution
     before, after, coarse = (_resize(image, crop.width) for image in (unedited, edited, coarse))
-    missed, photo = coarse - before, np.asarray(crop, np.float32)
-    region = edit_region(after, before, missed)[..., None]
+    flow = motion(after, before)
+    moved = warp(before, flow)
+    after = after - np.median((after - moved)[head_mask(crop.width) > 0.5], axis=0)  # the photo's light stays
+    missed, fine = warp(coarse - before, flow), warp(np.asarray(crop, np.float32) - coarse, flow)
+    region = edit_region(after, moved, missed)
     light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])
-    kept = light + (1 - region) * (missed - light) + (1 - (1 - DETAIL) * region) * (photo - coarse)
-    return after + kept, region[..., 0]
+    share = region[..., None]
+    return after + light + (1 - share) * (missed - light) + (1 - (1 - DETAIL) * share) * fine, region, flow
 
 
-def edit_crop(crop, changes) -> tuple[np.ndarray, np.ndarray]:
-    """A crop (PIL) with edits of its face, one after the other: float32 [H, H, 3] in 0..255, and the share [H, H] of
-    the photo's finest detail that stays. changes: (unedited, edited) images of a generator, see `blend_edit`."""
+def edit_crop(crop, changes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A crop (PIL) with edits of its face, one after the other: float32 [H, H, 3] in 0..255, the share [H, H] of the
+    photo's finest detail that stays, and the motion [H, H, 2] of all. changes: (unedited, edited) images of a
+    generator, see `blend_edit`."""
     new, mask = np.asarray(crop, np.float32), head_mask(crop.width)
-    kept = np.ones_like(mask)
+    kept, total = np.ones_like(mask), np.zeros((*mask.shape, 2), np.float32)
     for unedited, edited in changes:
-        blended, region = blend_edit(to_bytes(new), edited, unedited)
-        new, kept = new + mask[..., None] * (blended - new), kept * (1 - mask * (1 - DETAIL) * region)
-    return new, kept
+        blended, region, flow = blend_edit(to_bytes(new), edited, unedited)
+        new = new + mask[..., None] * (blended - new)
+        kept = warp(kept, flow) * (1 - mask * (1 - DETAIL) * region)
+        total = flow + warp(total, flow)
+    return new, kept, total
 
 
 def paste_edit(photo: Image.Image, changes, alignment: Alignment, crop=None) -> Image.Image:
     """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`)."""
     _require_same_size(photo, alignment)
     crop = crop_aligned(photo, alignment) if crop is None else crop
-    return _composite(photo, crop, *edit_crop(crop, changes), alignment)
+    new, kept, flow = edit_crop(crop, changes)
+    return _composite(photo, crop, new, kept, alignment, flow)
 
 
 def _resize(image: Image.Image, size: int) -> np.ndarray:

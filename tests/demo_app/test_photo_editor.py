@@ -7,9 +7,9 @@ from PIL import Image
 from common.images import read_image
 from demo_app.editor import PhotoEditor, PhotoError, open_error, position_for, scale_alignment
 from demo_app.inversions import inversion_file, load_faces, save_faces
-from demo_app.targets import Reading, Target
+from demo_app.targets import NEAR, Reading, Target
 from faces.align import crop_aligned
-from faces.paste import FAITHFUL, blend_edit, edit_region, paste_edit
+from faces.paste import blend_edit, edit_region, motion, paste_edit, warp
 
 
 def test_no_edit_leaves_the_photo(editor, astronaut):
@@ -21,7 +21,7 @@ def test_the_photo_shows_the_target(editor):
     result = editor.edit({"age": Target(3, relative=True)})
     reading = result.faces[0].readings["age"]
     assert reading.goal == pytest.approx(reading.before + 3)
-    assert abs(reading.photo - reading.goal) < 1.2 and reading.visible, reading
+    assert abs(reading.photo - reading.goal) < 2 * NEAR["years"] and reading.visible, reading
     frame = np.array(editor.faces[0].alignment.quad)
     low, high = np.floor(frame.min(0)).astype(int), np.ceil(frame.max(0)).astype(int) + 1
     changed = np.argwhere((np.asarray(result.photo) != np.asarray(editor.photo)).any(-1))[:, ::-1]
@@ -99,46 +99,68 @@ def test_visible():
 # -- blending ----------------------------------------------------------------------------------------------------------
 
 
-def face_images(offset=0):
-    """A grey face of 32 px with a dark mouth, `offset` pixels lower in the photo than in the drawn one."""
+def face_images():
+    """A grey face with a dark mouth: the photo (128 px), drawn smiling and as it is (32 px)."""
     drawn = np.full((32, 32, 3), 150, np.uint8)
-    smiling, photo = drawn.copy(), drawn.repeat(4, 0).repeat(4, 1)
     drawn[22:24, 10:22] = 60
-    photo[88 + offset : 96 + offset, 40:88] = 60
+    smiling = drawn.copy()
     smiling[20:22, 8:10] = smiling[20:22, 22:24] = smiling[24:26, 10:22] = 60
-    return photo, smiling, drawn
+    return drawn.repeat(4, 0).repeat(4, 1), smiling, drawn
 
 
 def test_equal_images_change_nothing():
     photo, _, drawn = face_images()
-    blended, region = blend_edit(photo, drawn, drawn)
-    assert np.abs(blended - photo).max() < 0.01 and region.max() == 0
+    blended, region, flow = blend_edit(photo, drawn, drawn)
+    assert np.abs(blended - photo).max() < 0.01 and region.max() == 0 and not flow.any()
 
 
-def test_a_strong_edit_takes_the_drawn_face_and_keeps_the_light():
-    photo, smiling, drawn = face_images(offset=6)
+def test_what_an_edit_adds_replaces_what_was_missed_and_keeps_the_light():
+    """Teeth appear, which no motion explains, where the photo has stripes that the drawn face had not."""
+    drawn = np.full((32, 32, 3), 150, np.uint8)
+    smiling, photo = drawn.copy(), drawn.repeat(4, 0).repeat(4, 1)
+    smiling[20:26, 10:22] = 250
+    photo[80:104:8, 36:92] = photo[81:104:8, 36:92] = photo[82:104:8, 36:92] = 30
     photo = (photo * 0.8).astype(np.uint8)
-    blended, region = blend_edit(photo, smiling, drawn)
-    assert region[90:100, 44:84].mean() > 0.8 and region[:40].max() < 0.01
+    blended, region, _ = blend_edit(photo, smiling, drawn)
+    assert region[86:98, 50:78].mean() > 0.8 and region[:40].max() < 0.01
     assert np.abs(blended[:40] - photo[:40]).max() < 2
-    # the photo's own mouth, 6 pixels beside the drawn one, does not show through: one dark band, the new mouth
-    dark = np.flatnonzero(blended[80:112, 50:78].mean((1, 2)) < 90)
-    assert len(dark) and dark.min() >= 12 and np.ptp(dark) <= 12, dark
+    teeth = blended[86:98, 50:78].mean((1, 2))
+    assert teeth.min() > 150 and np.ptp(teeth) < 45, teeth  # of stripes 96 grey levels deep, DETAIL stays
 
 
-def test_a_tint_is_no_region():
+def blob(y, x, side=128, width=6.0):
+    """A dark spot on grey, float32 [side, side, 3]."""
+    at = np.arange(side, dtype=np.float32)
+    spot = np.exp(-((at[:, None] - y) ** 2 + (at - x) ** 2) / (2 * width**2))
+    return np.repeat(150 - 100 * spot[..., None], 3, -1)
+
+
+def test_the_photo_moves_as_the_drawn_face_does():
+    """What the inversion missed, here a stripe on a spot, goes where the edit moves the spot, and leaves no shadow."""
+    before, after, photo = blob(64, 60), blob(64, 66), blob(64, 60)
+    photo[62:66, 54:66] += 60
+    flow = motion(after, before)
+    assert np.abs(flow[60:69, 62:71] - (-6, 0)).max() < 1 and not flow[:3].any()
+    assert np.abs(warp(before, flow) - after)[50:80, 50:80].mean() < 4
+    blended, region, _ = blend_edit(photo.astype(np.uint8), after.astype(np.uint8), before.astype(np.uint8))
+    assert region.max() < 0.1
+    there, here = blended[62:66, 60:72] - after[62:66, 60:72], blended[50:78, 45:54] - 150
+    assert there.mean() > 45 and np.abs(here).max() < 25
+
+
+def test_a_tint_is_no_edit():
     photo, _, drawn = face_images()
     tinted = np.clip(drawn.astype(int) + 20, 0, 255).astype(np.uint8)
     same = np.zeros(drawn.shape, np.float32)
-    assert edit_region(same + tinted, same + drawn, same).max() < 0.01
-    blended, _ = blend_edit(photo, tinted, drawn)
-    assert np.abs(blended - photo - 20).max() < 1
+    assert edit_region(same + tinted, same + drawn, same + drawn).max() < 0.01
+    blended, _, flow = blend_edit(photo, tinted, drawn)
+    assert np.abs(blended - photo).max() < 1 and np.abs(flow).max() < 0.1
 
 
-def test_a_faithful_inversion_leaves_half_of_the_photo():
+def test_a_faithful_inversion_leaves_the_photo():
     _, smiling, drawn = (image.astype(np.float32) for image in face_images())
     faithful, missed = edit_region(smiling, drawn, 0 * drawn), edit_region(smiling, drawn, np.roll(drawn, 4, 0) - drawn)
-    assert faithful.max() == pytest.approx(FAITHFUL, abs=0.01) and missed.max() > 0.95
+    assert not faithful.any() and missed.max() > 0.95
 
 
 def test_paste_of_nothing_is_the_photo(editor):
