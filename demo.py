@@ -4,12 +4,12 @@
     python demo.py --ckpt runs/faces/export.safetensors --encoder encoder.safetensors --boundaries fitted/
 
 It answers this machine only unless --host says otherwise, loads nothing from other servers, and serves no file outside
-a temporary folder of its own. Boundaries are those in --boundaries that were fitted for the generator.
+a temporary folder of its own. Of a folder of boundaries it takes those that were fitted for the generator.
 """
 
 from pathlib import Path
 
-from common.cli import ROOT, ArgumentParser, add_device_flags, count, positive, run_script, whole
+from common.cli import ArgumentParser, add_device_flags, count, positive, run_script, whole
 
 
 def build_parser() -> ArgumentParser:
@@ -18,7 +18,7 @@ def build_parser() -> ArgumentParser:
     add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
     add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
     add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
-    add("--boundaries", type=Path, default=ROOT / "checkpoints", help="folder of boundary files (.npz)")
+    add("--boundaries", type=Path, help="folder of boundary files (.npz), instead of those in checkpoints/")
     add("--scorer", default="face-scorer-eval", help="that reads attributes: a name or FILE.safetensors")
     add("--perceptual", default="mobilefacenet", help="distance that is refined: that, vgg, squeeze, alex, scorer:NAME")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")

@@ -31,7 +31,9 @@ READ = 128  # pixels at which edits are tried out before one is pasted
 TRIES = 13  # positions per attribute at which the photo is read
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-REACH = 1.7  # factor on the safe range of a tuned face, which is still itself there (identity 0.84, docs/results.md)
+REACH = (
+    2.5  # factor on the safe range in a photo, which keeps the person (docs/results.md); a drawn face has only itself
+)
 
 
 class PhotoError(UserError):
@@ -238,7 +240,7 @@ class PhotoEditor:
         if any(name not in models.boundaries for position in at for name in position):
             source, names = face.expression, models.conditional.reader.names
             change = [[p.get(n, 0.0) * (n not in models.boundaries) for n in names] for p in [{}, *at]]  # [1 + K, d]
-            conditions = source.condition.cpu() + torch.tensor(change)
+            conditions = source.condition.cpu() + torch.tensor(change, dtype=torch.float32)
             before, *after = render_path(source.generator, source, conditions)
             drawn.append((before, after))
         return drawn

@@ -29,10 +29,15 @@ def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Pat
     return Path(folder) / f"{key.hexdigest()[:24]}.npz"
 
 
+def own_expression(face: Face) -> Inversion | None:
+    """The face's inversion in the conditional generator, where it is more than its w in another generator."""
+    return face.expression if face.expression and face.expression.w is not face.inversion.w else None
+
+
 def save_faces(file: Path, faces: list[Face]) -> None:
     arrays: dict[str, np.ndarray] = {}
     for i, face in enumerate(faces):
-        for name, inversion in ((f"w_{i}", face.inversion), (f"expression_{i}", face.expression)):
+        for name, inversion in ((f"w_{i}", face.inversion), (f"expression_{i}", own_expression(face))):
             if inversion is not None:
                 arrays[name] = inversion.w
                 weights = tunable(inversion.generator) if face.steps or inversion is face.expression else {}

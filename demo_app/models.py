@@ -21,7 +21,7 @@ from scorer.network import load_scorer
 CHECKPOINTS = ROOT / "checkpoints"
 SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
-CONDITION_SAFE = 1.25  # change of a condition in [0, 1]
+CONDITION_SAFE = -1.25, 1.7  # change of a condition in [0, 1]: less takes the mouth away, more tears it
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 
 
@@ -70,7 +70,7 @@ class Models(Inverter):
     def safe_range(self, name: str) -> tuple[float, float]:
         """Positions of an attribute, lowest and highest, between which edited faces still are faces."""
         if name not in self.boundaries:
-            return -CONDITION_SAFE, CONDITION_SAFE
+            return CONDITION_SAFE
         low, high = self.boundaries[name].range or (-SAFE, SAFE)
         return min(low, 0.0), max(high, 0.0)
 
@@ -87,7 +87,7 @@ def load_models(
     *,
     ckpt: Path | None = None,  # generator; default: the largest checkpoints/face-wpp-SIZE
     encoder: Path | None = None,  # default: the one in checkpoints/ for this generator
-    boundaries: Path = CHECKPOINTS,  # folder of .npz files
+    boundaries: Path | None = None,  # folder of .npz files; default: of checkpoints/, what `conditional` does not edit
     conditional: str | Path | None = None,  # default: the largest checkpoints/face-cgan-SIZE; "none" for none
     scorer: str = SCORER,  # of the read-outs
     perceptual: str = "mobilefacenet",  # distance that tuning minimises
@@ -108,11 +108,14 @@ def load_models(
         reader = load_condition_scorer(conditional, condition, device, weights_dir=weights_dir)
         light = condition.light and base_fingerprint(conditional) == generator.fingerprint
         conditional = Conditional(load_generator(conditional, device), reader, light)
+    found = load_boundaries(boundaries or CHECKPOINTS, generator)
+    if boundaries is None and conditional and conditional.light:  # its smiles are seen in photos (docs/log.md)
+        found = {name: boundary for name, boundary in found.items() if name not in conditional.reader.names}
     return Models(
         generator,
         scorer=load_scorer(scorer, device, weights_dir=weights_dir),
         perceptual=build_perceptual(perceptual, device, weights_dir),
-        boundaries=load_boundaries(boundaries, generator),
+        boundaries=found,
         encoder=load_encoder(encoder, generator, device),
         conditional=conditional,
         weights_dir=weights_dir,

@@ -21,9 +21,9 @@ from faces.align import AlignError, Alignment, crop_aligned, read_alignment, to_
 
 STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
 
-LIGHT = 0.06  # of the side: radius within which a difference between photo and drawn face counts as its light
+LIGHT = 0.06  # of the side: radius within which a difference counts as light, or a change as one of colour
 SPREAD = 0.025  # of the side: radius of an edit's region
-SMOOTH = 0.008  # of the side: blur of the motion
+SMOOTH = 0.02  # of the side: blur of the motion
 WEAK, STRONG = 6.0, 24.0  # grey levels of structure that an edit changes beyond motion, see `edit_region`
 LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed
 DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
@@ -153,14 +153,18 @@ def head_mask(size: int) -> np.ndarray:
 
 def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The crop of a photo with an edit, float32 [H, H, 3] in 0..255; the region [H, H] of the drawn face; and the
-    motion [H, H, 2]. The photo's light stays: a change of the whole head's colour is left out. edited, unedited: the
-    generator's images [S, S, 3] of that face, S <= H; PIL images or uint8, as the crop."""
+    motion [H, H, 2]. A change of the whole head's colour is left out, and colour changes smoothly: far along a boundary
+    hair turns orange and green. edited, unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or
+    uint8, as the crop."""
     crop, edited, unedited = map(to_pil, (crop, edited, unedited))
     coarse = crop.resize(edited.size, Image.Resampling.BOX)  # at the generator's resolution
     before, after, coarse = (_resize(image, crop.width) for image in (unedited, edited, coarse))
     flow = motion(after, before)
     moved = warp(before, flow)
-    after = after - np.median((after - moved)[head_mask(crop.width) > 0.5], axis=0)  # the photo's light stays
+    change = after - moved
+    change -= np.median(change[head_mask(crop.width) > 0.5], axis=0)  # the photo's light stays
+    grey = change.mean(-1, keepdims=True)
+    after = moved + grey + ndimage.gaussian_filter(change - grey, [LIGHT * crop.width] * 2 + [0])
     missed, fine = warp(coarse - before, flow), warp(np.asarray(crop, np.float32) - coarse, flow)
     region = edit_region(after, moved, missed)
     light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])

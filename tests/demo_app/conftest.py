@@ -1,4 +1,4 @@
-"""A tiny generator whose faces can be made brighter along a boundary, and a scorer that reads it."""
+"""A tiny generator whose faces get a brighter lower half along a boundary, and a scorer that reads it."""
 
 from pathlib import Path
 
@@ -18,13 +18,19 @@ from scorer.labels import Attribute
 POINTS = [[203.8, 103.3], [246.5, 104.9], [224.1, 129.4], [204.0, 143.4], [242.5, 144.9]]  # of the astronaut
 
 
-class BrightnessScorer(AttributeScorer):
-    """Reads brightness as years: 0 is black, 100 white."""
+def halves(images):
+    """Brightness of the lower half [N, 1] less that of the upper one: light, which a photo keeps, has no part in it."""
+    upper, lower = images.mean((1, 3)).chunk(2, dim=1)
+    return lower.mean(1, keepdim=True) - upper.mean(1, keepdim=True)
+
+
+class HalvesScorer(AttributeScorer):
+    """Reads `halves` as years, about 50 of an evenly lit image."""
 
     attributes = (Attribute("age", "years"),)
 
     def margins(self, images):
-        return 50 + 50 * require_images(images).mean((1, 2, 3), keepdim=True)[:, :, 0, 0]
+        return 50 + 50 * halves(require_images(images))
 
     def feature_maps(self, images):
         return [images]
@@ -37,12 +43,12 @@ def models():
     generator = Generator(config).eval().requires_grad_(False)
     generator.fingerprint, generator.path = "tiny", Path("tiny.safetensors")
     w = generator.mean_latent(200).clone().requires_grad_()
-    generator(w, input_is_latent=True, randomize_noise=False)[0].mean().backward()
+    halves(generator(w, input_is_latent=True, randomize_noise=False)[0]).sum().backward()
     normal = (w.grad / w.grad.norm()).reshape(1, -1).numpy()
     brighter = Boundary(
-        normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=12.0, fingerprint="tiny"
+        normal=normal, intercept=0.0, attribute="age", space="w++", mean=0.0, std=1.0, fingerprint="tiny"
     )
-    scorer = BrightnessScorer()
+    scorer = HalvesScorer()
     scorer.errors = {"age": 7.4}
     return Models(generator, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
 

@@ -207,14 +207,14 @@ def test_upload_edit_refine_download(page, astronaut):
     assert stages[0]["message"].startswith("Finding the face")
     session, (before, after) = answer["session"], answer["compare"]
     assert np.array_equal(before, after) and answer["age"] == 0
-    moved = page.move(session, 0, page.models.generator.config.n_tokens - 1, 10)
+    moved = page.move(session, 0, page.models.generator.config.n_tokens - 1, -8)
     assert not np.array_equal(*moved["compare"]) and "**age**" in moved["readout"]
     assert re.search(r"ages are read to ±\d+ years", moved["readout"]), "the read-out's own error stands beside it"
-    assert moved["command"].endswith("--age +10") and re.fullmatch(r"age [+-]\d\.\d\d", moved["distances"])
-    coarse = page.move(session, 0, 2, 10)
+    assert moved["command"].endswith("--age -8") and re.fullmatch(r"age [+-]\d\.\d\d", moved["distances"])
+    coarse = page.move(session, 0, 2, -8)
     assert not np.array_equal(coarse["compare"][1], moved["compare"][1]), "three layers move instead of all"
     every = page.models.generator.config.n_tokens
-    assert np.array_equal(page.move(session, 0, every - 1, 10)["compare"][1], moved["compare"][1])
+    assert np.array_equal(page.move(session, 0, every - 1, -8)["compare"][1], moved["compare"][1])
     refined = list(page.refine(session, 20))
     assert "0 of 20 steps" in refined[0]["message"] and "Refined" in refined[-1]["message"]
     assert session.editor.faces[0].steps == 20
@@ -289,7 +289,7 @@ def test_a_visit(visitor, astronaut, tmp_path):
     visitor.wait_for_text("#message", "Refined")
     box = visitor.one("#compare").rect
     assert visitor.one("#age").rect["y"] + visitor.one("#age").rect["height"] < 768 > box["y"] + box["height"]
-    visitor.type("#age input[type=number]", "12")
+    visitor.type("#age input[type=number]", "-8")
     visitor.wait_for_text("#readout", "target")
     original = np.asarray(Image.open(astronaut))
 
