@@ -23,7 +23,7 @@ STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps
 
 LIGHT = 0.06  # of the side: radius within which a difference counts as light, or a change as one of colour
 SPREAD = 0.025  # of the side: radius of an edit's region
-SMOOTH = 0.02  # of the side: blur of the motion
+FAR, SMOOTH = 0.03, 0.03  # of the side: longest motion, and its blur; more draws swirls on foreheads
 WEAK, STRONG = 6.0, 24.0  # grey levels of structure that an edit changes beyond motion, see `edit_region`
 LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed
 DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
@@ -121,10 +121,12 @@ def structure(change: np.ndarray) -> np.ndarray:
 
 def motion(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
     """Flow [H, W, 2] of an edit: (x, y) in pixels from each pixel of `edited` to where it was in `unedited`, images
-    float32 [H, W, 3], so that `warp(unedited, flow)` is like `edited`. Dense inverse search (Kroeger et al. 2016); 0
-    in the background."""
+    float32 [H, W, 3], so that `warp(unedited, flow)` is like `edited`. Dense inverse search (Kroeger et al. 2016), no
+    longer than FAR, smoothed; 0 in the background."""
     grey = (to_bytes(image.mean(-1)) for image in (edited, unedited))
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)
+    length = np.linalg.norm(flow, axis=-1, keepdims=True) / len(flow)
+    flow *= FAR / np.maximum(length, FAR)
     return cv2.GaussianBlur(flow, (0, 0), SMOOTH * len(flow)) * head_mask(len(flow))[..., None]
 
 
