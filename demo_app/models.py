@@ -21,7 +21,7 @@ from scorer.network import load_scorer
 CHECKPOINTS = ROOT / "checkpoints"
 SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
-CONDITION_SAFE = -1.25, 1.7  # change of a condition in [0, 1]: less takes the mouth away, more tears it
+CONDITION_SAFE = -0.8, 1.7  # change of a condition in [0, 1]: less than that of a smile harms eyes (docs/log.md)
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 
 
