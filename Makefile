@@ -40,7 +40,7 @@ demo: $(VENV)/.installed
 	cp docs/astronaut.json $(DEMO)/photos/
 	$(PY) align_faces.py --photos $(DEMO)/photos --output_dir $(DEMO)/aligned --n_worker 1
 	cp $(DEMO)/faces/seed0003.png $(DEMO)/faces/seed0007.png $(DEMO)/faces/seed0012.png $(DEMO)/aligned/aligned/
-	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --step 1 --tune 40 --device cpu --output_dir $(DEMO)/inverted
+	$(PY) projector.py --ckpt $(MODEL) --dataset $(DEMO)/aligned/aligned --step 1 --tune 20 --device cpu --output_dir $(DEMO)/inverted
 	for a in age gender smile; do $(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-$$a.npz --video gif --output_dir $(DEMO)/edits/$$a || exit 1; done
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --distance relative --unit std --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
