@@ -27,7 +27,7 @@ from model import Generator
 from sampling.render import map_latents, render, seeded_z
 
 CROP = 256  # pixels of an aligned face
-READ = 128  # pixels at which edits are tried out before one is pasted
+READ = 128  # pixels at which positions are tried out before one is corrected
 TRIES = 13  # positions per attribute at which the photo is read
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
@@ -245,9 +245,9 @@ class PhotoEditor:
             drawn.append((before, after))
         return drawn
 
-    def _try(self, face: Face, at: list[dict[str, float]]) -> Iterator[np.ndarray]:
-        """The aligned photo at each position, uint8 [READ, READ, 3]: what paste_edit gives, at a small size."""
-        crop, drawn = fit_image(face.crop, READ), self._draw(face, at)
+    def _try(self, face: Face, at: list[dict[str, float]], size=READ) -> Iterator[np.ndarray]:
+        """The aligned photo at each position, uint8 [size, size, 3]: about what paste_edit gives."""
+        crop, drawn = fit_image(face.crop, size), self._draw(face, at)
         for k in range(len(at)):
             yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
 
@@ -278,6 +278,7 @@ class PhotoEditor:
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
         errors = {n: open_error(goals[n] - before[n], goals[n], kinds[n]) for n in targets}
         aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {})
+        shares, last = dict.fromkeys(targets, 1.0), dict.fromkeys(targets, 0.0)  # of an error that is corrected
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
             ends = [self._range(face, name)[position > 0] or 1.0 for name, position in at.items()]
@@ -285,14 +286,15 @@ class PhotoEditor:
             at = {name: position / max(1.0, away) for name, position in at.items()}
             if not targets or rounds == 0 or strength != 1:
                 return at
-            (image,) = self._try(face, [at])
+            (image,) = self._try(face, [at], CROP)
             scores = dict(zip(targets, self.read([image])[0, columns], strict=True))
             errors = {n: open_error(goals[n] - scores[n], goals[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
             best = min(best, (total, at), key=lambda item: item[0])
             if all(abs(error) <= NEAR[kinds[name]] / 2 for name, error in errors.items()):
                 break
-            aims = {name: aims[name] + errors[name] for name in targets}
+            shares = {name: share / 2 if errors[name] * last[name] < 0 else share for name, share in shares.items()}
+            aims, last = {name: aims[name] + shares[name] * errors[name] for name in targets}, errors
         return best[1]
 
     def _kind(self, name: str) -> str:
