@@ -31,9 +31,7 @@ READ = 128  # pixels at which positions are tried out before one is corrected
 TRIES = 13  # positions per attribute at which the photo is read
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-REACH = (
-    2.5  # factor on the safe range in a photo, which keeps the person (docs/results.md); a drawn face has only itself
-)
+REACH = {"age": 2.5, "gender": 1.5}  # factor on the safe range in a photo, which keeps the person (docs/log.md); else 1
 
 
 class PhotoError(UserError):
@@ -254,7 +252,7 @@ class PhotoEditor:
     def _range(self, face: Face, name: str) -> tuple[float, float]:
         """Positions of an attribute, lowest and highest, that are tried on a face."""
         low, high = self.models.safe_range(name)
-        reach = REACH if name in self.models.boundaries and not face.exact else 1.0
+        reach = 1.0 if face.exact else REACH.get(name, 1.0)
         return reach * low, reach * high
 
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
