@@ -89,8 +89,8 @@ class PhotoBatch:
         file = inversion_file(self.folder / "inversions", path, self.models, steps=self.steps, faces=self.faces)
         return photo, file, load_faces(file, photo, self.models)
 
-    def edit(self, name: str, photo: Image.Image, file: Path, kept: list[Face] | None, bar: tqdm):
-        """The photo before and after, PIL images."""
+    def edit(self, name: str, photo: Image.Image, file: Path, kept: list[Face] | None, bar: tqdm) -> tuple:
+        """The photo before and after, PIL images; file, kept: of `load`."""
         editor = PhotoEditor(self.models)
         if kept:
             editor.photo, editor.faces = photo, kept

@@ -49,7 +49,8 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="au
         unedited = to_pil(unedited)
         if unedited.size != face.size:
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
-        return paste_edit(photo, [(unedited, face)], alignment)
+        crop = crop_aligned(photo, alignment, max(alignment.size, face.width))
+        return paste_edit(photo, [(unedited, face)], alignment, crop)
     crop = crop_aligned(photo, alignment, face.width)
     new, old = np.asarray(face, np.float32), np.asarray(crop, np.float32)
     mask = feather_mask(face.width, 0.0 if alignment.whole else feather)

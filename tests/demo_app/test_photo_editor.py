@@ -7,8 +7,9 @@ from PIL import Image
 from common.images import read_image
 from demo_app.editor import PhotoEditor, PhotoError, open_error, position_for, scale_alignment
 from demo_app.inversions import inversion_file, load_faces, save_faces
-from demo_app.targets import NEAR, Reading, Target
-from faces.align import crop_aligned
+from demo_app.models import CHECKPOINTS, load_models
+from demo_app.targets import Reading, Target
+from faces.align import Alignment, crop_aligned
 from faces.paste import blend_edit, edit_region, motion, paste_edit, warp
 
 
@@ -21,7 +22,7 @@ def test_the_photo_shows_the_target(editor):
     result = editor.edit({"age": Target(3, relative=True)})
     reading = result.faces[0].readings["age"]
     assert reading.goal == pytest.approx(reading.before + 3)
-    assert abs(reading.photo - reading.goal) < 2 * NEAR["years"] and reading.visible, reading
+    assert abs(reading.photo - reading.goal) < 1.2 and reading.visible, reading
     frame = np.array(editor.faces[0].alignment.quad)
     low, high = np.floor(frame.min(0)).astype(int), np.ceil(frame.max(0)).astype(int) + 1
     changed = np.argwhere((np.asarray(result.photo) != np.asarray(editor.photo)).any(-1))[:, ::-1]
@@ -136,7 +137,7 @@ def blob(y, x, side=128, width=6.0):
 
 
 def test_the_photo_moves_as_the_drawn_face_does():
-    """What the inversion missed, here a stripe on a spot, goes where the edit moves the spot, and leaves no shadow."""
+    """A stripe on a spot, which the inversion missed, goes where the edit moves the spot, and leaves no shadow."""
     before, after, photo = blob(64, 60), blob(64, 63), blob(64, 60)
     photo[62:66, 54:66] += 60
     flow = motion(after, before)
@@ -146,6 +147,20 @@ def test_the_photo_moves_as_the_drawn_face_does():
     assert region.max() < 0.1
     there, here = (blended - after)[62:66, 60:67], (blended - after)[50:78, 45:54]
     assert there.mean() > 45 and np.abs(here).max() < 15
+
+
+def test_detail_finer_than_the_crop_moves_along():
+    """A line of one pixel in a photo four times as large as the crop: 3 pixels of the crop are 12 of the photo."""
+    photo = blob(64, 60).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+    photo[240:272, 240] = 255
+    end = 511.5
+    alignment = Alignment(
+        [[-0.5, -0.5], [-0.5, end], [end, end], [end, -0.5]], [512, 512], 128, landmarks=[], whole=True
+    )
+    drawn, moved = (blob(64, x).astype(np.uint8) for x in (60, 63))
+    pasted = np.asarray(paste_edit(Image.fromarray(photo), [(drawn, moved)], alignment), float)
+    row = pasted[256, 220:280].mean(-1)
+    assert abs(int(row.argmax()) + 220 - 252) <= 3 and row.max() > row[18:22].max() + 60, row
 
 
 def test_a_tint_is_no_edit():
@@ -185,3 +200,19 @@ def test_kept_inversions_give_the_same_edit(editor, models, tmp_path):
 def test_their_file_depends_on_photo_and_settings(models, astronaut, no_face):
     files = {inversion_file("x", p, models, steps=s) for p in (astronaut, no_face) for s in (0, 60)}
     assert len(files) == 4
+
+
+# -- the bundled models ------------------------------------------------------------------------------------------------
+
+
+def test_the_light_conditional_generator_takes_smiles_and_given_boundaries_keep_them(monkeypatch):
+    """The first of its attributes, at a position as a curve gives it (np.float64), draws another face."""
+    monkeypatch.setattr("demo_app.models.load_encoder", lambda *args: None)
+    models = load_models()
+    assert models.conditional.light and {"age", "gender"} == set(models.boundaries) and "smile" in models.attributes
+    assert "smile" in load_models(boundaries=CHECKPOINTS).boundaries
+    editor = PhotoEditor(models)
+    editor.set_drawn(3)
+    editor.set_expression(0)
+    ((before, (after,)),) = editor._draw(editor.faces[0], [{models.conditional.reader.names[0]: np.float64(1.2)}])
+    assert np.abs(after.astype(float) - before).mean() > 1
