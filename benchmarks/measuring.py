@@ -240,7 +240,7 @@ def machine_name(device: torch.device) -> str:
 
 
 def circumstances(device: torch.device) -> dict:
-    """Where and when, for the closing line of JSON."""
+    """Machine, versions, load and commit, for the closing line of JSON."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "machine": machine_name(device),

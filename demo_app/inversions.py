@@ -35,6 +35,7 @@ def own_expression(face: Face) -> Inversion | None:
 
 
 def save_faces(file: Path, faces: list[Face]) -> None:
+    """Write what `load_faces` reads, tuned weights in half precision."""
     arrays: dict[str, np.ndarray] = {}
     for i, face in enumerate(faces):
         for name, inversion in ((f"w_{i}", face.inversion), (f"expression_{i}", own_expression(face))):
@@ -50,7 +51,7 @@ def save_faces(file: Path, faces: list[Face]) -> None:
 
 
 def load_faces(file: Path, photo: Image.Image, models: Models) -> list[Face] | None:
-    """None where there is no such file, or it is damaged."""
+    """The faces of a photo that `save_faces` wrote; None where there is no such file, or it is damaged."""
     try:
         arrays, faces = read_npz(file), []
         for i, entry in enumerate(json.loads(arrays["info"].tobytes())):

@@ -102,7 +102,7 @@ def open_inversions(path: Path, models: Models, dist: Distributed) -> Source:
 
 
 def original_file(folder: Path, name: str, i: int) -> Path:
-    """Where an inversion keeps its original: under its name, or, of earlier runs, its number."""
+    """File of an inversion's original: called after it or, in folders of earlier versions, by its number."""
     named = folder / ORIGINALS / f"{name}.png"
     return named if named.is_file() else folder / f"origin_{i}.png"
 

@@ -1,4 +1,4 @@
-"""Where are the faces? YuNet (Wu et al. 2023) by OpenCV: boxes and five landmarks, coordinates as in faces/align.py."""
+"""Face detection by YuNet (Wu et al. 2023) in OpenCV: boxes and five landmarks, coordinates as in faces/align.py."""
 
 from dataclasses import dataclass
 

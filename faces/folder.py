@@ -36,7 +36,7 @@ RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found"
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """All that the crops depend on, beside the photos; see align_faces.py --help."""
+    """Settings that the crops depend on; see align_faces.py --help."""
 
     size: int = 256
     faces: str = "largest"  # or all, or an index as text, 0 being the largest

@@ -25,7 +25,7 @@ class Inversion:
     size: int | None = None  # of the generator's images, pixels
 
     def protocol(self, measures: list[str]) -> list[str]:
-        """In words, all that has to be equal for these measures to be compared."""
+        """Conditions, in words, that must be equal for these measures to be compared."""
         networks = [m for m in ("perceptual", "identity") if m in measures]
         return [f"with images of {self.size} pixels", *(f"by {getattr(self.measured, m)}" for m in networks)]
 

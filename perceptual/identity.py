@@ -1,4 +1,4 @@
-"""Who is it? Face embeddings of aligned images, differentiable: identity loss, and how alike two faces are.
+"""Face embeddings of aligned images, differentiable: identity loss, and how alike two faces are.
 
 Images are framed as FFHQ frames them (faces/align.py): one fixed box leads to the framing that a recognition network
 was trained with. MobileFaceNet (Chen et al. 2018, arXiv 1804.07573, Apache-2.0 weights) is small and may be used

@@ -1,4 +1,4 @@
-"""Scorers that were not trained here, behind the interface of scorer/network.py.
+"""Scorers that were not trained here, behind the interface of scorer/interface.py.
 
 DEX (Rothe et al. 2015), the scorer of the original W++ code: VGG-16 twice, tensor names of siriusdemon/pytorch-DEX; and
 any classifier of torchvision or timm with a weights file, described in a small JSON (docs/formats.md).

@@ -1,6 +1,6 @@
 """Benchmarks of inversion, editing and data at toy sizes: rows, the last line of JSON, and the trace of --profile.
 
-Those of training and sampling: tests/test_bench_train.py.
+Those of training and sampling: test_bench_train.py.
 """
 
 import json

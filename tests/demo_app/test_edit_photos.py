@@ -21,7 +21,7 @@ def command(*flags) -> int:
 
 @pytest.fixture
 def photos(tmp_path, astronaut, no_face):
-    """A folder with the astronaut, its landmarks beside it, a wall and a damaged file."""
+    """A folder with the astronaut, a wall and a damaged file."""
     folder = tmp_path / "my photos"
     (folder / "sub").mkdir(parents=True)
     photo = Image.open(astronaut).convert("RGB")
