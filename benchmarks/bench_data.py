@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measuring import write_trace  # noqa: E402
+from benchmarks.measuring import flag_list, pick  # noqa: E402
 from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.images import list_images  # noqa: E402
 from common.lmdb_store import image_key  # noqa: E402
@@ -55,7 +55,6 @@ def build_parser():
     parser.add_argument("--batch", type=int, default=16, help="images per batch")
     parser.add_argument("--steps", type=int, default=60, help="training steps of the part `wait`")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of twenty batches, 0 workers")
     parser.add_argument("--folder", type=Path, help="where the LMDBs are written (default: a temporary folder)")
     return parser
 
@@ -72,21 +71,9 @@ def main(args):
             seconds |= measures[part](args, folder, sizes)
     for row, value in seconds.items():
         print(f"{row:44}{value:12.4g}")
-    print(
-        json.dumps(
-            {
-                "benchmark": "data",
-                "torch": torch.__version__,
-                "cores": os.cpu_count(),
-                "photos": args.photos,
-                "photo_size": args.photo_size,
-                "sizes": sizes,
-                "n_worker": args.n_worker,
-                "batch": args.batch,
-                "results": seconds,
-            }
-        )
-    )
+    info = {"benchmark": "data", "torch": torch.__version__, "cores": os.cpu_count()}
+    info |= pick(args, "photos photo_size n_worker batch") | {"sizes": sizes}
+    print(json.dumps(info | {"results": seconds}))
 
 
 def draw_photos(folder, n, size):
@@ -142,19 +129,14 @@ def encode_numbered(item, sizes):
 def prepare(args, folder, name):
     """prepare_data.py from the photos to `name`."""
     shutil.rmtree(folder / name, ignore_errors=True)
-    command = [
-        sys.executable,
-        ROOT / "prepare_data.py",
-        folder / "photos",
-        "--out",
-        folder / name,
-        "--compat",
-        "--size",
-        args.sizes,
-        "--n_worker",
-        args.n_worker,
-    ]
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = {"out": folder / name, "compat": True, "size": args.sizes, "n_worker": args.n_worker}
+    start("prepare_data.py", folder / "photos", *flag_list(flags))
+
+
+def start(script, *args):
+    """A script of ours in a process of its own, silent."""
+    command = [sys.executable, *map(str, (ROOT / script, *args))]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def measure_prepare(args, folder, sizes):
@@ -223,41 +205,15 @@ def measure_loader(args, folder, sizes):
                 next(batches)
 
         results[f"loader {size} px, {workers} workers, images/s"] = n_batches * args.batch / timed(call, args.repeats)
-        if args.profile and not workers:
-            write_trace(args.profile, {"loader": lambda batches=batches: [next(batches) for _ in range(20)]})
         batches.close()
     return results
 
 
 def measure_wait(args, folder, sizes):
     size, out, end = sizes[0], folder / "training", args.steps
-    command = [
-        sys.executable,
-        ROOT / "train.py",
-        "--path",
-        folder / "faces.lmdb",
-        "--size",
-        size,
-        "--channel_max",
-        64,
-        "--batch",
-        args.batch,
-        "--workers",
-        1,
-        "--iter",
-        end,
-        "--log_every",
-        end // 3,
-        "--n_sample",
-        4,
-        "--save_every",
-        end,
-        "--sample_every",
-        end,
-        "--exp_name",
-        out,
-    ]
-    subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = {"path": folder / "faces.lmdb", "size": size, "channel_max": 64, "batch": args.batch, "workers": 1}
+    flags |= {"iter": end, "log_every": end // 3, "n_sample": 4, "save_every": end, "sample_every": end}
+    start("train.py", *flag_list(flags | {"exp_name": out}))
     speeds = [entry for entry in read_log(out / "log.jsonl") if entry["group"] == "Speed"][1:]
     return {
         f"training {size} px, data wait, share": statistics.median(entry["data_wait"] for entry in speeds),

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
-from benchmarks.measuring import child, circumstances, write_trace  # noqa: E402
+from benchmarks.measuring import child, circumstances, pick  # noqa: E402
 from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.runs import peak_bytes  # noqa: E402
@@ -55,7 +55,6 @@ def build_parser():
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto", help="of the sweep: auto | cpu | cuda[:i] | mps")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of our sweep, in blocks")
     parser.add_argument("--only", choices=("svm", "ridge", *SWEEPS), help="measure one thing (used internally)")
     parser.add_argument("--frames_file", help="where its frames go (used internally)")
     return parser
@@ -87,13 +86,8 @@ def main(args):
     if args.only:
         print(json.dumps((measure_sweep if args.only in SWEEPS else measure_fit)(args)))
         return
-    results = {
-        "benchmark": "edit",
-        **circumstances(resolve_device(args.device)),
-        "num_sample": args.num_sample,
-        "width": args.width,
-        "ratio": args.ratio,
-    }
+    results = {"benchmark": "edit", **circumstances(resolve_device(args.device))}
+    results |= pick(args, "num_sample width ratio")
     for part in args.parts:
         results[part] = {"memory": memory, "svm": compare_svm, "sweep": compare_sweeps}[part](args)
     print(json.dumps(results))
@@ -105,8 +99,7 @@ def main(args):
 def memory(args):
     found = {}
     for fit in ("svm", "ridge"):
-        names = ("num_sample", "width", "ratio", "noise", "threads")
-        found[fit] = child(__file__, {"only": fit} | {name: getattr(args, name) for name in names})
+        found[fit] = child(__file__, {"only": fit} | pick(args, "num_sample width ratio noise threads"))
     original = 2 * args.num_sample * args.width * 4 / 2**20
     print(f"{args.num_sample} samples of {args.width}: the original holds {original:.0f} MiB of codes (two copies)")
     for fit, row in found.items():
@@ -174,11 +167,8 @@ def compare_sweeps(args):
     found, frames = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for way in SWEEPS:
-            names = ("size", "channel_max", "frames", "repeats", "threads", "device")
             flags = {"only": way, "frames_file": Path(folder) / "frames.npy"}
-            if args.profile and way == OURS:
-                flags["profile"] = args.profile
-            found[way] = child(__file__, flags | {name: getattr(args, name) for name in names})
+            found[way] = child(__file__, flags | pick(args, "size channel_max frames repeats threads device"))
             frames[way] = np.load(Path(folder) / "frames.npy").astype(int)
     first = next(iter(SWEEPS))
     for way, seconds in found.items():
@@ -215,8 +205,6 @@ def measure_sweep(args):
         frames = sweep()  # on the CPU at last: nothing is left to wait for
         seconds.append(time.perf_counter() - start)
     np.save(args.frames_file, np.stack(frames))
-    if args.profile:
-        write_trace(args.profile, {args.only: sweep})
     return statistics.median(seconds)
 
 

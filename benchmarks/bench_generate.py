@@ -39,8 +39,8 @@ from benchmarks.measuring import (  # noqa: E402
     measure_peer,
     median_seconds,
     peak_memory,
+    pick,
     total_seconds,
-    write_trace,
 )
 from common.cli import ArgumentParser, add_device_flags, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
@@ -61,7 +61,7 @@ def build_parser():
     add_network_flags(parser)
     add_peer_flags(parser)
     parser.add_argument("--drawn", type=int, default=0, help="pictures to draw as generate.py does; 0: two batches")
-    add_run_flags(parser, "our forward pass")
+    add_run_flags(parser)
     add_device_flags(parser)
     return parser
 
@@ -107,13 +107,8 @@ def make_generator(row: Row, args, device) -> Generator:
         generator = load_generator(args.ckpt, device)
     else:
         torch.manual_seed(0)
-        config = GeneratorConfig(
-            row.size,
-            n_mlp=args.n_mlp,
-            w_space=row.space == "w",
-            channel_max=args.channel_max,
-            channel_multiplier=args.channel_multiplier,
-        )
+        widths = pick(args, "n_mlp channel_max channel_multiplier")
+        config = GeneratorConfig(row.size, w_space=row.space == "w", **widths)
         generator = Generator(config).eval().requires_grad_(False).to(device)
     if row.formulation == ORIGINAL:  # same parameters and buffers, other arithmetic
         generator.__class__ = BaselineGenerator
@@ -163,8 +158,8 @@ def measure_apart(row: Row, args) -> dict:
     """The row in a process of its own."""
     if row.formulation not in (OURS, ORIGINAL):
         return measure_peer(row.formulation, "generator", args, size=row.size, batch=row.batch, precision=row.precision)
-    names = ["channel_max", "channel_multiplier", "n_mlp", "repeats", "threads", "device", "ckpt", "drawn", "ops"]
-    return child(__file__, {name: getattr(args, name) for name in names} | {"row": json.dumps(asdict(row))})
+    flags = pick(args, "channel_max channel_multiplier n_mlp repeats threads device ckpt drawn ops")
+    return child(__file__, flags | {"row": json.dumps(asdict(row))})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,28 +232,9 @@ def main(args):
             f" is {ratio['images_per_s']:.2f} times {ratio['to']}, synthesis alone "
             f"{ratio['synthesis']:.2f} times, latent gradient {ratio['latent']:.2f} times"
         )
-    if args.profile:
-        first = next(row for row in rows_of(args) if row.formulation == OURS)
-        _, calls = calls_of(first, args, device)
-        with torch.no_grad():
-            calls["forward"]()  # warm
-            write_trace(args.profile, calls)
-    print(
-        json.dumps(
-            {
-                "benchmark": "generate",
-                **circumstances(device),
-                "channel_max": args.channel_max,
-                "channel_multiplier": args.channel_multiplier,
-                "n_mlp": args.n_mlp,
-                "ckpt": args.ckpt,
-                "ops": args.ops,
-                "repeats": args.repeats,
-                "rows": rows,
-                "ratios": found,
-            }
-        )
-    )
+    info = {"benchmark": "generate", **circumstances(device)}
+    info |= pick(args, "channel_max channel_multiplier n_mlp ckpt ops repeats")
+    print(json.dumps(info | {"rows": rows, "ratios": found}))
 
 
 if __name__ == "__main__":

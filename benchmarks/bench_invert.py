@@ -22,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
-from benchmarks.measuring import circumstances, headline, synchronise, write_trace  # noqa: E402
+from benchmarks.measuring import circumstances, headline, synchronise  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from inversion.projector import learning_rate, project  # noqa: E402
@@ -43,16 +43,11 @@ def build_parser():
     parser.add_argument("--shorter", type=int, nargs="*", default=[100, 70], help="fewer steps to try with ours")
     parser.add_argument("--faster_lr", type=float, default=0.2, help="step size of these")
     parser.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss of both")
-    parser.add_argument(
-        "--perceptual",
-        default="auto",
-        help="as in projector.py; random: a discriminator with random weights, which needs no file and "
-        "says nothing but how fast it is",
-    )
+    names = "as in projector.py; random: a discriminator with random weights, for speed alone, which needs no file"
+    parser.add_argument("--perceptual", default="auto", help=names)
     parser.add_argument("--size", type=int, default=32, help="of the generator with random weights")
     parser.add_argument("--channel_max", type=int, default=64, help="of the generator with random weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace of three of our steps")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps")
     return parser
 
@@ -188,21 +183,11 @@ def main(args):
 
     def add(name, steps, latents, noise, seconds, cpu):
         found = evaluate(generator, latents, noise, images, perceptual=perceptual, mse=args.mse)
-        rows.append(
-            {
-                "name": name,
-                "steps": steps,
-                "images_per_minute": 60 * args.images / seconds,
-                "images_per_cpu_minute": 60 * args.images / cpu,
-                **found,
-            }
-        )
-        print(
-            f"{name:15} {steps:5} steps  {rows[-1]['images_per_minute']:8.2f} images/min  "
-            f"{rows[-1]['images_per_cpu_minute']:8.2f} per CPU minute  loss {found['loss']:.4f}  "
-            f"mse {found['mse']:.4f}",
-            flush=True,
-        )
+        speed, per_cpu = 60 * args.images / seconds, 60 * args.images / cpu
+        rows.append({"name": name, "steps": steps, "images_per_minute": speed, "images_per_cpu_minute": per_cpu})
+        rows[-1] |= found
+        speeds = f"{speed:8.2f} images/min  {per_cpu:8.2f} per CPU minute"
+        print(f"{name:15} {steps:5} steps  {speeds}  loss {found['loss']:.4f}  mse {found['mse']:.4f}", flush=True)
 
     settings = {"steps": args.steps, "mse": args.mse}
     batches = images.split(BATCH)
@@ -210,38 +195,21 @@ def main(args):
     noise = [torch.cat(layer) for layer in zip(*(maps for _, maps in results), strict=True)]
     add("original", args.steps, torch.cat([latents for latents, _ in results]), noise, *seconds)
     faster = {"lr": args.faster_lr, "noise": 0}
-    for steps, name, changed in (
-        (args.steps, "ours", {}),
-        *((steps, "ours, faster", faster) for steps in args.shorter),
-    ):
+    ways = [(args.steps, "ours", {}), *((steps, "ours, faster", faster) for steps in args.shorter)]
+    for steps, name, changed in ways:
         ours = {"steps": steps, "mse": args.mse} | changed
         found, *seconds = timed(lambda ours=ours: project(generator, images, **ours, **common), device)
         add(name, steps, found.latents, found.noise, *seconds)
 
-    if args.profile:
-        write_trace(args.profile, {"ours": lambda: project(generator, images, steps=3, **common)})
     same = ratios(rows[1], rows[0])
     equal = [row for row in rows[1:] if row["loss"] <= rows[0]["loss"]]
     best = min(equal, key=lambda row: row["steps"], default=None)
     reached = best and ratios(best, rows[0])
     print("same settings: {:.2f} times as fast by the clock, {:.2f} by processor time".format(*same))
-    print(
-        "equal final loss: "
-        + ("{:.2f} and {:.2f} times ({} steps)".format(*reached, best["steps"]) if best else "not reached")
-    )
-    print(
-        json.dumps(
-            {
-                "benchmark": "invert",
-                **circumstances(device),
-                "perceptual": perceptual.name,
-                "mse": args.mse,
-                "rows": rows,
-                "ratio_same_steps": same,
-                "ratio_equal_loss": reached,
-            }
-        )
-    )
+    text = "{:.2f} and {:.2f} times ({} steps)".format(*reached, best["steps"]) if best else "not reached"
+    print(f"equal final loss: {text}")
+    info = {"benchmark": "invert", **circumstances(device), "perceptual": perceptual.name, "mse": args.mse}
+    print(json.dumps(info | {"rows": rows, "ratio_same_steps": same, "ratio_equal_loss": reached}))
 
 
 def ratios(row, reference) -> list[float]:

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
-from benchmarks.measuring import child, circumstances, headline, median_seconds  # noqa: E402
+from benchmarks.measuring import child, circumstances, headline, latent_gradient, median_seconds, pick  # noqa: E402
 from benchmarks.rounds import seconds_per_step  # noqa: E402
 from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import Distributed, resolve_device, tune_allocator  # noqa: E402
@@ -39,9 +39,8 @@ def build_parser():
     parser.add_argument("--train_size", type=int, default=64, help="image size of the training step")
     parser.add_argument("--train_batch", type=int, default=8, help="images per training step")
     parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
-    parser.add_argument(
-        "--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"], help="of our convolutions"
-    )
+    both = ["fp32", "bf16"]
+    parser.add_argument("--precision", nargs="+", choices=both, default=both, help="of our convolutions")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per number, after one to warm up")
     parser.add_argument("--untuned", action="store_true", help="do not measure the original with our allocator setting")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
@@ -57,50 +56,17 @@ def main(args):
     if args.only:
         print(json.dumps(measure(args, device, *KINDS[args.only])))
         return
-    print(
-        f"{headline(device)}; {args.size} px batch {args.batch}, training {args.train_size} px batch {args.train_batch}"
-    )
+    training = f"training {args.train_size} px batch {args.train_batch}"
+    print(f"{headline(device)}; {args.size} px batch {args.batch}, {training}")
     differences = compare(args, device)
-    print(
-        "largest difference from the original, relative to its largest value: "
-        + ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-    )
+    text = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
+    print(f"largest difference from the original, relative to its largest value: {text}")
     kinds = [kind for kind in KINDS if not (args.untuned and kind == "original, tuned")]
-    results = {kind: measure_apart(args, kind) for kind in kinds}
-    rows = table(results)
-    print(
-        json.dumps(
-            {
-                "benchmark": "model",
-                **circumstances(device),
-                "size": args.size,
-                "batch": args.batch,
-                "train_size": args.train_size,
-                "train_batch": args.train_batch,
-                "channel_max": args.channel_max,
-                "repeats": args.repeats,
-                "differences": differences,
-                "seconds": rows,
-            }
-        )
-    )
-
-
-def measure_apart(args, kind):
-    """The measurements of one formulation, {"part precision": seconds}, from a fresh process."""
-    names = [
-        "parts",
-        "precision",
-        "size",
-        "batch",
-        "train_size",
-        "train_batch",
-        "channel_max",
-        "repeats",
-        "threads",
-        "device",
-    ]
-    return child(__file__, {"only": kind} | {name: getattr(args, name) for name in names})
+    common = pick(args, "size batch train_size train_batch channel_max repeats")
+    flags = common | pick(args, "parts precision threads device")
+    results = {kind: child(__file__, flags | {"only": kind}) for kind in kinds}  # {"part precision": seconds} each
+    info = {"benchmark": "model", **circumstances(device), **common, "differences": differences}
+    print(json.dumps(info | {"seconds": table(results)}))
 
 
 def table(results):
@@ -133,29 +99,19 @@ def networks(config, device, original):
     return g.requires_grad_(False), d.requires_grad_(False)
 
 
-def latent_gradient(g, codes, dtype):
-    codes = codes.clone().requires_grad_()
-    image, _ = g(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)
-    (gradient,) = torch.autograd.grad(image.square().mean(), codes)
-    return gradient
-
-
-@torch.no_grad()
-def forward(g, codes, dtype):
-    return g(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)[0]
+def synthesise(g, dtype, w):
+    return g(w, input_is_latent=True, randomize_noise=False, dtype=dtype)[0]
 
 
 def compare(args, device):
     """Largest relative difference of image, logits and latent gradient in float32, one image per batch."""
     config = GeneratorConfig(args.size, channel_max=args.channel_max)
     (g, d), (g0, d0) = networks(config, device, False), networks(config, device, True)
-    codes = g.get_latent(g.draw_z(1).to(device))
-    image, image0 = forward(g, codes, None), forward(g0, codes, None)
-    pairs = {
-        "image": (image, image0),
-        "logit": (d(image0), d0(image0)),
-        "latent gradient": (latent_gradient(g, codes, None), latent_gradient(g0, codes, None)),
-    }
+    w = g.get_latent(g.draw_z(1).to(device))
+    ours, original = partial(synthesise, g, None), partial(synthesise, g0, None)
+    image = original(w)
+    pairs = {"image": (ours(w), image), "logit": (d(image), d0(image))}
+    pairs["latent gradient"] = latent_gradient(ours, w), latent_gradient(original, w)
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 
@@ -172,20 +128,15 @@ def measure(args, device, original, allocator):
 
 def measure_networks(args, device, original, precision):
     g, d = networks(GeneratorConfig(args.size, channel_max=args.channel_max), device, original)
-    codes, dtype = g.get_latent(g.draw_z(args.batch).to(device)), DTYPES[precision]
-    image = torch.randn(args.batch, 3, args.size, args.size, device=device)
+    w, dtype = g.get_latent(g.draw_z(args.batch).to(device)), DTYPES[precision]
+    image, ours = torch.randn(args.batch, 3, args.size, args.size, device=device), partial(synthesise, g, dtype)
     calls = {
-        "generator": lambda: forward(g, codes, dtype),
-        "discriminator": lambda: discriminate(d, image, dtype),
-        "latent": lambda: latent_gradient(g, codes, dtype),
+        "generator": lambda: ours(w),
+        "discriminator": lambda: d(image, dtype=dtype),
+        "latent": lambda: latent_gradient(ours, w),
     }
     chosen = {name: call for name, call in calls.items() if name in args.parts}
     return {f"{name} {precision}": median_seconds(call, args.repeats, device) for name, call in chosen.items()}
-
-
-@torch.no_grad()
-def discriminate(d, image, dtype):
-    return d(image, dtype=dtype)
 
 
 def measure_training(args, device, original, precision):

@@ -3,8 +3,8 @@
 Rows are operations, forward and backward, at the sizes of a 256x256 network and larger. Bytes are those of the images
 that the kernels read and write (docs/results.md), the same for kernel and reference: the reference moves more, so that
 its bandwidth comes out lower. The copy is of the row's image size, bytes read and written. Medians of --repeats runs
-after a warm-up: CUDA events, on the CPU the clock. Without a CUDA device the reference alone is
-measured, at small sizes. --profile writes a Chrome trace of one run each. The last line is everything as JSON.
+after a warm-up: CUDA events, on the CPU the clock. Without a CUDA device the reference alone is measured, at small
+sizes. The last line is everything as JSON.
 
     python benchmarks/bench_op.py
     python benchmarks/bench_op.py --sizes 16x128x256 8x32x1024 --precision bf16 --layout channels_last
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measuring import Budget, circumstances, headline, median_seconds, write_trace  # noqa: E402
+from benchmarks.measuring import Budget, circumstances, headline, median_seconds  # noqa: E402
 from common.cli import ArgumentParser, UserError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
@@ -32,23 +32,16 @@ SIZES = {"cuda": ["16x512x64", "16x256x128", "16x128x256", "8x64x512", "8x32x102
 
 def build_parser():
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--sizes",
-        nargs="+",
-        metavar="NxCxSIDE",
-        help="images x channels x pixels per side; default: "
-        "the layers of 256 px and larger ones on CUDA, two small ones elsewhere",
-    )
+    sizes = "images x channels x pixels per side; default: layers of 256 px and above on CUDA, small ones elsewhere"
+    parser.add_argument("--sizes", nargs="+", metavar="NxCxSIDE", help=sizes)
     parser.add_argument("--precision", nargs="+", choices=sorted(DTYPES), help="default: bf16 fp32; on the CPU fp32")
     parser.add_argument("--layout", nargs="+", choices=list(LAYOUTS), default=["channels_last"], help="memory order")
-    parser.add_argument(
-        "--operations", nargs="+", choices=list(OPERATIONS), default=list(OPERATIONS), help="what to measure"
-    )
+    every = list(OPERATIONS)
+    parser.add_argument("--operations", nargs="+", choices=every, default=every, help="what to measure")
     parser.add_argument("--repeats", type=int, default=20, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i]")
     parser.add_argument("--budget", type=float, help="seconds after which no further operation is begun")
-    parser.add_argument("--profile", metavar="FILE", help="write a Chrome trace (JSON) of one run of every row")
     return parser
 
 
@@ -71,12 +64,14 @@ def act(x, f):
     return noise_bias_act(x, f["bias"], demod=f["demod"], noise=f["noise"], noise_strength=f["strength"])
 
 
+def bias_act(x, f):
+    return fused_leaky_relu(x, f["bias"])
+
+
 STYLED = ("bias", "demod", "strength")
 OPERATIONS = {
     "noise_bias_act": Operation(act, lambda side: (side, side), STYLED, backward="ooii"),
-    "bias_act": Operation(
-        lambda x, f: fused_leaky_relu(x, f["bias"]), lambda side: (side, side), ("bias",), backward="ooi"
-    ),
+    "bias_act": Operation(bias_act, lambda side: (side, side), ("bias",), backward="ooi"),
     "blur": Operation(lambda x, f: upfirdn2d(x, f["kernel"], pad=(1, 1)), lambda side: (side + 1, side)),
     "down_2x": Operation(lambda x, f: upfirdn2d(x, f["kernel"], down=2, pad=(1, 1)), lambda side: (side, side // 2)),
     "up_2x": Operation(lambda x, f: upfirdn2d(x, f["kernel"], up=2, pad=(2, 1)), lambda side: (side // 2, side)),
@@ -111,10 +106,8 @@ def calls_of(name, n, channels, side, dtype, layout, device):
     x = x.contiguous(memory_format=LAYOUTS[layout])
     factors = make_factors(n, channels, side_out, device)
     plane = n * channels * x.element_size()
-    sizes = {"i": plane * side_in**2, "o": plane * side_out**2}
-    forward_bytes, backward_bytes = (
-        sum(sizes[letter] for letter in letters) for letters in (operation.forward, operation.backward)
-    )
+    sizes, passes = {"i": plane * side_in**2, "o": plane * side_out**2}, (operation.forward, operation.backward)
+    forward_bytes, backward_bytes = (sum(sizes[letter] for letter in letters) for letters in passes)
 
     def forward():
         with torch.no_grad():
@@ -147,34 +140,19 @@ def measure(args, device, modes):
 
 
 def measure_operation(args, device, modes, size, precision, layout, name, copy):
-    found = {}
+    found, common = {}, {"operation": name, "size": size, "precision": precision, "layout": layout, "copy": copy}
     for mode in modes:
         dispatch.choose(mode)
         for part, call, moved in calls_of(name, *size, DTYPES[precision], layout, device):
-            row = found.setdefault(
-                part,
-                {
-                    "operation": name,
-                    "pass": part,
-                    "size": size,
-                    "precision": precision,
-                    "layout": layout,
-                    "bytes": moved,
-                    "copy": copy,
-                    "seconds": {},
-                },
-            )
+            row = found.setdefault(part, common | {"pass": part, "bytes": moved, "seconds": {}})
             row["seconds"][mode] = median_seconds(call, args.repeats, device)
     for part, row in found.items():
         rates = {mode: row["bytes"] / seconds for mode, seconds in row["seconds"].items()}
         row["share"] = {mode: round(rate / copy, 4) for mode, rate in rates.items()}
-        print(
-            f"{name + ', ' + part:38}{row['bytes'] / 1e6:8.1f}"
-            + "".join(
-                f"{1e3 * row['seconds'][mode]:12.4f}{rates[mode] / 1e9:9.1f}{row['share'][mode]:9.0%}" for mode in modes
-            ),
-            flush=True,
+        cells = (
+            f"{1e3 * row['seconds'][mode]:12.4f}{rates[mode] / 1e9:9.1f}{row['share'][mode]:9.0%}" for mode in modes
         )
+        print(f"{name + ', ' + part:38}{row['bytes'] / 1e6:8.1f}{''.join(cells)}", flush=True)
     return list(found.values())
 
 
@@ -186,26 +164,6 @@ def parse_size(text):
     if min(n, channels, side // 2) < 1 or side % 2:
         raise UserError(f"--sizes {text}: expected IMAGESxCHANNELSxSIDE, the side even, such as 16x128x256")
     return n, channels, side
-
-
-def trace(args, device, modes):
-    """One run of every row at the first size and precision."""
-    size, dtype = parse_size(args.sizes[0]), DTYPES[args.precision[0]]
-
-    def by(mode, call):
-        def chosen():
-            dispatch.choose(mode)
-            call()
-
-        return chosen
-
-    calls = {}
-    for mode in modes:
-        dispatch.choose(mode)
-        for name in args.operations:
-            for part, call, _ in calls_of(name, *size, dtype, args.layout[0], device):
-                calls[f"{mode}: {name}, {part}"] = by(mode, call)
-    write_trace(args.profile, calls)
 
 
 def main(args):
@@ -223,13 +181,8 @@ def main(args):
     if reason:
         print(f"{reason}: the reference alone is measured")
     rows = measure(args, device, modes)
-    if args.profile:
-        trace(args, device, modes)
-    print(
-        json.dumps(
-            {"benchmark": "op", **circumstances(device), "repeats": args.repeats, "kernels": not reason, "rows": rows}
-        )
-    )
+    info = {"benchmark": "op", **circumstances(device), "repeats": args.repeats, "kernels": not reason}
+    print(json.dumps(info | {"rows": rows}))
 
 
 if __name__ == "__main__":

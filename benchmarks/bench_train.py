@@ -37,7 +37,7 @@ from benchmarks.measuring import (  # noqa: E402
     headline,
     measure_or_say,
     measure_peer,
-    write_trace,
+    pick,
 )
 from benchmarks.rounds import PHASES, Schedule, measure_schedule  # noqa: E402
 from common.cli import ArgumentParser, UsageError, add_device_flags, run_script  # noqa: E402
@@ -60,7 +60,7 @@ def build_parser():
     parser.add_argument("--processes", type=int, default=1, help="also ours in this many processes, and in one")
     add_peer_flags(parser)
     parser.add_argument("--steps", type=int, default=16, help="steps of the schedule to run; 0: only the phases")
-    add_run_flags(parser, "our phases")
+    add_run_flags(parser)
     add_device_flags(parser)
     return parser
 
@@ -103,16 +103,9 @@ def rows_of(args):
 
 
 def make_trainer(row: Row, args, dist: Distributed) -> Trainer:
-    config = GeneratorConfig(
-        row.size,
-        n_mlp=args.n_mlp,
-        w_space=args.w_space,
-        channel_max=args.channel_max,
-        channel_multiplier=args.channel_multiplier,
-    )
-    settings = TrainSettings(
-        batch=row.batch, precision=row.precision, augment=args.augment is not None, augment_p=args.augment or 0.0
-    )
+    config = GeneratorConfig(row.size, **pick(args, "n_mlp w_space channel_max channel_multiplier"))
+    augmentation = {"augment": args.augment is not None, "augment_p": args.augment or 0.0}
+    settings = TrainSettings(batch=row.batch, precision=row.precision, **augmentation)
     trainer = Trainer(config, settings, dist)
     if row.formulation == ORIGINAL:  # same parameters, buffers, losses and optimisers, other arithmetic
         trainer.g.__class__ = trainer.g_ema.__class__ = BaselineGenerator
@@ -158,21 +151,9 @@ def measure_apart(row: Row, args) -> dict:
     """The row in processes of its own."""
     if row.formulation not in (OURS, ORIGINAL):
         return measure_peer(row.formulation, "training", args, size=row.size, batch=row.batch, precision=row.precision)
-    names = [
-        "channel_max",
-        "channel_multiplier",
-        "n_mlp",
-        "w_space",
-        "augment",
-        "repeats",
-        "steps",
-        "threads",
-        "device",
-        "ops",
-    ]
-    flags = {name: getattr(args, name) for name in names} | {"row": json.dumps(asdict(row))}
+    flags = pick(args, "channel_max channel_multiplier n_mlp w_space augment repeats steps threads device ops")
     flags |= {"threads": 1} if args.processes > 1 else {}  # one process or several: a core each
-    return child(__file__, flags, processes=row.processes)
+    return child(__file__, flags | {"row": json.dumps(asdict(row))}, processes=row.processes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,13 +207,7 @@ def ratios(rows) -> list[dict]:
             )
             if alike and (scaling or (other["formulation"] != OURS and ours["processes"] == 1)):
                 name = "one process" if scaling else f"{other['formulation']} {other['precision']}"
-                values = {
-                    "size": ours["size"],
-                    "batch": ours["batch"],
-                    "precision": ours["precision"],
-                    "processes": ours["processes"],
-                    "to": name,
-                }
+                values = {key: ours[key] for key in ("size", "batch", "precision", "processes")} | {"to": name}
                 for rate in ("images_per_s", "stepped_images_per_s"):
                     if rate in ours and rate in other:
                         values[rate] = ours[rate] / other[rate]
@@ -262,30 +237,9 @@ def main(args):
             f"{ratio['size']} px, batch {ratio['batch']}: ours {ratio['precision']}{several} is "
             f"{ratio['images_per_s']:.2f} times {ratio['to']}"
         )
-    if args.profile:
-        first = next(row for row in rows_of(args) if row.formulation == OURS and row.processes == 1)
-        schedule = our_schedule(first, args, setup(args.device, ops=args.ops))
-        for phase in schedule.phases.values():
-            phase()  # warm
-        write_trace(args.profile, schedule.phases)
-    print(
-        json.dumps(
-            {
-                "benchmark": "train",
-                **circumstances(device),
-                "space": kind,
-                "channel_max": args.channel_max,
-                "channel_multiplier": args.channel_multiplier,
-                "n_mlp": args.n_mlp,
-                "augment": args.augment,
-                "ops": args.ops,
-                "repeats": args.repeats,
-                "steps": args.steps,
-                "rows": rows,
-                "ratios": found,
-            }
-        )
-    )
+    info = {"benchmark": "train", **circumstances(device), "space": kind}
+    info |= pick(args, "channel_max channel_multiplier n_mlp augment ops repeats steps")
+    print(json.dumps(info | {"rows": rows, "ratios": found}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: medians, memory, processes of their own, tables, the closing line of JSON, traces.
+"""Shared parts of the benchmarks: medians, memory, processes of their own, tables, the closing line of JSON.
 
 Imports nothing but `common.cli` and `common.runs`, so that peers.py can use it beside another repository's modules.
 """
@@ -106,6 +106,11 @@ class Budget:
 # Processes of their own
 
 
+def pick(args, names: str) -> dict:
+    """{name: value} of these flags, with spaces between."""
+    return {name: getattr(args, name) for name in names.split()}
+
+
 def flag_list(flags: dict) -> list[str]:
     """{"size": 64, "parts": ["a", "b"], "w_space": True} as a command line; None and False are left out."""
     words = []
@@ -203,12 +208,11 @@ def add_network_flags(parser) -> None:
     parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
 
 
-def add_run_flags(parser, traced: str) -> None:
-    """Add the flags of a benchmark of rows; traced: what --profile writes a trace of."""
+def add_run_flags(parser) -> None:
+    """The flags of a benchmark of rows."""
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
     parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--profile", metavar="FILE", help=f"write a Chrome trace of {traced}, of the first row")
     parser.add_argument("--row", help="measure this row in this process (used internally)")
 
 
@@ -218,10 +222,9 @@ def add_peer_flags(parser) -> None:
 
 
 def measure_peer(peer: str, part: str, args, *, size: int, batch: int, precision: str) -> dict:
-    """Training or generator of a peer (peers.py). args: with --peer_PEER and what the caller's flags share with it."""
-    names = ["channel_max", "channel_multiplier", "n_mlp", "repeats", "steps", "threads", "device"]
-    flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    flags |= {"peer": peer, "folder": getattr(args, f"peer_{peer}"), "part": part}
+    """Training or generator of a peer (peers.py). args: of a benchmark with the flags of `add_peer_flags`."""
+    flags = pick(args, "channel_max channel_multiplier n_mlp repeats threads device")
+    flags |= {"peer": peer, "folder": getattr(args, f"peer_{peer}"), "part": part, "steps": getattr(args, "steps", 0)}
     return child(PEERS, flags | {"size": size, "batch": batch, "precision": precision})
 
 
@@ -283,13 +286,3 @@ class Table:
         if isinstance(cell, float):
             return f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.4g}"
         return str(cell)
-
-
-def write_trace(path, calls: dict) -> None:
-    """One run of each call, {label: call}, as `chrome://tracing` and Perfetto read it."""
-    with torch.profiler.profile() as profile:  # all the activities this machine has
-        for label, call in calls.items():
-            with torch.profiler.record_function(label):
-                call()
-    profile.export_chrome_trace(str(path))
-    print(f"trace: {path}")

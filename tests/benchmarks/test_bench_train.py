@@ -57,27 +57,8 @@ def run_benchmark(module, flags, capsys):
 @pytest.mark.slow
 def test_training_table(capsys, tmp_path, choose_again):
     """Ours, in two gloo processes too, the original formulation, and a peer whose folder is something else."""
-    trace = tmp_path / "trace.json"
-    flags = [
-        "--sizes",
-        "8",
-        "--batches",
-        "2",
-        "--original",
-        "--processes",
-        "2",
-        "--steps",
-        "2",
-        "--ops",
-        "ref",
-        "--peer_nvidia",
-        str(tmp_path),
-        "--augment",
-        "0.5",
-        "--profile",
-        str(trace),
-        *TINY,
-    ]
+    flags = "--sizes 8 --batches 2 --original --processes 2 --steps 2 --ops ref --augment 0.5 --peer_nvidia".split()
+    flags += [str(tmp_path), *TINY]
     lines, found = run_benchmark(bench_train, flags, capsys)
     assert found["benchmark"] == "train" and found["ops"] == "ref" and found["device"] == "cpu" and found["commit"]
     rows = {(row["formulation"], row["processes"]): row for row in found["rows"]}
@@ -94,7 +75,6 @@ def test_training_table(capsys, tmp_path, choose_again):
     assert ratios == {(1, "original fp32"): one / original, (2, "one process"): two / one}
     table = [line for line in lines if line.startswith(("original ", "ours", "nvidia"))]
     assert len(table) == 4 and all("8" in line for line in table) and reason in table[1]
-    assert {f'"{name}"' for name in PHASES} <= set(trace.read_text().replace(",", " ").replace(":", " ").split())
 
 
 def test_generator_table(capsys, choose_again):
