@@ -1,8 +1,8 @@
 """Fitting boundaries and sweeping along them: memory, time, and what is found, beside the published way.
 
-Parts: `memory`: peak memory of sampling codes and fitting (svm and ridge) at --num_sample samples of --width numbers
-with a planted direction, codes drawn as rows are asked for, each fit in a process of its own; the original holds all
-codes twice. `svm`: svc (published) against svm on the extremes: seconds, held-out accuracy, cosine between the two.
+Parts: `memory`: peak memory of sampling latents and fitting (svm and ridge) at --num_sample samples of --width numbers
+with a planted direction, latents drawn as rows are asked for, each fit in a process of its own; the original holds all
+latents twice. `svm`: svc (published) against svm on the extremes: seconds, held-out accuracy, cosine between the two.
 `sweep`: --frames frames of one face at --size pixels, one by one in the original formulation (baseline.py, with and
 without our allocator setting), one by one and in blocks in ours, on --device. Medians of --repeats. The last line is
 everything as JSON.
@@ -46,7 +46,7 @@ def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--num_sample", type=int, default=100_000, help="samples of the parts memory and svm")
-    parser.add_argument("--width", type=int, default=7168, help="numbers per code; 7,168 at 256 pixels in W++")
+    parser.add_argument("--width", type=int, default=7168, help="numbers per latent; 7,168 at 256 pixels in W++")
     parser.add_argument("--ratio", type=float, default=0.02, help="share of the samples at either end")
     parser.add_argument("--noise", type=float, default=0.3, help="standard deviation of the error of the scores")
     parser.add_argument("--size", type=int, default=256, help="image size of the sweep")
@@ -60,8 +60,8 @@ def build_parser():
     return parser
 
 
-class PlantedCodes:
-    """Standard normal codes [n, width], row i from seed i, drawn when asked for, and a direction among them."""
+class PlantedLatents:
+    """Standard normal latents [n, width], row i from seed i, drawn when asked for, and a direction among them."""
 
     def __init__(self, n, width, noise):
         self.shape = (n, width)
@@ -101,7 +101,7 @@ def memory(args):
     for fit in ("svm", "ridge"):
         found[fit] = child(__file__, {"only": fit} | pick(args, "num_sample width ratio noise threads"))
     original = 2 * args.num_sample * args.width * 4 / 2**20
-    print(f"{args.num_sample} samples of {args.width}: the original holds {original:.0f} MiB of codes (two copies)")
+    print(f"{args.num_sample} samples of {args.width}: the original holds {original:.0f} MiB of latents (two copies)")
     for fit, row in found.items():
         print(
             f"{fit:6} peak {row['peak_mib']:6.0f} MiB ({row['before_mib']:.0f} before)  {row['seconds']:7.1f} s  "
@@ -111,15 +111,15 @@ def memory(args):
 
 
 def measure_fit(args):
-    codes = PlantedCodes(args.num_sample, args.width, args.noise)
+    latents = PlantedLatents(args.num_sample, args.width, args.noise)
     before = peak_bytes() / 2**20
     start = time.perf_counter()
-    boundary = fit_boundary(codes, codes.scores, ratio=args.ratio, fit=args.only)
+    boundary = fit_boundary(latents, latents.scores, ratio=args.ratio, fit=args.only)
     return {
         "seconds": time.perf_counter() - start,
         "peak_mib": peak_bytes() / 2**20,
         "before_mib": before,
-        "cosine": float(boundary.normal[0] @ codes.direction),
+        "cosine": float(boundary.normal[0] @ latents.direction),
         "accuracies": boundary.accuracies,
     }
 
@@ -128,12 +128,12 @@ def measure_fit(args):
 
 
 def compare_svm(args):
-    codes = PlantedCodes(args.num_sample, args.width, args.noise)
-    low, high = pick_extremes(codes.scores, args.ratio)
+    latents = PlantedLatents(args.num_sample, args.width, args.noise)
+    low, high = pick_extremes(latents.scores, args.ratio)
     draw = np.random.default_rng(0)
     low, high = draw.permutation(low), draw.permutation(high)
     cut = int(0.7 * len(low))
-    train, held = codes[np.concatenate((low[:cut], high[:cut]))], codes[np.concatenate((low[cut:], high[cut:]))]
+    train, held = latents[np.concatenate((low[:cut], high[:cut]))], latents[np.concatenate((low[cut:], high[cut:]))]
     side, held_side = np.repeat([0, 1], cut), np.repeat([0, 1], (len(low) - cut, len(high) - cut))
     found, normals = {}, {}
     for fit in ("svc", "svm"):
@@ -146,7 +146,7 @@ def compare_svm(args):
         found[fit] = {
             "seconds": statistics.median(seconds),
             "accuracy": accuracy,
-            "cosine_planted": float(normals[fit] @ codes.direction),
+            "cosine_planted": float(normals[fit] @ latents.direction),
         }
     found["cosine"] = float(normals["svc"] @ normals["svm"])
     found["ratio"] = found["svc"]["seconds"] / found["svm"]["seconds"]
@@ -187,12 +187,12 @@ def measure_sweep(args):
     device = resolve_device(args.device)
     config = GeneratorConfig(args.size, channel_max=args.channel_max)
     network = Generator(config).eval().requires_grad_(False).to(device)
-    code = network.get_latent(network.draw_z(1).to(device))[0].cpu().numpy()
+    w = network.get_latent(network.draw_z(1).to(device))[0].cpu().numpy()
     if original:  # same weights, other arithmetic
         network.__class__ = BaselineGenerator
-    step = np.random.default_rng(0).standard_normal(code.shape).astype(np.float32) * 0.1
-    codes = torch.from_numpy(np.stack([code + step * t for t in np.linspace(-1, 1, args.frames)])).float()
-    groups = [codes] if together else [codes[i : i + 1] for i in range(len(codes))]
+    step = np.random.default_rng(0).standard_normal(w.shape).astype(np.float32) * 0.1
+    latents = torch.from_numpy(np.stack([w + step * t for t in np.linspace(-1, 1, args.frames)])).float()
+    groups = [latents] if together else [latents[i : i + 1] for i in range(len(latents))]
 
     def sweep():
         return [frame for group in groups for frame in render(network, group)]

@@ -1,9 +1,9 @@
-"""Sampling: mapping, synthesis and both, images/s by size, batch and precision, and pictures/s as generate.py draws.
+"""Sampling: mapping, synthesis and both, images/s by size, batch and precision, and images/s as generate.py draws.
 
 Every row is one formulation (ours, and with --original that of baseline.py: fp32, without our allocator setting) of one
 mapping network (--spaces) at one size, batch and precision, with random weights or those of --ckpt, in eval mode and
 without gradients. "forward" is mapping and synthesis together, "images/s" its rate; "latent" the gradient of the mean
-square of the image with respect to w, as an inversion repeats it. "drawn/s": pictures by seed through
+square of the image with respect to w, as an inversion repeats it. "drawn/s": images by seed through
 sampling/render.py, as generate.py asks for them: z drawn on the CPU, mapped, synthesised, read back as bytes; on a CPU
 one by one (the PNG files are not part of it). On a CPU each row has a process of its own, whose peak memory (resident)
 is given; on CUDA the peak is that of the tensors. A row that does not fit in memory says so and the run goes on.
@@ -25,7 +25,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import (  # noqa: E402
-    Budget,
     Table,
     add_network_flags,
     add_peer_flags,
@@ -35,8 +34,8 @@ from benchmarks.measuring import (  # noqa: E402
     forget_peak,
     headline,
     latent_gradient,
-    measure_or_say,
     measure_peer,
+    measure_rows,
     median_seconds,
     peak_memory,
     pick,
@@ -60,7 +59,7 @@ def build_parser():
     parser.add_argument("--ckpt", help="a generator whose weights, size and space are taken instead of random ones")
     add_network_flags(parser)
     add_peer_flags(parser)
-    parser.add_argument("--drawn", type=int, default=0, help="pictures to draw as generate.py does; 0: two batches")
+    parser.add_argument("--drawn", type=int, default=0, help="images to draw as generate.py does; 0: two batches")
     add_run_flags(parser)
     add_device_flags(parser)
     return parser
@@ -77,8 +76,10 @@ class Row:
     precision: str
 
     def cells(self):
-        name = self.formulation
-        return [name, self.space, self.size, self.batch, self.precision]
+        return [self.formulation, self.space, self.size, self.batch, self.precision]
+
+    def __str__(self):
+        return f"{self.space}, {self.size} px, batch {self.batch}, {self.precision}"
 
 
 def rows_of(args):
@@ -119,16 +120,16 @@ def calls_of(row: Row, args, device):
     """The generator, and what is timed of it by name."""
     generator, dtype = make_generator(row, args, device), DTYPES[row.precision]
     z = generator.draw_z(row.batch).to(device)
-    codes = generator.get_latent(z)
+    w = generator.get_latent(z)
 
-    def synthesise(codes):
-        return generator(codes, input_is_latent=True, randomize_noise=False, dtype=dtype)[0]
+    def synthesise(w):
+        return generator(w, input_is_latent=True, randomize_noise=False, dtype=dtype)[0]
 
     return generator, {
         "mapping": lambda: generator.get_latent(z),
-        "synthesis": lambda: synthesise(codes),
+        "synthesis": lambda: synthesise(w),
         "forward": lambda: synthesise(generator.get_latent(z)),
-        "latent": lambda: latent_gradient(synthesise, codes),
+        "latent": lambda: latent_gradient(synthesise, w),
     }
 
 
@@ -166,8 +167,7 @@ def measure_apart(row: Row, args) -> dict:
 # The table
 
 
-def measure_rows(args, device):
-    """Every row measured and printed; those that could not be have an "error"."""
+def measure_all(args, device) -> list[dict]:
     table = Table(
         formulation=14,
         space=6,
@@ -180,20 +180,16 @@ def measure_rows(args, device):
         latent_ms=12,
         **{"images/s": 11, "drawn/s": 10, "peak_MiB": 10},
     )
-    budget, found = Budget(args.budget), []
-    for row in rows_of(args):
-        measure = measure_here if device.type == "cuda" and row.formulation in (OURS, ORIGINAL) else measure_apart
-        result = measure_or_say(lambda measure=measure, row=row: measure(row, args), budget)
-        found.append(asdict(row) | result)
-        if "error" in result:
-            where = f"{row.space}, {row.size} px, batch {row.batch}, {row.precision}"
-            table.remark(row.formulation, f"{where}: {result['error']}")
-            continue
+
+    def measure(row):
+        here = device.type == "cuda" and row.formulation in (OURS, ORIGINAL)
+        return (measure_here if here else measure_apart)(row, args)
+
+    def cells(result):
         seconds = [1e3 * result["seconds"][name] for name in ("mapping", "synthesis", "forward", "latent")]
-        table.row(
-            *row.cells(), *seconds, result["images_per_s"], result.get("drawn_per_s"), result["peak_bytes"] / 2**20
-        )
-    return found
+        return [*seconds, result["images_per_s"], result.get("drawn_per_s"), result["peak_bytes"] / 2**20]
+
+    return measure_rows(rows_of(args), measure, table, cells, args.budget)
 
 
 def ratios(rows) -> list[dict]:
@@ -224,7 +220,7 @@ def main(args):
         config = load_generator(args.ckpt).config
         args.sizes, args.spaces = [config.size], [config.space]
     print(f"{headline(device)}; channel_max {args.channel_max}")
-    rows = measure_rows(args, device)
+    rows = measure_all(args, device)
     found = ratios(rows)
     for ratio in found:
         print(

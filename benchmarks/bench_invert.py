@@ -3,10 +3,10 @@
 The original, as TransStyleGAN's program computes it: batch 8, the generator of baseline.py with gradients for its
 weights, the features of the target computed anew at every step, noise terms over the whole batch, --steps steps. Ours:
 `project`, first with the same settings, then with each of --shorter: fewer steps, with --faster_lr and without the
-perturbation of the code (projector.py --step N --lr LR --noise 0). Every result is judged alike, by our projector's
-loss on the picture that its code and noise maps give; the speed that counts is that of the fewest steps whose mean loss
+perturbation of w (projector.py --step N --lr LR --noise 0). Every result is judged alike, by our projector's
+loss on the image that its w and noise maps give; the speed that counts is that of the fewest steps whose mean loss
 is not above the original's. On a CPU that other programs share, processor time tells more than the clock: both are
-given. Targets are the generator's own samples unless --dataset names pictures. The last line is the table as JSON.
+given. Targets are the generator's own samples unless --dataset names images. The last line is the table as JSON.
 
     python benchmarks/bench_invert.py --ckpt faces.safetensors
     python benchmarks/bench_invert.py --ckpt faces.safetensors --dataset faces/ --steps 300 --shorter 225 150 100
@@ -37,7 +37,7 @@ BATCH = 8  # of the original
 def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--ckpt", help="generator; without it one with random weights, which says little of the loss")
-    parser.add_argument("--dataset", nargs="+", help="pictures to project (the first --images); default: own samples")
+    parser.add_argument("--dataset", nargs="+", help="images to project (the first --images); default: own samples")
     parser.add_argument("--images", type=int, default=BATCH, help="how many; a multiple of 8 is fair to both")
     parser.add_argument("--steps", type=int, default=200, help="of the original, and of ours at first")
     parser.add_argument("--shorter", type=int, nargs="*", default=[100, 70], help="fewer steps to try with ours")
@@ -72,7 +72,7 @@ def whole_batch_regularisation(maps):
 
 
 def original(generator, images, *, perceptual, statistics, steps: int, mse: float = 0.0, seed: int = 0):
-    """Codes [N, L, D] and maps of one batch; random numbers from the global generator, as published."""
+    """w [N, L, D] and maps of one batch; random numbers from the global generator, as published."""
     torch.manual_seed(seed)
     mean, std = statistics
     n = len(images)
@@ -83,11 +83,11 @@ def original(generator, images, *, perceptual, statistics, steps: int, mse: floa
         lr = learning_rate(step, steps, lr=0.1, rise=0.05 * steps, fall=0.25 * steps)
         optimiser.param_groups[0]["lr"] = lr
         strength = 0.05 * max(0.0, 1 - step / (0.75 * steps)) ** 2 * std[:, None]
-        picture, _ = generator(latent + torch.randn_like(latent) * strength, input_is_latent=True, noise=maps)
-        loss = perceptual(average_down(picture), average_down(images)).sum()
+        synth, _ = generator(latent + torch.randn_like(latent) * strength, input_is_latent=True, noise=maps)
+        loss = perceptual(average_down(synth), average_down(images)).sum()
         loss = loss + 1e5 * whole_batch_regularisation(maps)
         # Published: the mean over the batch, beside a sum over its images. Times n, as here, both weigh an image alike
-        loss = loss + mse * n * torch.nn.functional.mse_loss(picture, images)
+        loss = loss + mse * n * torch.nn.functional.mse_loss(synth, images)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -103,13 +103,13 @@ def original(generator, images, *, perceptual, statistics, steps: int, mse: floa
 
 @torch.no_grad()
 def evaluate(generator, latents, noise, images, *, perceptual, mse) -> dict[str, float]:
-    """Mean loss of the pictures of these codes, without regularisation; one image at a time."""
+    """Mean loss of the images of these latents, without regularisation; one image at a time."""
     losses, errors = [], []
     for i in range(len(images)):
         maps = [layer[i : i + 1].to(images) for layer in noise]
-        picture, _ = generator(latents[i : i + 1].to(images), input_is_latent=True, noise=maps)
-        errors.append(float((picture - images[i : i + 1]).square().mean()))
-        distance = perceptual(average_down(picture), average_down(images[i : i + 1]))
+        synth, _ = generator(latents[i : i + 1].to(images), input_is_latent=True, noise=maps)
+        errors.append(float((synth - images[i : i + 1]).square().mean()))
+        distance = perceptual(average_down(synth), average_down(images[i : i + 1]))
         losses.append(float(distance) + mse * errors[-1])
     return {"loss": sum(losses) / len(losses), "mse": sum(errors) / len(errors)}
 
@@ -148,10 +148,10 @@ def targets(args, generator, device):
     if args.dataset:
         from inversion.inputs import open_images  # needs lmdb, which a bare GPU machine lacks
 
-        pictures = open_images(args.dataset, generator.config.size)
-        if len(pictures) < args.images:
-            raise UsageError(f"--images {args.images}, but there are {len(pictures)} pictures")
-        return torch.stack([pictures.read(i) for i in range(args.images)]).to(device).float() / 127.5 - 1
+        found = open_images(args.dataset, generator.config.size)
+        if len(found) < args.images:
+            raise UsageError(f"--images {args.images}, but there are {len(found)} images")
+        return torch.stack([found.read(i) for i in range(args.images)]).to(device).float() / 127.5 - 1
     z = generator.draw_z(args.images, torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         return generator(z, randomize_noise=False)[0].clamp(-1, 1)

@@ -1,7 +1,7 @@
 """Our networks beside the original formulation (baseline.py): time, ratio, and the difference of the results.
 
-Parts: generator and discriminator forward, latent gradient (of the mean square of the image with respect to the
-codes, network frozen), at --size and --batch; the four phases of training at --train_size and --train_batch, and their
+Parts: generator and discriminator forward, latent gradient (of the mean square of the image with respect to
+w, network frozen), at --size and --batch; the four phases of training at --train_size and --train_batch, and their
 weighted sum d + r1/16 + g + path/4. Medians of --repeats runs after a warm-up. Each formulation runs in a process of
 its own: ours with the allocator setting of `common.distributed.tune_allocator`, the original without it and with it.
 (--untuned leaves the latter out). The original knows float32 only. The last line is the table as JSON.

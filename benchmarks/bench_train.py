@@ -26,7 +26,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
 from benchmarks.measuring import (  # noqa: E402
-    Budget,
     Table,
     add_network_flags,
     add_peer_flags,
@@ -35,8 +34,8 @@ from benchmarks.measuring import (  # noqa: E402
     circumstances,
     forget_peak,
     headline,
-    measure_or_say,
     measure_peer,
+    measure_rows,
     pick,
 )
 from benchmarks.rounds import PHASES, Schedule, measure_schedule  # noqa: E402
@@ -78,6 +77,9 @@ class Row:
     def cells(self):
         several = f", {self.processes} processes" if self.processes > 1 else ""
         return [self.formulation + several, self.size, self.batch, self.precision]
+
+    def __str__(self):
+        return f"{self.size} px, batch {self.batch}, {self.precision}"
 
 
 def rows_of(args):
@@ -160,8 +162,7 @@ def measure_apart(row: Row, args) -> dict:
 # The table
 
 
-def measure_rows(args, device):
-    """Every row measured and printed; those that could not be have an "error"."""
+def measure_all(args, device) -> list[dict]:
     table = Table(
         formulation=24,
         size=6,
@@ -174,23 +175,16 @@ def measure_rows(args, device):
         average_ms=12,
         **{"images/s": 11, "stepped": 10, "peak_MiB": 10},
     )
-    budget, found = Budget(args.budget), []
-    for row in rows_of(args):
+
+    def measure(row):
         here = device.type == "cuda" and row.processes == 1 and row.formulation in (OURS, ORIGINAL)
-        measure = measure_here if here else measure_apart
-        result = measure_or_say(lambda measure=measure, row=row: measure(row, args), budget)
-        found.append(asdict(row) | result)
-        if "error" in result:
-            table.remark(row.cells()[0], f"{row.size} px, batch {row.batch}, {row.precision}: {result['error']}")
-            continue
-        table.row(
-            *row.cells(),
-            *(1e3 * result["seconds"][name] for name in PHASES),
-            result["images_per_s"],
-            result.get("stepped_images_per_s"),
-            result["peak_bytes"] / 2**20,
-        )
-    return found
+        return (measure_here if here else measure_apart)(row, args)
+
+    def cells(result):
+        seconds = [1e3 * result["seconds"][name] for name in PHASES]
+        return [*seconds, result["images_per_s"], result.get("stepped_images_per_s"), result["peak_bytes"] / 2**20]
+
+    return measure_rows(rows_of(args), measure, table, cells, args.budget)
 
 
 def ratios(rows) -> list[dict]:
@@ -229,7 +223,7 @@ def main(args):
         f"{headline(device)}; {kind}, channel_max {args.channel_max}, "
         f"{'no augmentation' if args.augment is None else f'ADA with p = {args.augment}'}"
     )
-    rows = measure_rows(args, device)
+    rows = measure_all(args, device)
     found = ratios(rows)
     for ratio in found:
         several = f" in {ratio['processes']} processes" if ratio["processes"] > 1 else ""

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -186,6 +187,20 @@ def measure_or_say(measure, budget: Budget) -> dict:
         return measure()
     except (RuntimeError, MemoryError) as error:
         return {"error": failure(error)}
+
+
+def measure_rows(rows, measure, table, cells, seconds: float | None) -> list[dict]:
+    """Results measure(row) of all rows, dataclasses with `cells()`, printed as cells(result); those that could not be
+    measured, or not begun within so many seconds, have an "error"."""
+    found, budget = [], Budget(seconds)
+    for row in rows:
+        result = measure_or_say(lambda row=row: measure(row), budget)
+        found.append(asdict(row) | result)
+        if "error" in result:
+            table.remark(row.cells()[0], f"{row}: {result['error']}")
+        else:
+            table.row(*row.cells(), *cells(result))
+    return found
 
 
 def failure(error: Exception) -> str:
