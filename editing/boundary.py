@@ -14,7 +14,9 @@ import torch
 from common.arrays import read_npy, read_npz, require_floats
 from common.checkpoint import require_file
 from common.files import atomic_write, parse_json
+from common.workers import blocks
 
+BLOCK = 4096  # latents in memory at a time
 # The text `boundary` of a file: name -> type (common/files.py).
 SCHEMA = {"intercept": float, "attribute": str, "space": (str, None), "mean": float, "std": (float, None)}
 SCHEMA |= {"fit?": str, "ratio?": float, "n_samples?": int, "truncation?": float, "size?": (int, None)}
@@ -127,10 +129,9 @@ def _read_direction(path) -> Boundary:
     return Boundary(normal.reshape(1, -1) / np.float32(length), 0.0, name, None, 0.0, None, fit="")
 
 
-def project_all(latents, normal, block: int = 4096) -> np.ndarray:
+def project_all(latents, normal) -> np.ndarray:
     """normal . x, [N], of latents [N, D]: an array, or what gives rows when indexed by an array of them."""
-    starts = range(0, len(latents), block)
-    rows = [np.arange(start, min(start + block, len(latents))) for start in starts]
+    rows = map(np.array, blocks(range(len(latents)), BLOCK))
     return np.concatenate([np.asarray(latents[r]) @ normal for r in rows])
 
 

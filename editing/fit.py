@@ -43,15 +43,15 @@ def pick_extremes(scores, ratio: float) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def fit_svm(latents, side, *, C: float = 1.0, kernel: bool = False) -> tuple[np.ndarray, float]:
+def fit_svm(latents, side, *, kernel: bool = False) -> tuple[np.ndarray, float]:
     """Unit normal [D] (float64) and intercept of the hyperplane between latents [N, D] of side 0 and side 1. kernel:
     scikit-learn's SVC, as published; else liblinear, which solves the same problem much faster."""
     from sklearn import svm  # a second to import
 
     if kernel:
-        machine = svm.SVC(kernel="linear", C=C)
+        machine = svm.SVC(kernel="linear")
     else:
-        machine = svm.LinearSVC(C=C, dual=True, loss="hinge", max_iter=20_000, random_state=0)
+        machine = svm.LinearSVC(dual=True, loss="hinge", max_iter=20_000, random_state=0)
     machine.fit(latents, side)
     return _unit(machine.coef_[0], machine.intercept_[0], "the latents of the two ends do not differ")
 

@@ -31,6 +31,7 @@ PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
 PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 TIGHT_NOTE = "cut too tightly"
 TIGHT = 0.4  # share of a face's frame outside its photo from which it is said
+FRAMED = 0.06  # of the side: template_error up to which an image looks aligned
 RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
 
 
@@ -145,15 +146,15 @@ def _remarks(alignments: list[geometry.Alignment]) -> list[str]:
     return remarks
 
 
-def looks_aligned(path: Path, weights_dir=None, *, tolerance: float = 0.06) -> bool | None:
-    """Whether the centre square of an image shows a face in FFHQ's frame, to `tolerance` of the side; None: unknown."""
+def looks_aligned(path: Path, weights_dir=None) -> bool | None:
+    """Whether the centre square of an image shows a face about in FFHQ's frame; None: unknown."""
     try:
         image = read_image(path)
         image = fit_image(image, min(image.size))
         faces = _detector(weights_dir).detect(image)
     except (ImageError, OSError, DetectorError):
         return None
-    return geometry.template_error(faces[0].landmarks, image.size) <= tolerance if faces else None
+    return geometry.template_error(faces[0].landmarks, image.size) <= FRAMED if faces else None
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
@@ -281,5 +282,5 @@ def _report(output_dir, records) -> None:
     write_text(output_dir / "report.csv", csv_text(rows), "utf-8-sig", "surrogateescape")
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
-        strangers = f"{len(others)} images in {output_dir / 'aligned'} are of no photo of this run"
-        print(f"note: {strangers}, the first is {others[0]}; they are not in alignment.json", file=sys.stderr)
+        unknown = f"{len(others)} images in {output_dir / 'aligned'} belong to no photo of this run"
+        print(f"note: {unknown}, the first is {others[0]}; they are not in alignment.json", file=sys.stderr)

@@ -103,7 +103,7 @@ def open_faces(
     records = list(zip(images.paths, images.alignment(), strict=True))[:limit]
     if align == "off":
         if dist.is_main:
-            warn_of_photos(records[:64], size)
+            warn_of_photos(records[:64], size, weights_dir)
         return images
     source_of = {path: source for source, path in list_photos(sources, folder).items()}
     chosen = [(path, is_crop(path, record)) for path, record in records if path in source_of]
@@ -127,12 +127,12 @@ def is_crop(path: Path, record: dict | None) -> bool:
     return record is not None and image_size(path) == (record["size"], record["size"])
 
 
-def warn_of_photos(records: list[tuple[Path, dict | None]], size: int) -> None:
+def warn_of_photos(records: list[tuple[Path, dict | None]], size: int, weights_dir: Path | None) -> None:
     """One line on stderr if an image looks like a photo: not square, or far larger than the generator's images."""
     for path, record in records:
         width, height = image_size(path) or (size, size)
         suspicious = (width != height or width > 2 * size) and not is_crop(path, record)
-        if suspicious and looks_aligned(path) is not True:
+        if suspicious and looks_aligned(path, weights_dir) is not True:
             advice = "as faces must be: use --align auto, or align_faces.py before"
             print(f"warning: {path} has {width}x{height} pixels and seems not to be aligned, {advice}", file=sys.stderr)
             return

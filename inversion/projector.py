@@ -109,7 +109,7 @@ def project(
     w_start = w_start.mean(1, keepdim=True) if space == "w" else w_start
     leaves = zip(w_start, *(maps if generator.uses_noise else ()), strict=True)
     leaves = [[leaf.to(images, copy=True) for leaf in image] for image in leaves]
-    optimizer = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves])
+    optimiser = torch.optim.Adam([{"params": [leaf.requires_grad_() for leaf in image]} for image in leaves])
 
     active, window = list(range(n)), max(CURVE_EVERY, steps // 20)
     ramp, rise, end, fall = s.noise_ramp * steps, s.lr_rampup * steps, [steps] * n, [s.lr_rampdown * steps] * n
@@ -142,7 +142,7 @@ def project(
             "mse": (synth - images).square().mean((1, 2, 3)),
         }
         visible = losses["perceptual"] + s.mse * losses["mse"]
-        optimizer.zero_grad()
+        optimiser.zero_grad()
         total = (visible + s.noise_regularize * losses["noise"]).sum()
         total.backward(inputs=[leaf for i in active for leaf in leaves[i]])
         synth, visible = synth.detach(), visible.detach()
@@ -155,8 +155,8 @@ def project(
 
         # Step; then every noise map back to mean 0 and deviation 1.
         for i in active:
-            optimizer.param_groups[i]["lr"] = learning_rate(step, end[i], lr=s.lr, rise=rise, fall=fall[i])
-        optimizer.step()
+            optimiser.param_groups[i]["lr"] = learning_rate(step, end[i], lr=s.lr, rise=rise, fall=fall[i])
+        optimiser.step()
         with torch.no_grad():
             for layer in (layer for i in active for layer in leaves[i][1:]):
                 layer.sub_(layer.mean()).div_(layer.std())

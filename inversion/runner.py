@@ -152,7 +152,7 @@ def parse_start(text: str, folder: Path | None = None) -> tuple[str, str]:
 
 def open_start(kind: str, path: str, generator, space: str, names: list[str], *, load_encoder: Callable):
     """A function (positions, images [B, 3, S, S]) -> keywords of `project`, and what identifies it in the results.
-    kind: mean, encoder or latents. load_encoder: pSp.psp.load_psp, which stands above this package."""
+    kind: mean, encoder or latents. load_encoder: pSp.psp.load_psp, which this package may not import."""
     if kind == "mean":
         return None, kind
     file = Path(path, "latents.npy") if Path(path).is_dir() else Path(path)

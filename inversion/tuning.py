@@ -55,17 +55,17 @@ def tune(
     condition = None if condition is None else condition.to(w)
     for weight in weights:
         weight.requires_grad_()
-    optimizer, loss = torch.optim.Adam(weights, betas=BETAS, fused=True), image.new_zeros(())
+    optimiser, loss = torch.optim.Adam(weights, betas=BETAS, fused=True), image.new_zeros(())
     with torch.no_grad():
         target = perceptual.features(average_down(image))
     for step in range(steps):
         drawn, _ = tuned(w, input_is_latent=True, noise=noise, condition=condition)
         distance = perceptual.distance(perceptual.features(average_down(drawn)), target).mean()
         loss = distance + MSE * (drawn - image).square().mean()
-        optimizer.zero_grad()
+        optimiser.zero_grad()
         loss.backward(inputs=weights)
-        optimizer.param_groups[0]["lr"] = LR * min(1, (step + 1) / (RISE * steps), (steps - step) / (FALL * steps))
-        optimizer.step()
+        optimiser.param_groups[0]["lr"] = LR * min(1, (step + 1) / (RISE * steps), (steps - step) / (FALL * steps))
+        optimiser.step()
         if callback is not None:
             callback()
     tuned.requires_grad_(False)

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
 
 DEFAULT_AT = {"years": 15.0, "probability": 0.5}
-N_MEASURED = 10_000  # samples over which the deviation along a bare direction is taken
 
 
 def build_parser() -> ArgumentParser:
@@ -62,7 +61,8 @@ def main(args) -> None:
 
     from common.distributed import setup
     from common.latents import parse_layers
-    from editing.boundary import load_boundary
+    from editing.boundary import boundary_of
+    from editing.fit import N_MEASURED, measured
     from editing.samples import Samples
     from metrics.sweeps import sweep_faces, write_results
     from model import load_generator
@@ -86,9 +86,7 @@ def main(args) -> None:
         sweeps, inputs, attribute = [], [], None
         for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, paths, strict=True)):
             generator = load_generator(ckpt, dist.device)
-            boundary = load_boundary(path, fingerprint=generator.fingerprint)
-            if not boundary.std:
-                boundary = boundary.measured_on(Samples(generator, range(N_MEASURED)))
+            boundary = measured(boundary_of(path, generator), (), Samples(generator, range(N_MEASURED)))
             if attribute not in (None, boundary.attribute):
                 raise UserError(f"{path} is a boundary of {boundary.attribute}, {paths[0]} of {attribute}")
             attribute = boundary.attribute

@@ -136,10 +136,10 @@ def write_report(
     config |= {"generator": net.decoder.fingerprint, "perceptual": perceptual.name}
     config |= {"identity": identity and identity.name, "factor": settings.factor}
     config["latent_mask"] = settings.latent_mask
-    info, asked = {"method": "pSp"}, pairs[: settings.retrieval] if identity else []
-    if asked:
-        info["retrieval"] = retrieval(asked, identity, net.latent_avg.device)
-        print(f"nearest original by identity: its own for {info['retrieval']:.0%} of {len(asked)}")
+    info, first = {"method": "pSp"}, pairs[: settings.retrieval] if identity else []
+    if first:
+        info["retrieval"] = retrieval(first, identity, net.latent_avg.device)
+        print(f"nearest original by identity: its own for {info['retrieval']:.0%} of {len(first)}")
     line = write_results(folder, images, results, failures, pairs[:SHOWN], config, **info)
     for name in ("perceptual", "mse"):  # the published files, one value per image
         with atomic_write(folder / f"{name}.npy") as file:

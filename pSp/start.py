@@ -18,10 +18,8 @@ from pSp.encoders import EncoderConfig, init_backbone
 from pSp.psp import RESTYLE_PASSES, load_psp, pSp, psp_from_state, psp_state, require_generator
 from pSp.settings import GRADUAL, IDENTITY, INTO_W, EncoderFlags
 
-FIT_BATCH, IDENTITY_SAMPLES = (
-    20,
-    2_000,
-)  # generated faces to which IdentityStyleEncoder's function of the embedding is fitted
+IDENTITY_SAMPLES = 2_000  # generated faces to which IdentityStyleEncoder's function of the embedding is fitted
+FIT_BATCH = 20  # of these faces at a time
 MEAN_SAMPLES = 10_000  # of the average w, as published
 
 

@@ -18,7 +18,6 @@ from common.weights import require
 DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 152: (3, 8, 36, 3)}
 MODES = ("ir", "ir_se")
 STRIDES = (2, 2, 2, 2)  # of the stages
-INPUT_SIZE = 112  # pixels; ArcFace's
 
 
 class SqueezeExcite(nn.Module):

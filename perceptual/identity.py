@@ -128,7 +128,7 @@ class MobileFaceNet(nn.Module):
     def taps(self, x):
         """Inputs with a margin, [N, 3, 144, 144] (crop_with_margin) -> the three maps of TAPS, fine to coarse, and the
         embedding [N, 128] of length sqrt(128), from the inner 7x7 of the last. It is near that of the template alone,
-        cosine 0.73 on average: at the border its cells see the picture, not zeros."""
+        cosine 0.73 on average: at the border its cells see the image, not zeros."""
         maps = self.maps(x)
         embedding = self.embed(self.conv2(maps[-1][..., 1:-1, 1:-1]))
         return maps[1:], F.normalize(embedding) * self.EMBEDDING**0.5
@@ -183,7 +183,8 @@ class Identity(nn.Module):
         return self.network.maps(crop_with_margin(images))
 
     def similarity(self, images_a, images_b):
-        """Cosine similarity, [N], -1..1: about 0 for strangers (what marks the same person: docs/results.md)."""
+        """Cosine similarity, [N], -1..1. MobileFaceNet on LFW: 0 on average for two people, 0.67 for one;
+        0.33 tells them apart (tests/perceptual/test_identity.py)."""
         return (self.embed(images_a) * self.embed(images_b)).sum(1)
 
     def train(self, mode=True):

@@ -17,13 +17,14 @@ from torch import nn
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, fingerprint, load_safetensors, load_strictly, save_safetensors
+from common.cli import ROOT
 from common.distributed import resolve_device
 from common.images import fit_image, read_image, to_tensor
+from scorer.backends import load_classifier, load_dex
 from scorer.efficientnet import build_efficientnet
 from scorer.interface import AttributeScorer, expected_age, require_images, resize
 from scorer.labels import AGE_BINS, Attribute
 
-ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for evaluating edits only
 FORMAT = "wpp-scorer-1"
 FIXED = {"mean": [0.0] * 3, "std": [0.5] * 3}  # entries of earlier files, of which one value is left
@@ -222,8 +223,6 @@ def load_scorer(name="face-scorer", device="cpu", *, weights_dir=None) -> Attrib
     """The scorer called `name`, frozen, on `device`: `face-scorer` or `face-scorer-eval` (bundled), a `.safetensors` of
     train_scorer.py, `dex` (`dex_crop`: as the original crops; `dex_age`, `dex_gender`), or a `.json` that describes a
     classifier. Raises FileNotFoundError or ValueError in one sentence."""
-    from scorer.backends import load_classifier, load_dex
-
     device, name = resolve_device(device), str(name)
     if name.endswith(".json"):
         return load_classifier(name).to(device)

@@ -187,7 +187,7 @@ def test_misuse(inputs, tmp_path, capsys):
     for rows, flags, status, message in (
         (inputs, ("--steps", "4"), 2, "odd number"),
         (inputs, ("--names", "A"), 2, "--names has 1 entries for 2"),
-        (swapped, (), 1, "is a boundary of generator"),
+        (swapped, (), 1, "is a boundary of space w++, expected w"),
         (inputs, ("--layers", "9"), 1, "has the layers 0-5"),
     ):
         assert command(rows, out, *flags) == status
