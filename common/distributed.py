@@ -193,11 +193,11 @@ def _named(what):
         raise DistributedError(failed) from error
 
 
-def barrier(timeout=None):
-    """Wait for all ranks, at most `timeout` seconds (None: as long as they live). Rank 0's error names who is late."""
+def barrier():
+    """Wait for all ranks as long as they live. Rank 0's error names who is missing."""
     if _joined():
         with _named("barrier"):
-            dist.monitored_barrier(_control, None if timeout is None else timedelta(seconds=timeout))
+            dist.monitored_barrier(_control, WORK)  # by default 30 minutes, whatever the group's own
 
 
 @torch.no_grad()
@@ -247,13 +247,13 @@ def gather_list(item):
     return items
 
 
-def broadcast_object(item, source=0):
-    """Rank `source`'s `item`, on every rank; any picklable item."""
+def broadcast_object(item):
+    """Rank 0's `item`, on every rank; any picklable item."""
     if not _joined():
         return item
     box = [item]
     with _named("broadcast"):
-        dist.broadcast_object_list(box, src=source, group=_control)
+        dist.broadcast_object_list(box, group=_control)
     return box[0]
 
 
