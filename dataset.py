@@ -288,7 +288,6 @@ def data_loader(
     *,
     workers: int = 2,  # processes that decode (0: this one), alive as long as the stream
     device: str | torch.device = "cpu",  # on CUDA the memory is pinned and the copy asynchronous
-    prefetch: int = 4,  # batches that each worker is ahead
     start_method: str | None = None,  # fork, forkserver or spawn; default: the platform's
 ) -> BatchStream:
     """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs. A
@@ -297,7 +296,7 @@ def data_loader(
     generator = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one
     options = {"batch_size": batch, "pin_memory": device.type == "cuda", "generator": generator}
     if workers:
-        options |= {"num_workers": workers, "prefetch_factor": prefetch, "worker_init_fn": _ignore_signals}
+        options |= {"num_workers": workers, "prefetch_factor": 4, "worker_init_fn": _ignore_signals}
         options["multiprocessing_context"] = start_method
     return BatchStream(DataLoader(dataset, sampler=sampler, **options), sampler, device)
 

@@ -266,9 +266,9 @@ class ToRGB(nn.Module):
 class ConstantInput(nn.Module):
     """The learned image that synthesis starts from, [1, C, 4, 4]."""
 
-    def __init__(self, channel, size=4):
+    def __init__(self, channel):
         super().__init__()
-        self.input = nn.Parameter(torch.randn(1, channel, size, size))
+        self.input = nn.Parameter(torch.randn(1, channel, 4, 4))
 
 
 class ConvLayer(nn.Sequential):

@@ -20,6 +20,7 @@ from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, 
 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
+STDDEV_GROUP = 4  # images over which the minibatch standard deviation is taken, as published
 CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2
 
 
@@ -198,9 +199,9 @@ class Generator(nn.Module):
         return torch.cat((latent, signal[:, None].expand(-1, latent.shape[1], -1)), dim=-1)
 
 
-def stddev_group(batch: int, largest: int = 4) -> int:
-    """The largest group <= `largest` that divides the batch: any batch size works."""
-    return max(g for g in range(1, largest + 1) if batch % g == 0)
+def stddev_group(batch: int) -> int:
+    """The largest group of at most STDDEV_GROUP images that divides the batch: any batch size works."""
+    return max(g for g in range(1, STDDEV_GROUP + 1) if batch % g == 0)
 
 
 class Discriminator(nn.Module):

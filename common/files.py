@@ -187,13 +187,13 @@ def _finite(text: str) -> float:
     return value
 
 
-def safe_name(text: str, fallback: str = "unnamed") -> str:
+def safe_name(text: str) -> str:
     """`text` as one part of a path: no separators, control characters or leading dots, never empty, not too long."""
     name = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff]', "_", str(text)).strip().lstrip(".").rstrip(". ")
     while len(name.encode()) > 2 * NAME_LENGTH or len(name) > NAME_LENGTH:
         name = name[:-1]
     if not name.strip("_"):
-        return fallback
+        return "unnamed"
     return f"_{name}" if RESERVED.fullmatch(name) else name
 
 

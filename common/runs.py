@@ -121,7 +121,7 @@ class Run:
     dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on. folders: created
     inside. Raises OSError naming the folder."""
 
-    def __init__(self, folder, options, *, use_tensorboard=True, main=True, resume_step=None, folders=FOLDERS):
+    def __init__(self, folder, options, *, main=True, resume_step=None, folders=FOLDERS):
         self.folder = Path(folder)
         self.main = main
         self._log = self._board = None
@@ -145,13 +145,12 @@ class Run:
         if (log := self.folder / "log.jsonl").exists():
             truncate_log(log, math.inf if resume_step is None else resume_step)
         self._log = open(log, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
-        if use_tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # 1 to 2 s: only where it is used
 
-                self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
-            except ImportError as error:
-                warnings.warn(f"no TensorBoard log ({error}): pip install -r requirements-extra.txt", stacklevel=2)
+            self._board = SummaryWriter(str(self.folder / "tensorboard_log"), purge_step=resume_step)
+        except ImportError as error:
+            warnings.warn(f"no TensorBoard log ({error}): pip install -r requirements-extra.txt", stacklevel=2)
 
     def path(self, *parts):
         """Path inside the run folder, whose parent exists on the main process."""

@@ -14,7 +14,7 @@ from common.checkpoint import CheckpointError, load_strictly
 from common.generator_file import infer_config
 from interop.nvidia_pickle import Network
 from layers import make_kernel
-from model import Discriminator, Generator, GeneratorConfig, stddev_group
+from model import STDDEV_GROUP, Discriminator, Generator, GeneratorConfig
 
 OURS_ALONE = re.compile(r"token|.*\.kernel")  # constants of our networks
 THEIRS_ALONE = re.compile(r"(.*\.)?(resample_filter|w_avg)")  # w_avg is kept apart: latent_avg of a checkpoint
@@ -168,8 +168,8 @@ def differences(network: Network) -> list[str]:
         found.append(f"NVIDIA's code clamps activations to +-{min(clamps)}, ours does not")
     if any(layer.values.get("use_fp16") for layer in layers):
         found.append("NVIDIA's code runs the highest resolutions in 16 bits on a GPU, ours in 32 unless told otherwise")
-    statistic, largest = network.layers.get("b4.mbstd"), stddev_group(4)
-    if statistic is not None and (group := statistic.values.get("group_size")) != largest:
-        groups = f"groups of {group or 'all'} images, ours of at most {largest}"
+    statistic = network.layers.get("b4.mbstd")
+    if statistic is not None and (group := statistic.values.get("group_size")) != STDDEV_GROUP:
+        groups = f"groups of {group or 'all'} images, ours of at most {STDDEV_GROUP}"
         found.append(f"the minibatch statistic is taken over {groups}: scores differ in larger batches")
     return found

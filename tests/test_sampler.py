@@ -96,7 +96,7 @@ def test_stream_resumes_exactly_in_spite_of_prefetching(store, workers):
         sampler = InfiniteSampler(len(data), rank=1, world_size=2, seed=4)
         if state:
             sampler.load(state)
-        return data_loader(data, 3, sampler, workers=workers, prefetch=3)
+        return data_loader(data, 3, sampler, workers=workers)
 
     batches = stream()
     whole = [next(batches) for _ in range(6)]

@@ -20,7 +20,7 @@ def steps(path):
 
 def test_folder_and_options(tmp_path):
     folder = tmp_path / "runs" / "erster Lauf ü"
-    with Run(folder, argparse.Namespace(size=32, path=Path("x/ü"), lr=0.002), use_tensorboard=False) as run:
+    with Run(folder, argparse.Namespace(size=32, path=Path("x/ü"), lr=0.002)) as run:
         assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
             "checkpoint",
             "sample",
@@ -37,13 +37,13 @@ def test_folder_and_options(tmp_path):
 
 def test_earlier_options_are_kept(tmp_path):
     for size in (1, 2, 3):
-        Run(tmp_path, {"size": size}, use_tensorboard=False).close()
+        Run(tmp_path, {"size": size}).close()
     sizes = [json.loads((tmp_path / f"options{n}.json").read_text())["options"]["size"] for n in ("", "-1", "-2")]
     assert sizes == [3, 1, 2]
 
 
 def test_log(tmp_path):
-    with Run(tmp_path, {}, use_tensorboard=False) as run:
+    with Run(tmp_path, {}) as run:
         run.log(0, "Loss", d=torch.tensor(1.5), g=math.inf, note="ok")
         run.log(1, "Path", **{"mean path": 2})
         assert steps(tmp_path / "log.jsonl") == [0, 1]  # readable while the run goes on
@@ -54,14 +54,14 @@ def test_log(tmp_path):
 
 def test_torn_last_line(tmp_path):
     log = tmp_path / "log.jsonl"
-    with Run(tmp_path, {}, use_tensorboard=False) as run:
+    with Run(tmp_path, {}) as run:
         for step in range(3):
             run.log(step, "Loss", d=1.0)
     whole = log.read_bytes()
     for torn in (b'{"step": 3, "ti', b"\0\0\0\n"):  # killed while writing; power cut
         log.write_bytes(whole + torn)
         assert steps(log) == [0, 1, 2]
-        with Run(tmp_path, {}, use_tensorboard=False) as run:
+        with Run(tmp_path, {}) as run:
             run.log(3, "Loss", d=1.0)
         assert steps(log) == [0, 1, 2, 3]
 
@@ -84,7 +84,7 @@ def test_truncate_log(tmp_path):
 
 def test_resume_repeats_no_step(tmp_path):
     for first, last, resume_step in ((0, 15, None), (10, 20, 10)):
-        with Run(tmp_path, {}, use_tensorboard=False, resume_step=resume_step) as run:
+        with Run(tmp_path, {}, resume_step=resume_step) as run:
             for step in range(first, last):
                 run.log(step, "Loss", d=float(step))
     assert steps(tmp_path / "log.jsonl") == list(range(20))

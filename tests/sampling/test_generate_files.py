@@ -229,7 +229,7 @@ def test_old_checkpoints_of_a_training_become_the_same_export(tmp_path, tiny_con
     """The export of --keep while training and that of convert.py are one; another program's file is left alone."""
     trainer = Trainer(tiny_config, TrainSettings(batch=1), Distributed(0, 1, torch.device("cpu")))
     folder = tmp_path / "run" / "checkpoint"
-    with Run(tmp_path / "run", {}, use_tensorboard=False) as opened:
+    with Run(tmp_path / "run", {}) as opened:
         theirs = {name: trainer.state_dict()[name] for name in ("g", "d", "g_ema", "g_optim", "d_optim")}
         save_checkpoint(folder / "000003.pt", theirs)
         for step in (4, 5):
