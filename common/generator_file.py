@@ -184,8 +184,15 @@ def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path)
     return Statistics(tensors["latent_mean"][None], tensors["latent_std"], samples)
 
 
+def provenance(state: dict) -> dict:
+    """The entries step, images (seen), condition and noise of a training state or a generator's header, if known."""
+    run = {"noise": state.get("options", {}).get("noise"), "images": state.get("sampler", {}).get("position")}
+    known = run | state
+    return {name: known[name] for name in ("step", "images", "condition", "noise") if known.get(name) is not None}
+
+
 def export_ema(
-    state: dict,  # of a training: g_ema, config; step, sampler, condition, noise when known
+    state: dict,  # of a training: g_ema, config, and what `provenance` reads
     path: str | Path,
     *,
     half: bool = False,  # 16-bit floats
@@ -203,9 +210,7 @@ def export_ema(
         weights = {name: tensor.half() for name, tensor in weights.items()}
         if large := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
-    known = {"noise": state.get("options", {}).get("noise"), "images": state.get("sampler", {}).get("position")} | state
-    names = ("step", "images", "condition", "noise", "config")
-    header = {name: known[name] for name in names if known.get(name) is not None}
+    header = {"config": state["config"], **provenance(state)}
     header["half"] = all(tensor.dtype == torch.float16 for tensor in weights.values())
     header["fingerprint"] = generator_fingerprint(weights)
     if recommended:

@@ -13,28 +13,27 @@ import torch
 from common.checkpoint import load_strictly, save_checkpoint
 from common.cli import UserError
 from common.files import read_json
-from common.generator_file import export_discriminator, export_ema, read_generator
+from common.generator_file import export_discriminator, export_ema, provenance, read_generator
 from common.images import save_image, to_uint8
 from interop.nvidia import differences, discriminator_tensors, generator_tensors
 from interop.nvidia_pickle import read_networks
 from model import Discriminator, Generator, GeneratorConfig, load_generator
 
 SAMPLES = 10_000  # behind the stored statistics of w
-KEPT = ("step", "images", "condition", "noise", "recommended", "vision_aided", "aid")  # of a source's metadata
+KEPT = ("recommended", "vision_aided", "aid")  # of a source's metadata, beside its provenance
 SETTINGS = {str: {str: (str, float, bool, None, list)}}  # per script, flag names and values
 
 
 def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]:
-    """The state of a checkpoint, and sentences on what will differ: `g_ema`, `config`, and `g`, `d`, `aux_d`, `step`,
-    `latent_avg`, `condition`, `noise`, `recommended` where the file has them. ema_only: the EMA generator alone, in its
-    own number format (else float32). Raises FileNotFoundError, CheckpointError or UserError."""
+    """The state of a checkpoint, and sentences on what will differ: `g_ema`, `config`, and `g`, `d`, `aux_d`,
+    `latent_avg`, `recommended` and what `provenance` reads where the file has them. ema_only: the EMA generator alone,
+    in its own number format (else float32). Raises FileNotFoundError, CheckpointError or UserError."""
     if path.suffix.lower() in (".pkl", ".pickle"):
         return _read_pickle(path, ema_only)
     load_generator(path)  # refuses what does not fit or is damaged
     weights, config, file = read_generator(path)
-    state = {"g_ema": weights, "config": config.to_dict()}
+    state = {"g_ema": weights, "config": config.to_dict(), **provenance(file)}
     state |= {name: file[name] for name in KEPT if file.get(name) is not None}
-    state |= {"noise": noise} if (noise := file.get("options", {}).get("noise")) else {}
     if ema_only:
         return state, []
     state["g_ema"] = {name: tensor.float() for name, tensor in weights.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly
 from common.cli import UsageError, UserError
-from common.generator_file import discriminator_file, infer_config, read_generator
+from common.generator_file import discriminator_file, infer_config, provenance, read_generator
 from common.precision import bf16_pays
 from common.runs import find_start
 from editing.attributes import DEFAULT_ATTRIBUTES, Condition
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
 
 def read_export(path: Path) -> Start:
     generator, config, metadata = read_generator(path)
-    state = {"g_ema": generator, "condition": metadata.get("condition"), "options": {"noise": metadata.get("noise")}}
+    state = {"g_ema": generator, **provenance(metadata)}
     if (file := discriminator_file(path)).is_file():  # as convert.py wrote it
         tensors, metadata = load_safetensors(file)
         state["vision_aided"] = rename_keys(metadata).get("vision_aided", "")
@@ -82,7 +82,7 @@ def rename_keys(state: dict) -> dict:
 def cpu_preset(size: int | None, batch: int, start: Start) -> dict:
     """Flags for a short training on processors (docs/training.md says what each brings), of a new run."""
     size, warm = size or (start.config or GeneratorConfig()).size, start.path is not None
-    r1 = round(0.0002 * size**2 / (batch * int(os.environ.get("WORLD_SIZE", 1))), 3)  # ADA's rule
+    r1 = round(0.0002 * size**2 / (batch * int(os.environ.get("WORLD_SIZE") or 1)), 3)  # ADA's rule
     chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
     chosen |= {"precision": "bf16" if bf16_pays() else "fp32", "lr": 0.0025 if warm else 0.006, "r1": r1}
     chosen |= {"g_reg_every": 8, "one_stage": True, "augment": True, "ada_length": 60_000}
@@ -95,7 +95,7 @@ def resolve(flags: dict, start: Start) -> tuple[GeneratorConfig, dict]:
     config = resolve_architecture({name: flags[name] for name in ARCHITECTURE}, start)
     options = flags | {name: getattr(config, name) for name in ARCHITECTURE}
     options |= resolve_condition(flags["condition"], flags["attributes"], flags["light"], start)
-    options["noise"] = keep("noise", flags["noise"], start.options.get("noise"), start) or "random"
+    options["noise"] = keep("noise", flags["noise"], provenance(start.state).get("noise"), start) or "random"
     stored = start.state.get("vision_aided", "") if start.continues else None
     return config, options | {"vision_aided": keep("vision_aided", flags["vision_aided"], stored, start) or ""}
 

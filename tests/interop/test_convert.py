@@ -175,20 +175,23 @@ def test_our_checkpoint_to_either_file_and_back(w_space, tiny_config, tiny_w_con
     config = tiny_w_config if w_space else tiny_config
     g, g_ema, d = Generator(config), Generator(config), Discriminator(config)
     state = {name: network.state_dict() for name, network in (("g", g), ("g_ema", g_ema), ("d", d))}
-    save_checkpoint(tmp_path / "in.pt", state | {"config": config.to_dict(), "step": 7, "g_optim": {"state": {}}})
+    run = {"step": 7, "sampler": {"position": 112, "seed": 0, "n": 9}, "options": {"noise": "none", "lr": 0.1}}
+    save_checkpoint(tmp_path / "in.pt", state | run | {"config": config.to_dict(), "g_optim": {"state": {}}})
     for target in ("a.pt", "a.safetensors"):
         assert command(tmp_path / "in.pt", tmp_path / target) == 0
     assert command(tmp_path / "a.safetensors", tmp_path / "b.pt") == 0
-    known = load_generator(tmp_path / "in.pt").fingerprint
+    fingerprint = load_generator(tmp_path / "in.pt").fingerprint
     for name in ("a.pt", "a.safetensors", "b.pt"):
-        assert load_generator(tmp_path / name).fingerprint == known
+        assert load_generator(tmp_path / name).fingerprint == fingerprint
     written, again = load_checkpoint(tmp_path / "a.pt"), load_checkpoint(tmp_path / "b.pt")
-    assert set(written) == {"g", "d", "g_ema", "config", "step"} and set(again) == {"g_ema", "config", "step"}
+    known = {"step": 7, "images": 112, "noise": "none"}
+    assert set(written) == {"g", "d", "g_ema", "config", *known} and set(again) == {"g_ema", "config", *known}
     assert ("token" in written["g"]) is not w_space
     for name, network in (("g", g), ("d", d)):
         own = network.state_dict()
         assert all(torch.equal(value, own[key]) for key, value in written[name].items())
-    assert load_safetensors(tmp_path / "a.safetensors")[1]["step"] == 7
+    for described in (written, again, load_safetensors(tmp_path / "a.safetensors")[1]):
+        assert {name: described[name] for name in known} == known
 
 
 def test_rosinalitys_file(tiny_w_config, tmp_path):

@@ -57,6 +57,7 @@ def test_architecture(given, of, result):
         ("none", start(True), "none"),
         ("random", start(False, options={"noise": "none"}), "random"),
         (None, start(False, options={"noise": "none"}), "none"),
+        (None, start(False, noise="none"), "none"),  # as convert.py writes it
         ("random", start(True, options={"noise": "none"}), "7.pt was trained with --noise none, not random"),
     ],
 )
