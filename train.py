@@ -9,7 +9,7 @@ of its checkpoint.
     torchrun --nproc_per_node 8 train.py --path ffhq.lmdb --exp_name runs/ffhq --batch 8 --n_sample 64
 """
 
-from common.cli import ArgumentParser, UsageError, require_one_start, run_script
+from common.cli import ArgumentParser, UsageError, count, finite, require_one_start, run_script
 from common.flags import add_fields, add_training_flags, read_fields
 from training.settings import ARCHITECTURE, ConditionSettings, LoopSettings, TrainSettings
 
@@ -57,16 +57,14 @@ def build_parser() -> ArgumentParser:
 
 
 def parse_source_weights(text: str) -> dict[str, float]:
-    """`ffhq=4,lfw=0.4` -> {"ffhq": 4.0, "lfw": 0.4}. Raises ValueError, which argparse reports."""
+    """`ffhq=4,lfw=0.4` -> {"ffhq": 4.0, "lfw": 0.4}. Raises ArgumentTypeError."""
     pairs = (item.rpartition("=") for item in text.split(","))
-    return {source: float(weight) for source, _, weight in pairs}
+    return {source: finite(weight) for source, _, weight in pairs}
 
 
 def parse_micro_batch(text: str) -> str:
-    """A number of images, or auto. Raises ValueError, which argparse reports."""
-    if text != "auto" and not text.isdecimal():
-        raise ValueError(text)
-    return text
+    """A number of images as text, or auto. Raises ArgumentTypeError."""
+    return text if text == "auto" else str(count(text))
 
 
 def main(args) -> int:

@@ -81,8 +81,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"formatter_class": HelpFormatter, "allow_abbrev": False, **kwargs})
-        self.register("type", float, finite)
-        self.register("type", int, whole())
+        for kind, parse in NUMBERS.items():
+            self.register("type", kind, parse)
 
     def parse_known_args(self, args=None, namespace=None):
         args = self._declared_spelling(list(sys.argv[1:] if args is None else args))
@@ -110,42 +110,32 @@ class ArgumentParser(argparse.ArgumentParser):
         return ["".join((declared.get(flag.replace("_", "-"), flag), *value)) for flag, *value in parts] + args[end:]
 
 
-def finite(text):
-    """A `type` for flags: a number, neither infinite nor NaN."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
-    return value
+def number(kind, fits, expected: str):
+    """A `type` for flags: a number of a kind that fits; argparse shows what was expected where it does not."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text[:20]!r}")
+
+    return parse
 
 
 def whole(least=-(2**63), most=2**63 - 1):
     """A `type` for flags: a whole number in a range."""
-
-    def whole_number(text):
-        if not least <= (value := int(text)) <= most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, not {text[:20]!r}")
-        return value
-
-    return whole_number
+    return number(int, lambda value: least <= value <= most, f"a whole number from {least} to {most}")
 
 
 positive_int, count = whole(1), whole(0)
+finite = number(float, math.isfinite, "a finite number")
+positive = number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
+NUMBERS = {int: whole(), float: finite}  # what type=int and type=float stand for in every ArgumentParser
 
 
 def several(kind):
-    """A `type` for flags: values of a type with commas between, as a tuple."""
-
-    def values(text):
-        return tuple(map(kind, text.split(",")))
-
-    return values
-
-
-def positive(text):
-    """A `type` for flags: a finite number above 0."""
-    if (value := finite(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
-    return value
+    """A `type` for flags: values of another `type` with commas between, as a tuple."""
+    return lambda text: tuple(map(NUMBERS.get(kind, kind), text.split(",")))
 
 
 def add_device_flags(parser):

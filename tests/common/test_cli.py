@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run
+from common.cli import ArgumentParser, UsageError, UserError, positive, positive_int, run, several, whole
 
 
 def build_parser():
@@ -37,13 +37,6 @@ def test_values_are_left_alone():
     assert build_parser().parse_args(["--exp-name=--max_bad=1"]).exp_name == "--max_bad=1"
     assert build_parser().parse_args(["--", "--exp-name"]).path == "--exp-name"
     assert build_parser().parse_args(["-"]).path == "-"
-
-
-def test_subcommands_accept_both_spellings():
-    parser = ArgumentParser(prog="tool")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("get").add_argument("--weights_dir")
-    assert parser.parse_args(["get", "--weights-dir", "x"]).weights_dir == "x"
 
 
 def test_no_abbreviations():
@@ -157,18 +150,29 @@ def test_a_flag_given_by_hand_wins_over_stored_settings():
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "x"])
-@pytest.mark.parametrize("where", ["parser", "group", "subcommand"])
-def test_no_number_is_other_than_finite(where, text, capsys):
+@pytest.mark.parametrize("in_group", [False, True])
+def test_no_number_is_other_than_finite(in_group, text, capsys):
     parser = ArgumentParser(prog="tool")
-    holder, before = parser, []
-    if where == "group":
-        holder = parser.add_argument_group("g").add_mutually_exclusive_group()
-    elif where == "subcommand":
-        holder, before = parser.add_subparsers().add_parser("do"), ["do"]
+    holder = parser.add_argument_group("g").add_mutually_exclusive_group() if in_group else parser
     holder.add_argument("--lr", type=float, help="h")
-    assert run(lambda args: pytest.fail("ran"), parser, [*before, f"--lr={text}"]) == 2
-    assert "--lr" in capsys.readouterr().err
-    assert parser.parse_args([*before, "--lr=-1e-3"]).lr == -0.001
+    assert run(lambda args: pytest.fail("ran"), parser, [f"--lr={text}"]) == 2
+    assert f"argument --lr: expected a finite number, not {text!r}" in capsys.readouterr().err
+    assert parser.parse_args(["--lr=-1e-3"]).lr == -0.001
+
+
+def test_what_is_wrong_in_a_list_is_named(capsys):
+    parser = ArgumentParser(prog="tool")
+    parser.add_argument("--size", type=several(whole(1, 64)), default="8,16", help="h")
+    assert parser.parse_args([]).size == (8, 16) and parser.parse_args(["--size", "4"]).size == (4,)
+    parser.add_argument("--window", type=several(float), help="h")
+    for flag, text, complaint in (
+        ("--size", "4,x", "expected a whole number from 1 to 64, not 'x'"),
+        ("--size", "65,4", "expected a whole number from 1 to 64, not '65'"),
+        ("--size", "4,,8", "expected a whole number from 1 to 64, not ''"),
+        ("--window", "0,nan", "expected a finite number, not 'nan'"),
+    ):
+        assert run(lambda args: pytest.fail("ran"), parser, [flag, text]) == 2
+        assert f"argument {flag}: {complaint}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
