@@ -13,7 +13,7 @@ from torch import nn
 
 from op.dispatch import kernels
 
-SQRT2 = 2**0.5
+SLOPE, SQRT2 = 0.2, 2**0.5  # of StyleGAN2's activation: leaky ReLU, then a gain that keeps the variance
 
 
 def channel_view(bias: torch.Tensor, ndim: int) -> torch.Tensor:
@@ -22,7 +22,7 @@ def channel_view(bias: torch.Tensor, ndim: int) -> torch.Tensor:
 
 
 def fused_leaky_relu(
-    input: torch.Tensor, bias: torch.Tensor | None = None, negative_slope: float = 0.2, scale: float = SQRT2
+    input: torch.Tensor, bias: torch.Tensor | None = None, negative_slope: float = SLOPE, scale: float = SQRT2
 ) -> torch.Tensor:
     """`scale * leaky_relu(input + bias)`.
 
@@ -51,28 +51,26 @@ def noise_bias_act(
     demod: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
     noise_strength: torch.Tensor | None = None,
-    negative_slope: float = 0.2,
-    scale: float = SQRT2,
 ) -> torch.Tensor:
-    """`scale * leaky_relu(input * demod + noise_strength * noise + bias)`: all that follows a modulated convolution.
+    """`sqrt(2) leaky_relu(input * demod + noise_strength * noise + bias)`: all that follows a modulated convolution.
 
     input: [N, C, H, W]; bias: [C]; demod: [N, C] or None for ones; noise: [N or 1, 1, H, W] with noise_strength [1], or
     None. Returns [N, C, H, W] in the input's dtype. Differentiable twice. Source: arXiv 1912.04958, figure 2c, eq. 3.
     """
     fast = kernels(input)
-    if fast is not None and fits(input, negative_slope):
-        return fast.noise_bias_act(input, bias, demod, noise, noise_strength, negative_slope, scale)
-    bias = channel_view(bias * scale, input.ndim).to(input.dtype)
+    if fast is not None and fits(input, SLOPE):
+        return fast.noise_bias_act(input, bias, demod, noise, noise_strength, SLOPE, SQRT2)
+    bias = channel_view(bias * SQRT2, input.ndim).to(input.dtype)
     if noise is not None:
-        noise = (noise * (noise_strength * scale)).to(input.dtype)
+        noise = (noise * (noise_strength * SQRT2)).to(input.dtype)
     if demod is None:
-        demod = input.new_full(input.shape[:2], scale)
+        demod = input.new_full(input.shape[:2], SQRT2)
     else:
-        demod = (demod * scale).to(input.dtype)
+        demod = (demod * SQRT2).to(input.dtype)
     out = torch.addcmul(bias if noise is None else noise, input, demod[:, :, None, None])
     if noise is not None:
         out += bias
-    return F.leaky_relu_(out, negative_slope)
+    return F.leaky_relu_(out, SLOPE)
 
 
 def fits(input, negative_slope) -> bool:
@@ -83,7 +81,7 @@ def fits(input, negative_slope) -> bool:
 class FusedLeakyReLU(nn.Module):
     """`fused_leaky_relu` with its own bias [channel] (or none), started at zero."""
 
-    def __init__(self, channel: int, bias: bool = True, negative_slope: float = 0.2, scale: float = SQRT2):
+    def __init__(self, channel: int, bias: bool = True, negative_slope: float = SLOPE, scale: float = SQRT2):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channel)) if bias else None
         self.negative_slope = negative_slope
