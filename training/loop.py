@@ -44,6 +44,11 @@ def training_loop(
     evaluate = start_monitor(trainer, run, settings, options["path"]) if settings.eval_every else None
     waited = 0.0  # seconds, for data
 
+    def sample():
+        if dist.is_main:
+            save_samples(trainer, run, z)
+        barrier()  # waits as long as it takes; an all-reduce of the next step would give up
+
     def save():
         state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}  # collective
         if dist.is_main:
@@ -52,8 +57,7 @@ def training_loop(
 
     # Save before the first step: this shows now that it can be done, and a rollback needs a checkpoint.
     if continued is None or continued.resolve().parent != run.path("checkpoint").resolve():
-        if dist.is_main:
-            save_samples(trainer, run, z)
+        sample()
         save()
     if trainer.n_steps >= total and dist.is_main:
         print(f"nothing left to do: step {trainer.n_steps} of {total} is reached; a larger --iter continues")
@@ -96,8 +100,8 @@ def training_loop(
                     waited = 0.0
 
             # Save samples, evaluate, save checkpoint.
-            if sample_due and dist.is_main:
-                save_samples(trainer, run, z)
+            if sample_due:
+                sample()
             if eval_due:
                 evaluate(trainer.g_ema, step, sampler.position)
             if save_due or stopping:
