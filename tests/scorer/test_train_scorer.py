@@ -94,7 +94,7 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
     assert "already holds a run, up to 000004.pt" in capsys.readouterr().err
     (again / "log.jsonl").write_text('{"step": 5, "time": 1, "group": "Loss", "age": 9}\n')
     assert call(*flags(planted, again, *common, "--resume", "auto")) == 0
-    assert "9}" not in (again / "log.jsonl").read_text(), "a step of the killed run stands beside its repetition"
+    assert '"age": 9}' not in (again / "log.jsonl").read_text(), "a step of the killed run stands beside its repetition"
     first, second = (load_checkpoint(folder / "checkpoint" / "000008.pt") for folder in (whole, again))
     assert first["sampler"] == second["sampler"] and first["step"] == second["step"] == 8
     for part in ("network", "average"):
