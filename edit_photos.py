@@ -13,7 +13,7 @@ edited.
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, add_device_flags, positive, run_script
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
 from demo_app.targets import FLAGS, parse_gender, parse_target
 
 QUALITY = {"fast": 0, "good": 20, "best": 60}  # steps of refinement after the encoder
@@ -48,14 +48,19 @@ def main(args) -> None:
     from common.distributed import resolve_device
     from common.lock import lock_folder
     from demo_app.batch import PhotoBatch, possible
-    from demo_app.editor import expression_of
+    from demo_app.editor import PhotoError, expression_of
     from demo_app.models import load_models
-    from faces.folder import list_photos
+    from faces.folder import list_photos, require_elsewhere
 
     photos = list_photos(args.photos, args.output_dir)
+    require_elsewhere(photos, args.output_dir)
     models = load_models(resolve_device(args.device, ops=args.ops), ckpt=args.ckpt, weights_dir=args.weights_dir)
     print(f"note: {models.describe()}", file=sys.stderr)
-    targets = possible(expression_of(args.like, models) | targets if args.like else targets, models)
+    try:
+        targets = expression_of(args.like, models) | targets if args.like else targets
+    except PhotoError as error:
+        raise UserError(f"--like {args.like}: {error}") from None
+    targets = possible(targets, models)
     settings = {"steps": QUALITY[args.quality], "faces": args.faces, "strength": args.strength}
     with lock_folder(args.output_dir, "edit_photos.py"):
         PhotoBatch(models, args.output_dir, targets, **settings).run(photos)

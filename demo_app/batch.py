@@ -16,7 +16,8 @@ from demo_app.editor import Edited, Face, PhotoEditor, shrink
 from demo_app.inversions import inversion_file, load_faces, own_expression, save_faces
 from demo_app.models import Models
 from demo_app.targets import Target
-from faces.align import AlignError, outside_share
+from faces.align import outside_share
+from faces.detect import DetectorError
 from faces.folder import TIGHT
 from faces.paste import save_like
 
@@ -28,8 +29,9 @@ OWN_FILES = ("overview.jpg", "report.csv")
 def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
     """Targets that the models can edit; the others are named on stderr. Raises UserError when none is left."""
     if missing := [name for name in targets if name not in models.attributes]:
-        known = f"it can edit {', '.join(models.attributes) or 'nothing'} (edit_attribute.py fits others)"
-        message = f"there is no boundary of {', '.join(missing)} for {models.generator.path.name}: {known}"
+        known = f"only {', '.join(models.attributes) or 'nothing'} can be edited"
+        message = f"checkpoints/ holds no boundary of {', '.join(missing)} for {models.generator.path.name}: {known}"
+        message += " (edit_attribute.py fits boundaries)"
         if len(missing) == len(targets):
             raise UserError(message)
         print(f"note: {message}", file=sys.stderr)
@@ -58,7 +60,7 @@ class PhotoBatch:
             def attempt(name, path, work):
                 try:
                     return work()
-                except (ImageError, AlignError, UserError) as error:
+                except (ImageError, DetectorError, UserError) as error:
                     failed.add(name)
                     bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
 

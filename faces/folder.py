@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import UserError
+from common.cli import UsageError, UserError
 from common.files import atomic_write, check_shape, read_json, write_text
 from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
@@ -173,6 +173,13 @@ def list_photos(photos, output_dir: Path) -> dict[str, Path]:
     if not found:
         raise UserError(f"{', '.join(map(str, photos))} holds no images")
     return dict(sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in found))
+
+
+def require_elsewhere(photos: dict[str, Path], output_dir: Path) -> None:
+    """Raise UsageError where a result, which is called as its photo {name: path}, would replace the photo."""
+    for name, path in photos.items():
+        if (target := output_dir / name).exists() and path.exists() and target.samefile(path):
+            raise UsageError(f"--output_dir {output_dir}: a result would replace the photo {path}: name another folder")
 
 
 def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):

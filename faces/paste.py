@@ -18,6 +18,7 @@ from common.cli import UserError
 from common.files import atomic_write
 from common.images import WHITE, list_images, open_image, read_image, reading_losses, to_pil
 from faces.align import AlignError, Alignment, crop_aligned, read_alignment, to_bytes
+from faces.folder import require_elsewhere
 
 STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
 
@@ -250,6 +251,7 @@ def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: P
             by_photo.setdefault(alignments[path.stem].source, []).append((path, alignments[path.stem]))
         else:
             problems.append(f"{path}: no face called {path.stem} in {alignment_file}")
+    require_elsewhere({source: root / source for source in by_photo}, output_dir)
     for source, faces in tqdm(sorted(by_photo.items()), desc="pasting", unit="photo", disable=None):
         try:
             result = read_image(root / source)

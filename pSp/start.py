@@ -101,9 +101,10 @@ def widen_input(net: pSp, n_iters: int, source) -> pSp:
     """The start of a refining encoder (ReStyle) from `net`, one of a single pass: the first convolution does not see
     the reconstruction yet, and each pass gives 1 / n_iters of the offsets, so that all together give the w of `net`.
     Whole offsets in each pass would overshoot (docs/results/inversion.md). Raises CheckpointError."""
-    if not net.start_from_latent_avg:
-        hint = "it cannot start one of several passes"
-        raise CheckpointError(f"{source} holds an encoder that gives w, not offsets from the average: {hint}")
+    blind, whole = net.config.encoder_type == IDENTITY, not net.start_from_latent_avg
+    if blind or whole:
+        what = f"an {IDENTITY}, which sees a face alone" if blind else "an encoder that gives w, not offsets"
+        raise CheckpointError(f"{source} holds {what}: it cannot start one of several passes")
     state = net.encoder.state_dict()
     colours = state["input_layer.0.weight"]  # [width, 3, 3, 3]
     state["input_layer.0.weight"] = torch.cat([colours, torch.zeros_like(colours)], 1)  # [width, 6, 3, 3]

@@ -192,7 +192,7 @@ def _chosen(path, columns: dict[str, Column], attributes: str) -> list[str]:
     """Names of the attributes to read."""
     if attributes in ("auto", "all"):
         names = [name for name in KNOWN if _sources(name, columns)]
-        taken = {*NAME_COLUMNS, "identity"}.union(*(KNOWN[name][1] for name in names))
+        taken = {*NAME_COLUMNS, "identity", *(usual.lstrip("!") for name in names for usual in KNOWN[name][1])}
         rest = [name for name in columns if name not in taken] if attributes == "all" else []
         return names + [name for name in rest if None not in columns[name].numbers.values()]
     names = list(dict.fromkeys(name.strip() for name in attributes.split(",") if name.strip()))

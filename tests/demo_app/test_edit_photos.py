@@ -82,6 +82,19 @@ def test_misuse(no_face, tmp_path, capsys):
     assert command(tmp_path / "absent", "--age", "+5") == 1
 
 
+def test_a_photo_is_never_replaced(no_face, tmp_path, capsys):
+    before = no_face.read_bytes()
+    for photos in (no_face, no_face.parent):
+        assert command(photos, "--age", "60", "--output_dir", no_face.parent) == 2
+        assert f"would replace the photo {no_face}" in capsys.readouterr().err
+    assert no_face.read_bytes() == before
+
+
+def test_a_reference_without_a_face_is_named(no_face, tmp_path, capsys):
+    assert command(no_face, "--like", no_face, "--output_dir", tmp_path / "out", "--device", "cpu") == 1
+    assert f"--like {no_face}: no face was found" in capsys.readouterr().err
+
+
 def test_targets():
     assert parse_target("+15") == Target(15, True) and parse_target("-10") == Target(-10, True)
     assert parse_target("60") == Target(60, False)
@@ -92,5 +105,5 @@ def test_an_attribute_without_a_boundary_is_said(models, capsys):
     targets = {"age": Target(1, True), "eyeglasses": Target(1)}
     assert list(possible(targets, models)) == ["age"]
     assert "no boundary of eyeglasses" in capsys.readouterr().err
-    with pytest.raises(UserError, match="can edit age"):
+    with pytest.raises(UserError, match="only age can be edited"):
         possible({"eyeglasses": Target(1)}, models)

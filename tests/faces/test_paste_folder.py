@@ -61,6 +61,10 @@ def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
     assert "1 faces pasted into 1 photos, 2 left out" in printed.out and "unedited" in printed.err
     assert read_image(tmp_path / "pasted" / "other.png").tobytes() == photo.tobytes(), "nothing was changed"
 
+    before = (folder / "other.png").read_bytes()
+    assert paste("--output_dir", str(folder)) == 2 and "would replace the photo" in capsys.readouterr().err
+    assert (folder / "other.png").read_bytes() == before
+
     (folder / "other.png").unlink()
     assert paste() == 0 and "other.png" in capsys.readouterr().err
     photo.crop((0, 0, 300, 300)).save(folder / "ü" / "me.jpg")

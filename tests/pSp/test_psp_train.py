@@ -170,7 +170,10 @@ def test_weights_keep_their_passes_unless_more_are_asked_for():
     net, _ = build_network(EncoderFlags(), start, None)
     assert net.config.input_nc == 3 and torch.equal(net.encode(images := torch.randn(1, 3, 32, 32)), one.encode(images))
     _, start = single_pass(start_from_latent_avg=False)
-    with pytest.raises(CheckpointError, match="one.pt holds an encoder that gives w, not offsets"):
+    with pytest.raises(CheckpointError, match="one.pt holds an encoder that gives w, not offsets: it cannot start"):
+        build_network(EncoderFlags(n_iters_per_batch=3), start, None)
+    _, start = single_pass(encoder_type=IDENTITY)
+    with pytest.raises(CheckpointError, match=f"one.pt holds an {IDENTITY}, which sees a face alone: it cannot start"):
         build_network(EncoderFlags(n_iters_per_batch=3), start, None)
 
 

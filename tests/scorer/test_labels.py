@@ -23,6 +23,7 @@ def test_labels_of_the_known_columns(tmp_path):
     expected = np.array([[30, 1, 0.8], [np.nan, 0, np.nan], [100, np.nan, 0]], np.float32)
     np.testing.assert_allclose(table.values, expected)  # eyes_open is one minus narrow_eyes; ages end at 100
     np.testing.assert_allclose(table.weights, [[1, 1, 1], [0, 1, 0], [0.1, 0, 0.7]])
+    assert [a.name for a in read_labels(path, "all").attributes] == ["age", "gender", "eyes_open"]
 
 
 def test_labels_of_other_columns(tmp_path):
