@@ -20,6 +20,7 @@ from faces.align import outside_share
 from faces.detect import DetectorError
 from faces.folder import TIGHT
 from faces.paste import save_like
+from sampling.render import file_names
 
 SIDE = 900  # pixels of the longer side of a photo in before_after/
 OVERHEAD = 15  # detection, edit and files, in steps of refinement: for the progress bar
@@ -55,6 +56,7 @@ class PhotoBatch:
     def run(self, photos: dict[str, Path]) -> None:
         """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
         failed, saves, total = set(), {}, len(photos) * (self.steps + OVERHEAD)
+        stems = dict(zip(photos, file_names(list(photos)), strict=True))
         with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(2) as pool:
 
             def attempt(name, path, work):
@@ -70,7 +72,7 @@ class PhotoBatch:
                 loading, following = following, paths[i + 1] and pool.submit(self.load, paths[i + 1])
                 bar.set_description(Path(name).name[:24])
                 if images := attempt(name, path, lambda name=name, one=loading: self.edit(name, *one.result(), bar)):
-                    saves[name] = pool.submit(self.save, name, path, *images, bar)
+                    saves[name] = pool.submit(self.save, name, stems[name], path, *images, bar)
                 bar.update((i + 1) * (self.steps + OVERHEAD) - bar.n)
             for name, save in saves.items():
                 attempt(name, photos[name], save.result)
@@ -105,12 +107,12 @@ class PhotoBatch:
         self.report(name, result, bar)
         return photo, result.photo
 
-    def save(self, name: str, path: Path, photo: Image.Image, edited: Image.Image, bar: tqdm) -> None:
-        """The edited photo and before_after/."""
+    def save(self, name: str, stem: str, path: Path, photo: Image.Image, edited: Image.Image, bar: tqdm) -> None:
+        """The edited photo and before_after/STEM.jpg."""
         target = self.folder / (f"{Path(name).stem}-photo{Path(name).suffix}" if name in OWN_FILES else name)
         saved = save_like(edited, path, target)
         pair = make_grid([shrink(image, SIDE) for image in (photo, edited)], 2, padding=8)
-        save_image(pair, (self.folder / "before_after" / name).with_suffix(".jpg"), quality=90)
+        save_image(pair, self.folder / "before_after" / f"{stem}.jpg", quality=90)
         for loss in reading_losses(path):
             bar.write(f"note: {saved} has {loss} of {path}", file=sys.stderr)
 

@@ -71,12 +71,12 @@ def build_body(depth: int, width: int, mode: str, strides=STRIDES) -> nn.Sequent
 
 
 class ArcFace(nn.Module):
-    """Faces [N, 3, 112, 112] in [-1, 1] -> embeddings [N, 512] of length 1, whose dot product is the similarity."""
+    """IR-SE50: faces [N, 3, 112, 112] in [-1, 1] -> embeddings [N, 512] of length 1; their dot product: similarity."""
 
-    def __init__(self, depth: int = 50, mode: str = "ir_se"):
+    def __init__(self):
         super().__init__()
         self.input_layer = input_layer(3, 64)
-        self.body = build_body(depth, 64, mode)
+        self.body = build_body(50, 64, "ir_se")
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(512), nn.Dropout(0.6), nn.Flatten(), nn.Linear(512 * 7 * 7, 512), nn.BatchNorm1d(512)
         )

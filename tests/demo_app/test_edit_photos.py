@@ -32,6 +32,7 @@ def photos(tmp_path, astronaut, no_face):
 
 
 def test_a_photo_that_cannot_be_written_leaves_the_others(photos, tmp_path, capsys, monkeypatch):
+    """Of the others two differ in their suffix alone: each has a pair of its own."""
     original = demo_app.batch.save_like
 
     def refuse(image, photo, path):
@@ -41,11 +42,14 @@ def test_a_photo_that_cannot_be_written_leaves_the_others(photos, tmp_path, caps
 
     monkeypatch.setattr(demo_app.batch, "save_like", refuse)
     shutil.copy(photos / "sub" / "Ä stronaut.jpg", photos / "a.jpg")  # the first
+    Image.open(photos / "a.jpg").save(photos / "sub" / "Ä stronaut.png")
     out = tmp_path / "out"
     assert command(photos, "--age", "+12", "--output_dir", out, "--quality", "fast", "--device", "cpu") == 0
     printed = capsys.readouterr()
-    assert "left out: a.jpg" in printed.err and "1 photos edited, 3 left out" in printed.out
+    assert "left out: a.jpg" in printed.err and "2 photos edited, 3 left out" in printed.out
     assert (out / "sub" / "Ä stronaut.jpg").is_file() and not (out / "a.jpg").exists()
+    pairs = {path.name for path in (out / "before_after" / "sub").iterdir()}
+    assert pairs == {"Ä stronaut.jpg.jpg", "Ä stronaut.png.jpg"}
 
 
 def test_folder_end_to_end(photos, tmp_path, capsys):
