@@ -20,18 +20,18 @@ DIFFERENCE_GAIN = 2  # |difference| is shown twice as bright
 
 def make_grid(images, nrow: int = 8, *, padding: int = 2) -> np.ndarray:
     """Images of one size, tensors or arrays -> uint8 [rows, columns, 3], `nrow` per row, white between, none around."""
-    from torchvision.utils import make_grid  # a second or two to import
-
     cells = [np.asarray(to_pil(image)) for image in images]
     if not cells:
         raise ValueError("a grid needs at least one image")
     if len(sizes := {cell.shape[1::-1] for cell in cells}) > 1:
         raise ValueError(f"the images of a grid have one size, not {sorted(sizes)}")
-    if len(cells) == 1:
-        return cells[0]
-    stack = torch.from_numpy(np.stack(cells)).permute(0, 3, 1, 2)  # [N, 3, H, W]
-    grid = make_grid(stack, max(1, min(nrow, len(cells))), padding, pad_value=255).permute(1, 2, 0).numpy()
-    return grid[padding : grid.shape[0] - padding, padding : grid.shape[1] - padding].copy()
+    (height, width), columns = cells[0].shape[:2], max(1, min(nrow, len(cells)))
+    rows, down, right = -(-len(cells) // columns), height + padding, width + padding
+    grid = np.full((rows * down - padding, columns * right - padding, 3), WHITE, np.uint8)
+    for i, cell in enumerate(cells):
+        top, left = i // columns * down, i % columns * right
+        grid[top : top + height, left : left + width] = cell
+    return grid
 
 
 def save_grid(images, path: str | os.PathLike, nrow: int = 8) -> Path:

@@ -87,6 +87,25 @@ class DepthwiseSeparable(nn.Module):
         return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
 
 
+def conv_norm(c_in, c_out, kernel, stride=1, groups=1):
+    convolution = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
+
+
+class InvertedResidual(nn.Module):
+    """Widened by a 1x1 convolution, filtered per channel, narrowed without activation (Sandler et al. 2018, arXiv
+    1801.04381), with the tensor names of torchvision, which takes seconds to import."""
+
+    def __init__(self, c_in, c_out, stride, expansion):
+        super().__init__()
+        width, self.use_res_connect = c_in * expansion, stride == 1 and c_in == c_out
+        layers = conv_norm(c_in, width, 1), conv_norm(width, width, 3, stride, width)
+        self.conv = nn.Sequential(*layers, nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x):
+        return x + self.conv(x) if self.use_res_connect else self.conv(x)  # [N, c_out, H/stride, W/stride]
+
+
 class MobileFaceNet(nn.Module):
     """Faces in the ArcFace template, [N, 3, 112, 112], ImageNet mean and std -> embedding [N, 128], not normalised.
     Tensor names are those of the published state dict (common/weights.py: mobilefacenet)."""
@@ -99,10 +118,7 @@ class MobileFaceNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from torchvision.models.mobilenetv2 import InvertedResidual  # torchvision takes seconds to import
-        from torchvision.ops import Conv2dNormActivation
-
-        self.conv1 = Conv2dNormActivation(3, 64, 3, 2, activation_layer=nn.ReLU6)
+        self.conv1 = conv_norm(3, 64, 3, 2)
         self.dw_conv = DepthwiseSeparable(64)
         blocks, width = [], 64
         for expansion, channels, repeats, first_stride in self.STAGES:
@@ -110,7 +126,7 @@ class MobileFaceNet(nn.Module):
                 blocks.append(InvertedResidual(width, channels, stride, expansion))
                 width = channels
         self.features = nn.Sequential(*blocks)
-        self.conv2 = Conv2dNormActivation(128, 512, 1, activation_layer=nn.ReLU6)
+        self.conv2 = conv_norm(128, 512, 1)
         # depthwise 7x7 on a 7x7 map: a weight of its own for every place, instead of average pooling
         global_depthwise = {"depthwise": nn.Conv2d(512, 512, 7, groups=512, bias=False), "bn": nn.BatchNorm2d(512)}
         self.gdconv = nn.Sequential(OrderedDict(global_depthwise))

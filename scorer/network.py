@@ -3,9 +3,9 @@
     scorer = load_scorer("face-scorer", "cuda")         # or a .safetensors file, "dex", "classifier.json"
     scores = scorer(images)                             # [N, 3, H, W] in [-1, 1] -> [N, A]: years, probabilities
 
-The network: a small residual network (He et al. 2016; blocks from torchvision), or the first stages of EfficientNet-
-Lite0; age as the expected value of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit
-per attribute, calibrated on the validation split (Platt 1999; temperature for age).
+The network: a small residual network (He et al. 2016), or the first stages of EfficientNet-Lite0; age as the expected
+value of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit per attribute, calibrated
+on the validation split (Platt 1999; temperature for age).
 """
 
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
@@ -108,18 +109,33 @@ class ScorerNetwork(nn.Module):
         return self.head(features)  # [N, sum of n_outputs]
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, figure 2), with the tensor names of torchvision, which
+    takes seconds to import."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1):
+        super().__init__()
+        shortcut = None
+        if stride > 1 or c_in != c_out:
+            shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.downsample = shortcut
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))  # [N, c_out, H/stride, W/stride]
+
+
 def build_resnet(width: float) -> tuple[nn.ModuleList, list[int]]:
     """Stages of a small residual network, and their channels."""
-    from torchvision.models.resnet import BasicBlock  # torchvision takes seconds to import
-
     widths = [max(8, round(c * width / 8) * 8) for c in (16, 48, 96, 192)]
     channels = widths[0]
     stages = [nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True))]
     for out, blocks, stride in zip(widths, (1, 2, 2, 2), (1, 2, 2, 2), strict=True):
-        shortcut = None
-        if stride > 1 or channels != out:
-            shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        first = BasicBlock(channels, out, stride, shortcut)
+        first = BasicBlock(channels, out, stride)
         stages.append(nn.Sequential(first, *(BasicBlock(out, out) for _ in range(blocks - 1))))
         channels = out
     return nn.ModuleList(stages), [widths[0], *widths]
