@@ -24,18 +24,8 @@ from pSp.scripts import inference
 
 SIZE = 128  # of the bundled models
 BUNDLED = "checkpoints/face-{}-128.safetensors"
-COMMON = [
-    "--device",
-    "cpu",
-    "--identity",
-    "none",
-    "--perceptual",
-    "scorer:face-scorer",
-    "--step",
-    "2",
-    "--mean_samples",
-    "20",
-]
+COMMON = "--device cpu --identity none --perceptual scorer:face-scorer --step 2 --mean_samples 20".split()
+PSP = "--lpips_net scorer:face-scorer --id_net none --test_workers 0 --device cpu".split()
 
 
 @pytest.fixture
@@ -61,22 +51,7 @@ def invert(root, monkeypatch):
         argv = {
             projector: ["--ckpt", BUNDLED.format("wpp"), "--dataset", *sources, "--output_dir", out, *COMMON],
             edit_conditional: ["--ckpt", BUNDLED.format("cgan"), "--source", *sources, "--output_dir", out, *COMMON],
-            inference: [
-                "--checkpoint_path",
-                BUNDLED.format("psp"),
-                "--data_path",
-                *sources,
-                "--exp_dir",
-                out,
-                "--lpips_net",
-                "scorer:face-scorer",
-                "--id_net",
-                "none",
-                "--test_workers",
-                "0",
-                "--device",
-                "cpu",
-            ],
+            inference: ["--checkpoint_path", BUNDLED.format("psp"), "--data_path", *sources, "--exp_dir", out, *PSP],
         }[script]
         return run(script.main, script.build_parser(), [str(arg) for arg in [*argv, *flags]])
 
@@ -105,16 +80,8 @@ def test_photos_are_aligned_first(script, invert, photos, tmp_path, astronaut, c
     edited = tmp_path / "edited"
     edited.mkdir()
     crop.save(edited / "two.png")
-    argv = [
-        "--paste_back",
-        edited,
-        "--alignment",
-        out / "alignment.json",
-        "--photos",
-        photos,
-        "--output_dir",
-        tmp_path / "pasted",
-    ]
+    argv = ["--paste_back", edited, "--alignment", out / "alignment.json", "--photos", photos]
+    argv += ["--output_dir", tmp_path / "pasted"]
     assert run(align_faces.main, align_faces.build_parser(), [str(arg) for arg in argv]) == 0
     assert image_size(tmp_path / "pasted" / "a b" / "two.png") == astronaut.size
 
@@ -212,30 +179,9 @@ def absent(*args, **kwargs):
 @pytest.mark.slow
 def test_two_processes_share_the_photos(photos, tmp_path, root):
     (photos / "nobody.png").unlink()  # its workers have no replacement of the detector
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "projector.py",
-        "--ckpt",
-        BUNDLED.format("wpp"),
-        "--dataset",
-        photos,
-        "--output_dir",
-        tmp_path / "two",
-        "--align",
-        "auto",
-        *COMMON,
-    ]
-    subprocess.run(
-        [str(word) for word in command],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=600,
-        capture_output=True,
-    )
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 projector.py --ckpt".split()]
+    command += [BUNDLED.format("wpp"), "--dataset", photos, "--output_dir", tmp_path / "two", *COMMON]
+    command += ["--align", "auto"]
+    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "check": True, "timeout": 600, "capture_output": True}
+    subprocess.run([str(word) for word in command], cwd=root, **how)
     assert load_latents(tmp_path / "two").names == ["two.png", "ü 中文.png"]

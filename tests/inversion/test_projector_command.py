@@ -158,7 +158,7 @@ def test_start_from_saved_latents(checkpoint, w_checkpoint, photos, tmp_path, ca
     start(checkpoint, photos, tmp_path / "first")
     start(checkpoint, [photos / "1.png"], tmp_path / "more", "--init", f"latents:{tmp_path / 'first'}", "--step", 1)
     first, more = load_latents(tmp_path / "first"), load_latents(tmp_path / "more")
-    torch.testing.assert_close(more.latents[0], first.latents[1]), "matched by name, not by position; step 0 has size 0"
+    torch.testing.assert_close(more.latents[0], first.latents[1])  # matched by name, not by position; step 0 has size 0
     assert more.extra["settings"]["noise"] == 0, "a start of its own is not perturbed"
     start(checkpoint, photos, tmp_path / "m2", "--init", f"latents:{tmp_path / 'more'}", expect=1)
     assert "has no latent called 0.png (and 3 more of 5 images)" in capsys.readouterr().err

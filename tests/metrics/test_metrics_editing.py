@@ -143,28 +143,9 @@ def read_inputs(folder):
 
 def command(rows, out, *flags):
     ckpts, latents, boundaries = zip(*rows, strict=True)
-    argv = [
-        "--ckpt",
-        *ckpts,
-        "--latent",
-        *latents,
-        "--boundary",
-        *boundaries,
-        "--output_dir",
-        out,
-        "--device",
-        "cpu",
-        "--identity",
-        "none",
-        "--perceptual",
-        "none",
-        "--steps",
-        "5",
-        "--reach",
-        "2",
-        *flags,
-    ]
-    return run(editing.main, editing.build_parser(), [str(arg) for arg in argv])
+    argv = ["--ckpt", *ckpts, "--latent", *latents, "--boundary", *boundaries, "--output_dir", out]
+    argv += "--device cpu --identity none --perceptual none --steps 5 --reach 2".split()
+    return run(editing.main, editing.build_parser(), [str(arg) for arg in (*argv, *flags)])
 
 
 def test_command_writes_table_curves_and_faces(inputs, tmp_path, capsys):

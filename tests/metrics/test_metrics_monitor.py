@@ -36,26 +36,9 @@ def command(capfd, tiny_flags, tmp_path, face_lmdb):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def command(name, *flags):
-        base = [
-            *tiny_flags,
-            "--path",
-            str(face_lmdb),
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            "--n_sample",
-            "4",
-            "--batch",
-            "4",
-            "--log_every",
-            "1",
-            "--extractor",
-            "tiny",
-            "--eval_samples",
-            "12",
-        ]
-        status = run(train.main, train.build_parser(), [*base, "--exp_name", str(tmp_path / name), *map(str, flags)])
+        small = "--device cpu --workers 0 --n_sample 4 --batch 4 --log_every 1 --extractor tiny --eval_samples 12"
+        argv = [*tiny_flags, *small.split(), "--path", face_lmdb, "--exp_name", tmp_path / name, *flags]
+        status = run(train.main, train.build_parser(), list(map(str, argv)))
         return Ending(status, *capfd.readouterr())
 
     yield command
@@ -90,20 +73,8 @@ def test_curve_best_and_resume(command, tmp_path, face_lmdb):
 
     # the script gives the same number for the same checkpoint
     output = tmp_path / "again.jsonl"
-    flags = [
-        "--real",
-        face_lmdb,
-        "--fake",
-        folder / "checkpoint" / "000004.pt",
-        "--n_sample",
-        12,
-        "--extractor",
-        "tiny",
-        "--output",
-        output,
-        "--device",
-        "cpu",
-    ]
+    flags = ["--real", face_lmdb, "--fake", folder / "checkpoint" / "000004.pt", "--output", output]
+    flags += "--n_sample 12 --extractor tiny --device cpu".split()
     assert run(fid.main, fid.build_parser(), list(map(str, flags))) == 0
     (again,) = (r for r in read_records(output) if r["metric"] == "fid-tiny")
     assert again["value"] == pytest.approx(values[4], rel=1e-3)

@@ -115,18 +115,8 @@ def test_script(tmp_path, capfd):
     generator = Generator(config)
     ckpt = tmp_path / "000050.safetensors"
     export_ema({"g_ema": generator.state_dict(), "config": config.to_dict(), "step": 50}, ckpt)
-    flags = [
-        "--ckpt",
-        str(ckpt),
-        "--perceptual",
-        "squeeze",
-        "--n_sample",
-        "6",
-        "--device",
-        "cpu",
-        "--output",
-        str(tmp_path / "m.jsonl"),
-    ]
+    flags = ["--ckpt", str(ckpt), "--output", str(tmp_path / "m.jsonl")]
+    flags += "--perceptual squeeze --n_sample 6 --device cpu".split()
     assert run(ppl.main, ppl.build_parser(), flags) == 0
     assert run(ppl.main, ppl.build_parser(), [*flags, "--space", "z", "--crop", "--sampling", "end"]) == 1
     captured = capfd.readouterr()

@@ -192,7 +192,6 @@ def test_names_and_absent_weights(monkeypatch, tmp_path):
 
 
 def test_auto_prefers_psps_own(monkeypatch):
-
     monkeypatch.setattr("perceptual.identity.find", lambda name, weights_dir=None: "somewhere")
     monkeypatch.setattr("perceptual.identity.load_arcface", lambda device, weights_dir: Kept())
     identity = build_identity("auto")

@@ -18,31 +18,11 @@ from scorer.labels import read_labels
 from scorer.network import load_scorer, save_scorer
 from scorer.training import FaceStore, ScorerTrainer
 
+SMALL = "--input_size 32 --width 0.5 --batch 16 --device cpu --validation 0.25 --log_every 5 --val_every 1000".split()
+
 
 def flags(planted, out, *more):
-    return [
-        "--labels",
-        str(planted / "labels.csv"),
-        "--data",
-        str(planted),
-        "--out",
-        str(out),
-        "--input_size",
-        "32",
-        "--width",
-        "0.5",
-        "--batch",
-        "16",
-        "--device",
-        "cpu",
-        "--validation",
-        "0.25",
-        "--log_every",
-        "5",
-        "--val_every",
-        "1000",
-        *more,
-    ]
+    return ["--labels", planted / "labels.csv", "--data", planted, "--out", out, *SMALL, *more]
 
 
 def call(*args):
