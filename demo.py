@@ -20,7 +20,7 @@ def build_parser() -> ArgumentParser:
     add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
     add("--boundaries", type=Path, help="folder of boundary files (.npz), instead of those in checkpoints/")
     add("--scorer", default="face-scorer-eval", help="that reads attributes: a name or FILE.safetensors")
-    add("--perceptual", default="mobilefacenet", help="distance that is refined: that, vgg, squeeze, alex, scorer:NAME")
+    add("--perceptual", default="mobilefacenet", help="that tuning minimises; also vgg, squeeze, alex, scorer:NAME")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     add("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
     add("--port", type=whole(1, 65535), default=7860, help="port to answer at")

@@ -23,8 +23,8 @@ BISECTIONS = 8
 
 @dataclass(frozen=True)
 class InvertedFace:
-    """A face as a generator holds it; condition, scored: of a conditional one, [d] in [0, 1]: the attributes under
-    which w was found, and those that the scorer reads in it."""
+    """A face as a generator holds it. Of a conditional one also condition, the attributes [d] in [0, 1] under which w
+    was found, and scored, those that the scorer reads in the image."""
 
     name: str
     w: np.ndarray | torch.Tensor  # float32 [L, C]
@@ -48,8 +48,8 @@ def note_tuned(source: Source) -> None:
 
 
 def face_at(source: Source, i: int, generator: Generator | None = None) -> InvertedFace:
-    """The face at position i of saved latents. generator: of the latents, or trained from that one; with weights tuned
-    to the face, where there are any, it draws the face. Raises CheckpointError for those of another generator."""
+    """The face at position i of saved latents. generator: that of the latents, or one trained from it, which draws the
+    face, with the weights tuned to it where there are any. Raises CheckpointError for weights of another generator."""
     (w,) = source.ws([i])
     condition = select_condition(source.condition, [i])
     condition = None if condition is None else condition[0]

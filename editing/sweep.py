@@ -105,7 +105,7 @@ def tolerance(scorer, name) -> float:
 
 
 def describe_target(scorer, name, value, scores) -> str:
-    """Number of faces that came to the target, and the scores of the others, in words."""
+    """Number of faces that reached the target, and the scores of the others, in words."""
     near = tolerance(scorer, name)
     missed = [score for score in scores if abs(score - value) > near]
     rest = f"; the others come to {min(missed):.3g} to {max(missed):.3g} at best, within {LIMIT:g} sd" if missed else ""

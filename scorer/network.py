@@ -4,8 +4,8 @@
     scores = scorer(images)                             # [N, 3, H, W] in [-1, 1] -> [N, A]: years, probabilities
 
 The network: a small residual network (He et al. 2016), or the first stages of EfficientNet-Lite0; age as the expected
-value of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one logit per attribute, calibrated
-on the validation split (Platt 1999; temperature for age).
+value of a distribution over 0..100 years (DEX, Rothe et al. 2015), everything else one output per attribute. Age and
+probabilities are calibrated on the validation split (a temperature; Platt 1999).
 """
 
 from dataclasses import asdict, dataclass

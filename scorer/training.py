@@ -2,8 +2,9 @@
 
 Every random number of a step is drawn from (seed, step): no random state is saved. Age is learnt as a distribution (Gao
 et al. 2018, DLDL-v2: Kullback-Leibler divergence from a Gaussian around the label, plus the absolute error of the
-expected value), all else by cross entropy with soft labels. A missing label has weight 0; the sum over a batch is
-divided by the attribute's mean weight over the training set, so that one with few labels counts as much as the others.
+expected value), probabilities by cross entropy with soft labels, other values by a smooth L1 loss. A missing label has
+weight 0; the sum over a batch is divided by the attribute's mean weight over the training set, so that one with few
+labels counts as much as the others.
 """
 
 import copy
