@@ -74,18 +74,22 @@ def edit_w(w, boundaries: Sequence[Boundary], distances, *, distance="relative",
 
 def edit_face(generator, face: InvertedFace, boundaries, distances, **how) -> list[np.ndarray]:
     """Frames uint8 [size, size, 3] of a face: its inversion, then one per row of distances (see `edit_w`)."""
-    w = torch.as_tensor(face.w, dtype=torch.float32)[None]
-    ws = torch.cat((w, torch.from_numpy(edit_w(face.w, boundaries, distances, **how))))  # [1 + K, L, C]
+    w = np.asarray(face.w, np.float32)[None]
+    return draw_face(generator, face, np.concatenate((w, edit_w(face.w, boundaries, distances, **how))))
+
+
+def draw_face(generator, face: InvertedFace, ws: np.ndarray) -> list[np.ndarray]:
+    """Frames uint8 [size, size, 3] of latents [K, L, C] under the noise and the condition of a face."""
     condition = None if face.condition is None else face.condition[None]
-    return list(render(generator, ws, noise=face.noise, condition=condition))
+    return list(render(generator, torch.from_numpy(ws), noise=face.noise, condition=condition))
 
 
 def score_along(generator, face: InvertedFace, boundary, scorer, column: int, layers=None) -> Callable:
     """The function distances [K] (relative, latent units) -> what the scorer's `column` sees there, [K]."""
 
     def score(distances):
-        _, *frames = edit_face(generator, face, [boundary], distances, layers=layers)
-        return score_frames(scorer, frames)[:, column]
+        ws = edit_w(face.w, [boundary], distances, layers=layers)
+        return score_frames(scorer, draw_face(generator, face, ws))[:, column]
 
     return score
 
