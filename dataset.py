@@ -211,16 +211,16 @@ class InfiniteSampler:
         return np.searchsorted(self._bounds, points, side="right").clip(max=self.n - 1)[order]
 
     def advance(self, n_samples: int) -> None:
-        """Counts samples used by all ranks together: batch x world_size per step."""
+        """Count samples used by all ranks together: batch x world_size per step."""
         self.position += n_samples
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         """Plain values for a checkpoint: position in global samples, seed, number of images, weights of the sources."""
         state = {"position": self.position, "seed": self.seed, "n": self.n}
         return state | ({"source_weights": self.source_weights} if self.source_weights else {})
 
-    def load(self, state: dict) -> None:
-        """Continues where `state` was taken. Warns if the data set or its source weights have changed since."""
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was taken. Warns if the data set or its source weights have changed since."""
         if state["n"] != self.n:
             warnings.warn(f"the data set had {state['n']} images and has {self.n} now: another order", stacklevel=2)
         if (before := state.get("source_weights")) != self.source_weights:
@@ -273,7 +273,7 @@ class BatchStream:
 
 
 def _kill_workers(stream: weakref.ref[BatchStream]) -> None:
-    """At the end of the process, when nobody waits for a batch any more."""
+    """Kill the workers at the end of the process, when nobody waits for a batch any more."""
     workers = getattr(getattr(stream(), "_batches", None), "_workers", ())
     if workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler takes it for an accident

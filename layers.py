@@ -249,7 +249,7 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Modulated 1x1 convolution to three channels, no demodulation, added to the upsampled image so far."""
+    """Modulated 1x1 convolution to RGB without demodulation, added to the upsampled image of the lower resolutions."""
 
     def __init__(self, in_channel, style_dim, upsample=True):
         super().__init__()

@@ -228,7 +228,7 @@ class Discriminator(nn.Module):
         return self.convs(x)
 
     def forward(self, images, dtype=None, group: int | None = None):
-        """group: size of the minibatch-stddev groups (default: the largest <= 4 that divides the batch)."""
+        """Logits [N, 1]. group: size of the minibatch-stddev groups (default: of `stddev_group`)."""
         x = self.features(images, dtype).to(self.final_conv[0].weight.dtype)  # the head keeps the parameters' precision
         n, channels, height, width = x.shape
         group = group or stddev_group(n)

@@ -104,7 +104,7 @@ def main(args) -> int:
         order = {"seed": args.seed, "source_weights": args.source_weights, "names": dataset.names}
         sampler = InfiniteSampler(len(dataset), rank=dist.rank, world_size=dist.world_size, **order)
         if "sampler" in start.state and start.continues:
-            sampler.load(start.state["sampler"])
+            sampler.load_state_dict(start.state["sampler"])
         condition = read_fields(ConditionSettings, options)
         trainer = build_trainer(config, settings, dist, condition=condition, dataset=dataset, start=start)
         continued = start.path if start.continues else None

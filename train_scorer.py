@@ -100,7 +100,7 @@ def main(args) -> None:
     sampler = InfiniteSampler(len(faces), seed=args.seed)
     if state is not None:
         trainer.load_state_dict(state, source)
-        sampler.load(state["sampler"])
+        sampler.load_state_dict(state["sampler"])
     elif args.backbone == "efficientnet":
         trainer.start_from_imagenet()
 

@@ -27,7 +27,7 @@ RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scri
 
 
 class UserError(ValueError):
-    """A mistake of the user's, in one sentence: the file or flag, what is expected, what is there."""
+    """A user's mistake, in one sentence: the file or flag, what is expected, what is there."""
 
 
 class UsageError(UserError):
@@ -35,7 +35,7 @@ class UsageError(UserError):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. No Exception, so that nothing on the way to `run` takes it for a failure of its own."""
+    """SIGTERM arrived. Not an Exception, so that nothing between here and `run` takes it for a failure of its own."""
 
 
 class Flags(argparse.Namespace):
@@ -62,7 +62,7 @@ class Flags(argparse.Namespace):
 
 
 def is_like(value, default) -> bool:
-    """Has `value` the type of a flag's default? Numbers are alike, and anything where there is no default."""
+    """Whether `value` has the type of a flag's default; all numbers are one type, and no default admits anything."""
     numbers = isinstance(value, (int, float)) and isinstance(default, (int, float))
     return default is None or type(value) is type(default) or numbers
 

@@ -32,7 +32,7 @@ class DistributedError(ConnectionError):
 
 @dataclass(frozen=True)
 class Distributed:
-    """Place of this process among all. As a context it ends with `shutdown`."""
+    """Place of this process among all; a context that ends with `shutdown`."""
 
     rank: int
     world_size: int

@@ -198,6 +198,6 @@ def safe_name(text: str) -> str:
 
 
 def safe_path(text: str, fallback: str = "unnamed") -> str:
-    """Like `safe_name`, of a relative path: its folders stay, upwards it does not go."""
+    """`text` as a relative path of safe names: its folders stay, but it never leads upwards."""
     parts = [safe_name(part) for part in re.split(r"[/\\]", str(text)) if part.strip() not in ("", ".", "..")]
     return "/".join(parts) or fallback

@@ -37,7 +37,7 @@ def not_negative(value) -> bool:
 
 
 def add_training_flags(parser, *, published: str, keep: int, workers: int, wandb: str) -> None:
-    """Where a training starts, what it keeps, the machine. published, wandb: names of two published flags."""
+    """Add flags on where a training starts, what it keeps, and the machine. published, wandb: two published flags."""
     add = parser.add_argument_group("start", "a continued run keeps its options; a given flag wins").add_argument
     add("--resume", metavar="auto|PATH", help="continue a run; auto: its newest checkpoint, if any")
     add(f"--{published}", metavar="PATH", help="continue from this checkpoint (the published flag)")
@@ -58,7 +58,7 @@ def add_preset_flag(group) -> None:
 
 
 def add_face_flags(group) -> None:
-    """--align and --fit, for images that are not aligned or not square."""
+    """Add --align and --fit, for images that are not aligned or not square."""
     add = group.add_argument
     add("--align", choices=("auto", "off"), default="off", help="auto: align raw photos first, into OUTPUT_DIR/aligned")
     add("--fit", choices=FITS, default="crop", help="for images that are not square")

@@ -12,7 +12,7 @@ from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, loa
 from common.files import check_shape
 
 STATISTICS = ("latent_mean", "latent_std")  # tensors of an exported file: [L, style_dim] and [L] of w
-# Of a config, so that no file makes us build what no machine holds
+# Bounds on a config: no file makes us build what no machine holds
 LIMITS = {"style_dim": (1, 1 << 14), "n_mlp": (1, 64), "channel_multiplier": (1e-6, 1e3), "channel_max": (1, 1 << 14)}
 LIMITS |= {"lr_mlp": (1e-9, 1e3), "condition_dim": (0, 1 << 12), "channel_base": (0, 1 << 24)}
 
@@ -239,7 +239,7 @@ def generator_fingerprint(weights: dict) -> str:
 
 
 def discriminator_file(path: str | Path) -> Path:
-    """Where the discriminator of an exported generator is kept: face.safetensors -> face-d.safetensors."""
+    """Path of the discriminator beside an exported generator: face.safetensors -> face-d.safetensors."""
     path = Path(path)
     return path.with_name(f"{path.stem}-d{path.suffix}")
 

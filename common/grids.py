@@ -35,7 +35,7 @@ def make_grid(images, nrow: int = 8, *, padding: int = 2) -> np.ndarray:
 
 
 def save_grid(images, path: str | os.PathLike, nrow: int = 8) -> Path:
-    """make_grid, written to a file."""
+    """Write the grid of `make_grid` to a file."""
     return save_image(make_grid(images, nrow), path)
 
 

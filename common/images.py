@@ -81,7 +81,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def reading_losses(path: str | os.PathLike) -> list[str]:
-    """In words, all that `read_image` leaves out of a file; alpha is not among it, `background=None` keeps it."""
+    """Sentences on what `read_image` leaves out of a file; not on alpha, which `background=None` keeps."""
     with _open(path) as image:
         losses, n_frames = [], getattr(image, "n_frames", 1)
         if n_frames > 1 and image.format != "MPO":  # a phone's JPEG, whose further images are previews and depth
@@ -92,7 +92,7 @@ def reading_losses(path: str | os.PathLike) -> list[str]:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """All that claims to be an image, by its suffix, below a folder at any depth, sorted by its relative POSIX path.
+    """Files below a folder, at any depth, that have the suffix of an image, sorted by their relative POSIX path.
     Hidden files and folders are left out, links to folders followed once; dangling links, pipes and closed sub-folders
     are reported by whoever tries to read them. Raises FileNotFoundError, ValueError for a file, OSError."""
     folder = Path(folder)

@@ -93,7 +93,7 @@ def _finished(out: Path, settings: dict, sources: list[list]) -> dict | None:
 
 
 def encode(settings: dict, paths: list[Path]) -> list[tuple]:
-    """For each path (its encoding at each size, (width, height)), or (why the file is left out, None)."""
+    """One pair per path: (its encodings, one per size; (width, height)), or (why it is left out; None)."""
     results = []
     for path in paths:
         try:
@@ -163,7 +163,7 @@ class StoreWriter:
         self.file.unlink(missing_ok=True)
 
     def write(self, items: list[tuple[list[bytes] | str, tuple[int, int] | None]]) -> None:
-        """One transaction for the next sources, see `encode`. Raises OSError, early, if the disk will not do."""
+        """Write the next sources, as `encode` gave them, in one transaction. Raises OSError before the disk is full."""
         entries, skipped, good, start = {}, [], [], len(self.good) + len(self.skipped)
         for (name, *_), (encoded, size) in zip(self.sources[start:], items, strict=False):
             if size is None:

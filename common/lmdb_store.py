@@ -22,7 +22,7 @@ class DatasetError(ValueError):
 
 
 def is_lmdb(path: Path) -> bool:
-    """Whether `path` is an LMDB, and no folder of images."""
+    """Whether `path` is an LMDB rather than a folder of images."""
     return path.is_file() or any((path / name).exists() for name in (DATA_FILE, BUILDING_FILE))
 
 

@@ -50,7 +50,7 @@ def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def process_start(pid: int) -> str | None:
-    """When process `pid` of this machine started, in the system's units; "" where unknown; None: no such process."""
+    """Start time of process `pid` of this machine, in the system's units; "" if unknown, None if there is none."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     if Path("/proc/self/stat").exists():

@@ -211,7 +211,7 @@ def git_commit():
 
 
 def read_log(path):
-    """The lines of a log.jsonl as dicts, without a last line torn by a crash. Raises ValueError for an earlier one."""
+    """The lines of a log.jsonl as dicts, but for a last one torn by a crash. Raises ValueError for any other damage."""
     with open_regular(path) as file:
         *whole, torn = file.read().split(b"\n")  # a whole line ends with a newline
     records = []

@@ -36,7 +36,7 @@ def csv_text(rows: Iterable[Sequence], end: str = "\n") -> str:
 
 
 def write_skipped(folder: str | os.PathLike, skipped: dict[str, str]) -> None:
-    """skipped.csv: path, reason; absent when nothing was skipped."""
+    """Write skipped.csv (path, reason) and a note to stderr; without skipped images remove an earlier one."""
     path = Path(folder) / "skipped.csv"
     if not skipped:
         path.unlink(missing_ok=True)

@@ -93,10 +93,10 @@ def discriminator_tensors(network: Network, config: GeneratorConfig, source: str
 
 
 def _rename(network: Network, names: dict[str, str], source: str) -> dict[str, torch.Tensor]:
-    """Every tensor under our name and shape; CheckpointError when one is absent or has no place with us."""
+    """Every tensor under our name and shape; CheckpointError when one is absent or has no counterpart in ours."""
     tensors = {name: value for name, value in network.tensors.items() if not THEIRS_ALONE.fullmatch(name)}
     wrong = [f"no {name}" for name in names if name not in tensors]
-    wrong += [f"{name}, for which ours has no place" for name in tensors if name not in names]
+    wrong += [f"{name}, which has no counterpart in ours" for name in tensors if name not in names]
     if wrong:
         raise CheckpointError(f"{source} is another network than StyleGAN2's published ones: it has {wrong[0]}")
     return {ours: _reshape(ours, tensors[theirs]) for theirs, ours in names.items()}
@@ -154,7 +154,7 @@ def _require_stylegan2(network: Network, kind: str, architecture: str, source: s
 
 
 def _require_linear_gains(network: Network, mapping: list[str], source: str) -> None:
-    """Learning-rate multipliers other than 1 are the mapping network's alone with us."""
+    """Raise CheckpointError for a learning-rate multiplier other than 1 outside the mapping network: ours has none."""
     for name, layer in network.layers.items():
         if name not in mapping and layer.values.get("bias_gain", 1) != 1:
             raise CheckpointError(f"{source} has the lr_multiplier {layer.values['bias_gain']} in {name}; ours is 1")

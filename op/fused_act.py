@@ -74,7 +74,7 @@ def noise_bias_act(
 
 
 def fits(input, negative_slope) -> bool:
-    """The kernels read the sign of the sum off the result, and take no empty tensor."""
+    """Whether the kernels can run: they read the sign of the sum off the result, and take no empty tensor."""
     return negative_slope >= 0 and input.numel() > 0
 
 

@@ -67,8 +67,8 @@ def output_size(shape, kernel_shape, up, down, pad) -> tuple[int, int]:
 
 
 def resample(input, kernel, up, down, pad):
-    """By the Triton kernel, or the reference: depthwise convolutions on the tensor's own memory layout; zeros are
-    inserted only where `up` and `down` are both above one (which StyleGAN2 never needs)."""
+    """upfirdn2d by the Triton kernel, or by the reference: depthwise convolutions in the tensor's own memory layout.
+    Twofold upsampling with an even kernel, all that StyleGAN2 needs, inserts no zeros."""
     kernel, channels = kernel.flip(0, 1), input.shape[1]
     fast = kernels(input)
     if fast is not None and input.numel() > 0:
@@ -89,7 +89,7 @@ def resample(input, kernel, up, down, pad):
 
 
 def upsample_polyphase(input, kernel, pad):
-    """Two-fold upsampling without multiplying the inserted zeros: each of the four output phases is the input filtered
+    """Twofold upsampling without multiplying the inserted zeros: each of the four output phases is the input filtered
     with every second tap of the (already flipped) kernel. Four times fewer multiplications than zero insertion."""
     n, channels, height, width = input.shape
     out_height, out_width = output_size(input.shape, kernel.shape, (2, 2), (1, 1), pad)

@@ -130,7 +130,7 @@ class Coach:
         resume_step = 0  # drops what a run logged that was killed before it saved
         if start.continues:
             self.resume(start.state, start.path)
-            sampler.load(start.state["sampler"])
+            sampler.load_state_dict(start.state["sampler"])
             resume_step = self.net.step + 1
         opts, wandb = options | {"output_size": self.net.decoder.config.size}, options["use_wandb"] and "wpp-psp"
         with open_run(folder, options, dist, resume_step=resume_step, folders=FOLDERS, wandb=wandb) as run:
@@ -165,7 +165,7 @@ class Coach:
                 if "val" in due:
                     metrics = self.validate_and_save(held_out, run, opts)
                 if "save" in due or ending:
-                    state = self.state_dict(opts) | {"sampler": sampler.state()}
+                    state = self.state_dict(opts) | {"sampler": sampler.state_dict()}
                     if dist.is_main:
                         save(state, run, self.settings.keep)
                     barrier()

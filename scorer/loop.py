@@ -76,7 +76,7 @@ def train(
                 bar.speed(step, batch)  # measured from here
             if "save" in due or ending:
                 path = run.path("checkpoint", f"{step:06d}.pt")
-                save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state(), "options": options})
+                save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state_dict(), "options": options})
                 for old in sorted(path.parent.glob("*.pt"))[:-KEPT]:
                     old.unlink()
             if ending and step < total:

@@ -80,7 +80,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
         kinds[name] = (path, list(readers))
 
     state = Trainer(config, TrainSettings(batch=2), ALONE).state_dict()
-    state |= {"options": {"batch": 2, "noise": "none", "iter": 7}, "sampler": InfiniteSampler(5).state()}
+    state |= {"options": {"batch": 2, "noise": "none", "iter": 7}, "sampler": InfiniteSampler(5).state_dict()}
     names = tuple(KNOWN)[:2]
     spec = Condition(names, ("probability", "years"), (0.5, 0.3), "face-scorer", "0" * 16)
     torch.save(state | {"condition": spec.to_dict()}, folder / "training.pt")
@@ -205,7 +205,7 @@ def continue_training(path):
     restore_options(args, start.options, path)
     trainer = Trainer(start.config, TrainSettings(batch=2), ALONE)
     trainer.load_state_dict(start.state, path)
-    InfiniteSampler(5).load(start.state["sampler"])
+    InfiniteSampler(5).load_state_dict(start.state["sampler"])
 
 
 KINDS = (

@@ -46,10 +46,10 @@ def test_sources_are_drawn_by_their_weights():
     assert counts[1:].min() >= 2, "rounding falls on other images in each epoch"
 
     sampler = InfiniteSampler(40, seed=3, source_weights=weights, names=names)
-    state = sampler.state()
+    state = sampler.state_dict()
     assert state["source_weights"] == weights
     with pytest.warns(UserWarning, match="source weights"):
-        InfiniteSampler(40).load(state)
+        InfiniteSampler(40).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -71,21 +71,21 @@ def test_resumes_at_the_place(position):
     for rank in range(2):
         whole = take(InfiniteSampler(7, rank=rank, world_size=2, seed=1), 40)
         sampler = InfiniteSampler(7, rank=rank, world_size=2, seed=9)
-        sampler.load({"position": 2 * position, "seed": 1, "n": 7})
+        sampler.load_state_dict({"position": 2 * position, "seed": 1, "n": 7})
         assert take(sampler, 10) == whole[position : position + 10]
 
 
 def test_iterating_does_not_move_the_state():
     sampler = InfiniteSampler(7, world_size=2, seed=1)
     take(sampler, 9)
-    assert sampler.state() == {"position": 0, "seed": 1, "n": 7}
+    assert sampler.state_dict() == {"position": 0, "seed": 1, "n": 7}
     sampler.advance(6)
-    assert sampler.state()["position"] == 6
+    assert sampler.state_dict()["position"] == 6
 
 
 def test_changed_data_set_warns():
     with pytest.warns(UserWarning, match="had 9 images and has 7 now"):
-        InfiniteSampler(7).load({"position": 3, "seed": 0, "n": 9})
+        InfiniteSampler(7).load_state_dict({"position": 3, "seed": 0, "n": 9})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -95,7 +95,7 @@ def test_stream_resumes_exactly_in_spite_of_prefetching(store, workers):
     def stream(state=None):
         sampler = InfiniteSampler(len(data), rank=1, world_size=2, seed=4)
         if state:
-            sampler.load(state)
+            sampler.load_state_dict(state)
         return data_loader(data, 3, sampler, workers=workers)
 
     batches = stream()
@@ -105,7 +105,7 @@ def test_stream_resumes_exactly_in_spite_of_prefetching(store, workers):
     batches = stream()
     for _ in range(2):
         next(batches)
-    state = batches.sampler.state()
+    state = batches.sampler.state_dict()
     batches.close()
     batches = stream(state)
     assert all(torch.equal(next(batches), expected) for expected in whole[2:])
@@ -117,7 +117,7 @@ def test_restart_goes_back_to_the_samplers_position(store):
     sampler = InfiniteSampler(len(data), seed=4)
     batches = data_loader(data, 3, sampler, workers=1)
     whole = [next(batches) for _ in range(4)]
-    sampler.load({"position": 3, "seed": 4, "n": 7})
+    sampler.load_state_dict({"position": 3, "seed": 4, "n": 7})
     batches.restart()
     assert all(torch.equal(next(batches), expected) for expected in whole[1:])
     assert sampler.position == 12

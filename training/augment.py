@@ -208,8 +208,10 @@ class AdaptiveAugment:
 
     def update(self) -> None:
         """Adjust p at every interval-th call, once per step."""
-        self._updates += self.target is not None
-        if self.target is None or self._updates % self.interval:
+        if self.target is None:
+            return
+        self._updates += 1
+        if self._updates % self.interval:
             return
         signs, images = self._total()
         self.r = signs / max(1, images)

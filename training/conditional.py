@@ -45,8 +45,8 @@ class ConditionalTrainer(Trainer):
                     self.frozen.add(parameter)
 
     def draw_condition(self, n):
-        """Those of n real faces, [n, d], each attribute with the probability --attr_permute that of another face: this
-        separates what goes together in the data."""
+        """Attributes [n, d] of real faces, each with probability --attr_permute taken from another face: this separates
+        what goes together in the data."""
         faces = torch.randint(len(self.table), (n, 1), device=self.table.device).expand(-1, self.table.shape[1])
         others = torch.randint(len(self.table), faces.shape, device=self.table.device)
         swapped = torch.rand(faces.shape, device=self.table.device) < self.condition.attr_permute
@@ -73,7 +73,7 @@ class ConditionalTrainer(Trainer):
             hint = "pass a training checkpoint (.pt), or leave out --light"
             raise CheckpointError(f"{source} has no discriminator, which --light needs to keep faces real: {hint}")
         super().warm_start(weights, source)
-        if self.condition.light:  # what is kept must be what is averaged
+        if self.condition.light:  # what stays frozen in g is that of the average
             self.g.load_state_dict(self.g_ema.state_dict())
 
     @property

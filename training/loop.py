@@ -50,7 +50,7 @@ def training_loop(
         barrier()  # waits as long as it takes; an all-reduce of the next step would give up
 
     def save():
-        state = trainer.state_dict() | {"options": options, "sampler": sampler.state()}  # collective
+        state = trainer.state_dict() | {"options": options, "sampler": sampler.state_dict()}  # collective
         if dist.is_main:
             save_and_prune(run, state, settings.keep)
         barrier()
@@ -198,7 +198,7 @@ def roll_back(trainer: Trainer, batches: BatchStream, run: Run, names: str, on_n
     state = rename_keys(load_checkpoint(path))
     trainer.load_state_dict(state, path)
     trainer.rng_offset += count
-    batches.sampler.load(state["sampler"])
+    batches.sampler.load_state_dict(state["sampler"])
     batches.restart()
     run.log(trainer.n_steps, "Rollback", cause=names, checkpoint=path.name)
 

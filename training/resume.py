@@ -80,7 +80,7 @@ def rename_keys(state: dict) -> dict:
 
 
 def cpu_preset(size: int | None, batch: int, start: Start) -> dict:
-    """Flags for a short training on processors (docs/training.md says what each brings), of a new run."""
+    """Flags of a new, short run on processors; docs/training.md says what each brings."""
     size, warm = size or (start.config or GeneratorConfig()).size, start.path is not None
     r1 = round(0.0002 * size**2 / (batch * int(os.environ.get("WORLD_SIZE") or 1)), 3)  # ADA's rule
     chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}

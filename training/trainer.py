@@ -1,8 +1,8 @@
 """Adversarial training of the generator: the networks, their optimisers, one step, the state.
 
-A step runs up to four phases: D, every 16 steps R1, G, every 4 steps path length; --one_stage: D and G in one. The
-regularisers are computed in float32, their weight makes up for the steps between (Karras et al. 2020, arXiv 1912.04958,
-section 3.1, appendix B).
+A step has up to four phases: D, R1 (every 16 steps), G, and path length (every 4 steps); with --one_stage D and G are
+one. The regularisers are computed in float32 and weighted by the number of steps that they stand for (Karras et al.
+2020, arXiv 1912.04958, section 3.1, appendix B).
 Every random number of a step is drawn from (seed, step, phase, micro-batch), so that no random state is saved, and R
 processes draw what one process draws over R micro-batches."""
 
@@ -34,7 +34,7 @@ WEIGHT_STREAM = 0x77656967
 
 @dataclass(frozen=True)
 class Phase:
-    """One update within a step: the gradient of gain * loss moves what the optimisers hold, every so many steps."""
+    """One update within a step: at every `every`-th step the optimisers follow the gradient of gain * loss."""
 
     name: str
     loss: Callable[[torch.Tensor], torch.Tensor]  # real images [N, 3, S, S] in [-1, 1] -> scalar
@@ -140,7 +140,7 @@ class Trainer:
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
     def discriminate(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
-        """For each batch of images the logits [N, 1] of d, then those [N, P] of each head of the vision-aided one."""
+        """Logits of each batch of images: [N, 1] of d, then [N, P] of each head of the vision-aided discriminator."""
         logits = [[self.d(self.ada(images), dtype=self.dtype)] for images in batches]
         if self.aux_d is not None:
             logits = [[*first, *self.aux_d(images, self.dtype)] for first, images in zip(logits, batches, strict=True)]
@@ -157,7 +157,8 @@ class Trainer:
         return loss
 
     def d_loss(self, real: torch.Tensor, logits: list | None = None) -> torch.Tensor:
-        """logits: of real and generated images by `discriminate`, where they are known. ADA counts the real ones."""
+        """Logistic loss of D, whose logits of real images ADA counts. logits: of `discriminate` for real and generated
+        images, if they are known."""
         if logits is None:
             with torch.no_grad():
                 fake, _ = self.generate(len(real), self.dtype)

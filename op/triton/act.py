@@ -116,7 +116,7 @@ def backward_kernel(
 
 
 def is_last(x: torch.Tensor) -> bool:
-    """Are channels contiguous in a dense tensor? [N, C] counts as N pixels of C channels."""
+    """Whether channels are contiguous in a dense tensor; [N, C] counts as N pixels of C channels."""
     return x.ndim == 2 or (x.ndim == 4 and not x.is_contiguous())
 
 
@@ -151,7 +151,7 @@ def cut(x: torch.Tensor, *, per_image: bool = True):
 
 
 def device_of(x: torch.Tensor):
-    """Triton launches on the current device."""
+    """Context that makes the device of x the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
