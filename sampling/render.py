@@ -162,7 +162,8 @@ def latents_source(
             raise ValueError(f"{path}: noise maps {found}; the generator takes {expected}")
     else:
         record = saved.extra.get(RECORD, {})
-        seeds = record.get("seeds", range(len(saved)))
+        if len(seeds := record.get("seeds", range(len(saved)))) != len(saved):
+            raise ValueError(f"{path}: {len(saved)} latents, but {len(seeds)} seeds in its record of the rendering")
         noise_seed = record.get("noise_seed", 0) if noise_seed is None else noise_seed
         maps = noise_maps(generator, noise or record.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
 

@@ -1,5 +1,6 @@
 """generate.py: names, grids, saved latents, and exports."""
 
+import json
 import shutil
 
 import numpy as np
@@ -20,22 +21,8 @@ from training.trainer import Trainer, TrainSettings
 
 
 def test_single_files_and_grid(ckpt, generator, tmp_path, capsys):
-    assert (
-        command(
-            "--ckpt",
-            ckpt,
-            "--seeds",
-            "2-4,10",
-            "--trunc",
-            0.6,
-            "--truncation-mean",
-            100,
-            "--grid",
-            "--outdir",
-            tmp_path / "ü out",
-        )
-        == 0
-    )
+    flags = "--seeds 2-4,10 --trunc 0.6 --truncation-mean 100 --grid".split()
+    assert command("--ckpt", ckpt, *flags, "--outdir", tmp_path / "ü out") == 0
     found = images_in(tmp_path / "ü out")
     assert list(found) == ["grid.png", "seed0002.png", "seed0003.png", "seed0004.png", "seed0010.png"]
     expected = seed_images(generator, [2, 3, 4, 10], truncation=0.6)
@@ -44,31 +31,26 @@ def test_single_files_and_grid(ckpt, generator, tmp_path, capsys):
     assert "4 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [[], ["--noise", "random", "--noise_seed", "5"], ["--noise", "none"]])
-def test_saved_latents_give_the_same_pictures(ckpt, generator, tmp_path, flags):
+@pytest.mark.parametrize("noise", ["", "--noise random --noise_seed 5", "--noise none"])
+def test_saved_latents_give_the_same_images(ckpt, generator, tmp_path, noise):
     """With the noise they were drawn with, which latents.json records."""
-    assert (
-        command(
-            "--ckpt",
-            ckpt,
-            "--seeds",
-            "3,8,1",
-            "--truncation",
-            0.5,
-            "--truncation_mean",
-            50,
-            "--save_latents",
-            "--output_dir",
-            tmp_path / "a",
-            *flags,
-        )
-        == 0
-    )
+    flags = f"--seeds 3,8,1 --truncation 0.5 --truncation_mean 50 --save_latents {noise}".split()
+    assert command("--ckpt", ckpt, *flags, "--output_dir", tmp_path / "a") == 0
     saved = load_latents(tmp_path / "a" / "latents", expect_fingerprint=generator.fingerprint)
     assert saved.space == generator.config.space and saved.names == ["seed0003", "seed0008", "seed0001"]
     assert command("--ckpt", ckpt, "--latents", tmp_path / "a" / "latents", "--output_dir", tmp_path / "b") == 0
     before, after = images_in(tmp_path / "a"), images_in(tmp_path / "b")
     assert before.keys() == after.keys() and all(close(before[name], after[name]) for name in before)
+
+
+def test_a_record_of_other_latents_is_refused(wpp_ckpt, tmp_path, capsys):
+    flags = "--seeds 1-3 --noise random --save_latents".split()
+    assert command("--ckpt", wpp_ckpt, *flags, "--output_dir", tmp_path) == 0
+    description = tmp_path / "latents" / "latents.json"
+    text = json.dumps(json.loads(description.read_text()) | {"extra": {"rendering": {"seeds": [1], "noise": "random"}}})
+    description.write_text(text)
+    assert command("--ckpt", wpp_ckpt, "--latents", tmp_path / "latents", "--output_dir", tmp_path / "b") == 1
+    assert "3 latents, but 1 seeds in its record" in capsys.readouterr().err
 
 
 def saved_projection(generator, folder, **changes):

@@ -92,22 +92,8 @@ def test_loop_is_closed():
 
 
 def test_mixing_grid(ckpt, generator, tmp_path):
-    assert (
-        command(
-            "--ckpt",
-            ckpt,
-            "--mix",
-            "0,1",
-            "5-7",
-            "--mix_layers",
-            "0-1,4",
-            "--noise",
-            "random",
-            "--output_dir",
-            tmp_path,
-        )
-        == 0
-    )
+    flags = "--mix 0,1 5-7 --mix_layers 0-1,4 --noise random".split()
+    assert command("--ckpt", ckpt, *flags, "--output_dir", tmp_path) == 0
     grid = np.asarray(Image.open(tmp_path / "mix.png"))
     cell = {(r, c): grid[18 * r : 18 * r + 16, 18 * c : 18 * c + 16] for r in range(3) for c in range(4)}
     assert grid.shape == (3 * 18 - 2, 4 * 18 - 2, 3) and (cell[0, 0] == 255).all()
@@ -131,27 +117,8 @@ def test_video_passes_every_seed(ckpt, generator, tmp_path, monkeypatch, space, 
     monkeypatch.setattr(
         "sampling.output.save_video", lambda frames, path, fps: seen.update(frames=list(frames), fps=fps)
     )
-    assert (
-        command(
-            "--ckpt",
-            ckpt,
-            "--seeds",
-            "3-5",
-            "--interpolate",
-            space,
-            "--frames",
-            4,
-            "--fps",
-            12,
-            "--batch",
-            3,
-            "--noise",
-            noise,
-            "--video",
-            tmp_path / "a.gif",
-        )
-        == 0
-    )
+    flags = f"--seeds 3-5 --interpolate {space} --frames 4 --fps 12 --batch 3 --noise {noise}".split()
+    assert command("--ckpt", ckpt, *flags, "--video", tmp_path / "a.gif") == 0
     assert len(seen["frames"]) == 12 and seen["fps"] == 12
     assert close(np.stack(seen["frames"][::4]), seed_images(generator, [3, 4, 5], noise=noise))
     assert len({frame.tobytes() for frame in seen["frames"]}) == 12

@@ -39,17 +39,7 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
         port = probe.getsockname()[1]
     small = [*tiny_flags, *"--device cpu --iter 4 --save_every 2 --log_every 1 --keep 0 --workers 1 --augment".split()]
     small += ["--sample_every", "2"]
-    published = [
-        "train.py",
-        "--path",
-        face_lmdb,
-        "--exp_name",
-        tmp_path / "launched",
-        "--batch",
-        "8",
-        "--n_sample",
-        "64",
-    ]
+    published = ["train.py", "--path", face_lmdb, "--exp_name", tmp_path / "launched", "--batch", 8, "--n_sample", 64]
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"]
     ending = good(end(start([*launch, *published, *small], root, env={"PET_MASTER_PORT": str(port)})))
     assert "batch 8 x 2" in ending.out and ending.out.count("a new run") == 1, "one process speaks"
