@@ -109,8 +109,9 @@ def main(args) -> None:
         if not done:
             every = {"log": args.log_every, "val": args.val_every, "save": args.save_every}
             resumed = trainer.step + 1 if state else 0  # 0: also what a run logged that was killed before it saved
-            with Run(args.out, args, resume_step=resumed) as run:
-                how = {"every": every, "options": dict(vars(args)), "source": source}
+            options = dict(vars(args))
+            with Run(args.out, options, resume_step=resumed) as run:
+                how = {"every": every, "options": options, "source": source}
                 train(trainer, faces, validation, sampler, run, **how)
         report = export(trainer, validation, scorer_file, half=not args.full)
         write_json(scorer_file.with_name("validation.json"), report)

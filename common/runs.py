@@ -118,8 +118,8 @@ def claim_folder(file: Path, settings: dict, *, results: str, otherwise: str) ->
 
 class Run:
     """A run folder open for writing by the main process; with `main=False` (other ranks) nothing is written. options:
-    dict or argparse.Namespace. resume_step: the log of an earlier start is dropped from this step on. folders: created
-    inside. Raises OSError naming the folder."""
+    a dict. resume_step: the log of an earlier start is dropped from this step on. folders: created inside. Raises
+    OSError naming the folder."""
 
     def __init__(self, folder, options, *, main=True, resume_step=None, folders=FOLDERS):
         self.folder = Path(folder)
@@ -133,7 +133,7 @@ class Run:
             count = len(list(self.folder.glob("options-*.json")))
             earlier.rename(self.folder / f"options-{count + 1}.json")
         circumstances = {  # enough to repeat the run
-            "options": options if isinstance(options, dict) else vars(options),
+            "options": options,
             "command": [sys.executable, *sys.argv],
             "world_size": int(os.environ.get("WORLD_SIZE") or 1),
             "versions": {"python": platform.python_version()} | {n: v for n, v in package_versions().items() if v},

@@ -18,7 +18,6 @@ from PIL import Image
 from stores import encode, flat_image, rosinality_items, write_lmdb
 
 import common.lmdb_store
-import dataset
 from common.lmdb_store import DatasetError, open_store, sizes_present
 from dataset import FolderDataset, InfiniteSampler, MultiResolutionDataset, data_loader, open_dataset
 
@@ -223,10 +222,6 @@ def test_the_last_reader_closes_the_store(store):
     assert common.lmdb_store._open_stores[key] is data._store
     del data
     assert key not in common.lmdb_store._open_stores
-
-
-def test_module_names():
-    assert dataset.DatasetError is DatasetError
 
 
 @pytest.fixture(scope="module")

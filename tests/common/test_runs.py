@@ -1,6 +1,5 @@
 """common/runs.py: the run folder, its log after a crash and after a resume, and other ranks that stay silent."""
 
-import argparse
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ def steps(path):
 
 def test_folder_and_options(tmp_path):
     folder = tmp_path / "runs" / "erster Lauf ü"
-    with Run(folder, argparse.Namespace(size=32, path=Path("x/ü"), lr=0.002)) as run:
+    with Run(folder, {"size": 32, "path": Path("x/ü"), "lr": 0.002}) as run:
         assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == [
             "checkpoint",
             "sample",
@@ -134,7 +133,7 @@ def test_format_duration(seconds, text):
 
 
 def test_step_bar_without_a_terminal(capsys):
-    """In a log file: one line per note, nothing else, and nothing from the other ranks."""
+    """In a log file: one line per report, nothing else, and nothing from the other ranks."""
     for main in (True, False):
         with StepBar(10, 2, main=main) as bar:
             bar.update()

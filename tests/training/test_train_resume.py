@@ -112,7 +112,6 @@ def test_run_folder(straight):
     assert speed <= by_group["Speed"][-1].keys()
     assert by_group["Speed"][-1]["eta_s"] == 0
     assert 0 <= by_group["Speed"][-1]["data_wait"] <= 1
-    assert len({line["p"] for line in by_group["Augment"]}) > 1 or by_group["Augment"][-1]["p"] in (0, 1)
 
     for kind in ("sample", "similarity"):
         assert sorted(p.name for p in (straight / kind).iterdir()) == ["000000.png", "000010.png", "000020.png"]

@@ -156,9 +156,6 @@ def test_path_phase_on_a_share_of_the_batch(tiny_config, monkeypatch):
     assert 2 * length == pytest.approx(100 * means[0] + (means[4] - 0.99 * means[0]) * 100, rel=1e-4)
 
 
-# -- moving average ------------------------------------------------------------------------------------------------
-
-
 def test_without_noise_w_says_everything(tiny_config):
     """--noise none: strengths are zero, stay so, and are set to zero in weights that had learned some."""
     loud = make_trainer(tiny_config)
@@ -178,6 +175,9 @@ def test_without_noise_w_says_everything(tiny_config):
     z = trainer.g_ema.draw_z(2)
     first, second = (trainer.g_ema(z, randomize_noise=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+# -- moving average ------------------------------------------------------------------------------------------------
 
 
 def test_average_decays_and_carries_buffers(tiny_config):
