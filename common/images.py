@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from common.cli import FILTERS, FITS, UserError
 from common.files import atomic_write, open_regular
@@ -153,30 +153,32 @@ def _reason(error: BaseException, name: str) -> str:
 
 
 def _to_srgb(image: Image.Image, background: tuple[int, ...] | None) -> Image.Image:
-    profile = image.info.get("icc_profile")
+    opened, profile = image, image.info.get("icc_profile")
     if image.mode == "RGB" and image.format in ("PNG", "JPEG", "WEBP") and not (_SPECIAL & image.info.keys()):
         image.info = {}
         return image  # the common case, and every item of an LMDB
     with contextlib.suppress(Exception):  # a damaged EXIF block says nothing about orientation; the pixels are sound
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # I, I;16, I;16B, F
         image = _sixteen_to_eight(image)
     alpha = None
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         grey = image.mode in ("L", "LA", "La")
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = image.getchannel("A")
+        alpha = alpha if background is None else ImageChops.invert(alpha)
         image = image.getchannel("R") if grey else image.convert("RGB")  # drops alpha, keeps the colour beneath
     elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")  # 1, P, YCbCr, LAB, HSV, RGBX
     transform = _icc_transform(profile, image.mode) if profile else None
-    image = (image if transform is None else transform.apply(image)).convert("RGB")
+    image = image if transform is None else transform.apply(image)
+    if image.mode != "RGB" or image is opened:  # a file's image keeps its tags, and a copy costs as much memory again
+        image = image.convert("RGB")
     if alpha is not None and background is None:
         image.putalpha(alpha)
     elif alpha is not None:
-        shown = Image.new("RGB", image.size, background)
-        shown.paste(image, mask=alpha)
-        image = shown
+        image.paste(background, mask=alpha)
     image.info = {}
     return image
 
