@@ -10,23 +10,18 @@ a temporary folder of its own. Of a folder of boundaries it takes those that wer
 from pathlib import Path
 
 from common.cli import ArgumentParser, add_device_flags, count, positive, run_script, whole
+from demo_app.flags import add_model_flags, model_flags
 
 
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
-    add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
-    add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
-    add("--boundaries", type=Path, help="folder of boundary files (.npz), instead of those in checkpoints/")
-    add("--scorer", default="face-scorer-eval", help="that reads attributes: a name or FILE.safetensors")
-    add("--perceptual", default="mobilefacenet", help="that tuning minimises; also vgg, squeeze, alex, scorer:NAME")
-    add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
     add("--host", default="127.0.0.1", help="address to answer at; 0.0.0.0: anybody in the network")
     add("--port", type=whole(1, 65535), default=7860, help="port to answer at")
     add("--max_upload_mb", type=positive, default=40, help="largest upload, in megabytes")
     add("--threads", type=count, default=0, help="CPU threads; 0: PyTorch's choice")
-    add_device_flags(parser)
+    add_model_flags(parser)
+    add_device_flags(parser, distributed=False)
     return parser
 
 
@@ -43,8 +38,7 @@ def main(args) -> None:
     prepare()
     if args.threads:
         torch.set_num_threads(args.threads)
-    names = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual", "weights_dir")
-    models = load_models(resolve_device(args.device, ops=args.ops), **{name: getattr(args, name) for name in names})
+    models = load_models(resolve_device(args.device, ops=args.ops), **model_flags(args))
     with tempfile.TemporaryDirectory(prefix="wpp-demo-") as folder:
         blocks = serve(models, Path(folder), host=args.host, port=args.port, max_upload_mb=args.max_upload_mb)
         print(f"{blocks.local_url} shows the page; Ctrl-C ends it", flush=True)

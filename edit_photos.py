@@ -3,6 +3,7 @@
     python edit_photos.py photos/ --age +15 --smile 1 --output_dir edited/
     python edit_photos.py alice.jpg bob.png --age 60 --quality best
     python edit_photos.py alice.jpg --like grinning.jpg
+    python edit_photos.py photos/ --age +15 --ckpt faces.safetensors --encoder encoder.safetensors --boundaries fitted/
 
 Writes every photo under its own name and format into --output_dir, before_after/NAME.jpg, overview.jpg with all faces,
 and report.csv: each attribute as it was, its target, in the drawn face and in the photo. Attributes are read by a
@@ -14,6 +15,7 @@ edited.
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
+from demo_app.flags import add_model_flags, model_flags
 from demo_app.targets import FLAGS, parse_gender, parse_target
 
 QUALITY = {"fast": 0, "good": 20, "best": 60}  # steps of refinement after the encoder
@@ -33,9 +35,8 @@ def build_parser() -> ArgumentParser:
     add("--quality", choices=QUALITY, default="good", help="how long each face is refined")
     add("--faces", choices=("largest", "all"), default="largest", help="which of a photo's faces")
     add("--output_dir", type=Path, default=Path("edited"), help="folder for the results")
-    add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
-    add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
-    add_device_flags(parser)
+    add_model_flags(parser)
+    add_device_flags(parser, distributed=False)
     return parser
 
 
@@ -54,7 +55,7 @@ def main(args) -> None:
 
     photos = list_photos(args.photos, args.output_dir)
     require_elsewhere(photos, args.output_dir)
-    models = load_models(resolve_device(args.device, ops=args.ops), ckpt=args.ckpt, weights_dir=args.weights_dir)
+    models = load_models(resolve_device(args.device, ops=args.ops), **model_flags(args))
     print(f"note: {models.describe()}", file=sys.stderr)
     try:
         targets = expression_of(args.like, models) | targets if args.like else targets

@@ -138,12 +138,14 @@ def several(kind):
     return lambda text: tuple(map(NUMBERS.get(kind, kind), text.split(",")))
 
 
-def add_device_flags(parser):
-    """Add `--device` and `--ops`, and what several processes need."""
+def add_device_flags(parser, *, distributed=True):
+    """Add `--device` and `--ops`; distributed: and what several processes need."""
     add = parser.add_argument
     add("--device", default="auto", help="auto | cpu | cuda[:i] | mps; auto takes the first there is")
     ops = "kernels: auto (Triton on CUDA, else PyTorch) | ref (PyTorch) | triton; default: $WPP_OPS, else auto"
     add("--ops", choices=("auto", "ref", "triton"), help=ops)
+    if not distributed:
+        return
     add("--local_rank", type=int, default=0, help="given by torch.distributed.launch; ignored")
     add("--dist_timeout", type=positive, default=TIMEOUT, help="seconds after which a silent process counts as dead")
 

@@ -31,8 +31,8 @@ def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
     """Targets that the models can edit; the others are named on stderr. Raises UserError when none is left."""
     if missing := [name for name in targets if name not in models.attributes]:
         known = f"only {', '.join(models.attributes) or 'nothing'} can be edited"
-        message = f"checkpoints/ holds no boundary of {', '.join(missing)} for {models.generator.path.name}: {known}"
-        message += " (edit_attribute.py fits boundaries)"
+        message = f"there is no boundary of {', '.join(missing)} for {models.generator.path.name}: {known}"
+        message += " (edit_attribute.py fits boundaries, --boundaries names their folder)"
         if len(missing) == len(targets):
             raise UserError(message)
         print(f"note: {message}", file=sys.stderr)

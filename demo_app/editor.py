@@ -224,7 +224,7 @@ class PhotoEditor:
         w, how = torch.from_numpy(inversion.w), {"steps": steps, "condition": condition, "callback": callback}
         tuned, loss = tune(inversion.generator, image[None], w, perceptual=self.models.perceptual, **how)
         if not np.isfinite(loss):
-            raise PhotoError("the refinement diverged: use --quality fast")
+            raise PhotoError("the refinement diverged: do without it (--quality fast, or 0 steps on the page)")
         return Inversion(inversion.w, tuned, inversion.condition), loss
 
     def _draw(self, face: Face, at: list[dict[str, float]]) -> list[tuple[np.ndarray, list[np.ndarray]]]:

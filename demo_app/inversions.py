@@ -24,6 +24,7 @@ def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Pat
     """The file's name tells the content of the photo, the networks and the settings of `set_photo`."""
     networks = [models.generator.fingerprint, models.perceptual.name]
     networks.append(fingerprint(models.encoder.encoder.state_dict()) if models.encoder else "")
+    networks.append(models.conditional.generator.fingerprint if models.conditional else "")
     key = hashlib.sha256(json.dumps([VERSION, networks, settings], sort_keys=True).encode())
     key.update(photo.read_bytes())
     return Path(folder) / f"{key.hexdigest()[:24]}.npz"

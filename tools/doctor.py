@@ -28,7 +28,7 @@ from op import dispatch
 def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
-    add_device_flags(parser)
+    add_device_flags(parser, distributed=False)
     return parser
 
 

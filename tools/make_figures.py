@@ -59,7 +59,7 @@ def build_parser() -> ArgumentParser:
     add("--step", type=positive_int, default=300, help="optimisation steps of every inversion")
     add("--only", nargs="+", choices=FIGURES, default=FIGURES, help="these figures alone")
     add("--output_dir", type=Path, default=ROOT / "docs" / "figures", help="folder of the figures")
-    add_device_flags(parser)
+    add_device_flags(parser, distributed=False)
     return parser
 
 

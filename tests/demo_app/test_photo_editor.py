@@ -1,13 +1,18 @@
 """One photo through the editor: what an edit changes, what it reads, what it leaves alone."""
 
+import inspect
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+import edit_photos
 from common.images import read_image
 from demo_app.editor import PhotoEditor, PhotoError, open_error, position_for, scale_alignment
+from demo_app.flags import MODELS, model_flags
 from demo_app.inversions import inversion_file, load_faces, save_faces
-from demo_app.models import CHECKPOINTS, load_models
+from demo_app.models import CHECKPOINTS, Conditional, load_models
 from demo_app.targets import Reading, Target
 from faces.align import Alignment, crop_aligned
 from faces.paste import blend_edit, edit_region, motion, paste_edit, warp
@@ -197,9 +202,18 @@ def test_kept_inversions_give_the_same_edit(editor, models, tmp_path):
     assert load_faces(tmp_path / "a.npz", editor.photo, models) is None
 
 
-def test_their_file_depends_on_photo_and_settings(models, astronaut, no_face):
+def test_their_file_depends_on_photo_settings_and_networks(models, astronaut, no_face):
     files = {inversion_file("x", p, models, steps=s) for p in (astronaut, no_face) for s in (0, 60)}
     assert len(files) == 4
+    conditional = Conditional(models.generator, reader=None)
+    assert inversion_file("x", astronaut, replace(models, conditional=conditional), steps=0) not in files
+
+
+def test_flags_of_the_models_are_the_parameters_of_load_models():
+    parameters = inspect.signature(load_models).parameters
+    assert set(MODELS) == set(parameters) - {"device"}
+    flags = model_flags(edit_photos.build_parser().parse_args(["a.jpg"]))
+    assert {name: flags[name] or None for name in MODELS} == {n: parameters[n].default for n in MODELS}
 
 
 # -- the bundled models ------------------------------------------------------------------------------------------------

@@ -1,0 +1,22 @@
+"""Flags of the models that edit photos, shared by edit_photos.py and demo.py."""
+
+import argparse
+from pathlib import Path
+
+MODELS = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual", "weights_dir")  # of load_models
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("models (default: those in checkpoints/)").add_argument
+    add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
+    add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
+    add("--boundaries", type=Path, help="folder of boundary files (.npz), instead of those in checkpoints/")
+    add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
+    add("--scorer", default="face-scorer-eval", help="that reads attributes: a name or FILE.safetensors")
+    add("--perceptual", default="mobilefacenet", help="that tuning minimises; also vgg, squeeze, alex, scorer:NAME")
+    add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
+
+
+def model_flags(args: argparse.Namespace) -> dict:
+    """Keyword arguments of demo_app.models.load_models."""
+    return {name: getattr(args, name) for name in MODELS}
