@@ -29,9 +29,11 @@ from sampling.render import map_latents, render, seeded_z
 CROP = 256  # pixels of an aligned face
 READ = 128  # pixels at which positions are tried out before one is corrected
 TRIES = 13  # positions per attribute at which the photo is read
+FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-REACH = {"age": 2.5, "gender": 1.5}  # factor on the safe range in a photo, which keeps the person (docs/log.md); else 1
+REACH = 3.3  # factor on a boundary's safe range in a photo, whose own detail stays (docs/log.md)
+PERSON = 0.65  # least identity of the edited face
 
 
 class PhotoError(UserError):
@@ -45,7 +47,7 @@ class Inversion:
     w: np.ndarray  # float32 [L, D]
     generator: Generator  # that draws it: the bundled one, or a copy tuned to the face
     condition: torch.Tensor | None = None
-    curves: dict = field(default_factory=dict, compare=False)  # attribute -> (positions, readings) [TRIES]
+    curves: dict = field(default_factory=dict, compare=False)  # attribute -> (positions, readings)
 
     @property
     def noise(self) -> list[torch.Tensor]:
@@ -249,21 +251,28 @@ class PhotoEditor:
         for k in range(len(at)):
             yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
 
-    def _range(self, face: Face, name: str) -> tuple[float, float]:
-        """Positions of an attribute, lowest and highest, that are tried on a face."""
-        low, high = self.models.safe_range(name)
-        reach = 1.0 if face.exact else REACH.get(name, 1.0)
-        return reach * low, reach * high
-
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Positions [TRIES] along an attribute within its safe range, and what is read in the photo there."""
+        """Positions along an attribute at which the photo shows the same person, 0 among them, and the readings."""
         curves = (face.inversion if name in self.models.boundaries else face.expression).curves
         if name not in curves:
-            low, high = self._range(face, name)
+            reach = REACH if name in self.models.boundaries and not face.exact else 1.0
+            low, high = (reach * end for end in self.models.safe_range(name))
             at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
             crops = list(self._try(face, [{name: value} for value in at]))
-            curves[name] = at, self.read(crops)[:, self.models.scorer.column(name)]
+            images = torch.stack([to_tensor(to_pil(crop)) for crop in crops]).to(self.models.generator.token)
+            same = self.models.identity.similarity(images, images[TRIES // 2, None]).cpu().numpy()
+            values = self.read(crops)[:, self.models.scorer.column(name)]
+            fine = np.arange(FINE * (TRIES - 1) + 1) / FINE
+            at, same, values = (np.interp(fine, range(TRIES), numbers) for numbers in (at, same, values))
+            lost, middle = np.flatnonzero(same < PERSON), len(fine) // 2
+            near = slice(max(lost[lost < middle], default=-1) + 1, min(lost[lost > middle], default=len(fine)))
+            curves[name] = at[near], values[near]
         return curves[name]
+
+    def _before(self, face: Face, name: str) -> float:
+        """An attribute as it is read in the photo, drawn unedited."""
+        positions, readings = self._curve(face, name)
+        return float(readings[positions == 0][0])
 
     def _search(self, face: Face, targets, strength, rounds) -> dict[str, float]:
         """Positions at which the photo shows the targets: from each one's curve, then corrected together."""
@@ -272,15 +281,15 @@ class PhotoEditor:
         kinds = {name: self._kind(name) for name in targets}
         columns = [self.models.scorer.column(name) for name in targets]
         curves = {name: self._curve(face, name) for name in targets}
-        before = {name: float(curves[name][1][TRIES // 2]) for name in targets}
+        before = {name: self._before(face, name) for name in targets}
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
         errors = {n: open_error(goals[n] - before[n], goals[n], kinds[n]) for n in targets}
         aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {})
         shares, last = dict.fromkeys(targets, 1.0), dict.fromkeys(targets, 0.0)  # of an error that is corrected
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
-            ends = [self._range(face, name)[position > 0] or 1.0 for name, position in at.items()]
-            away = float(np.linalg.norm(np.divide([*at.values()], ends)))  # of the safe range, all edits together
+            ends = [curves[name][0][-1 if position > 0 else 0] or 1.0 for name, position in at.items()]
+            away = float(np.linalg.norm(np.divide([*at.values()], ends)))  # of the range, all edits together
             at = {name: position / max(1.0, away) for name, position in at.items()}
             if not targets or rounds == 0 or strength != 1:
                 return at
@@ -304,7 +313,7 @@ class PhotoEditor:
         for name, target in targets.items():
             scores = drawn[0 if name in self.models.boundaries else -1]
             column, kind = self.models.scorer.column(name), self._kind(name)
-            before = float(self._curve(face, name)[1][TRIES // 2])
+            before = self._before(face, name)
             values = target.goal(before, kind), float(scores[column]), float(photo[column])
             readings[name] = Reading(before, *values, kind)
         return readings

@@ -13,6 +13,7 @@ from common.cli import ROOT, UserError
 from editing.attributes import ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
 from editing.boundary import Boundary, BoundaryError, boundary_of
 from model import Generator, load_generator
+from perceptual.identity import Identity, build_identity
 from perceptual.lpips import Perceptual, build_perceptual
 from pSp.psp import load_psp, pSp
 from scorer.interface import AttributeScorer
@@ -51,6 +52,7 @@ class Models(Inverter):
 
     scorer: AttributeScorer  # all read-outs come from it
     perceptual: Perceptual  # distance that tuning minimises
+    identity: Identity  # by which an edit keeps the person
     boundaries: dict[str, Boundary] = field(default_factory=dict)
     encoder: pSp | None = None
     conditional: Conditional | None = None
@@ -115,6 +117,7 @@ def load_models(
         generator,
         scorer=load_scorer(scorer, device, weights_dir=weights_dir),
         perceptual=build_perceptual(perceptual, device, weights_dir),
+        identity=build_identity("mobilefacenet", device, weights_dir),
         boundaries=found,
         encoder=load_encoder(encoder, generator, device),
         conditional=conditional,

@@ -182,7 +182,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     info = np.frombuffer(json.dumps([{"alignment": face, "steps": 3}]).encode(), np.uint8)
     layers = {f"w_0_noise_{i}": layer[:1].numpy() for i, layer in enumerate(maps)}
     np.savez(folder / "kept.npz", info=info, w_0=w[:1], **layers)
-    models = Models(generator, None, None, {})
+    models = Models(generator, None, None, None)
     kind("kept.npz", folder / "kept.npz", function(lambda path: load_faces(path, Image.open(photos / "a.png"), models)))
 
     (folder / "labels.csv").write_text("file,smile,age,sex\na.png,1,30,F\nb.png,0,,M\n")

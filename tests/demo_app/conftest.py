@@ -11,6 +11,7 @@ from demo_app.editor import PhotoEditor
 from demo_app.models import Models
 from editing.boundary import Boundary
 from model import Generator, GeneratorConfig
+from perceptual.identity import build_identity
 from perceptual.lpips import FeatureDistance
 from scorer.interface import AttributeScorer, require_images
 from scorer.labels import Attribute
@@ -50,7 +51,8 @@ def models():
     )
     scorer = HalvesScorer()
     scorer.errors = {"age": 7.4}
-    return Models(generator, scorer, FeatureDistance(scorer, "pixels"), {"age": brighter})
+    identity = build_identity("mobilefacenet")
+    return Models(generator, scorer, FeatureDistance(scorer, "pixels"), identity, {"age": brighter})
 
 
 @pytest.fixture(scope="session")

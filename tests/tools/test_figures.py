@@ -89,7 +89,7 @@ def test_models_that_do_not_fit_are_refused(flags, networks, capsys):
 def small_models(networks, steps=1):
     wpp, w = (load_generator(networks / f"face-{name}-16.safetensors") for name in ("wpp", "w"))
     perceptual = build_perceptual("scorer:face-scorer-eval")
-    return Faces(Models(wpp, load_scorer("face-scorer-eval"), perceptual), w, steps, *draw_all(wpp, w, [5]))
+    return Faces(Models(wpp, load_scorer("face-scorer-eval"), perceptual, None), w, steps, *draw_all(wpp, w, [5]))
 
 
 def test_perfect_reconstructions_have_black_maps_and_no_error(networks, monkeypatch):
