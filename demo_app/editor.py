@@ -32,7 +32,7 @@ TRIES = 13  # positions per attribute at which the photo is read
 FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-REACH = 3.3  # factor on a boundary's safe range in a photo, whose own detail stays (docs/log.md)
+REACH = {"age": 3.3, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
 PERSON = 0.65  # least identity of the edited face
 
 
@@ -255,7 +255,7 @@ class PhotoEditor:
         """Positions along an attribute at which the photo shows the same person, 0 among them, and the readings."""
         curves = (face.inversion if name in self.models.boundaries else face.expression).curves
         if name not in curves:
-            reach = REACH if name in self.models.boundaries and not face.exact else 1.0
+            reach = 1.0 if face.exact else REACH.get(name, 1.0)
             low, high = (reach * end for end in self.models.safe_range(name))
             at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
             crops = list(self._try(face, [{name: value} for value in at]))
