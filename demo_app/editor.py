@@ -33,7 +33,7 @@ FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
 REACH = {"age": 3.3, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
-PERSON = 0.65  # least identity of the edited face
+PERSON = 0.65  # least identity of a face that was moved along a boundary
 
 
 class PhotoError(UserError):
@@ -252,7 +252,7 @@ class PhotoEditor:
             yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
 
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Positions along an attribute at which the photo shows the same person, 0 among them, and the readings."""
+        """Positions along an attribute at which the photo shows the same person, 0 among them; readings there."""
         curves = (face.inversion if name in self.models.boundaries else face.expression).curves
         if name not in curves:
             reach = 1.0 if face.exact else REACH.get(name, 1.0)
@@ -264,7 +264,8 @@ class PhotoEditor:
             values = self.read(crops)[:, self.models.scorer.column(name)]
             fine = np.arange(FINE * (TRIES - 1) + 1) / FINE
             at, same, values = (np.interp(fine, range(TRIES), numbers) for numbers in (at, same, values))
-            lost, middle = np.flatnonzero(same < PERSON), len(fine) // 2
+            least = PERSON if name in self.models.boundaries else -1  # the range of a condition is short enough
+            lost, middle = np.flatnonzero(same < least), len(fine) // 2
             near = slice(max(lost[lost < middle], default=-1) + 1, min(lost[lost > middle], default=len(fine)))
             curves[name] = at[near], values[near]
         return curves[name]
