@@ -36,4 +36,4 @@ def test_own_samples_of_the_bundled_generator(root):
     error = (synth.clamp(-1, 1) - images).square().mean((1, 2, 3))
     apart = (images[:1] - images[1:]).square().mean((1, 2, 3))
     assert apart.min() > 0.05, "the samples differ, so that a mean face would not do"
-    assert error.mean() < 0.01, error
+    assert error.mean() < 0.015, error
