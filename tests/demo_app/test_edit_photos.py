@@ -32,7 +32,7 @@ def photos(tmp_path, astronaut, no_face):
 
 
 def test_a_photo_that_cannot_be_written_leaves_the_others(photos, tmp_path, capsys, monkeypatch):
-    """Of the others two differ in their suffix alone: each has a pair of its own."""
+    """Two photos that differ in their suffix alone have a before/after pair each."""
     original = demo_app.batch.save_like
 
     def refuse(image, photo, path):
