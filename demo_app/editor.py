@@ -259,15 +259,12 @@ class PhotoEditor:
             low, high = (reach * end for end in self.models.safe_range(name))
             at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
             crops = list(self._try(face, [{name: value} for value in at]))
-            images = torch.stack([to_tensor(to_pil(crop)) for crop in crops]).to(self.models.generator.token)
-            same = self.models.identity.similarity(images, images[TRIES // 2, None]).cpu().numpy()
             values = self.read(crops)[:, self.models.scorer.column(name)]
-            fine = np.arange(FINE * (TRIES - 1) + 1) / FINE
-            at, same, values = (np.interp(fine, range(TRIES), numbers) for numbers in (at, same, values))
-            least = PERSON if name in self.models.boundaries else -1  # the range of a condition is short enough
-            lost, middle = np.flatnonzero(same < least), len(fine) // 2
-            near = slice(max(lost[lost < middle], default=-1) + 1, min(lost[lost > middle], default=len(fine)))
-            curves[name] = at[near], values[near]
+            if name in self.models.boundaries:  # the range of a condition is short enough
+                images = torch.stack([to_tensor(to_pil(crop)) for crop in crops]).to(self.models.generator.token)
+                same = self.models.identity.similarity(images, images[TRIES // 2, None])
+                at, values = cut_curve(at, values, same.cpu().numpy())
+            curves[name] = at, values
         return curves[name]
 
     def _before(self, face: Face, name: str) -> float:
@@ -318,6 +315,16 @@ class PhotoEditor:
             values = target.goal(before, kind), float(scores[column]), float(photo[column])
             readings[name] = Reading(before, *values, kind)
         return readings
+
+
+def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The part of a curve ([K] each, K odd) around its middle whose identity `same` is at least PERSON, with FINE
+    positions per given one, by straight lines."""
+    fine = np.arange(FINE * (len(positions) - 1) + 1) / FINE
+    positions, values, same = (np.interp(fine, range(len(positions)), x) for x in (positions, values, same))
+    lost, middle = np.flatnonzero(same < PERSON), len(fine) // 2
+    near = slice(max(lost[lost < middle], default=-1) + 1, min(lost[lost > middle], default=len(fine)))
+    return positions[near], values[near]
 
 
 def expression_of(photo, models: Models) -> dict[str, Target]:

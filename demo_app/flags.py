@@ -7,6 +7,7 @@ MODELS = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual"
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags called MODELS."""
     add = parser.add_argument_group("models (default: those in checkpoints/)").add_argument
     add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
     add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")

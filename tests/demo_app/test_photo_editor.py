@@ -10,7 +10,7 @@ from PIL import Image
 
 import edit_photos
 from common.images import read_image, to_tensor
-from demo_app.editor import READ, PhotoEditor, PhotoError, open_error, position_for, scale_alignment
+from demo_app.editor import READ, PhotoEditor, PhotoError, cut_curve, open_error, position_for, scale_alignment
 from demo_app.flags import MODELS, model_flags
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import CHECKPOINTS, Conditional, load_models
@@ -51,6 +51,15 @@ def test_an_edit_ends_where_the_person_would_change(editor, monkeypatch):
         similarities.append(editor.models.identity.similarity(pair[:1], pair[1:]).item())
     assert positions[0] > positions[1] > positions[2] == 0
     assert similarities[0] < similarities[1] < similarities[2]
+
+
+def test_a_curve_is_cut_where_identity_crosses_the_floor(monkeypatch):
+    monkeypatch.setattr("demo_app.editor.PERSON", 0.65)
+    at, same = np.arange(-2.0, 3), np.array([0.9, 0.5, 1, 0.8, 0.6])
+    positions, values = cut_curve(at, 10 * at, same)
+    np.testing.assert_allclose(positions, np.arange(-7, 18) / 10)  # 0.65 is crossed at -0.7 and 1.75
+    np.testing.assert_allclose(values, 10 * positions)
+    assert (positions == 0).sum() == 1
 
 
 def test_an_edit_suits_a_photo_of_another_size(editor):

@@ -10,7 +10,7 @@ from inversion.projector import project
 from model import load_generator
 from perceptual.lpips import build_perceptual
 
-SAMPLES, STEPS = 2, 300
+SAMPLES, STEPS = 2, 500
 # With the published settings it is not reached at 32 px. The perturbation, 0.05 x 50.7 (the deviation is a norm of 512
 # channels), is larger than w's own deviation of 2.2 a channel; the regularisation outweighs all else on the
 # smallest maps; and LPIPS alone hardly minds a shift of colour.
@@ -36,4 +36,4 @@ def test_own_samples_of_the_bundled_generator(root):
     error = (synth.clamp(-1, 1) - images).square().mean((1, 2, 3))
     apart = (images[:1] - images[1:]).square().mean((1, 2, 3))
     assert apart.min() > 0.05, "the samples differ, so that a mean face would not do"
-    assert error.mean() < 0.015, error
+    assert error.mean() < 0.01, error
