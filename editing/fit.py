@@ -188,6 +188,8 @@ def fit_attribute(
     print(f"{attribute}: {boundary.fit} on {len(samples)} samples{text}, accuracy {shown}")
     if bounds := edit_range(samples, boundary, identity):
         print(f"{attribute}: edits stay faces from {bounds[0]:+g} to {bounds[1]:+g} standard deviations")
+    else:
+        print(f"{attribute}: no range was found: too few samples, no faces among them, or none that stay faces")
     boundary = replace(boundary, range=bounds)
     path = boundary.save(folder / f"boundary-{safe_name(attribute)}.npz")
     print(f"{path}: one standard deviation is {boundary.std:.3g}")

@@ -41,8 +41,8 @@ class Realism:
 @torch.no_grad()
 def edit_range(samples: Samples, boundary: Boundary, identity) -> tuple[float, float] | None:
     """(lowest, highest) distance in standard deviations up to which SHARE of the samples that are faces still are,
-    bisected among multiples of STEP. identity: network of perceptual/identity.py. None for fewer than 20 samples, or
-    where no STEP is left."""
+    bisected among multiples of STEP. identity: network of perceptual/identity.py. None for fewer than 20 samples, if
+    none of the unmoved ones is a face, or where no STEP is left."""
     if len(samples) < 20:
         return None
     n_edited = min(EDITED, len(samples) // 4)
@@ -56,6 +56,8 @@ def edit_range(samples: Samples, boundary: Boundary, identity) -> tuple[float, f
 
     realism = Realism(features(np.arange(n_references)))
     before, ends = realism.are_faces(features(rows)), []
+    if not before.any():
+        return None
     for sign in (-1.0, 1.0):
         passed, failed = 0, round(LIMIT / STEP) + 1
         trial = failed - 1

@@ -71,7 +71,7 @@ def test_realism_tells_what_lies_among_the_references():
     assert realism(torch.zeros(1, 3)) > 1 > realism(torch.full((1, 3), 9.0))
 
 
-def test_the_range_ends_where_samples_are_no_faces_any_more(generator):
+def test_the_range_ends_where_samples_are_no_faces_any_more(generator, monkeypatch):
     samples = Samples(generator, range(200), noise="none")
     scores = samples[np.arange(200)] @ np.random.default_rng(0).standard_normal(samples.shape[1])
     boundary = fit_boundary(samples, scores, ratio=0.1, space=generator.config.space)
@@ -81,3 +81,5 @@ def test_the_range_ends_where_samples_are_no_faces_any_more(generator):
     narrow = edit_range(samples, wild, PixelIdentity())
     assert narrow is None or np.ptp(narrow) < high - low
     assert edit_range(Samples(generator, range(19)), boundary, PixelIdentity()) is None, "too few samples"
+    monkeypatch.setattr(Realism, "are_faces", lambda self, features: torch.zeros(len(features), dtype=torch.bool))
+    assert edit_range(samples, boundary, PixelIdentity()) is None, "no face, moved or not"
