@@ -131,9 +131,9 @@ def main(args) -> None:
         boundaries = [fit.measured(boundary_of(path, generator), free_of, samples) for path in args.boundary or ()]
         if not boundaries:
             fitting = {"fit": args.fit, "ratio": args.ratio, "seed": args.seed, "conditional": args.conditional_fit}
+            fitting |= {"free_of": free_of, "folder": args.output_dir, "weights_dir": args.weights_dir}
             scoring = {"folder": args.samples or args.output_dir / "samples", "batch": args.batch_size, "dist": dist}
-            fitting |= {"scoring": scoring, "free_of": free_of, "folder": args.output_dir}
-            boundaries = [fit.fit_attribute(samples, scorer, args.attribute or "age", **fitting)]
+            boundaries = [fit.fit_attribute(samples, scorer, args.attribute or "age", scoring=scoring, **fitting)]
 
         # Distances: along the boundaries for all faces, or searched for the targets of each.
         targets, bounds = sweep.pair_targets(dict(args.target or ()), boundaries), sweep.common_range(boundaries)

@@ -163,6 +163,7 @@ def fit_attribute(
     free_of: Sequence[Boundary] = (),  # boundaries that are projected out
     scoring: dict,  # folder, batch, dist of `score_samples`
     folder: Path,  # where the boundary is saved
+    weights_dir: Path | None = None,  # of third-party weights, looked into first
     **settings,  # fit, ratio, seed of `fit_boundary`
 ) -> Boundary:
     """Score samples, fit, project out, measure the range, save; the ranks share the scoring, all return the boundary.
@@ -173,7 +174,7 @@ def fit_attribute(
     if given and not every:
         raise UsageError(f"--conditional_fit {conditional} is for --fit ridge, not {settings['fit']}")
     columns = [scorer.column(name) for name in (attribute, *given)]  # known, before the hours of scoring
-    identity = build_identity("auto", samples.generator.token.device)
+    identity = build_identity("auto", samples.generator.token.device, weights_dir)
     table = score_samples(samples, scorer, **scoring)[:, columns]
     if not scoring["dist"].is_main:
         return broadcast_object(None)

@@ -74,6 +74,13 @@ def test_a_sweep_goes_as_far_as_the_boundary_says(ckpt, latents, scorer, tmp_pat
     assert [float(table(tmp_path / "paper")[k]["distance"]) for k in (0, 4)] == [-30, 30]
 
 
+def test_the_range_is_measured_by_the_weights_of_the_folder_that_is_given(ckpt, latents, scorer, tmp_path, monkeypatch):
+    folders, fit = [], ("--num_sample 60 --ratio 0.2 --steps 1 --at 0 --weights_dir", tmp_path)
+    monkeypatch.setattr("editing.fit.build_identity", lambda name, device, folder: folders.append(folder))
+    assert command(ckpt, latents, tmp_path / "out", *fit) == 0
+    assert folders == [tmp_path]
+
+
 def test_bare_directions_are_boundaries(ckpt, latents, scorer, tmp_path, generator):
     """InterFaceGAN's public .npy: a distance of 2 in standard deviations of the samples along it."""
     ws = Samples(generator, range(60))
