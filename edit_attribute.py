@@ -16,6 +16,7 @@ inversion are OUT/edited/NAME.png and OUT/unedited/NAME.png, for align_faces.py 
 
 import math
 from argparse import ArgumentTypeError
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli import PRECISIONS, ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, whole
@@ -137,13 +138,17 @@ def main(args) -> None:
 
         # Distances: along the boundaries for all faces, or searched for the targets of each.
         targets, bounds = sweep.pair_targets(dict(args.target or ()), boundaries), sweep.common_range(boundaries)
-        if bounds and not (args.preset or args.at or targets or {"start_distance", "end_distance"} & args.given):
-            args.fill({"start_distance": bounds[0], "end_distance": bounds[1], "distance": "relative"})
-            args.unit = "std"
+        ranged = bounds and not (args.preset or args.at or targets or {"start_distance", "end_distance"} & args.given)
+        if ranged:
+            ends = {"start_distance": bounds[0], "end_distance": bounds[1]}
+            args.fill(ends | {"distance": "relative", "unit": "std"})
             if dist.is_main:
                 print(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
         line = [args.at] if args.at else np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
-        edit = sweep.Edit(boundaries, np.array(line), args.unit, args.distance, targets, layers)
+        unit = "std" if ranged else args.unit
+        edit = sweep.Edit(boundaries, np.array(line), unit, args.distance, targets, layers)
+        if unit != args.unit:  # --unit latent, of a range in standard deviations
+            edit = replace(edit, line=edit.distances(), unit=args.unit)
         names = {"attribute": args.attribute or boundaries[0].attribute, "published": bool(args.preset)}
         output = sweep.Output(args.output_dir, **names, video=args.video, fps=args.fps)
         sweep.edit_faces(generator, source, edit, (scorer, identity, perceptual), output, dist)

@@ -70,6 +70,12 @@ def test_a_sweep_goes_as_far_as_the_boundary_says(ckpt, latents, scorer, tmp_pat
         assert ("range of the boundary: -1.5 to +2.5 standard deviations" in said) == (first < 0)
         std = load_boundary(path).std
         assert [float(rows[k]["distance"]) / std for k in (0, 4)] == pytest.approx([first, last], abs=1e-3)
+        shown = last * std if "latent" in given else last
+        assert rows[4]["frame"] == f"a/ü 1_age{round(shown, 2):+g}.png"
+    assert command(ckpt, latents, tmp_path / "out", *flags, "--unit latent --distance absolute") == 0
+    positions = [float(table(tmp_path / "out")[k]["distance"]) for k in (0, 4)]
+    boundary = load_boundary(path)
+    assert positions == pytest.approx([boundary.mean - 1.5 * std, boundary.mean + 2.5 * std], abs=1e-3)
     assert command(ckpt, latents, tmp_path / "paper", *flags, "--preset", "published") == 0
     assert [float(table(tmp_path / "paper")[k]["distance"]) for k in (0, 4)] == [-30, 30]
 
