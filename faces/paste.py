@@ -20,7 +20,8 @@ from common.images import WHITE, list_images, open_image, read_image, reading_lo
 from faces.align import AlignError, Alignment, crop_aligned, read_alignment, to_bytes
 from faces.folder import require_elsewhere
 
-STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which "auto" keeps 37% of the photo's own detail
+STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which 37% of the photo's own detail is kept
+BORDER = 0.1  # of the side: width of the soft border of a pasted face
 
 LIGHT = 0.06  # of the side: radius within which a difference counts as light, or a change as one of colour
 SPREAD = 0.025  # of the side: radius of an edit's region
@@ -36,12 +37,12 @@ KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 ORIENTATION = 0x0112  # EXIF tag
 
 
-def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="auto") -> Image.Image:
+def paste_back(photo, face, alignment, *, unedited=None) -> Image.Image:
     """The photo, original size, with an edited face in place of the one that `alignment` had cropped from it. face: PIL
     image, uint8 array [H, H, 3] or tensor [3, H, H] in [-1, 1]. unedited: the same before the edit: then only what the
-    edit changed is pasted (`paste_edit`). feather: width of the soft border, of the face's side. detail: of the photo,
-    finer than the crop: `keep` it, `drop` it, or `auto`: keep it where the edit left the structure alone. Pixels
-    outside the frame are not touched. Raises AlignError for sizes that do not fit each other."""
+    edit changed is pasted (`paste_edit`). What the photo has finer than the crop is kept where the edit left the
+    structure alone. Pixels outside the frame are not touched. Raises AlignError for sizes that do not fit each other.
+    """
     photo, face = to_pil(photo), to_pil(face)
     if face.width != face.height:
         raise AlignError(f"the edited face {alignment.name} is {face.width}x{face.height} pixels, not square")
@@ -54,12 +55,10 @@ def paste_back(photo, face, alignment, *, unedited=None, feather=0.1, detail="au
         return paste_edit(photo, [(unedited, face)], alignment, crop)
     crop = crop_aligned(photo, alignment, face.width)
     new, old = np.asarray(face, np.float32), np.asarray(crop, np.float32)
-    mask = feather_mask(face.width, 0.0 if alignment.whole else feather)
-    keep = np.full(mask.shape, float(detail == "keep"))
-    if detail == "auto":  # 1 where the edit left the image's structure alone (a tint is no structure)
-        blur, change = [0.02 * face.width] * 2 + [0], new - old
-        spread = ndimage.gaussian_filter(np.square(change - ndimage.gaussian_filter(change, blur)), blur).mean(-1)
-        keep = np.exp(-spread / STRUCTURE_SCALE**2)
+    mask = feather_mask(face.width, 0.0 if alignment.whole else BORDER)
+    blur, change = [0.02 * face.width] * 2 + [0], new - old
+    spread = ndimage.gaussian_filter(np.square(change - ndimage.gaussian_filter(change, blur)), blur).mean(-1)
+    keep = np.exp(-spread / STRUCTURE_SCALE**2)  # 1 where the structure is the same: a tint is no structure
     return _composite(photo, crop, old + mask[..., None] * (new - old), 1 - mask * (1 - keep), alignment)
 
 
