@@ -14,7 +14,7 @@ from editing.attributes import ConditionScorer, base_fingerprint, load_condition
 from editing.boundary import Boundary, BoundaryError, boundary_of
 from model import Generator, load_generator
 from perceptual.identity import Identity, build_identity
-from perceptual.lpips import Perceptual, build_perceptual
+from perceptual.lpips import FeatureDistance, Perceptual, build_perceptual
 from pSp.psp import load_psp, pSp
 from scorer.interface import AttributeScorer
 from scorer.network import load_scorer
@@ -113,11 +113,16 @@ def load_models(
     found = load_boundaries(boundaries or CHECKPOINTS, generator)
     if boundaries is None and conditional and conditional.light:  # its smiles are seen in photos (docs/log.md)
         found = {name: boundary for name, boundary in found.items() if name not in conditional.reader.names}
+    identity = build_identity("mobilefacenet", device, weights_dir)
+    if perceptual == identity.name:  # to load it again would take 0.16 s
+        distance = FeatureDistance(identity, perceptual)
+    else:
+        distance = build_perceptual(perceptual, device, weights_dir)
     return Models(
         generator,
         scorer=load_scorer(scorer, device, weights_dir=weights_dir),
-        perceptual=build_perceptual(perceptual, device, weights_dir),
-        identity=build_identity("mobilefacenet", device, weights_dir),
+        perceptual=distance,
+        identity=identity,
         boundaries=found,
         encoder=load_encoder(encoder, generator, device),
         conditional=conditional,

@@ -247,6 +247,7 @@ def test_the_light_conditional_generator_takes_smiles_and_given_boundaries_keep_
     monkeypatch.setattr("demo_app.models.load_encoder", lambda *args: None)
     models = load_models()
     assert models.conditional.light and {"age", "gender"} == set(models.boundaries) and "smile" in models.attributes
+    assert models.perceptual.network is models.identity and models.perceptual.name == "mobilefacenet", "loaded once"
     assert "smile" in load_models(boundaries=CHECKPOINTS).boundaries
     editor = PhotoEditor(models)
     editor.set_drawn(3)
