@@ -20,7 +20,7 @@ from editing.realism import edit_range
 from editing.samples import Samples, score_samples
 from perceptual.identity import build_identity
 
-FITS = ("ridge", "svm", "svc")
+FIT_METHODS = ("ridge", "svm", "svc")
 SPLIT = 0.7  # of the extremes: fitted on; the rest validates (published)
 RIDGE = 1.0  # strength of the penalty, in units of the mean variance of a latent's coordinates times the samples
 BLOCK = 512  # rows in memory at a time
@@ -119,8 +119,8 @@ def fit_boundary(
     their median score. Raises BoundaryError for too few samples or scores that are not finite.
     """
     scores = np.asarray(scores, np.float64)
-    if fit not in FITS:
-        raise BoundaryError(f"--fit {fit}: expected one of {', '.join(FITS)}")
+    if fit not in FIT_METHODS:
+        raise BoundaryError(f"--fit {fit}: expected one of {', '.join(FIT_METHODS)}")
     if len(latents) != len(scores):
         raise BoundaryError(f"{len(latents)} latents, but {len(scores)} scores")
     if not np.isfinite(scores).all():
