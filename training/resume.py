@@ -82,9 +82,9 @@ def rename_keys(state: dict) -> dict:
 def cpu_preset(size: int | None, batch: int, start: Start) -> dict:
     """Flags of a new, short run on processors; docs/training.md says what each brings."""
     size, warm = size or (start.config or GeneratorConfig()).size, start.path is not None
-    r1 = round(0.0002 * size**2 / (batch * int(os.environ.get("WORLD_SIZE") or 1)), 3)  # ADA's rule
+    r1 = f"{0.0002 * size**2 / (batch * int(os.environ.get('WORLD_SIZE') or 1)):.3g}"  # ADA's rule
     chosen = {} if warm else {"channel_base": 32 * size, "channel_max": 256}
-    chosen |= {"precision": "bf16" if bf16_pays() else "fp32", "lr": 0.0025 if warm else 0.006, "r1": r1}
+    chosen |= {"precision": "bf16" if bf16_pays() else "fp32", "lr": 0.0025 if warm else 0.006, "r1": float(r1)}
     chosen |= {"g_reg_every": 8, "one_stage": True, "augment": True, "ada_length": 60_000}
     return chosen | {"vision_aided": find_features(), "noise": "none"}
 

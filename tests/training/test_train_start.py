@@ -16,6 +16,7 @@ from common.cli import run
 from common.generator_file import export_ema
 from common.lock import lock_folder
 from model import load_generator
+from training.resume import Start, cpu_preset
 from training.trainer import Trainer
 
 # -- starting from a file ------------------------------------------------------------------------------------------
@@ -119,15 +120,23 @@ def test_preset_for_processors(face_lmdb, start_run, tmp_path, monkeypatch, bf16
     small = ("--channel_base", 128, "--lr", 0.003)
     ending = good(start_run(face_lmdb, "--preset", "cpu", "--iter", 1, *small))
     precision = "--precision bf16 " if bf16 else ""  # fp32 is the default
-    chosen = f"preset cpu: {precision}--r1 0.013 --g_reg_every 8 --one_stage --augment --ada_length 60000"
+    chosen = f"preset cpu: {precision}--r1 0.0128 --g_reg_every 8 --one_stage --augment --ada_length 60000"
     assert chosen in ending.out and "--lr" not in ending.out.partition("preset cpu")[2].splitlines()[0]
     options = checkpoint(tmp_path / "run", 1)["options"]
-    expected = {"lr": 0.003, "r1": 0.013, "noise": "none", "vision_aided": "scorer:face-scorer", "channel_base": 128}
+    expected = {"lr": 0.003, "r1": 0.0128, "noise": "none", "vision_aided": "scorer:face-scorer", "channel_base": 128}
     assert {name: options[name] for name in expected} == expected
     assert options["precision"] == ("bf16" if bf16 else "fp32")
     monkeypatch.setattr("training.resume.bf16_pays", lambda: not bf16)
     assert "preset cpu:" not in good(start_run("--resume", "auto", "--iter", 2)).out
     assert checkpoint(tmp_path / "run", 2)["options"]["precision"] == options["precision"]
+
+
+@pytest.mark.parametrize("size, batch, r1", [(128, 16, 0.205), (1024, 8, 26.2), (32, 64, 0.0032), (8, 64, 0.0002)])
+def test_r1_of_the_preset_keeps_its_digits(monkeypatch, size, batch, r1):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cpu_preset(size, batch, Start())["r1"] == r1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cpu_preset(size, batch // 4, Start())["r1"] == r1
 
 
 def test_early_warnings(face_lmdb, start_run, tmp_path, monkeypatch):
