@@ -132,15 +132,19 @@ def infer_config(state: dict) -> GeneratorConfig:
     raise CheckpointError(f"channel widths {widths} follow no channel_max and channel_multiplier or channel_base")
 
 
-def _average_of(file: dict) -> dict:
+def average_of(file: dict) -> dict:
     """The EMA generator's tensors in a checkpoint: `g_ema`, `state_dict`, or bare; without DataParallel's `module.`."""
     state = file.get("g_ema", file.get("state_dict", file))
     if state is file and isinstance(file.get("g"), dict):
         held = ", ".join(f"`{name}`" for name in file)
         raise CheckpointError(f"holds {held:.80}, but no `g_ema`, the averaged generator")
-    if isinstance(state, dict) and state and all(str(name).startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
+    return without_module(state)
+
+
+def without_module(state: dict) -> dict:
+    """A network's tensors without the `module.` that DataParallel puts before their names."""
+    wrapped = isinstance(state, dict) and state and all(str(name).startswith("module.") for name in state)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()} if wrapped else state
 
 
 def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
@@ -152,7 +156,7 @@ def read_generator(path: str | Path) -> tuple[dict, GeneratorConfig, dict]:
             state, file = load_export(path)
         else:
             file = load_checkpoint(path)
-            state = _average_of(file)
+            state = average_of(file)
         inferred = infer_config(state)
         config = inferred if file.get("config") is None else GeneratorConfig.from_dict(file["config"])
         for name in ("size", "style_dim", "n_mlp", "w_space", "independent", "condition_dim", "widths"):

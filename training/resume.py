@@ -7,7 +7,14 @@ from pathlib import Path
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly
 from common.cli import UsageError, UserError
-from common.generator_file import discriminator_file, infer_config, provenance, read_generator
+from common.generator_file import (
+    average_of,
+    discriminator_file,
+    infer_config,
+    provenance,
+    read_generator,
+    without_module,
+)
 from common.precision import bf16_pays
 from common.runs import find_start
 from editing.attributes import DEFAULT_ATTRIBUTES, Condition
@@ -49,8 +56,11 @@ def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
     if path.suffix == ".safetensors" and not continues:
         return read_export(path)
     state = rename_keys(load_checkpoint(path))
-    generator = state.get("g_ema", {} if continues else state)
     try:
+        if not continues:
+            networks = {name: without_module(state[name]) for name in ("g", "d") if name in state}
+            state = state | networks | {"g_ema": average_of(state)}
+        generator = state.get("g_ema", {})
         config = GeneratorConfig.from_dict(state["config"]) if "config" in state else infer_config(generator)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -159,7 +169,7 @@ def init_from(trainer: Trainer, start: Start) -> None:
     """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew. A smaller or
     narrower network is enlarged, an unconditional generator gets the condition that is trained (training/transfer.py).
     Raises CheckpointError for any other difference."""
-    weights, config = start.state if "g_ema" in start.state else {"g_ema": start.state}, start.config
+    weights, config = start.state, start.config
     networks = {name: getattr(trainer, name) for name in ("g", "d", "g_ema") if name in weights}
     if config != trainer.config and can_enlarge(config, trainer.config):
         for name, network in networks.items():

@@ -246,7 +246,7 @@ class Trainer:
 
     def load_weights(self, state: dict, source) -> None:
         """Weights alone. An exported generator (no `d`) fills g and g_ema. CheckpointError where shapes differ."""
-        average = state.get("g_ema", state)
+        average = state["g_ema"]
         for network, weights in ((self.g, state.get("g", average)), (self.g_ema, average)):
             load_strictly(network, {"token": network.token, **weights}, source)  # rosinality's files have no token
             if not network.uses_noise:

@@ -8,7 +8,15 @@ from common.checkpoint import CheckpointError, save_checkpoint
 from common.cli import UsageError, UserError
 from editing.attributes import Condition
 from model import GeneratorConfig
-from training.resume import Start, read_checkpoint, read_start, resolve, resolve_architecture, resolve_condition
+from training.resume import (
+    Start,
+    init_from,
+    read_checkpoint,
+    read_start,
+    resolve,
+    resolve_architecture,
+    resolve_condition,
+)
 from training.settings import ARCHITECTURE
 
 PLAIN = GeneratorConfig(16, 32, 2, channel_max=8)
@@ -124,6 +132,14 @@ def test_files_of_other_programs(tmp_path, tiny_w_config):
     assert start.state["step"] == 230_000 and start.config.widths == tiny_w_config.widths and start.options == {}
     torch.save(state["g_ema"], tmp_path / "7.pt")
     assert read_checkpoint(tmp_path / "7.pt", continues=False).config.w_space
+    parallel = {name: {f"module.{n}": tensor for n, tensor in state[name].items()} for name in ("g", "d", "g_ema")}
+    for file in (published, parallel, {"state_dict": state["g_ema"], "epoch": 3}, parallel["g_ema"]):
+        torch.save(file, tmp_path / "7.pt")
+        start, trainer = read_checkpoint(tmp_path / "7.pt", continues=False), make_trainer(tiny_w_config, seed=1)
+        init_from(trainer, start)
+        for name in {"g", "d", "g_ema"} & file.keys() or {"g_ema"}:
+            found = getattr(trainer, name).state_dict()
+            assert all(torch.equal(found[n], tensor) for n, tensor in state[name].items()), name
     torch.save({"g_ema": {"a": torch.zeros(1)}}, tmp_path / "8.pt")
     with pytest.raises(CheckpointError, match="8.pt: these tensors"):
         read_checkpoint(tmp_path / "8.pt", continues=False)
