@@ -7,9 +7,9 @@
 
 Writes every photo under its own name and format into --output_dir, before_after/NAME.jpg, overview.jpg with all faces,
 and report.csv: each attribute as it was, its target, in the drawn face and in the photo. Attributes are read by a
-scorer that took no part in finding the edits. Inversions are kept in OUTPUT_DIR/inversions: another edit of the same
-photos takes about a second each. A photo without a face is reported and passed over; the exit status is 1 if none was
-edited.
+scorer that took no part in finding the edits; an edit of which the photo shows nothing is left out, unless --strength
+names a factor. Inversions are kept in OUTPUT_DIR/inversions: another edit of the same photos takes about a second
+each. A photo without a face is reported and passed over; the exit status is 1 if none was edited.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def build_parser() -> ArgumentParser:
     add("--glasses", type=parse_target, help="0 none, 1 glasses; needs a boundary for them")
     add("--mouth_open", type=parse_target, help="0 closed, 1 open, or a change")
     add("--like", type=Path, help="photo of a face whose expression is taken over")
-    add("--strength", type=positive, default=1.0, help="factor on the edit; 1: what the photo needs")
+    add("--strength", type=positive, default=1.0, help="factor on the edit, uncorrected; 1: what the photo needs")
     add("--quality", choices=QUALITY, default="good", help="how long each face is refined")
     add("--faces", choices=("largest", "all"), default="largest", help="which of a photo's faces")
     add("--output_dir", type=Path, default=Path("edited"), help="folder for the results")

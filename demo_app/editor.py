@@ -15,7 +15,7 @@ from PIL import Image
 from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
 from demo_app.models import Models
-from demo_app.targets import EXPRESSION, NEAR, Reading, Target
+from demo_app.targets import EXPRESSION, NEAR, Reading, Target, shows
 from editing.edit import edit_face, nearest_crossing, nearest_value
 from editing.evaluate import score_frames
 from editing.transfer import render_path
@@ -273,7 +273,8 @@ class PhotoEditor:
         return float(readings[positions == 0][0])
 
     def _search(self, face: Face, targets, strength, rounds) -> dict[str, float]:
-        """Positions at which the photo shows the targets: from each one's curve, then corrected together."""
+        """Positions at which the photo shows the targets: from each one's curve, then corrected together; 0 where it
+        would show nothing of the change."""
         if any(name not in self.models.boundaries for name in targets):
             self.set_expression(max(face.steps, 50))
         kinds = {name: self._kind(name) for name in targets}
@@ -282,7 +283,7 @@ class PhotoEditor:
         before = {name: self._before(face, name) for name in targets}
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
         errors = {n: open_error(goals[n] - before[n], goals[n], kinds[n]) for n in targets}
-        aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {})
+        aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {}, {})
         shares, last = dict.fromkeys(targets, 1.0), dict.fromkeys(targets, 0.0)  # of an error that is corrected
         for _ in range(max(1, rounds)):
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
@@ -295,12 +296,13 @@ class PhotoEditor:
             scores = dict(zip(targets, self.read([image])[0, columns], strict=True))
             errors = {n: open_error(goals[n] - scores[n], goals[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
-            best = min(best, (total, at), key=lambda item: item[0])
+            best = min(best, (total, at, scores), key=lambda item: item[0])
             if all(abs(error) <= NEAR[kinds[name]] / 2 for name, error in errors.items()):
                 break
             shares = {name: share / 2 if errors[name] * last[name] < 0 else share for name, share in shares.items()}
             aims, last = {name: aims[name] + shares[name] * errors[name] for name in targets}, errors
-        return best[1]
+        _, at, scores = best  # an edit that the photo does not show only harms it
+        return {n: p if shows(before[n], goals[n], scores[n], kinds[n]) else 0.0 for n, p in at.items()}
 
     def _kind(self, name: str) -> str:
         return self.models.scorer.attributes[self.models.scorer.column(name)].kind

@@ -7,7 +7,7 @@ FLAGS = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glas
 EXPRESSION = ("smile", "mouth_open", "eyes_open")  # taken over from a reference photo
 NEAR = {"years": 1.0, "probability": 0.08}  # a reading as near as this to its goal has arrived
 EDGE = 0.03  # a goal keeps this far from probability 0 and 1
-VISIBLE = 0.25  # share of a change below which the photo shows no visible effect
+VISIBLE = {"years": 4.0, "probability": 0.2}  # a reading that moved as far, or a quarter of the change, is seen
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,13 @@ def parse_gender(text: str) -> Target:
     return Target({"female": 0.0, "male": 1.0}[text]) if text in ("female", "male") else parse_target(text)
 
 
+def shows(before: float, goal: float, photo: float, kind: str) -> bool:
+    """False when the reading `photo` has moved too little from `before` towards `goal` to be seen."""
+    change = abs(goal - before)
+    moved = (photo - before) * (1 if goal > before else -1)
+    return change <= NEAR[kind] or moved >= min(change / 4, VISIBLE[kind])
+
+
 @dataclass(frozen=True)
 class Reading:
     """Attribute of a face: in the photo before, the goal, in the drawn face and in the photo after the edit."""
@@ -50,9 +57,7 @@ class Reading:
 
     @property
     def visible(self) -> bool:
-        """False when the photo shows less than a quarter of the change."""
-        change = self.goal - self.before
-        return abs(change) <= NEAR.get(self.kind, 0.1) or (self.photo - self.before) / change >= VISIBLE
+        return shows(self.before, self.goal, self.photo, self.kind)
 
     def describe(self) -> str:
         """'31 -> 46, target 46 (48 in the drawn face)'; what did not arrive is said."""

@@ -35,6 +35,17 @@ def test_the_photo_shows_the_target(editor):
     assert len(changed) and (changed >= low - 1).all() and (changed <= high).all(), "pixels outside the frame changed"
 
 
+def test_an_edit_that_the_photo_does_not_show_is_left_out(editor, monkeypatch):
+    before = editor.read([editor.faces[0].crop])
+    curve = np.array([-1.0, 0, 1]), before[0, editor.models.scorer.column("age")] + np.array([-15.0, 0, 15])
+    monkeypatch.setattr(editor, "_curve", lambda face, name: curve)
+    for arrived, moved in ((0, False), (3, False), (5, True)):  # of 15 years
+        monkeypatch.setattr(editor, "read", lambda images, add=arrived: np.repeat(before + add, len(images), 0))
+        result = editor.edit({"age": Target(15, relative=True)})
+        assert (result.faces[0].positions["age"] != 0) == moved
+        assert np.array_equal(result.photo, editor.photo) != moved
+
+
 def test_strength_scales_the_edit(editor):
     at = [editor.edit({"age": Target(6, True)}, strength=s, rounds=0).faces[0].positions["age"] for s in (1, 0.5)]
     assert at[1] == pytest.approx(at[0] / 2)
@@ -45,7 +56,7 @@ def test_an_edit_ends_where_the_person_would_change(editor, monkeypatch):
     for person in (0.65, 0.9, 1.1):
         monkeypatch.setattr("demo_app.editor.PERSON", person)
         editor.faces[0].inversion.curves.clear()
-        face_edit = editor.edit({"age": Target(200)}).faces[0]
+        face_edit = editor.edit({"age": Target(200)}, rounds=0).faces[0]
         pair = torch.stack([to_tensor(crop.resize((READ, READ))) for crop in (editor.faces[0].crop, face_edit.crop)])
         positions.append(face_edit.positions["age"])
         similarities.append(editor.models.identity.similarity(pair[:1], pair[1:]).item())
@@ -121,7 +132,9 @@ def test_a_man_who_should_be_a_man_has_arrived():
 
 def test_visible():
     assert not Reading(30, 45, 40, 32, "years").visible
-    assert Reading(30, 45, 46, 44.5, "years").visible
+    assert Reading(30, 45, 46, 44.5, "years").visible and Reading(60, 45, 46, 52, "years").visible
+    assert Reading(30, 90, 46, 35, "years").visible  # five years are seen, whatever was asked
+    assert not Reading(60, 45, 46, 70, "years").visible
     assert Reading(0.98, 0.97, 0.98, 0.98, "probability").visible  # no change was the target
 
 
