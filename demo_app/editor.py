@@ -331,10 +331,11 @@ def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tu
 
 def expression_of(photo, models: Models) -> dict[str, Target]:
     """The expression of the largest face in the file `photo`, as targets."""
-    editor = PhotoEditor(models)
-    editor.set_photo(shrink(read_image(photo), 1000))
-    scores = editor.read_faces(name for name in EXPRESSION if name in models.attributes)
-    return {name: Target(score) for name, score in scores.items()}
+    editor, photo = PhotoEditor(models), shrink(read_image(photo), 1000)
+    (alignment,) = editor._align(photo, None, "largest")
+    (scores,) = editor.read([crop_aligned(photo, alignment)])
+    names = [name for name in EXPRESSION if name in models.attributes]
+    return {name: Target(float(scores[models.scorer.column(name)])) for name in names}
 
 
 def shrink(photo: Image.Image, longest: int) -> Image.Image:

@@ -10,7 +10,16 @@ from PIL import Image
 
 import edit_photos
 from common.images import read_image, to_tensor
-from demo_app.editor import READ, PhotoEditor, PhotoError, cut_curve, open_error, position_for, scale_alignment
+from demo_app.editor import (
+    READ,
+    PhotoEditor,
+    PhotoError,
+    cut_curve,
+    expression_of,
+    open_error,
+    position_for,
+    scale_alignment,
+)
 from demo_app.flags import MODELS, model_flags
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import CHECKPOINTS, Conditional, load_models
@@ -87,6 +96,14 @@ def test_unknown_attribute_and_no_photo(models, editor):
         editor.edit({"hat": Target(1)})
     with pytest.raises(PhotoError, match="first choose a photo"):
         PhotoEditor(models).edit({})
+
+
+def test_the_expression_of_a_photo_is_read_without_inverting_it(models, editor, astronaut, monkeypatch):
+    monkeypatch.setattr("demo_app.editor.EXPRESSION", ("age", "smile"))  # as if age were one; nothing reads a smile
+    editor.set_photo(read_image(astronaut))
+    expected = editor.read_faces(["age"])
+    monkeypatch.delattr(PhotoEditor, "_encode")
+    assert expression_of(astronaut, models) == {"age": Target(pytest.approx(expected["age"]))}
 
 
 def test_a_face_smaller_than_the_generator_draws(models, astronaut):
