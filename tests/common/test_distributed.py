@@ -1,15 +1,11 @@
 """common/distributed.py: one process, two processes over gloo, and a rank that does not come."""
 
-import os
-import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from processes import launch
+from processes import launch, start_ranks
 
 from common import distributed
 from common.cli import ArgumentParser, UsageError, add_device_flags
@@ -112,24 +108,6 @@ def test_shard(n_items, world_size):
     assert max(sizes) - min(sizes) <= 1
 
 
-def start(program, world_size=2):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=Path(distributed.__file__).parents[1],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-
-
 SILENT = """
 import os, signal, sys, time, torch
 from common import distributed as d
@@ -149,47 +127,48 @@ run_script(main, ArgumentParser())
 """
 
 
-@pytest.mark.parametrize(
-    "fault, collective, message",
-    [
-        # the whole process stops, as behind a cut cable: no packet comes, no connection closes
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "d.gather_list(1)", "error: no sign of life of rank 1 for 4 s"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "d.all_reduce_mean([torch.ones(3)])", "rank 1"),
-        # it lives and does something else
-        ("time.sleep(60)", "d.all_reduce_mean([torch.ones(3)])", "all-reduce failed, rank 1 has stopped or hangs"),
-        # it dies
-        ("os._exit(9)", "d.barrier()", "error: rank 0 of 2: barrier failed, "),
-        ("os._exit(9)", "d.gather_list(1)", "error: rank 0 of 2: gather failed, "),
-    ],
-)
-def test_a_silent_rank_is_named_and_nobody_waits_for_ever(fault, collective, message):
-    workers = start(SILENT.format(fault=fault, collective=collective, work=0))
-    try:
-        began = time.monotonic()
-        out, err = workers[0].communicate(timeout=60)
-        assert workers[0].returncode == 1 and out == "", err
-        assert message in err and "Traceback" not in err
-        assert time.monotonic() - began < 30
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
 SHORT = "torch.distributed.distributed_c10d.default_pg_timeout = __import__('datetime').timedelta(seconds=2); "
+FAULTS = [  # (what rank 1 does before the collective, the collective, what rank 0 says)
+    # the whole process stops, as behind a cut cable: no packet comes, no connection closes
+    ("os.kill(os.getpid(), signal.SIGSTOP)", "d.gather_list(1)", "error: no sign of life of rank 1 for 4 s"),
+    ("os.kill(os.getpid(), signal.SIGSTOP)", "d.all_reduce_mean([torch.ones(3)])", "rank 1"),
+    # it lives and does something else
+    ("time.sleep(60)", "d.all_reduce_mean([torch.ones(3)])", "all-reduce failed, rank 1 has stopped or hangs"),
+    # it dies
+    ("os._exit(9)", "d.barrier()", "error: rank 0 of 2: barrier failed, "),
+    ("os._exit(9)", "d.gather_list(1)", "error: rank 0 of 2: gather failed, "),
+]
+WAITS = [("pass", "d.gather_list(1)", 6), ("time.sleep(6)", f"{SHORT}d.barrier()", 0)]  # (rank 1, collective, rank 0)
 
 
-@pytest.mark.parametrize(
-    "fault, collective, work", [("pass", "d.gather_list(1)", 6), ("time.sleep(6)", f"{SHORT}d.barrier()", 0)]
-)
-def test_ranks_wait_for_work_that_takes_longer_than_the_timeout(fault, collective, work):
+@pytest.fixture(scope="module")
+def groups():
+    """{(fault, collective, seconds of rank 0): two processes}, all of which wait at the same time."""
+    cases = [*((fault, collective, 0) for fault, collective, _ in FAULTS), *WAITS]
+    found = {}
+    for fault, collective, work in cases:
+        program = SILENT.format(fault=fault, collective=collective, work=work)
+        found[fault, collective, work] = start_ranks([sys.executable, "-c", program])
+    yield found
+    for worker in sum(found.values(), []):
+        worker.kill()
+
+
+@pytest.mark.parametrize("fault, collective, message", FAULTS)
+def test_a_silent_rank_is_named_and_nobody_waits_for_ever(groups, fault, collective, message):
+    rank_0 = groups[fault, collective, 0][0]
+    began = time.monotonic()
+    out, err = rank_0.communicate(timeout=60)
+    assert rank_0.returncode == 1 and out == "", err
+    assert message in err and "Traceback" not in err
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("fault, collective, work", WAITS)
+def test_ranks_wait_for_work_that_takes_longer_than_the_timeout(groups, fault, collective, work):
     """Longer than torch's own default too, by which rank 0 gives up a barrier whatever the group's timeout is."""
-    workers = start(SILENT.format(fault=fault, collective=collective, work=work))
-    try:
-        results = [worker.communicate(timeout=60) for worker in workers]
-        assert [out for out, _ in results] == ["through\n"] * 2, results
-    finally:
-        for worker in workers:
-            worker.kill()
+    results = [worker.communicate(timeout=60) for worker in groups[fault, collective, work]]
+    assert [out for out, _ in results] == ["through\n"] * 2, results
 
 
 def test_ops_are_chosen_for_the_process(monkeypatch):

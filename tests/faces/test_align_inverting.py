@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 from points import ASTRONAUT
+from processes import run_ranks
 
 import align_faces
 import edit_conditional
@@ -179,9 +178,6 @@ def absent(*args, **kwargs):
 @pytest.mark.slow
 def test_two_processes_share_the_photos(photos, tmp_path, root):
     (photos / "nobody.png").unlink()  # its workers have no replacement of the detector
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 projector.py --ckpt".split()]
-    command += [BUNDLED.format("wpp"), "--dataset", photos, "--output_dir", tmp_path / "two", *COMMON]
-    command += ["--align", "auto"]
-    how = {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "check": True, "timeout": 600, "capture_output": True}
-    subprocess.run([str(word) for word in command], cwd=root, **how)
+    command = [sys.executable, "projector.py", "--ckpt", BUNDLED.format("wpp"), "--dataset", photos, *COMMON]
+    run_ranks([*command, "--output_dir", tmp_path / "two", "--align", "auto"], cwd=root)
     assert load_latents(tmp_path / "two").names == ["two.png", "ü 中文.png"]

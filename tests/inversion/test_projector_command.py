@@ -3,14 +3,13 @@
 import csv
 import hashlib
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import run_ranks
 from projecting import ROOT, STEPS, flags, results, start
 
 import generate
@@ -181,17 +180,9 @@ def test_latents_of_another_generator(checkpoint, config, photos, tmp_path, caps
 
 
 def test_shards_of_two_processes(checkpoint, photos, tmp_path):
-    """torchrun with two ranks writes what one process writes."""
+    """Two ranks write what one process writes."""
     start(checkpoint, photos, tmp_path / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "projector.py"]
-    done = subprocess.run(
-        [*launch, *flags(checkpoint, photos, tmp_path / "two")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks([sys.executable, ROOT / "projector.py", *flags(checkpoint, photos, tmp_path / "two")])
     one, two = (load_latents(tmp_path / name) for name in ("one", "two"))
     assert one.names == two.names and (one.latents - two.latents).abs().mean() < 1e-3
     assert set(results(tmp_path / "one")[1]) == set(results(tmp_path / "two")[1])

@@ -3,13 +3,13 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from processes import run_ranks
 
 import metrics.editing as editing
 from common.checkpoint import save_checkpoint
@@ -204,7 +204,7 @@ def test_faces_of_a_conditional_generator_are_scored_under_their_attributes(inpu
 
 
 def test_two_processes_share_the_faces(inputs, tmp_path, root):
-    """torchrun, gloo: the tables of one process, each face swept by one rank alone; --faces 1 leaves a rank none."""
+    """Over gloo: the tables of one process, each face swept by one rank alone; --faces 1 leaves a rank none."""
     script = tmp_path / "two.py"
     script.write_text(
         """if True:
@@ -223,16 +223,8 @@ def test_two_processes_share_the_faces(inputs, tmp_path, root):
         shutdown()""",
         encoding="utf-8",
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    path = os.pathsep.join((str(root), str(root / "tests" / "metrics")))
-    done = subprocess.run(
-        [*launch, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "metrics")))
+    run_ranks([sys.executable, script, tmp_path], env={"PYTHONPATH": path}, timeout=400)
     assert sum(int((tmp_path / f"swept {rank}").read_text()) for rank in (0, 1)) == (3 + 1) * len(inputs)
     for n in "01":
         assert command(inputs, tmp_path / f"one {n}", "--at", "0.001", "--faces", n) == 0

@@ -1,10 +1,7 @@
 """Training a pSp encoder: gradients of a step, the published commands, exact resuming, what is written."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import run_ranks
 from psp_commands import PLAIN, SMALL, start
 from psp_networks import tiny_generator, tiny_net
 from trainers import assert_equal_states
@@ -321,20 +319,9 @@ def test_two_processes_agree_with_one(train, generators, face_folder, tmp_path, 
     monkeypatch.setattr("pSp.start.MEAN_SAMPLES", 10_000)  # as the other processes have it
     test = ["--test_path", face_folder, "--val_images", 5, "--max_steps", 2, "--val_interval", 2]
     assert train(tmp_path / "one", *test, "--batch_size", 4) == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     data = ["--stylegan_weights", generators["w++"], "--train_path", face_folder]
     command = [sys.executable, train_script.__file__, "--exp_dir", tmp_path / "two", *data, *PLAIN, *test]
-    command = [*map(str, command), "--batch_size", "2"]
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | environment | rank)
-        for rank in ({"RANK": "0", "LOCAL_RANK": "0"}, {"RANK": "1", "LOCAL_RANK": "1"})
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors
+    run_ranks([*command, "--batch_size", "2"], cwd=tmp_path)
     logs = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     one, two = ([line["loss"] for line in log if line["group"] == "test"] for log in logs)
     assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=0.2)

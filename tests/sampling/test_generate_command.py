@@ -1,14 +1,13 @@
 """generate.py: its command line, mistakes, bad files, precision, several processes."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from generating import close, command, images_in, new_generator, seed_images
+from processes import run_ranks
 
 from common.checkpoint import save_checkpoint
 from common.generator_file import export_ema
@@ -87,7 +86,7 @@ shutdown()
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
-    """torchrun, gloo: the same files as one process writes; frames and mixtures in the same order."""
+    """Over gloo: the same files as one process writes; frames and mixtures in the same order."""
     script = tmp_path / "all.py"
     script.write_text(IN_ONE_GROUP, encoding="utf-8")
     written, commands = {}, {}
@@ -96,23 +95,14 @@ def test_two_processes_share_the_work(wpp_ckpt, root, tmp_path):
         first = ["--ckpt", str(wpp_ckpt), "--output_dir", out, "--device", "cpu", "--batch", "1"]  # else sums differ
         commands[name] = [[*first, *text.replace("{out}", out).split(" ")] for text in COMMANDS]
 
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    process = subprocess.Popen(
-        [*launch, *("|".join(flags) for flags in commands["two"])],
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    two = [sys.executable, script, *("|".join(flags) for flags in commands["two"])]
+    run_ranks(two, env={"PYTHONPATH": str(root)}, timeout=400)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # their number, too, may change the order of a sum
         assert [command(*flags) for flags in commands["one"]] == [0] * len(COMMANDS)
-        _, errors = process.communicate(timeout=400)
     finally:
         torch.set_num_threads(threads)
-        process.terminate()  # torchrun takes its workers along; a kill would orphan them
-    assert process.returncode == 0, errors[-3000:]
 
     for name in commands:
         folder = tmp_path / name

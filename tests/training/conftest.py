@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from PIL import Image
-from train_runs import Ending, checkpoint, command, end, start
+from train_runs import Ending, checkpoint, command, end, fork
 
 import train
 from common.cli import run
@@ -37,7 +37,7 @@ def start_run(capfd, tiny_flags, tmp_path, monkeypatch):
 def straight(face_lmdb, tiny_flags, root, tmp_path_factory):
     """The folder of an undisturbed run of 20 steps, started from another folder than the root."""
     home = tmp_path_factory.mktemp("straight")
-    ending = end(start(command(face_lmdb, "run ü/deep", tiny_flags, root, "--iter", 20), home))
+    ending = end(fork(command(face_lmdb, "run ü/deep", tiny_flags, root, "--iter", 20), home))
     assert ending.status == 0, ending.err
     return home / "run ü" / "deep"
 

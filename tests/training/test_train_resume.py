@@ -20,6 +20,7 @@ from train_runs import (
     command,
     end,
     error_line,
+    fork,
     good,
     start,
 )
@@ -41,7 +42,7 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
     small += ["--sample_every", "2"]
     published = ["train.py", "--path", face_lmdb, "--exp_name", tmp_path / "launched", "--batch", 8, "--n_sample", 64]
     launch = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2"]
-    ending = good(end(start([*launch, *published, *small], root, env={"PET_MASTER_PORT": str(port)})))
+    ending = good(end(fork([*launch, *published, *small], root, env={"PET_MASTER_PORT": str(port)})))
     assert "batch 8 x 2" in ending.out and ending.out.count("a new run") == 1, "one process speaks"
     folder = tmp_path / "launched"
     assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == ["000000.pt", "000002.pt", "000004.pt"]
@@ -55,14 +56,14 @@ def test_published_command_on_two_processes(face_lmdb, tiny_flags, root, tmp_pat
     shutil.copy(folder / "checkpoint" / "000002.pt", half)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     again = [tmp_path / "half" if part == folder else part for part in published]
-    good(end(start([*torchrun, *again, *small, "--resume", "auto"], root)))
+    good(end(fork([*torchrun, *again, *small, "--resume", "auto"], root)))
     assert_same_training_state(folder / "checkpoint" / "000004.pt", half / "000004.pt")
 
 
 def test_resume_after_sigkill_is_exact(straight, face_lmdb, tiny_flags, root, tmp_path):
     """20 steps = 10 + SIGKILL in the middle of the next + --resume auto + 10."""
     folder = tmp_path / "killed"
-    process = start(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)
+    process = fork(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)
     deadline = time.monotonic() + 1200
     while not (folder / "checkpoint" / "000010.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -75,7 +76,7 @@ def test_resume_after_sigkill_is_exact(straight, face_lmdb, tiny_flags, root, tm
     with (folder / "log.jsonl").open("a") as log:
         log.write('{"step": 11, "gro')  # a line torn by the crash
 
-    ending = good(end(start(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)))
+    ending = good(end(fork(command(face_lmdb, folder, tiny_flags, root, "--iter", 20, "--resume", "auto"), tmp_path)))
     assert "continuing" in ending.out and "step 10 of 20" in ending.out
     assert_same_training_state(straight / "checkpoint" / "000020.pt", folder / "checkpoint" / "000020.pt")
     timeless = [
@@ -183,7 +184,7 @@ def test_sigterm_to_the_whole_process_group(face_lmdb, tiny_flags, root, tmp_pat
     """A job scheduler or torchrun stops a run so: the loader's workers get the signal too."""
     folder = tmp_path / "group"
     flags = ("--iter", 5000, "--workers", 2)
-    process = start(command(face_lmdb, folder, tiny_flags, root, *flags), tmp_path, start_new_session=True)
+    process = fork(command(face_lmdb, folder, tiny_flags, root, *flags), tmp_path, start_new_session=True)
     while not (folder / "log.jsonl").exists() or len(read_log(folder / "log.jsonl")) < 4:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)

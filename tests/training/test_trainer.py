@@ -2,9 +2,6 @@
 the gradients of one."""
 
 import copy
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import start_ranks
 from trainers import ALONE, assert_equal_states, make_trainer, prepare_images, random_images, record_phases, seed_phase
 
 from model import Generator, GeneratorConfig
@@ -328,16 +326,9 @@ TWO = {"augment": True, "augment_p": 0.5, "g_reg_every": 2, "d_reg_every": 3}
 
 def test_two_processes_equal_one_that_accumulates(tiny_config, tmp_path, root):
     """Batch b on each of two gloo processes against one process with 2b in micro-batches of b: same gradients."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     paths, out = [str(root), str(Path(__file__).parents[1])], str(tmp_path / "rank")
     program = WORKER.format(paths=paths, config=tiny_config.to_dict(), two=TWO, out=out)
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    workers = [
-        subprocess.Popen([sys.executable, "-c", program], env={**environment, "RANK": str(r), "OMP_NUM_THREADS": "1"})
-        for r in range(2)
-    ]
+    workers = start_ranks([sys.executable, "-c", program])
     trainer = make_trainer(tiny_config, batch=6, micro_batch=3, **TWO)
     seen = record_phases(trainer)
     for _ in range(4):

@@ -6,6 +6,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+from processes import Process
 from trainers import assert_equal_states
 
 from common.checkpoint import load_checkpoint
@@ -31,11 +32,20 @@ def good(ending):
     return ending
 
 
-def start(command, cwd, **options):
-    """The command as a process of its own, one thread, output captured."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **options.pop("env", {})}
+def environment_of(env):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **(env or {})}
+
+
+def fork(command, cwd, env=None, **options):
+    """As `start`, without the seconds of a new interpreter (processes.py)."""
+    return Process(command, cwd=cwd, env=environment_of(env), **options)
+
+
+def start(command, cwd, env=None, **options):
+    """The command by an interpreter of its own, as a user's shell starts it; one thread, output captured."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True, **pipes, **options)
+    command = list(map(str, command))
+    return subprocess.Popen(command, cwd=cwd, env=environment_of(env), text=True, **pipes, **options)
 
 
 def end(process, timeout=1200):

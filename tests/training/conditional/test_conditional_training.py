@@ -1,8 +1,6 @@
 """The conditional GAN's training: warm start, light mode, the attribute loss, exact resume, what a checkpoint says."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 from colours import FLAGS, NAMES, SMALL, ColourScorer, gradients_of, make_trainer, random_images
 from PIL import Image
+from processes import run_ranks
 from trainers import assert_equal_states
 
 import convert
@@ -223,18 +222,15 @@ def test_processes_draw_what_micro_batches_draw(reader):
 
 
 def test_two_processes(tmp_path, face_lmdb, root):
-    """Under torchrun, gloo: the whole command, with a scorer in a file."""
+    """Over gloo: the whole command, with a scorer in a file."""
     from scorer.network import Scorer, ScorerConfig, ScorerNetwork, save_scorer
 
     torch.manual_seed(0)
     network = ScorerNetwork(ScorerConfig((Attribute("smile"), Attribute("eyes_open")), width=0.5, input_size=32))
     save_scorer(tmp_path / "scorer.safetensors", Scorer(network))
-    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2 train.py --path".split()]
-    command += [face_lmdb, "--exp_name", tmp_path / "run", "--condition", tmp_path / "scorer.safetensors", *FLAGS]
-    command += "--attributes smile,eyes_open --iter 2 --batch 4 --n_sample 4 --workers 0 --device cpu".split()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(list(map(str, command)), cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, root / "train.py", "--path", face_lmdb, "--exp_name", tmp_path / "run", *FLAGS]
+    command += ["--condition", tmp_path / "scorer.safetensors", "--attributes", "smile,eyes_open"]
+    run_ranks([*command, *"--iter 2 --batch 4 --n_sample 4 --workers 0 --device cpu".split()])
     state = load_checkpoint(tmp_path / "run" / "checkpoint" / "000002.pt")
     assert state["condition"]["attributes"] == ["smile", "eyes_open"] and state["sampler"]["position"] == 16
     assert state["condition"]["scorer"] == str(tmp_path / "scorer.safetensors")
