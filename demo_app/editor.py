@@ -21,7 +21,7 @@ from editing.evaluate import score_frames
 from editing.transfer import render_path
 from faces.align import Alignment, align, crop_aligned, to_bytes
 from faces.detect import FaceDetector
-from faces.paste import edit_crop, paste_edit
+from faces.paste import Change, edit_crop, paste_edit
 from inversion.tuning import tunable, tune, tuned_generator
 from model import Generator
 from sampling.render import map_latents, render, seeded_z
@@ -32,6 +32,7 @@ TRIES = 13  # positions per attribute at which the photo is read
 FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
+PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes"}  # of the face that an attribute changes; else all
 REACH = {"age": 3.3, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
 PERSON = 0.65  # least identity of a face that was moved along a boundary
 
@@ -75,7 +76,7 @@ class FaceEdit:
     positions: dict[str, float]
     readings: dict[str, Reading]
     crop: Image.Image  # the aligned face in the edited photo
-    changes: list[tuple[np.ndarray, np.ndarray]]  # per generator: inversion and edited face, uint8 [S, S, 3]
+    changes: list[Change]  # per generator
 
     def paste(self, photo: Image.Image) -> Image.Image:
         """The edit in the photo, which may have another size than the one that was edited."""
@@ -175,7 +176,7 @@ class PhotoEditor:
         photo, results = self.photo, []
         for face in self.faces:
             positions = self._search(face, targets, strength, rounds)
-            changes = [(before, after[0]) for before, after in self._draw(face, [positions])]
+            (changes,) = self._draw(face, [positions])
             photo = paste_edit(photo, changes, face.alignment, face.crop if photo is self.photo else None)
             crop = crop_aligned(photo, face.alignment)
             results.append(FaceEdit(face, positions, self._readings(face, targets, changes, crop), crop, changes))
@@ -229,27 +230,27 @@ class PhotoEditor:
             raise PhotoError("the refinement diverged: do without it (--quality fast, or 0 steps on the page)")
         return Inversion(inversion.w, tuned, inversion.condition), loss
 
-    def _draw(self, face: Face, at: list[dict[str, float]]) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-        """Per generator that takes part: the face unedited, and at each of the K positions; uint8 [S, S, 3]."""
+    def _draw(self, face: Face, at: list[dict[str, float]]) -> list[list[Change]]:
+        """Per position the changes of the face, one of each generator that takes part."""
         models, drawn, source = self.models, [], face.inversion
-        boundaries = [b for name, b in models.boundaries.items() if any(name in position for position in at)]
-        if boundaries or not any(at):
+        moved = {name for position in at for name in position}
+        boundaries = [boundary for name, boundary in models.boundaries.items() if name in moved]
+        if boundaries or not moved:
             steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-            before, *after = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
-            drawn.append((before, after))
-        if any(name not in models.boundaries for position in at for name in position):
-            source, names = face.expression, models.conditional.reader.names
-            change = [[p.get(n, 0.0) * (n not in models.boundaries) for n in names] for p in [{}, *at]]  # [1 + K, d]
+            images = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
+            drawn.append(changes_of(images, moved & set(models.boundaries)))
+        if names := moved - set(models.boundaries):
+            source, order = face.expression, models.conditional.reader.names
+            change = [[position.get(n, 0.0) * (n in names) for n in order] for position in [{}, *at]]  # [1 + K, d]
             conditions = source.condition.cpu() + torch.tensor(change, dtype=torch.float32)
-            before, *after = render_path(source.generator, source, conditions)
-            drawn.append((before, after))
-        return drawn
+            drawn.append(changes_of(render_path(source.generator, source, conditions), names))
+        return list(map(list, zip(*drawn, strict=True)))
 
     def _try(self, face: Face, at: list[dict[str, float]], size=READ) -> Iterator[np.ndarray]:
         """The aligned photo at each position, uint8 [size, size, 3]: about what paste_edit gives."""
-        crop, drawn = fit_image(face.crop, size), self._draw(face, at)
-        for k in range(len(at)):
-            yield to_bytes(edit_crop(crop, [(before, after[k]) for before, after in drawn])[0])
+        crop = fit_image(face.crop, size)
+        for changes in self._draw(face, at):
+            yield to_bytes(edit_crop(crop, changes)[0])
 
     def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Positions along an attribute at which the photo shows the same person, 0 among them; readings there."""
@@ -308,7 +309,7 @@ class PhotoEditor:
         return self.models.scorer.attributes[self.models.scorer.column(name)].kind
 
     def _readings(self, face: Face, targets, changes, crop) -> dict[str, Reading]:
-        *drawn, photo = self.read([*(after for _, after in changes), crop])
+        *drawn, photo = self.read([*(change.edited for change in changes), crop])
         readings = {}
         for name, target in targets.items():
             scores = drawn[0 if name in self.models.boundaries else -1]
@@ -317,6 +318,13 @@ class PhotoEditor:
             values = target.goal(before, kind), float(scores[column]), float(photo[column])
             readings[name] = Reading(before, *values, kind)
         return readings
+
+
+def changes_of(images, attributes) -> list[Change]:
+    """Changes from the first of a generator's images to each of the others, by edits of these attributes."""
+    unedited, *edited = images
+    parts = tuple(sorted({PART.get(name, "head") for name in attributes})) or ("head",)
+    return [Change(unedited, image, parts) for image in edited]
 
 
 def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

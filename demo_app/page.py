@@ -148,7 +148,7 @@ class Page:
         except PhotoError as error:
             return {"message": f"**{error}**"}
         face = session.result.faces[0]
-        crops = [face.face.crop, *(Image.fromarray(image) for image in face.changes[0])]
+        crops = [face.face.crop, *(Image.fromarray(image) for image in face.changes[0][:2])]
         return {
             "message": message or f"{session.name}: move a slider.",
             "compare": (session.editor.photo, session.result.photo),

@@ -7,6 +7,7 @@ remaining difference is added. Where that is strong and the inversion missed muc
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -30,11 +31,23 @@ WEAK, STRONG = 6.0, 24.0  # grey levels of structure that an edit changes beyond
 LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed
 DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
 FEATHER = 0.05  # of the side: width of the soft border
-HEAD = (0.5, 0.52), (0.46, 0.5)  # centre and radii of the ellipse that edits stay in, of the side of an FFHQ frame
+PARTS = {  # centre and radii of the ellipse that an edit stays in, of the side of an FFHQ frame
+    "head": ((0.5, 0.52), (0.46, 0.5)),
+    "eyes": ((0.5, 0.48), (0.32, 0.12)),
+    "mouth": ((0.5, 0.7), (0.3, 0.2)),
+}
 FADE = 0.25  # of these radii: where an edit fades out
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 ORIENTATION = 0x0112  # EXIF tag
+
+
+class Change(NamedTuple):
+    """An edit as a generator draws it: images [S, S, 3], PIL or uint8, before and after; the parts that it changes."""
+
+    unedited: Image.Image | np.ndarray
+    edited: Image.Image | np.ndarray
+    parts: tuple[str, ...] = ("head",)
 
 
 def paste_back(photo, face, alignment, *, unedited=None) -> Image.Image:
@@ -52,7 +65,7 @@ def paste_back(photo, face, alignment, *, unedited=None) -> Image.Image:
         if unedited.size != face.size:
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
         crop = crop_aligned(photo, alignment, max(alignment.size, face.width))
-        return paste_edit(photo, [(unedited, face)], alignment, crop)
+        return paste_edit(photo, [Change(unedited, face)], alignment, crop)
     crop = crop_aligned(photo, alignment, face.width)
     new, old = np.asarray(face, np.float32), np.asarray(crop, np.float32)
     mask = feather_mask(face.width, 0.0 if alignment.whole else BORDER)
@@ -120,15 +133,15 @@ def structure(change: np.ndarray) -> np.ndarray:
     return np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
 
 
-def motion(edited: np.ndarray, unedited: np.ndarray) -> np.ndarray:
+def motion(edited: np.ndarray, unedited: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Flow [H, W, 2] of an edit: (x, y) in pixels from each pixel of `edited` to where it was in `unedited`, images
     float32 [H, W, 3], so that `warp(unedited, flow)` is like `edited`. Dense inverse search (Kroeger et al. 2016), no
-    longer than FAR, smoothed; 0 in the background."""
+    longer than FAR, smoothed; weighted by `mask` [H, W]."""
     grey = (to_bytes(image.mean(-1)) for image in (edited, unedited))
     flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(*grey, None)
     length = np.linalg.norm(flow, axis=-1, keepdims=True) / len(flow)
     flow *= FAR / np.maximum(length, FAR)
-    return cv2.GaussianBlur(flow, (0, 0), SMOOTH * len(flow)) * head_mask(len(flow))[..., None]
+    return cv2.GaussianBlur(flow, (0, 0), SMOOTH * len(flow)) * mask[..., None]
 
 
 def warp(image: np.ndarray, flow: np.ndarray, top=0, interpolation=cv2.INTER_LINEAR) -> np.ndarray:
@@ -146,28 +159,27 @@ def edit_region(edited: np.ndarray, unedited: np.ndarray, missed: np.ndarray) ->
     return changed * _smooth((structure(missed) - LITTLE) / (MUCH - LITTLE))
 
 
-def head_mask(size: int) -> np.ndarray:
-    """Weight of an edit, float32 [size, size]: 1 on the face, 0 in the background of an aligned frame."""
-    (x, y), (width, height) = HEAD
-    at = (np.arange(size, dtype=np.float32) + 0.5) / size
-    radius = np.hypot((at[None] - x) / width, (at[:, None] - y) / height)
-    return _smooth((1 - radius) / FADE) * feather_mask(size, FEATHER)
+def part_mask(size: int, parts=("head",)) -> np.ndarray:
+    """Weight of an edit, float32 [size, size]: 1 on these parts of an aligned face, 0 around them, soft between."""
+    at, radii = (np.arange(size, dtype=np.float32) + 0.5) / size, []
+    for (x, y), (width, height) in map(PARTS.get, parts):
+        radii.append(np.hypot((at[None] - x) / width, (at[:, None] - y) / height))
+    return _smooth((1 - np.minimum.reduce(radii)) / FADE) * feather_mask(size, FEATHER)
 
 
-def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The crop of a photo with an edit, float32 [H, H, 3] in 0..255; the region [H, H] of the drawn face; and the
-    motion [H, H, 2]. A change of the whole head's colour is left out, and colour changes smoothly: far along a boundary
-    hair turns orange and green. edited, unedited: the generator's images [S, S, 3] of that face, S <= H; PIL images or
-    uint8, as the crop."""
-    crop, edited, unedited = map(to_pil, (crop, edited, unedited))
+def blend_edit(crop, change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The crop of a photo (PIL or uint8) with an edit, float32 [H, H, 3] in 0..255; the region [H, H] of the drawn
+    face; and the motion [H, H, 2]. A change of the whole head's colour is left out, and colour changes smoothly: far
+    along a boundary hair turns orange and green. The images of the change have at most the crop's size."""
+    crop, unedited, edited = map(to_pil, (crop, change.unedited, change.edited))
     coarse = crop.resize(edited.size, Image.Resampling.BOX)  # at the generator's resolution
     before, after, coarse = (_resize(image, crop.width) for image in (unedited, edited, coarse))
-    flow = motion(after, before)
+    flow = motion(after, before, part_mask(crop.width, change.parts))
     moved = warp(before, flow)
-    change = after - moved
-    change -= np.median(change[head_mask(crop.width) > 0.5], axis=0)  # the photo's light stays
-    grey = change.mean(-1, keepdims=True)
-    after = moved + grey + ndimage.gaussian_filter(change - grey, [LIGHT * crop.width] * 2 + [0])
+    added = after - moved
+    added -= np.median(added[part_mask(crop.width) > 0.5], axis=0)  # the photo's light stays
+    grey = added.mean(-1, keepdims=True)
+    after = moved + grey + ndimage.gaussian_filter(added - grey, [LIGHT * crop.width] * 2 + [0])
     missed, fine = warp(coarse - before, flow), warp(np.asarray(crop, np.float32) - coarse, flow)
     region = edit_region(after, moved, missed)
     light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])
@@ -175,21 +187,21 @@ def blend_edit(crop, edited, unedited) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return after + light + (1 - share) * (missed - light) + (1 - (1 - DETAIL) * share) * fine, region, flow
 
 
-def edit_crop(crop, changes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def edit_crop(crop, changes: list[Change]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A crop (PIL) with edits of its face, one after the other: float32 [H, H, 3] in 0..255, the share [H, H] of the
-    photo's finest detail that stays, and the motion [H, H, 2] of all. changes: (unedited, edited) images of a
-    generator, see `blend_edit`."""
-    new, mask = np.asarray(crop, np.float32), head_mask(crop.width)
-    kept, total = np.ones_like(mask), np.zeros((*mask.shape, 2), np.float32)
-    for unedited, edited in changes:
-        blended, region, flow = blend_edit(to_bytes(new), edited, unedited)
+    photo's finest detail that stays, and the motion [H, H, 2] of all."""
+    new, shape = np.asarray(crop, np.float32), (crop.height, crop.width)
+    kept, total = np.ones(shape, np.float32), np.zeros((*shape, 2), np.float32)
+    for change in changes:
+        blended, region, flow = blend_edit(to_bytes(new), change)
+        mask = part_mask(crop.width, change.parts)
         new = new + mask[..., None] * (blended - new)
         kept = warp(kept, flow) * (1 - mask * (1 - DETAIL) * region)
         total = flow + warp(total, flow)
     return new, kept, total
 
 
-def paste_edit(photo: Image.Image, changes, alignment: Alignment, crop=None) -> Image.Image:
+def paste_edit(photo: Image.Image, changes: list[Change], alignment: Alignment, crop=None) -> Image.Image:
     """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`)."""
     _require_same_size(photo, alignment)
     crop = crop_aligned(photo, alignment) if crop is None else crop

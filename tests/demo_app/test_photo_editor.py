@@ -25,7 +25,7 @@ from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import CHECKPOINTS, Conditional, load_models
 from demo_app.targets import Reading, Target
 from faces.align import Alignment, crop_aligned
-from faces.paste import blend_edit, edit_region, motion, paste_edit, warp
+from faces.paste import Change, blend_edit, edit_crop, edit_region, motion, part_mask, paste_edit, warp
 
 
 def test_no_edit_leaves_the_photo(editor, astronaut):
@@ -169,7 +169,7 @@ def face_images():
 
 def test_equal_images_change_nothing():
     photo, _, drawn = face_images()
-    blended, region, flow = blend_edit(photo, drawn, drawn)
+    blended, region, flow = blend_edit(photo, Change(drawn, drawn))
     assert np.abs(blended - photo).max() < 0.01 and region.max() == 0 and not flow.any()
 
 
@@ -180,7 +180,7 @@ def test_what_an_edit_adds_replaces_what_was_missed_and_keeps_the_light():
     smiling[20:26, 10:22] = 250
     photo[80:104:8, 36:92] = photo[81:104:8, 36:92] = photo[82:104:8, 36:92] = 30
     photo = (photo * 0.8).astype(np.uint8)
-    blended, region, _ = blend_edit(photo, smiling, drawn)
+    blended, region, _ = blend_edit(photo, Change(drawn, smiling))
     assert region[86:98, 50:78].mean() > 0.8 and region[:40].max() < 0.01
     assert np.abs(blended[:40] - photo[:40]).max() < 2
     teeth = blended[86:98, 50:78].mean((1, 2))
@@ -198,10 +198,10 @@ def test_the_photo_moves_as_the_drawn_face_does():
     """A stripe on a spot, which the inversion missed, goes where the edit moves the spot, and leaves no shadow."""
     before, after, photo = blob(64, 60), blob(64, 63), blob(64, 60)
     photo[62:66, 54:66] += 60
-    flow = motion(after, before)
+    flow = motion(after, before, part_mask(128))
     assert np.abs(flow[60:69, 58:68] - (-3, 0)).max() < 1 and not flow[:3].any()
     assert np.abs(warp(before, flow) - after)[50:80, 50:80].mean() < 4
-    blended, region, _ = blend_edit(photo.astype(np.uint8), after.astype(np.uint8), before.astype(np.uint8))
+    blended, region, _ = blend_edit(photo.astype(np.uint8), Change(before.astype(np.uint8), after.astype(np.uint8)))
     assert region.max() < 0.1
     there, here = (blended - after)[62:66, 60:67], (blended - after)[50:78, 45:54]
     assert there.mean() > 45 and np.abs(here).max() < 15
@@ -216,9 +216,22 @@ def test_detail_finer_than_the_crop_moves_along():
         [[-0.5, -0.5], [-0.5, end], [end, end], [end, -0.5]], [512, 512], 128, landmarks=[], whole=True
     )
     drawn, moved = (blob(64, x).astype(np.uint8) for x in (60, 63))
-    pasted = np.asarray(paste_edit(Image.fromarray(photo), [(drawn, moved)], alignment), float)
+    pasted = np.asarray(paste_edit(Image.fromarray(photo), [Change(drawn, moved)], alignment), float)
     row = pasted[256, 220:280].mean(-1)
     assert abs(int(row.argmax()) + 220 - 252) <= 3 and row.max() > row[18:22].max() + 60, row
+
+
+def test_an_edit_stays_in_its_part_of_the_face():
+    """A spot on the mouth and one between the eyes move; of an edit of the mouth only that one."""
+    before, after = (np.minimum(blob(90, x), blob(45, x)).astype(np.uint8) for x in (62, 65))
+    head, mouth = (
+        edit_crop(Image.fromarray(before), [Change(before, after, (part,))])[0] for part in ("head", "mouth")
+    )
+    assert np.abs(mouth - before)[80:100].max() > 25 and np.abs(head - before)[35:55].max() > 25
+    assert np.abs(mouth - before)[:64].max() < 0.01  # above the ellipse
+    assert np.abs(mouth - head)[80:100, 50:78].max() < 8
+    both = part_mask(128, ("eyes", "mouth"))
+    np.testing.assert_array_equal(both, np.maximum(part_mask(128, ("eyes",)), part_mask(128, ("mouth",))))
 
 
 def test_a_tint_is_no_edit():
@@ -226,7 +239,7 @@ def test_a_tint_is_no_edit():
     tinted = np.clip(drawn.astype(int) + 20, 0, 255).astype(np.uint8)
     same = np.zeros(drawn.shape, np.float32)
     assert edit_region(same + tinted, same + drawn, same + drawn).max() < 0.01
-    blended, _, flow = blend_edit(photo, tinted, drawn)
+    blended, _, flow = blend_edit(photo, Change(drawn, tinted))
     assert np.abs(blended - photo).max() < 1 and np.abs(flow).max() < 0.1
 
 
@@ -239,7 +252,7 @@ def test_a_faithful_inversion_leaves_the_photo():
 def test_paste_of_nothing_is_the_photo(editor):
     face = editor.faces[0]
     drawn = np.zeros((16, 16, 3), np.uint8)
-    assert np.array_equal(paste_edit(editor.photo, [(drawn, drawn)], face.alignment), editor.photo)
+    assert np.array_equal(paste_edit(editor.photo, [Change(drawn, drawn)], face.alignment), editor.photo)
 
 
 # -- kept inversions ---------------------------------------------------------------------------------------------------
@@ -282,5 +295,8 @@ def test_the_light_conditional_generator_takes_smiles_and_given_boundaries_keep_
     editor = PhotoEditor(models)
     editor.set_drawn(3)
     editor.set_expression(0)
-    ((before, (after,)),) = editor._draw(editor.faces[0], [{models.conditional.reader.names[0]: np.float64(1.2)}])
+    (((before, after, parts),),) = editor._draw(
+        editor.faces[0], [{models.conditional.reader.names[0]: np.float64(1.2)}]
+    )
+    assert parts == ("mouth",)
     assert np.abs(after.astype(float) - before).mean() > 1
