@@ -39,13 +39,13 @@ PSP += "--image_interval 4 --workers 1 --test_workers 1 --val_interval 3 --save_
 SCORER = "--validation 0.3 --width 0.1 --input_size 32 --batch 4 --resume auto --log_every 1"
 INVERT = "--perceptual scorer:face-scorer --identity none --mean_samples 50 --batch 2 --noise_regularize 1"
 COMMANDS = {
-    "train.py": f"--path faces --size 16 {TINY} --iter 16 --save_every 3 --sample_every 10 --exp_name out",
-    "pSp/scripts/train.py": f"--stylegan_weights generator.pt --train_path faces {PSP} --max_steps 8 --exp_dir out",
-    "train_scorer.py": f"--labels labels.csv --data faces {SCORER} --iter 40 --save_every 3 --out out",
-    "projector.py": f"--ckpt generator.pt --dataset faces --step 10 {INVERT} --output_dir out",
+    "train.py": f"--path faces --size 16 {TINY} --iter 10 --save_every 3 --sample_every 10 --exp_name out",
+    "pSp/scripts/train.py": f"--stylegan_weights generator.pt --train_path faces {PSP} --max_steps 7 --exp_dir out",
+    "train_scorer.py": f"--labels labels.csv --data faces {SCORER} --iter 20 --save_every 3 --out out",
+    "projector.py": f"--ckpt generator.pt --dataset faces --step 5 {INVERT} --output_dir out",
     "prepare_data.py": "--size 8,64,256 --n_worker 2 --out out faces",
     "align_faces.py": "--photos photos --n_worker 1 --output_dir out",
-    "edit_photos.py": "photos/0.jpg photos/1.jpg --age +20 --quality fast --output_dir out",
+    "edit_photos.py": "photos/0.jpg photos/1.jpg --age +20 --strength 0.5 --quality fast --output_dir out",
     "metrics/extract_features.py": "generator.pt --extractor scorer --n_sample 200 --batch 20 --out out/features.npz",
 }
 NOT_COMPARED = ("options", "opt.json", "lock.mdb", "events.out", "timestamp.txt")  # the last: a note per checkpoint
@@ -68,11 +68,11 @@ def make_inputs() -> None:
     config = GeneratorConfig(16, 16, 1, channel_max=8)
     networks = {"g_ema": Generator(config).state_dict(), "d": Discriminator(config).state_dict()}
     torch.save(networks | {"config": config.to_dict()}, "generator.pt")
-    draw, photo = np.random.default_rng(0), skimage.data.astronaut()
-    for i in range(12):
+    draw, photo = np.random.default_rng(0), skimage.data.astronaut()[:440, :440]
+    for i in range(8):
         save_image(draw.integers(0, 256, (4, 4, 3), np.uint8).repeat(10, 0).repeat(10, 1), f"faces/{i}.png")
-        save_image(photo[:440, i:440], f"photos/{i}.jpg")
-    Path("labels.csv").write_text("file,smile,age\n" + "".join(f"{i}.png,{i % 2},{20 + 5 * i}\n" for i in range(12)))
+        save_image(photo[:, i:], f"photos/{i}.jpg")
+    Path("labels.csv").write_text("file,smile,age\n" + "".join(f"{i}.png,{i % 2},{20 + 5 * i}\n" for i in range(8)))
 
 
 def execute(name: str) -> None:

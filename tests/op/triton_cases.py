@@ -137,26 +137,28 @@ RESAMPLINGS = {
 }
 
 
-CASES = [(name, torch.float32) for name in RESAMPLINGS]
-CASES += [(name, dtype) for name in ("blur", "up", "down") for dtype in FILTERED[1:]]
+PLAIN = ("blur", "up", "down", "other kernel and factors")
+CASES = [(name, torch.float32, layout) for name in PLAIN for layout in LAYOUTS]
+# the interpreter is slow: what differs in paddings alone is seen in one layout there, half precision in the other
+CASES += [(n, torch.float32, layout) for n in RESAMPLINGS if n not in PLAIN for layout in [*LAYOUTS][INTERPRETED:]]
+CASES += [(n, dtype, layout) for n in PLAIN[:3] for dtype in FILTERED[1:] for layout in [*LAYOUTS][: 2 - INTERPRETED]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name, dtype", CASES)
+@pytest.mark.parametrize("name, dtype, layout", CASES)
 def test_upfirdn2d(name, dtype, layout):
     size, kernel, options, out = RESAMPLINGS[name]
 
     def squared(x):  # of a linear function, so that there is a second derivative
         return upfirdn2d(x, kernel.to(x.device), **options).square()
 
-    compare(squared, [torch.randn(1, 3, *size)], dtype, layout, (1, 3, *out))
+    compare(squared, [torch.randn(1, 2, *size)], dtype, layout, (1, 2, *out))
 
 
 @pytest.mark.parametrize("options", [{"pad": (2, 2)}, {"up": 2, "pad": (2, 1)}, {"down": 2, "pad": (1, 1)}])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upfirdn2d_in_many_programs(layout, options, monkeypatch):
     """Blocks of pixels and of channels, with rests; on a GPU larger ones too."""
-    sizes = [(2, 3, 11, 9)] if INTERPRETED else [(2, 3, 11, 9), (3, 130, 37, 65), (2, 3, 300, 517)]
+    sizes = [(1, 3, 9, 7)] if INTERPRETED else [(2, 3, 11, 9), (3, 130, 37, 65), (2, 3, 300, 517)]
     if INTERPRETED:
         monkeypatch.setattr("op.triton.act.TILE_BYTES", 64 * 4)
     for size in sizes:

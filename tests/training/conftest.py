@@ -6,7 +6,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from PIL import Image
 from train_runs import Ending, checkpoint, command, end, fork
 
 import train
@@ -15,10 +14,9 @@ from common.cli import run
 
 @pytest.fixture
 def start_run(capfd, tiny_flags, tmp_path, monkeypatch):
-    """Runs train.py's command line in this process; later flags override the tiny network's. TensorBoard and attention
-    maps, which take longer than the training, are those of `straight` alone."""
+    """Runs train.py's command line in this process; later flags override the tiny network's. TensorBoard, which takes
+    longer than the training, is that of `straight` alone."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock())
-    monkeypatch.setattr("training.loop.similarity_figure", lambda maps: Image.new("RGB", (8, 8)))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     capfd.readouterr()
 
