@@ -133,7 +133,7 @@ def child(script, flags: dict, *, processes: int = 1) -> dict:
     environments = [os.environ] if processes == 1 else group_environments(processes)
     running = []
     for environment in environments:
-        files = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed below
+        files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115 - closed below
         running.append((subprocess.Popen(command, env=environment, stdout=files[0], stderr=files[1]), files))
     try:
         status = wait_for(process for process, _ in running)

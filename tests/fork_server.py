@@ -13,7 +13,7 @@ import warnings
 
 import cv2  # noqa: F401 - and all others that take long
 import matplotlib.figure  # noqa: F401
-import scipy.stats  # noqa: F401
+import sklearn.svm  # noqa: F401
 import torch._dynamo  # noqa: F401
 import torch.distributed.run  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401

@@ -33,17 +33,14 @@ def _ask(request):
 
 
 class Process:
-    """`subprocess.Popen(command, text=True)` for a Python program, its output captured in files."""
+    """`subprocess.Popen(command, text=True)` for a Python program, its output captured in files with names."""
 
-    def __init__(self, command, cwd=ROOT, env=None, start_new_session=False):
+    def __init__(self, command, cwd=ROOT, env=None, start_new_session=False, stdout=None, stderr=None):
         command = [str(word) for word in command]
         assert command[0] == sys.executable
-        self.files, self.returncode = [], None
-        for _ in range(2):
-            descriptor, path = tempfile.mkstemp(prefix="output-")
-            os.close(descriptor)
-            self.files.append(Path(path))
-        out, err = map(str, self.files)
+        self.files = [file or tempfile.NamedTemporaryFile("w+", encoding="utf-8") for file in (stdout, stderr)]
+        self.returncode = None
+        out, err = (file.name for file in self.files)
         request = {"cwd": str(cwd), "env": dict(os.environ if env is None else env), "session": start_new_session}
         self.pid = _ask(request | {"command": command, "out": out, "err": err})
 
@@ -52,17 +49,20 @@ class Process:
             self.returncode = _ask({"poll": self.pid})
         return self.returncode
 
-    def wait(self, timeout):
+    def wait(self, timeout=600):
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("a fork", timeout, *map(Path.read_text, self.files))
+                raise subprocess.TimeoutExpired("a fork", timeout, *self.output())
             time.sleep(0.02)
         return self.returncode
 
     def communicate(self, timeout=600):
         self.wait(timeout)
-        out, err = (path.read_text(encoding="utf-8") for path in self.files)
+        return self.output()
+
+    def output(self):
+        out, err = (Path(file.name).read_text(encoding="utf-8") for file in self.files)
         return out, err
 
     def send_signal(self, number):

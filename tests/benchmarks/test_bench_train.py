@@ -10,7 +10,6 @@ from benchmarks import bench_generate, bench_train, peers
 from benchmarks.measuring import Budget, ChildError, child, flag_list, measure_or_say
 from benchmarks.rounds import PHASES, Schedule, measure_schedule, seconds_per_step
 from common.cli import UsageError, run
-from op import dispatch
 
 TINY = ["--channel_max", "4", "--n_mlp", "1", "--repeats", "1", "--device", "cpu", "--threads", "1"]
 PEER_MODEL = """
@@ -39,14 +38,6 @@ class Discriminator(nn.Module):
 """
 
 
-@pytest.fixture
-def choose_again():
-    """--ops acts on the whole process when it is parsed."""
-    before = dispatch.chosen()
-    yield
-    dispatch.choose(before)
-
-
 def run_benchmark(module, flags, capsys):
     """(lines of the table, its JSON)"""
     assert run(module.main, module.build_parser(), flags) == 0
@@ -55,7 +46,7 @@ def run_benchmark(module, flags, capsys):
 
 
 @pytest.mark.slow
-def test_training_table(capsys, tmp_path, choose_again):
+def test_training_table(capsys, tmp_path, forks):
     """Ours, in two gloo processes too, the original formulation, and a peer whose folder is something else."""
     flags = "--sizes 8 --batches 2 --original --processes 2 --steps 2 --ops ref --augment 0.5 --peer_nvidia".split()
     flags += [str(tmp_path), *TINY]
@@ -77,7 +68,7 @@ def test_training_table(capsys, tmp_path, choose_again):
     assert len(table) == 4 and all("8" in line for line in table) and reason in table[1]
 
 
-def test_generator_table(capsys, choose_again):
+def test_generator_table(capsys, forks):
     flags = ["--sizes", "8", "--batches", "2", "--original", "--drawn", "3", "--ops", "ref", *TINY]
     lines, found = run_benchmark(bench_generate, flags, capsys)
     assert found["benchmark"] == "generate"
@@ -123,7 +114,7 @@ def test_checkpoints_and_spaces(root):
 # -- a peer, in place of which stands a few lines with its interface -------------------------------------------------
 
 
-def test_a_peer_is_measured_by_its_own_modules(tmp_path):
+def test_a_peer_is_measured_by_its_own_modules(tmp_path, forks):
     """`model` and `op` must be the peer's, not ours."""
     (tmp_path / "op").mkdir()
     (tmp_path / "model.py").write_text(PEER_MODEL)
