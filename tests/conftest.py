@@ -104,6 +104,12 @@ def tiny_flags() -> list[str]:
 
 
 @pytest.fixture
+def undrawn(monkeypatch):
+    """The loss curves of an inversion are an empty file: to draw them takes longer than a small inversion."""
+    monkeypatch.setattr("inversion.report.plot_curves", lambda curves, every, path: path.touch())
+
+
+@pytest.fixture
 def store(tmp_path):
     """Seven images of 8 and 16 pixels in an LMDB of rosinality's."""
     from stores import rosinality_items, write_lmdb

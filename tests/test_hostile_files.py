@@ -24,6 +24,8 @@ from hostile import IMAGES, KINDS, damage, make_files
 from common.files import check_shape
 from common.runs import peak_bytes
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SECONDS, GIGABYTE = 10, 1 << 30  # of one case, which takes a tenth of a second on an idle core
 
 

@@ -21,6 +21,8 @@ from faces.align import crop_aligned, read_alignment
 from model import Generator
 from pSp.scripts import inference
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SIZE = 128  # of the bundled models
 BUNDLED = "checkpoints/face-{}-128.safetensors"
 COMMON = "--device cpu --identity none --perceptual scorer:face-scorer --step 2 --mean_samples 20".split()

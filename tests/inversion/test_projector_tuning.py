@@ -18,6 +18,8 @@ from inversion.tuning import tunable
 from model import GeneratorConfig, load_generator
 from perceptual import lpips
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TUNE = 12
 
 

@@ -177,7 +177,7 @@ def test_weights_keep_their_passes_unless_more_are_asked_for():
 
 def test_identity_encoder_learns_around_a_fixed_recognition_network(generators, train, tmp_path, monkeypatch):
     """It begins from the generator's own faces, continues exactly, and is itself again from its export."""
-    monkeypatch.setattr("pSp.start.IDENTITY_SAMPLES", 200)
+    monkeypatch.setattr("pSp.start.IDENTITY_SAMPLES", 100)
     flags = ("--encoder_type", IDENTITY, "--encoder_width", 2, "--save_interval", 1, "--optim_name", "adam")
     assert train(tmp_path / "a", *flags, "--max_steps", 2) == 0
     first, last = (load_psp(tmp_path / "a" / "checkpoints" / f"iteration_{i}.pt") for i in (1, 2))
@@ -204,9 +204,10 @@ def test_identity_encoder_learns_around_a_fixed_recognition_network(generators, 
 
 def test_identity_encoder_is_fitted_to_generated_faces(monkeypatch):
     """A function of the embedding explains the w of faces better than their mean does."""
-    monkeypatch.setattr("pSp.start.IDENTITY_SAMPLES", 400)
+    monkeypatch.setattr("pSp.start.IDENTITY_SAMPLES", 200)
+    monkeypatch.setattr("pSp.start.MEAN_SAMPLES", 1000)
     net, origin = build_network(EncoderFlags(encoder_type=IDENTITY), Start(None, None, False), tiny_generator())
-    assert "identity fitted to 400 generated faces" in origin
+    assert "identity fitted to 200 generated faces" in origin
     draw = torch.Generator().manual_seed(0)
     w = net.decoder.get_latent(net.decoder.draw_z(20, draw))  # of the faces of the fit
     with torch.no_grad():
@@ -313,15 +314,23 @@ def test_older_checkpoints_lose_their_optimiser(train, tmp_path):
     load_psp(tmp_path / "checkpoints" / "iteration_1.pt")
 
 
-def test_two_processes_agree_with_one(train, generators, face_folder, tmp_path, monkeypatch):
+FEW_SAMPLES = """
+import pSp.start
+from common.cli import run_script
+from pSp.scripts import train
+pSp.start.MEAN_SAMPLES = 100
+run_script(train.main, train.build_parser())
+"""
+
+
+def test_two_processes_agree_with_one(train, generators, face_folder, tmp_path):
     """Two ranks with half the batch each: the same images, and, where nothing is normalised over the batch, the same
     losses; the encoder normalises, so only the first validation is compared to rounding, the second for closeness."""
-    monkeypatch.setattr("pSp.start.MEAN_SAMPLES", 10_000)  # as the other processes have it
     test = ["--test_path", face_folder, "--val_images", 5, "--max_steps", 2, "--val_interval", 2]
     assert train(tmp_path / "one", *test, "--batch_size", 4) == 0
     data = ["--stylegan_weights", generators["w++"], "--train_path", face_folder]
-    command = [sys.executable, train_script.__file__, "--exp_dir", tmp_path / "two", *data, *PLAIN, *test]
-    run_ranks([*command, "--batch_size", "2"], cwd=tmp_path)
+    command = [sys.executable, "-c", FEW_SAMPLES, "--exp_dir", tmp_path / "two", *data, *PLAIN, *test]
+    run_ranks([*command, "--batch_size", "2"])
     logs = (read_log(tmp_path / name / "log.jsonl") for name in ("one", "two"))
     one, two = ([line["loss"] for line in log if line["group"] == "test"] for log in logs)
     assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1] == pytest.approx(two[1], rel=0.2)
