@@ -22,7 +22,7 @@ def tuned(ckpt, face_folder, tmp_path_factory):
     """A folder of inversions of two faces."""
     out = tmp_path_factory.mktemp("tuned ü")
     faces = [face_folder / "ü 中文.png", face_folder / "face 01.png"]
-    argv = ["--ckpt", ckpt, "--dataset", *faces, "--output_dir", out, "--step", 3, "--tune", 20]
+    argv = ["--ckpt", ckpt, "--dataset", *faces, "--output_dir", out, "--step", 3, "--tune", 10]
     argv += ["--perceptual", "scorer:face-scorer", "--identity", "none", "--mean_samples", 50, "--device", "cpu"]
     assert run(projector.main, projector.build_parser(), [str(arg) for arg in argv]) == 0
     return out
