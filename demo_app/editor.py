@@ -274,8 +274,8 @@ class PhotoEditor:
         return float(readings[positions == 0][0])
 
     def _search(self, face: Face, targets, strength, rounds) -> dict[str, float]:
-        """Positions at which the photo shows the targets: from each one's curve, then corrected together; 0 where it
-        would show nothing of the change."""
+        """Positions at which the photo shows the targets: from each one's curve, then corrected together; 0 for an
+        age of which it would show nothing."""
         if any(name not in self.models.boundaries for name in targets):
             self.set_expression(max(face.steps, 50))
         kinds = {name: self._kind(name) for name in targets}
@@ -302,8 +302,9 @@ class PhotoEditor:
                 break
             shares = {name: share / 2 if errors[name] * last[name] < 0 else share for name, share in shares.items()}
             aims, last = {name: aims[name] + shares[name] * errors[name] for name in targets}, errors
-        _, at, scores = best  # an edit that the photo does not show only harms it
-        return {n: p if shows(before[n], goals[n], scores[n], kinds[n]) else 0.0 for n, p in at.items()}
+        _, at, scores = best  # years that the photo does not show only harm it; of a probability one may see more
+        seen = {n: kinds[n] != "years" or shows(before[n], goals[n], scores[n], kinds[n]) for n in at}
+        return {name: position if seen[name] else 0.0 for name, position in at.items()}
 
     def _kind(self, name: str) -> str:
         return self.models.scorer.attributes[self.models.scorer.column(name)].kind

@@ -2,7 +2,7 @@
 
 `paste_back` pastes a face with a feathered border. `paste_edit` pastes what an edit changed: the photo moves as the
 drawn face moves (optical flow), so that all that the inversion missed moves along, at the photo's resolution; then the
-remaining difference is added. Where that is strong and the inversion missed much, the drawn face replaces the photo.
+difference that motion does not explain is added.
 """
 
 import sys
@@ -24,17 +24,15 @@ from faces.folder import require_elsewhere
 STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which 37% of the photo's own detail is kept
 BORDER = 0.1  # of the side: width of the soft border of a pasted face
 
-LIGHT = 0.06  # of the side: radius within which a difference counts as light, or a change as one of colour
-SPREAD = 0.025  # of the side: radius of an edit's region
 FAR, SMOOTH = 0.03, 0.03  # of the side: longest motion, and its blur; more draws swirls on foreheads
-WEAK, STRONG = 6.0, 24.0  # grey levels of structure that an edit changes beyond motion, see `edit_region`
-LITTLE, MUCH = 8.0, 24.0  # grey levels of structure that the inversion missed
-DETAIL = 0.4  # share of the photo's finest detail that stays where the drawn face is
+COLOUR = 0.06  # of the side: blur of a change of colour
+STRONGEST = 50.0  # grey levels: largest change beyond motion, softly; more draws smudges beside mouths and bald bands
+SPARED = 0.8  # share of a change beyond motion that the eyes are spared, unless the edit is one of the eyes
 FEATHER = 0.05  # of the side: width of the soft border
-PARTS = {  # centre and radii of the ellipse that an edit stays in, of the side of an FFHQ frame
-    "head": ((0.5, 0.52), (0.46, 0.5)),
-    "eyes": ((0.5, 0.48), (0.32, 0.12)),
-    "mouth": ((0.5, 0.7), (0.3, 0.2)),
+PARTS = {  # ellipses that an edit stays in: centre and radii, of the side of an FFHQ frame
+    "head": [((0.5, 0.52), (0.46, 0.5))],
+    "eyes": [((0.38, 0.48), (0.12, 0.07)), ((0.62, 0.48), (0.12, 0.07))],
+    "mouth": [((0.5, 0.7), (0.3, 0.2))],
 }
 FADE = 0.25  # of these radii: where an edit fades out
 
@@ -126,13 +124,6 @@ def feather_mask(size, feather) -> np.ndarray:
     return np.outer(ramp, ramp).astype(np.float32)
 
 
-def structure(change: np.ndarray) -> np.ndarray:
-    """Strength of what a difference of two images [H, W, 3] changes besides light, grey levels, float32 [H, W]."""
-    side, change = len(change), change.mean(-1)
-    change = change - ndimage.gaussian_filter(change, LIGHT * side)  # a tint is no structure
-    return np.sqrt(ndimage.gaussian_filter(np.square(change), SPREAD * side))
-
-
 def motion(edited: np.ndarray, unedited: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Flow [H, W, 2] of an edit: (x, y) in pixels from each pixel of `edited` to where it was in `unedited`, images
     float32 [H, W, 3], so that `warp(unedited, flow)` is like `edited`. Dense inverse search (Kroeger et al. 2016), no
@@ -152,61 +143,46 @@ def warp(image: np.ndarray, flow: np.ndarray, top=0, interpolation=cv2.INTER_LIN
     return cv2.remap(image, at, None, interpolation, borderMode=cv2.BORDER_REPLICATE)
 
 
-def edit_region(edited: np.ndarray, unedited: np.ndarray, missed: np.ndarray) -> np.ndarray:
-    """Share of the drawn face at each pixel, float32 [H, W] in 0..1: where an edit changes structure, and the inversion
-    missed much of it. Images float32 [H, W, 3], `unedited` and `missed` moved as the edit moves."""
-    changed = _smooth((structure(edited - unedited) - WEAK) / (STRONG - WEAK))
-    return changed * _smooth((structure(missed) - LITTLE) / (MUCH - LITTLE))
-
-
 def part_mask(size: int, parts=("head",)) -> np.ndarray:
     """Weight of an edit, float32 [size, size]: 1 on these parts of an aligned face, 0 around them, soft between."""
     at, radii = (np.arange(size, dtype=np.float32) + 0.5) / size, []
-    for (x, y), (width, height) in map(PARTS.get, parts):
+    for (x, y), (width, height) in (ellipse for part in parts for ellipse in PARTS[part]):
         radii.append(np.hypot((at[None] - x) / width, (at[:, None] - y) / height))
     return _smooth((1 - np.minimum.reduce(radii)) / FADE) * feather_mask(size, FEATHER)
 
 
-def blend_edit(crop, change: Change) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The crop of a photo (PIL or uint8) with an edit, float32 [H, H, 3] in 0..255; the region [H, H] of the drawn
-    face; and the motion [H, H, 2]. A change of the whole head's colour is left out, and colour changes smoothly: far
-    along a boundary hair turns orange and green. The images of the change have at most the crop's size."""
-    crop, unedited, edited = map(to_pil, (crop, change.unedited, change.edited))
-    coarse = crop.resize(edited.size, Image.Resampling.BOX)  # at the generator's resolution
-    before, after, coarse = (_resize(image, crop.width) for image in (unedited, edited, coarse))
-    flow = motion(after, before, part_mask(crop.width, change.parts))
-    moved = warp(before, flow)
-    added = after - moved
-    added -= np.median(added[part_mask(crop.width) > 0.5], axis=0)  # the photo's light stays
+def split_change(change: Change, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """What an edit does to an aligned crop of `size` pixels: its motion [size, size, 2], and what is added to the moved
+    crop, float32 [size, size, 3] in grey levels. A change of the whole head's colour is left out, strong ones are
+    softened, eyes are spared, and colour changes smoothly: far along a boundary hair turns orange and green."""
+    before, after = (_resize(to_pil(image), size) for image in (change.unedited, change.edited))
+    mask = part_mask(size, change.parts)
+    flow = motion(after, before, mask)
+    added = after - warp(before, flow)
+    added -= np.median(added[part_mask(size) > 0.5], axis=0)  # the photo's light stays
+    added = STRONGEST * np.tanh(added / STRONGEST)
+    if "eyes" not in change.parts:
+        mask = mask * (1 - SPARED * part_mask(size, ("eyes",)))
     grey = added.mean(-1, keepdims=True)
-    after = moved + grey + ndimage.gaussian_filter(added - grey, [LIGHT * crop.width] * 2 + [0])
-    missed, fine = warp(coarse - before, flow), warp(np.asarray(crop, np.float32) - coarse, flow)
-    region = edit_region(after, moved, missed)
-    light = ndimage.gaussian_filter(missed, [LIGHT * crop.width] * 2 + [0])
-    share = region[..., None]
-    return after + light + (1 - share) * (missed - light) + (1 - (1 - DETAIL) * share) * fine, region, flow
+    return flow, mask[..., None] * (grey + ndimage.gaussian_filter(added - grey, [COLOUR * size] * 2 + [0]))
 
 
-def edit_crop(crop, changes: list[Change]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A crop (PIL) with edits of its face, one after the other: float32 [H, H, 3] in 0..255, the share [H, H] of the
-    photo's finest detail that stays, and the motion [H, H, 2] of all."""
-    new, shape = np.asarray(crop, np.float32), (crop.height, crop.width)
-    kept, total = np.ones(shape, np.float32), np.zeros((*shape, 2), np.float32)
+def edit_crop(crop: Image.Image, changes: list[Change]) -> tuple[np.ndarray, np.ndarray]:
+    """An aligned crop with edits of its face, one after the other: float32 [H, H, 3] in 0..255, and the motion
+    [H, H, 2] of all."""
+    new, total = np.asarray(crop, np.float32), np.zeros((crop.height, crop.width, 2), np.float32)
     for change in changes:
-        blended, region, flow = blend_edit(to_bytes(new), change)
-        mask = part_mask(crop.width, change.parts)
-        new = new + mask[..., None] * (blended - new)
-        kept = warp(kept, flow) * (1 - mask * (1 - DETAIL) * region)
-        total = flow + warp(total, flow)
-    return new, kept, total
+        flow, added = split_change(change, crop.width)
+        new, total = warp(new, flow) + added, flow + warp(total, flow)
+    return new, total
 
 
 def paste_edit(photo: Image.Image, changes: list[Change], alignment: Alignment, crop=None) -> Image.Image:
     """The photo, original size, with edits of the face that `alignment` had cropped from it (see `edit_crop`)."""
     _require_same_size(photo, alignment)
     crop = crop_aligned(photo, alignment) if crop is None else crop
-    new, kept, flow = edit_crop(crop, changes)
-    return _composite(photo, crop, new, kept, alignment, flow)
+    new, flow = edit_crop(crop, changes)
+    return _composite(photo, crop, new, np.ones(flow.shape[:2], np.float32), alignment, flow)
 
 
 def _resize(image: Image.Image, size: int) -> np.ndarray:
