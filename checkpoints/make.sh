@@ -2,10 +2,11 @@
 # The bundled models again, for a newer generator: its export with settings and discriminator, the encoder and the conditional generator
 # (both trained on from the bundled ones), the boundaries. A stage whose file is there is left out, a stopped one goes on.
 #   checkpoints/make.sh GENERATOR FACES WORK         the files land in WORK/models: look at WORK/seeds, then copy them here
-# GENERATOR is an export of convert.py --with_d, FACES an LMDB of prepare_data.py at its size. ENCODER_STEPS, SAMPLES and CGAN_STEPS for a trial.
+# GENERATOR is an export of convert.py --with_d, FACES an LMDB of prepare_data.py at its size; LPIPS needs squeezenet1_1 (python -m
+# common.weights list). ENCODER_STEPS, SAMPLES and CGAN_STEPS for a trial.
 set -euo pipefail
 checkpoints=$(cd "$(dirname "$0")" && pwd)
-generator=$(realpath "$1") faces=$(realpath "$2") work=$(mkdir -p "$3"/{models,new} && cd "$3" && pwd)
+generator=$(realpath "$1") faces=$(realpath "$2") work=$(mkdir -p "$3/models" && cd "$3" && pwd)
 cd "$checkpoints/.."
 py=.venv/bin/python models=$work/models
 gen=$models/face-wpp-128.safetensors encoder=$models/face-psp-128.safetensors cgan=$models/face-cgan-128.safetensors
@@ -18,9 +19,9 @@ print(json.dumps(load_export(sys.argv[1])[1]['recommended']))" "$checkpoints/$1.
   echo "$work/$1.json"
 }
 
-if [ ! -e "$gen" ]; then  # the discriminator is written first
-  $py convert.py "$generator" "$work/new/face-wpp-128.safetensors" --half --with_d --recommended "$(settings face-wpp-128)"
-  mv "$work"/new/face-wpp-128-d.safetensors "$models" && mv "$work"/new/face-wpp-128.safetensors "$models"
+if [ ! -e "$gen" ]; then
+  cp "${generator%.safetensors}-d.safetensors" "$models/face-wpp-128-d.safetensors"
+  $py convert.py "$generator" "$gen" --half --recommended "$(settings face-wpp-128)"
 fi
 
 if [ ! -e "$encoder" ]; then  # a quarter of the steps at a fifth of the step size, which the averages of the batch norms need
