@@ -152,7 +152,7 @@ def part_mask(size: int, parts=("head",)) -> np.ndarray:
 
 
 def split_change(change: Change, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """What an edit does to an aligned crop of `size` pixels: its motion [size, size, 2], and what is added to the moved
+    """Split an edit of an aligned crop of `size` pixels into its motion [size, size, 2] and what is added to the moved
     crop, float32 [size, size, 3] in grey levels. A change of the whole head's colour is left out, strong ones are
     softened, eyes are spared, and colour changes smoothly: far along a boundary hair turns orange and green."""
     before, after = (_resize(to_pil(image), size) for image in (change.unedited, change.edited))

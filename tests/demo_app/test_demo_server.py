@@ -208,7 +208,7 @@ def test_upload_edit_refine_download(page, astronaut):
     moved = page.move(session, 0, page.models.generator.config.n_tokens - 1, -8)
     assert not np.array_equal(*moved["compare"]) and "**age**" in moved["readout"]
     assert re.search(r"ages are read to ±\d+ years", moved["readout"]), "the read-out's own error stands beside it"
-    assert moved["command"].endswith("--age -8") and re.fullmatch(r"age [+-]\d\.\d\d", moved["distances"])
+    assert moved["command"].endswith("--age -8") and re.fullmatch(r"age -\d+\.\d\d", moved["distances"])
     coarse = page.move(session, 0, 2, -8)
     assert not np.array_equal(coarse["compare"][1], moved["compare"][1]), "three layers move instead of all"
     every = page.models.generator.config.n_tokens

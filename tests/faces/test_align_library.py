@@ -2,6 +2,7 @@
 detector. The faces are generated images and scikit-image's astronaut."""
 
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from faces.align import (
     read_alignment,
     template_error,
 )
-from faces.paste import paste_back
+from faces.paste import STRONGEST, paste_back
 
 
 def template_quad(landmarks):
@@ -199,13 +200,14 @@ def test_only_the_change_is_added(astronaut, aligned, size):
     """Whatever the generator makes of a face: what it draws alike before and after the edit leaves no trace."""
     drawn = np.random.default_rng(0).integers(60, 190, (size, size, 3), np.uint8)  # nothing like the photo
     assert paste_back(astronaut, drawn, aligned, unedited=drawn).tobytes() == astronaut.tobytes()
-    brighter, part = drawn.copy(), slice(3 * size // 8, 5 * size // 8)
-    brighter[part, part] += 30  # of the whole head, it would be light, and left out
+    brighter = drawn.copy()
+    brighter[5 * size // 8 : 7 * size // 8, 3 * size // 8 : 5 * size // 8] += 30  # of the whole head, it would be light
     pasted = np.asarray(paste_back(astronaut, brighter, aligned, unedited=drawn), np.int16)
     change = pasted - np.asarray(astronaut, np.int16)
-    x, y = np.mean(aligned.quad, axis=0).round().astype(int)  # the middle of the face, far from the soft border
-    middle = change[y - 10 : y + 10, x - 10 : x + 10]
-    assert np.median(middle) == 30 and np.abs(middle - 30).mean() < 3  # less where the photo is bright
+    corner, below, _, beside = np.array(aligned.quad)
+    x, y = (corner + 0.75 * (below - corner) + 0.5 * (beside - corner)).round().astype(int)  # the mouth
+    middle, added = change[y - 10 : y + 10, x - 10 : x + 10], STRONGEST * math.tanh(30 / STRONGEST)
+    assert abs(np.median(middle) - added) < 1 and np.abs(middle - added).mean() < 3  # less where the photo is bright
     assert not change[:5, :5].any()
     with pytest.raises(AlignError, match=f"is {size} pixels wide, unedited 8"):
         paste_back(astronaut, brighter, aligned, unedited=drawn[:8, :8])
