@@ -33,7 +33,7 @@ FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
 PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes"}  # of the face that an attribute changes; else all
-REACH = {"age": 3.3, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
+REACH = {"age": 5.0, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
 PERSON = 0.65  # least identity of a face that was moved along a boundary
 
 
