@@ -258,7 +258,8 @@ class PhotoEditor:
         if name not in curves:
             reach = 1.0 if face.exact else REACH.get(name, 1.0)
             low, high = (reach * end for end in self.models.safe_range(name))
-            at = np.concatenate((np.linspace(low, 0, TRIES // 2 + 1), np.linspace(0, high, TRIES // 2 + 1)[1:]))
+            shares = np.linspace(0, 1, TRIES // 2 + 1) ** 1.5  # closer together near 0, where most edits end
+            at = np.concatenate((low * shares[::-1], high * shares[1:]))
             crops = list(self._try(face, [{name: value} for value in at]))
             values = self.read(crops)[:, self.models.scorer.column(name)]
             if name in self.models.boundaries:  # the range of a condition is short enough
