@@ -37,7 +37,7 @@ def environment_of(env):
 
 
 def fork(command, cwd, env=None, **options):
-    """As `start`, without the seconds of a new interpreter (processes.py)."""
+    """A run started as by `start`, without the seconds of a new interpreter (processes.py)."""
     return Process(command, cwd=cwd, env=environment_of(env), **options)
 
 
