@@ -33,9 +33,10 @@ if [ ! -e "$encoder" ]; then  # a quarter of the steps at a fifth of the step si
   $py convert.py "$work/encoder/checkpoints/iteration_$steps.pt" "$encoder" --stylegan_weights "$gen"
 fi
 
+$py generate.py --ckpt "$gen" --seeds 0-3 --save_latents --output_dir "$work/faces" --device cpu
+
 for attribute in age gender smile; do  # one set of samples for all
   [ -e "$models/face-wpp-128-$attribute.npz" ] && continue
-  $py generate.py --ckpt "$gen" --seeds 0-3 --save_latents --output_dir "$work/faces" --device cpu
   $py edit_attribute.py --ckpt "$gen" --latent "$work/faces/latents" --attribute "$attribute" --samples "$work/samples" --num_sample "$samples" \
     --output_dir "$work/boundaries/$attribute" --device cpu
   cp "$work/boundaries/$attribute/boundary-$attribute.npz" "$models/face-wpp-128-$attribute.npz"
