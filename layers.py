@@ -210,6 +210,9 @@ class ModulatedConv2d(nn.Module):
         styles = self.modulation(w) * self.scale  # [N, I]
         return modulated_conv2d(x, weight, styles, energy=energy, up=self.up, kernel=kernel, **options)
 
+    def __getstate__(self):  # a copy prepares its own weights, whose versions count anew
+        return self.__dict__ | {"kept": (None, None)}
+
     def prepare(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [O, I, k, k] in `dtype`, and its energy [O, I]. Kept from call to call while the weight is frozen
         in eval mode: both take a third of the forward pass of a single image. Never in training mode, since fused

@@ -64,3 +64,13 @@ def test_weights_make_the_same_generator_again(generator):
     assert torch.equal(*(network(w[None], input_is_latent=True)[0] for network in (again, tuned)))
     with pytest.raises(ValueError, match="another generator: convs.0.conv.weight"):
         tuned_generator(generator, {"convs.0.conv.weight": torch.zeros(1, 2, 2, 3, 3)})
+
+
+def test_a_generator_that_has_drawn_is_copied_with_the_tuned_weights(generator):
+    """Weights prepared for an earlier forward pass are not taken for those of the copy."""
+    generator.load_state_dict(generator.state_dict())  # as after loading a file: each tensor was written to once
+    w, weights = generator.mean_latent(100), {name: 2 * value for name, value in tunable(generator).items()}
+    expected, _ = tuned_generator(generator, weights)(w, input_is_latent=True)
+    drawn, _ = generator(w, input_is_latent=True)
+    again, _ = tuned_generator(generator, weights)(w, input_is_latent=True)
+    assert torch.equal(again, expected) and not torch.equal(drawn, expected)
