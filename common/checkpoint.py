@@ -54,7 +54,7 @@ def save_safetensors(path, tensors, metadata):
 
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, DIGEST: fingerprint(tensors)}
-    header = {str(name): json.dumps(value, ensure_ascii=False, sort_keys=True) for name, value in metadata.items()}
+    header = {str(name): json.dumps(value, sort_keys=True) for name, value in metadata.items()}
     data = save(tensors, header)
     end = 8 + int.from_bytes(data[:8], "little")  # of the header, which safetensors writes in a random order
     text = json.dumps(json.loads(data[8:end]), ensure_ascii=False, sort_keys=True).encode()

@@ -112,7 +112,7 @@ def save_latents(folder, w, **metadata):
     info |= {"shape": w.shape, "fingerprint": saved.fingerprint, "losses": saved.losses, "alignment": saved.alignment}
     text = json.dumps(to_plain(info | {"noise": noise is not None, "extra": saved.extra}), ensure_ascii=False, indent=1)
     with ExitStack() as files:  # left in reverse order: the description takes its name last
-        files.enter_context(atomic_write(folder / "latents.json")).write(text.encode())
+        files.enter_context(atomic_write(folder / "latents.json")).write(text.encode(errors="backslashreplace"))
         if noise is not None:
             layers = {f"noise_{index:02d}": layer for index, layer in enumerate(noise)}
             np.savez(files.enter_context(atomic_write(folder / "noise.npz")), **layers)

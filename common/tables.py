@@ -13,7 +13,7 @@ from common.files import write_text
 def write_table(path, rows: list[dict]) -> None:
     """A CSV (UTF-8 with its mark) of rows with the same keys; no file for no rows."""
     if rows:
-        write_text(path, _rows_text(rows), "utf-8-sig")
+        write_text(path, _rows_text(rows), "utf-8-sig", "surrogateescape")  # a file's name need not be UTF-8
 
 
 def append_table(path, rows: list[dict], *, start: bool) -> None:
@@ -41,7 +41,7 @@ def write_skipped(folder: str | os.PathLike, skipped: dict[str, str]) -> None:
     if not skipped:
         path.unlink(missing_ok=True)
         return
-    write_text(path, csv_text([("path", "reason"), *skipped.items()]))
+    write_text(path, csv_text([("path", "reason"), *skipped.items()]), errors="surrogateescape")
     first = next(iter(skipped.items()))
     print(f"note: {len(skipped)} images were left out ({path}); the first: {': '.join(first)}", file=sys.stderr)
 

@@ -87,7 +87,7 @@ def _code_version() -> dict:
 def append_records(path: str | Path, records: Iterable[dict]) -> None:
     """Add one JSON line per record to `path`, which is created when absent."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
