@@ -156,7 +156,8 @@ def start_monitor(trainer: Trainer, run: Run, settings: LoopSettings, path: str)
 
     images = {"n_sample": settings.eval_samples, "size": trainer.config.size, "batch": trainer.settings.forward}
     features = FeatureSettings(extractor=settings.extractor, **images)
-    options = {"dist": trainer.dist, "start_step": trainer.n_steps, "header": trainer.header}
+    header = trainer.header | {"noise": trainer.settings.noise}  # as export_ema has it
+    options = {"dist": trainer.dist, "start_step": trainer.n_steps, "header": header}
     return Monitor(run, path, settings.metric, features, **options).evaluate
 
 

@@ -47,7 +47,7 @@ def command(capfd, tiny_flags, tmp_path, face_lmdb):
 
 
 def test_curve_best_and_resume(command, tmp_path, face_lmdb):
-    ending = command("run", "--iter", 4, "--eval_every", 2, "--save_every", 2)
+    ending = command("run", "--iter", 4, "--eval_every", 2, "--save_every", 2, "--noise", "none")
     assert ending.status == 0, ending.err
     folder = tmp_path / "run"
     records = read_records(folder / "metrics.jsonl")
@@ -67,6 +67,7 @@ def test_curve_best_and_resume(command, tmp_path, face_lmdb):
     _, header = load_safetensors(best)
     step = min(values, key=values.get)
     assert (header["step"], header["value"], header["metric"]) == (step, values[step], "fid-tiny")
+    assert header["noise"] == "none"  # a run that takes these weights trains without noise as well
     trained = load_generator(folder / "checkpoint" / f"{step:06d}.pt")
     assert load_generator(best).fingerprint == trained.fingerprint == header["fingerprint"]
     assert latest_checkpoint(folder / "checkpoint").name == "000004.pt"
