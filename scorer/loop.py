@@ -75,12 +75,17 @@ def train(
                 log_validation(trainer, validation, run)
                 bar.speed(step, batch)  # measured from here
             if "save" in due or ending:
-                path = run.path("checkpoint", f"{step:06d}.pt")
-                save_checkpoint(path, trainer.state_dict() | {"sampler": sampler.state_dict(), "options": options})
-                for old in sorted(path.parent.glob("*.pt"))[:-KEPT]:
-                    old.unlink()
+                save(trainer.state_dict() | {"sampler": sampler.state_dict(), "options": options}, run)
             if ending and step < total:
                 raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
+
+
+def save(state: dict, run: Run) -> None:
+    """Write checkpoint/{step}.pt; the newest KEPT stay."""
+    path = run.path("checkpoint", f"{state['step']:06d}.pt")
+    save_checkpoint(path, state)
+    for old in sorted(path.parent.glob("*.pt"), key=lambda old: (len(old.stem), old.stem))[:-KEPT]:
+        old.unlink()
 
 
 @torch.no_grad()

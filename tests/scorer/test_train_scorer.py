@@ -13,8 +13,9 @@ from scorers import make_scorer
 import train_scorer
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import run
-from common.runs import read_log
+from common.runs import Run, read_log
 from scorer.labels import read_labels
+from scorer.loop import save
 from scorer.network import load_scorer, save_scorer
 from scorer.training import FaceStore, ScorerTrainer
 
@@ -82,6 +83,14 @@ def test_resume_is_bit_equal(planted, tmp_path, capsys):
     assert_equal_files(whole / "scorer.safetensors", again / "scorer.safetensors")
     assert call(*flags(planted, again, *common, "--resume", "auto", "--iter", "9", "--width", "1")) == 1
     assert "holds another scorer: --backbone resnet --width 0.5" in capsys.readouterr().err
+
+
+def test_the_newest_checkpoints_stay_beyond_a_million_steps(tmp_path):
+    """Their names are longer by a digit then."""
+    with Run(tmp_path, {}, folders=("checkpoint",)) as run_folder:
+        for step in (999_998, 999_999, 1_000_000):
+            save({"step": step}, run_folder)
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == ["1000000.pt", "999999.pt"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(planted, tmp_path):
