@@ -67,7 +67,8 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
     if generator is None:
         stored.step = 0
         return stored, f"a new run from the encoder and generator of {source}"
-    options = {"latent_avg": generator.mean_latent(MEAN_SAMPLES), "start_from_latent_avg": flags.start_from_latent_avg}
+    offsets = flags.start_from_latent_avg or (stored is not None and stored.start_from_latent_avg)
+    options = {"latent_avg": generator.mean_latent(MEAN_SAMPLES), "start_from_latent_avg": offsets}
     if stored is not None:
         net = pSp(stored.config, generator, **options, n_iters=n_iters or stored.n_iters)
         load_strictly(net.encoder, stored.encoder.state_dict(), source)

@@ -167,6 +167,9 @@ def test_weights_keep_their_passes_unless_more_are_asked_for():
     one, start = single_pass()
     net, _ = build_network(EncoderFlags(), start, None)
     assert net.config.input_nc == 3 and torch.equal(net.encode(images := torch.randn(1, 3, 32, 32)), one.encode(images))
+    beside, _ = build_network(EncoderFlags(), start, one.decoder)  # what the encoder gives stays offsets
+    average = beside.latent_avg - one.latent_avg
+    torch.testing.assert_close(beside.eval().encode(images), one.encode(images) + average)
     _, start = single_pass(start_from_latent_avg=False)
     with pytest.raises(CheckpointError, match="one.pt holds an encoder that gives w, not offsets: it cannot start"):
         build_network(EncoderFlags(n_iters_per_batch=3), start, None)
