@@ -13,7 +13,7 @@ import torch
 from common.checkpoint import load_strictly, save_checkpoint
 from common.cli import UserError
 from common.files import read_json
-from common.generator_file import export_discriminator, export_ema, provenance, read_generator
+from common.generator_file import export_discriminator, export_ema, provenance, read_generator, without_module
 from common.images import save_image, to_uint8
 from interop.nvidia import differences, discriminator_tensors, generator_tensors
 from interop.nvidia_pickle import read_networks
@@ -39,7 +39,7 @@ def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]
     state["g_ema"] = {name: tensor.float() for name, tensor in weights.items()}
     for network in ("g", "d", "aux_d", "critic"):  # the last: aux_d in earlier versions
         if network in file and path.suffix != ".safetensors":
-            state[network] = {name: tensor.float() for name, tensor in file[network].items()}
+            state[network] = {name: tensor.float() for name, tensor in without_module(file[network]).items()}
     if isinstance(file.get("latent_avg"), torch.Tensor):
         state["latent_avg"] = file["latent_avg"].float()
     return state, []

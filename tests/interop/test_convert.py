@@ -195,13 +195,15 @@ def test_our_checkpoint_to_either_file_and_back(w_space, tiny_config, tiny_w_con
 
 
 def test_rosinalitys_file(tiny_w_config, tmp_path):
-    """No config, no token buffer; latent_avg, which upstream pSp reads, is kept."""
+    """No config, no token buffer, names of DataParallel; latent_avg, which upstream pSp reads, is kept."""
     network = Generator(tiny_w_config)
     state = {name: value for name, value in network.state_dict().items() if name != "token"}
-    save_checkpoint(tmp_path / "550000.pt", {"g_ema": state, "latent_avg": torch.arange(32.0)})
+    wrapped = {f"module.{name}": value for name, value in state.items()}
+    save_checkpoint(tmp_path / "550000.pt", {"g_ema": state, "g": wrapped, "latent_avg": torch.arange(32.0)})
     assert command(tmp_path / "550000.pt", tmp_path / "b.pt") == 0
     written = load_checkpoint(tmp_path / "b.pt")
     assert torch.equal(written["latent_avg"], torch.arange(32.0)) and set(written["g_ema"]) == set(state)
+    assert set(written["g"]) == set(state)
     assert command(tmp_path / "550000.pt", tmp_path / "b.safetensors", "--half") == 0
     halved, full = load_generator(tmp_path / "b.safetensors"), load_generator(tmp_path / "b.pt")
     assert halved.fingerprint != full.fingerprint
