@@ -1,6 +1,7 @@
 """The functions behind the controls of demo.py's page: a photo, sliders, the edited photo."""
 
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,7 +189,7 @@ def command_of(name: str, targets: dict[str, Target]) -> str:
     """The edit as a command line, for the folder that holds the photo."""
     known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
     words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
-    return f"python edit_photos.py {name!r} {' '.join(words)}" if words else ""
+    return f"python edit_photos.py {shlex.quote(name)} {' '.join(words)}" if words else ""
 
 
 def parse_points(text: str | None, scale: float) -> np.ndarray | None:

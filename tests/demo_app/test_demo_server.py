@@ -5,6 +5,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import socket
 import urllib.error
 import urllib.parse
@@ -20,8 +21,9 @@ import demo
 import demo_app.serve
 from common.cli import ROOT
 from common.images import save_image
-from demo_app.page import HELP, Page
+from demo_app.page import HELP, Page, command_of
 from demo_app.serve import Guard, allowed_hosts
+from demo_app.targets import Target
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio")  # of pandas, in gradio's queue
 
@@ -302,3 +304,9 @@ def test_a_visit(visitor, astronaut, tmp_path):
     visitor.resize(390, 844)
     visitor.wait("no overflow", lambda: visitor.driver.execute_script("return document.body.scrollWidth") <= 390)
     assert visitor.hosts() == {"127.0.0.1"}
+
+
+def test_the_command_is_quoted_for_a_shell():
+    name = "it's $HOME.jpg"
+    command = command_of(name, {"age": Target(15, relative=True), "eyes_open": Target(1)})
+    assert shlex.split(command) == ["python", "edit_photos.py", name, "--age", "+15"]
