@@ -1,12 +1,11 @@
 """Shared parts of the benchmarks: medians, memory, processes of their own, tables, the closing line of JSON.
 
-Imports nothing but `common.cli` and `common.runs`, so that peers.py can use it beside another repository's modules.
+Imports nothing but modules of `common`, so that peers.py can use it beside another repository's modules.
 """
 
 import gc
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from common.cli import is_out_of_memory
+from common.precision import processor_name
 from common.runs import git_commit, peak_bytes
 
 PEERS = Path(__file__).resolve().with_name("peers.py")
@@ -249,12 +249,7 @@ def measure_peer(peer: str, part: str, args, *, size: int, batch: int, precision
 
 def machine_name(device: torch.device) -> str:
     """The GPU's name, else the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def circumstances(device: torch.device) -> dict:

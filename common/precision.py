@@ -1,5 +1,7 @@
 """The torch types that the names of --precision stand for, and which of them pays on this processor."""
 
+import platform
+import re
 from pathlib import Path
 from time import process_time
 from timeit import Timer
@@ -13,10 +15,10 @@ DTYPES = dict(zip(PRECISIONS, (torch.float32, torch.bfloat16, torch.float16), st
 CPU_INFO = Path("/proc/cpuinfo")
 
 
-def describe_processor() -> dict[str, str]:
-    """Linux's description of the last processor ("model name", "flags" ...); {} elsewhere."""
-    pairs = (line.partition(":") for line in CPU_INFO.read_text().splitlines()) if CPU_INFO.is_file() else ()
-    return {key.strip(): value.strip() for key, _, value in pairs}
+def processor_name() -> str:
+    """Model of the processor, where Linux tells it; else what Python knows of it."""
+    found = re.search(r"model name\s*: (.*)", CPU_INFO.read_text() if CPU_INFO.is_file() else "")
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def bf16_pays() -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cli import UsageError, UserError
-from common.distributed import Distributed, setup
+from common.distributed import Distributed
 from common.flags import read_fields
 from common.lmdb_store import is_lmdb
 from metrics.distance import compute_fid, compute_kid
@@ -60,15 +60,9 @@ def find_warnings(real: Features, fake: Features) -> list[str]:
     return notes
 
 
-def run_comparison(metrics: tuple[str, ...], flags: dict) -> None:
-    """Print and append the metrics (of METRICS) of every set of generated images against the real ones, under the flags
-    of `comparison_parser`; in this process or in one of several."""
-    with setup(flags["device"], ops=flags["ops"], timeout=flags["dist_timeout"]) as dist:
-        compare(metrics, flags, dist)
-
-
 def compare(metrics: tuple[str, ...], flags: dict, dist: Distributed) -> None:
-    """The work of `run_comparison`."""
+    """Print and append the metrics (of METRICS) of every set of generated images against the real ones, under the flags
+    of `comparison_parser`."""
     real, fakes = Path(flags["real"]), find_fakes(flags["fake"] or flags["ckpt"], flags["start_num"])
     settings, sampling = (read_fields(kind, flags) for kind in (FeatureSettings, Sampling))
     draws = [replace(sampling, truncation=psi) for psi in flags["truncation"]]

@@ -25,9 +25,11 @@ def build_parser():
 def main(args) -> None:
     import torch_fidelity  # noqa: F401 - where it is missing, that is said before the features are computed
 
-    from metrics.evaluation import run_comparison
+    from common.distributed import setup
+    from metrics.evaluation import compare
 
-    run_comparison(("fid", "kid"), vars(args))
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+        compare(("fid", "kid"), vars(args), dist)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ def build_parser():
 
 
 def main(args) -> None:
-    from metrics.evaluation import run_comparison
+    from common.distributed import setup
+    from metrics.evaluation import compare
 
-    run_comparison(("prdc",), vars(args))
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+        compare(("prdc",), vars(args), dist)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,16 @@ Sources: Liu et al. 2020 (arXiv 1908.03265, RAdam), Zhang et al. 2019 (arXiv 190
 
 import torch
 
+EVERY, ALPHA = 6, 0.5  # steps between two looks back, and how far the slow weights follow (k and alpha of Lookahead)
+
 
 class Ranger(torch.optim.RAdam):
-    """alpha, k: every k steps the weights go back to slow + alpha * (fast - slow), which becomes the new slow weight.
+    """Every EVERY steps the weights go back to slow + ALPHA * (fast - slow), which becomes the new slow weight.
     Gradients of matrices and convolutions lose their mean over all axes but the first. `state_dict` holds everything,
     the slow weights included: continuing from it equals never having stopped."""
 
-    def __init__(self, params, lr=1e-3, *, alpha=0.5, k=6, betas=(0.95, 0.999), eps=1e-5, weight_decay=0.0):
-        if not 0 <= alpha <= 1 or k < 1:
-            raise ValueError(f"Ranger takes alpha from 0 to 1 and k of at least 1, got {alpha} and {k}")
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True)
-        for group in self.param_groups:
-            group.setdefault("alpha", alpha)
-            group.setdefault("k", k)
+    def __init__(self, params, lr=1e-3):
+        super().__init__(params, lr=lr, betas=(0.95, 0.999), eps=1e-5)
 
     @torch.no_grad()
     def step(self):
@@ -34,9 +31,7 @@ class Ranger(torch.optim.RAdam):
         super().step()
         for p, start in slow.items():
             self.state[p]["slow"] = start
-        for group in self.param_groups:
-            due = [p for p in group["params"] if p.grad is not None and int(self.state[p]["step"]) % group["k"] == 0]
-            if due:
-                anchors = [self.state[p]["slow"] for p in due]
-                torch._foreach_lerp_(anchors, due, group["alpha"])
-                torch._foreach_copy_(due, anchors)
+        if due := [p for p in moved if int(self.state[p]["step"]) % EVERY == 0]:
+            anchors = [self.state[p]["slow"] for p in due]
+            torch._foreach_lerp_(anchors, due, ALPHA)
+            torch._foreach_copy_(due, anchors)

@@ -23,9 +23,9 @@ STRIDES = (2, 2, 2, 2)  # of the stages
 class SqueezeExcite(nn.Module):
     """Scales each channel by a gate computed from all channels' means."""
 
-    def __init__(self, channels: int, reduction: int = 16):
+    def __init__(self, channels: int):
         super().__init__()
-        inner = max(1, channels // reduction)
+        inner = max(1, channels // 16)
         self.fc1 = nn.Conv2d(channels, inner, 1, bias=False)
         self.fc2 = nn.Conv2d(inner, channels, 1, bias=False)
 

@@ -37,9 +37,9 @@ def measure(originals, images, *, perceptual, identity=None) -> dict[str, torch.
     return {name: value.double().cpu() for name, value in values.items()}
 
 
-def average_down(images, size: int = 256):
-    """Averaged down to `size` pixels when larger: what the perceptual networks were made for."""
-    return F.avg_pool2d(images, images.shape[-1] // size) if images.shape[-1] > size else images
+def average_down(images):
+    """Images [N, 3, S, S], S a power of two, averaged down to the 256 pixels that perceptual networks were made for."""
+    return F.avg_pool2d(images, images.shape[-1] // 256) if images.shape[-1] > 256 else images
 
 
 def structural_similarity(a, b) -> torch.Tensor:

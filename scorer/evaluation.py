@@ -19,11 +19,11 @@ from scorer.network import load_scorer, score_files
 AGE_BANDS = ((0, 10), (10, 20), (20, 40), (40, 60), (60, 101))
 
 
-def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """Expected calibration error over equal bins of [0, 1]: sum of n_b/n |mean prediction - mean label|."""
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error over ten equal bins of [0, 1]: sum of n_b/n |mean prediction - mean label|."""
     probabilities, labels = np.asarray(probabilities, np.float64), np.asarray(labels, np.float64)
-    index = np.minimum((probabilities * bins).astype(int), bins - 1)
-    gaps = np.bincount(index, probabilities - labels, bins)  # sum of differences per bin
+    index = np.minimum((probabilities * 10).astype(int), 9)
+    gaps = np.bincount(index, probabilities - labels, 10)  # sum of differences per bin
     return float(np.abs(gaps).sum() / len(labels))
 
 

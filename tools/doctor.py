@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import require_file
 from common.cli import ROOT, ArgumentParser, add_device_flags, run_script
 from common.distributed import resolve_device
-from common.precision import bf16_pays, describe_processor
+from common.precision import bf16_pays, processor_name
 from common.runs import git_commit, package_versions
 from common.weights import WEIGHTS, find, search_folders
 from common.workers import n_cores
@@ -75,10 +75,9 @@ def unusable(path: Path) -> str:
 
 def processor() -> str:
     """Name, cores that this process may use, and whether --precision bf16 pays."""
-    name = describe_processor().get("model name") or platform.processor() or platform.machine()
     bf16 = "pays" if bf16_pays() else "does not pay, as far as can be seen"
     cores = f"{n_cores()} of {os.cpu_count()} processors, {torch.get_num_threads()} threads"
-    return f"{name}, {cores}, {torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}"
+    return f"{processor_name()}, {cores}, {torch.backends.cpu.get_cpu_capability()}; --precision bf16 {bf16}"
 
 
 def gpu(index: int) -> str:
