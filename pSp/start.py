@@ -79,6 +79,7 @@ def build_network(flags: EncoderFlags, start: Start, generator: Generator | None
     config = EncoderConfig.for_generator(generator.config, **shape)
     net = pSp(config, generator, **options, n_iters=n_iters or RESTYLE_PASSES)
     origin = f"a new run on {generator.path}, backbone from {init_backbone(net.encoder, weights_dir)}"
+    net.to(generator.token.device)
     if kind == IDENTITY:
         fit_to_samples(net)
         origin += f", identity fitted to {IDENTITY_SAMPLES:,} generated faces"

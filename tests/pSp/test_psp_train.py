@@ -16,6 +16,7 @@ from trainers import assert_equal_states
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_safetensors
 from common.distributed import setup
+from common.generator_file import Statistics
 from common.latents import load_latents
 from common.runs import read_log
 from model import load_generator
@@ -216,6 +217,15 @@ def test_identity_encoder_is_fitted_to_generated_faces(monkeypatch):
     with torch.no_grad():
         error = (net.encode(net.render(w).clamp(-1, 1)) - w).square().mean()
     assert error < 0.8 * (w - net.latent_avg).square().mean()
+
+
+def test_a_new_encoder_lies_on_the_generators_device(monkeypatch):
+    """Where it is fitted to generated faces, before the training moves it anywhere."""
+    monkeypatch.setattr("pSp.start.fit_to_samples", lambda net: None)  # the device of this test has no numbers
+    generator = tiny_generator()
+    generator.statistics = Statistics(*generator.latent_statistics(10), samples=10_000)
+    net, _ = build_network(EncoderFlags(encoder_type=IDENTITY), Start(None, None, False), generator.to("meta"))
+    assert {tensor.device.type for tensor in net.state_dict().values()} == {"meta"}
 
 
 def test_published_command(fake_networks, generators, face_folder, tmp_path, monkeypatch):
