@@ -41,7 +41,7 @@ def path_lengths(
         styles = styles[:, 0] if space == "z" and config.w_space else styles
         images, _ = generator(styles.to(device), input_is_latent=space != "z", noise=noise)
         a, b = crop_and_shrink(images, settings.crop).chunk(2)
-        lengths.append((distance(a, b).flatten().double() / epsilon**2).cpu())  # [B]
+        lengths.append(distance(a, b).flatten().cpu().double() / epsilon**2)  # [B]
     values = torch.cat(gather_list(torch.cat(lengths))).numpy()
     if not np.isfinite(values).all():
         raise UserError(f"path length {int(np.argmin(np.isfinite(values)))} is not finite: diverged weights?")
@@ -53,7 +53,7 @@ def _ends(generator: Generator, seeds: list[int], space: str) -> torch.Tensor:
     z = torch.stack(list(seeded_z(generator, seeds)))
     if space == "z":
         return z.double()
-    return generator.get_latent((z[:, 0] if generator.config.w_space else z).to(generator.token)).double().cpu()
+    return generator.get_latent((z[:, 0] if generator.config.w_space else z).to(generator.token)).cpu().double()
 
 
 def crop_and_shrink(images: torch.Tensor, crop: bool) -> torch.Tensor:

@@ -29,12 +29,12 @@ def measure(originals, images, *, perceptual, identity=None) -> dict[str, torch.
     """{measure: float64 [N], CPU} of images [N, 3, H, H] in [-1, 1].
     perceptual: the distance of perceptual/lpips.py, larger images averaged down to 256 pixels as in the projector;
     mse on [-1, 1]; psnr in dB; ssim 0..1; identity: cosine similarity by perceptual/identity.py, left out when None."""
-    mse = (originals - images).double().square().mean((1, 2, 3))
+    mse = (originals - images).cpu().double().square().mean((1, 2, 3))  # Metal has no float64
     values = {"perceptual": perceptual(average_down(originals), average_down(images)), "mse": mse}
     values |= {"psnr": 10 * torch.log10(4 / mse), "ssim": structural_similarity(originals, images)}  # the range is 2
     if identity is not None:
         values["identity"] = identity.similarity(originals, images)
-    return {name: value.double().cpu() for name, value in values.items()}
+    return {name: value.cpu().double() for name, value in values.items()}
 
 
 def average_down(images):
@@ -51,7 +51,7 @@ def structural_similarity(a, b) -> torch.Tensor:
     if min(a.shape[-2:]) < 11:
         raise ValueError(f"SSIM needs images of at least 11 pixels, got {list(a.shape[-2:])}")
     paper = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 2, "channel_axis": 0}
-    pairs = zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True)
+    pairs = zip(a.cpu().double().numpy(), b.cpu().double().numpy(), strict=True)
     return torch.tensor([ssim(x, y, **paper) for x, y in pairs], dtype=torch.float64)
 
 

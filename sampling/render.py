@@ -111,8 +111,8 @@ def select_condition(condition: torch.Tensor | None, positions: Sequence[int]) -
 
 
 def blend_noise(first: list[torch.Tensor], second: list[torch.Tensor], t: float) -> list[torch.Tensor]:
-    """Noise between that of two images: each map [1, 1, r, r] keeps its strength (slerp over the whole map)."""
-    return [slerp(a.flatten(), b.flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
+    """Noise between that of two images: each map [1, 1, r, r] keeps its strength (slerp over the whole map). CPU."""
+    return [slerp(a.cpu().flatten(), b.cpu().flatten(), t).view_as(a) for a, b in zip(first, second, strict=True)]
 
 
 @dataclass(frozen=True)
