@@ -31,6 +31,9 @@ RESAMPLE = {name: Image.Resampling["BOX" if name == "area" else name.upper()] fo
 WHITE = (255, 255, 255)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of RGB in 0..1, torchvision's
 
+# EXIF tags of the first directory that a TIFF may hand on: texts and sub-directories; its others tell where pixels lie
+DESCRIPTIONS = {0x10E, 0x10F, 0x110, 0x112, 0x131, 0x132, 0x13B, 0x8298, 0x8769, 0x8825, *range(0x9C9B, 0x9CA0)}
+
 # Keys of PIL's `info` that ask for more than a plain copy.
 _SPECIAL = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp", "transparency", "icc_profile"))
 
@@ -81,14 +84,30 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def reading_losses(path: str | os.PathLike) -> list[str]:
-    """Sentences on what `read_image` leaves out of a file; not on alpha, which `background=None` keeps."""
+    """Sentences on what `read_image` and `upright_exif` leave out of a file; not on alpha (see `background`)."""
     with _open(path) as image:
         losses, n_frames = [], getattr(image, "n_frames", 1)
         if n_frames > 1 and image.format != "MPO":  # a phone's JPEG, whose further images are previews and depth
             losses.append(f"only the first of its {n_frames} {'pages' if image.format == 'TIFF' else 'frames'}")
         if image.mode[0] == "I" or any(";16" in str(tile[3]) for tile in image.tile):
             losses.append("8 of its 16 bits per channel")
+        if upright_exif(image) is None:  # last: it decodes a PNG, whose tiles are known no more
+            losses.append("nothing of the damaged EXIF block")
         return losses
+
+
+def upright_exif(image: Image.Image) -> bytes | None:
+    """The EXIF block of an open image file for its upright copy of any format; empty for none, None if damaged."""
+    try:
+        exif = opened = image.getexif()
+        if image.format == "TIFF":
+            exif = Image.Exif()
+            exif.update({tag: opened.get_ifd(tag) or opened[tag] for tag in DESCRIPTIONS & set(opened)})
+        if ExifTags.Base.Orientation in exif:
+            exif[ExifTags.Base.Orientation] = 1
+        return exif.tobytes() if len(exif) else b""
+    except Exception:  # values of other types than their tags have: Pillow raises anything
+        return None
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:

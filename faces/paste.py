@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from common.cli import UserError
 from common.files import atomic_write
-from common.images import WHITE, list_images, open_image, read_image, reading_losses, to_pil
+from common.images import WHITE, list_images, open_image, read_image, reading_losses, to_pil, upright_exif
 from faces.align import AlignError, Alignment, crop_aligned, read_alignment, to_bytes
 from faces.folder import require_elsewhere
 
@@ -37,7 +37,6 @@ PARTS = {  # ellipses that an edit stays in: centre and radii, of the side of an
 FADE = 0.25  # of these radii: where an edit fades out
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
-ORIENTATION = 0x0112  # EXIF tag
 
 
 class Change(NamedTuple):
@@ -195,13 +194,11 @@ def save_like(image, photo, path) -> Path:
     """Write `image` (PIL, sRGB) as the file `photo` is: its format where that can hold a photo (else .png is added to
     the name), alpha, EXIF with the orientation upright, an sRGB profile if it had one, resolution. Returns the path."""
     with open_image(photo, decode=False) as original:
-        exif, info, has_alpha = original.getexif(), dict(original.info), original.has_transparency_data
-    if ORIENTATION in exif:
-        exif[ORIENTATION] = 1
+        exif, info, has_alpha = upright_exif(original), dict(original.info), original.has_transparency_data
     encoder = Image.registered_extensions().get(path.suffix.lower())
     if encoder not in KEPT_FORMATS:
         path, encoder = path.with_name(path.name + ".png"), "PNG"
-    options = {"exif": exif.tobytes()} if len(exif) else {}
+    options = {"exif": exif} if exif else {}
     if info.get("icc_profile"):
         options["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     if info.get("dpi"):

@@ -11,7 +11,7 @@ from points import ASTRONAUT, difference
 
 import align_faces
 from common.cli import run
-from common.images import read_image
+from common.images import read_image, reading_losses
 from faces.paste import save_like
 
 
@@ -76,6 +76,38 @@ def test_formats_that_cannot_hold_a_photo_become_png(tmp_path, astronaut):
     astronaut.resize((40, 40)).quantize(16).save(tmp_path / "old.gif")
     path = save_like(astronaut, tmp_path / "old.gif", tmp_path / "out" / "old.gif")
     assert path.name == "old.gif.png" and Image.open(io.BytesIO(path.read_bytes())).format == "PNG"
+
+
+@pytest.mark.parametrize(("mode", "options"), [
+    ("L", {}), ("P", {}), ("CMYK", {}), ("LAB", {}), ("I;16", {}), ("1", {"compression": "group4"}),
+    ("RGB", {"compression": "jpeg"}), ("RGB", {"big_tiff": True, "tiffinfo": {0x13B: "Ada"}}),
+])  # fmt: skip
+def test_a_tiff_of_any_layout_is_written_whole(tmp_path, astronaut, mode, options):
+    """Its own tags of where pixels lie and what they mean do not go into a file of another layout."""
+    small, path = astronaut.resize((40, 30)), tmp_path / "a.tif"
+    if mode == "LAB":
+        small = ImageCms.profileToProfile(small, *map(ImageCms.createProfile, ("sRGB", "LAB")), outputMode="LAB")
+    small = small.convert("L").convert("I;16") if mode == "I;16" else small.convert(mode)
+    exif = Image.Exif()
+    exif.update({0x10F: "Maker", 0x8769: {0x9003: "2020:01:02 03:04:05"}})
+    small.save(path, **(options or {"exif": exif.tobytes()}))
+    edited = astronaut.resize((40, 30))
+    assert difference(read_image(save_like(edited, path, tmp_path / "out" / "a.tif")), edited).max() == 0
+    with Image.open(tmp_path / "out" / "a.tif") as written:
+        assert written.getexif().get(0x13B) == options.get("tiffinfo", {}).get(0x13B)
+        if not options:
+            assert written.getexif()[0x10F] == "Maker"
+            assert written.getexif().get_ifd(0x8769)[0x9003] == "2020:01:02 03:04:05"
+
+
+def test_a_photo_with_damaged_exif_is_written_without_it(tmp_path, astronaut):
+    """A text where a number belongs, which Pillow reads but does not write."""
+    exif = Image.Exif()
+    exif[0x10F] = "Maker"
+    astronaut.save(tmp_path / "a.jpg", exif=exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x28\x00\x02"))
+    path = save_like(astronaut, tmp_path / "a.jpg", tmp_path / "out" / "a.jpg")
+    assert difference(read_image(path), astronaut).mean() < 3 and "exif" not in Image.open(path).info
+    assert reading_losses(tmp_path / "a.jpg") == ["nothing of the damaged EXIF block"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/x"])
