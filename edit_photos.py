@@ -9,14 +9,15 @@ Writes every photo under its own name and format into --output_dir, before_after
 and report.csv: each attribute as it was, its target, in the drawn face and in the photo. Attributes are read by a
 scorer that took no part in finding the edits; a change of age of which the photo shows nothing is left out, unless
 --strength names a factor. Inversions are kept in OUTPUT_DIR/inversions: another edit of the same photos takes about a
-second each. A photo without a face is reported and passed over; the exit status is 1 if none was edited.
+second each. A photo without a face is reported and passed over; the exit status is 1 if none was edited. Of folders
+within a folder of photos, those that this script wrote are left out.
 """
 
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
 from demo_app.flags import add_model_flags, model_flags
-from demo_app.targets import FLAGS, parse_gender, parse_target
+from demo_app.targets import FLAGS, parse_gender, parse_share, parse_years
 
 QUALITY = {"fast": 0, "good": 20, "best": 60}  # steps of refinement after the encoder
 
@@ -25,11 +26,11 @@ def build_parser() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("photos", type=Path, nargs="+", help="photos, or folders of photos")
-    add("--age", type=parse_target, help="years: 60, or a change as +15 or -10")
+    add("--age", type=parse_years, help="years: 60, or a change as +15 or -10")
     add("--gender", type=parse_gender, help="female, male, or a number from 0 (female) to 1 (male)")
-    add("--smile", type=parse_target, help="0 none, 1 broad, or a change as +0.5")
-    add("--glasses", type=parse_target, help="0 none, 1 glasses; needs a boundary for them")
-    add("--mouth_open", type=parse_target, help="0 closed, 1 open, or a change")
+    add("--smile", type=parse_share, help="0 none, 1 broad, or a change as +0.5")
+    add("--glasses", type=parse_share, help="0 none, 1 glasses; needs a boundary for them")
+    add("--mouth_open", type=parse_share, help="0 closed, 1 open, or a change")
     add("--like", type=Path, help="photo of a face whose expression is taken over")
     add("--strength", type=positive, default=1.0, help="factor on the edit, uncorrected; 1: what the photo needs")
     add("--quality", choices=QUALITY, default="good", help="how long each face is refined")
@@ -48,13 +49,13 @@ def main(args) -> None:
 
     from common.distributed import resolve_device
     from common.lock import lock_folder
-    from demo_app.batch import PhotoBatch, possible
+    from demo_app.batch import INVERSIONS, PhotoBatch, possible
     from demo_app.editor import PhotoError, expression_of
     from demo_app.models import load_models
     from faces.folder import list_photos, require_elsewhere
 
     photos = list_photos(args.photos, args.output_dir)
-    require_elsewhere(photos, args.output_dir)
+    require_elsewhere(photos, args.output_dir, INVERSIONS)
     models = load_models(resolve_device(args.device, ops=args.ops), **model_flags(args))
     print(f"note: {models.describe()}", file=sys.stderr)
     try:

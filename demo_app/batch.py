@@ -18,13 +18,13 @@ from demo_app.models import Models
 from demo_app.targets import Target
 from faces.align import outside_share
 from faces.detect import DetectorError
-from faces.folder import TIGHT
+from faces.folder import INVERSIONS, OVERVIEW, PAIRS, TIGHT
 from faces.paste import save_like
 from sampling.render import file_names
 
 SIDE = 900  # pixels of the longer side of a photo in before_after/
 OVERHEAD = 15  # detection, edit and files, in steps of refinement: for the progress bar
-OWN_FILES = ("overview.jpg", "report.csv")
+OWN_FILES = (OVERVIEW, "report.csv")
 
 
 def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
@@ -62,7 +62,7 @@ class PhotoBatch:
             def attempt(name, path, work):
                 try:
                     return work()
-                except (ImageError, DetectorError, UserError) as error:
+                except (ImageError, DetectorError, UserError, FileNotFoundError) as error:
                     failed.add(name)
                     bar.write(f"left out: {name}: {str(error).removeprefix(f'{path} ')}", file=sys.stderr)
 
@@ -80,17 +80,17 @@ class PhotoBatch:
             raise UserError(f"none of {len(photos)} photos could be edited")
         crops = [crop for before, after, _ in self.tiles for crop in (before, after)]
         captions = [text for *_, caption in self.tiles for text in ("before", caption)]
-        save_image(make_strip(crops, captions, nrow=min(6, len(crops))), self.folder / "overview.jpg", quality=90)
+        save_image(make_strip(crops, captions, nrow=min(6, len(crops))), self.folder / OVERVIEW, quality=90)
         write_table(self.folder / "report.csv", self.rows)
         left_out = f", {len(failed)} left out" if failed else ""
         if "age" in self.targets and (error := self.models.scorer.errors.get("age")):
             print(f"ages are read to ±{error:.0f} years, the scorer's mean error on faces that it did not learn from")
-        print(f"{len(photos) - len(failed)} photos edited{left_out}: {self.folder / 'overview.jpg'}")
+        print(f"{len(photos) - len(failed)} photos edited{left_out}: {self.folder / OVERVIEW}")
 
     def load(self, path: Path) -> tuple[Image.Image, Path, list[Face] | None]:
         """A photo, the file of its inversions, and the faces that the file holds, if it is there."""
         photo = read_image(path)
-        file = inversion_file(self.folder / "inversions", path, self.models, steps=self.steps, faces=self.faces)
+        file = inversion_file(self.folder / INVERSIONS, path, self.models, steps=self.steps, faces=self.faces)
         return photo, file, load_faces(file, photo, self.models)
 
     def edit(self, name: str, photo: Image.Image, file: Path, kept: list[Face] | None, bar: tqdm) -> tuple:
@@ -112,7 +112,7 @@ class PhotoBatch:
         target = self.folder / (f"{Path(name).stem}-photo{Path(name).suffix}" if name in OWN_FILES else name)
         saved = save_like(edited, path, target)
         pair = make_grid([shrink(image, SIDE) for image in (photo, edited)], 2, padding=8)
-        save_image(pair, self.folder / "before_after" / f"{stem}.jpg", quality=90)
+        save_image(pair, self.folder / PAIRS / f"{stem}.jpg", quality=90)
         for loss in reading_losses(path):
             bar.write(f"note: {saved} has {loss} of {path}", file=sys.stderr)
 

@@ -340,11 +340,13 @@ def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tu
 
 
 def expression_of(photo, models: Models) -> dict[str, Target]:
-    """The expression of the largest face in the file `photo`, as targets."""
+    """The expression of the largest face in the file `photo`, as targets. Raises PhotoError when no model edits one."""
+    names = [name for name in EXPRESSION if name in models.attributes]
+    if not names:
+        raise PhotoError(f"no expression can be taken over: none of {', '.join(EXPRESSION)} can be edited")
     editor, photo = PhotoEditor(models), shrink(read_image(photo), 1000)
     (alignment,) = editor._align(photo, None, "largest")
     (scores,) = editor.read([crop_aligned(photo, alignment)])
-    names = [name for name in EXPRESSION if name in models.attributes]
     return {name: Target(float(scores[models.scorer.column(name)])) for name in names}
 
 

@@ -23,19 +23,31 @@ class Target:
         return float(max(goal, 0) if kind == "years" else min(max(goal, EDGE), 1 - EDGE))
 
 
-def parse_target(text: str) -> Target:
+def parse_years(text: str) -> Target:
     """'60' -> a goal; '+15', '-10' -> a change. Raises ArgumentTypeError."""
+    return _parse(text, 200, "years such as 60, or a change such as +15 or -10")
+
+
+def parse_share(text: str) -> Target:
+    """'1' -> a goal; '+0.5', '-0.5' -> a change. Raises ArgumentTypeError."""
+    return _parse(text, 1, "a number from 0 to 1, or a change such as +0.5")
+
+
+def parse_gender(text: str) -> Target:
+    known = {"female": 0.0, "male": 1.0}
+    if text.strip().lower() in known:
+        return Target(known[text.strip().lower()])
+    return _parse(text, 1, "female, male, or a number from 0 (female) to 1 (male)")
+
+
+def _parse(text: str, most: float, expected: str) -> Target:
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not abs(value) <= 200:
-        raise argparse.ArgumentTypeError(f"expected a number such as 60, +15 or -10, not {text!r}")
+    if not abs(value) <= most:
+        raise argparse.ArgumentTypeError(f"expected {expected}, not {text[:20]!r}")
     return Target(value, relative=text.strip()[0] in "+-")
-
-
-def parse_gender(text: str) -> Target:
-    return Target({"female": 0.0, "male": 1.0}[text]) if text in ("female", "male") else parse_target(text)
 
 
 def shows(before: float, goal: float, photo: float, kind: str) -> bool:

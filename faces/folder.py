@@ -31,6 +31,7 @@ PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
 PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 TIGHT_NOTE = "cut too tightly"
 TIGHT = 0.4  # share of a face's frame outside its photo from which it is said
+INVERSIONS, PAIRS, OVERVIEW = "inversions", "before_after", "overview.jpg"  # in the folder of edit_photos.py's results
 FRAMED = 0.06  # of the side: template_error up to which an image looks aligned
 RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
 
@@ -159,27 +160,52 @@ def looks_aligned(path: Path, weights_dir=None) -> bool | None:
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
     """{path relative to what they have in common: path} of single photos and those in folders, sorted, without our own
-    results below output_dir. Raises FileNotFoundError for an absent path, UserError when there is no image."""
+    results: those below output_dir, and what edit_photos.py wrote into folders below, or beside its edited photos.
+    Raises FileNotFoundError for an absent path, UserError when there is no image."""
     photos = [Path(path) for path in photos]
     for path in photos:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: a folder of photos or a photo is expected")
     root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in photos])
-    found = [path for path in photos if not path.is_dir()]
+    found, results = [path for path in photos if not path.is_dir()], []
     for folder in (path for path in photos if path.is_dir()):
         below = output_dir.resolve() in (folder.resolve(), *folder.resolve().parents)
         ours = (output_dir / "aligned" if below else output_dir).resolve()
-        found += [path for path in list_images(folder) if ours not in Path(os.path.realpath(path)).parents]
+        images = [path for path in list_images(folder) if ours not in Path(os.path.realpath(path)).parents]
+        results += (written := _edit_results(folder, images))
+        found += set(images) - set(written)
+    if results:
+        print(
+            f"note: {len(results)} results of edit_photos.py are left out, the first is {results[0]}", file=sys.stderr
+        )
     if not found:
         raise UserError(f"{', '.join(map(str, photos))} holds no images")
     return dict(sorted((Path(os.path.relpath(path, root)).as_posix(), path) for path in found))
 
 
-def require_elsewhere(photos: dict[str, Path], output_dir: Path) -> None:
-    """Raise UsageError where a result, which is called as its photo {name: path}, would replace the photo."""
+def _edit_results(folder: Path, images: list[Path]) -> list[Path]:
+    """Images below a folder that edit_photos.py wrote: all those in folders of its results; of `folder` itself, whose
+    edited photos may be edited again, only what stands beside them."""
+    holds_results = functools.cache(lambda folder: all((folder / name).is_dir() for name in (INVERSIONS, PAIRS)))
+    written = []
+    for path in images:
+        *_, top = inside = [path, *path.parents][: len(path.relative_to(folder).parts)]  # path ... top, in folder
+        beside = holds_results(folder) and top.name in (PAIRS, OVERVIEW)
+        written += [path] if beside or any(map(holds_results, inside)) else []
+    return written
+
+
+def require_elsewhere(photos: dict[str, Path], output_dir: Path, mark: str | None = None) -> None:
+    """Raise UsageError where a result, which is called as its photo {name: path}, would replace the photo; with `mark`,
+    a name in every folder of the script's results, also where it would replace a file in another folder."""
+    known = mark is None or (output_dir / mark).exists()
     for name, path in photos.items():
-        if (target := output_dir / name).exists() and path.exists() and target.samefile(path):
-            raise UsageError(f"--output_dir {output_dir}: a result would replace the photo {path}: name another folder")
+        if not (target := output_dir / name).exists():
+            continue
+        if not known or path.exists() and target.samefile(path):
+            raise UsageError(
+                f"--output_dir {output_dir}: a result would replace the photo {target}: name another folder"
+            )
 
 
 def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):

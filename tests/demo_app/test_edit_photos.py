@@ -12,7 +12,9 @@ import edit_photos
 from common.cli import UserError, run
 from common.images import ImageError
 from demo_app.batch import possible
-from demo_app.targets import Target, parse_gender, parse_target
+from demo_app.editor import PhotoError, expression_of
+from demo_app.targets import Target, parse_gender, parse_share, parse_years
+from faces.folder import list_photos
 
 
 def command(*flags) -> int:
@@ -99,10 +101,61 @@ def test_a_reference_without_a_face_is_named(no_face, tmp_path, capsys):
     assert f"--like {no_face}: no face was found" in capsys.readouterr().err
 
 
+def test_another_photo_is_never_replaced(no_face, tmp_path, capsys):
+    """A photo in the folder of the results that has the name of one that is edited."""
+    other = tmp_path / "raw" / no_face.name
+    other.parent.mkdir()
+    shutil.copy(no_face, other)
+    assert command(other, "--age", "60", "--output_dir", tmp_path) == 2
+    assert f"would replace the photo {no_face}" in capsys.readouterr().err
+
+
+def test_results_in_a_folder_of_photos_are_no_photos(no_face, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    for name in ("me.png", "old/me.png", "old/overview.jpg", "old/before_after/me.jpg", "mine/before_after/me.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(no_face, photos / name)
+    (photos / "old" / "inversions").mkdir()
+    assert list(list_photos([photos], tmp_path / "new")) == ["me.png", "mine/before_after/me.png"]
+    assert "3 results of edit_photos.py are left out" in capsys.readouterr().err
+    assert list(list_photos([photos / "old"], tmp_path / "new")) == ["me.png"], "a result may be edited again"
+
+
+def test_a_photo_that_vanishes_leaves_the_others(no_face, tmp_path, models, capsys):
+    batch = demo_app.batch.PhotoBatch(models, tmp_path / "out", {"age": Target(5, True)}, steps=0)
+    with pytest.raises(UserError, match="none of 2 photos"):
+        batch.run({"gone.jpg": tmp_path / "gone.jpg", "wall.png": no_face})
+    printed = capsys.readouterr().err
+    assert "left out: gone.jpg" in printed and "left out: wall.png: no face" in printed
+
+
+def test_an_expression_that_no_model_edits_is_refused(models, no_face):
+    with pytest.raises(PhotoError, match="none of smile, mouth_open, eyes_open can be edited"):
+        expression_of(no_face, models)
+
+
 def test_targets():
-    assert parse_target("+15") == Target(15, True) and parse_target("-10") == Target(-10, True)
-    assert parse_target("60") == Target(60, False)
-    assert parse_gender("female") == Target(0) and parse_gender("0.7") == Target(0.7)
+    assert parse_years("+15") == Target(15, True) and parse_years("-10") == Target(-10, True)
+    assert parse_years("60") == Target(60, False)
+    assert parse_share("1") == Target(1) and parse_share("-0.5") == Target(-0.5, True)
+    assert parse_gender("Female") == Target(0) and parse_gender("0.7") == Target(0.7)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--smile", "50", "from 0 to 1"),
+        ("--smile", "-2", "from 0 to 1"),
+        ("--gender", "woman", "female, male, or"),
+        ("--gender", "2", "female, male, or"),
+        ("--age", "old", "years such as 60"),
+        ("--age", "nan", "years such as 60"),
+        ("--age", "", "years such as 60"),
+    ],
+)
+def test_targets_out_of_range_are_refused(flag, value, expected, capsys):
+    assert command("me.jpg", flag, value) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_an_attribute_without_a_boundary_is_said(models, capsys):
