@@ -169,7 +169,7 @@ def mirror(images: torch.Tensor) -> torch.Tensor:
 
 
 class InfiniteSampler:
-    """Shuffled epochs without end, dealt out to ranks like cards.
+    """Endless shuffled epochs, distributed over the ranks one image at a time.
 
     Global sample p is entry p % n of the permutation of epoch p // n, which depends on (seed, epoch) alone. Rank r of R
     takes p = position + r, position + r + R, ...: together the ranks see every image once per epoch, whatever R is.
@@ -202,7 +202,7 @@ class InfiniteSampler:
 
     def _order(self, epoch: int) -> np.ndarray:
         """Image indices [n] of one epoch in order of drawing."""
-        # RandomState, because NumPy promises its stream for ever: a checkpoint resumes alike after an upgrade
+        # RandomState, whose stream NumPy never changes: a checkpoint resumes exactly after an upgrade
         random_state = np.random.RandomState([self.seed % 2**32, epoch])
         order = random_state.permutation(self.n)
         if self._bounds is None:
@@ -247,7 +247,7 @@ class BatchStream:
     def __init__(self, loader: DataLoader, sampler: InfiniteSampler, device: torch.device):
         self.loader, self.sampler, self.device = loader, sampler, device
         self._batches = iter(loader)
-        # Python itself asks the workers to end by SIGTERM, which they ignore, and would wait for ever
+        # At exit Python sends SIGTERM to the workers, which they ignore, and would wait for them without end
         atexit.register(_kill_workers, weakref.ref(self))
 
     def __next__(self) -> torch.Tensor:
@@ -273,7 +273,7 @@ class BatchStream:
 
 
 def _kill_workers(stream: weakref.ref[BatchStream]) -> None:
-    """Kill the workers at the end of the process, when nobody waits for a batch any more."""
+    """Kill the workers at the end of the process, when no batch is needed any more."""
     workers = getattr(getattr(stream(), "_batches", None), "_workers", ())
     if workers and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler takes it for an accident
@@ -290,7 +290,7 @@ def data_loader(
     device: str | torch.device = "cpu",  # on CUDA the memory is pinned and the copy asynchronous
     start_method: str | None = None,  # fork, forkserver or spawn; default: the platform's
 ) -> BatchStream:
-    """Batches from the sampler's position on, without end; a data set smaller than the batch wraps over epochs. A
+    """Endless batches from the sampler's position on; a batch larger than the data set spans several epochs. A
     DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone."""
     device = torch.device(device)
     generator = torch.Generator().manual_seed(sampler.seed)  # else the DataLoader draws from the global one

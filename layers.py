@@ -210,7 +210,7 @@ class ModulatedConv2d(nn.Module):
         styles = self.modulation(w) * self.scale  # [N, I]
         return modulated_conv2d(x, weight, styles, energy=energy, up=self.up, kernel=kernel, **options)
 
-    def __getstate__(self):  # a copy prepares its own weights, whose versions count anew
+    def __getstate__(self):  # a copy prepares its own weights: their version counters start at zero
         return self.__dict__ | {"kept": (None, None)}
 
     def prepare(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:

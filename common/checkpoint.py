@@ -71,7 +71,7 @@ def require_file(path, what="file"):
         raise FileNotFoundError(f"{path}: no such {what}")
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; expected a {what}")
-    with open_regular(path) as file:  # no pipe that waits for ever, no device without end
+    with open_regular(path) as file:  # neither a pipe, which would block, nor a device, which has no end
         head = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
         raise CheckpointError(f"{path} is empty; expected a {what}, save or download it again")

@@ -72,8 +72,8 @@ def resolve_device(name, *, ops=None):
 
 
 def tune_allocator():
-    """Keep freed memory in the process (glibc), which stays at its peak size in return. By default glibc maps every
-    large tensor anew: each elementwise operation pays a page fault per 4 KiB, several times the arithmetic."""
+    """Keep freed memory in the process (glibc), which stays at its peak size in return. By default glibc maps new
+    memory for every large tensor: an elementwise operation pays a page fault per 4 KiB, more than its arithmetic."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
         libc.mallopt(trim_threshold, 2**31 - 1)
@@ -117,7 +117,7 @@ def _env_int(name, default):
 
 class _Watch:
     """Signs of life of all ranks, exchanged by a thread through the store, and how many collectives each has entered.
-    A second thread ends the process when a rank is silent: gloo and nccl wait for a cut network for ever."""
+    A second thread ends the process when a rank is silent: gloo and nccl never give up on a cut network."""
 
     def __init__(self, store, rank, world_size, timeout):
         self.store, self.rank, self.timeout = store, rank, timeout

@@ -52,9 +52,9 @@ def write_text(path: str | os.PathLike, text: str, encoding: str = "utf-8", erro
 
 @contextmanager
 def atomic_path(path: str | os.PathLike, *, suffix: str | None = None, sync: bool = True) -> Iterator[Path]:
-    """A temporary path for the block to write to, which takes the name `path` when the block ends well. It lies in the
-    same folder (created when absent) under a name of its own: of several writers the last wins. On any exception it is
-    removed and what was under `path` stays; what a killed process left is removed by the next writer."""
+    """A temporary path for the block to write to, renamed to `path` when the block ends. It lies in the same folder
+    (created when absent) under a unique name: of several writers the last wins. On an exception it is removed and
+    `path` stays as it was; what a killed process left is removed by the next writer."""
     path = Path(path)
     suffix = path.suffix if suffix is None else suffix
     temporary = path.with_name(f".tmp-{_HOST}-{os.getpid()}-{process_start(os.getpid())}-{next(_count)}{suffix}")

@@ -60,7 +60,7 @@ def build_lmdb(path, out, *, settings: dict, n_worker=1, max_bad: int | float = 
 
 
 def _identify(file: Path, root: Path) -> list:
-    """[name, bytes, seconds since 1970]: a file that has changed is told by these."""
+    """[name, bytes, seconds since 1970] of a file: a change shows in these."""
     try:
         status = file.stat()
     except OSError:  # a link to nothing
@@ -153,7 +153,7 @@ class StoreWriter:
 
     def __enter__(self):
         self.file.unlink(missing_ok=True)
-        # Not synced before the end: until then the file is nobody's
+        # Not synced before the end: until then nothing reads the file
         options = {"subdir": False, "meminit": False, "lock": False, "sync": False}
         self.env = lmdb.open(str(self.file), map_size=FIRST_MAP_SIZE, **options)
         return self

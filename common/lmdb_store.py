@@ -1,6 +1,6 @@
 """The layout of an image LMDB, and reading it: f"{size}-{index:05d}" -> encoded image, b"length" -> number of images in
 ascii (both rosinality's), b"manifest" -> JSON: how it was made and from what (ours). A finished store is one file,
-data.mdb; building.mdb beside it is one in the making, which a rename makes data.mdb."""
+data.mdb; one that is being written is building.mdb, renamed at the end."""
 
 import os
 import weakref

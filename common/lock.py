@@ -79,7 +79,7 @@ def _require_alone(folder: Path, lock: Path) -> None:
 def _live_writers(folder: Path, lock: Path) -> list[tuple[Path, dict]]:
     others = []
     for path in sorted(set(folder.glob(".writer-*.lock")) - {lock}):
-        with contextlib.suppress(FileNotFoundError):  # its holder has just let go
+        with contextlib.suppress(FileNotFoundError):  # just removed by its holder
             try:
                 holder = dict(json.loads(path.read_bytes()[:4096]))
             except (ValueError, TypeError):  # being written, or torn by a full disk

@@ -17,7 +17,7 @@ def write_table(path, rows: list[dict]) -> None:
 
 
 def append_table(path, rows: list[dict], *, start: bool) -> None:
-    """Add rows to a CSV that grows while a run goes on; start: begin it anew, with a header."""
+    """Append rows to a CSV that grows during a run; start: overwrite it, with a header."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w" if start else "a", encoding="utf-8-sig" if start else "utf-8", newline="") as file:
         file.write(_rows_text(rows, start))

@@ -1,4 +1,4 @@
-"""Work for several processes or threads, results in order; processes end with whoever started them."""
+"""Work for several processes or threads, results in order; worker processes end with their parent."""
 
 import itertools
 import multiprocessing
@@ -27,7 +27,7 @@ def blocks(items: Iterable, size: int) -> Iterator[list]:
 
 
 def read_ahead(function: Callable, items: Iterable, batch: int, n_thread: int) -> Iterator[list]:
-    """Lists of `function` of each item, in their order; threads work on the next list meanwhile."""
+    """Lists of function(item), in order; threads compute the next list while one is in use."""
     with ThreadPoolExecutor(max(1, n_thread)) as pool:
         ahead = ()
         for block in [*blocks(items, batch), ()]:
@@ -60,7 +60,7 @@ def map_ordered(function: Callable, items: Iterable, n_worker: int, ahead: int =
 
 
 def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed ends instead of waiting for ever."""
+    """Leave Ctrl-C to the parent; end when the parent was killed, instead of waiting for it without end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sentinel = multiprocessing.parent_process().sentinel
 

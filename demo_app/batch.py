@@ -54,7 +54,7 @@ class PhotoBatch:
     rows: list[dict] = field(default_factory=list)
 
     def run(self, photos: dict[str, Path]) -> None:
-        """photos: {name relative to their folder: path}. Raises UserError when none could be edited."""
+        """Edit photos {name relative to their folder: path}. Raises UserError when none could be edited."""
         failed, saves, total = set(), {}, len(photos) * (self.steps + OVERHEAD)
         stems = dict(zip(photos, file_names(list(photos)), strict=True))
         with tqdm(total=total, unit="step", disable=None) as bar, ThreadPoolExecutor(2) as pool:

@@ -95,7 +95,8 @@ def load_models(
     perceptual: str = "mobilefacenet",  # distance that tuning minimises
     weights_dir: Path | None = None,  # of third-party weights, looked into first
 ) -> Models:
-    """Raises FileNotFoundError, or UserError, CheckpointError, BoundaryError for files that do not fit together."""
+    """Load the networks. Raises FileNotFoundError, or UserError, CheckpointError, BoundaryError for files that do not
+    fit together."""
     ckpt = ckpt or largest("wpp")
     if ckpt is None:
         raise FileNotFoundError(f"{CHECKPOINTS} holds no face-wpp-SIZE.safetensors: name a generator with --ckpt")

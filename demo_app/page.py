@@ -21,7 +21,7 @@ PREVIEW = 1000  # longest side of the photo while it is edited; downloads have t
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
 CHUNK = 10  # steps of refinement between two looks at it
 STILL = 0.02  # a slider moved by less changes nothing
-SLIDERS = {  # attribute -> label, least, most; years are a change, the others what the photo shall show
+SLIDERS = {  # attribute -> label, least, most; age is a change in years, the others are target probabilities
     "age": ("Age: years younger or older", -20, 30),
     "smile": ("Smile: none to broad", 0, 1),
     "gender": ("Gender: feminine to masculine", 0, 1),
@@ -109,7 +109,7 @@ class Page:
             yield answer
 
     def move(self, session: Session | None, first, last, *values, rounds: int = 0) -> dict:
-        """While a slider is dragged (rounds 0), or when it was let go. first, last: layers that move."""
+        """Edit while a slider is dragged (rounds 0) or after its release. first, last: layers that move."""
         if session is None:
             return {"message": f"**{HELP}**"}
         layers = range(int(first), int(last) + 1)

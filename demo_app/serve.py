@@ -1,4 +1,4 @@
-"""The page behind demo.py, served: it answers this machine only, unless told, and gives away no file but its own."""
+"""Server of the page of demo.py: by default it answers this machine only; it serves no files but its own."""
 
 import ipaddress
 import os
@@ -55,7 +55,7 @@ def allowed_hosts(host: str) -> set[str] | None:
 
 
 def prepare() -> None:
-    """Import gradio, which shall report to nobody. Raises ModuleNotFoundError."""
+    """Import gradio with its telemetry switched off. Raises ModuleNotFoundError."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_SSR_MODE": "False"}
     import gradio  # noqa: F401
 

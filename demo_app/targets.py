@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 FLAGS = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glasses", "mouth_open": "mouth_open"}
 EXPRESSION = ("smile", "mouth_open", "eyes_open")  # taken over from a reference photo
-NEAR = {"years": 1.0, "probability": 0.08}  # a reading as near as this to its goal has arrived
+NEAR = {"years": 1.0, "probability": 0.08}  # tolerance: a reading this near to its goal has reached it
 EDGE = 0.03  # a goal keeps this far from probability 0 and 1
-VISIBLE = {"years": 4.0, "probability": 0.2}  # a reading that moved as far, or a quarter of the change, is seen
+VISIBLE = {"years": 4.0, "probability": 0.2}  # a reading that moved this far, or by a quarter of the change, is visible
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Reading:
         return shows(self.before, self.goal, self.photo, self.kind)
 
     def describe(self) -> str:
-        """'31 -> 46, target 46 (48 in the drawn face)'; what did not arrive is said."""
+        """'31 -> 46, target 46 (48 in the drawn face)', with a remark where the photo shows no effect."""
         digits = 0 if self.kind == "years" else 2
         text = f"{self.before:.{digits}f} -> {self.photo:.{digits}f}, target {self.goal:.{digits}f}"
         return f"{text} ({self.drawn:.{digits}f} in the drawn face)" + ("" if self.visible else ": no visible effect")

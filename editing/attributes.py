@@ -120,7 +120,7 @@ class Condition:
         return values
 
     def vector(self, targets: dict[int, float], base: torch.Tensor | None = None) -> torch.Tensor:
-        """[d]: `base` (default the means of the training images) with the targets of `parse` put in."""
+        """Condition [d]: `base` (default: the means of the training images) with the targets of `parse` put in."""
         vector = torch.tensor(self.means) if base is None else base.clone()
         for position, value in targets.items():
             vector[position] = value

@@ -29,7 +29,7 @@ def score_frames(scorer, frames) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(frames, scorer, identity=None, perceptual=None) -> Evaluation:
-    """frames: uint8 [K, size, size, 3], compared with the first. identity, perceptual: networks of perceptual/."""
+    """Evaluate frames, uint8 [K, size, size, 3], against the first. identity, perceptual: networks of perceptual/."""
     scores, embeddings, distances, first = [], [], [], None
     for block in image_batches(frames, scorer):
         scores.append(scorer(block).cpu())
@@ -50,7 +50,7 @@ def evaluate(frames, scorer, identity=None, perceptual=None) -> Evaluation:
 
 
 def image_batches(frames, network):
-    """float32 [B, 3, size, size] in [-1, 1] on the network's device."""
+    """Frames in batches, float32 [B, 3, size, size] in [-1, 1] on the network's device."""
     device = next((t.device for t in [*network.parameters(), *network.buffers()]), torch.device("cpu"))
     for start in range(0, len(frames), BATCH):
         yield torch.stack([to_tensor(frame) for frame in frames[start : start + BATCH]]).to(device)

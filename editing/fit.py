@@ -2,7 +2,7 @@
 
 InterFaceGAN (Shen et al. 2020, arXiv 2005.09635, section 3.1) separates the highest and the lowest scores by a linear
 SVM. Ridge regression uses every sample, through sums, so that no latents are kept, and can hold other attributes fixed:
-the plain direction takes along what goes together in the data (older faces wear glasses).
+the plain direction also moves attributes that correlate in the data (older faces wear glasses).
 """
 
 from collections.abc import Sequence

@@ -30,11 +30,11 @@ class Realism:
         self.threshold = (self.radius / distance[:, keep]).amax(1).quantile(1 - PASSING)
 
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """[M, F] -> [M], at least 1 on the manifold."""
+        """Realism of features [M, F] -> [M], at least 1 on the manifold."""
         return (self.radius / torch.cdist(features, self.centres)).amax(1)
 
     def are_faces(self, features: torch.Tensor) -> torch.Tensor:
-        """[M, F] -> [M] bool."""
+        """Whether features [M, F] belong to faces -> bool [M]."""
         return self(features) >= self.threshold
 
 

@@ -41,7 +41,7 @@ class Samples:
         return self.latents(np.atleast_1d(rows)).flatten(1).numpy()[:, : self.shape[1]]  # in W all tokens are equal
 
     def latents(self, rows) -> torch.Tensor:
-        """[B, L, C] of these rows, on the CPU."""
+        """Latents [B, L, C] of these rows, on the CPU."""
         z = seeded_z(self.generator, (self.seeds[int(row)] for row in rows))
         drawn = map_latents(self.generator, z, truncation=self.truncation, mean=self.mean, batch=BATCH)
         return torch.stack(list(drawn))

@@ -35,7 +35,7 @@ class Edit:
     layers: list[int] | None  # those that move; None: all
 
     def distances(self) -> np.ndarray:
-        """[K, number of boundaries], in latent units."""
+        """Distances of the frames, [K, number of boundaries], in latent units."""
         if self.unit == "latent":
             return np.broadcast_to(self.line, (len(self.line), len(self.boundaries)))
         means = [boundary.mean if self.distance == "absolute" else 0.0 for boundary in self.boundaries]

@@ -63,7 +63,8 @@ def load_models(
     identity: str,  # auto, none, or a name
     weights_dir: Path | None,
 ) -> Models:
-    """Raises ConditionError for an unconditional generator, UserError for another scorer than it was trained with."""
+    """Load a conditional generator with its scorers. Raises ConditionError for an unconditional one, UserError for
+    another scorer than it was trained with."""
     condition, generator = read_condition(ckpt), load_generator(ckpt, device)
     reader = load_condition_scorer(ckpt, condition, device, scorer=scorer, weights_dir=weights_dir)
     evaluator = load_scorer(eval_scorer, device, weights_dir=weights_dir) if eval_scorer else None

@@ -16,7 +16,7 @@ class DetectorError(ValueError):
 
 @dataclass(frozen=True)
 class Detection:
-    """landmarks [5, 2], box (left, top, width, height) in pixels; score 0..1."""
+    """A face in a photo: landmarks [5, 2], box (left, top, width, height) in pixels; score 0..1."""
 
     landmarks: np.ndarray
     box: tuple[float, float, float, float]
@@ -32,7 +32,7 @@ class FaceDetector:
     # Refinement: the square of twice the box at these sizes, each also mirrored; the mean of the four. On FFHQ and
     # CelebA-HQ one look misses the rotation by 2.5 degrees (standard deviation), the four by 2.05.
     WINDOWS = (224, 320)
-    UPRIGHT = 5.0  # degrees: YuNet sees faces that lean more too upright (at 45 by 21); a turned window is looked at
+    UPRIGHT = 5.0  # degrees: YuNet underestimates a larger lean (45 by 21), so that a turned window is searched
     OVERLAP = 0.4  # intersection over union from which two detections are one face
     SCORE = 0.6  # from which a detection counts
 

@@ -30,7 +30,7 @@ SAVE_EVERY = 30.0  # seconds
 PHOTOS_PER_WORKER = 8  # below this a worker costs more than it does
 PROFILE_YAW = 45.0  # degrees: from here on a face is reported as a profile
 TIGHT_NOTE = "cut too tightly"
-TIGHT = 0.4  # share of a face's frame outside its photo from which it is said
+TIGHT = 0.4  # share of a face's frame outside its photo from which a note is written
 INVERSIONS, PAIRS, OVERVIEW = "inversions", "before_after", "overview.jpg"  # in the folder of edit_photos.py's results
 FRAMED = 0.06  # of the side: template_error up to which an image looks aligned
 RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
@@ -159,7 +159,7 @@ def looks_aligned(path: Path, weights_dir=None) -> bool | None:
 
 
 def list_photos(photos, output_dir: Path) -> dict[str, Path]:
-    """{path relative to what they have in common: path} of single photos and those in folders, sorted, without our own
+    """Photos, single ones and those in folders, as {path below their common folder: path}, sorted, without our own
     results: those below output_dir, and what edit_photos.py wrote into folders below, or beside its edited photos.
     Raises FileNotFoundError for an absent path, UserError when there is no image."""
     photos = [Path(path) for path in photos]

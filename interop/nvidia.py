@@ -2,7 +2,7 @@
 
 Both sides scale weights of unit variance at run time, share the gain sqrt(2) of the activations, add the upsampled RGB
 first and transpose, not flip, the kernel of an up-convolution: every tensor is taken over, under another name and with
-axes of length 1 where ours has them. What ours cannot compute is refused; what it computes in another way is said.
+axes of length 1 where ours has them. What ours cannot compute is refused; what it computes in another way is listed.
 """
 
 import re

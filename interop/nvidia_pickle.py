@@ -99,7 +99,7 @@ class _DType:
 
 
 class _Array:
-    """A numpy array, passed over: they occur in the attributes of StyleGAN3 alone."""
+    """A numpy array, ignored: they occur only in the attributes of StyleGAN3."""
 
     __slots__ = ()
 

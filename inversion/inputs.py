@@ -91,7 +91,7 @@ def open_faces(
     align: str,  # "auto": crops of align_faces.py and LMDBs stay as they are, of other photos the largest face is taken
     dist: Distributed,
     weights_dir: Path | None = None,
-    limit: int | None = None,  # only the first images are looked at and aligned
+    limit: int | None = None,  # only the first images are examined and aligned
     **fitting: str,  # fit and resample of `open_images`
 ) -> Images:
     """`open_images` of the sources, with `align` "auto" aligned, in the order of the photos; all ranks must call it.

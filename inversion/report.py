@@ -84,7 +84,7 @@ def write_results(
     config: dict,  # settings; generator (fingerprint), size, space; perceptual, identity: names of the networks
     **info,  # for reconstruction.json: method ...
 ) -> str:
-    """latents.npy and .json, reconstruction.csv and .json, grid_K.png, skipped.csv; returns a line on the measures.
+    """Write latents.npy and .json, reconstruction.csv and .json, grid_K.png, skipped.csv; returns a line of measures.
     UserError without any result."""
     write_skipped(folder, images.left_out | {images.names[i]: failures[i] for i in sorted(failures)})
     if not results:
@@ -121,7 +121,7 @@ def write_results(
 
 
 def write_curves(folder: Path, curves: dict[str, np.ndarray], names: Sequence[str]) -> None:
-    """curves.npz and .png of losses [N, T], and the three arrays of the published program, float64 [T]."""
+    """Write curves.npz and .png of losses [N, T], and the three arrays of the published program, float64 [T]."""
     for name, values in curves.items():
         filled = values.astype(np.float64)
         for t in range(1, values.shape[1]):  # an image that stopped early keeps its last value

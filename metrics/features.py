@@ -1,7 +1,7 @@
 """Features of images: computed in micro-batches, shared among the ranks, kept in a cache keyed by content and protocol.
 
-A set's cache file goes by the sha256 of its images (of a generator: weights and draw), of the extractor's weights and
-of the protocol. A cache that fails costs time, never a result. The same `.npz` is accepted wherever images are.
+The name of a cache file is the sha256 of the images (of a generator: weights and draw), the extractor's weights and the
+protocol. A cache that fails costs time, never a result. The same `.npz` is accepted wherever images are.
 """
 
 import hashlib

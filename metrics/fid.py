@@ -23,7 +23,7 @@ def build_parser():
 
 
 def main(args) -> None:
-    import torch_fidelity  # noqa: F401 - where it is missing, that is said before the features are computed
+    import torch_fidelity  # noqa: F401 - fail before the features are computed where it is missing
 
     from common.distributed import setup
     from metrics.evaluation import compare

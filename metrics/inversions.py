@@ -37,7 +37,7 @@ def split_row(text: str) -> tuple[Path, str | None]:
 
 
 def read_inversion(folder: Path, method: str | None = None) -> Inversion:
-    """Raises FileNotFoundError, or ValueError naming the file that lacks space, method or measures."""
+    """Read a folder. Raises FileNotFoundError, or ValueError naming the file that lacks space, method or measures."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: the output folder of an inversion is expected")
     file = folder / "latents.json"

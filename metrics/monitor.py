@@ -44,7 +44,7 @@ class Monitor:
             if name not in METRICS:
                 raise UsageError(f"--metric {metrics}: {name!r} is none of {', '.join(METRICS)}")
         if {"fid", "kid"} & set(self.metrics):
-            import torch_fidelity  # noqa: F401 - where it is missing, that is said before the training
+            import torch_fidelity  # noqa: F401 - fail before the training where it is missing
         protocol, where = PROTOCOLS[settings.protocol], {"weights_dir": settings.weights_dir, "device": dist.device}
         self.extractor = build_extractor(settings.extractor, protocol, **where)
         self.real = self._extract(open_source(path, size=settings.size), SAMPLING.seed + 1, cache_folder())

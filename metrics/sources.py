@@ -45,7 +45,7 @@ class ImageSource:
         return digest.hexdigest()
 
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
-        """uint8 [B, 3, H, W] on `device`; threads read the next batch meanwhile. DatasetError for a damaged image."""
+        """Images uint8 [B, 3, H, W] on `device`; threads read one batch ahead. DatasetError for a damaged image."""
         if len(positions):
             self.dataset[positions[0]]  # opens an LMDB here: two threads at once would open it twice
         for images in read_ahead(self.dataset.__getitem__, positions, batch, self.workers):
@@ -82,7 +82,7 @@ class GeneratorSource:
 
     @torch.no_grad()
     def batches(self, positions: Sequence[int], batch: int, device) -> Iterator[torch.Tensor]:
-        """float32 [B, 3, S, S], about [-1, 1]. ValueError when the generator's output is not finite."""
+        """Images float32 [B, 3, S, S], about [-1, 1]. ValueError when the generator's output is not finite."""
         generator, saved, psi = self.generator, self.saved, self.sampling.truncation
         mean = None if psi == 1 else generator.mean_latent(self.sampling.truncation_mean)
         first = self.sampling.seed * SEED_STRIDE

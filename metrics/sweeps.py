@@ -46,7 +46,7 @@ class Sweep:
 
     @property
     def others(self) -> np.ndarray:
-        """[N, K]: mean absolute change of the other attributes; age counts in years / 100."""
+        """Mean absolute change of the other attributes, [N, K]; age counts in years / 100."""
         scale = np.array([0.01 if kind == "years" else 1.0 for kind in self.kinds])
         change = np.abs(self.scores - self.scores[:, [self.origin]]) * scale  # [N, K, A]
         return np.delete(change, self.column, 2).mean(2)
@@ -61,13 +61,13 @@ def rise(sweep: Sweep) -> np.ndarray:
 
 
 def crossed(sweep: Sweep) -> np.ndarray:
-    """bool [N]: some frame lies on the other side of 0.5 than the inversion."""
+    """Whether some frame lies on the other side of 0.5 than the inversion, bool [N]."""
     above = sweep.attribute > 0.5  # [N, K]
     return (above != above[:, [sweep.origin]]).any(1)
 
 
 def position_of_change(sweep: Sweep, amount: float) -> np.ndarray:
-    """[N]: fractional position among the distances where the attribute first differs by `amount` from the inversion,
+    """Position [N], a fraction of an index, where the attribute first differs by `amount` from the inversion,
     outwards to the side on which it changes more in the end; NaN where it never does."""
     origin, positions = sweep.origin, []
     for face in np.abs(sweep.change):

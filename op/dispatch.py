@@ -39,7 +39,7 @@ def chosen() -> str:
 
 
 def require(device: torch.device) -> None:
-    """Raises ValueError when the implementation that was asked for cannot run on this device."""
+    """Raise ValueError when the implementation that was asked for cannot run on this device."""
     if chosen() == "triton":
         reason = obstacle(device)
         if reason:

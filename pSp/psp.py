@@ -182,7 +182,7 @@ def load_psp(path: str | Path, device: str | torch.device = "cpu", generator: Ge
 
 
 def require_generator(path, fingerprint: str, generator: Generator | None) -> None:
-    """Raises CheckpointError when `generator` is another one than an encoder was trained for."""
+    """Raise CheckpointError when `generator` is another one than an encoder was trained for."""
     if generator is not None and generator.fingerprint != fingerprint:
         raise CheckpointError(f"{path} was trained for the generator {fingerprint}, not {generator.fingerprint}")
 

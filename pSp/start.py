@@ -32,8 +32,8 @@ class Start(NamedTuple):
 
 
 def read_start(exp_dir, resume, checkpoint_path, init_from) -> Start:
-    """Raises as common.runs.find_start. checkpoint_path, the published flag, continues a checkpoint; one without
-    optimiser state gives its weights alone."""
+    """Find and read what a run starts from; raises as common.runs.find_start. checkpoint_path, the published flag,
+    continues a checkpoint; one without optimiser state gives its weights alone."""
     if checkpoint_path and "optimiser" in load_weights(checkpoint_path):
         resume = checkpoint_path
     path, continues = find_start(Path(exp_dir) / "checkpoints", resume, init_from or checkpoint_path, flag="exp_dir")
@@ -119,7 +119,7 @@ def widen_input(net: pSp, n_iters: int, source) -> pSp:
 
 
 def require_same(config: EncoderConfig, flags: EncoderFlags, source) -> None:
-    """Raises CheckpointError when flags ask for another encoder than the one that is continued."""
+    """Raise CheckpointError when flags ask for another encoder than the one that is continued."""
     stored = {"encoder_type": config.encoder_type, "encoder_width": config.width, "input_nc": config.input_nc}
     here = {name: getattr(flags, name) for name in stored}
     differing = [f"--{n} {here[n]} here, {v} in the file" for n, v in stored.items() if here[n] not in (None, 0, v)]

@@ -3,7 +3,7 @@
     values = measure(originals, images, perceptual=perceptual, identity=identity)        # {"mse": [N], ...}
     write_measures("reconstruction.csv", names, values, perceptual="lpips-vgg", identity="mobilefacenet")
 
-Images are measured as they are saved, 8 bits per channel: whoever has the files gets the same numbers.
+Images are measured as they are saved, 8 bits per channel: the files give the same numbers.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""Quality of scores, and how honest they are: errors, ranking, calibration.
+"""Quality of scores: errors, ranking, calibration.
 
 Labels may be soft (another network's probabilities): above 0.5 counts as yes for ranking and accuracy.
 """

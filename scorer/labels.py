@@ -77,7 +77,7 @@ class LabelTable:
         return LabelTable(self.path, self.attributes, names, identities, self.values[rows], self.weights[rows])
 
     def split(self, fraction: float, seed: int = 0) -> tuple["LabelTable", "LabelTable"]:
-        """(training, validation). Whole identities, by a hash: the same whatever the order or number of rows.
+        """Split into (training, validation) by identity, through a hash: the same whatever the order or number of rows.
         Raises ValueError when one of the two would be empty."""
         hashes = [hashlib.sha256(f"{seed}/{identity}".encode()).hexdigest() for identity in self.identities]
         held = np.array([int(text[:8], 16) / 2**32 < fraction for text in hashes], bool)

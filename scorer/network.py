@@ -62,7 +62,7 @@ class ScorerConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "ScorerConfig":
-        """Raises ValueError for a network that is no longer supported, KeyError or TypeError for no config at all."""
+        """Config of a header. Raises ValueError for an unsupported network, KeyError or TypeError for other values."""
         values = dict(values)
         for name, supported in FIXED.items():
             if (value := list(values.pop(name, supported))) != supported:

@@ -56,7 +56,7 @@ class FaceStore:
         return len(self.paths)
 
     def batch(self, rows) -> torch.Tensor:
-        """uint8 [B, 3, size, size]. Raises ImageError or FileNotFoundError naming the file."""
+        """Faces uint8 [B, 3, size, size]. Raises ImageError or FileNotFoundError naming the file."""
         return torch.from_numpy(np.stack([self._face(int(row)) for row in rows]))
 
     def _read(self, row: int) -> np.ndarray:
@@ -205,7 +205,7 @@ class ScorerTrainer:
         return parts | {"config": asdict(self.config), "step": self.step}
 
     def load_state_dict(self, state: dict, source="checkpoint") -> None:
-        """Raises CheckpointError when `state` is no scorer's, or another one's."""
+        """Continue from `state_dict`. Raises CheckpointError when `state` is no scorer's, or another one's."""
         try:
             config, self.step = ScorerConfig.from_dict(state["config"]), int(state["step"])
             network, average, optimiser = state["network"], state["average"], state["optimiser"]

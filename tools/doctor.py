@@ -38,7 +38,7 @@ def main(args) -> None:
 
 
 def report(device, weights_dir=None, ops=None) -> list[tuple[str, str]]:
-    """(name, description) pairs. Raises ValueError for a device that is not here."""
+    """The report as (name, description) pairs. Raises ValueError for a device that is not here."""
     device = resolve_device(device, ops=ops)
     here = {name: path for name in WEIGHTS if (path := find(name, weights_dir))}
     texts = [(ROOT / f"requirements{extra}.txt").read_text() for extra in ("", "-extra")]

@@ -170,7 +170,7 @@ class _Sample(torch.autograd.Function):
         ctx.transpose = mode, None if shape else x.shape
         if shape is None:
             return torch.ops.aten.grid_sampler_2d(x, grid, *mode)
-        image = x.new_zeros(()).expand(shape)  # read only for the gradient of the grid, which nobody asks for
+        image = x.new_zeros(()).expand(shape)  # read only for the gradient of the grid, which is not computed
         return torch.ops.aten.grid_sampler_2d_backward(x, image, grid, *mode, [True, False])[0]
 
     @staticmethod

@@ -93,8 +93,8 @@ def score_dataset(scorer: ConditionScorer, dataset, device) -> torch.Tensor:
 
 
 def jitter(images: torch.Tensor) -> torch.Tensor:
-    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable. Between generator and scorer:
-    what the scorer reads shall be in the face and not in the pixel grid."""
+    """Mirrored, shifted, scaled and noisy copies of images [N, 3, H, W]; differentiable. Between generator and scorer,
+    so that what the scorer reads is in the face and not in the pixel grid."""
     n, device = len(images), images.device
     u = torch.rand(n, 4, device=device)
     scale = SCALE ** (2 * u[:, 0] - 1)

@@ -62,7 +62,7 @@ def flag_value(text: str) -> bool:
 
 
 def read_settings(flags: dict) -> tuple[TrainSettings, LossWeights, EncoderFlags]:
-    """Raises UsageError or UserError for flags that are unsupported or exclude each other."""
+    """Settings from the flags. Raises UsageError or UserError for unsupported ones, or ones that exclude each other."""
     if not 0 < flags["holdout"] < 1:
         raise UsageError(f"--holdout is a share between 0 and 1, got {flags['holdout']}")
     return tuple(read_fields(kind, flags) for kind in (TrainSettings, LossWeights, EncoderFlags))
