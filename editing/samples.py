@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from common.arrays import read_npy
 from common.cli import UserError
-from common.distributed import Distributed, barrier, shard
+from common.distributed import Distributed, barrier, broadcast_object, shard
 from common.files import atomic_write
 from common.runs import claim_folder
 from common.workers import blocks
@@ -67,9 +67,8 @@ def score_samples(samples: Samples, scorer, *, folder, batch: int = 25, dist: Di
     info |= {"first": first, "chunk": CHUNK, "precision": str(generator.compute_dtype).removeprefix("torch."), **draw}
     if dist.is_main:
         claim_folder(folder / "samples.json", info, results="scores", otherwise="choose another folder, or remove it")
-    barrier()
     paths = {start: folder / f"scores-{start:08d}.npy" for start in range(0, len(samples), CHUNK)}
-    missing = [start for start, path in paths.items() if not path.is_file()]
+    missing = broadcast_object([start for start, path in paths.items() if not path.is_file()])  # those that rank 0 sees
     local = [missing[i] for i in shard(len(missing), dist.rank, dist.world_size)]
     for start in tqdm(local, unit_scale=CHUNK, unit="sample", desc="scoring samples", disable=None):
         seeds = range(first + start, first + start + CHUNK)  # a whole chunk, with which a larger n resumes

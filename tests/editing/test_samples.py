@@ -45,6 +45,13 @@ def test_scores_do_not_depend_on_batch_ranks_or_a_restart(generator, tmp_path, m
     more = score_samples(Samples(generator, range(50)), scorer, folder=folder)
     assert more.shape == (50, 2) and np.allclose(more[:35], whole, atol=1e-3)
     assert computed == [0, 10, 40]
+    late = tmp_path / "late"  # rank 1 looks when rank 0 has begun: it goes by the list that rank 0 made before
+    late.mkdir()
+    (late / "scores-00000020.npy").write_bytes((folder / "scores-00000020.npy").read_bytes())
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr(editing.samples, "broadcast_object", lambda missing: [0, 10, 20, 30])
+        score_samples(samples, scorer, folder=late, dist=Distributed(1, 2, device))
+    assert computed == [0, 10, 40, 20, 30]
     for other, message in (
         (Samples(generator, range(3, 38)), "holds scores made with other settings [(]first 0, now 3[)]"),
         (Samples(generator, range(35), truncation=0.8), "[(]truncation 1.0, now 0.8[)]"),
