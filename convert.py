@@ -50,6 +50,8 @@ def main(args) -> None:
     given = [flag for flag, value in (options | {"stylegan_weights": args.stylegan_weights}).items() if value]
     if given and target.suffix != ".safetensors":
         raise UsageError(f"--{given[0]} is for .safetensors, not for {target}")
+    if args.stylegan_weights and (others := [*given[:-1], *(["image"] if args.image else [])]):
+        raise UsageError(f"--{others[0]} is for generators: --stylegan_weights exports an encoder")
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"{target}: IN and OUT are the same file")
 

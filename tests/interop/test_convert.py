@@ -223,6 +223,8 @@ def test_a_broken_network_is_told(tiny_w_config, tmp_path, capsys):
         (["IN", "out.onnx"], 2, ".safetensors"),
         (["IN", "out.pt", "--half"], 2, "--half"),
         (["IN", "IN"], 2, "same file"),
+        (["IN", "out.safetensors", "--stylegan_weights", "g.pt", "--base", "b.safetensors"], 2, "--base is for gen"),
+        (["IN", "out.safetensors", "--stylegan_weights", "g.pt", "--image", "i.png"], 2, "--image is for gen"),
         (["IN", "out.pt", "--seed", "-1"], 2, "--seed"),
         (["absent ü.pkl", "out.pt"], 1, "absent ü.pkl"),
         (["absent.pt", "out.pt"], 1, "absent.pt"),
