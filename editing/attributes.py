@@ -71,9 +71,10 @@ class Condition:
     light: bool = False  # the last steps trained the columns of the condition alone
 
     @classmethod
-    def of(cls, reader: ConditionScorer, table: torch.Tensor, scorer: str, light: bool = False) -> "Condition":
-        means, fingerprint = tuple(table.mean(0).tolist()), scorer_identity(reader.scorer)
-        return cls(reader.names, reader.kinds, means, str(scorer), fingerprint, light=light)
+    def of(cls, scorer: ConditionScorer, table: torch.Tensor, name: str, light: bool) -> "Condition":
+        """The entry of a generator that was trained on attributes [M, d] of a `table`; name: the scorer's."""
+        means, fingerprint = tuple(table.mean(0).tolist()), scorer_identity(scorer.scorer)
+        return cls(scorer.names, scorer.kinds, means, name, fingerprint, light=light)
 
     def to_dict(self) -> dict:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

@@ -66,11 +66,11 @@ def load_models(
     """Load a conditional generator with its scorers. Raises ConditionError for an unconditional one, UserError for
     another scorer than it was trained with."""
     condition, generator = read_condition(ckpt), load_generator(ckpt, device)
-    reader = load_condition_scorer(ckpt, condition, device, scorer=scorer, weights_dir=weights_dir)
+    trained = load_condition_scorer(ckpt, condition, device, scorer=scorer, weights_dir=weights_dir)
     evaluator = load_scorer(eval_scorer, device, weights_dir=weights_dir) if eval_scorer else None
     if evaluator:
         ConditionScorer(evaluator, condition.attributes)  # knows them all
-    return Models(ckpt, condition, generator, reader, evaluator, identity_or_none(identity, device, weights_dir))
+    return Models(ckpt, condition, generator, trained, evaluator, identity_or_none(identity, device, weights_dir))
 
 
 def read_targets(images, models: Models, attributes: str | None) -> list[Target]:

@@ -59,7 +59,7 @@ def cgan(unconditional, tmp_path_factory):
     trainer.warm_start({"g_ema": weights, "g": weights, "d": state["d"]}, "test")
     for k in range(20):
         trainer.step(random_images(4, seed=k))
-    about = Condition.of(reader, trainer.table, "colour").to_dict()
+    about = Condition.of(reader, trainer.table, "colour", light=False).to_dict()
     path = tmp_path_factory.mktemp("cgan ü") / "000040.pt"
     save_checkpoint(path, {"g_ema": trainer.g.state_dict(), "config": config.to_dict(), "step": 40, "condition": about})
     return path
