@@ -35,7 +35,7 @@ def build_parser() -> ArgumentParser:
     add("--latent", required=True, help="folder of latents, .npy [N, L, 512], rosinality's .pt, NVIDIA's .npz")
     add("--output_dir", type=Path, required=True, help="folder of the results")
     add("--size", type=int, help="image size, checked against the generator's")
-    add("--attribute", help="age (default), gender ...: what the scorer reads")
+    add("--attribute", help="gender, smile ...: what the scorer reads (default: that of --target, else age)")
     add("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | dex_crop | FILE.json")
     add("--preset", choices=("published",), help="the paper's settings and file names, whatever the files recommend")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the generator's convolutions")
@@ -95,6 +95,7 @@ def main(args) -> None:
     from common.files import check_shape
     from common.latents import parse_layers
     from common.precision import DTYPES
+    from common.video import require_video
     from editing import fit, sweep
     from editing.boundary import boundary_of
     from editing.samples import Samples
@@ -104,8 +105,12 @@ def main(args) -> None:
     from sampling.render import latents_source
     from scorer.network import load_scorer
 
+    if args.video != "none":
+        require_video(Path(f"--video .{args.video}"), args.fps)
     if args.at and (args.target or len(args.at) not in (1, len(args.boundary or [None]))):
         raise UsageError("--at takes one distance for all boundaries or one for each, and excludes --target")
+    if len(targets := dict(args.target or ())) > 1 and not args.boundary:
+        raise UsageError(f"--target {' '.join(targets)}: several need a --boundary each; a single one is fitted")
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         if args.size not in (None, generator.config.size):
@@ -122,6 +127,8 @@ def main(args) -> None:
         source = latents_source(generator, args.latent)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir)
+        for name in targets:
+            scorer.column(name)  # known
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         perceptual = perceptual_or_none(args.perceptual, dist.device, args.weights_dir)
 
@@ -134,10 +141,12 @@ def main(args) -> None:
             fitting = {"fit": args.fit, "ratio": args.ratio, "seed": args.seed, "conditional": args.conditional_fit}
             fitting |= {"free_of": free_of, "folder": args.output_dir, "weights_dir": args.weights_dir}
             scoring = {"folder": args.samples or args.output_dir / "samples", "batch": args.batch_size, "dist": dist}
-            boundaries = [fit.fit_attribute(samples, scorer, args.attribute or "age", scoring=scoring, **fitting)]
+            boundaries = [
+                fit.fit_attribute(samples, scorer, args.attribute or [*targets, "age"][0], scoring=scoring, **fitting)
+            ]
 
         # Distances: along the boundaries for all faces, or searched for the targets of each.
-        targets, bounds = sweep.pair_targets(dict(args.target or ()), boundaries), sweep.common_range(boundaries)
+        targets, bounds = sweep.pair_targets(targets, boundaries), sweep.common_range(boundaries)
         ranged = bounds and not (args.preset or args.at or targets or {"start_distance", "end_distance"} & args.given)
         if ranged:
             ends = {"start_distance": bounds[0], "end_distance": bounds[1]}

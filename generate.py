@@ -13,7 +13,7 @@ images. What the file recommends (truncation, noise) holds where no flag is give
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, positive, run_script, whole
+from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, count, positive, run_script, whole
 
 VIDEOS = (".mp4", ".gif", ".webp")
 RECOMMENDED = ("truncation", "truncation_mean", "noise", "noise_seed")  # flags that a generator's file may set
@@ -30,7 +30,7 @@ def build_parser() -> ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", "--outdir", default="generated", help="folder of the images; made when absent")
-    add("--grid", nargs="?", type=int, const=0, metavar="NROW", help="grid.png as well, NROW per row")
+    add("--grid", nargs="?", type=count, const=0, metavar="NROW", help="grid.png as well, NROW per row")
     add("--save_latents", nargs="?", const="", metavar="FOLDER", help="save w; default OUTPUT_DIR/latents")
     add("--batch", type=whole(1), default=8, help="images per forward pass")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
@@ -64,11 +64,13 @@ def add_mode_flags(group) -> None:
     add("--fps", type=positive, default=30, help="frames per second")
 
 
-def refuse_misuse(mix, interpolate, latents, seeds, grid, save_latents, video) -> None:
-    """Raise UsageError for flags that exclude each other."""
+def refuse_misuse(given, mix, interpolate, latents, seeds, grid, save_latents, video) -> None:
+    """Raise UsageError for flags that exclude each other, or that have no effect. given: names of those on the command
+    line."""
     kept = grid is not None or save_latents is not None
     for wrong, message in (
-        (video and not interpolate, "--video is for --interpolate"),
+        (not interpolate and given & {"video", "frames", "fps"}, "--video, --frames and --fps are for --interpolate"),
+        (not mix and "mix_layers" in given, "--mix_layers is for --mix"),
         (video and not video.lower().endswith(VIDEOS), f"--video {video}: expected {', '.join(VIDEOS)} at the end"),
         (mix and seeds, "--mix cannot be used with --seeds: name the seeds in ROWS and COLS"),
         (latents and save_latents is not None, "--latents cannot be used with --save_latents"),
@@ -91,9 +93,11 @@ def main(args) -> None:
     from sampling.render import latents_source, seed_source, seeded_z
 
     excluding = ("mix", "interpolate", "latents", "seeds", "grid", "save_latents", "video")
-    refuse_misuse(**{name: getattr(args, name) for name in excluding})
+    refuse_misuse(args.given, **{name: getattr(args, name) for name in excluding})
     rows, columns = ([], []) if args.mix is None else (parse_seeds(text, "--mix") for text in args.mix)
-    seeds = rows + columns or parse_seeds(args.seeds or "0-35")
+    seeds = rows + columns or parse_seeds("0-35" if args.seeds is None else args.seeds)
+    if not args.interpolate and not args.mix:
+        seeds = list(dict.fromkeys(seeds))  # an image each
     if args.interpolate and not args.latents and len(seeds) < 2:
         raise UsageError(f"--interpolate needs at least two seeds, got --seeds {args.seeds}")
     folder = Path(args.output_dir)

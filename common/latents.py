@@ -21,6 +21,7 @@ from common.cli import SPACES, UsageError, UserError
 from common.files import atomic_write, read_json
 from common.runs import to_plain
 
+MAX_SEEDS = 10_000_000  # of one command: a longer list would fill the memory before the first image
 RENDERING = {"seeds?": [int], "noise?": (str, None), "noise_seed?": (int, None)}
 # Of latents.json (common/files.py)
 SCHEMA = {"names": [str], "shape": [int], "size": int, "space?": (str, None), "fingerprint?": (str, None)}
@@ -36,6 +37,8 @@ def parse_seeds(text, flag="--seeds"):
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last >= 2**32:  # the generator takes 32 bits
             raise UsageError(f"{flag} {text}: {part.strip()!r} is no seed (0 to {2**32 - 1}), no range like 0-35")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise UsageError(f"{flag} {text[:40]}: more than {MAX_SEEDS:,} seeds")
         seeds += range(first, last + 1)
     return seeds
 

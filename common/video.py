@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from common.cli import UsageError
 from common.files import atomic_path
 from common.images import to_pil
 
+SLOWEST = 0.02  # frames per second; a GIF holds no pause of 11 minutes
 GIF_FPS = 50  # viewers play shorter pauses than two hundredths of a second at a tenth
 
 
@@ -25,12 +27,7 @@ def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Pa
     column. Raises ValueError for another suffix, no frames, a frame rate that the format cannot hold, or .mp4 without
     the package imageio[ffmpeg]; OSError naming the file when it cannot be written (full disk)."""
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".mp4", ".gif", ".webp"):
-        raise ValueError(f"{path}: a video is written as .mp4, .gif or .webp, not {suffix or 'without a suffix'}")
-    if not (math.isfinite(fps) and fps > 0) or (suffix == ".gif" and fps > GIF_FPS):
-        limit = f"from above 0 to {GIF_FPS} (.mp4 and .webp can play faster)" if suffix == ".gif" else "above 0"
-        raise ValueError(f"{path}: the frames per second of a {suffix} are {limit}, not {fps:g}")
+    suffix = require_video(path, fps)
     images = (to_pil(frame) for frame in frames)
     first = next(images, None)
     if first is None:
@@ -45,6 +42,19 @@ def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Pa
     return path
 
 
+def require_video(path: Path, fps: float) -> str:
+    """The suffix of a video. Raises ValueError as `save_video` does, before there are frames."""
+    suffix = path.suffix.lower()
+    if suffix not in (".mp4", ".gif", ".webp"):
+        raise ValueError(f"{path}: a video is written as .mp4, .gif or .webp, not {suffix or 'without a suffix'}")
+    if not (math.isfinite(fps) and fps >= SLOWEST) or (suffix == ".gif" and fps > GIF_FPS):
+        limit = f"{SLOWEST} to {GIF_FPS} (.mp4 and .webp can play faster)" if suffix == ".gif" else f"{SLOWEST} or more"
+        raise UsageError(f"{path}: the frames per second of a {suffix} are {limit}, not {fps:g}")
+    if suffix == ".mp4":
+        _ffmpeg()
+    return suffix
+
+
 class _Durations(list):
     """Milliseconds per frame in whole steps, which add up to the exact time; Pillow asks for them one by one."""
 
@@ -56,15 +66,18 @@ class _Durations(list):
         return (end - start) * self.step
 
 
-def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: float) -> None:
+def _ffmpeg() -> str:
     try:
-        ffmpeg = importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
+        return importlib.import_module("imageio_ffmpeg").get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise ValueError("writing .mp4 needs pip install 'imageio[ffmpeg]'; .gif and .webp do not") from error
+
+
+def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: float) -> None:
     width, height = first.width // 2 * 2, first.height // 2 * 2
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", f"{fps:.6f}", "-i", "-"]
     target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "10", "-f", "mp4", str(path)]
-    command = [ffmpeg, "-nostdin", "-v", "error", "-xerror", "-y", *source, *target]
+    command = [_ffmpeg(), "-nostdin", "-v", "error", "-xerror", "-y", *source, *target]
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdin=subprocess.PIPE, stderr=said) as process:
         try:
             for frame in itertools.chain([first], rest):

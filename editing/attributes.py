@@ -109,7 +109,7 @@ class Condition:
         """'smile=1,age=60' -> {position: number in [0, 1]}. Raises ValueError for values out of range."""
         values = {}
         for part in text.split(","):
-            name, _, number = part.strip().partition("=")
+            name, _, number = map(str.strip, part.partition("="))
             position = self.index(name)
             unit = self.units[position]
             try:

@@ -183,7 +183,9 @@ def test_an_animation_plays_at_its_rate(tmp_path, suffix, step, fps):
     assert max(shown) - min(shown) <= step
 
 
-@pytest.mark.parametrize(("suffix", "fps"), [(".gif", 51), (".gif", 0), (".mp4", 0), (".mp4", -1), (".webp", np.nan)])
+@pytest.mark.parametrize(
+    ("suffix", "fps"), [(".gif", 51), (".gif", 0), (".gif", 1e-3), (".mp4", 0), (".mp4", -1), (".webp", np.nan)]
+)
 def test_a_rate_that_cannot_be_is_refused(tmp_path, suffix, fps):
     with pytest.raises(ValueError, match="frames per second"):
         save_video([noise(8)], tmp_path / f"a{suffix}", fps=fps)

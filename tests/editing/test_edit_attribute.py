@@ -159,6 +159,9 @@ def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
         (("--target", "60"), 2, "ATTRIBUTE=NUMBER"),
         (("--target", "age=old"), 2, "expected ATTRIBUTE=NUMBER"),
         (("--target", "age=nan"), 2, "expected ATTRIBUTE=NUMBER"),
+        (("--target", "beard=1"), 1, "no attribute 'beard'"),
+        (("--target", "age=60", "smile=1"), 2, "several need a --boundary each"),
+        (("--video", "gif", "--fps", "60"), 2, "frames per second of a .gif"),
         (("--at", "inf"), 2, "finite"),
         (("--conditional_fit", "beard"), 1, "no attribute 'beard'"),
         (("--conditional_fit smile --fit svm",), 2, "--conditional_fit smile is for --fit ridge, not svm"),
@@ -172,6 +175,13 @@ def test_misuse(ckpt, latents, scorer, tmp_path, capsys, generator):
     save_latents(tmp_path / "other", np.zeros((1, 6, 32), np.float32), **other)
     assert command(ckpt, tmp_path / "other", out, *small) == 1
     assert "0123456789abcdef" in capsys.readouterr().err
+
+
+def test_the_attribute_of_a_target_is_the_one_that_is_fitted(ckpt, latents, scorer, tmp_path):
+    flags = ("--num_sample", "60", "--ratio", "0.2", "--target", "smile=0.9")
+    assert command(ckpt, latents, tmp_path, *flags) == 0
+    assert (tmp_path / "boundary-smile.npz").is_file() and (tmp_path / "edited" / "b.png").is_file()
+    assert table(tmp_path)[0]["frame"].endswith("_smile0.9.png")
 
 
 def test_the_saved_boundary_is_the_orthogonal_one(ckpt, latents, scorer, tmp_path, generator, capsys):

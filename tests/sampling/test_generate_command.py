@@ -11,6 +11,7 @@ from processes import run_ranks
 
 from common.checkpoint import save_checkpoint
 from common.generator_file import export_ema
+from common.latents import load_latents
 from model import load_generator
 
 
@@ -30,6 +31,12 @@ from model import load_generator
         (["--video", "a.mp4"], 2, "--interpolate"),
         (["--interpolate", "--video", "a.avi"], 2, ".webp"),
         (["--latents", "x", "--save_latents"], 2, "--save_latents"),
+        (["--seeds", ""], 2, "is no seed"),
+        (["--seeds", "0-4294967295"], 2, "more than 10,000,000 seeds"),
+        (["--mix", "0", "1", "--mix_layers", "0-4294967295"], 2, "expected layers"),
+        (["--grid", "-3"], 2, "--grid"),
+        (["--mix_layers", "0-3"], 2, "--mix_layers is for --mix"),
+        (["--frames", "5"], 2, "are for --interpolate"),
         (["--batch", "0"], 2, "--batch"),
         (["--frames", "0", "--interpolate"], 2, "--frames"),
         (["--fps", "0", "--interpolate"], 2, "--fps"),
@@ -44,6 +51,13 @@ def test_mistakes(wpp_ckpt, tmp_path, capsys, flags, status, word):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in error and word in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_is_named_twice_is_one_image(wpp_ckpt, tmp_path, capsys):
+    flags = ("--ckpt", wpp_ckpt, "--output_dir", tmp_path, "--device", "cpu", "--save_latents")
+    assert command(*flags, "--seeds", "3-4,4-5,3") == 0
+    assert "3 images, seed0003.png to seed0005.png" in capsys.readouterr().out
+    assert load_latents(tmp_path / "latents").names == ["seed0003", "seed0004", "seed0005"]
 
 
 def test_bad_checkpoints(tmp_path, capsys):

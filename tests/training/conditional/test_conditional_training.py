@@ -255,7 +255,7 @@ def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, uncond
 
 def test_what_a_condition_can_be_asked_for():
     condition = Condition(("smile", "age"), ("probability", "years"), (0.25, 0.4), "colour", "x")
-    assert condition.parse("age=60, smile=1") == {1: 0.6, 0: 1.0}
+    assert condition.parse("age = 60, smile=1") == {1: 0.6, 0: 1.0}
     assert condition.vector(condition.parse("age=60")).tolist() == pytest.approx([0.25, 0.6])
     assert condition.vector({0: 1.0}, torch.tensor([0.1, 0.2])).tolist() == pytest.approx([1.0, 0.2])
     assert Condition.from_dict(condition.to_dict(), "x") == condition
