@@ -16,7 +16,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from common.cli import UserError
-from common.files import atomic_write
+from common.files import atomic_write, safe_name
 from common.images import WHITE, list_images, open_image, read_image, reading_losses, to_pil, upright_exif
 from faces.align import AlignError, Alignment, crop_aligned, read_alignment, to_bytes
 from faces.folder import require_elsewhere
@@ -228,6 +228,7 @@ def with_alpha(image, original) -> Image.Image:
 def paste_folder(photos: Path, edited: Path, alignment_file: Path, output_dir: Path, *, unedited=None) -> None:
     """Paste every edited face NAME.* into its photo; results keep the photos' relative paths. Raises UserError."""
     alignments, root = read_alignment(alignment_file), photos if photos.is_dir() else photos.parent
+    alignments = {safe_name(name): face for name, face in alignments.items()} | alignments  # what latents call a crop
     by_photo: dict[str, list] = {}
     problems, notes, n_pasted, n_faces = [], [], 0, 0
     for path in list_images(edited):

@@ -36,9 +36,11 @@ class Images:
     def alignment(self) -> list[dict | None]:
         """Per image the record of align_faces.py (alignment.json beside it or one folder up), or None."""
         files = functools.cache(lambda file: read_alignment(file) if file.is_file() else {})
-        folders = ((path.stem, *(folder / "alignment.json" for folder in path.parents[:2])) for path in self.paths)
-        of_paths = (files(beside).get(name) or files(above).get(name) for name, beside, above in folders)
-        return [None if record is None else asdict(record) for record in of_paths] or [None] * len(self)
+        records = []
+        for path in map(Path, map(os.path.abspath, self.paths)):
+            found = (files(folder / "alignment.json").get(path.stem) for folder in path.parents[:2])
+            records.append(next((asdict(record) for record in found if record), None))
+        return records or [None] * len(self)
 
 
 def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, position: int) -> torch.Tensor:

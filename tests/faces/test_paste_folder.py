@@ -13,6 +13,7 @@ import align_faces
 from common.cli import run
 from common.images import read_image, reading_losses
 from faces.paste import save_like
+from sampling.render import file_names
 
 
 def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
@@ -108,6 +109,20 @@ def test_a_photo_with_damaged_exif_is_written_without_it(tmp_path, astronaut):
     path = save_like(astronaut, tmp_path / "a.jpg", tmp_path / "out" / "a.jpg")
     assert difference(read_image(path), astronaut).mean() < 3 and "exif" not in Image.open(path).info
     assert reading_losses(tmp_path / "a.jpg") == ["nothing of the damaged EXIF block"]
+
+
+def test_a_crop_is_found_by_what_latents_call_it(tmp_path, astronaut, no_detector):
+    """Latents, and so edited faces, have names that any file system takes."""
+    photo = tmp_path / "photos" / "9:30 o'clock?.png"
+    photo.parent.mkdir()
+    astronaut.save(photo)
+    photo.with_suffix(".json").write_text(json.dumps(ASTRONAUT.tolist()))
+    assert align_cli(photo.parent, tmp_path / "out") == 0
+    (crop,) = (tmp_path / "out" / "aligned").iterdir()
+    crop.rename(crop.with_name(f"{file_names([crop.name])[0]}.png"))
+    flags = ["--paste_back", crop.parent, "--alignment", tmp_path / "out" / "alignment.json"]
+    assert align_cli(photo.parent, tmp_path / "pasted", *flags) == 0
+    assert (tmp_path / "pasted" / photo.name).is_file() and not crop.exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/x"])

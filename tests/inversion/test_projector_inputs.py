@@ -138,3 +138,6 @@ def test_alignment_is_carried_over(checkpoint, tmp_path, monkeypatch):
     anna, *others = load_latents(tmp_path / "out").alignment
     assert anna["source"] == "anna.jpg" and others == [None] * 3
     assert len(times) == 2, "before and after the work, not for every image"
+    monkeypatch.chdir(faces / "aligned")
+    for named in ("anna.png", "."):
+        assert open_images([named], 16).alignment()[0]["source"] == "anna.jpg", "a bare name, its folder"
