@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class Session:
     like: dict[str, Target] = field(default_factory=dict)
     result: Edited | None = None
     replaced: bool = False  # by another photo: its refinement ends
+    download: Path | None = None  # folder of the latest file to download
 
 
 class Page:
@@ -166,7 +168,7 @@ class Page:
         return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
 
     def save(self, session: Session | None) -> dict:
-        """The photo at its full size with the edit, as a file to download."""
+        """The photo at its full size with the edit, as a file to download in place of the one before."""
         if session is None or session.result is None:
             return {}
         folder = Path(tempfile.mkdtemp(dir=self.folder))
@@ -177,7 +179,11 @@ class Page:
         for face in session.result.faces:
             photo = face.paste(photo)
         target = folder / f"{Path(session.name).stem}-edited{Path(session.name).suffix}"
-        return {"download": str(save_like(photo, original, target))}
+        answer = {"download": str(save_like(photo, original, target))}
+        if session.download:
+            shutil.rmtree(session.download, ignore_errors=True)
+        session.download = folder
+        return answer
 
     def refuse(self, path, error: Exception) -> dict:
         """One sentence without paths of this machine."""

@@ -226,7 +226,9 @@ def test_upload_edit_refine_download(page, astronaut):
 def test_a_drawn_face_needs_no_refinement(page):
     session = page.pick(2)["session"]
     assert list(page.refine(session, 60)) == []
-    assert Path(page.save(session)["download"]).name == "seed0002-edited.png"
+    first, second = (Path(page.save(session)["download"]) for _ in range(2))
+    assert second.name == "seed0002-edited.png" and second.is_file()
+    assert not first.parent.exists(), "files that are no longer offered fill the disk"
 
 
 def test_damaged_uploads_get_a_sentence(page, tmp_path, no_face):
