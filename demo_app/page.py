@@ -1,6 +1,7 @@
 """The functions behind the controls of demo.py's page: a photo, sliders, the edited photo."""
 
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -199,6 +200,9 @@ def command_of(name: str, targets: dict[str, Target]) -> str:
 
 
 def parse_points(text: str | None, scale: float) -> np.ndarray | None:
-    """Five points typed in any form, ten numbers, in pixels of the photo; None for nothing. Raises AlignError."""
-    numbers = np.fromstring("".join(c if c in "-.0123456789" else " " for c in text or ""), sep=" ").tolist()
-    return parse_landmarks(numbers, "the five points")[0] * scale if (text or "").strip() else None
+    """Five points typed in any form, ten numbers, in pixels of a photo -> [5, 2] in the photo at `scale` of its size;
+    None for nothing. Raises AlignError."""
+    if not (text or "").strip():
+        return None
+    numbers = [float(number) for number in re.findall(r"-?\d*\.?\d+", text)]
+    return (parse_landmarks(numbers, "the five points")[0] + 0.5) * scale - 0.5  # pixel centres are whole numbers

@@ -21,7 +21,7 @@ import demo
 import demo_app.serve
 from common.cli import ROOT
 from common.images import save_image
-from demo_app.page import HELP, Page, command_of
+from demo_app.page import HELP, Page, command_of, parse_points
 from demo_app.serve import Guard, allowed_hosts
 from demo_app.targets import Target
 
@@ -312,3 +312,10 @@ def test_the_command_is_quoted_for_a_shell():
     name = "it's $HOME.jpg"
     command = command_of(name, {"age": Target(15, relative=True), "eyes_open": Target(1)})
     assert shlex.split(command) == ["python", "edit_photos.py", name, "--age", "+15"]
+
+
+def test_points_are_typed_in_any_form_and_scaled_about_the_corner():
+    text = "eyes 20.5,30; 40 30., nose (30.5;.5), mouth: 22 50 38 50"
+    points = [[20.5, 30], [40, 30], [30.5, 0.5], [22, 50], [38, 50]]
+    assert parse_points(" ", 1) is None and np.array_equal(parse_points(text, 1), points)
+    assert np.allclose(parse_points(text, 0.5)[1], [19.75, 14.75])  # the middle of pixel 40 lies 40.5 from the corner
