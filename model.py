@@ -21,7 +21,7 @@ from layers import ConstantInput, ConvLayer, EqualLinear, ResBlock, StyledConv, 
 STATISTICS_STREAM = 0x6D65616E  # keeps the samples of latent_statistics apart from latents and weights of the same seed
 NOISE_STREAM = 0x9E3779B9  # turns the seed of a latent into that of its noise; the generator takes 32 bits
 STDDEV_GROUP = 4  # images over which the minibatch standard deviation is taken, as published
-CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): loud enough beside a w of std ~2
+CONDITION_GAIN = 8.0  # a condition in [0,1] enters as gain * (2a - 1): large enough beside a w of std ~2
 
 
 class Generator(nn.Module):

@@ -204,7 +204,7 @@ class StoreWriter:
                 raise OSError(errno.EIO, text, str(self.file)) from error
 
     def _require_room(self, n_bytes: int) -> None:
-        """Stop early, by the rate so far (half as much again is forgiven), not when the disk is full."""
+        """Stop before the disk is full: when the rest, at the rate so far, would take over 1.5 times the free space."""
         free, done = shutil.disk_usage(self.folder).free, len(self.good) + len(self.skipped)
         needed = lmdb_store.used_bytes(self.env) / done * (len(self.sources) - done) if done else 0
         if free < 2 * n_bytes + DISK_RESERVE or needed > 1.5 * free:

@@ -86,7 +86,7 @@ def open_run(folder, options: dict, dist, *, resume_step: int | None, folders=FO
 
 
 def to_plain(value):
-    """`value` as JSON can hold it: tensors and arrays become lists, paths strings, non-finite numbers None."""
+    """`value` in types of JSON: tensors and arrays become lists, paths strings, non-finite numbers None."""
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, range)):

@@ -117,7 +117,7 @@ class PhotoBatch:
             bar.write(f"note: {saved} has {loss} of {path}", file=sys.stderr)
 
     def report(self, name: str, result: Edited, bar: tqdm) -> None:
-        """A line on stdout per face, and its share of overview.jpg and report.csv."""
+        """Print a line per face; add it to overview.jpg and report.csv."""
         for i, face_edit in enumerate(result.faces):
             label = name if len(result.faces) == 1 else f"{name}, face {i + 1}"
             words = [f"{attribute} {reading.describe()}" for attribute, reading in face_edit.readings.items()]

@@ -108,8 +108,8 @@ def nearest_value(at: np.ndarray, values: np.ndarray, target: float, near: float
 def search_distance(score: Callable, target: float, *, limit: float, near: float = 0.0) -> tuple[float, float]:
     """Distance at which `score` (distances [K] -> values [K]) is nearest to `target`: (distance, value there).
 
-    Of 2 * SCAN steps from -limit to +limit, the crossing of the target nearest to 0 is bisected: far out a face may
-    break. A target that is crossed nowhere gives the least of the steps within `near`, else the nearest.
+    Among 2 * SCAN intervals from -limit to +limit, the one nearest to 0 that crosses the target is bisected: far out a
+    face may break. Without a crossing: the smallest distance within `near` of the target, else the nearest.
     """
     at = np.linspace(-limit, limit, 2 * SCAN + 1)
     values = np.asarray(score(at), np.float64)

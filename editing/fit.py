@@ -75,7 +75,7 @@ def fit_ridge(latents, scores, *, others=None, rows=None, penalty: float = RIDGE
     gram, sum_x, sum_xy, shift = torch.zeros(width, width, dtype=torch.float64), 0, 0, None
     for start in range(0, n, BLOCK):
         block = np.asarray(latents[rows[start : start + BLOCK]])
-        shift = np.mean(block, 0, dtype=np.float64) if shift is None else shift  # sums about it lose no digits
+        shift = np.mean(block, 0, dtype=np.float64) if shift is None else shift  # sums about it keep their digits
         x = torch.from_numpy(block - shift)
         gram.addmm_(x.t(), x)  # in place: a product of its own would double the memory
         sum_x, sum_xy = sum_x + x.sum(0).numpy(), sum_xy + x.numpy().T @ y[start : start + BLOCK]

@@ -78,7 +78,7 @@ def invert_images(
             claim_folder(folder / RESULTS / "settings.json", config, results="results", otherwise=otherwise)
         barrier()
         for k, block in enumerate(todo):
-            # Read a block. Always the same blocks: one that was killed is made again as a whole, to the bit.
+            # Read a block. Blocks are fixed: an interrupted one is computed again as a whole, with equal bits.
             bar.update(k * (steps + batch * per_image) - bar.n)
             read = {}
             for i in block:

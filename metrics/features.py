@@ -84,7 +84,7 @@ def extract(
         if cached:
             try:
                 save_features(cached, features)
-            except OSError as error:  # named without the file: shown once per folder
+            except OSError as error:  # without the file's name: shown once per folder
                 reason = error.strerror or error
                 warnings.warn(f"features are not cached in {cache_dir} (--cache_dir): {reason}", stacklevel=2)
     return features

@@ -2,8 +2,8 @@
 with probability p, and p follows how far the discriminator overfits.
 
 Karras et al. 2020, arXiv 2006.06676. Appendix B: transforms, distributions, order (the set `bgc`); section 3: control
-of p. Per image all geometry is one affine matrix from output to input pixels, all colour one on RGB. Different from
-NVIDIA's: images that drew blits alone are moved by exact indexing, and reflection at the border has no end."""
+of p. Per image all geometry is one affine matrix from output to input pixels, all colour one on RGB. Unlike
+NVIDIA's: images with blits alone are moved by exact indexing, and borders are reflected any number of times."""
 
 import math
 from typing import NamedTuple

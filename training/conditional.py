@@ -45,8 +45,8 @@ class ConditionalTrainer(Trainer):
                     self.frozen.add(parameter)
 
     def draw_condition(self, n):
-        """Attributes [n, d] of real faces, each with probability --attr_permute taken from another face: this separates
-        what goes together in the data."""
+        """Attributes [n, d] of real faces, each with probability --attr_permute taken from another face: this
+        decorrelates them."""
         faces = torch.randint(len(self.table), (n, 1), device=self.table.device).expand(-1, self.table.shape[1])
         others = torch.randint(len(self.table), faces.shape, device=self.table.device)
         swapped = torch.rand(faces.shape, device=self.table.device) < self.condition.attr_permute

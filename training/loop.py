@@ -145,7 +145,7 @@ def report_start(trainer: Trainer, folder: Path, continued: Path | None, n_image
         print(f"warning: path length regularisation is unstable at {batch} images per step: {advice}", file=sys.stderr)
     if n_images < FEW_IMAGES:
         advice = "thousands are usual; --augment and --init_from help"
-        print(f"warning: a GAN learns {n_images} images by heart: {advice}", file=sys.stderr)
+        print(f"warning: a GAN memorises {n_images} images: {advice}", file=sys.stderr)
 
 
 def start_monitor(trainer: Trainer, run: Run, settings: LoopSettings, path: str):

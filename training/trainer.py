@@ -50,8 +50,8 @@ class Trainer:
 
     def __init__(self, config: GeneratorConfig, settings: TrainSettings, dist: Distributed):
         self.config, self.settings, self.dist, device = config, settings, dist, dist.device
-        # All ranks start from the same weights; not from the numbers that z of the same seed is made of, else z would
-        # be a row of the first mapping layer and its w far from all others.
+        # The same weights on all ranks, drawn in another stream than the z of this seed: a z that equals a row of the
+        # first mapping layer has a w far from all others.
         torch.manual_seed(mix_seeds(WEIGHT_STREAM, settings.seed))
         self.g, self.d = Generator(config).to(device), Discriminator(config).to(device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
@@ -82,7 +82,7 @@ class Trainer:
         self.warm = False  # started from trained weights (--init_from)
         self.rng_offset = 0  # raised by a rollback, so that the same numbers are not drawn again
         self.mean_path_length = torch.zeros((), device=device)
-        self.path_means: list[torch.Tensor] = []  # what the micro-batches of this step make of it
+        self.path_means: list[torch.Tensor] = []  # mean_path_length as each micro-batch of this step moves it
         self.stats = Stats(device)
 
     def step(self, images: torch.Tensor) -> None:

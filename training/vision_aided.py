@@ -66,14 +66,14 @@ class VisionAidedDiscriminator(nn.Module):
 
 def blur(images: torch.Tensor) -> torch.Tensor:
     """Images [N, C, H, W] through a binomial filter of one pixel's deviation. Unfiltered, the gradient of a trained
-    network is several times the discriminator's at the finest patterns, and the generator draws weaves (docs/log.md).
+    network is several times the discriminator's at the finest patterns: the images look woven (docs/log.md).
     """
     return upfirdn2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), make_kernel(BINOMIAL).to(images.device))
 
 
 def shift(images: torch.Tensor) -> torch.Tensor:
-    """Images [N, C, H, W] moved by 0 to 7 pixels along each axis, one draw for all; borders reflect. Unmoved, the
-    strides of a network leave their grid in the generated images (docs/log.md)."""
+    """Images [N, C, H, W] moved by 0 to 7 pixels along each axis, one draw for all; borders reflect. Without
+    this, the grid of a network's strides shows in the generated images (docs/log.md)."""
     x, y = torch.randint(MOST_SHIFT + 1, (2,)).tolist()
     height, width = images.shape[2:]
     return F.pad(images, (0, MOST_SHIFT) * 2, mode="reflect")[:, :, y : y + height, x : x + width]

@@ -143,7 +143,7 @@ def test_r1_of_the_preset_keeps_its_digits(monkeypatch, size, batch, r1):
 def test_early_warnings(face_lmdb, start_run, tmp_path, monkeypatch):
     """Few images, a small batch, and a training that would take years are said in the first minute."""
     ending = good(start_run(face_lmdb, "--iter", 1))
-    assert "warning: a GAN learns 24 images by heart" in ending.err and "path length" in ending.err
+    assert "warning: a GAN memorises 24 images" in ending.err and "path length" in ending.err
     step = Trainer.step
     monkeypatch.setattr(
         Trainer, "step", lambda self, images: os.kill(os.getpid(), signal.SIGTERM) or step(self, images)
