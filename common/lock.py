@@ -65,7 +65,7 @@ def process_start(pid: int) -> str | None:
 
 
 def _require_alone(folder: Path, lock: Path) -> None:
-    """Of two writers that start together the second by name gives way, and the first waits until it has."""
+    """Raise unless alone. Of two writers that start together the second by name gives way; the first waits for that."""
     deadline = time.monotonic() + TIE_WAIT
     while others := _live_writers(folder, lock):
         path, holder = others[0]
