@@ -5,6 +5,7 @@ Imports nothing but modules of `common`, so that peers.py can use it beside anot
 
 import gc
 import json
+import math
 import os
 import socket
 import statistics
@@ -22,7 +23,7 @@ from common.precision import processor_name
 from common.runs import git_commit, peak_bytes
 
 PEERS = Path(__file__).resolve().with_name("peers.py")
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, SPENT = "out of memory", "left out: the time budget is spent"
 WARM_UPS = 5  # on CUDA, where the first calls choose algorithms, compile kernels; elsewhere one
 
 
@@ -91,16 +92,6 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most that tensors took since `forget_peak`, elsewhere the most that this process ever had
     resident."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
-
-
-class Budget:
-    """Seconds that a benchmark may take; None or 0: as long as it needs."""
-
-    def __init__(self, seconds: float | None):
-        self.end = time.monotonic() + seconds if seconds else None
-
-    def spent(self) -> bool:
-        return self.end is not None and time.monotonic() > self.end
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,10 +170,8 @@ def reason(status: int, errors: str) -> str:
     return (lines[-1] if lines else f"exit status {status}").removeprefix("error: ")
 
 
-def measure_or_say(measure, budget: Budget) -> dict:
+def measure_or_say(measure) -> dict:
     """measure(), or {"error": why there is no number, in words}. Bugs of ours are raised."""
-    if budget.spent():
-        return {"error": "left out: the time budget is spent"}
     try:
         return measure()
     except (RuntimeError, MemoryError) as error:
@@ -192,9 +181,10 @@ def measure_or_say(measure, budget: Budget) -> dict:
 def measure_rows(rows, measure, table, cells, seconds: float | None) -> list[dict]:
     """Results measure(row) of all rows, dataclasses with `cells()`, printed as cells(result); those that could not be
     measured, or not begun within so many seconds, have an "error"."""
-    found, budget = [], Budget(seconds)
+    found, end = [], time.monotonic() + (seconds or math.inf)
     for row in rows:
-        result = measure_or_say(lambda row=row: measure(row), budget)
+        late = {"error": SPENT} if time.monotonic() > end else None
+        result = late or measure_or_say(lambda row=row: measure(row))
         found.append(asdict(row) | result)
         if "error" in result:
             table.remark(row.cells()[0], f"{row}: {result['error']}")

@@ -20,8 +20,8 @@ from scorer.network import load_scorer
 from training.resume import Start, init_from
 from training.settings import ConditionSettings
 from training.trainer import Trainer
-from training.transfer import is_modulation
 
+MODULATION = ".modulation.weight"  # ends the names of tensors [channels, style_dim + d], which turn w into styles
 TABLE = 5000  # real faces whose attributes stand for the data set
 SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
 
@@ -39,7 +39,7 @@ class ConditionalTrainer(Trainer):
             self.g_optim.param_groups[0]["lr"] = condition.light_lr
             columns = torch.arange(config.style_dim + config.condition_dim, device=dist.device) >= config.style_dim
             for name, parameter in self.g.named_parameters():
-                if is_modulation(name):  # Adam leaves alone what never has a gradient
+                if name.endswith(MODULATION):  # Adam leaves alone what never has a gradient
                     parameter.register_hook(lambda gradient: gradient * columns)
                 else:
                     self.frozen.add(parameter)

@@ -60,8 +60,3 @@ def enlarge(state: dict, config: GeneratorConfig, network: Generator | Discrimin
         shared = min(skip.shape[:2])
         skip.mul_(0.1)[:shared, :shared, 0, 0] += torch.eye(shared, device=skip.device) * math.sqrt(2 * skip.shape[1])
     return enlarged
-
-
-def is_modulation(name: str) -> bool:
-    """Whether a tensor of the generator turns w into factors of channels: [channels, style_dim + n]."""
-    return name.endswith(".modulation.weight")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bench_generate, bench_train, peers
-from benchmarks.measuring import Budget, ChildError, child, flag_list, measure_or_say
+from benchmarks.measuring import ChildError, child, flag_list, measure_or_say
 from benchmarks.rounds import PHASES, Schedule, measure_schedule, seconds_per_step
 from common.cli import UsageError, run
 
@@ -96,7 +96,7 @@ TOO_MANY = 10**12  # images of 8 px
 )
 def test_a_row_that_does_not_fit_says_so(module, row):
     args = module.build_parser().parse_args(TINY)
-    assert measure_or_say(lambda: module.measure_here(row, args), Budget(None)) == {"error": "out of memory"}
+    assert measure_or_say(lambda: module.measure_here(row, args)) == {"error": "out of memory"}
 
 
 def test_checkpoints_and_spaces(root):
@@ -181,7 +181,7 @@ def test_a_child_that_fails_says_why_in_a_line(tmp_path):
         "import os, signal, time\nif os.environ['RANK'] == '1':\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)\n"
     )
-    assert measure_or_say(lambda: child(script, {}, processes=2), Budget(None)) == {"error": "out of memory"}
+    assert measure_or_say(lambda: child(script, {}, processes=2)) == {"error": "out of memory"}
     script.write_text("import os, json\nprint('a table')\nprint(json.dumps(os.environ['WORLD_SIZE']))\n")
     assert child(script, {}, processes=2) == "2"
 

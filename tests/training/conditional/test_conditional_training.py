@@ -20,9 +20,9 @@ from common.runs import read_log
 from editing.attributes import Condition, ConditionError, ConditionScorer, read_condition
 from model import Generator, GeneratorConfig, load_generator
 from scorer.labels import Attribute
-from training.conditional import jitter, score_dataset
+from training.conditional import MODULATION, jitter, score_dataset
 from training.settings import ConditionSettings
-from training.transfer import enlarge, is_modulation
+from training.transfer import enlarge
 
 # -- numbers of faces, targets, the loss ---------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def test_warm_start_gives_the_same_random_images(w_space):
     found, own = conditional(z, randomize_noise=False, condition=torch.rand(4, 3))
     assert (expected - found).abs().max() < 1e-4 and torch.equal(ws, own)
     naive = {
-        name: tensor if not is_modulation(name) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
+        name: tensor if not name.endswith(MODULATION) else torch.cat((tensor, torch.zeros(len(tensor), 3)), 1)
         for name, tensor in plain.state_dict().items()
     }
     conditional.load_state_dict(naive)
@@ -143,7 +143,7 @@ def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional
     for average in ("g", "g_ema"):
         for name, tensor in last[average].items():
             old = first["g_ema"][name]
-            if is_modulation(name):
+            if name.endswith(MODULATION):
                 assert torch.equal(tensor[:, :64], old[:, :64]) and not torch.equal(tensor[:, 64:], old[:, 64:])
             else:
                 assert torch.equal(tensor, old) and torch.equal(tensor, known["g_ema"][name]), name
