@@ -26,9 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import (  # noqa: E402
     Table,
-    add_network_flags,
-    add_peer_flags,
-    add_run_flags,
+    add_row_flags,
     child,
     circumstances,
     forget_peak,
@@ -41,7 +39,7 @@ from benchmarks.measuring import (  # noqa: E402
     pick,
     total_seconds,
 )
-from common.cli import ArgumentParser, add_device_flags, run_script  # noqa: E402
+from common.cli import ArgumentParser, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import Generator, GeneratorConfig, load_generator  # noqa: E402
@@ -57,11 +55,8 @@ def build_parser():
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
     parser.add_argument("--spaces", nargs="+", choices=("w++", "w"), default=["w++"], help="mapping networks")
     parser.add_argument("--ckpt", help="a generator whose weights, size and space are taken instead of random ones")
-    add_network_flags(parser)
-    add_peer_flags(parser)
+    add_row_flags(parser)
     parser.add_argument("--drawn", type=int, default=0, help="images to draw as generate.py does; 0: two batches")
-    add_run_flags(parser)
-    add_device_flags(parser)
     return parser
 
 

@@ -27,9 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baseline import BaselineDiscriminator, BaselineGenerator  # noqa: E402
 from benchmarks.measuring import (  # noqa: E402
     Table,
-    add_network_flags,
-    add_peer_flags,
-    add_run_flags,
+    add_row_flags,
     child,
     circumstances,
     forget_peak,
@@ -39,7 +37,7 @@ from benchmarks.measuring import (  # noqa: E402
     pick,
 )
 from benchmarks.rounds import PHASES, Schedule, measure_schedule  # noqa: E402
-from common.cli import ArgumentParser, UsageError, add_device_flags, run_script  # noqa: E402
+from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import Distributed, resolve_device, setup, shutdown  # noqa: E402
 from common.precision import DTYPES  # noqa: E402
 from model import GeneratorConfig  # noqa: E402
@@ -53,14 +51,11 @@ def build_parser():
     parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="image sizes: 64 128 256 1024 ...")
     parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images per step and process: 4 to 64")
     parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
-    add_network_flags(parser)
+    add_row_flags(parser)
     parser.add_argument("--w_space", action="store_true", help="W (MLP mapping) instead of W++")
     parser.add_argument("--augment", type=float, metavar="P", help="ADA with this probability; default: none")
     parser.add_argument("--processes", type=int, default=1, help="also ours in this many processes, and in one")
-    add_peer_flags(parser)
     parser.add_argument("--steps", type=int, default=16, help="steps of the schedule to run; 0: only the phases")
-    add_run_flags(parser)
-    add_device_flags(parser)
     return parser
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from common.cli import is_out_of_memory
+from common.cli import add_device_flags, is_out_of_memory
 from common.precision import processor_name
 from common.runs import git_commit, peak_bytes
 
@@ -205,29 +205,24 @@ def failure(error: Exception) -> str:
 # -- peers: a program of its own, since their modules have the names of ours ------------------------------------------
 
 
-def add_network_flags(parser) -> None:
-    """The networks of a benchmark, ours and the original's."""
-    parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
-    parser.add_argument("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
-    parser.add_argument("--n_mlp", type=int, default=8, help="mapping layers")
-    parser.add_argument("--original", action="store_true", help="the original formulation beside ours")
-
-
-def add_run_flags(parser) -> None:
-    """The flags of a benchmark of rows."""
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs per number")
-    parser.add_argument("--budget", type=float, help="seconds after which no further row is begun")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--row", help="measure this row in this process (used internally)")
-
-
-def add_peer_flags(parser) -> None:
-    parser.add_argument("--peer_nvidia", metavar="DIR", help="a checkout of NVlabs/stylegan3, config stylegan2")
-    parser.add_argument("--peer_rosinality", metavar="DIR", help="a checkout of rosinality/stylegan2-pytorch")
+def add_row_flags(parser) -> None:
+    """Flags of a benchmark of rows: the networks, what they are compared with, the runs."""
+    add = parser.add_argument
+    add("--channel_max", type=int, default=512, help="largest number of feature maps")
+    add("--channel_multiplier", type=float, default=2, help="scales the widths above 32 pixels")
+    add("--n_mlp", type=int, default=8, help="mapping layers")
+    add("--original", action="store_true", help="the original formulation beside ours")
+    add("--peer_nvidia", metavar="DIR", help="a checkout of NVlabs/stylegan3, config stylegan2")
+    add("--peer_rosinality", metavar="DIR", help="a checkout of rosinality/stylegan2-pytorch")
+    add("--repeats", type=int, default=5, help="timed runs per number")
+    add("--budget", type=float, help="seconds after which no further row is begun")
+    add("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
+    add("--row", help="measure this row in this process (used internally)")
+    add_device_flags(parser)
 
 
 def measure_peer(peer: str, part: str, args, *, size: int, batch: int, precision: str) -> dict:
-    """Training or generator of a peer (peers.py). args: of a benchmark with the flags of `add_peer_flags`."""
+    """Training or generator of a peer (peers.py). args: of a benchmark with `add_row_flags`."""
     flags = pick(args, "channel_max channel_multiplier n_mlp repeats threads device")
     flags |= {"peer": peer, "folder": getattr(args, f"peer_{peer}"), "part": part, "steps": getattr(args, "steps", 0)}
     return child(PEERS, flags | {"size": size, "batch": batch, "precision": precision})
