@@ -75,7 +75,7 @@ def main(args) -> None:
     from common.runs import restore_options
     from pSp.coach import Coach
     from pSp.losses import EncoderLoss
-    from pSp.start import build_network, open_generator, open_images, read_start
+    from pSp.start import build_network, open_generator, open_images, read_start, require_same
 
     read_settings(vars(args))  # mistakes before any file is opened
     require_one_start(args, "checkpoint_path")
@@ -99,6 +99,9 @@ def main(args) -> None:
             args.recommend(generator.recommended.get("encoder", {}), RECOMMENDED, generator.path)
         settings, weights, flags = read_settings(vars(args))
         net, origin = build_network(flags, start, generator, args.weights_dir)
+        if start.state is not None:  # as for a continued run, but only what the command line names
+            named = {name: getattr(args, name) for name in args.given & {"encoder_type", "encoder_width"}}
+            require_same(net.config, EncoderFlags(**named, input_nc=net.config.input_nc), start.path)
         if start.continues and net.step >= settings.max_steps:
             say(f"{args.exp_dir}: step {net.step} of {settings.max_steps}, nothing was left to do")
             return
