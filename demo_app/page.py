@@ -22,7 +22,7 @@ from faces.paste import save_like
 PREVIEW = 1000  # longest side of the photo while it is edited; downloads have the original's
 MEGAPIXELS = 64  # of an upload: decoded it takes three bytes per pixel, whatever the size of its file
 CHUNK = 10  # steps of refinement between two looks at it
-STILL = 0.02  # a slider moved by less changes nothing
+UNMOVED = 0.02  # a slider this near to its start changes nothing
 SLIDERS = {  # attribute -> label, least, most; age is a change in years, the others are target probabilities
     "age": ("Age: years younger or older", -20, 30),
     "smile": ("Smile: none to broad", 0, 1),
@@ -34,14 +34,14 @@ HELP = "Upload a photo with a face, or click a drawn one."
 
 @dataclass
 class Session:
-    """One photo of one visitor. rest: readings of the photo before any edit; values: of the sliders."""
+    """One photo of one visitor. before: readings of the photo before any edit; values: of the sliders."""
 
     editor: PhotoEditor
     name: str
     file: Path | None = None  # the upload; None for a drawn face
-    rest: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
-    like: dict[str, Target] = field(default_factory=dict)
+    expression: dict[str, Target] = field(default_factory=dict)
     result: Edited | None = None
     replaced: bool = False  # by another photo: its refinement ends
     download: Path | None = None  # folder of the latest file to download
@@ -90,8 +90,8 @@ class Page:
 
     def start(self, session: Session) -> dict:
         """Sliders to what the photo shows."""
-        session.rest = session.editor.read_faces(self.names)
-        session.values = [0.0 if name == "age" else round(session.rest[name], 2) for name in self.names]
+        session.before = session.editor.read_faces(self.names)
+        session.values = [0.0 if name == "age" else round(session.before[name], 2) for name in self.names]
         return {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
 
     def refine(self, session: Session | None, steps):
@@ -125,7 +125,7 @@ class Page:
     def reset(self, session: Session | None) -> dict:
         if session is None:
             return {"message": f"**{HELP}**"}
-        session.like = {}
+        session.expression = {}
         session.editor.set_layers(None)
         return self.start(session)
 
@@ -136,16 +136,16 @@ class Page:
             return
         yield {"message": "Inverting the face once more, for its expression ..."}
         try:
-            session.like = expression_of(path, self.models)
+            session.expression = expression_of(path, self.models)
             yield self.show(session, rounds=ROUNDS)
         except ValueError as error:
             yield self.refuse(path, error)
 
     def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
         """The photo before and after, the read-outs, the aligned face as the generator draws it."""
-        targets = dict(session.like)
+        targets = dict(session.expression)
         for name, value in zip(self.names, session.values, strict=True):
-            moved = value if name == "age" else abs(value - session.rest[name]) > STILL
+            moved = value if name == "age" else abs(value - session.before[name]) > UNMOVED
             targets |= {name: Target(value, relative=name == "age")} if moved else {}
         try:
             session.result = session.editor.edit(targets, rounds=rounds)
