@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Session:
     result: Edited | None = None
     replaced: bool = False  # by another photo: its refinement ends
     download: Path | None = None  # folder of the latest file to download
+    lock: threading.Lock = field(default_factory=threading.Lock)  # an editor is for one thread, events come in several
 
 
 class Page:
@@ -102,7 +104,8 @@ class Page:
         while face.steps < steps:
             yield {"message": f"Refining: {face.steps} of {steps} steps ..."}
             try:
-                session.editor.refine(min(CHUNK, steps - face.steps))
+                with session.lock:
+                    session.editor.refine(min(CHUNK, steps - face.steps))
             except PhotoError as error:
                 yield {"message": f"**{error}**"}
                 return
@@ -118,7 +121,8 @@ class Page:
         layers = range(int(first), int(last) + 1)
         if not layers:
             return {"message": f"**layers {first:g} to {last:g}: the first must not come after the last**"}
-        session.editor.set_layers(layers if len(layers) < self.models.generator.config.n_tokens else None)
+        with session.lock:
+            session.editor.set_layers(layers if len(layers) < self.models.generator.config.n_tokens else None)
         session.values = [float(value) for value in values]
         return self.show(session, rounds=rounds)
 
@@ -126,7 +130,8 @@ class Page:
         if session is None:
             return {"message": f"**{HELP}**"}
         session.expression = {}
-        session.editor.set_layers(None)
+        with session.lock:
+            session.editor.set_layers(None)
         return self.start(session)
 
     def take_expression(self, session: Session | None, path):
@@ -148,7 +153,8 @@ class Page:
             moved = value if name == "age" else abs(value - session.before[name]) > UNMOVED
             targets |= {name: Target(value, relative=name == "age")} if moved else {}
         try:
-            session.result = session.editor.edit(targets, rounds=rounds)
+            with session.lock:
+                session.result = session.editor.edit(targets, rounds=rounds)
         except PhotoError as error:
             return {"message": f"**{error}**"}
         face = session.result.faces[0]

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import socket
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -229,6 +230,17 @@ def test_a_drawn_face_needs_no_refinement(page):
     first, second = (Path(page.save(session)["download"]) for _ in range(2))
     assert second.name == "seed0002-edited.png" and second.is_file()
     assert not first.parent.exists(), "files that are no longer offered fill the disk"
+
+
+def test_a_slider_waits_while_the_photo_is_refined(page):
+    session = page.pick(2)["session"]
+    moved = threading.Thread(target=page.move, args=(session, 0, 3, *[1.0] * len(page.names)))
+    with session.lock:  # as a step of the refinement holds it
+        moved.start()
+        moved.join(0.2)
+        assert moved.is_alive()
+    moved.join()
+    assert session.values == [1.0] * len(page.names) and session.result.faces[0].positions
 
 
 def test_damaged_uploads_get_a_sentence(page, tmp_path, no_face):
