@@ -41,6 +41,14 @@ class PhotoError(UserError):
     """A photo cannot be edited; the message is one sentence that says what to do."""
 
 
+class SmallFaceError(PhotoError):
+    """The largest face has fewer pixels than the generator draws. side: of its frame; least: that would do."""
+
+    def __init__(self, side: float, least: int):
+        super().__init__(f"the face is too small: {side:.0f} pixels with its frame, at least {least} are needed")
+        self.side, self.least = side, least
+
+
 @dataclass(frozen=True)
 class Inversion:
     """A face in a generator. condition: attributes [d] in [0, 1] at which it is drawn, of a conditional one."""
@@ -204,7 +212,7 @@ class PhotoEditor:
         alignments = [align(photo, points, size=CROP, **info) for points, info in found]
         size, side = self.models.size, max(alignment.side for alignment in alignments)
         if side < size:
-            raise PhotoError(f"the face is too small: {side:.0f} pixels with its frame, at least {size} are needed")
+            raise SmallFaceError(side, size)
         return [alignment for alignment in alignments if alignment.side >= size]
 
     def _images(self, generator) -> torch.Tensor:

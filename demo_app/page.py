@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.cli import ROOT
 from common.images import image_size, read_image
-from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, expression_of, shrink
+from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, SmallFaceError, expression_of, shrink
 from demo_app.models import Models
 from demo_app.targets import FLAGS, Target
 from faces.align import parse_landmarks
@@ -68,11 +68,20 @@ class Page:
             if width * height > MEGAPIXELS * 1e6:
                 raise PhotoError(f"it has more than {MEGAPIXELS} megapixels: make it smaller")
             photo = read_image(path)
-            shown = shrink(photo, PREVIEW)
-            editor.set_photo(shown, landmarks=parse_points(points, shown.width / photo.width))
+            try:
+                self.open(editor, photo, points, PREVIEW)
+            except SmallFaceError as error:  # in the preview; the photo may have enough pixels
+                if max(photo.size) <= PREVIEW:
+                    raise
+                self.open(editor, photo, points, int(1.1 * PREVIEW * error.least / error.side))
             yield self.start(Session(editor, path.name, path))
         except ValueError as error:
             yield self.refuse(path, error)
+
+    def open(self, editor: PhotoEditor, photo: Image.Image, points: str | None, longest: int) -> None:
+        """Find and encode the face, in a copy of the photo of at most `longest` pixels on the longer side."""
+        shown = shrink(photo, longest)
+        editor.set_photo(shown, landmarks=parse_points(points, shown.width / photo.width))
 
     def pick(self, seed: int, session: Session | None = None) -> dict:
         """A face that the generator draws."""
@@ -201,6 +210,7 @@ class Page:
 def command_of(name: str, targets: dict[str, Target]) -> str:
     """The edit as a command line, for the folder that holds the photo."""
     known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
+    name = f"./{name}" if name.startswith("-") else name
     words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
     return f"python edit_photos.py {shlex.quote(name)} {' '.join(words)}" if words else ""
 

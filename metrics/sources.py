@@ -117,6 +117,8 @@ def open_source(path, *, size: int | None = None, ckpt=None, sampling=None, devi
         raise FileNotFoundError(f"{path} does not exist: a {IMAGES} is expected")
     if path.suffix == ".pkl":
         raise UserError(f"{path}: pickled statistics, which could run code, are not read: pass the images themselves")
+    if (path / "options.json").exists() and (path / "checkpoint").is_dir():  # whose images are grids
+        raise UserError(f"{path} is a run folder: pass its checkpoints, {path / 'checkpoint'}")
     if is_checkpoint(path):
         return checkpoint_source(path, sampling, load_generator(path, device))
     if path.suffix == ".npy" or (path / "latents.npy").exists():

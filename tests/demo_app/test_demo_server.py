@@ -224,6 +224,18 @@ def test_upload_edit_refine_download(page, astronaut):
         assert np.abs(np.asarray(saved, float) - np.asarray(photo.convert("RGB"), float)).max() > 10
 
 
+def test_a_small_face_of_a_large_photo(page, tmp_path):
+    """A frame of 80 pixels has 13 in the preview, of the 16 that the generator draws."""
+    at = np.array([3000, 300])
+    points = at + [[-10, -5], [10, -5], [0, 5], [-8, 15], [8, 15]]
+    path = save_image(Image.new("RGB", (6000, 600), (90, 90, 90)), tmp_path / "far.jpg")
+    *_, answer = page.upload(path, json.dumps(points.tolist()))
+    editor = answer["session"].editor
+    assert 1100 < editor.photo.width < 1500 and editor.faces[0].alignment.side >= 16
+    *_, answer = page.upload(path, json.dumps((at + (points - at) / 6).tolist()))
+    assert "too small: 13 pixels" in answer["message"], "of the photo, not of its preview"
+
+
 def test_a_drawn_face_needs_no_refinement(page):
     session = page.pick(2)["session"]
     assert list(page.refine(session, 60)) == []
@@ -324,6 +336,8 @@ def test_the_command_is_quoted_for_a_shell():
     name = "it's $HOME.jpg"
     command = command_of(name, {"age": Target(15, relative=True), "eyes_open": Target(1)})
     assert shlex.split(command) == ["python", "edit_photos.py", name, "--age", "+15"]
+    assert shlex.quote(name) in command, "no shell replaces a variable"
+    assert command_of("-me.jpg", {"smile": Target(1)}) == "python edit_photos.py ./-me.jpg --smile 1"
 
 
 def test_points_are_typed_in_any_form_and_scaled_about_the_corner():

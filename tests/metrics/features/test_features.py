@@ -43,6 +43,13 @@ def test_lmdb(face_lmdb, tiny):
         open_source(face_lmdb)
 
 
+def test_a_run_folder_is_no_folder_of_images(tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "options.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a run folder: pass its checkpoints, .*checkpoint"):
+        open_source(tmp_path, size=16)
+
+
 def test_reals_are_drawn_without_replacement(face_lmdb, tiny):
     source = open_source(face_lmdb, size=8)
     chosen = source.choose(10, "drawn", 4)
