@@ -121,7 +121,8 @@ def widen_input(net: pSp, n_iters: int, source) -> pSp:
 def require_same(config: EncoderConfig, flags: EncoderFlags, source) -> None:
     """Raise CheckpointError when flags ask for another encoder than the one that is continued."""
     stored = {"encoder_type": config.encoder_type, "encoder_width": config.width, "input_nc": config.input_nc}
-    here = {name: getattr(flags, name) for name in stored}
+    kind = flags.encoder_type or (INTO_W if flags.learn_in_w else None)
+    here = {"encoder_type": kind, "encoder_width": flags.encoder_width, "input_nc": flags.input_nc}
     differing = [f"--{n} {here[n]} here, {v} in the file" for n, v in stored.items() if here[n] not in (None, 0, v)]
     if differing:
         raise CheckpointError(f"{source} holds another encoder: {'; '.join(differing)}")

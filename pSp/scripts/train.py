@@ -100,7 +100,7 @@ def main(args) -> None:
         settings, weights, flags = read_settings(vars(args))
         net, origin = build_network(flags, start, generator, args.weights_dir)
         if start.state is not None:  # as for a continued run, but only what the command line names
-            named = {name: getattr(args, name) for name in args.given & {"encoder_type", "encoder_width"}}
+            named = {name: getattr(args, name) for name in args.given & {"encoder_type", "encoder_width", "learn_in_w"}}
             require_same(net.config, EncoderFlags(**named, input_nc=net.config.input_nc), start.path)
         if start.continues and net.step >= settings.max_steps:
             say(f"{args.exp_dir}: step {net.step} of {settings.max_steps}, nothing was left to do")

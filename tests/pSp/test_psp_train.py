@@ -252,8 +252,9 @@ def test_published_command(fake_networks, generators, face_folder, tmp_path, mon
 def test_continue_with_the_published_flag_or_begin_from_weights(train, newest, best, tmp_path, capsys):
     assert train(tmp_path / "a", "--checkpoint_path", newest, "--max_steps", 5) == 0
     assert [line["step"] for line in read_log(tmp_path / "a" / "log.jsonl") if line["group"] == "train"] == [5]
-    assert train(tmp_path / "b", "--init_from", best, "--encoder_type", INTO_W_PLUS) == 1
-    assert f"another encoder: --encoder_type {INTO_W_PLUS} here, {GRADUAL} in the file" in capsys.readouterr().err
+    for flags, kind in (("--encoder_type", INTO_W_PLUS), INTO_W_PLUS), (("--learn_in_w",), INTO_W):
+        assert train(tmp_path / "b", "--init_from", best, *flags) == 1
+        assert f"another encoder: --encoder_type {kind} here, {GRADUAL} in the file" in capsys.readouterr().err
     assert train(tmp_path / "b", "--checkpoint_path", best, "--max_steps", 1) == 0
     assert load_checkpoint(tmp_path / "b" / "checkpoints" / "iteration_1.pt")["step"] == 1
 
