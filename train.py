@@ -94,6 +94,8 @@ def main(args) -> int:
         flags = (f"--{name}" if value is True else f"--{name} {value}" for name, value in filled.items())
         changed = f"preset cpu: {' '.join(flags)}"
     config, options = resolve(vars(args), start)
+    if options["light"] and "path_regularize" in args.given and args.path_regularize:
+        raise UsageError("--light trains without path length regularisation: leave out --path_regularize")
     settings = read_fields(TrainSettings, options | {"micro_batch": int(args.micro_batch.replace("auto", "0"))})
     if args.threads:
         torch.set_num_threads(args.threads)

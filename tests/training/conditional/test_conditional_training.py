@@ -318,5 +318,8 @@ def test_misuse_of_the_training(tmp_path, face_lmdb, unconditional, capfd):
     assert status == 1 and "was trained with --light (none)" in line
     status, line = error("--resume", unconditional, "--exp_name", tmp_path / "new", "--iter", "9")
     assert status == 1 and "was trained with --condition (none), not colour: --init_from" in line
-    status, line = error("--exp_name", tmp_path / "newer", "--light", "--init_from", export)
+    light = ("--exp_name", tmp_path / "newer", "--light", "--init_from", export)
+    status, line = error(*light, "--path_regularize", 2)
+    assert status == 2 and "leave out --path_regularize" in line
+    status, line = error(*light)
     assert status == 1 and "no discriminator" in line
