@@ -18,7 +18,7 @@ scripts use them where no flag is given.
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, run_script, whole
+from common.cli import ArgumentParser, UsageError, run_script, seed_number
 
 
 def build_parser() -> ArgumentParser:
@@ -32,7 +32,7 @@ def build_parser() -> ArgumentParser:
     add("--base", metavar="FILE", help="an export beside OUT whose equal tensors are left out (for --light training)")
     add("--stylegan_weights", type=Path, metavar="FILE", help="IN is a pSp encoder for this generator")
     add = parser.add_argument_group("the image drawn as a check").add_argument
-    add("--seed", type=whole(0, 2**32 - 1), default=0, help="its seed; z is what NVIDIA's scripts draw for it")
+    add("--seed", type=seed_number, default=0, help="its seed; z is what NVIDIA's scripts draw for it")
     add("--image", metavar="FILE", help="keep it, to compare with the other program's")
     return parser
 

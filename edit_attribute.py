@@ -19,7 +19,17 @@ from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
-from common.cli import PRECISIONS, ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, whole
+from common.cli import (
+    PRECISIONS,
+    ArgumentParser,
+    UsageError,
+    UserError,
+    add_device_flags,
+    positive,
+    run_script,
+    seed_number,
+    whole,
+)
 
 PUBLISHED = {"fit": "svc", "conditional_fit": "none"}
 SWEEP = {"start_distance": float, "end_distance": float, "distance": str, "unit": str}  # one choice, in one unit
@@ -50,7 +60,7 @@ def build_parser() -> ArgumentParser:
     add("--truncation", type=float, default=1.0, help="of the samples, towards the mean latent")
     add("--noise", choices=("random", "const", "none"), default="random", help="of the samples")
     add("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
-    add("--seed", type=int, default=0, help="first seed of the samples, and of the 70/30 split")
+    add("--seed", type=seed_number, default=0, help="first seed of the samples, and of the 70/30 split")
     add = parser.add_argument_group("edit").add_argument
     add("--start_distance", type=float, default=-30, help="first distance, unless the boundary has a range")
     add("--end_distance", type=float, default=30, help="distance of the last frame")
@@ -133,7 +143,7 @@ def main(args) -> None:
         perceptual = perceptual_or_none(args.perceptual, dist.device, args.weights_dir)
 
         # Boundaries: given, or fitted to samples.
-        free_of = [boundary_of(path, generator) for path in args.orthogonal_to.split(",") if path]
+        free_of = [boundary_of(path.strip(), generator) for path in args.orthogonal_to.split(",") if path.strip()]
         seeds = range(args.seed, args.seed + args.num_sample)
         samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
         boundaries = [fit.measured(boundary_of(path, generator), free_of, samples) for path in args.boundary or ()]

@@ -18,7 +18,7 @@ edited; below each what the scorer reads, in the order in which the generator kn
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, whole
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, seed_number, whole
 from common.flags import add_face_flags, add_preset_flag
 
 RECOMMENDED = ("step", "lr", "noise", "mse", "perceptual")  # flags that a generator's file may set (`projector`)
@@ -54,7 +54,7 @@ def build_parser() -> ArgumentParser:
     add("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
     add("--perceptual", default="auto", help="distance that is minimised: auto, vgg, squeeze-up64 ...")
     add("--mean_samples", type=whole(2), default=10_000, help="samples for mean and deviation of w")
-    add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
+    add("--seed", type=seed_number, default=0, help="of noise maps and perturbations, with the pixels")
     add("--batch", type=whole(1), default=8, help="images at once; on a CPU at most 512 / size")
     add("--overwrite", action="store_true", help="invert anew where other inversions are")
     add_device_flags(parser)

@@ -16,7 +16,17 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from common.cli import PRECISIONS, SPACES, ArgumentParser, UserError, add_device_flags, count, positive_int, run_script
+from common.cli import (
+    PRECISIONS,
+    SPACES,
+    ArgumentParser,
+    UserError,
+    add_device_flags,
+    count,
+    positive_int,
+    run_script,
+    seed_number,
+)
 from common.flags import add_face_flags, add_fields, add_preset_flag, read_fields
 from inversion.settings import ProjectorSettings
 
@@ -40,7 +50,7 @@ def build_parser() -> ArgumentParser:
     add_fields(group, ProjectorSettings)
     add("--tune", type=count, default=0, metavar="STEPS", help="then tune the generator to each image around its w")
     add("--mean_samples", type=positive_int, default=10_000, help="samples for mean and deviation of w")
-    add("--seed", type=int, default=0, help="of noise maps and perturbations, with the pixels")
+    add("--seed", type=seed_number, default=0, help="of noise maps and perturbations, with the pixels")
 
     add = parser.add_argument_group("networks that compare").add_argument
     names = "vgg (published), squeeze, alex, with -up64 small images are enlarged; scorer:NAME; auto: the first here"

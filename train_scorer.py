@@ -12,7 +12,17 @@ with validation.json. A run stopped at any moment continues with --resume auto a
 
 from pathlib import Path
 
-from common.cli import ArgumentParser, UsageError, add_device_flags, positive, positive_int, run_script, several
+from common.cli import (
+    ArgumentParser,
+    UsageError,
+    add_device_flags,
+    count,
+    positive,
+    positive_int,
+    run_script,
+    seed_number,
+    several,
+)
 
 NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "scores")  # of one invocation
 
@@ -25,7 +35,7 @@ def build_parser() -> ArgumentParser:
     add("--out", help="run folder; everything is written below it")
     add("--attributes", default="auto", help="comma-separated columns; auto: known ones; all: all numbers")
     add("--validation", type=float, default=0.08, help="fraction of the people kept out of training")
-    add("--split_seed", type=int, default=0, help="of the split; another seed keeps out other people")
+    add("--split_seed", type=seed_number, default=0, help="of the split; another seed keeps out other people")
     add("--resume", metavar="auto|PATH", help="continue with the run's options; auto: its newest checkpoint")
 
     add = parser.add_argument_group("network and optimisation").add_argument
@@ -38,7 +48,7 @@ def build_parser() -> ArgumentParser:
     add("--batch", type=positive_int, default=64, help="faces per step")
     add("--lr", type=positive, default=0.003, help="AdamW's peak learning rate")
     add("--weight_decay", type=float, default=0.05, help="of kernels and matrices")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation")
+    add("--seed", type=seed_number, default=0, help="of weights, order and augmentation")
     add("--val_every", type=positive_int, default=500, help="steps between measurements on the validation split")
     add("--save_every", type=positive_int, default=250, help="steps between checkpoints")
     add("--log_every", type=positive_int, default=50, help="steps between log lines")
@@ -49,7 +59,7 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument_group("evaluation").add_argument
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
     add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_crop, dex_age, dex_gender, FILE")
-    add("--sizes", type=several(int), default="0", help="comma-separated pixels to show faces at; 0: as they are")
+    add("--sizes", type=several(count), default="0", help="comma-separated pixels to show faces at; 0: as they are")
     add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
     add("--weights_dir", help="folder with third-party weights (DEX)")
     return parser

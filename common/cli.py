@@ -128,6 +128,7 @@ def whole(least=-(2**63), most=2**63 - 1):
 
 
 positive_int, count = whole(1), whole(0)
+seed_number = whole(0, 2**32 - 1)  # what NumPy and PyTorch both take
 finite = number(float, math.isfinite, "a finite number")
 positive = number(float, lambda value: 0 < value < math.inf, "a finite number above 0")
 NUMBERS = {int: whole(), float: finite}  # what type=int and type=float stand for in every ArgumentParser

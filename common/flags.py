@@ -4,7 +4,7 @@
 import math
 from dataclasses import field, fields
 
-from common.cli import FITS, PRECISIONS, UsageError, add_device_flags, count
+from common.cli import FITS, PRECISIONS, UsageError, add_device_flags, count, seed_number
 
 
 def flag(default, help: str, **options):
@@ -44,7 +44,7 @@ def add_training_flags(parser, *, published: str, keep: int, workers: int, wandb
     add("--init_from", metavar="PATH", help="weights for a new run; with --resume auto: until there is a checkpoint")
     add = parser.add_argument_group("run").add_argument
     add("--precision", choices=PRECISIONS, default="fp32", help="of convolutions; losses stay in fp32")
-    add("--seed", type=int, default=0, help="of weights, data order and every draw")
+    add("--seed", type=seed_number, default=0, help="of weights, data order and every draw")
     add("--keep", type=count, default=keep, help="checkpoints that can be continued; 0: all; older ones: weights alone")
     add("--workers", type=count, default=workers, help="loader processes (0: decode in the training process)")
     add("--threads", type=count, default=0, help="CPU threads of this process; 0: PyTorch's choice")

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from common.cli import PRECISIONS, UsageError, UserError, positive_int
+from common.cli import PRECISIONS, UsageError, UserError, positive_int, seed_number
 from common.flags import count, flag, not_negative, require
 from pSp.data_configs import DATASETS
 
@@ -95,7 +95,7 @@ class InferenceSettings:
     resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
     retrieval: int = flag(0, "of the first N: whose nearest original is its own?", type=count, metavar="N")
     precision: str = flag("fp32", "of the convolutions", choices=PRECISIONS)
-    seed: int = flag(0, "of the samples of --latent_mask")
+    seed: int = flag(0, "of the samples of --latent_mask", type=seed_number)
 
     def __post_init__(self):
         require(self, "resize_factors", lambda t: len(resize_factors(t)) == 1, "is a list: inference takes one factor")

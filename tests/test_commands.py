@@ -1,5 +1,6 @@
 """Every command written in the README, the docs, the Makefile and the docstrings is one that the scripts understand."""
 
+import argparse
 import ast
 import contextlib
 import importlib
@@ -7,7 +8,8 @@ import io
 import re
 import shlex
 
-from modules import COMMANDS, MODULES, ROOT
+import pytest
+from modules import COMMANDS, MODULES, ROOT, SCRIPTS
 
 
 def fenced_blocks(text):
@@ -99,6 +101,19 @@ def test_written_commands_parse():
         if (error := complaint_about(target, args))
     ]
     assert complaints == []
+
+
+def test_seeds_are_those_that_numpy_and_pytorch_take():
+    """Every --seed refuses what a library would refuse after minutes of work."""
+    checked = 0
+    for name in SCRIPTS:
+        for action in importlib.import_module(name).build_parser()._actions:
+            if action.dest.endswith("seed"):
+                for text in ("-1", str(2**32)) if action.dest != "noise_seed" else ("-1",):
+                    with pytest.raises(argparse.ArgumentTypeError):
+                        action.type(text)
+                checked += 1
+    assert checked >= 12
 
 
 def complaint_about(target, args) -> str:
