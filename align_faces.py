@@ -44,11 +44,12 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     from common.lock import lock_folder
+    from faces.align import MAX_SIZE
     from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
     from faces.paste import paste_folder
 
-    if args.size < 8 or args.aligned_tolerance < 0:
-        raise UsageError("--size takes 8 or more, --aligned_tolerance 0 or more")
+    if not 8 <= args.size <= MAX_SIZE or args.aligned_tolerance < 0 or args.max_yaw < 0:
+        raise UsageError(f"--size takes 8 to {MAX_SIZE}, --aligned_tolerance and --max_yaw 0 or more")
     if not re.fullmatch(r"largest|all|\d+", args.faces):
         raise UsageError(f"--faces {args.faces}: expected largest, all or a number from 0")
     if bool(args.paste_back) != bool(args.alignment):

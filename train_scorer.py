@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
     add("--save_every", type=positive_int, default=250, help="steps between checkpoints")
     add("--log_every", type=positive_int, default=50, help="steps between log lines")
     add("--full", action="store_true", help="scorer.safetensors with float32 instead of float16 weights")
-    add("--threads", type=int, default=0, help="CPU threads of this process; 0: PyTorch's choice")
+    add("--threads", type=count, default=0, help="CPU threads of this process; 0: PyTorch's choice")
     add_device_flags(parser)
 
     add = parser.add_argument_group("evaluation").add_argument

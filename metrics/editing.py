@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
+from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, count, positive, run_script
 
 DEFAULT_AT = {"years": 15.0, "probability": 0.5}
 
@@ -39,9 +39,9 @@ def build_parser() -> ArgumentParser:
     add("--scorer", default="face-scorer-eval", help="evaluates the edits; not that of the boundary")
     add("--reach", type=positive, default=4, help="end of the sweep to both sides, standard deviations")
     add("--steps", type=int, default=17, help="distances, an odd number: the middle is the inversion")
-    add("--at", type=float, help="change at which rows are compared (default: 15 years, 0.5)")
+    add("--at", type=positive, help="change at which rows are compared (default: 15 years, 0.5)")
     add("--layers", help="layers that move, such as 0-7 (default: all)")
-    add("--faces", type=int, default=0, help="only the first so many faces; 0: all")
+    add("--faces", type=count, default=0, help="only the first so many faces; 0: all")
     add("--identity", choices=("auto", "none", "ir_se50", "mobilefacenet"), default="auto", help="identity network")
     add("--perceptual", default="auto-up64", help="perceptual distance: auto-up64, vgg ... or none")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")

@@ -21,7 +21,7 @@ class FeatureSettings:
     extractor: str = flag("auto", NAMES, metavar="NAME")
     protocol: str = flag("tf-compat", PROTOCOLS, choices=("paper", "tf-compat", "clean"))
     n_sample: int = flag(50_000, "images of each side; all there are, when fewer", type=positive_int)
-    size: int | None = flag(None, SIZE, type=int)
+    size: int | None = flag(None, SIZE, type=positive_int)
     batch: int = flag(64, "images per forward pass and process", type=positive_int)
     workers: int = flag(2, "threads that decode images; 0: one", type=count)
     weights_dir: str | None = flag(None, "folder with the extractor's weights, looked into first", type=str)

@@ -172,7 +172,9 @@ def test_names_never_collide():
     "flags, status, message",
     [
         (["--faces", "some"], 2, "--faces some"),
-        (["--size", "4"], 2, "--size takes 8 or more"),
+        (["--size", "4"], 2, "--size takes 8 to 16384"),
+        (["--size", "20000"], 2, "--size takes 8 to 16384"),
+        (["--max_yaw", "-4"], 2, "--max_yaw 0 or more"),
         (["--paste_back", "x"], 2, "go together"),
         (["--unedited", "x"], 2, "goes with --paste_back"),
         (["--photos", "absent"], 1, "absent does not exist"),

@@ -167,6 +167,8 @@ def test_misuse(inputs, tmp_path, capsys):
     swapped = [(inputs[0][0], inputs[0][1], inputs[1][2]), inputs[1]]
     for rows, flags, status, message in (
         (inputs, ("--steps", "4"), 2, "odd number"),
+        (inputs, ("--faces", "-1"), 2, "argument --faces"),
+        (inputs, ("--at", "-5"), 2, "argument --at"),
         (inputs, ("--names", "A"), 2, "--names has 1 entries for 2"),
         (swapped, (), 1, "is a boundary of space w++, expected w"),
         (inputs, ("--layers", "9"), 1, "has the layers 0-5"),

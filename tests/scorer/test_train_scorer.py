@@ -146,6 +146,7 @@ def test_sigterm_saves_and_a_bad_loss_stops(planted, tmp_path, capsys, monkeypat
         (["--labels", "none.csv"], 1, "none.csv: no such CSV"),
         (["--attributes", "beard"], 1, "no column for the attribute 'beard'"),
         (["--batch", "0"], 2, "argument --batch: expected a whole number from 1"),
+        (["--threads", "-2"], 2, "argument --threads"),
         (["--sizes", "0,-3"], 2, "argument --sizes: expected a whole number from 0"),
         (["--validation", "1"], 2, "--validation is a fraction"),
         (["--input_size", "16"], 1, "32 to 1024"),

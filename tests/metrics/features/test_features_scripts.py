@@ -254,5 +254,12 @@ def test_mistakes_are_one_line(command, face_folder, checkpoint, tmp_path):
     assert command(fid, "--real", face_folder, "--fake", checkpoint, "--n_sample", 0)[0] == 2
     status, _, err = command(fid, "--real", face_folder, "--fake", face_folder, "--truncation", "0.7")
     assert status == 1 and "holds images: --truncation 0.7 is for images yet to be made" in err
-    for flag, value in (("--nearest_k", 0), ("--noise", "loud"), ("--seed", -1), ("--batch", 0), ("--workers", -1)):
+    for flag, value in (
+        ("--nearest_k", 0),
+        ("--noise", "loud"),
+        ("--seed", -1),
+        ("--batch", 0),
+        ("--workers", -1),
+        ("--size", 0),
+    ):
         assert command(prdc, "--real", face_folder, "--fake", face_folder, flag, value)[0] == 2
