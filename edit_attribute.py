@@ -137,7 +137,7 @@ def main(args) -> None:
         source = latents_source(generator, args.latent)
         layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
         scorer = load_scorer(args.scorer, dist.device, weights_dir=args.weights_dir)
-        for name in targets:
+        for name in targets if len(args.boundary or ()) < 2 else ():  # else pair_targets says what they move
             scorer.column(name)  # known
         identity = identity_or_none(args.identity, dist.device, args.weights_dir)
         perceptual = perceptual_or_none(args.perceptual, dist.device, args.weights_dir)

@@ -29,7 +29,7 @@ def build_page(models: Models, folder: Path):
             return values
 
     page = Page(models, folder)
-    with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+    with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         parts, inputs = {"session": gr.State(None)}, {}
         gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
         with gr.Row(elem_id="main"):

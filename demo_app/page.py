@@ -191,6 +191,8 @@ class Page:
         original = session.file or folder / session.name
         if session.file is None:
             session.editor.photo.save(original)
+        if not original.is_file():  # see delete_cache in layout.py
+            return {"message": "**the upload was deleted after a day: upload the photo again**"}
         photo = read_image(original)
         for face in session.result.faces:
             photo = face.paste(photo)

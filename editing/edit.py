@@ -95,8 +95,9 @@ def score_along(generator, face: InvertedFace, boundary, scorer, column: int, la
 
 
 def nearest_crossing(at: np.ndarray, values: np.ndarray, target: float) -> int | None:
-    """k of the interval at[k] to at[k + 1], nearest to 0, in which the values [K] cross the target; None: nowhere."""
-    crossings = np.flatnonzero((values[:-1] - target) * (values[1:] - target) < 0)
+    """k of the interval at[k] to at[k + 1], nearest to 0, in which the values [K] reach the target; None: nowhere."""
+    low, high = values[:-1] - target, values[1:] - target
+    crossings = np.flatnonzero((low * high <= 0) & (low != high))
     return min(crossings, key=lambda k: abs(at[k] + at[k + 1]), default=None)
 
 

@@ -41,7 +41,6 @@ class FaceDetector:
             import cv2
         except ImportError as error:
             raise DetectorError(f"finding faces needs OpenCV: pip install opencv-python-headless ({error})") from error
-        cv2.setNumThreads(1)  # the photos are what is done in parallel
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns about a target nobody set
         self.cv2 = cv2
         model = require("yunet_640", weights_dir).read_bytes()  # bytes: OpenCV cannot open every path on every system

@@ -74,7 +74,9 @@ class PhotoRecord:
 
 @functools.lru_cache(maxsize=1)
 def _detector(weights_dir):
-    return FaceDetector(weights_dir)
+    detector = FaceDetector(weights_dir)
+    detector.cv2.setNumThreads(1)  # the photos are what is done in parallel
+    return detector
 
 
 def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:

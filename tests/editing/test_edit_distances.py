@@ -64,6 +64,7 @@ def test_a_target_is_looked_for_near_the_face(target, expected, why):
     "score, target, expected, why",
     [
         (lambda at: np.where(at > 5, 0.5, 0.9 - 0.7 * (at > 0.3)), 0.5, 0.3, "a broken face far out that reads it"),
+        (lambda at: np.where(at < -5, 2.0, at), 1, 1, "met exactly at a step, and crossed far out as well"),
         (lambda at: 1 / (1 + np.exp(-4 * at)), 1, 1, "a probability is never 1: the least step that is near enough"),
     ],
 )
