@@ -100,6 +100,9 @@ class PhotoBatch:
             editor.photo, editor.faces = photo, kept
         else:
             editor.set_photo(photo, steps=self.steps, faces=self.faces, callback=bar.update)
+            if n := editor.left_out:
+                small = f"{n} {'face' if n == 1 else 'faces'} of fewer than {self.models.size} pixels stay as they are"
+                bar.write(f"note: {name}: {small}", file=sys.stderr)
         before = [own_expression(face) for face in kept or []]
         result = editor.edit(self.targets, strength=self.strength)
         if not kept or before != [own_expression(face) for face in editor.faces]:

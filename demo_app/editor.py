@@ -5,7 +5,7 @@ editor.set_photo(read_image("me.jpg"), steps=100)         # detect, align, encod
 result = editor.edit({"age": Target(15, relative=True)})  # a fraction of a second
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from sampling.render import map_latents, render, seeded_z
 
 CROP = 256  # pixels of an aligned face
 READ = 128  # pixels at which positions are tried out before one is corrected
-TRIES = 13  # positions per attribute at which the photo is read
+TRIES = 7  # positions per attribute and way, up or down, at which the photo is read
 FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
@@ -56,7 +56,7 @@ class Inversion:
     w: np.ndarray  # float32 [L, D]
     generator: Generator  # that draws it: the bundled one, or a copy tuned to the face
     condition: torch.Tensor | None = None
-    curves: dict = field(default_factory=dict, compare=False)  # attribute -> (positions, readings)
+    curves: dict = field(default_factory=dict, compare=False)  # (attribute, down) -> (positions, readings)
 
     @property
     def noise(self) -> list[torch.Tensor]:
@@ -106,6 +106,7 @@ class PhotoEditor:
         self.models = models
         self.photo: Image.Image | None = None
         self.faces: list[Face] = []
+        self.left_out = 0  # faces of the photo with fewer pixels than the generator draws
         self.layers: range | None = None  # of w that move along boundaries; None: all
 
     def set_photo(
@@ -183,11 +184,11 @@ class PhotoEditor:
             raise PhotoError(f"{name} cannot be edited: there is no boundary of it for this generator, only {known}")
         photo, results = self.photo, []
         for face in self.faces:
-            positions = self._search(face, targets, strength, rounds)
-            (changes,) = self._draw(face, [positions])
+            before = self._before(face, targets)
+            positions, changes = self._search(face, before, targets, strength, rounds)
             photo = paste_edit(photo, changes, face.alignment, face.crop if photo is self.photo else None)
             crop = crop_aligned(photo, face.alignment)
-            results.append(FaceEdit(face, positions, self._readings(face, targets, changes, crop), crop, changes))
+            results.append(FaceEdit(face, positions, self._readings(before, targets, changes, crop), crop, changes))
         return Edited(photo, results)
 
     def read(self, images) -> np.ndarray:
@@ -213,7 +214,9 @@ class PhotoEditor:
         size, side = self.models.size, max(alignment.side for alignment in alignments)
         if side < size:
             raise SmallFaceError(side, size)
-        return [alignment for alignment in alignments if alignment.side >= size]
+        large = [alignment for alignment in alignments if alignment.side >= size]
+        self.left_out = len(alignments) - len(large)
+        return large
 
     def _images(self, generator) -> torch.Tensor:
         """The aligned faces, [N, 3, S, S] in [-1, 1]."""
@@ -254,79 +257,74 @@ class PhotoEditor:
             drawn.append(changes_of(render_path(source.generator, source, conditions), names))
         return list(map(list, zip(*drawn, strict=True)))
 
-    def _try(self, face: Face, at: list[dict[str, float]], size=READ) -> Iterator[np.ndarray]:
-        """The aligned photo at each position, uint8 [size, size, 3]: about what paste_edit gives."""
-        crop = fit_image(face.crop, size)
-        for changes in self._draw(face, at):
-            yield to_bytes(edit_crop(crop, changes)[0])
-
-    def _curve(self, face: Face, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Positions along an attribute at which the photo shows the same person, 0 among them; readings there."""
+    def _curve(self, face: Face, name: str, down: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Positions from 0 to an end of an attribute's range, as far as the photo shows the same person; what is read
+        there in the edited photo."""
         curves = (face.inversion if name in self.models.boundaries else face.expression).curves
-        if name not in curves:
-            reach = 1.0 if face.exact else REACH.get(name, 1.0)
-            low, high = (reach * end for end in self.models.safe_range(name))
-            shares = np.linspace(0, 1, TRIES // 2 + 1) ** 1.5  # closer together near 0, where most edits end
-            at = np.concatenate((low * shares[::-1], high * shares[1:]))
-            crops = list(self._try(face, [{name: value} for value in at]))
+        if (name, down) not in curves:
+            reach, crop = 1.0 if face.exact else REACH.get(name, 1.0), fit_image(face.crop, READ)
+            end = reach * self.models.safe_range(name)[0 if down else 1]
+            at = end * np.linspace(0, 1, TRIES) ** 1.5  # closer together near 0, where most edits end
+            crops = [to_bytes(edit_crop(crop, changes)[0]) for changes in self._draw(face, [{name: p} for p in at])]
             values = self.read(crops)[:, self.models.scorer.column(name)]
             if name in self.models.boundaries:  # the range of a condition is short enough
                 images = torch.stack([to_tensor(to_pil(crop)) for crop in crops]).to(self.models.generator.token)
-                same = self.models.identity.similarity(images, images[TRIES // 2, None])
-                at, values = cut_curve(at, values, same.cpu().numpy())
-            curves[name] = at, values
-        return curves[name]
+                at, values = cut_curve(at, values, self.models.identity.similarity(images, images[:1]).cpu().numpy())
+            curves[name, down] = at, values
+        return curves[name, down]
 
-    def _before(self, face: Face, name: str) -> float:
-        """An attribute as it is read in the photo, drawn unedited."""
-        positions, readings = self._curve(face, name)
-        return float(readings[positions == 0][0])
+    def _before(self, face: Face, names) -> dict[str, float]:
+        """Attributes as they are read in the photo, at the size at which positions are tried."""
+        (scores,) = self.read([fit_image(face.crop, READ)])
+        return {name: float(scores[self.models.scorer.column(name)]) for name in names}
 
-    def _search(self, face: Face, targets, strength, rounds) -> dict[str, float]:
-        """Positions at which the photo shows the targets: from each one's curve, then corrected together; 0 for an
-        age of which it would show nothing."""
+    def _search(self, face: Face, before, targets, strength, rounds) -> tuple[dict[str, float], list[Change]]:
+        """Positions at which the photo shows the targets, and the changes there: from each one's curve, then corrected
+        together; 0 for an age of which it would show nothing."""
         if any(name not in self.models.boundaries for name in targets):
             self.set_expression(max(face.steps, 50))
         kinds = {name: self._kind(name) for name in targets}
         columns = [self.models.scorer.column(name) for name in targets]
-        curves = {name: self._curve(face, name) for name in targets}
-        before = {name: self._before(face, name) for name in targets}
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
         errors = {n: open_error(goals[n] - before[n], goals[n], kinds[n]) for n in targets}
-        aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {}, {})
+        aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {}, {}, [])
         shares, last = dict.fromkeys(targets, 1.0), dict.fromkeys(targets, 0.0)  # of an error that is corrected
         for _ in range(max(1, rounds)):
+            curves = {name: self._curve(face, name, aims[name] < before[name]) for name in targets}
             at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
-            ends = [curves[name][0][-1 if position > 0 else 0] or 1.0 for name, position in at.items()]
-            away = float(np.linalg.norm(np.divide([*at.values()], ends)))  # of the range, all edits together
-            at = {name: position / max(1.0, away) for name, position in at.items()}
+            away = float(np.linalg.norm([at[name] / (curves[name][0][-1] or 1.0) for name in targets]))
+            at = {name: position / max(1.0, away) for name, position in at.items()}  # within the range, all together
+            (changes,) = self._draw(face, [at])
             if not targets or rounds == 0 or strength != 1:
-                return at
-            (image,) = self._try(face, [at], CROP)
-            scores = dict(zip(targets, self.read([image])[0, columns], strict=True))
+                return at, changes
+            (scores,) = self.read([to_bytes(edit_crop(face.crop, changes)[0])])
+            scores = dict(zip(targets, scores[columns], strict=True))
             errors = {n: open_error(goals[n] - scores[n], goals[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
-            best = min(best, (total, at, scores), key=lambda item: item[0])
+            best = min(best, (total, at, scores, changes), key=lambda item: item[0])
             if all(abs(error) <= NEAR[kinds[name]] / 2 for name, error in errors.items()):
                 break
             shares = {name: share / 2 if errors[name] * last[name] < 0 else share for name, share in shares.items()}
             aims, last = {name: aims[name] + shares[name] * errors[name] for name in targets}, errors
-        _, at, scores = best  # years that the photo does not show only harm it; of a probability one may see more
-        seen = {n: kinds[n] != "years" or shows(before[n], goals[n], scores[n], kinds[n]) for n in at}
-        return {name: position if seen[name] else 0.0 for name, position in at.items()}
+        _, at, scores, changes = best
+        # Years that the photo does not show only harm it; of a probability one may see more than is read.
+        hidden = {n for n in at if kinds[n] == "years" and not shows(before[n], goals[n], scores[n], kinds[n])}
+        if hidden:
+            at = {name: 0.0 if name in hidden else position for name, position in at.items()}
+            (changes,) = self._draw(face, [at])
+        return at, changes
 
     def _kind(self, name: str) -> str:
         return self.models.scorer.attributes[self.models.scorer.column(name)].kind
 
-    def _readings(self, face: Face, targets, changes, crop) -> dict[str, Reading]:
+    def _readings(self, before, targets, changes, crop) -> dict[str, Reading]:
         *drawn, photo = self.read([*(change.edited for change in changes), crop])
         readings = {}
         for name, target in targets.items():
             scores = drawn[0 if name in self.models.boundaries else -1]
             column, kind = self.models.scorer.column(name), self._kind(name)
-            before = self._before(face, name)
-            values = target.goal(before, kind), float(scores[column]), float(photo[column])
-            readings[name] = Reading(before, *values, kind)
+            values = target.goal(before[name], kind), float(scores[column]), float(photo[column])
+            readings[name] = Reading(before[name], *values, kind)
         return readings
 
 
@@ -338,13 +336,13 @@ def changes_of(images, attributes) -> list[Change]:
 
 
 def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The part of a curve ([K] each, K odd) around its middle whose identity `same` is at least PERSON, with FINE
-    positions per given one, by straight lines."""
+    """The part of a curve ([K] each) from its start to where identity `same` falls below PERSON, with FINE positions
+    per given one, by straight lines."""
     fine = np.arange(FINE * (len(positions) - 1) + 1) / FINE
     positions, values, same = (np.interp(fine, range(len(positions)), x) for x in (positions, values, same))
-    lost, middle = np.flatnonzero(same < PERSON), len(fine) // 2
-    near = slice(max(lost[lost < middle], default=-1) + 1, min(lost[lost > middle], default=len(fine)))
-    return positions[near], values[near]
+    kept = np.cumprod(same >= PERSON, dtype=bool)
+    kept[0] = True
+    return positions[kept], values[kept]
 
 
 def expression_of(photo, models: Models) -> dict[str, Target]:

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -74,9 +75,8 @@ class PhotoRecord:
 
 @functools.lru_cache(maxsize=1)
 def _detector(weights_dir):
-    detector = FaceDetector(weights_dir)
-    detector.cv2.setNumThreads(1)  # the photos are what is done in parallel
-    return detector
+    cv2.setNumThreads(1)  # the photos are what is done in parallel
+    return FaceDetector(weights_dir)
 
 
 def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:

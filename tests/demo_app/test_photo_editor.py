@@ -27,6 +27,8 @@ from demo_app.targets import Reading, Target
 from faces.align import Alignment, crop_aligned
 from faces.paste import STRONGEST, Change, edit_crop, motion, part_mask, paste_edit, warp
 
+SHAPE = [[0, -1], [1, -1], [0.5, -0.5], [0.1, 0], [0.9, 0]]  # of five landmarks
+
 
 def test_no_edit_leaves_the_photo(editor, astronaut):
     result = editor.edit({})
@@ -46,8 +48,9 @@ def test_the_photo_shows_the_target(editor):
 
 def test_an_edit_that_the_photo_does_not_show_is_left_out(editor, monkeypatch):
     before = editor.read([editor.faces[0].crop])
-    curve = np.array([-1.0, 0, 1]), before[0, editor.models.scorer.column("age")] + np.array([-15.0, 0, 15])
-    monkeypatch.setattr(editor, "_curve", lambda face, name: curve)
+    age = before[0, editor.models.scorer.column("age")]
+    monkeypatch.setattr(editor, "_before", lambda face, names: {"age": age})
+    monkeypatch.setattr(editor, "_curve", lambda face, name, down: (np.array([0.0, 1]), age + np.array([0.0, 15])))
     for arrived, moved in ((0, False), (3, False), (5, True)):  # of 15 years
         monkeypatch.setattr(editor, "read", lambda images, add=arrived: np.repeat(before + add, len(images), 0))
         result = editor.edit({"age": Target(15, relative=True)})
@@ -75,11 +78,11 @@ def test_an_edit_ends_where_the_person_would_change(editor, monkeypatch):
 
 def test_a_curve_is_cut_where_identity_crosses_the_floor(monkeypatch):
     monkeypatch.setattr("demo_app.editor.PERSON", 0.65)
-    at, same = np.arange(-2.0, 3), np.array([0.9, 0.5, 1, 0.8, 0.6])
-    positions, values = cut_curve(at, 10 * at, same)
-    np.testing.assert_allclose(positions, np.arange(-7, 18) / 10)  # 0.65 is crossed at -0.7 and 1.75
-    np.testing.assert_allclose(values, 10 * positions)
-    assert (positions == 0).sum() == 1
+    at, same = np.arange(4.0), np.array([1, 0.8, 0.6, 0.9])
+    positions, values = cut_curve(-at, 10 * at, same)
+    np.testing.assert_allclose(positions, -np.arange(18) / 10)  # 0.65 is crossed at 1.75; what comes back is lost
+    np.testing.assert_allclose(values, -10 * positions)
+    assert cut_curve(at, at, 0 * same)[0] == [0]  # the photo itself stays
 
 
 def test_an_edit_suits_a_photo_of_another_size(editor):
@@ -108,8 +111,14 @@ def test_the_expression_of_a_photo_is_read_without_inverting_it(models, editor, 
 
 def test_a_face_smaller_than_the_generator_draws(models, astronaut):
     with pytest.raises(PhotoError, match="too small"):
-        small = [[12, 10], [14, 10], [13, 11], [12.2, 12], [13.8, 12]]
-        PhotoEditor(models).set_photo(Image.new("RGB", (40, 40)), landmarks=small)
+        PhotoEditor(models).set_photo(Image.new("RGB", (40, 40)), landmarks=2.0 * np.array(SHAPE) + 12)
+
+
+def test_a_small_face_beside_a_large_one_is_counted(models, astronaut):
+    editor, photo = PhotoEditor(models), read_image(astronaut)
+    large, small = 60.0 * np.array(SHAPE) + 230, 2.0 * np.array(SHAPE) + 12
+    assert len(editor._align(photo, [large, small], "all")) == editor.left_out == 1
+    assert len(editor._align(photo, [large], "all")) == 1 and editor.left_out == 0
 
 
 def test_refining_lowers_the_loss(editor):
