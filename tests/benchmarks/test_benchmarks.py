@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_data, bench_edit, bench_invert
+from benchmarks import bench_curve, bench_data, bench_edit, bench_invert
 from common.cli import run
 
 
@@ -27,6 +27,14 @@ def test_inversion(bench):
     assert all(row["images_per_minute"] > 0 and 0 < row["mse"] < 4 for row in found["rows"])
     ours, original = (found["rows"][i]["images_per_minute"] for i in (1, 0))
     assert found["ratio_same_steps"][0] == pytest.approx(ours / original) and "same settings" in shown
+
+
+def test_curve(bench, face_folder):
+    flags = ("--dataset", face_folder, "--images", 1, "--project", 1, "--tune", 1, 4, "--lpips", "scorer:face-scorer")
+    shown, found = bench(bench_curve, *flags, "--threads", 1, "--device", "cpu")
+    rows = {row["way"]: row for row in found["rows"]}
+    assert list(rows) == ["encoder", "projector, 1", "tuned, 1", "tuned, 4"] and "tuned, 4" in shown
+    assert rows["tuned, 4"]["mse"] < rows["tuned, 1"]["mse"] and rows["tuned, 4"]["s"] > rows["encoder"]["s"] > 0
 
 
 def test_editing(bench):
