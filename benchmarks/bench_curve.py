@@ -9,6 +9,7 @@ which flatters tuning, whose loss has the same network. The last line is the tab
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -54,8 +55,7 @@ def main(args):
     if encoder is None or len(found) < args.images:
         raise UsageError("no encoder fits the generator" if encoder is None else f"there are {len(found)} images")
     minimised, lpips = (build_perceptual(n, device, args.weights_dir) for n in (args.project_perceptual, args.lpips))
-    ways = ["encoder", *(f"projector, {n}" for n in args.project), *(f"tuned, {n}" for n in args.tune)]
-    results = {way: [] for way in ways}
+    results = defaultdict(list)  # way -> measures of each face
     print(f"{headline(device)}; {generator.path.stem}, {args.images} images")
 
     @torch.no_grad()

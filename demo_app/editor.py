@@ -198,8 +198,7 @@ class PhotoEditor:
 
     def read_faces(self, names) -> dict[str, float]:
         """Attributes of the first face, in the photo as it is."""
-        (scores,) = self.read([self.faces[0].crop])
-        return {name: float(scores[self.models.scorer.column(name)]) for name in names}
+        return self._before(self.faces[0], names)
 
     def _align(self, photo: Image.Image, landmarks, faces: str) -> list[Alignment]:
         if landmarks is not None:
@@ -274,8 +273,8 @@ class PhotoEditor:
         return curves[name, down]
 
     def _before(self, face: Face, names) -> dict[str, float]:
-        """Attributes as they are read in the photo, at the size at which positions are tried."""
-        (scores,) = self.read([fit_image(face.crop, READ)])
+        """Attributes of a face in the photo as it is."""
+        (scores,) = self.read([face.crop])
         return {name: float(scores[self.models.scorer.column(name)]) for name in names}
 
     def _search(self, face: Face, before, targets, strength, rounds) -> tuple[dict[str, float], list[Change]]:
@@ -290,9 +289,10 @@ class PhotoEditor:
         aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {}, {}, [])
         shares, last = dict.fromkeys(targets, 1.0), dict.fromkeys(targets, 0.0)  # of an error that is corrected
         for _ in range(max(1, rounds)):
-            curves = {name: self._curve(face, name, aims[name] < before[name]) for name in targets}
-            at = {name: strength * position_for(*curves[name], aims[name], NEAR[kinds[name]]) for name in targets}
-            away = float(np.linalg.norm([at[name] / (curves[name][0][-1] or 1.0) for name in targets]))
+            curves = {n: self._curve(face, n, aims[n] < before[n]) for n in targets if aims[n] != before[n]}
+            at = {n: strength * position_for(*curve, aims[n], NEAR[kinds[n]]) for n, curve in curves.items()}
+            away = float(np.linalg.norm([at[n] / (positions[-1] or 1.0) for n, (positions, _) in curves.items()]))
+            at = dict.fromkeys(targets, 0.0) | at
             at = {name: position / max(1.0, away) for name, position in at.items()}  # within the range, all together
             (changes,) = self._draw(face, [at])
             if not targets or rounds == 0 or strength != 1:
@@ -377,10 +377,8 @@ def open_error(error: float, goal: float, kind: str) -> float:
 
 
 def position_for(positions: np.ndarray, values: np.ndarray, goal: float, near: float) -> float:
-    """Position at which `values` (read at `positions`, [K]) reach a goal: 0 if it is reached there; on the crossing
-    nearest to 0, by straight lines; else the least of those within `near`, else that which comes nearest."""
-    if goal in values[positions == 0]:
-        return 0.0
+    """Position at which `values` (read at `positions`, [K]) reach a goal: on the crossing nearest to 0, by straight
+    lines; else the least of those within `near`, else that which comes nearest."""
     k = nearest_crossing(positions, values, goal)
     if k is None:
         return float(positions[nearest_value(positions, values, goal, near)])

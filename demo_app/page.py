@@ -187,12 +187,12 @@ class Page:
         """The photo at its full size with the edit, as a file to download in place of the one before."""
         if session is None or session.result is None:
             return {}
+        if session.file and not session.file.is_file():  # see delete_cache in layout.py
+            return {"message": "**the upload was deleted after a day: upload the photo again**"}
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         original = session.file or folder / session.name
         if session.file is None:
             session.editor.photo.save(original)
-        if not original.is_file():  # see delete_cache in layout.py
-            return {"message": "**the upload was deleted after a day: upload the photo again**"}
         photo = read_image(original)
         for face in session.result.faces:
             photo = face.paste(photo)

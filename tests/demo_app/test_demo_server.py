@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import threading
 import urllib.error
@@ -222,6 +223,13 @@ def test_upload_edit_refine_download(page, astronaut):
     with Image.open(page.save(session)["download"]) as saved, Image.open(astronaut) as photo:
         assert saved.format == photo.format and saved.size == photo.size
         assert np.abs(np.asarray(saved, float) - np.asarray(photo.convert("RGB"), float)).max() > 10
+
+
+def test_an_upload_that_was_deleted_meanwhile(page, astronaut, tmp_path):
+    upload = Path(shutil.copy(astronaut, tmp_path / "upload.png"))
+    *_, answer = page.upload(upload, json.dumps(POINTS))
+    upload.unlink()
+    assert "upload the photo again" in page.save(answer["session"])["message"]
 
 
 def test_a_small_face_of_a_large_photo(page, tmp_path):

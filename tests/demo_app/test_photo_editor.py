@@ -58,6 +58,13 @@ def test_an_edit_that_the_photo_does_not_show_is_left_out(editor, monkeypatch):
         assert np.array_equal(result.photo, editor.photo) != moved
 
 
+def test_a_goal_that_the_photo_shows_already_moves_nothing(editor, monkeypatch):
+    """Whatever is read further out, where it may be met again."""
+    monkeypatch.setattr(editor, "_curve", None)
+    result = editor.edit({"age": Target(0, relative=True)})
+    assert result.faces[0].positions == {"age": 0.0} and np.array_equal(result.photo, editor.photo)
+
+
 def test_strength_scales_the_edit(editor):
     at = [editor.edit({"age": Target(6, True)}, strength=s, rounds=0).faces[0].positions["age"] for s in (1, 0.5)]
     assert at[1] == pytest.approx(at[0] / 2)
