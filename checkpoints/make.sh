@@ -49,12 +49,13 @@ from pathlib import Path
 
 from common.checkpoint import save_checkpoint
 from model import Generator
+from training.conditional import MODULATION
 from training.resume import read_export
-from training.transfer import enlarge, is_modulation
+from training.transfer import enlarge
 
 new, old = (read_export(Path(file)) for file in sys.argv[1:3])
 g = enlarge(new.state["g_ema"], new.config, Generator(old.config))
-for name in filter(is_modulation, g):
+for name in (name for name in g if name.endswith(MODULATION)):
     g[name][:, old.config.style_dim :] = old.state["g_ema"][name][:, old.config.style_dim :]
 state = {"g": g, "g_ema": g, "d": new.state["d"], "condition": old.state["condition"]}
 save_checkpoint(sys.argv[3], state | {"config": old.config.to_dict()})

@@ -1,5 +1,6 @@
-"""Documentation: the files that it names are in the repository."""
+"""What no import finds: files that the documentation names, and names that shell scripts import."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -27,3 +28,16 @@ def test_files_that_are_named_are_tracked():
             if not {os.path.normpath(name), os.path.normpath(os.path.join(os.path.dirname(page), name))} & tracked:
                 missing.append(f"{page}: {name}")
     assert n_named > 200 and not missing
+
+
+def test_what_shell_scripts_import_is_there():
+    scripts = [*ROOT.glob("checkpoints/**/*.sh"), *ROOT.glob("benchmarks/*.sh")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
+    found = re.findall(r"(?:^|[\"; ])from ([\w.]+) import ([\w, ]+?) *(?:[;\"]|$)", text, re.MULTILINE)
+    missing = [
+        f"{module}.{name}"
+        for module, names in found
+        for name in names.split(", ")
+        if not hasattr(importlib.import_module(module), name)
+    ]
+    assert len(found) >= 7 and not missing
