@@ -23,6 +23,7 @@ from model import Discriminator, Generator, GeneratorConfig
 from training import losses
 from training.augment import AdaptiveAugment
 from training.settings import TrainSettings
+from training.texture import TextureDiscriminator
 from training.vision_aided import build_aux_discriminator
 
 EMA_DECAY = 0.5 ** (32 / 10_000)  # per step, whatever the batch: rosinality's constant
@@ -55,16 +56,18 @@ class Trainer:
         torch.manual_seed(mix_seeds(WEIGHT_STREAM, settings.seed))
         self.g, self.d = Generator(config).to(device), Discriminator(config).to(device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        self.dtype, self.aux_d = DTYPES[settings.precision], None
+        self.dtype, self.aux_d, self.texture_d = DTYPES[settings.precision], None, None
         if settings.vision_aided:
             self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype, device)
+        if settings.texture_weight:
+            self.texture_d = TextureDiscriminator().to(device)
         target = settings.ada_target if settings.augment and not settings.augment_p else None
         ranks = {"device": device, "world_size": dist.world_size}
         self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, **ranks)  # without --augment: p = 0
 
         d_every, g_every = settings.d_reg_every, settings.g_reg_every
         self.g_optim = build_adam([self.g], settings.lr, g_every)
-        d_networks = [self.d] if self.aux_d is None else [self.d, self.aux_d]
+        d_networks = [network for network in (self.d, self.aux_d, self.texture_d) if network is not None]
         self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, d_every)
         of_d, of_g = (self.d_optim,), (self.g_optim,)
         phases = (
@@ -139,31 +142,36 @@ class Trainer:
         condition = self.draw_condition(n) if condition is None else condition
         return self.g(ws, input_is_latent=True, dtype=dtype, condition=condition)
 
-    def discriminate(self, *batches: torch.Tensor) -> list[list[torch.Tensor]]:
-        """Logits of each batch of images: [N, 1] of d, then [N, P] of each head of the vision-aided discriminator."""
-        logits = [[self.d(self.ada(images), dtype=self.dtype)] for images in batches]
-        if self.aux_d is not None:
-            logits = [[*first, *self.aux_d(images, self.dtype)] for first, images in zip(logits, batches, strict=True)]
+    def discriminate(self, *batches: torch.Tensor) -> list[dict[str, list[torch.Tensor]]]:
+        """Logits of each batch of images: "d" [N, 1], and of the others that are trained, "aux" [N, P] of each head of
+        the vision-aided discriminator and "texture" [N, P]."""
+        logits = [{"d": [self.d(self.ada(images), dtype=self.dtype)]} for images in batches]
+        for of_batch, images in zip(logits, batches, strict=True):
+            if self.aux_d is not None:
+                of_batch["aux"] = self.aux_d(images, self.dtype)
+            if self.texture_d is not None:
+                of_batch["texture"] = [self.texture_d(images, self.dtype)]
         return logits
 
-    def adversarial_loss(self, name: str, criterion, *logits: list[torch.Tensor]) -> torch.Tensor:
-        """`criterion` of the logits of d, plus the weighted mean of those of the heads."""
-        loss, *of_heads = (criterion(*of_head) for of_head in zip(*logits, strict=True))
-        self.stats.report(**{name: loss})
-        if of_heads:
-            aux_loss = sum(of_heads) / len(of_heads)
-            self.stats.report(**{f"aux_{name}": aux_loss})
-            loss = loss + self.settings.vision_aided_weight * aux_loss
-        return loss
+    def adversarial_loss(self, name: str, criterion, *logits: dict[str, list[torch.Tensor]]) -> torch.Tensor:
+        """`criterion` of the logits of d, plus the weighted means over the heads of the other discriminators."""
+        weights, total = {"aux": self.settings.vision_aided_weight, "texture": self.settings.texture_weight}, 0.0
+        for network in logits[0]:
+            heads = zip(*(of_batch[network] for of_batch in logits), strict=True)  # of each: the logits of every batch
+            of_heads = [criterion(*of_head) for of_head in heads]
+            loss = sum(of_heads) / len(of_heads)
+            self.stats.report(**{name if network == "d" else f"{network}_{name}": loss})
+            total = total + weights.get(network, 1.0) * loss
+        return total
 
-    def d_loss(self, real: torch.Tensor, logits: list | None = None) -> torch.Tensor:
+    def d_loss(self, real: torch.Tensor, logits: list[dict] | None = None) -> torch.Tensor:
         """Logistic loss of D, whose logits of real images ADA counts. logits: of `discriminate` for real and generated
         images, if they are known."""
         if logits is None:
             with torch.no_grad():
                 fake, _ = self.generate(len(real), self.dtype)
             logits = self.discriminate(real, fake)
-        of_real, of_fake = (of_batch[0] for of_batch in logits)
+        of_real, of_fake = (of_batch["d"][0] for of_batch in logits)
         self.stats.report(real=of_real.mean(), fake=of_fake.mean())
         self.ada.accumulate(of_real)
         return self.adversarial_loss("d", losses.d_logistic_loss, *logits)
@@ -220,6 +228,8 @@ class Trainer:
         state = {name: getattr(self, name).state_dict() for name in STATES}
         if self.aux_d is not None:
             state |= {"aux_d": self.aux_d.state_dict(), "vision_aided": self.settings.vision_aided}
+        if self.texture_d is not None:
+            state["texture_d"] = self.texture_d.state_dict()
         return state | {
             "config": self.config.to_dict(),
             "step": self.n_steps,
@@ -255,6 +265,8 @@ class Trainer:
             load_strictly(self.d, state["d"], source)
         if self.aux_d is not None and state.get("vision_aided") == self.settings.vision_aided:
             load_strictly(self.aux_d, state["aux_d"], source)
+        if self.texture_d is not None and "texture_d" in state:
+            load_strictly(self.texture_d, state["texture_d"], source)
 
     def warm_start(self, weights: dict, source) -> None:
         """Begin a new run with these weights (--init_from)."""

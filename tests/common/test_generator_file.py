@@ -20,14 +20,15 @@ def call(*flags):
 
 @pytest.mark.parametrize("features", ["", FEATURES])
 def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features):
-    old = Trainer(tiny_config, TrainSettings(batch=4, vision_aided=features), ALONE)
+    settings = {"batch": 4, "vision_aided": features, "texture_weight": 0.5 if features else 0.0}
+    old = Trainer(tiny_config, TrainSettings(**settings), ALONE)
     save_checkpoint(tmp_path / "000007.pt", old.state_dict())
     export = tmp_path / "face.safetensors"
     assert call(tmp_path / "000007.pt", export, "--with_d") == 0
     assert (tmp_path / "face-d.safetensors").is_file()
-    new = Trainer(tiny_config, TrainSettings(batch=4, vision_aided=features, seed=1), ALONE)
+    new = Trainer(tiny_config, TrainSettings(**settings, seed=1), ALONE)
     init_from(new, read_checkpoint(export, continues=False))
-    for network in ("g", "d", "g_ema", *(("aux_d",) if features else ())):
+    for network in ("g", "d", "g_ema", *(("aux_d", "texture_d") if features else ())):
         pairs = zip(getattr(new, network).parameters(), getattr(old, network).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), network
     other = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)

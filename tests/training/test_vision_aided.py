@@ -53,7 +53,8 @@ def test_losses_are_the_discriminators_and_the_mean_over_heads(tiny_config):
     trainer = make_trainer(tiny_config, vision_aided_weight=0.5)
     real, fake = torch.randn(3, 3, 4), torch.randn(3, 3, 4)  # of d and of two heads
     first, *of_heads = (d_logistic_loss(*logits).item() for logits in zip(real, fake, strict=True))
-    loss = trainer.adversarial_loss("d", d_logistic_loss, list(real), list(fake))
+    logits = [{"d": [one[0]], "aux": list(one[1:])} for one in (real, fake)]
+    loss = trainer.adversarial_loss("d", d_logistic_loss, *logits)
     assert loss.item() == pytest.approx(first + 0.5 * sum(of_heads) / 2)
     assert trainer.stats.read() == pytest.approx({"d": first, "aux_d": sum(of_heads) / 2})
 
