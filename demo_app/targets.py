@@ -34,7 +34,7 @@ def parse_share(text: str) -> Target:
 
 
 def parse_gender(text: str) -> Target:
-    known = {"female": 0.0, "male": 1.0}
+    known = {"female": 0.0, "woman": 0.0, "male": 1.0, "man": 1.0}
     if text.strip().lower() in known:
         return Target(known[text.strip().lower()])
     return _parse(text, 1, "female, male, or a number from 0 (female) to 1 (male)")

@@ -138,7 +138,9 @@ def test_targets():
     assert parse_years("+15") == Target(15, True) and parse_years("-10") == Target(-10, True)
     assert parse_years("60") == Target(60, False)
     assert parse_share("1") == Target(1) and parse_share("-0.5") == Target(-0.5, True)
-    assert parse_gender("Female") == Target(0) and parse_gender("0.7") == Target(0.7)
+    assert (
+        parse_gender("Female") == Target(0) and parse_gender("man") == Target(1) and parse_gender("0.7") == Target(0.7)
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_targets():
     [
         ("--smile", "50", "from 0 to 1"),
         ("--smile", "-2", "from 0 to 1"),
-        ("--gender", "woman", "female, male, or"),
+        ("--gender", "lady", "female, male, or"),
         ("--gender", "2", "female, male, or"),
         ("--age", "old", "years such as 60"),
         ("--age", "nan", "years such as 60"),
