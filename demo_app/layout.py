@@ -109,15 +109,16 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     pick.__annotations__["event"] = gr.EventData  # gradio looks here; a string would not resolve
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     every = {**quiet, "trigger_mode": "multiple"}  # a second photo, or its refinement, while the first is at work
+    latest = {**quiet, "trigger_mode": "always_last"}  # what the page shows is what is downloaded
     save = [plain(page.save), [session], [parts["download"]]]
     refine = [streaming(page.refine), [session, inputs["steps"]], outputs]
 
     upload = [photo, inputs["points"], session]
     uploaded = photo.upload(streaming(page.upload), upload, outputs, **every)
     for event in (uploaded.then(*refine, **every), inputs["again"].click(*refine, **quiet)):
-        event.then(*save, **quiet)
+        event.then(*save, **latest)
     photo.clear(plain(page.replace), [session], outputs, **quiet)
-    inputs["samples"].select(pick, [session], outputs, **every).then(*save, **quiet)
+    inputs["samples"].select(pick, [session], outputs, **every).then(*save, **latest)
 
     sliders = [parts[name] for name in page.names]
     layers = [inputs["first"], inputs["last"]]
@@ -126,9 +127,9 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     released = [slider.release for slider in (*sliders, *layers)]
     like = inputs["like"].click(streaming(page.take_expression), [session, inputs["reference"]], outputs, **quiet)
     for event in (
-        gr.on(dragged, plain(page.move), move, outputs, trigger_mode="always_last", **quiet),
-        gr.on(released, plain(page.move, rounds=ROUNDS), move, outputs, **quiet),
+        gr.on(dragged, plain(page.move), move, outputs, **latest),
+        gr.on(released, plain(page.move, rounds=ROUNDS), move, outputs, **latest),
         inputs["reset"].click(plain(page.reset), [session], outputs, **quiet),
         like,
     ):
-        event.then(*save, **quiet)
+        event.then(*save, **latest)

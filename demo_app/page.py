@@ -44,9 +44,10 @@ class Session:
     values: list[float] = field(default_factory=list)
     expression: dict[str, Target] = field(default_factory=dict)
     result: Edited | None = None
+    rounds: int = 0  # of corrections of the result
     replaced: bool = False  # by another photo: its refinement ends
     download: Path | None = None  # folder of the latest file to download
-    lock: threading.Lock = field(default_factory=threading.Lock)  # an editor is for one thread, events come in several
+    lock: threading.RLock = field(default_factory=threading.RLock)  # an editor is for one thread, events are of several
 
 
 class Page:
@@ -118,7 +119,8 @@ class Page:
             except PhotoError as error:
                 yield {"message": f"**{error}**"}
                 return
-            answer = self.show(session, message="Refined. Move a slider." if face.steps >= steps else None)
+            last = {"message": "Refined. Move a slider.", "rounds": ROUNDS} if face.steps >= steps else {}
+            answer = self.show(session, **last)
             if session.replaced:
                 return
             yield answer
@@ -130,18 +132,21 @@ class Page:
         layers = range(int(first), int(last) + 1)
         if not layers:
             return {"message": f"**layers {first:g} to {last:g}: the first must not come after the last**"}
+        layers = layers if len(layers) < self.models.generator.config.n_tokens else None
         with session.lock:
-            session.editor.set_layers(layers if len(layers) < self.models.generator.config.n_tokens else None)
-        session.values = [float(value) for value in values]
-        return self.show(session, rounds=rounds)
+            before, session.values = session.values, [float(value) for value in values]
+            if rounds < session.rounds and (session.values, layers) == (before, session.editor.layers):
+                return {}  # the release has overtaken the last of its drags
+            session.editor.set_layers(layers)
+            return self.show(session, rounds=rounds)
 
     def reset(self, session: Session | None) -> dict:
         if session is None:
             return {"message": f"**{HELP}**"}
-        session.expression = {}
         with session.lock:
+            session.expression = {}
             session.editor.set_layers(None)
-        return self.start(session)
+            return self.start(session)
 
     def take_expression(self, session: Session | None, path):
         """Yields until the expression of a reference photo is on the face."""
@@ -157,20 +162,21 @@ class Page:
 
     def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
         """The photo before and after, the read-outs, the aligned face as the generator draws it."""
-        targets = dict(session.expression)
-        for name, value in zip(self.names, session.values, strict=True):
-            moved = value if name == "age" else abs(value - session.before[name]) > UNMOVED
-            targets |= {name: Target(value, relative=name == "age")} if moved else {}
-        try:
-            with session.lock:
-                session.result = session.editor.edit(targets, rounds=rounds)
-        except PhotoError as error:
-            return {"message": f"**{error}**"}
-        face = session.result.faces[0]
+        with session.lock:
+            targets = dict(session.expression)
+            for name, value in zip(self.names, session.values, strict=True):
+                moved = value if name == "age" else abs(value - session.before[name]) > UNMOVED
+                targets |= {name: Target(value, relative=name == "age")} if moved else {}
+            try:
+                result = session.result = session.editor.edit(targets, rounds=rounds)
+            except PhotoError as error:
+                return {"message": f"**{error}**"}
+            session.rounds = rounds
+        face = result.faces[0]
         crops = [face.face.crop, *(Image.fromarray(image) for image in face.changes[0][:2])]
         return {
             "message": message or f"{session.name}: move a slider.",
-            "compare": (session.editor.photo, session.result.photo),
+            "compare": (session.editor.photo, result.photo),
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
             "readout": self.readout(face.readings),
             "distances": ", ".join(f"{name} {position:+.2f}" for name, position in face.positions.items()),

@@ -23,6 +23,7 @@ import demo
 import demo_app.serve
 from common.cli import ROOT
 from common.images import save_image
+from demo_app.editor import ROUNDS
 from demo_app.page import HELP, Page, command_of, parse_points
 from demo_app.serve import Guard, allowed_hosts
 from demo_app.targets import Target
@@ -261,6 +262,31 @@ def test_a_slider_waits_while_the_photo_is_refined(page):
         assert moved.is_alive()
     moved.join()
     assert session.values == [1.0] * len(page.names) and session.result.faces[0].positions
+
+
+def test_the_photo_shown_last_is_the_corrected_one(page, astronaut, monkeypatch):
+    """A drag that waits while its slider is released comes after the release; a refinement may end after both."""
+    *_, answer = page.upload(astronaut, json.dumps(POINTS))
+    session, made, edit = answer["session"], [], answer["session"].editor.edit
+    monkeypatch.setattr(
+        session.editor, "edit", lambda targets, *, rounds: made.append((*targets, rounds)) or edit(targets, rounds=0)
+    )
+    page.move(session, 0, 3, -8)
+    page.move(session, 0, 3, -8, rounds=ROUNDS)
+    assert page.move(session, 0, 3, -8) == {} and made == [("age", 0), ("age", ROUNDS)]
+    assert page.move(session, 0, 2, -8) and page.move(session, 0, 3, -7) and made[2:] == [("age", 0)] * 2
+    assert list(page.refine(session, 20)) and made[4:] == [("age", 0), ("age", ROUNDS)]
+
+
+def test_no_move_and_no_download_is_dropped_while_one_is_at_work(server):
+    """The last of them waits (gradio's `once` would drop it), so that the page and the download are of the sliders."""
+    config = json.loads(ask(f"{server[0]}/config")[1])
+    ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
+    calls = config["dependencies"]
+    saves = [call for call in calls if call["outputs"] == [ids["download"]]]
+    moves = [call for call in calls if ids["age"] in call["inputs"]]
+    assert len(saves) == 7 and len(moves) == 2
+    assert {call["trigger_mode"] for call in saves + moves} == {"always_last"}
 
 
 def test_damaged_uploads_get_a_sentence(page, tmp_path, no_face):
