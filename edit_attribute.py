@@ -165,7 +165,9 @@ def main(args) -> None:
                 print(f"range of the boundary: {bounds[0]:+.2g} to {bounds[1]:+.2g} standard deviations")
         line = [args.at] if args.at else np.linspace(args.start_distance, args.end_distance, args.steps)[:, None]
         unit = "std" if ranged else args.unit
-        edit = sweep.Edit(boundaries, np.array(line), unit, args.distance, targets, layers)
+        w_plus = generator.config.w_space and any((w != w[0]).any() for w in source.ws(range(len(source.names))))
+        distance = "relative" if w_plus else args.distance  # added either way: no mean of the samples belongs to it
+        edit = sweep.Edit(boundaries, np.array(line), unit, distance, targets, layers)
         if unit != args.unit:  # --unit latent, of a range in standard deviations
             edit = replace(edit, line=edit.distances(), unit=args.unit)
         names = {"attribute": args.attribute or boundaries[0].attribute, "published": bool(args.preset)}

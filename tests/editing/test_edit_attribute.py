@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.checkpoint import save_checkpoint
 from common.latents import save_latents
-from editing.boundary import load_boundary
+from editing.boundary import Boundary, load_boundary
 from editing.edit import edit_face
 from editing.evaluate import score_frames
 from editing.fit import fit_boundary
@@ -97,6 +97,19 @@ def test_bare_directions_are_boundaries(ckpt, latents, scorer, tmp_path, generat
     std = (ws[np.arange(60)] @ (direction / np.linalg.norm(direction))).std()
     assert float(table(tmp_path / "out")[0]["distance"]) == pytest.approx(2 * std, rel=1e-3)
     assert (tmp_path / "out" / "frames" / "b_pose+2.png").is_file()
+
+
+@pytest.mark.parametrize("ckpt", ["w"], indirect=True)
+def test_standard_deviations_are_added_to_w_plus(ckpt, latents, scorer, tmp_path, generator):
+    """W+ has no projection that could become a distance: 0 is the inversion, and the samples' mean does not count."""
+    ws, info = torch.randn(2, 6, 32), {"size": 16, "fingerprint": generator.fingerprint}
+    save_latents(tmp_path / "w+", ws, names=["a.png", "b.png"], space="w+", **info)
+    normal = np.full((1, 32), 32**-0.5, np.float32)
+    Boundary(normal, 0.0, "age", "w", 3.0, 0.5, fingerprint=generator.fingerprint).save(tmp_path / "age.npz")
+    flags = ("--boundary", tmp_path / "age.npz", "--unit std --steps 2 --start_distance 0 --end_distance 2")
+    for folder, distances in ((tmp_path / "w+", [0, 1]), (latents, [3, 4])):
+        assert command(ckpt, folder, tmp_path / "out", *flags) == 0
+        assert [float(row["distance"]) for row in table(tmp_path / "out")[:2]] == distances
 
 
 def test_an_attribute_never_leaves_the_folder(ckpt, latents, scorer, tmp_path, generator):
