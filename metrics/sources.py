@@ -63,7 +63,8 @@ class GeneratorSource:
         self.info = {"fingerprint": generator.fingerprint, **info, "size": config.size, "space": config.space}
         self.info |= {"truncation": truncation, "seed": sampling.seed}
         self.info["truncation_mean"] = None if truncation == 1 else sampling.truncation_mean
-        self.info["noise"] = sampling.noise if saved is None or saved.noise is None else "saved"
+        recorded = saved is not None and (saved.noise is not None or render.RECORD in saved.extra)
+        self.info["noise"] = "saved" if recorded else sampling.noise
         if config.condition_dim:  # neutral: 0.5 for every attribute
             self.info["condition"] = "neutral" if self.condition is None else "saved"
 
@@ -74,7 +75,9 @@ class GeneratorSource:
 
     def digest(self, positions: Sequence[int]) -> str:
         names = ("size", "fingerprint", "truncation", "truncation_mean", "noise", "seed")
-        digest = hashlib.sha256(json.dumps([self.info[name] for name in names] + [len(positions)]).encode())
+        record = [] if self.saved is None else [self.saved.extra.get(render.RECORD)]
+        parts = [*(self.info[name] for name in names), len(positions), *filter(None, record)]
+        digest = hashlib.sha256(json.dumps(parts).encode())
         arrays = [] if self.saved is None else [self.saved.latents, *(self.saved.noise or [])]
         for array in arrays if self.condition is None else [*arrays, self.condition]:
             digest.update(array.numpy().tobytes())
@@ -87,7 +90,10 @@ class GeneratorSource:
         mean = None if psi == 1 else generator.mean_latent(self.sampling.truncation_mean)
         first = self.sampling.seed * SEED_STRIDE
         seeds = range(first, first + SEED_STRIDE)
-        noise = saved.noise if saved and saved.noise else render.noise_maps(generator, self.sampling.noise, seeds=seeds)
+        if self.info["noise"] == "saved":
+            noise = render.saved_noise(saved, generator)
+        else:
+            noise = render.noise_maps(generator, self.sampling.noise, seeds=seeds)
         for chosen in blocks(positions, batch):
             if saved is None:
                 z = render.seeded_z(generator, (seeds[i] for i in chosen))

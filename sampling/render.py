@@ -154,18 +154,7 @@ def latents_source(
     saved = read_latents(generator, path, accept=accept)
     if not len(saved):
         raise ValueError(f"{path} holds no latents")
-    if noise is None and saved.noise is not None:
-        maps = saved.noise
-        sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
-        if [list(layer.shape) for layer in maps] != [[len(saved), 1, side, side] for side in sides]:
-            found, expected = [list(layer.shape) for layer in maps], f"[{len(saved)}, 1, r, r] with sides {sides}"
-            raise ValueError(f"{path}: noise maps {found}; the generator takes {expected}")
-    else:
-        record = saved.extra.get(RECORD, {})
-        if len(seeds := record.get("seeds", range(len(saved)))) != len(saved):
-            raise ValueError(f"{path}: {len(saved)} latents, but {len(seeds)} seeds in its record of the rendering")
-        noise_seed = record.get("noise_seed", 0) if noise_seed is None else noise_seed
-        maps = noise_maps(generator, noise or record.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
+    maps = saved_noise(saved, generator, noise, noise_seed)
 
     def ws(positions):
         return (truncate(saved.latents[i], truncation, None if mean is None else mean[0]) for i in positions)
@@ -180,6 +169,21 @@ def read_latents(generator: Generator, path, *, accept: Sequence[str] = ()) -> L
     config, spaces = generator.config, ("w", "w+") if generator.config.w_space else ("w++",)
     shape, fingerprints = (config.n_tokens, config.style_dim), (generator.fingerprint, *accept)
     return load_latents(path, expect_space=spaces, expect_shape=shape, expect_fingerprint=fingerprints)
+
+
+def saved_noise(saved: Latents, generator: Generator, noise: str | None = None, noise_seed: int | None = None) -> Noise:
+    """The noise of `latents_source`. Raises ValueError when the saved maps, or the recorded seeds, do not fit."""
+    if noise is None and (maps := saved.noise) is not None:
+        sides = [generator.config.noise_size(i) for i in range(generator.config.n_noise)]
+        if [list(layer.shape) for layer in maps] != [[len(saved), 1, side, side] for side in sides]:
+            found, expected = [list(layer.shape) for layer in maps], f"[{len(saved)}, 1, r, r] with sides {sides}"
+            raise ValueError(f"{saved.path}: noise maps {found}; the generator takes {expected}")
+        return maps
+    record = saved.extra.get(RECORD, {})
+    if len(seeds := record.get("seeds", range(len(saved)))) != len(saved):
+        raise ValueError(f"{saved.path}: {len(saved)} latents, but {len(seeds)} seeds in its record of the rendering")
+    noise_seed = record.get("noise_seed", 0) if noise_seed is None else noise_seed
+    return noise_maps(generator, noise or record.get("noise", "const"), seeds=seeds, noise_seed=noise_seed)
 
 
 def saved_condition(saved: Latents, generator: Generator) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from processes import launch
 
 from common.checkpoint import save_checkpoint
 from common.generator_file import export_ema
+from common.images import to_uint8
 from common.latents import save_latents
 from common.lmdb_store import DatasetError
 from metrics.extractors import build_extractor
@@ -71,7 +72,6 @@ def test_batch_size_changes_nothing(batch, face_lmdb, checkpoint, tiny):
 
 def test_generated_images_are_those_of_generate(checkpoint):
     """Image i of --seed 2 is generate.py --seeds 2000000+i --noise random."""
-    from common.images import to_uint8
     from sampling.render import render, seed_source
 
     generator = load_generator(checkpoint)
@@ -111,6 +111,25 @@ def test_latents(checkpoint, tiny, tmp_path):
         open_source(tmp_path / "l")
     with pytest.raises(ValueError, match="latents of the generator .*; the checkpoint given is"):
         open_source(tmp_path / "l", ckpt=checkpoint.with_name("000010.safetensors"))
+
+
+def test_latents_of_generate_are_drawn_as_generate_draws_them(checkpoint, tmp_path):
+    """Under the noise that latents.json records, whatever --noise says."""
+    from sampling.render import latents_source
+
+    generator = load_generator(checkpoint)
+    w, names = generator.get_latent(generator.draw_z(3, torch.Generator().manual_seed(0))), ["a", "b", "c"]
+    info = {"names": names, "space": "w++", "size": 16, "fingerprint": generator.fingerprint}
+    digests = set()
+    for noise, noise_seed in (("const", 0), ("random", 4), ("random", 5)):
+        rendering = {"seeds": [7, 8, 9], "truncation": 1.0, "noise": noise, "noise_seed": noise_seed}
+        save_latents(tmp_path / "l", w, **info, extra={"rendering": rendering})
+        source = open_source(tmp_path / "l", ckpt=checkpoint, sampling=Sampling())
+        (images,) = source.batches(range(3), 3, "cpu")
+        drawn = np.stack(latents_source(generator, tmp_path / "l").render(generator, range(3)))
+        assert np.abs(to_uint8(images).astype(int) - drawn.astype(int)).max() <= 1 and source.info["noise"] == "saved"
+        digests.add(source.digest(range(3)))
+    assert len(digests) == 3, "their features are cached apart"
 
 
 def test_latents_of_a_conditional_generator_keep_their_attributes(tmp_path):
