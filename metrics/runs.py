@@ -41,9 +41,10 @@ def read_runs(arguments: list[str]) -> dict[str, list[dict]]:
 
 
 def _subject(record: dict) -> tuple:
-    """The generator or images and the truncation: the same for all metrics of one checkpoint."""
+    """The generator or images and the truncation: the same for all metrics of one checkpoint, or of some latents."""
     fake = record["fake"]
-    return fake.get("fingerprint") or fake.get("digest"), fake.get("truncation")
+    generator = fake.get("fingerprint") if fake.get("kind") != "latents" else None
+    return generator or fake.get("digest"), fake.get("truncation")
 
 
 def metric_names(runs: dict[str, list[dict]]) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -230,6 +231,16 @@ def test_the_last_of_repeated_results_counts(command, tmp_path):
     folder = write_run(tmp_path / "run", [(1000, 90.0)])
     append_records(folder / "metrics.jsonl", [record("fid", 70.0, step=1000, fingerprint="run")])
     assert " 70.0" in command(folder)[1]
+
+
+def test_latents_of_one_generator_are_results_of_their_own(command, tmp_path):
+    """The table has the precision of the latents with the best FID."""
+    for digest, fid, precision in (("d1", 70.0, 0.25), ("d2", 90.0, 0.75)):
+        results = [record("fid", fid), record("precision", precision)]
+        for one in results:
+            one["fake"] |= {"kind": "latents", "digest": digest}
+        append_records(tmp_path / "metrics.jsonl", results)
+    assert re.search(r" 70.0 +0.250", command(tmp_path / "metrics.jsonl")[1])
 
 
 def test_mistakes(command, runs, tmp_path):
