@@ -96,6 +96,8 @@ def main(args) -> None:
                 raise UserError(f"{args.latent[0]} and {latent} hold different faces: they cannot be compared")
             layers = parse_layers(args.layers, generator.config.n_tokens) if args.layers else None
             name = args.names[k] if args.names else (source.origin["space"] or generator.config.space).upper()
+            if name in [sweep.name for sweep in sweeps]:
+                name = f"{name} ({k + 1})"  # the curves go by their names
             networks, sharing = (scorer, identity, perceptual), {"layers": layers, "dist": dist}
             sweeps.append(sweep_faces(name, generator, source, boundary, networks, distances, **sharing))
             files = {"ckpt": str(ckpt), "latent": str(latent), "boundary": str(path), "fit": boundary.fit}

@@ -162,6 +162,12 @@ def test_command_writes_table_curves_and_faces(inputs, tmp_path, capsys):
     assert (out / "curves.png").stat().st_size > 5000 and (out / "table.csv").is_file()
 
 
+def test_rows_of_one_space_keep_a_curve_each(inputs, tmp_path):
+    assert command([inputs[1], inputs[0], inputs[1]], tmp_path / "out", "--at", "0.001") == 0
+    report = json.loads((tmp_path / "out" / "editing.json").read_text(encoding="utf-8"))
+    assert list(report["curves"]) == [row["name"] for row in report["rows"]] == ["W++", "W+", "W++ (3)"]
+
+
 def test_misuse(inputs, tmp_path, capsys):
     out = tmp_path / "out"
     swapped = [(inputs[0][0], inputs[0][1], inputs[1][2]), inputs[1]]
