@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.cli import ArgumentParser, run_script
+from common.cli import ArgumentParser, UsageError, run_script
 from metrics.flags import add_feature_flags
 
 
@@ -32,6 +32,8 @@ def main(args) -> None:
     from metrics.flags import Sampling
     from metrics.protocol import PROTOCOLS
 
+    if len(args.truncation) > 1:
+        raise UsageError(f"--truncation takes one value here, got {len(args.truncation)}: a file per value")
     sampling = replace(read_fields(Sampling, vars(args)), truncation=args.truncation[0])
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
         protocol, where = PROTOCOLS[args.protocol], {"weights_dir": args.weights_dir, "device": dist.device}

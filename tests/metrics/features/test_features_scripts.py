@@ -254,6 +254,8 @@ def test_mistakes_are_one_line(command, face_folder, checkpoint, tmp_path):
     assert command(fid, "--real", face_folder, "--fake", checkpoint, "--n_sample", 0)[0] == 2
     status, _, err = command(fid, "--real", face_folder, "--fake", face_folder, "--truncation", "0.7")
     assert status == 1 and "holds images: --truncation 0.7 is for images yet to be made" in err
+    status, _, err = command(extract_features, checkpoint, "--truncation", "0.5,0.7")
+    assert status == 2 and "--truncation takes one value here, got 2" in err
     for flag, value in (
         ("--nearest_k", 0),
         ("--noise", "loud"),
