@@ -12,6 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from common.cli import UserError
 from common.files import write_text
 from common.images import list_images
+from common.runs import to_plain
 from common.tables import csv_text
 from scorer.labels import Attribute, LabelTable, present_faces, read_labels
 from scorer.network import load_scorer, score_files
@@ -89,7 +90,7 @@ def evaluate_folder(folder: Path, name: str, *, labels, sizes: list[int], scores
             reports[str(size)] = accuracy_report(at_size[:, columns], table)
             print(f"{name} on {len(names)} faces of {folder}, {f'{size} px' if size else 'as they are'}")
             print(format_report(reports[str(size)]), end="\n\n")
-    print(json.dumps({"scorer": name, "faces": len(names), "sizes": reports}))
+    print(json.dumps(to_plain({"scorer": name, "faces": len(names), "sizes": reports})))  # NaN is no JSON
 
 
 def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str], LabelTable | None]:

@@ -58,6 +58,11 @@ def test_a_planted_attribute_is_learnt_exported_and_evaluated(planted, tmp_path,
     image = FaceStore(table, planted, 32).batch([row]).float() / 127.5 - 1
     assert torch.allclose(torch.from_numpy(table.values[row]), scorer(image)[0], rtol=1e-3, atol=1e-3)
 
+    (tmp_path / "one.csv").write_text("file,mouth_open\n001 ü.png,1\n", encoding="utf-8")
+    assert call(*evaluate, "--labels", tmp_path / "one.csv") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last, parse_constant=pytest.fail)["sizes"]["0"]["mouth_open"]["auc"] is None
+
     size = file.stat().st_size
     assert call("--out", out, "--resume", "auto", "--full") == 0  # of the finished run
     assert load_scorer(file).names == scorer.names and file.stat().st_size > 1.5 * size
