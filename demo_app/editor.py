@@ -350,7 +350,7 @@ def expression_of(photo, models: Models) -> dict[str, Target]:
     names = [name for name in EXPRESSION if name in models.attributes]
     if not names:
         raise PhotoError(f"no expression can be taken over: none of {', '.join(EXPRESSION)} can be edited")
-    editor, photo = PhotoEditor(models), shrink(read_image(photo), 1000)
+    editor, photo = PhotoEditor(models), read_image(photo)
     (alignment,) = editor._align(photo, None, "largest")
     (scores,) = editor.read([crop_aligned(photo, alignment)])
     return {name: Target(float(scores[models.scorer.column(name)])) for name in names}

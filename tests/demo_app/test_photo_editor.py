@@ -116,6 +116,16 @@ def test_the_expression_of_a_photo_is_read_without_inverting_it(models, editor, 
     assert expression_of(astronaut, models) == {"age": Target(pytest.approx(expected["age"]))}
 
 
+def test_the_expression_of_a_small_face_in_a_large_photo(models, astronaut, tmp_path, monkeypatch):
+    """A frame of 60 pixels has 15 in a photo of 1000, of the 16 that the generator draws."""
+    monkeypatch.setattr("demo_app.editor.EXPRESSION", ("age",))
+    photo = Image.new("RGB", (4000, 1000), (128, 128, 128))
+    face = read_image(astronaut).crop((150, 0, 350, 200)).resize((70, 70), Image.Resampling.LANCZOS)
+    photo.paste(face, (2000, 400))
+    photo.save(tmp_path / "far.png")
+    assert list(expression_of(tmp_path / "far.png", models)) == ["age"]
+
+
 def test_a_face_smaller_than_the_generator_draws(models, astronaut):
     with pytest.raises(PhotoError, match="too small"):
         PhotoEditor(models).set_photo(Image.new("RGB", (40, 40)), landmarks=2.0 * np.array(SHAPE) + 12)
