@@ -74,7 +74,7 @@ def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
         inputs["reference"] = gr.File(label=label, type="filepath", height=100, elem_id="reference")
         inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
         label = "face not found? five points by hand: eyes, nose, mouth corners (pixels)"
-        inputs["points"] = gr.Textbox(label=label, elem_id="points")
+        parts["points"] = gr.Textbox(label=label, elem_id="points")
     parts["distances"] = gr.Textbox(label="moved by standard deviations", interactive=False, elem_id="distances")
     parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
     label = "aligned, inverted, edited"
@@ -113,9 +113,10 @@ def connect(gr, page: Page, parts: dict, inputs: dict) -> None:
     save = [plain(page.save), [session], [parts["download"]]]
     refine = [streaming(page.refine), [session, inputs["steps"]], outputs]
 
-    upload = [photo, inputs["points"], session]
+    upload = [photo, parts["points"], session]
     uploaded = photo.upload(streaming(page.upload), upload, outputs, **every)
-    for event in (uploaded.then(*refine, **every), inputs["again"].click(*refine, **quiet)):
+    again = inputs["again"].click(plain(page.resume), [session], outputs, **quiet)
+    for event in (uploaded.then(*refine, **every), again.then(*refine, **quiet)):
         event.then(*save, **latest)
     photo.clear(plain(page.replace), [session], outputs, **quiet)
     inputs["samples"].select(pick, [session], outputs, **every).then(*save, **latest)

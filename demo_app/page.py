@@ -75,7 +75,7 @@ class Page:
                 if max(photo.size) <= PREVIEW:
                     raise
                 self.open(editor, photo, points, int(1.1 * PREVIEW * error.least / error.side))
-            yield self.start(Session(editor, path.name, path))
+            yield {"points": ""} | self.start(Session(editor, path.name, path))  # they are of this photo alone
         except ValueError as error:
             yield self.refuse(path, error)
 
@@ -95,9 +95,15 @@ class Page:
         return editor
 
     def replace(self, session: Session | None) -> dict:
-        """End the refinement of a photo that is shown no more."""
+        """End the refinement of a photo that another one replaces, or nothing."""
         if session is not None:
             session.replaced = True
+        return {"message": HELP}
+
+    def resume(self, session: Session | None) -> dict:
+        """Let the photo be refined that is still shown: no other one has replaced it."""
+        if session is not None:
+            session.replaced = False
         return {}
 
     def start(self, session: Session) -> dict:
@@ -111,7 +117,7 @@ class Page:
         if session is None or session.editor.faces[0].exact:
             return
         face, steps = session.editor.faces[0], int(steps)
-        while face.steps < steps:
+        while face.steps < steps and not session.replaced:
             yield {"message": f"Refining: {face.steps} of {steps} steps ..."}
             try:
                 with session.lock:
@@ -155,8 +161,12 @@ class Page:
             return
         yield {"message": "Inverting the face once more, for its expression ..."}
         try:
-            session.expression = expression_of(path, self.models)
-            yield self.show(session, rounds=ROUNDS)
+            taken = expression_of(path, self.models)
+            with session.lock:  # sliders show what they move; what has none is kept beside them
+                values = zip(self.names, session.values, strict=True)
+                session.values = [round(taken[name].value, 2) if name in taken else value for name, value in values]
+                session.expression = {name: target for name, target in taken.items() if name not in self.names}
+                yield dict(zip(self.names, session.values, strict=True)) | self.show(session, rounds=ROUNDS)
         except ValueError as error:
             yield self.refuse(path, error)
 
@@ -180,7 +190,7 @@ class Page:
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
             "readout": self.readout(face.readings),
             "distances": ", ".join(f"{name} {position:+.2f}" for name, position in face.positions.items()),
-            "command": command_of(session.name, targets) if session.file else "",
+            "command": command_of(session.name, targets) if session.file and not session.editor.layers else "",
         }
 
     def readout(self, readings) -> str:

@@ -24,7 +24,7 @@ import demo_app.serve
 from common.cli import ROOT
 from common.images import save_image
 from demo_app.editor import ROUNDS
-from demo_app.page import HELP, Page, command_of, parse_points
+from demo_app.page import HELP, Page, Session, command_of, parse_points
 from demo_app.serve import Guard, allowed_hosts
 from demo_app.targets import Target
 
@@ -216,6 +216,7 @@ def test_upload_edit_refine_download(page, astronaut):
     assert moved["command"].endswith("--age -8") and re.fullmatch(r"age -\d+\.\d\d", moved["distances"])
     coarse = page.move(session, 0, 2, -8)
     assert not np.array_equal(coarse["compare"][1], moved["compare"][1]), "three layers move instead of all"
+    assert coarse["command"] == "", "edit_photos.py moves all layers"
     every = page.models.generator.config.n_tokens
     assert np.array_equal(page.move(session, 0, every - 1, -8)["compare"][1], moved["compare"][1])
     refined = list(page.refine(session, 20))
@@ -316,6 +317,35 @@ def test_a_new_photo_ends_the_refinement_of_the_one_before(page, astronaut):
     next(refining)
     list(page.upload(None, "", answer["session"]))
     assert list(refining) == []
+
+
+def test_a_refused_photo_leaves_the_one_before(page, astronaut, no_face):
+    """Its refinement, which follows every upload, writes over no refusal; it goes on when it is asked for."""
+    *_, answer = page.upload(astronaut, json.dumps(POINTS))
+    session = answer["session"]
+    *_, answer = page.upload(no_face, "", session)
+    assert "no face was found" in answer["message"] and list(page.refine(session, 20)) == []
+    page.resume(session)
+    *_, answer = page.refine(session, 10)
+    assert session.editor.faces[0].steps == 10 and answer["message"].startswith("Refined")
+    assert page.replace(session)["message"] == HELP, "a photo that is removed while it is refined"
+
+
+def test_points_by_hand_are_of_one_photo(page, astronaut, no_face):
+    *_, refused = page.upload(no_face, "1 2 three")
+    *_, taken = page.upload(astronaut, json.dumps(POINTS))
+    assert "points" not in refused and taken["points"] == ""
+
+
+def test_sliders_show_an_expression_that_is_taken_over(page, astronaut, monkeypatch):
+    """It is the last word on a smile, until the slider is moved again; eyes, which have no slider, stay with it."""
+    monkeypatch.setattr("demo_app.page.expression_of", lambda *_: {"smile": Target(0.251), "eyes_open": Target(0.9)})
+    shown = []
+    monkeypatch.setattr(page, "names", ["smile"])
+    monkeypatch.setattr(page, "show", lambda session, **_: shown.append((session.values, session.expression)) or {})
+    session = Session(None, "me.jpg", before={"smile": 0.1}, values=[1.0])
+    *_, answer = page.take_expression(session, astronaut)
+    assert answer["smile"] == 0.25 and shown == [([0.25], {"eyes_open": Target(0.9)})]
 
 
 def test_without_a_photo_the_controls_say_so(page):
