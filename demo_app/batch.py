@@ -23,6 +23,7 @@ from faces.paste import save_like
 from sampling.render import file_names
 
 SIDE = 900  # pixels of the longer side of a photo in before_after/
+SHOWN = 300  # faces in overview.jpg: a JPEG ends at 65,500 pixels
 OVERHEAD = 15  # detection, edit and files, in steps of refinement: for the progress bar
 OWN_FILES = (OVERVIEW, "report.csv")
 
@@ -78,10 +79,10 @@ class PhotoBatch:
                 attempt(name, photos[name], save.result)
         if len(failed) == len(photos):
             raise UserError(f"none of {len(photos)} photos could be edited")
+        write_table(self.folder / "report.csv", self.rows)
         crops = [crop for before, after, _ in self.tiles for crop in (before, after)]
         captions = [text for *_, caption in self.tiles for text in ("before", caption)]
         save_image(make_strip(crops, captions, nrow=min(6, len(crops))), self.folder / OVERVIEW, quality=90)
-        write_table(self.folder / "report.csv", self.rows)
         left_out = f", {len(failed)} left out" if failed else ""
         if "age" in self.targets and (error := self.models.scorer.errors.get("age")):
             print(f"ages are read to ±{error:.0f} years, the scorer's mean error on faces that it did not learn from")
@@ -127,7 +128,8 @@ class PhotoBatch:
             bar.write(f"{label}: {'; '.join(words)}", file=sys.stdout)
             if (share := outside_share(face_edit.face.alignment)) > TIGHT:
                 bar.write(f"note: {label}: {share:.0%} of the face's frame lies outside the photo", file=sys.stderr)
-            self.tiles.append((face_edit.face.crop, face_edit.crop, words[0].split(",")[0]))
+            if len(self.tiles) < SHOWN:
+                self.tiles.append((face_edit.face.crop, face_edit.crop, words[0].split(",")[0]))
             for attribute, reading in face_edit.readings.items():
                 values = {k: getattr(reading, k) for k in ("before", "goal", "drawn", "photo")}
                 values["position"] = face_edit.positions.get(attribute, 0.0)

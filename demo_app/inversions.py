@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from common.arrays import read_npz
-from common.checkpoint import fingerprint
 from common.files import atomic_write
 from demo_app.editor import Face, Inversion
 from demo_app.models import Models
@@ -22,10 +21,7 @@ VERSION = 2  # of what set_photo makes of a photo
 
 def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Path:
     """The file's name tells the content of the photo, the networks and the settings of `set_photo`."""
-    networks = [models.generator.fingerprint, models.perceptual.name]
-    networks.append(fingerprint(models.encoder.encoder.state_dict()) if models.encoder else "")
-    networks.append(models.conditional.generator.fingerprint if models.conditional else "")
-    key = hashlib.sha256(json.dumps([VERSION, networks, settings], sort_keys=True).encode())
+    key = hashlib.sha256(json.dumps([VERSION, models.inverted_by, settings], sort_keys=True).encode())
     key.update(photo.read_bytes())
     return Path(folder) / f"{key.hexdigest()[:24]}.npz"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import CheckpointError
+from common.checkpoint import CheckpointError, fingerprint
 from common.cli import ROOT, UserError
 from editing.attributes import ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
 from editing.boundary import Boundary, BoundaryError, boundary_of
@@ -68,6 +68,13 @@ class Models(Inverter):
         """Attributes that can be edited and read: those of boundaries, then those of the conditional generator."""
         names = dict.fromkeys((*self.boundaries, *(self.conditional.reader.names if self.conditional else ())))
         return tuple(name for name in names if name in self.scorer.names)
+
+    @cached_property
+    def inverted_by(self) -> list[str]:
+        """What tells the networks on which an inversion depends."""
+        networks = [self.generator.fingerprint, self.perceptual.name, fingerprint(self.perceptual.state_dict())]
+        networks.append(fingerprint(self.encoder.encoder.state_dict()) if self.encoder else "")
+        return [*networks, self.conditional.generator.fingerprint if self.conditional else ""]
 
     def safe_range(self, name: str) -> tuple[float, float]:
         """Positions of an attribute, lowest and highest, between which edited faces still are faces."""

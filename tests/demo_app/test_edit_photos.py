@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import demo_app.batch
 import edit_photos
@@ -127,6 +128,15 @@ def test_a_photo_that_vanishes_leaves_the_others(no_face, tmp_path, models, caps
         batch.run({"gone.jpg": tmp_path / "gone.jpg", "wall.png": no_face})
     printed = capsys.readouterr().err
     assert "left out: gone.jpg" in printed and "left out: wall.png: no face" in printed
+
+
+def test_a_table_of_more_faces_than_an_overview_holds(editor, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_app.batch, "SHOWN", 2)
+    batch = demo_app.batch.PhotoBatch(editor.models, tmp_path, {}, steps=0)
+    result = editor.edit({"age": Target(0, True)})
+    for i in range(3):
+        batch.report(f"{i}.jpg", result, tqdm(disable=True))
+    assert len(batch.rows) == 3 and len(batch.tiles) == 2
 
 
 def test_an_expression_that_no_model_edits_is_refused(models, no_face):

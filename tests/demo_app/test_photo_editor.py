@@ -26,6 +26,7 @@ from demo_app.models import CHECKPOINTS, Conditional, load_models
 from demo_app.targets import Reading, Target
 from faces.align import Alignment, crop_aligned
 from faces.paste import STRONGEST, Change, edit_crop, motion, part_mask, paste_edit, warp
+from perceptual.lpips import FeatureDistance
 
 SHAPE = [[0, -1], [1, -1], [0.5, -0.5], [0.1, 0], [0.9, 0]]  # of five landmarks
 
@@ -294,6 +295,8 @@ def test_kept_inversions_give_the_same_edit(editor, models, tmp_path):
 def test_their_file_depends_on_photo_settings_and_networks(models, astronaut, no_face):
     files = {inversion_file("x", p, models, steps=s) for p in (astronaut, no_face) for s in (0, 60)}
     assert len(files) == 4
+    retrained = FeatureDistance(torch.nn.Linear(1, 1), models.perceptual.name)
+    assert inversion_file("x", astronaut, replace(models, perceptual=retrained), steps=0) not in files
     conditional = Conditional(models.generator, reader=None)
     assert inversion_file("x", astronaut, replace(models, conditional=conditional), steps=0) not in files
 
