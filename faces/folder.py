@@ -112,7 +112,8 @@ def align_photo(task: PhotoTask) -> tuple[PhotoRecord, list[tuple[str, bytes]]]:
 
 
 def _given_faces(task: PhotoTask) -> list[tuple] | None:
-    """Faces given by hand: in the --landmarks file, or in a JSON file beside the photo with an entry "landmarks"."""
+    """Faces given by hand, the largest first: in the --landmarks file, or in a JSON file beside the photo with an entry
+    "landmarks"."""
     value, where, beside = task.landmarks, f"--landmarks, {task.source}", task.path.with_suffix(".json")
     if value is None and beside.is_file():
         value, where = read_json(beside, object, what="file of landmarks"), beside
@@ -120,7 +121,9 @@ def _given_faces(task: PhotoTask) -> list[tuple] | None:
             return None  # some other program's
     elif value is None:
         return None
-    return [(points, {}) for points in geometry.parse_landmarks(value, where)]
+    faces = geometry.parse_landmarks(value, where)
+    faces.sort(key=lambda points: -np.linalg.norm(np.subtract(*geometry.ffhq_quad(points)[[3, 0]])))  # sides of frames
+    return [(points, {}) for points in faces]
 
 
 def _choose(faces, which, max_yaw):

@@ -138,6 +138,15 @@ def test_which_faces(tmp_path, astronaut, capsys):
     assert "there is no face 2, only 2" in read_report(tmp_path / "none")["pair.png"]["note"]
 
 
+def test_the_largest_face_by_hand_is_the_first(tmp_path, astronaut, no_detector):
+    (tmp_path / "photos").mkdir()
+    astronaut.save(tmp_path / "photos" / "pair.png")
+    (tmp_path / "photos" / "pair.json").write_text(json.dumps([(ASTRONAUT / 2).tolist(), ASTRONAUT.tolist()]))
+    for which, points in (("largest", ASTRONAUT), ("1", ASTRONAUT / 2)):
+        assert align_cli(tmp_path / "photos", tmp_path / "out", "--faces", which) == 0
+        assert read_alignment(tmp_path / "out" / "alignment.json")["pair"].landmarks == points.round(3).tolist()
+
+
 def test_faces_that_are_cut_off_are_reported(tmp_path, astronaut):
     folder = tmp_path / "photos"
     folder.mkdir()
