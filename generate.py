@@ -110,6 +110,8 @@ def main(args) -> None:
         if args.latents:
             source = latents_source(generator, args.latents, **drawing, noise=args.noise, noise_seed=args.noise_seed)
         else:
+            if "noise_seed" in args.given and args.noise != "random":
+                raise UsageError("--noise_seed is for --noise random")
             noise = {"noise": args.noise or "const", "noise_seed": args.noise_seed or 0}
             source = seed_source(generator, seeds, **drawing, **noise, batch=args.batch)
             if args.mix:  # positions of these seeds

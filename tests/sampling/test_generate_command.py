@@ -42,6 +42,7 @@ from model import load_generator
         (["--fps", "0", "--interpolate"], 2, "--fps"),
         (["--truncation", "nan"], 2, "--truncation"),
         (["--noise_seed", "-1"], 2, "--noise_seed"),
+        (["--noise_seed", "5"], 2, "--noise_seed is for --noise random"),
         (["--noise", "loud"], 2, "loud"),
         (["--device", "tpu"], 2, "--device tpu"),
     ],
