@@ -60,7 +60,7 @@ def build_parser() -> ArgumentParser:
     add("--evaluate", metavar="FOLDER", help="evaluate --scorer on the labelled faces of a folder")
     add("--scorer", default="face-scorer", help="face-scorer-eval, dex, dex_crop, dex_age, dex_gender, FILE")
     add("--sizes", type=several(count), default="0", help="comma-separated pixels to show faces at; 0: as they are")
-    add("--scores", metavar="FILE.csv", help="write the score of every face of --evaluate here")
+    add("--scores", metavar="FILE.csv", help="write the scores here, one row per face; with labels: per labelled one")
     add("--weights_dir", help="folder with third-party weights (DEX)")
     return parser
 
