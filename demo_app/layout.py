@@ -30,7 +30,7 @@ def build_page(models: Models, folder: Path):
 
     page = Page(models, folder)
     with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        parts, inputs = {"session": gr.State(None)}, {}
+        parts, inputs = {"session": gr.State(None, delete_callback=page.forget)}, {}
         gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=300, elem_id="controls"):

@@ -75,7 +75,7 @@ class Page:
                 if max(photo.size) <= PREVIEW:
                     raise
                 self.open(editor, photo, points, int(1.1 * PREVIEW * error.least / error.side))
-            yield {"points": ""} | self.start(Session(editor, path.name, path))  # they are of this photo alone
+            yield {"points": ""} | self.start(Session(editor, path.name, path), session)  # points are of one photo
         except ValueError as error:
             yield self.refuse(path, error)
 
@@ -87,7 +87,7 @@ class Page:
     def pick(self, seed: int, session: Session | None = None) -> dict:
         """A face that the generator draws."""
         self.replace(session)
-        return self.start(Session(self.draw(seed), f"seed{seed:04d}.png"))
+        return self.start(Session(self.draw(seed), f"seed{seed:04d}.png"), session)
 
     def draw(self, seed: int) -> PhotoEditor:
         editor = PhotoEditor(self.models)
@@ -106,8 +106,14 @@ class Page:
             session.replaced = False
         return {}
 
-    def start(self, session: Session) -> dict:
-        """Sliders to what the photo shows."""
+    def forget(self, session: Session | None) -> None:
+        """Remove the file to download of a visitor who has left."""
+        if session is not None and session.download:
+            shutil.rmtree(session.download, ignore_errors=True)
+
+    def start(self, session: Session, before: Session | None = None) -> dict:
+        """Sliders to what the photo shows. before: the session whose file the next one to download replaces."""
+        session.download = before.download if before else session.download
         session.before = session.editor.read_faces(self.names)
         session.values = [0.0 if name == "age" else round(session.before[name], 2) for name in self.names]
         return {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
@@ -214,8 +220,7 @@ class Page:
             photo = face.paste(photo)
         target = folder / f"{Path(session.name).stem}-edited{Path(session.name).suffix}"
         answer = {"download": str(save_like(photo, original, target))}
-        if session.download:
-            shutil.rmtree(session.download, ignore_errors=True)
+        self.forget(session)
         session.download = folder
         return answer
 

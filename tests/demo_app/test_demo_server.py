@@ -24,6 +24,7 @@ import demo_app.serve
 from common.cli import ROOT
 from common.images import save_image
 from demo_app.editor import ROUNDS
+from demo_app.layout import build_page
 from demo_app.page import HELP, Page, Session, command_of, parse_points
 from demo_app.serve import Guard, allowed_hosts
 from demo_app.targets import Target
@@ -251,7 +252,13 @@ def test_a_drawn_face_needs_no_refinement(page):
     assert list(page.refine(session, 60)) == []
     first, second = (Path(page.save(session)["download"]) for _ in range(2))
     assert second.name == "seed0002-edited.png" and second.is_file()
-    assert not first.parent.exists(), "files that are no longer offered fill the disk"
+    another = page.pick(3, session)["session"]
+    assert second.is_file(), "the page offers it until the next one"
+    third = Path(page.save(another)["download"])
+    assert not first.parent.exists() and not second.exists(), "files that are no longer offered fill the disk"
+    (state,) = (block for block in build_page(page.models, page.folder).blocks.values() if block.stateful)
+    state.delete_callback(another)  # an hour after the tab was closed
+    assert not third.parent.exists()
 
 
 def test_a_slider_waits_while_the_photo_is_refined(page):
