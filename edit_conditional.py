@@ -21,6 +21,7 @@ from pathlib import Path
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, seed_number, whole
 from common.flags import add_face_flags, add_preset_flag
 
+INVERTING = ("preset", "step", "lr", "noise", "mse", "perceptual", "mean_samples", "overwrite")  # flags
 RECOMMENDED = ("step", "lr", "noise", "mse", "perceptual")  # flags that a generator's file may set (`projector`)
 
 
@@ -71,6 +72,8 @@ def main(args) -> None:
         args.source, args.latent = None, args.source[0]
     if bool(args.source) == bool(args.latent):
         raise UsageError("which faces? pass either --source FACES or --latent INVERSIONS")
+    if args.latent and (unused := [name for name in INVERTING if name in args.given]):
+        raise UsageError(f"--{unused[0]} is for faces that are inverted, not for --latent (frames: --steps)")
     if bool(args.reference) == bool(args.set):
         raise UsageError("which attributes? pass either --reference FACES or --set NAME=NUMBER,...")
     if args.set and (args.attributes or args.paired):

@@ -60,7 +60,7 @@ class Trainer:
         if settings.vision_aided:
             self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype, device)
         if settings.texture_weight:
-            self.texture_d = TextureDiscriminator().to(device)
+            self.texture_d = TextureDiscriminator(config.size).to(device)
         target = settings.ada_target if settings.augment and not settings.augment_p else None
         ranks = {"device": device, "world_size": dist.world_size}
         self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, **ranks)  # without --augment: p = 0
@@ -144,13 +144,13 @@ class Trainer:
 
     def discriminate(self, *batches: torch.Tensor) -> list[dict[str, list[torch.Tensor]]]:
         """Logits of each batch of images: "d" [N, 1], and of the others that are trained, "aux" [N, P] of each head of
-        the vision-aided discriminator and "texture" [N, P]."""
+        the vision-aided discriminator and "texture" [N, P] of each octave."""
         logits = [{"d": [self.d(self.ada(images), dtype=self.dtype)]} for images in batches]
         for of_batch, images in zip(logits, batches, strict=True):
             if self.aux_d is not None:
                 of_batch["aux"] = self.aux_d(images, self.dtype)
             if self.texture_d is not None:
-                of_batch["texture"] = [self.texture_d(images, self.dtype)]
+                of_batch["texture"] = self.texture_d(images, self.dtype)
         return logits
 
     def adversarial_loss(self, name: str, criterion, *logits: dict[str, list[torch.Tensor]]) -> torch.Tensor:

@@ -21,22 +21,28 @@ def weave(n, side=32):
 @pytest.fixture
 def texture_d():
     torch.manual_seed(0)
-    return TextureDiscriminator()
+    return TextureDiscriminator(32)
 
 
 def test_it_sees_neither_colour_nor_shade_but_every_window(texture_d):
     torch.manual_seed(1)
     images = torch.rand(2, 3, 32, 32) - 0.5
     colour = torch.tensor([0.2, -0.1, -0.1])[:, None, None]  # of no brightness
+    moved = images.clone()
+    moved[..., :4, :4] = moved[..., :4, :4].flip(3)
     with torch.no_grad():
-        logits = texture_d(images)
-        assert logits.shape == (2, 16 * 16) and logits.dtype == torch.float32
-        assert torch.allclose(texture_d(images + 0.3), logits, atol=1e-4), "brightness"
-        assert torch.allclose(texture_d(images + colour), logits, atol=1e-4), "colour"
-        moved = images.clone()
-        moved[..., :8, :8] = moved[..., :8, :8].flip(3)
-        changed = (texture_d(moved) - logits).abs().view(2, 16, 16) > 1e-4
-    assert changed[:, :4, :4].all() and not changed[:, 9:].any() and not changed[:, :, 9:].any(), "windows are small"
+        logits, brighter, tinted, changed = (texture_d(x) for x in (images, images + 0.3, images + colour, moved))
+    assert [one.shape for one in logits] == [(2, 256), (2, 64), (2, 16)] and logits[0].dtype == torch.float32
+    for one, *others in zip(logits, brighter, tinted, strict=True):
+        assert all(torch.allclose(other, one, atol=1e-4) for other in others)
+    for one, other, reach in zip(logits[:2], changed, (6, 6), strict=False):  # of 16 and 8 windows a side
+        side = math.isqrt(one.shape[1])
+        seen = (one - other).abs().view(2, side, side) > 1e-4
+        assert seen[:, :2, :2].all() and not seen[:, reach:].any() and not seen[:, :, reach:].any(), side
+
+
+def test_a_small_image_has_fewer_octaves():
+    assert [one.shape[1] for one in TextureDiscriminator(16)(torch.rand(1, 3, 16, 16))] == [64, 16]
 
 
 def test_it_learns_to_tell_a_weave_from_noise_of_the_same_size(texture_d):
@@ -45,11 +51,11 @@ def test_it_learns_to_tell_a_weave_from_noise_of_the_same_size(texture_d):
     for _ in range(40):
         fake = weave(4)
         real = fake.mean((2, 3), keepdim=True) + 0.02 * torch.randn(4, 1, 32, 32)
-        loss = d_logistic_loss(texture_d(real), texture_d(fake))
+        of_octaves = [d_logistic_loss(*pair) for pair in zip(texture_d(real), texture_d(fake), strict=True)]
         optimiser.zero_grad()
-        loss.backward()
+        sum(of_octaves).backward()
         optimiser.step()
-    assert loss < 0.3, f"chance is {2 * math.log(2):.2f}"
+    assert of_octaves[0] < 0.3, f"chance is {2 * math.log(2):.2f}"
 
 
 @pytest.mark.parametrize("one_stage", [False, True])
@@ -67,8 +73,11 @@ def test_a_step_trains_it_and_the_generator_by_it(tiny_config, one_stage):
 
 def test_the_loss_is_weighted(tiny_config):
     trainer = make_trainer(tiny_config, texture_weight=0.5)
-    real, fake = ({"d": [torch.randn(3, 1)], "texture": [torch.randn(3, 9)]} for _ in range(2))
-    d, texture = (d_logistic_loss(*(one[name][0] for one in (real, fake))).item() for name in ("d", "texture"))
+    real, fake = ({"d": [torch.randn(3, 1)], "texture": [torch.randn(3, 9), torch.randn(3, 4)]} for _ in range(2))
+    d, *octaves = (
+        d_logistic_loss(real[name][i], fake[name][i]).item() for name, i in (("d", 0), ("texture", 0), ("texture", 1))
+    )
+    texture = sum(octaves) / 2
     assert trainer.adversarial_loss("d", d_logistic_loss, real, fake).item() == pytest.approx(d + 0.5 * texture)
     assert trainer.stats.read() == pytest.approx({"d": d, "texture_d": texture})
 

@@ -32,21 +32,10 @@ def edit(cgan, unconditional, monkeypatch, capfd):
         monkeypatch.setattr(f"{module}.load_scorer", training.conditional.load_scorer)
 
     def edit(*flags, ckpt=cgan):
-        argv = [
-            "--ckpt",
-            ckpt,
-            "--device",
-            "cpu",
-            "--identity",
-            "none",
-            "--step",
-            "12",
-            "--mean_samples",
-            "50",
-            "--perceptual",
-            "scorer:face-scorer",
-            *flags,
-        ]
+        inverting = "--step 12 --mean_samples 50 --perceptual scorer:face-scorer".split()
+        argv = ["--ckpt", ckpt, "--device", "cpu", "--identity", "none", *flags]
+        sources = [flags[i + 1] for i, flag in enumerate(flags) if flag == "--source"]
+        argv += [] if "--latent" in flags or any(edit_conditional.is_latents([path]) for path in sources) else inverting
         capfd.readouterr()
         status = run(edit_conditional.main, edit_conditional.build_parser(), [str(arg) for arg in argv])
         out, err = capfd.readouterr()
@@ -256,6 +245,8 @@ def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
 
     assert error("--set", "smile=1") == (2, "error: which faces? pass either --source FACES or --latent INVERSIONS")
     assert error("--source", faces, "--latent", faces, "--set", "smile=1")[0] == 2
+    status, line = error("--latent", faces, "--set", "smile=1", "--step", "7")
+    assert status == 2 and "--step is for faces that are inverted, not for --latent (frames: --steps)" in line
     assert error("--source", faces) == (
         2,
         "error: which attributes? pass either --reference FACES or --set NAME=NUMBER,...",
