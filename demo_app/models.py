@@ -71,7 +71,7 @@ class Models(Inverter):
 
     @cached_property
     def inverted_by(self) -> list[str]:
-        """What tells the networks on which an inversion depends."""
+        """Names and fingerprints of the networks on which an inversion depends."""
         networks = [self.generator.fingerprint, self.perceptual.name, fingerprint(self.perceptual.state_dict())]
         networks.append(fingerprint(self.encoder.encoder.state_dict()) if self.encoder else "")
         return [*networks, self.conditional.generator.fingerprint if self.conditional else ""]
