@@ -10,7 +10,7 @@ a temporary folder of its own. Of a folder of boundaries it takes those that wer
 from pathlib import Path
 
 from common.cli import ArgumentParser, add_device_flags, count, positive, run_script, whole
-from demo_app.flags import add_model_flags, model_flags
+from demo_app.flags import add_model_flags, given_model_flags, model_flags
 
 
 def build_parser() -> ArgumentParser:
@@ -40,7 +40,8 @@ def main(args) -> None:
         torch.set_num_threads(args.threads)
     models = load_models(resolve_device(args.device, ops=args.ops), **model_flags(args))
     with tempfile.TemporaryDirectory(prefix="wpp-demo-") as folder:
-        blocks = serve(models, Path(folder), host=args.host, port=args.port, max_upload_mb=args.max_upload_mb)
+        how = {"host": args.host, "port": args.port, "max_upload_mb": args.max_upload_mb}
+        blocks = serve(models, Path(folder), flags=given_model_flags(args), **how)
         print(f"{blocks.local_url} shows the page; Ctrl-C ends it", flush=True)
         try:
             while True:

@@ -1,6 +1,7 @@
 """Flags of the models that edit photos, shared by edit_photos.py and demo.py."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 MODELS = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual", "weights_dir")  # of load_models
@@ -21,3 +22,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def model_flags(args: argparse.Namespace) -> dict:
     """Keyword arguments of demo_app.models.load_models."""
     return {name: getattr(args, name) for name in MODELS}
+
+
+def given_model_flags(args: argparse.Namespace) -> str:
+    """Flags of the models that stood on the command line, quoted for another one."""
+    pairs = ((f"--{name}", str(getattr(args, name))) for name in MODELS if name in args.given)
+    return shlex.join(word for pair in pairs for word in pair)

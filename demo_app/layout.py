@@ -12,8 +12,8 @@ STEPS = 20  # of the refinement that follows the encoder
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
-def build_page(models: Models, folder: Path):
-    """The Gradio page, not yet served. folder: for the files to download."""
+def build_page(models: Models, folder: Path, flags: str = ""):
+    """The Gradio page, not yet served. folder: for the files to download; flags: of the models, for a command line."""
     import gradio as gr
 
     class Blocks(gr.Blocks):
@@ -28,7 +28,7 @@ def build_page(models: Models, folder: Path):
                 raise gr.Error("numbers must be finite", print_exception=False)
             return values
 
-    page = Page(models, folder)
+    page = Page(models, folder, flags)
     with Blocks(title="W++ faces", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         parts, inputs = {"session": gr.State(None, delete_callback=page.forget)}, {}
         gr.Markdown(f"# W++ faces ({models.generator.path.stem}, for research)", elem_id="title")

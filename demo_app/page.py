@@ -53,8 +53,8 @@ class Session:
 class Page:
     """The functions behind the controls; each returns or yields {component name: value} for `build_page`."""
 
-    def __init__(self, models: Models, folder: Path):
-        self.models, self.folder = models, folder
+    def __init__(self, models: Models, folder: Path, flags: str = ""):
+        self.models, self.folder, self.flags = models, folder, flags
         self.names = [name for name in SLIDERS if name in models.attributes]
 
     def upload(self, path, points, session: Session | None = None):
@@ -190,13 +190,14 @@ class Page:
             session.rounds = rounds
         face = result.faces[0]
         crops = [face.face.crop, *(Image.fromarray(image) for image in face.changes[0][:2])]
+        same = session.file and not session.editor.layers  # edit_photos.py takes files, and moves all layers
         return {
             "message": message or f"{session.name}: move a slider.",
             "compare": (session.editor.photo, result.photo),
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
             "readout": self.readout(face.readings),
             "distances": ", ".join(f"{name} {position:+.2f}" for name, position in face.positions.items()),
-            "command": command_of(session.name, targets) if session.file and not session.editor.layers else "",
+            "command": command_of(session.name, targets, self.flags) if same else "",
         }
 
     def readout(self, readings) -> str:
@@ -230,12 +231,12 @@ class Page:
         return {"message": f"**{Path(path).name}: {reason}**"}
 
 
-def command_of(name: str, targets: dict[str, Target]) -> str:
-    """The edit as a command line, for the folder that holds the photo."""
+def command_of(name: str, targets: dict[str, Target], flags: str = "") -> str:
+    """The edit as a command line, for the folder that holds the photo; flags: of the models."""
     known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
     name = f"./{name}" if name.startswith("-") else name
     words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
-    return f"python edit_photos.py {shlex.quote(name)} {' '.join(words)}" if words else ""
+    return " ".join(["python edit_photos.py", shlex.quote(name), *words, flags]).rstrip() if words else ""
 
 
 def parse_points(text: str | None, scale: float) -> np.ndarray | None:

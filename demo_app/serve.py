@@ -60,14 +60,15 @@ def prepare() -> None:
     import gradio  # noqa: F401
 
 
-def serve(models: Models, folder: Path, *, host: str, port: int, max_upload_mb: float):
-    """Start to answer, in threads of its own; returns the Blocks, whose close() ends it. OSError for a port in use."""
+def serve(models: Models, folder: Path, *, host: str, port: int, max_upload_mb: float, flags: str = ""):
+    """Start to answer, in threads of its own; returns the Blocks, whose close() ends it. flags: of the models, for a
+    command line. OSError for a port in use."""
     prepare()
     os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_EXAMPLES_CACHE": str(folder / "examples")}
     import gradio as gr
     from starlette.middleware import Middleware
 
-    blocks = build_page(models, folder)
+    blocks = build_page(models, folder, flags)
     options = dict.fromkeys(("share", "run_history", "enable_monitoring", "mcp_server", "pwa"), False)
     options |= {"server_name": host, "server_port": port, "max_file_size": int(max_upload_mb * 1e6), "css": CSS}
     options["theme"] = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

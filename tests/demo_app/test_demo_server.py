@@ -24,6 +24,7 @@ import demo_app.serve
 from common.cli import ROOT
 from common.images import save_image
 from demo_app.editor import ROUNDS
+from demo_app.flags import given_model_flags
 from demo_app.layout import build_page
 from demo_app.page import HELP, Page, Session, command_of, parse_points
 from demo_app.serve import Guard, allowed_hosts
@@ -409,6 +410,14 @@ def test_the_command_is_quoted_for_a_shell():
     assert shlex.split(command) == ["python", "edit_photos.py", name, "--age", "+15"]
     assert shlex.quote(name) in command, "no shell replaces a variable"
     assert command_of("-me.jpg", {"smile": Target(1)}) == "python edit_photos.py ./-me.jpg --smile 1"
+
+
+def test_the_command_names_the_models_of_the_page(page, editor):
+    words = ["--ckpt", "my faces.safetensors", "--conditional", "none"]
+    page.flags = given_model_flags(demo.build_parser().parse_args([*words, "--port", "7000"]))
+    assert shlex.split(page.flags) == words
+    session = Session(editor, "me.jpg", Path("me.jpg"), before={"age": 40.0}, values=[5.0])
+    assert page.show(session)["command"] == f"python edit_photos.py me.jpg --age +5 {page.flags}"
 
 
 def test_points_are_typed_in_any_form_and_scaled_about_the_corner():
