@@ -32,7 +32,7 @@ class TrainSettings:
     ada_length: int = flag(500_000, "images in which p may go from 0 to 1")
     vision_aided: str = ""  # network of the vision-aided discriminator (training/vision_aided.py)
     vision_aided_weight: float = flag(1.0, "weight of its loss beside the discriminator's")
-    texture_weight: float = flag(0.0, "weight of the texture discriminator's loss; 0: none (training/texture.py)")
+    texture_weight: float = flag(0.0, "weight of the texture discriminators' loss; 0: none (training/texture.py)")
     noise: str = "random"  # none: no noise enters the generator, w alone decides the image
     precision: str = "fp32"
     seed: int = 0
