@@ -1,4 +1,4 @@
-"""What no import finds: files that the documentation names, and names that shell scripts import."""
+"""References that no import finds: files that the documentation names, and names that shell scripts import."""
 
 import importlib
 import os

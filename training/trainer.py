@@ -245,6 +245,9 @@ class Trainer:
         if missing := [name for name in STATES if name not in state]:
             hint = "--init_from starts a new run from its weights"
             raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; {hint}")
+        if ("texture_d" in state) != bool(self.settings.texture_weight):
+            was = "with" if "texture_d" in state else "without"
+            raise CheckpointError(f"{source} was trained {was} --texture_weight: --init_from starts a new run of it")
         self.load_weights(state, source)
         load_optimiser(self.g_optim, state["g_optim"], f"{source}: g_optim")
         load_optimiser(self.d_optim, state["d_optim"], f"{source}: d_optim")

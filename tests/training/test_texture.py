@@ -91,5 +91,6 @@ def test_resume_is_exact_and_needs_the_flag(tiny_config, tmp_path):
     for trainer in (first, second):
         trainer.step(random_images(4))
     assert_equal_states(first.state_dict(), second.state_dict())
-    with pytest.raises(CheckpointError, match="d_optim"):
-        make_trainer(tiny_config).load_state_dict(load_checkpoint(tmp_path / "1.pt"))
+    for flags, state, was in (({}, first, "with"), ({"texture_weight": 1.0}, make_trainer(tiny_config), "without")):
+        with pytest.raises(CheckpointError, match=f"run was trained {was} --texture_weight: --init_from"):
+            make_trainer(tiny_config, **flags).load_state_dict(state.state_dict(), "run")
