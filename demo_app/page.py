@@ -46,7 +46,7 @@ class Session:
     result: Edited | None = None
     rounds: int = 0  # of corrections of the result
     replaced: bool = False  # by another photo: its refinement ends
-    download: Path | None = None  # folder of the latest file to download
+    downloads: list[Path] = field(default_factory=list)  # folders of the last two files to download
     lock: threading.RLock = field(default_factory=threading.RLock)  # an editor is for one thread, events are of several
 
 
@@ -107,13 +107,13 @@ class Page:
         return {}
 
     def forget(self, session: Session | None) -> None:
-        """Remove the file to download of a visitor who has left."""
-        if session is not None and session.download:
-            shutil.rmtree(session.download, ignore_errors=True)
+        """Remove the files to download of a visitor who has left."""
+        for folder in session.downloads if session else ():
+            shutil.rmtree(folder, ignore_errors=True)
 
     def start(self, session: Session, before: Session | None = None) -> dict:
-        """Sliders to what the photo shows. before: the session whose file the next one to download replaces."""
-        session.download = before.download if before else session.download
+        """Sliders to what the photo shows. before: the session whose files the next ones to download replace."""
+        session.downloads = before.downloads if before else session.downloads
         session.before = session.editor.read_faces(self.names)
         session.values = [0.0 if name == "age" else round(session.before[name], 2) for name in self.names]
         return {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
@@ -207,7 +207,8 @@ class Page:
         return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
 
     def save(self, session: Session | None) -> dict:
-        """The photo at its full size with the edit, as a file to download in place of the one before."""
+        """The photo at its full size with the edit, as a file to download. Of the earlier ones the last stays, since its
+        link may have been clicked in this moment."""
         if session is None or session.result is None:
             return {}
         if session.file and not session.file.is_file():  # see delete_cache in layout.py
@@ -221,8 +222,9 @@ class Page:
             photo = face.paste(photo)
         target = folder / f"{Path(session.name).stem}-edited{Path(session.name).suffix}"
         answer = {"download": str(save_like(photo, original, target))}
-        self.forget(session)
-        session.download = folder
+        session.downloads.append(folder)
+        while len(session.downloads) > 2:
+            shutil.rmtree(session.downloads.pop(0), ignore_errors=True)
         return answer
 
     def refuse(self, path, error: Exception) -> dict:
