@@ -207,7 +207,7 @@ class Page:
         return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
 
     def save(self, session: Session | None) -> dict:
-        """The photo at its full size with the edit, as a file to download. Of the earlier ones the last stays, since its
+        """The photo at its full size with the edit, as a file to download. Of earlier ones the last stays, since its
         link may have been clicked in this moment."""
         if session is None or session.result is None:
             return {}
