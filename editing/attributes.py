@@ -18,10 +18,11 @@ from model import CONDITION_GAIN
 from scorer.network import load_scorer
 
 DEFAULT_ATTRIBUTES = ("smile", "eyes_open", "mouth_open")
-UNIT_OF = {"probability": 1.0, "years": 100.0}  # kind -> what 1 stands for
+UNIT_OF = {"probability": 1.0, "years": 60.0}  # kind -> what 1 stands for: 0.5, the neutral, is a common age
+EARLIER_YEARS = 100.0  # of files that do not say
 LISTS = {"attributes": [str], "kinds": [str], "means": [float]}
 # Schema of the entry `condition` of a checkpoint (common/files.py).
-SCHEMA = LISTS | {"scorer": str, "scorer_fingerprint": str, "gain?": float, "light?": bool}
+SCHEMA = LISTS | {"scorer": str, "scorer_fingerprint": str, "units?": [float], "gain?": float, "light?": bool}
 
 
 class ConditionError(ValueError):
@@ -29,10 +30,10 @@ class ConditionError(ValueError):
 
 
 class ConditionScorer:
-    """Chosen attributes of a scorer as numbers in [0, 1]: probabilities as they are, years / 100. Raises ValueError for
-    an attribute that the scorer lacks or that has no such scale."""
+    """Chosen attributes of a scorer as numbers: probabilities as they are, years / 60. units: other scores that are 1.
+    Raises ValueError for an attribute that the scorer lacks or that has no such scale."""
 
-    def __init__(self, scorer, names: Sequence[str]):
+    def __init__(self, scorer, names: Sequence[str], units: Sequence[float] | None = None):
         names = tuple(names)
         if not names or len(set(names)) < len(names):
             raise ConditionError(f"--attributes {','.join(names)}: expected different names with commas between")
@@ -43,19 +44,20 @@ class ConditionScorer:
             if kind not in UNIT_OF:
                 scale = f"the scorer gives it as a {kind}, which has no scale from 0 to 1"
                 raise ConditionError(f"--attributes {name}: {scale}; a condition is a probability or years")
+        self.units = tuple(units or (UNIT_OF[kind] for kind in self.kinds))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] in [-1, 1] -> [N, d] in [0, 1]; gradients flow to the images, the scorer keeps its weights."""
+        """[N, 3, H, W] in [-1, 1] -> [N, d], 0 or more; gradients flow to the images, the scorer keeps its weights."""
         return self.to_unit(self.scorer(images))
 
     def to_unit(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [N, A] of the scorer -> [N, d] in [0, 1]."""
-        return scores[:, self.columns] / scores.new_tensor([UNIT_OF[kind] for kind in self.kinds])
+        """Scores [N, A] of the scorer -> [N, d]; ages above the unit are above 1."""
+        return scores[:, self.columns] / scores.new_tensor(self.units)
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch: int = 64) -> torch.Tensor:
-        """The attributes [N, d] without gradients, on the CPU, `batch` images at a time."""
-        return torch.cat([self(block).cpu() for block in images.split(batch)])
+        """The attributes [N, d], at most 1, without gradients, on the CPU, `batch` images at a time."""
+        return torch.cat([self(block).clamp(max=1).cpu() for block in images.split(batch)])
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Condition:
     attributes: tuple[str, ...]
     kinds: tuple[str, ...]  # of the scorer: probability or years
     means: tuple[float, ...]  # of the training images, in [0, 1]
+    units: tuple[float, ...]  # scores that a condition of 1 stands for
     scorer: str  # as it was named
     scorer_fingerprint: str
     gain: float = CONDITION_GAIN  # the generator sees gain * (2 a - 1)
@@ -74,7 +77,7 @@ class Condition:
     def of(cls, scorer: ConditionScorer, table: torch.Tensor, name: str, light: bool) -> "Condition":
         """The entry of a generator that was trained on attributes [M, d] of a `table`; name: the scorer's."""
         means, fingerprint = tuple(table.mean(0).tolist()), scorer_identity(scorer.scorer)
-        return cls(scorer.names, scorer.kinds, means, name, fingerprint, light=light)
+        return cls(scorer.names, scorer.kinds, means, scorer.units, name, fingerprint, light=light)
 
     def to_dict(self) -> dict:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -84,19 +87,16 @@ class Condition:
         try:
             check_shape(values, SCHEMA)
             values = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-            condition = cls(**values | {name: tuple(values[name]) for name in LISTS})
-            if len({len(values[name]) for name in LISTS}) > 1 or set(condition.kinds) - set(UNIT_OF):
+            years = UNIT_OF | {"years": EARLIER_YEARS}
+            values.setdefault("units", [years.get(kind, 1.0) for kind in values["kinds"]])
+            condition = cls(**values | {name: tuple(values[name]) for name in (*LISTS, "units")})
+            if len({len(values[name]) for name in (*LISTS, "units")}) > 1 or set(condition.kinds) - set(UNIT_OF):
                 raise ValueError(f"{len(condition.attributes)} attributes of the kinds {', '.join(condition.kinds)}")
             if condition.gain != CONDITION_GAIN:
                 raise ValueError(f"it has the gain {condition.gain}, this program uses {CONDITION_GAIN}")
         except ValueError as error:
             raise ConditionError(f"{source}: its condition is described in a way unknown here ({error})") from None
         return condition
-
-    @property
-    def units(self) -> tuple[float, ...]:
-        """Scorer units that a condition of 1 stands for, per attribute."""
-        return tuple(UNIT_OF[kind] for kind in self.kinds)
 
     def index(self, name: str) -> int:
         """Position of an attribute. Raises ConditionError naming those there are."""
@@ -140,7 +140,7 @@ def load_condition_scorer(path, condition: Condition, device="cpu", *, scorer: s
         raise UserError(f"{trained} {condition.scorer}, which is not here: name it with --scorer") from error
     if (actual := scorer_identity(result)) != condition.scorer_fingerprint:
         raise UserError(f"{trained} {condition.scorer_fingerprint}, {scorer or condition.scorer} is {actual}")
-    return ConditionScorer(result, condition.attributes)
+    return ConditionScorer(result, condition.attributes, condition.units)
 
 
 def read_condition(path) -> Condition:

@@ -3,7 +3,9 @@
 The generator's loss has an L1 term between the attributes of a real face, its condition (editing/attributes.py), and
 what the frozen scorer reads in the image; the discriminator sees no condition. `--light` trains of the generator only
 the columns that the condition adds to the modulations: a direction of StyleSpace per attribute, the unconditional model
-staying what it is at 0.5. The discriminator is trained on: a frozen one is soon fooled together with the scorer.
+staying what it is at 0.5. The discriminator is trained on: a frozen one is soon fooled together with the scorer. There
+probabilities have the cross entropy, whose gradient does not vanish where an attribute is rare, such as glasses, and
+the coarse colours of the unconditional face are kept.
 """
 
 from dataclasses import replace
@@ -24,6 +26,11 @@ from training.trainer import Trainer
 MODULATION = ".modulation.weight"  # ends the names of tensors [channels, style_dim + d], which turn w into styles
 TABLE = 5000  # real faces whose attributes stand for the data set
 SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
+# Of --light:
+ENDS = 0.25  # probability that an attribute is at an end of the table, so that rare ones are asked for
+END = 0.01  # quantile of the table that is an end
+LIGHT_WEIGHTS = {"probability": 0.5, "years": 3.0}  # of the cross entropy, of the L1 loss; 1 for the L1 loss otherwise
+KEEP, KEPT = 3.0, 8  # weight of the change of colours, averaged over so many blocks per side
 
 
 class ConditionalTrainer(Trainer):
@@ -35,6 +42,7 @@ class ConditionalTrainer(Trainer):
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, dist)
         self.scorer, self.table, self.condition = scorer, table.to(dist.device), condition
+        self.ends = torch.quantile(self.table, torch.tensor([END, 1 - END], device=dist.device), 0)  # [2, d]
         if condition.light:
             self.g_optim.param_groups[0]["lr"] = condition.light_lr
             columns = torch.arange(config.style_dim + config.condition_dim, device=dist.device) >= config.style_dim
@@ -46,18 +54,37 @@ class ConditionalTrainer(Trainer):
 
     def draw_condition(self, n):
         """Attributes [n, d] of real faces, each with probability --attr_permute taken from another face: this
-        decorrelates them."""
+        decorrelates them. --light: some at an end of what the faces have."""
         faces = torch.randint(len(self.table), (n, 1), device=self.table.device).expand(-1, self.table.shape[1])
         others = torch.randint(len(self.table), faces.shape, device=self.table.device)
         swapped = torch.rand(faces.shape, device=self.table.device) < self.condition.attr_permute
-        return self.table.gather(0, torch.where(swapped, others, faces))
+        drawn = self.table.gather(0, torch.where(swapped, others, faces))
+        if not self.condition.light:
+            return drawn
+        u = torch.rand(2, *drawn.shape, device=drawn.device)
+        return torch.where(u[0] < ENDS, torch.where(u[1] < 0.5, *self.ends), drawn)
 
-    def condition_loss(self, fake, condition):
-        errors = (self.scorer(jitter(fake)) - condition).abs().mean(0)  # [d], the L1 loss of the figure
+    def condition_loss(self, fake, ws, condition):
+        read = self.scorer(jitter(fake))
+        errors = (read - condition).abs().mean(0)  # [d], the L1 loss of the figure
+        loss = self.light_loss(fake, ws, condition, read, errors) if self.condition.light else errors.mean()
         by_name = zip(self.scorer.names, errors, strict=True)
         self.stats.report(attr=errors.mean(), **{f"attr_{name}": error for name, error in by_name})
         ramp = self.condition.attr_ramp if self.warm else 0  # after a warm start the weight rises
-        return self.condition.attr_weight * min(1.0, (self.n_steps + 1) / max(1, ramp)) * errors.mean()
+        return self.condition.attr_weight * min(1.0, (self.n_steps + 1) / max(1, ramp)) * loss
+
+    def light_loss(self, fake, ws, condition, read, errors):
+        """Loss of attributes `read` [n, d], with mean errors [d], and of colours that changed."""
+        entropy = F.binary_cross_entropy(read.clamp(0, 1), condition.clamp(0, 1), reduction="none").mean(0)
+        kinds = [kind == "years" for kind in self.scorer.kinds]
+        weights = read.new_tensor([LIGHT_WEIGHTS[kind] for kind in self.scorer.kinds])
+        loss = (weights * torch.where(torch.tensor(kinds, device=read.device), errors, entropy)).mean()
+        with torch.no_grad():
+            neutral, _ = self.g(ws, input_is_latent=True, dtype=self.dtype)
+        before, after = (F.adaptive_avg_pool2d(images.float(), KEPT) for images in (neutral, fake))
+        keep = (after - before).abs().mean()
+        self.stats.report(keep=keep)
+        return loss + KEEP * keep
 
     def sample_inputs(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""

@@ -184,21 +184,21 @@ class Trainer:
 
     def g_loss(self, real: torch.Tensor) -> torch.Tensor:
         condition = self.draw_condition(len(real))
-        fake, _ = self.generate(len(real), self.dtype, condition)
+        fake, ws = self.generate(len(real), self.dtype, condition)
         loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, *self.discriminate(fake))
-        return loss + self.condition_loss(fake, condition)
+        return loss + self.condition_loss(fake, ws, condition)
 
     def joint_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Losses of both networks on the same generated images, before either has moved: one pass of G and one of D on
         them instead of two. Shen et al. 2021, arXiv 2103.00430, scale D's gradient to be G's; here both are computed.
         """
         condition = self.draw_condition(len(real))
-        fake, _ = self.generate(len(real), self.dtype, condition)
+        fake, ws = self.generate(len(real), self.dtype, condition)
         seen = fake.detach().requires_grad_()
         logits = self.discriminate(real, seen)
         g_loss = self.adversarial_loss("g", losses.g_nonsaturating_loss, logits[1])
         (grad,) = torch.autograd.grad(g_loss, seen, retain_graph=True)
-        return self.d_loss(real, logits) + (fake * grad).sum() + self.condition_loss(fake, condition)
+        return self.d_loss(real, logits) + (fake * grad).sum() + self.condition_loss(fake, ws, condition)
 
     def path_loss(self, real: torch.Tensor) -> torch.Tensor:
         """Path length penalty on a share of the batch (path_batch_shrink; rosinality's train.py)."""
@@ -215,8 +215,8 @@ class Trainer:
         """Conditions [n, d] of n images."""
         return None
 
-    def condition_loss(self, fake: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor | float:
-        """Weighted loss of generated images under their conditions."""
+    def condition_loss(self, fake: torch.Tensor, ws: torch.Tensor, condition) -> torch.Tensor | float:
+        """Weighted loss of images generated from ws [n, L, C] under `condition` [n, d] or None."""
         return 0.0
 
     def sample_inputs(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, int]:

@@ -9,6 +9,7 @@ GOOD = {
     "attributes": ["smile", "age"],
     "kinds": ["probability", "years"],
     "means": [0.4, 0.35],
+    "units": [1.0, 60.0],
     "scorer": "face-scorer",
     "scorer_fingerprint": "0123456789abcdef",
     "gain": 8.0,
@@ -18,8 +19,10 @@ GOOD = {
 
 def test_a_condition_survives_its_checkpoint():
     known = Condition.from_dict(GOOD | {"of a later version": 1}, "a.pt")
-    assert known.to_dict() == GOOD and known.units == (1.0, 100.0) and known.index("age") == 1
-    assert known.parse("age=60, smile=1") == {1: 0.6, 0: 1.0}
+    assert known.to_dict() == GOOD and known.units == (1.0, 60.0) and known.index("age") == 1
+    assert known.parse("age=60, smile=1") == {1: 1.0, 0: 1.0}
+    earlier = Condition.from_dict({name: value for name, value in GOOD.items() if name != "units"}, "a.pt")
+    assert earlier.units == (1.0, 100.0) and earlier.parse("age=60") == {1: 0.6}
     assert torch.equal(known.vector({0: 1.0}), torch.tensor([1.0, 0.35]))
 
 
@@ -32,6 +35,7 @@ def test_a_condition_survives_its_checkpoint():
         {"means": [0.4, None]},
         {"kinds": ["probability", "value"]},
         {"scorer": 3},
+        {"units": [1.0]},
         {"gain": "loud"},
         {"light": 1},
     ],

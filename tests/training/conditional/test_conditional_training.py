@@ -31,7 +31,7 @@ def test_attributes_are_numbers_from_0_to_1(reader, monkeypatch):
     images = torch.rand(5, 3, 32, 32) * 2 - 1
     scores = ColourScorer()(images)
     read = ConditionScorer(ColourScorer(), ["age", "smile"])(images)
-    assert torch.allclose(read, torch.stack([scores[:, 0] / 100, scores[:, 1]], 1))
+    assert torch.allclose(read, torch.stack([scores[:, 0] / 60, scores[:, 1]], 1))
     assert torch.allclose(reader.read(images, batch=2), scores[:, 1:3])
     with pytest.raises(ValueError, match="no attribute 'hat'; it has age, smile"):
         ConditionScorer(ColourScorer(), ["hat"])
@@ -53,6 +53,16 @@ def test_targets_are_those_of_real_faces(reader):
     together = ((mixed[:, 1] - mixed[:, 0]) == 100).float().mean()
     assert 0.2 < together < 0.4, "both of one face: (1/2)^2, and by chance"
     assert all(set(column.tolist()) <= set(values.tolist()) for column, values in zip(mixed.T, table.T, strict=True))
+
+
+def test_light_training_asks_for_what_is_rare(reader):
+    torch.manual_seed(0)
+    table = torch.zeros(1000, 2)
+    table[:20, 0], table[:, 1] = 0.9, torch.linspace(0.2, 0.8, 1000)
+    drawn = make_trainer(reader, table=table, light=True).draw_condition(2000)
+    low, high = (drawn[:, 1] < 0.207).float().mean(), (drawn[:, 1] > 0.793).float().mean()
+    assert 0.1 < (drawn[:, 0] == 0.9).float().mean() < 0.18 and 0.1 < low < 0.18 and 0.1 < high < 0.18
+    assert drawn.min() >= 0 and drawn.max() <= 0.9, "no further than the faces"
 
 
 def test_jitter_is_small_and_differentiable():
@@ -79,17 +89,42 @@ def test_the_loss_reaches_the_generator_and_not_the_scorer(reader):
     assert all(p.grad is None for p in trainer.d.parameters()), "nor the discriminator"
     trainer.stats.sums.clear()
     images, target = torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.9]])
-    loss = trainer.condition_loss(images, target).item()
+    loss = trainer.condition_loss(images, None, target).item()
     errors = trainer.stats.read()
     assert errors == pytest.approx({"attr": 0.35, "attr_smile": 0.25, "attr_eyes_open": 0.45}, abs=0.03)
     assert loss == pytest.approx(trainer.condition.attr_weight * errors["attr"])
+
+
+def test_light_training_hears_of_an_attribute_that_no_image_has(reader, monkeypatch):
+    """Where a probability is all but 0, the gradient of the L1 loss is too, that of the cross entropy is not."""
+    monkeypatch.setattr("training.conditional.jitter", lambda images: images)
+    without, gradients = torch.tensor([-0.9, -0.9, 0.9])[:, None, None].repeat(2, 1, 32, 32), {}
+    for light in (False, True):
+        trainer, images = make_trainer(reader, light=light), without.clone().requires_grad_()
+        ws = torch.zeros(2, trainer.config.n_tokens, trainer.config.style_dim)
+        assert reader(images).max() < 0.01
+        trainer.condition_loss(images, ws, torch.ones(2, 2)).backward()
+        gradients[light] = images.grad.abs().max()
+    assert gradients[True] > 20 * gradients[False]
+
+
+def test_light_training_keeps_coarse_colours(reader, monkeypatch):
+    trainer = make_trainer(reader, light=True)
+    ws, condition = trainer.g.get_latent(trainer.g.draw_z(2)), torch.full((2, 2), 0.5)
+    with torch.no_grad():
+        same, _ = trainer.g(ws, input_is_latent=True)
+    checks = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 2 - 1.0
+    for images, expected in ((same, 0.0), (same + 0.1 * checks, 0.0), (same + 0.1, 0.1)):
+        trainer.stats.sums.clear()
+        trainer.condition_loss(images, ws, condition)
+        assert trainer.stats.read()["keep"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_weight_of_the_loss(reader):
     trainer = make_trainer(reader, attr_weight=4, attr_ramp=8)
 
     def weight():
-        loss = trainer.condition_loss(torch.zeros(2, 3, 32, 32), torch.tensor([[0.5, 1.0], [0.0, 0.9]])).item()
+        loss = trainer.condition_loss(torch.zeros(2, 3, 32, 32), None, torch.tensor([[0.5, 1.0], [0.0, 0.9]])).item()
         return pytest.approx(loss / trainer.stats.read()["attr"])
 
     assert weight() == 4, "no ramp without a warm start"
@@ -160,8 +195,9 @@ def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional
 
 
 @pytest.mark.parametrize("light", [True, False])
-def test_training_follows_the_target(reader, unconditional, light):
+def test_training_follows_the_target(reader, unconditional, light, monkeypatch):
     """The redness asked for moves the redness there is; before the training nothing does."""
+    monkeypatch.setattr("training.conditional.KEEP", 0)  # colours are the attributes here
     torch.manual_seed(0)
     known = load_checkpoint(unconditional)
     config = GeneratorConfig(**SMALL)
@@ -254,7 +290,7 @@ def test_checkpoint_and_export_know_their_attributes(tmp_path, face_lmdb, uncond
 
 
 def test_what_a_condition_can_be_asked_for():
-    condition = Condition(("smile", "age"), ("probability", "years"), (0.25, 0.4), "colour", "x")
+    condition = Condition(("smile", "age"), ("probability", "years"), (0.25, 0.4), (1.0, 100.0), "colour", "x")
     assert condition.parse("age = 60, smile=1") == {1: 0.6, 0: 1.0}
     assert condition.vector(condition.parse("age=60")).tolist() == pytest.approx([0.25, 0.6])
     assert condition.vector({0: 1.0}, torch.tensor([0.1, 0.2])).tolist() == pytest.approx([1.0, 0.2])
