@@ -150,8 +150,8 @@ class Generator(nn.Module):
         styles: z (see get_latent), or w [N, 512] | [N, L, 512] with input_is_latent. truncation: psi in
         w = mean + psi*(w - mean), per token; needs truncation_latent (from mean_latent) when not 1. noise: maps
         [N or 1, 1, r, r] per layer (None entries: random); default random, or the stored maps with
-        randomize_noise=False. condition: attributes [N, condition_dim] in [0, 1] of a conditional generator. dtype: of
-        the convolutions in this call. Raises ValueError on shapes that do not fit this generator.
+        randomize_noise=False. condition: attributes [N, d] in [0, 1] of a conditional generator, d = condition_dim, or
+        [N, L, d], per token. dtype: of the convolutions in this call. Raises ValueError on shapes that do not fit this generator.
         """
         config = self.config
         latent = styles if input_is_latent else self.get_latent(styles)
@@ -192,11 +192,13 @@ class Generator(nn.Module):
             if condition is not None:
                 raise ValueError("this generator is unconditional: it takes no condition")
             return latent
-        condition = latent.new_full((latent.shape[0], dim), 0.5) if condition is None else condition
-        if condition.shape != (latent.shape[0], dim):
-            raise ValueError(f"condition must be [{latent.shape[0]}, {dim}], got {list(condition.shape)}")
+        n, n_tokens, _ = latent.shape
+        condition = latent.new_full((n, dim), 0.5) if condition is None else condition
+        if condition.shape not in ((n, dim), (n, n_tokens, dim)):
+            raise ValueError(f"condition must be [{n}, {dim}] or [{n}, {n_tokens}, {dim}], got {list(condition.shape)}")
         signal = CONDITION_GAIN * (2 * condition - 1)
-        return torch.cat((latent, signal[:, None].expand(-1, latent.shape[1], -1)), dim=-1)
+        signal = signal if signal.ndim == 3 else signal[:, None].expand(-1, n_tokens, -1)
+        return torch.cat((latent, signal), dim=-1)
 
 
 def stddev_group(batch: int) -> int:

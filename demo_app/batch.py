@@ -13,7 +13,7 @@ from common.grids import make_grid, make_strip
 from common.images import ImageError, read_image, reading_losses, save_image
 from common.tables import write_table
 from demo_app.editor import Edited, Face, PhotoEditor, shrink
-from demo_app.inversions import inversion_file, load_faces, own_expression, save_faces
+from demo_app.inversions import inversion_file, load_faces, own_conditional, save_faces
 from demo_app.models import Models
 from demo_app.targets import Target
 from faces.align import outside_share
@@ -104,9 +104,9 @@ class PhotoBatch:
             if n := editor.left_out:
                 small = f"{n} {'face' if n == 1 else 'faces'} of fewer than {self.models.size} pixels stay as they are"
                 bar.write(f"note: {name}: {small}", file=sys.stderr)
-        before = [own_expression(face) for face in kept or []]
+        before = [own_conditional(face) for face in kept or []]
         result = editor.edit(self.targets, strength=self.strength)
-        if not kept or before != [own_expression(face) for face in editor.faces]:
+        if not kept or before != [own_conditional(face) for face in editor.faces]:
             save_faces(file, editor.faces)
         self.report(name, result, bar)
         return photo, result.photo

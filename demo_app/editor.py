@@ -32,9 +32,9 @@ TRIES = 7  # positions per attribute and way, up or down, at which the photo is 
 FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
-PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes"}  # of the face that an attribute changes; else all
+PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes", "eyeglasses": "glasses"}  # that an edit changes
 REACH = {"age": 5.0, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
-PERSON = 0.65  # least identity of a face that was moved along a boundary
+PERSON = 0.65  # least identity of a face after an edit of the whole head
 
 
 class PhotoError(UserError):
@@ -71,7 +71,7 @@ class Face:
     alignment: Alignment
     crop: Image.Image  # CROP pixels
     inversion: Inversion
-    expression: Inversion | None = None  # in the conditional generator, once an edit needed it
+    conditional: Inversion | None = None  # in the conditional generator, once an edit needed it
     steps: int = 0  # of refinement
     exact: bool = False  # drawn by the generator itself
 
@@ -84,7 +84,7 @@ class FaceEdit:
     positions: dict[str, float]
     readings: dict[str, Reading]
     crop: Image.Image  # the aligned face in the edited photo
-    changes: list[Change]  # per generator
+    changes: list[Change]  # one after the other
 
     def paste(self, photo: Image.Image) -> Image.Image:
         """The edit in the photo, which may have another size than the one that was edited."""
@@ -107,7 +107,7 @@ class PhotoEditor:
         self.photo: Image.Image | None = None
         self.faces: list[Face] = []
         self.left_out = 0  # faces of the photo with fewer pixels than the generator draws
-        self.layers: range | None = None  # of w that move along boundaries; None: all
+        self.layers: range | None = None  # whose w or condition an edit moves; None: all
 
     def set_photo(
         self,
@@ -142,32 +142,32 @@ class PhotoEditor:
         for face, image in zip(self.faces, self._images(self.models.generator), strict=True):
             if not face.exact:
                 face.inversion, loss = self._tune(face.inversion, image, steps, callback)
-                face.expression, face.steps = None, face.steps + steps
+                face.conditional, face.steps = None, face.steps + steps
                 losses.append(loss)
         return float(np.mean(losses or 0.0))
 
     def set_layers(self, layers: range | None) -> None:
-        """Layers of w that move along boundaries from now on."""
+        """Layers that edits move from now on."""
         if layers != self.layers:
             self.layers = layers
-            for face in self.faces:
-                face.inversion.curves.clear()
+            for inversion in (one for face in self.faces for one in (face.inversion, face.conditional) if one):
+                inversion.curves.clear()
 
-    def set_expression(self, steps: int) -> None:
+    def invert_conditional(self, steps: int) -> None:
         """Invert the faces in the conditional generator; what is there stays. One that was trained from the other by
         --light draws the same at the neutral condition, with the same tuned weights."""
         conditional = self.models.conditional
         images = self._images(conditional.generator)
         for face, image in zip(self.faces, images, strict=True):
-            if face.expression is None and conditional.light:
+            if face.conditional is None and conditional.light:
                 neutral = torch.full((len(conditional.reader.names),), 0.5)
                 generator = tuned_generator(conditional.generator, tunable(face.inversion.generator))
-                face.expression = Inversion(face.inversion.w, generator, neutral)
-            elif face.expression is None:
+                face.conditional = Inversion(face.inversion.w, generator, neutral)
+            elif face.conditional is None:
                 (condition,) = conditional.reader.read(image[None])
                 mean = conditional.statistics[0][0].cpu().numpy()
                 start = Inversion(mean, conditional.generator, condition)
-                face.expression, _ = self._tune(start, image, steps)
+                face.conditional, _ = self._tune(start, image, steps)
 
     def edit(
         self,
@@ -241,32 +241,44 @@ class PhotoEditor:
         return Inversion(inversion.w, tuned, inversion.condition), loss
 
     def _draw(self, face: Face, at: list[dict[str, float]]) -> list[list[Change]]:
-        """Per position the changes of the face, one of each generator that takes part."""
-        models, drawn, source = self.models, [], face.inversion
-        moved = {name for position in at for name in position}
-        boundaries = [boundary for name, boundary in models.boundaries.items() if name in moved]
-        if boundaries or not moved:
-            steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-            images = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
-            drawn.append(changes_of(images, moved & set(models.boundaries)))
-        if names := moved - set(models.boundaries):
-            source, order = face.expression, models.conditional.reader.names
-            change = [[position.get(n, 0.0) * (n in names) for n in order] for position in [{}, *at]]  # [1 + K, d]
-            conditions = source.condition.cpu() + torch.tensor(change, dtype=torch.float32)
-            drawn.append(changes_of(render_path(source.generator, source, conditions), names))
+        """Per position the changes of the face, one of each group."""
+        models, drawn = self.models, []
+        for names in self._groups({name for position in at for name in position}):
+            boundaries = [boundary for name, boundary in models.boundaries.items() if name in names]
+            if boundaries or not names:
+                steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
+                source = face.inversion
+                images = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
+            else:
+                source, order = face.conditional, models.conditional.reader.names
+                change = [[position.get(n, 0.0) * (n in names) for n in order] for position in [{}, *at]]
+                change = torch.tensor(change, dtype=torch.float32)  # [1 + K, d]
+                if self.layers is not None:  # [1 + K, L, d]
+                    change = change[:, None] * torch.tensor([k in self.layers for k in range(len(source.w))])[:, None]
+                images = render_path(source.generator, source, source.condition.cpu() + change)
+            drawn.append(changes_of(images, names))
         return list(map(list, zip(*drawn, strict=True)))
+
+    def _groups(self, names) -> list[set[str]]:
+        """Attributes whose edits one change shows: those of boundaries, then those of the condition that change the
+        same part of the face, glasses last."""
+        groups: dict[str, set[str]] = {}
+        for name in sorted(names, key=lambda name: (PART.get(name) == "glasses", name)):
+            group = "" if name in self.models.boundaries else PART.get(name, "head")
+            groups.setdefault(group, set()).add(name)
+        return [group for _, group in sorted(groups.items(), key=lambda item: item[0] != "")] or [set()]
 
     def _curve(self, face: Face, name: str, down: bool) -> tuple[np.ndarray, np.ndarray]:
         """Positions from 0 to an end of an attribute's range, as far as the photo shows the same person; what is read
         there in the edited photo."""
-        curves = (face.inversion if name in self.models.boundaries else face.expression).curves
+        curves = (face.inversion if name in self.models.boundaries else face.conditional).curves
         if (name, down) not in curves:
             reach, crop = 1.0 if face.exact else REACH.get(name, 1.0), fit_image(face.crop, READ)
             end = reach * self.models.safe_range(name)[0 if down else 1]
             at = end * np.linspace(0, 1, TRIES) ** 1.5  # closer together near 0, where most edits end
             crops = [to_bytes(edit_crop(crop, changes)[0]) for changes in self._draw(face, [{name: p} for p in at])]
             values = self.read(crops)[:, self.models.scorer.column(name)]
-            if name in self.models.boundaries:  # the range of a condition is short enough
+            if name not in PART:  # what changes a part alone leaves the person
                 images = torch.stack([to_tensor(to_pil(crop)) for crop in crops]).to(self.models.generator.token)
                 at, values = cut_curve(at, values, self.models.identity.similarity(images, images[:1]).cpu().numpy())
             curves[name, down] = at, values
@@ -281,7 +293,7 @@ class PhotoEditor:
         """Positions at which the photo shows the targets, and the changes there: from each one's curve, then corrected
         together; 0 for an age of which it would show nothing."""
         if any(name not in self.models.boundaries for name in targets):
-            self.set_expression(max(face.steps, 50))
+            self.invert_conditional(max(face.steps, 50))
         kinds = {name: self._kind(name) for name in targets}
         columns = [self.models.scorer.column(name) for name in targets]
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
@@ -319,9 +331,10 @@ class PhotoEditor:
 
     def _readings(self, before, targets, changes, crop) -> dict[str, Reading]:
         *drawn, photo = self.read([*(change.edited for change in changes), crop])
+        drawn_by = {name: scores for group, scores in zip(self._groups(targets), drawn, strict=True) for name in group}
         readings = {}
         for name, target in targets.items():
-            scores = drawn[0 if name in self.models.boundaries else -1]
+            scores = drawn_by[name]
             column, kind = self.models.scorer.column(name), self._kind(name)
             values = target.goal(before[name], kind), float(scores[column]), float(photo[column])
             readings[name] = Reading(before[name], *values, kind)

@@ -26,19 +26,19 @@ def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Pat
     return Path(folder) / f"{key.hexdigest()[:24]}.npz"
 
 
-def own_expression(face: Face) -> Inversion | None:
+def own_conditional(face: Face) -> Inversion | None:
     """The face's inversion in the conditional generator, where it is more than its w in another generator."""
-    return face.expression if face.expression and face.expression.w is not face.inversion.w else None
+    return face.conditional if face.conditional and face.conditional.w is not face.inversion.w else None
 
 
 def save_faces(file: Path, faces: list[Face]) -> None:
     """Write what `load_faces` reads, tuned weights in half precision."""
     arrays: dict[str, np.ndarray] = {}
     for i, face in enumerate(faces):
-        for name, inversion in ((f"w_{i}", face.inversion), (f"expression_{i}", own_expression(face))):
+        for name, inversion in ((f"w_{i}", face.inversion), (f"conditional_{i}", own_conditional(face))):
             if inversion is not None:
                 arrays[name] = inversion.w
-                weights = tunable(inversion.generator) if face.steps or inversion is face.expression else {}
+                weights = tunable(inversion.generator) if face.steps or inversion is face.conditional else {}
                 arrays |= {f"{name}.{k}": weight.detach().half().cpu().numpy() for k, weight in weights.items()}
             if inversion is not None and inversion.condition is not None:
                 arrays[f"{name}_condition"] = inversion.condition.cpu().numpy()
@@ -54,8 +54,8 @@ def load_faces(file: Path, photo: Image.Image, models: Models) -> list[Face] | N
         for i, entry in enumerate(json.loads(arrays["info"].tobytes())):
             alignment = alignment_of(entry["alignment"])
             source = _inversion(arrays, f"w_{i}", models.generator)
-            expression = models.conditional and _inversion(arrays, f"expression_{i}", models.conditional.generator)
-            faces.append(Face(alignment, crop_aligned(photo, alignment), source, expression, entry["steps"]))
+            conditional = models.conditional and _inversion(arrays, f"conditional_{i}", models.conditional.generator)
+            faces.append(Face(alignment, crop_aligned(photo, alignment), source, conditional, entry["steps"]))
         return faces or None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

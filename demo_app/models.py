@@ -23,6 +23,7 @@ CHECKPOINTS = ROOT / "checkpoints"
 SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
 CONDITION_SAFE = -0.8, 1.7  # change of a condition in [0, 1]: less than that of a smile harms eyes (docs/log.md)
+CONDITION_RANGE = {"age": (-1.5, 2.0), "gender": (-1.5, 1.5)}  # of others
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 
 
@@ -79,7 +80,7 @@ class Models(Inverter):
     def safe_range(self, name: str) -> tuple[float, float]:
         """Positions of an attribute, lowest and highest, between which edited faces still are faces."""
         if name not in self.boundaries:
-            return CONDITION_SAFE
+            return CONDITION_RANGE.get(name, CONDITION_SAFE)
         low, high = self.boundaries[name].range or (-SAFE, SAFE)
         return min(low, 0.0), max(high, 0.0)
 
@@ -87,7 +88,7 @@ class Models(Inverter):
         """One line: 'face-wpp-128 (128 px), refined by ...'."""
         parts = [f"{self.generator.path.stem} ({self.size} px)", f"refined by {self.perceptual.name}"]
         if self.conditional:
-            parts.append(f"expressions by {self.conditional.generator.path.stem}")
+            parts.append(f"conditional generator {self.conditional.generator.path.stem}")
         return ", ".join([*parts, f"edits {', '.join(self.attributes) or 'nothing'}"])
 
 

@@ -174,7 +174,7 @@ def edit_faces(
 
 
 def render_path(generator, face: InvertedFace, conditions: torch.Tensor) -> list[np.ndarray]:
-    """Frames, uint8 [size, size, 3], of a face under conditions [K, d]."""
+    """Frames, uint8 [size, size, 3], of a face under conditions [K, d] or, per token, [K, L, d]."""
     ws = torch.as_tensor(face.w).expand(len(conditions), -1, -1)
     return list(render(generator, ws, noise=face.noise, condition=conditions))
 

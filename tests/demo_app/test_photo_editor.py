@@ -320,7 +320,7 @@ def test_the_light_conditional_generator_takes_smiles_and_given_boundaries_keep_
     assert "smile" in load_models(boundaries=CHECKPOINTS).boundaries
     editor = PhotoEditor(models)
     editor.set_drawn(3)
-    editor.set_expression(0)
+    editor.invert_conditional(0)
     (((before, after, parts),),) = editor._draw(
         editor.faces[0], [{models.conditional.reader.names[0]: np.float64(1.2)}]
     )

@@ -278,9 +278,17 @@ def test_condition(tiny_config):
     assert latents.shape == (2, 6, 32), "path length and inversion act on the codes without the condition"
     assert torch.equal(neutral, half) and torch.allclose(other[0], half[0], atol=1e-6)
     assert not torch.allclose(other[1], half[1], atol=1e-3)
+    with torch.no_grad():  # per token
+        asked = torch.full((2, 6, 3), 0.5)
+        asked[1, :, 0] = 1.0
+        same, _ = conditional(z, randomize_noise=False, condition=asked)
+        asked[1, :5, 0] = 0.5
+        last, _ = conditional(z, randomize_noise=False, condition=asked)
+    assert torch.equal(same, other) and not torch.equal(last[1], half[1]) and not torch.equal(last[1], other[1])
     assert conditional.conv1.conv.modulation.weight.shape == (8, 35)
-    with pytest.raises(ValueError, match="condition"):
-        conditional(z, condition=torch.zeros(2, 2))
+    for wrong in ((2, 2), (2, 5, 3)):
+        with pytest.raises(ValueError, match="condition must be"):
+            conditional(z, condition=torch.zeros(wrong))
     with pytest.raises(ValueError, match="unconditional"):
         plain(z, condition=torch.zeros(2, 3))
     assert infer_config(conditional.state_dict()) == config
