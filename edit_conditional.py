@@ -33,7 +33,7 @@ def build_parser() -> ArgumentParser:
     add("--latent", metavar="PATH", help="inversions to edit instead: a folder, or a .npy")
     add("--reference", nargs="+", metavar="PATH", help="faces whose attributes are taken")
     add("--set", metavar="NAME=NUMBER,...", help="numbers instead, such as smile=1,age=60")
-    add("--attributes", help="which ones a reference gives, with commas between (default: all)")
+    add("--attributes", help="that a reference gives, with commas between (default: expression, or all)")
     add("--paired", action="store_true", help="first source with first reference ... (default: each with each)")
     start = {"choices": ("source", "inversion"), "default": "source"}
     add("--start", **start, help="attributes that an edit starts from: the source's, or those read in the inversion")

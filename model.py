@@ -151,7 +151,7 @@ class Generator(nn.Module):
         w = mean + psi*(w - mean), per token; needs truncation_latent (from mean_latent) when not 1. noise: maps
         [N or 1, 1, r, r] per layer (None entries: random); default random, or the stored maps with
         randomize_noise=False. condition: attributes [N, d] in [0, 1] of a conditional generator, d = condition_dim, or
-        [N, L, d], per token. dtype: of the convolutions in this call. Raises ValueError on shapes that do not fit this generator.
+        [N, L, d], per token. dtype: of the convolutions in this call. Raises ValueError on shapes that do not fit.
         """
         config = self.config
         latent = styles if input_is_latent else self.get_latent(styles)

@@ -15,7 +15,8 @@ from PIL import Image
 from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
 from demo_app.models import Models
-from demo_app.targets import EXPRESSION, NEAR, Reading, Target, shows
+from demo_app.targets import NEAR, Reading, Target, shows
+from editing.attributes import EXPRESSION
 from editing.edit import edit_face, nearest_crossing, nearest_value
 from editing.evaluate import score_frames
 from editing.transfer import render_path

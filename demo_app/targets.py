@@ -4,7 +4,6 @@ import argparse
 from dataclasses import dataclass
 
 FLAGS = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glasses", "mouth_open": "mouth_open"}
-EXPRESSION = ("smile", "mouth_open", "eyes_open")  # taken over from a reference photo
 NEAR = {"years": 1.0, "probability": 0.08}  # tolerance: a reading this near to its goal has reached it
 EDGE = 0.03  # a goal keeps this far from probability 0 and 1
 VISIBLE = {"years": 4.0, "probability": 0.2}  # a reading that moved this far, or by a quarter of the change, is visible

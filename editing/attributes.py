@@ -17,7 +17,7 @@ from editing.samples import scorer_identity
 from model import CONDITION_GAIN
 from scorer.network import load_scorer
 
-DEFAULT_ATTRIBUTES = ("smile", "eyes_open", "mouth_open")
+EXPRESSION = ("smile", "eyes_open", "mouth_open")  # attributes of a condition unless others are named
 UNIT_OF = {"probability": 1.0, "years": 60.0}  # kind -> what 1 stands for: 0.5, the neutral, is a common age
 EARLIER_YEARS = 100.0  # of files that do not say
 LISTS = {"attributes": [str], "kinds": [str], "means": [float]}

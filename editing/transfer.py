@@ -18,7 +18,14 @@ from common.grids import make_strip
 from common.images import read_image, save_image
 from common.tables import append_table, write_table
 from dataset import normalise
-from editing.attributes import Condition, ConditionScorer, base_fingerprint, load_condition_scorer, read_condition
+from editing.attributes import (
+    EXPRESSION,
+    Condition,
+    ConditionScorer,
+    base_fingerprint,
+    load_condition_scorer,
+    read_condition,
+)
 from editing.edit import InvertedFace, face_at, note_tuned
 from editing.evaluate import evaluate, score_frames
 from inversion.report import ORIGINALS
@@ -74,9 +81,11 @@ def load_models(
 
 
 def read_targets(images, models: Models, attributes: str | None) -> list[Target]:
-    """A target per reference: its attributes of the given names, with commas between (default all)."""
-    targets, labels, device = [], set(), models.generator.token.device
-    names = attributes.split(",") if attributes else models.condition.attributes
+    """A target per reference: its attributes of the given names, with commas between (default: its expression, where
+    the generator knows of one, else all)."""
+    targets, labels, device, known = [], set(), models.generator.token.device, models.condition.attributes
+    expression = [name for name in EXPRESSION if name in known]
+    names = attributes.split(",") if attributes else expression or known
     chosen = [models.condition.index(name.strip()) for name in names]
     for i, name in enumerate(images.names):
         image = images.read(i)  # uint8 [3, S, S]

@@ -25,7 +25,8 @@ STRUCTURE_SCALE = 10.0  # grey levels of changed structure at which 37% of the p
 BORDER = 0.1  # of the side: width of the soft border of a pasted face
 
 FAR, SMOOTH = 0.03, 0.03  # of the side: longest motion, and its blur; more draws swirls on foreheads
-COLOUR = 0.06  # of the side: blur of a change of colour
+COLOUR = 0.06  # of the side: blur of a change of hue
+HUE = 0.35  # share of it that is taken over; more reddens older skin
 STRONGEST = 50.0  # grey levels: largest change beyond motion, softly; more draws smudges beside mouths and bald bands
 FRAMES = 150.0  # the same of glasses, which may be black on a fair face
 SPARED = 0.8  # share of a change beyond motion that the eyes are spared, unless the edit is one of the eyes
@@ -167,7 +168,8 @@ def split_change(change: Change, size: int) -> tuple[np.ndarray, np.ndarray]:
     if not {"eyes", "glasses"} & set(change.parts):
         mask = mask * (1 - SPARED * part_mask(size, ("eyes",)))
     grey = added.mean(-1, keepdims=True)
-    return flow, mask[..., None] * (grey + ndimage.gaussian_filter(added - grey, [COLOUR * size] * 2 + [0]))
+    hue = HUE * ndimage.gaussian_filter(added - grey, [COLOUR * size] * 2 + [0])
+    return flow, mask[..., None] * (grey + hue)
 
 
 def edit_crop(crop: Image.Image, changes: list[Change]) -> tuple[np.ndarray, np.ndarray]:

@@ -218,8 +218,8 @@ def file_names(names: Sequence[str]) -> list[str]:
 def synthesise(generator: Generator, ws, *, noise=None, condition=None, first: int = 0) -> list[np.ndarray]:
     """Images, uint8 [S, S, 3] in 0..255, of latents w [N, L, D], in one forward pass.
     noise: per layer [N or 1, 1, r, r] (default: the stored maps); condition: attributes [N or 1, d] or, per token,
-    [N or 1, L, d] of a conditional generator (default: the neutral 0.5). first: position of the first image, for messages. Raises ValueError on
-    latents that do not fit the generator, or when an image is not finite."""
+    [N or 1, L, d] of a conditional generator (default: the neutral 0.5). first: position of the first image, for
+    messages. Raises ValueError on latents that do not fit the generator, or when an image is not finite."""
     device = generator.token.device
     maps = [layer.to(device) for layer in (noise or generator.fixed_noise())]
     if condition is not None:

@@ -17,7 +17,7 @@ from common.generator_file import (
 )
 from common.precision import bf16_pays
 from common.runs import find_start
-from editing.attributes import DEFAULT_ATTRIBUTES, Condition
+from editing.attributes import EXPRESSION, Condition
 from model import GeneratorConfig
 from training.settings import ARCHITECTURE, WIDTHS
 from training.trainer import Trainer
@@ -151,7 +151,7 @@ def resolve_condition(scorer: str | None, attributes: str | None, light: bool | 
     names = tuple(name.strip() for name in attributes.split(",")) if attributes else None
     if stored is not None and names not in (None, stored.attributes):
         raise UserError(f"--attributes {attributes}, but {start.path} was trained for {','.join(stored.attributes)}")
-    names = names or (DEFAULT_ATTRIBUTES if stored is None else stored.attributes)
+    names = names or (EXPRESSION if stored is None else stored.attributes)
     scorer = str(Path(scorer).resolve()) if Path(scorer).is_file() else scorer
     return {"condition": scorer, "attributes": ",".join(names), "light": bool(light)}
 

@@ -12,15 +12,16 @@ from PIL import Image
 
 import common.distributed
 import edit_conditional
-import editing.transfer
 import generate
 import projector
 import training.conditional
 from common.cli import run
 from common.images import read_image, to_tensor, to_uint8
 from common.latents import load_latents, save_latents
-from editing.attributes import ConditionScorer
+from editing import transfer
+from editing.attributes import Condition, ConditionScorer
 from editing.edit import InvertedFace
+from inversion.inputs import open_images
 from model import load_generator
 from sampling.render import latents_source, render
 
@@ -114,6 +115,18 @@ def test_faces_are_inverted_and_take_expressions(edit, faces, tmp_path, cgan):
         assert grid.width > 3 * 128 and grid.height > 4 * 128, "original, reference, inverted, edited"
 
 
+@pytest.mark.parametrize(
+    ("known", "named", "given"),
+    [("age,smile,eyes_open", None, [1, 2]), ("age,smile,eyes_open", "age", [0]), ("age", None, [0])],
+)
+def test_a_reference_gives_its_expression_alone_unless_named(faces, unconditional, known, named, given):
+    reader = ConditionScorer(ColourScorer(), known.split(","))
+    condition = Condition.of(reader, torch.rand(9, len(reader.names)), "colour", light=True)
+    models = transfer.Models("cgan.pt", condition, load_generator(unconditional), reader, None, None)
+    targets = transfer.read_targets(open_images([faces], 32), models, named)
+    assert len(targets) == 3 and all(sorted(target.values) == given for target in targets)
+
+
 def test_latents_are_read_again_and_set(edit, faces, tmp_path):
     out = tmp_path / "cast"
     assert edit("--source", faces, "--set", "smile=1", "--output_dir", out)[0] == 0
@@ -146,18 +159,16 @@ def test_latents_are_read_again_and_set(edit, faces, tmp_path):
 def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, monkeypatch):
     """One face is held at a time, and what is kept of an edit has no images; grids are made from the files."""
     held, kept = [], []
-    whole, gather = editing.transfer.table_rows, common.distributed.gather_list
+    whole, gather = transfer.table_rows, common.distributed.gather_list
 
     def watched(*args):
         gc.collect()
         held.append(sum(type(thing) is InvertedFace for thing in gc.get_objects()))
         return whole(*args)
 
-    monkeypatch.setattr(editing.transfer, "table_rows", watched)
-    monkeypatch.setattr(
-        editing.transfer, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items)
-    )
-    monkeypatch.setattr(editing.transfer, "PER_GRID", 2)
+    monkeypatch.setattr(transfer, "table_rows", watched)
+    monkeypatch.setattr(transfer, "gather_list", lambda items: kept.append(len(pickle.dumps(items))) or gather(items))
+    monkeypatch.setattr(transfer, "PER_GRID", 2)
     out = tmp_path / "cast"
     assert edit("--source", faces, "--reference", faces, "--output_dir", out)[0] == 0
     assert len(held) == 9 and max(held) <= 2, "this face, and at most the one before"
@@ -169,9 +180,9 @@ def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, m
 
 def test_the_second_scorer_is_looked_for_where_told(edit, faces, tmp_path, monkeypatch):
     folders = []
-    load = editing.transfer.load_scorer
+    load = transfer.load_scorer
     monkeypatch.setattr(
-        editing.transfer, "load_scorer", lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args)
+        transfer, "load_scorer", lambda *args, weights_dir=None: folders.append(weights_dir) or load(*args)
     )
     flags = ["--set", "smile=1", "--eval_scorer", "other", "--weights_dir", tmp_path]
     assert edit("--source", faces, *flags, "--output_dir", tmp_path / "out")[0] == 0
@@ -324,14 +335,14 @@ def test_results_of_a_stopped_run_stay(edit, cgan, tmp_path, monkeypatch):
     ws = generator.get_latent(torch.randn(3, 8, 64, generator=torch.Generator().manual_seed(1)))
     described = {"names": ["a.png", "b.png", "c.png"], "space": "w++", "size": 32}
     save_latents(tmp_path / "l", ws, **described, fingerprint=generator.fingerprint)
-    whole = editing.transfer.read_face
+    whole = transfer.read_face
 
     def stop_at_the_third(models, source, i, *args):
         if i == 2:
             raise KeyboardInterrupt
         return whole(models, source, i, *args)
 
-    monkeypatch.setattr(editing.transfer, "read_face", stop_at_the_third)
+    monkeypatch.setattr(transfer, "read_face", stop_at_the_third)
     assert edit("--latent", tmp_path / "l", "--set", "smile=1", "--output_dir", tmp_path / "out")[0] == 130
     assert [row["image"] for row in table(tmp_path / "out")] == ["a", "a", "b", "b"]
     assert sorted(p.name for p in (tmp_path / "out" / "edited").iterdir()) == ["a.png", "b.png"]
