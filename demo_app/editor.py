@@ -15,7 +15,7 @@ from PIL import Image
 from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
 from demo_app.models import Models
-from demo_app.targets import NEAR, Reading, Target, shows
+from demo_app.targets import EDGE, NEAR, Reading, Target, shows
 from editing.attributes import EXPRESSION
 from editing.edit import edit_face, nearest_crossing, nearest_value
 from editing.evaluate import score_frames
@@ -34,7 +34,7 @@ FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
 PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes", "eyeglasses": "glasses"}  # that an edit changes
-REACH = {"age": 5.0, "gender": 1.5}  # factor on the safe range in a photo, whose own detail stays (docs/log.md); else 1
+REACH = {"age": 5.0, "gender": 1.5}  # factor on a boundary's safe range in a photo, whose own detail stays; else 1
 PERSON = 0.65  # least identity of a face after an edit of the whole head
 
 
@@ -274,8 +274,9 @@ class PhotoEditor:
         there in the edited photo."""
         curves = (face.inversion if name in self.models.boundaries else face.conditional).curves
         if (name, down) not in curves:
-            reach, crop = 1.0 if face.exact else REACH.get(name, 1.0), fit_image(face.crop, READ)
-            end = reach * self.models.safe_range(name)[0 if down else 1]
+            crop, end = fit_image(face.crop, READ), self.models.safe_range(name)[0 if down else 1]
+            if name in self.models.boundaries and not face.exact:
+                end *= REACH.get(name, 1.0)
             at = end * np.linspace(0, 1, TRIES) ** 1.5  # closer together near 0, where most edits end
             crops = [to_bytes(edit_crop(crop, changes)[0]) for changes in self._draw(face, [{name: p} for p in at])]
             values = self.read(crops)[:, self.models.scorer.column(name)]
@@ -386,7 +387,7 @@ def scale_alignment(alignment: Alignment, photo_size) -> Alignment:
 
 def open_error(error: float, goal: float, kind: str) -> float:
     """0 for a probability beyond a goal near 0 or 1: more of a smile than the goal is no error."""
-    beyond = kind == "probability" and (error < 0 if goal >= 0.9 else error > 0 and goal <= 0.1)
+    beyond = kind == "probability" and (error < 0 if goal >= 1 - EDGE else error > 0 and goal <= EDGE)
     return 0.0 if beyond else error
 
 

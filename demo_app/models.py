@@ -22,8 +22,8 @@ from scorer.network import load_scorer
 CHECKPOINTS = ROOT / "checkpoints"
 SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, nor in any inversion
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
-CONDITION_SAFE = -0.8, 1.7  # change of a condition in [0, 1]: less than that of a smile harms eyes (docs/log.md)
-CONDITION_RANGE = {"age": (-1.5, 2.0), "gender": (-1.5, 1.5)}  # of others
+CONDITION_SAFE = -0.8, 1.8  # change of a condition in [0, 1]: less than that of a smile harms eyes (docs/log.md)
+CONDITION_RANGE = {"age": (-3.0, 3.0), "gender": (-2.0, 2.0), "eyeglasses": (-0.8, 2.0)}  # identity ends them earlier
 MEAN_SAMPLES = 1000  # for mean and deviation of w
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 FLAGS = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glasses", "mouth_open": "mouth_open"}
 NEAR = {"years": 1.0, "probability": 0.08}  # tolerance: a reading this near to its goal has reached it
-EDGE = 0.03  # a goal keeps this far from probability 0 and 1
+EDGE = 0.1  # a goal keeps this far from probability 0 and 1: further out faces only get worse
 VISIBLE = {"years": 4.0, "probability": 0.2}  # a reading that moved this far, or by a quarter of the change, is visible
 
 

@@ -140,7 +140,7 @@ def test_a_table_of_more_faces_than_an_overview_holds(editor, tmp_path, monkeypa
 
 
 def test_an_expression_that_no_model_edits_is_refused(models, no_face):
-    with pytest.raises(PhotoError, match="none of smile, mouth_open, eyes_open can be edited"):
+    with pytest.raises(PhotoError, match="none of smile, eyes_open, mouth_open can be edited"):
         expression_of(no_face, models)
 
 
