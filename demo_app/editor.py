@@ -34,7 +34,7 @@ FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
 PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes", "eyeglasses": "glasses"}  # that an edit changes
-REACH = {"age": 5.0, "gender": 1.5}  # factor on a boundary's safe range in a photo, whose own detail stays; else 1
+REACH = {"age": 4.0, "gender": 1.5}  # factor on a boundary's safe range in a photo, whose own detail stays; else 1
 PERSON = 0.65  # least identity of a face after an edit of the whole head
 
 

@@ -16,7 +16,7 @@ from editing.samples import Samples
 REFERENCES, EDITED = 500, 150  # samples that span the manifold; others that are moved
 NEIGHBOUR = 3  # k, published
 PASSING, SHARE = 0.95, 0.9  # of the references that pass as faces; of the moved faces that must still be faces
-STEP, LIMIT = 0.5, 6.0  # standard deviations
+STEP, LIMIT = 0.5, 12.0  # standard deviations
 
 
 class Realism:

@@ -4,8 +4,9 @@
     python tools/make_figures.py --ckpt mine-wpp-128.safetensors --only inversion age --output_dir figs
 
 inversion: originals, reconstructions in W, W+, W++ and by the encoder, |difference| below each. age, gender, smile:
-faces along a boundary, the score below each. Faces are scikit-image's astronaut and faces that the generators draw; all
-is seeded. A figure for which a model is absent is left out with a sentence.
+faces along a boundary, the score below each. conditions: drawn faces under other attributes of the conditional
+generator. Faces are scikit-image's astronaut and faces that the generators draw; all is seeded. A figure for which a
+model is absent is left out with a sentence.
 """
 
 import io
@@ -34,13 +35,23 @@ from faces.align import align, crop_aligned, parse_landmarks
 from inversion.projector import project
 from model import Generator, load_generator
 from perceptual.image_metrics import measure
-from sampling.render import noise_maps, render, seed_source, select_noise
+from sampling.render import map_latents, noise_maps, render, seed_source, seeded_z, select_noise
 
-FIGURES = ("inversion", "age", "gender", "smile")
+FIGURES = ("inversion", "age", "gender", "smile", "conditions")
 LANDMARKS = ROOT / "docs" / "astronaut.json"
 TRUNCATION, MEAN_SAMPLES = 0.7, 1000  # of drawn faces; for the statistics of w, unless the generator's file holds them
 W_RATIO, WPP_RATIO = 0.016, 0.01  # step sizes of Adam in standard deviations of w: in W and W+, in W++
 DISTANCES = (-4.5, -3, -1.5, 0, 1.5, 3, 4.5)  # standard deviations of the samples
+CONDITIONS = {  # column -> change of the condition
+    "younger": {"age": -0.6},
+    "older": {"age": 0.6},
+    "smile": {"smile": 0.6},
+    "no smile": {"smile": -0.6},
+    "glasses": {"eyeglasses": 1.0},
+    "woman": {"gender": -0.6},
+    "man": {"gender": 0.6},
+}
+CONDITION_SEEDS = (21, 28, 45, 70)
 CELL = 1.35  # inches at 100 dots each: width of a cell
 
 Cell = tuple[np.ndarray | None, str]  # image uint8 [S, S, 3], caption below it
@@ -72,7 +83,8 @@ def beside(path: Path, kind: str) -> Path | None:
 def main(args) -> None:
     device, w_ckpt = resolve_device(args.device, ops=args.ops), args.w_ckpt or beside(args.ckpt, "w")
     networks = {"scorer": args.scorer, "perceptual": args.perceptual, "encoder": beside(args.ckpt, "psp")}
-    models = load_models(device, ckpt=args.ckpt, boundaries=args.ckpt.parent, conditional="none", **networks)
+    conditional = beside(args.ckpt, "cgan") or "none"
+    models = load_models(device, ckpt=args.ckpt, boundaries=args.ckpt.parent, conditional=conditional, **networks)
     wpp, w = models.generator, w_ckpt and load_generator(w_ckpt, device)
     for flag, generator, space in (("--ckpt", wpp, "w++"), ("--w_ckpt", w, "w")):
         if generator and (generator.config.space, generator.config.size) != (space, wpp.config.size):
@@ -80,7 +92,10 @@ def main(args) -> None:
             raise UserError(f"{flag} draws {found}: expected {wpp.config.size} pixels from {space}")
     faces = Faces(models, w, args.step, *draw_all(wpp, w, parse_seeds(args.seeds)))
     for name in args.only:
-        figure = inversion_figure(faces) if name == "inversion" else boundary_figure(faces, name)
+        if name == "conditions":
+            figure = condition_figure(models)
+        else:
+            figure = inversion_figure(faces) if name == "inversion" else boundary_figure(faces, name)
         if isinstance(figure, str):
             print(f"{name} is left out: {figure}")
         else:
@@ -176,6 +191,22 @@ def boundary_figure(faces: Faces, attribute: str) -> Image.Image | str:
     titles = ["original", *(f"{value:+g}" if value else "inversion" for value in DISTANCES)]
     note = f"{attribute}, standard deviations from the inversion; below each: the score"
     return draw_grid(rows, columns=titles, labels=faces.names, note=note)
+
+
+def condition_figure(models: Models) -> Image.Image | str:
+    """Drawn faces under other attributes: the paper's cGAN figure."""
+    if not (models.conditional and models.conditional.light):
+        return "no conditional generator that was trained from this one by --light"
+    generator, names = models.conditional.generator, models.conditional.reader.names
+    columns = {title: change for title, change in CONDITIONS.items() if set(change) <= set(names)}
+    changes = [[change.get(name, 0.0) for name in names] for change in ({}, *columns.values())]
+    conditions, rows = 0.5 + torch.tensor(changes), []  # [1 + K, d]
+    mean = generator.latent_statistics(MEAN_SAMPLES)[0]
+    for w in map_latents(generator, seeded_z(generator, CONDITION_SEEDS), truncation=TRUNCATION, mean=mean):
+        ws, noise = w.expand(len(conditions), -1, -1), noise_maps(generator, "none")
+        rows.append([(frame, "") for frame in render(generator, ws, noise=noise, condition=conditions)])
+    labels, note = [f"seed {seed}" for seed in CONDITION_SEEDS], "one attribute of the condition changed in each column"
+    return draw_grid(rows, columns=["drawn", *columns], labels=labels, note=note)
 
 
 def draw_grid(rows: Sequence[Sequence[Cell]], *, columns, labels, note: str) -> Image.Image:

@@ -1,5 +1,7 @@
 """tools/make_figures.py: every figure from tiny networks, its layout, what is left out and why, and the same again."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,14 @@ from PIL import Image
 import tools.make_figures
 from common.cli import run
 from common.generator_file import export_ema
-from demo_app.models import Models
+from demo_app.models import Models, load_models
 from editing.boundary import Boundary
+from editing.evaluate import score_frames
 from model import Generator, GeneratorConfig, load_generator
 from perceptual.lpips import build_perceptual
 from sampling.render import render
 from scorer.network import load_scorer
-from tools.make_figures import CELL, Faces, draw_all, draw_grid, inversion_figure, invert
+from tools.make_figures import CELL, CONDITIONS, Faces, condition_figure, draw_all, draw_grid, inversion_figure, invert
 
 TINY = {"size": 16, "style_dim": 32, "n_mlp": 2, "channel_max": 8}
 
@@ -57,6 +60,7 @@ def test_all_figures_are_written(flags, tmp_path, capsys):
     written = {path.stem: Image.open(path) for path in (tmp_path / "figures ü").iterdir()}
     assert set(written) == {"inversion", "age"}
     assert "gender is left out: no boundary of gender for this generator" in told
+    assert "conditions is left out: no conditional generator that was trained from this one by --light" in told
     for name, rows, columns in (("inversion", 6, 4), ("age", 3, 8)):  # three faces, one of them drawn by W
         assert 100 * CELL * rows < written[name].height < 100 * CELL * (rows + 2), name
         assert written[name].width == round(100 * CELL * (columns + 1)), name
@@ -81,6 +85,20 @@ def test_models_that_do_not_fit_are_refused(flags, networks, capsys):
     }
     for flag, (value, sentence) in refused.items():
         assert command([*flags, flag, value]) in (1, 2) and sentence in capsys.readouterr().err
+
+
+def test_each_column_of_the_conditions_shows_another_attribute(monkeypatch):
+    shown = []
+    monkeypatch.setattr("tools.make_figures.draw_grid", lambda rows, **words: shown.append((rows, words)))
+    monkeypatch.setattr("tools.make_figures.CONDITION_SEEDS", (21,))
+    condition_figure(load_models())
+    (((row,), words),) = shown
+    frames = np.stack([frame for frame, _ in row]).astype(float)
+    assert words["columns"] == ["drawn", *CONDITIONS] and len(frames) == len(words["columns"])
+    assert min(np.abs(a - b).mean() for a, b in combinations(frames, 2)) > 1
+    scores = score_frames(load_scorer("face-scorer-eval"), frames.astype(np.uint8))
+    years = dict(zip(words["columns"], scores[:, 0], strict=True))
+    assert years["younger"] + 2 < years["drawn"] < years["older"] - 5
 
 
 # -- inversion -----------------------------------------------------------------------------------------------------
