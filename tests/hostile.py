@@ -82,7 +82,7 @@ def make_files(folder: Path) -> dict[str, tuple[Path, list]]:
     state = Trainer(config, TrainSettings(batch=2), ALONE).state_dict()
     state |= {"options": {"batch": 2, "noise": "none", "iter": 7}, "sampler": InfiniteSampler(5).state_dict()}
     names = tuple(KNOWN)[:2]
-    spec = Condition(names, ("probability", "years"), (0.5, 0.3), "face-scorer", "0" * 16)
+    spec = Condition(names, ("probability", "years"), (0.5, 0.3), (1.0, 60.0), "face-scorer", "0" * 16)
     torch.save(state | {"condition": spec.to_dict()}, folder / "training.pt")
     draws = ("--seeds", "0", "--output_dir", folder / "out", *cpu)
     kind("training.pt", folder / "training.pt", function(read_condition), function(continue_training))

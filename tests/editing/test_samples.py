@@ -11,7 +11,7 @@ import editing.samples
 from common.cli import UserError
 from common.distributed import Distributed
 from editing.fit import fit_boundary
-from editing.realism import Realism, edit_range
+from editing.realism import LIMIT, Realism, edit_range
 from editing.samples import Samples, score_samples
 from sampling.render import map_latents, seeded_z
 
@@ -83,7 +83,7 @@ def test_the_range_ends_where_samples_are_no_faces_any_more(generator, monkeypat
     scores = samples[np.arange(200)] @ np.random.default_rng(0).standard_normal(samples.shape[1])
     boundary = fit_boundary(samples, scores, ratio=0.1, space=generator.config.space)
     low, high = edit_range(samples, boundary, PixelIdentity())
-    assert -6 <= low <= 0 <= high <= 6 and low < high
+    assert -LIMIT <= low <= 0 <= high <= LIMIT and low < high
     wild = replace(boundary, std=30 * boundary.std)  # a step is 30 times as long
     narrow = edit_range(samples, wild, PixelIdentity())
     assert narrow is None or np.ptp(narrow) < high - low

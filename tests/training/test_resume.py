@@ -22,7 +22,7 @@ from training.settings import ARCHITECTURE
 PLAIN = GeneratorConfig(16, 32, 2, channel_max=8)
 CONDITIONAL = GeneratorConfig(16, 32, 2, channel_max=8, condition_dim=2)
 FLAGS = dict.fromkeys((*ARCHITECTURE, "condition", "attributes", "light", "noise", "vision_aided"))
-STORED = Condition(("smile", "age"), ("probability", "years"), (0.5, 0.4), "/x/scorer", "f1")
+STORED = Condition(("smile", "age"), ("probability", "years"), (0.5, 0.4), (1.0, 60.0), "/x/scorer", "f1")
 
 
 def start(continues, config=PLAIN, **state):
