@@ -28,7 +28,7 @@ SLIDERS = {  # attribute -> label, least, most; age is a change in years, the ot
     "age": ("Age: years younger or older", -20, 30),
     "smile": ("Smile: none to broad", 0, 1),
     "gender": ("Gender: feminine to masculine", 0, 1),
-    "eyeglasses": ("Glasses: none to clear", 0, 1),
+    "eyeglasses": ("Glasses: off to on", 0, 1),
 }
 HELP = "Upload a photo with a face, or click a drawn one."
 
