@@ -45,9 +45,8 @@ demo: $(VENV)/.installed
 	$(PY) edit_attribute.py $(DEMO_EDIT) --boundary checkpoints/$(NAME)-age.npz --at 3 --distance relative --unit std --output_dir $(DEMO)/edits/older
 	$(PY) align_faces.py --paste_back $(DEMO)/edits/older/edited --unedited $(DEMO)/edits/older/unedited --alignment $(DEMO)/aligned/alignment.json --photos $(DEMO)/photos \
 	  --output_dir $(DEMO)/pasted
-	$(PY) edit_conditional.py --ckpt $(CGAN) --source $(DEMO)/aligned/aligned --set smile=1,mouth_open=1 --identity none --device cpu \
-	  --output_dir $(DEMO)/expression
-	$(PY) edit_conditional.py --ckpt $(CGAN) --latent $(DEMO)/expression/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
+	$(PY) edit_conditional.py --ckpt $(CGAN) --latent $(DEMO)/inverted --set smile=1,eyeglasses=1 --identity none --device cpu --output_dir $(DEMO)/glasses
+	$(PY) edit_conditional.py --ckpt $(CGAN) --latent $(DEMO)/inverted --reference $(DEMO)/aligned/aligned/astronaut.png \
 	  --start inversion --identity none --device cpu --output_dir $(DEMO)/transfer
 	$(PY) prepare_data.py --out $(DEMO)/faces.lmdb --size $(SIZE) --n_worker 2 $(DEMO)/faces
 	$(PY) train.py $(DEMO_TRAIN) --init_from $(MODEL) --iter 10 --sample_every 10 --save_every 10
@@ -60,7 +59,7 @@ demo: $(VENV)/.installed
 	@echo "$(DEMO)/inverted               the astronaut and three drawn faces in W++: by the encoder, the generator tuned to each"
 	@echo "$(DEMO)/edits/*/strips         them along age, gender and smile, with what the scorer sees"
 	@echo "$(DEMO)/pasted                 the astronaut's edited face in the photo"
-	@echo "$(DEMO)/expression             the same faces asked to smile by the conditional generator"
+	@echo "$(DEMO)/glasses                the same faces with a smile and glasses by the conditional generator"
 	@echo "$(DEMO)/transfer               the astronaut's expression on the other faces"
 	@echo "$(DEMO)/4-training-sample.png  after 20 steps of training on drawn faces, stopped and resumed at step 10"
 
