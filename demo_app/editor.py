@@ -248,8 +248,7 @@ class PhotoEditor:
             boundaries = [boundary for name, boundary in models.boundaries.items() if name in names]
             if boundaries or not names:
                 steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-                source = face.inversion
-                images = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
+                images = edit_face(face.inversion.generator, face.inversion, boundaries, np.array(steps), layers=self.layers)
             else:
                 source, order = face.conditional, models.conditional.reader.names
                 change = [[position.get(n, 0.0) * (n in names) for n in order] for position in [{}, *at]]
@@ -261,8 +260,7 @@ class PhotoEditor:
         return list(map(list, zip(*drawn, strict=True)))
 
     def _groups(self, names) -> list[set[str]]:
-        """Attributes whose edits one change shows: those of boundaries, then those of the condition that change the
-        same part of the face, glasses last."""
+        """Attributes that one change shows: those of boundaries, then those of the condition by part, glasses last."""
         groups: dict[str, set[str]] = {}
         for name in sorted(names, key=lambda name: (PART.get(name) == "glasses", name)):
             group = "" if name in self.models.boundaries else PART.get(name, "head")
