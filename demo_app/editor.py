@@ -248,7 +248,8 @@ class PhotoEditor:
             boundaries = [boundary for name, boundary in models.boundaries.items() if name in names]
             if boundaries or not names:
                 steps = [[position.get(b.attribute, 0.0) * (b.std or 1.0) for b in boundaries] for position in at]
-                images = edit_face(face.inversion.generator, face.inversion, boundaries, np.array(steps), layers=self.layers)
+                source = face.inversion
+                images = edit_face(source.generator, source, boundaries, np.array(steps), layers=self.layers)
             else:
                 source, order = face.conditional, models.conditional.reader.names
                 change = [[position.get(n, 0.0) * (n in names) for n in order] for position in [{}, *at]]
