@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 FLAGS = {"age": "age", "gender": "gender", "smile": "smile", "eyeglasses": "glasses", "mouth_open": "mouth_open"}
 NEAR = {"years": 1.0, "probability": 0.08}  # tolerance: a reading this near to its goal has reached it
-EDGE = 0.1  # a goal keeps this far from probability 0 and 1: further out faces only get worse
+EDGE = 0.1  # a goal keeps this far from probability 0 and 1, unless a face is there: further out faces get worse
 VISIBLE = {"years": 4.0, "probability": 0.2}  # a reading that moved this far, or by a quarter of the change, is visible
 
 
@@ -19,7 +19,7 @@ class Target:
     def goal(self, before: float, kind: str) -> float:
         """The reading to reach, of an attribute whose reading is `before`."""
         goal = before + self.value if self.relative else self.value
-        return float(max(goal, 0) if kind == "years" else min(max(goal, EDGE), 1 - EDGE))
+        return float(max(goal, 0) if kind == "years" else min(max(goal, min(EDGE, before)), max(1 - EDGE, before)))
 
 
 def parse_years(text: str) -> Target:

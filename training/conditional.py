@@ -76,9 +76,9 @@ class ConditionalTrainer(Trainer):
     def light_loss(self, fake, ws, condition, read, errors):
         """Loss of attributes `read` [n, d], with mean errors [d], and of colours that changed."""
         entropy = F.binary_cross_entropy(read.clamp(0, 1), condition.clamp(0, 1), reduction="none").mean(0)
-        kinds = [kind == "years" for kind in self.scorer.kinds]
+        in_years = torch.tensor([kind == "years" for kind in self.scorer.kinds], device=read.device)
         weights = read.new_tensor([LIGHT_WEIGHTS[kind] for kind in self.scorer.kinds])
-        loss = (weights * torch.where(torch.tensor(kinds, device=read.device), errors, entropy)).mean()
+        loss = (weights * torch.where(in_years, errors, entropy)).mean()
         with torch.no_grad():
             neutral, _ = self.g(ws, input_is_latent=True, dtype=self.dtype)
         before, after = (F.adaptive_avg_pool2d(images.float(), KEPT) for images in (neutral, fake))

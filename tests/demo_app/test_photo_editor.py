@@ -166,8 +166,11 @@ def test_position_of_a_goal():
 
 
 def test_a_man_who_should_be_a_man_has_arrived():
-    """Read as 1.00 in the photo, the goal is 0.9: above it is no error, 0.3 is one."""
-    goal = Target(1).goal(1.0, "probability")
+    """Read as 1.00 in the photo, nothing is left to do, and nothing is missed; from 0.2 the goal is 0.9: above it is no
+    error, 0.3 is one."""
+    assert Target(1).goal(1.0, "probability") == 1.0 and Target(0).goal(0.02, "probability") == 0.02
+    assert Reading(1.0, Target(1).goal(1.0, "probability"), 1.0, 1.0, "probability").visible
+    goal = Target(1).goal(0.2, "probability")
     assert open_error(goal - 1.0, goal, "probability") == 0
     assert open_error(goal - 0.3, goal, "probability") == pytest.approx(0.6)
     assert open_error(0.1 - 0.0, 0.1, "probability") == 0 and open_error(0.1 - 0.5, 0.1, "probability") < 0
