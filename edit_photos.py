@@ -29,7 +29,7 @@ def build_parser() -> ArgumentParser:
     add("--age", type=parse_years, help="years: 60, or a change as +15 or -10")
     add("--gender", type=parse_gender, help="female, male, or a number from 0 (female) to 1 (male)")
     add("--smile", type=parse_share, help="0 none, 1 broad, or a change as +0.5")
-    add("--glasses", type=parse_share, help="0 none, 1 glasses; needs a boundary for them")
+    add("--glasses", type=parse_share, help="0 none, 1 glasses; age and the rest are read without them")
     add("--mouth_open", type=parse_share, help="0 closed, 1 open, or a change")
     add("--like", type=Path, help="photo of a face whose expression is taken over")
     add("--strength", type=positive, default=1.0, help="factor on the edit, uncorrected; 1: what the photo needs")

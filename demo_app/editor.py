@@ -14,10 +14,11 @@ from PIL import Image
 
 from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
+from demo_app.curves import cut_curve, position_for
 from demo_app.models import Models
-from demo_app.targets import EDGE, NEAR, Reading, Target, shows
+from demo_app.targets import NEAR, Reading, Target, open_error, shows
 from editing.attributes import EXPRESSION
-from editing.edit import edit_face, nearest_crossing, nearest_value
+from editing.edit import edit_face
 from editing.evaluate import score_frames
 from editing.transfer import render_path
 from faces.align import Alignment, align, crop_aligned, to_bytes
@@ -30,12 +31,10 @@ from sampling.render import map_latents, render, seeded_z
 CROP = 256  # pixels of an aligned face
 READ = 128  # pixels at which positions are tried out before one is corrected
 TRIES = 7  # positions per attribute and way, up or down, at which the photo is read
-FINE = 10  # positions per try, by straight lines between them
 ROUNDS = 4  # of joint corrections of an edit
 TRUNCATION = 0.7  # of drawn faces
 PART = {"smile": "mouth", "mouth_open": "mouth", "eyes_open": "eyes", "eyeglasses": "glasses"}  # that an edit changes
 REACH = {"age": 4.0, "gender": 1.5}  # factor on a boundary's safe range in a photo, whose own detail stays; else 1
-PERSON = 0.65  # least identity of a face after an edit of the whole head
 
 
 class PhotoError(UserError):
@@ -189,7 +188,8 @@ class PhotoEditor:
             positions, changes = self._search(face, before, targets, strength, rounds)
             photo = paste_edit(photo, changes, face.alignment, face.crop if photo is self.photo else None)
             crop = crop_aligned(photo, face.alignment)
-            results.append(FaceEdit(face, positions, self._readings(before, targets, changes, crop), crop, changes))
+            readings = self._readings(face, before, targets, changes, crop)
+            results.append(FaceEdit(face, positions, readings, crop, changes))
         return Edited(photo, results)
 
     def read(self, images) -> np.ndarray:
@@ -296,7 +296,6 @@ class PhotoEditor:
         if any(name not in self.models.boundaries for name in targets):
             self.invert_conditional(max(face.steps, 50))
         kinds = {name: self._kind(name) for name in targets}
-        columns = [self.models.scorer.column(name) for name in targets]
         goals = {name: target.goal(before[name], kinds[name]) for name, target in targets.items()}
         errors = {n: open_error(goals[n] - before[n], goals[n], kinds[n]) for n in targets}
         aims, best = {n: goals[n] if errors[n] else before[n] for n in targets}, (np.inf, {}, {}, [])
@@ -304,14 +303,14 @@ class PhotoEditor:
         for _ in range(max(1, rounds)):
             curves = {n: self._curve(face, n, aims[n] < before[n]) for n in targets if aims[n] != before[n]}
             at = {n: strength * position_for(*curve, aims[n], NEAR[kinds[n]]) for n, curve in curves.items()}
-            away = float(np.linalg.norm([at[n] / (positions[-1] or 1.0) for n, (positions, _) in curves.items()]))
+            for group in self._groups(at):  # within the range, all together
+                away = float(np.linalg.norm([at[name] / (curves[name][0][-1] or 1.0) for name in group]))
+                at |= {name: at[name] / max(1.0, away) for name in group}
             at = dict.fromkeys(targets, 0.0) | at
-            at = {name: position / max(1.0, away) for name, position in at.items()}  # within the range, all together
             (changes,) = self._draw(face, [at])
             if not targets or rounds == 0 or strength != 1:
                 return at, changes
-            (scores,) = self.read([to_bytes(edit_crop(face.crop, changes)[0])])
-            scores = dict(zip(targets, scores[columns], strict=True))
+            scores = self._read_edited(face, targets, changes, to_bytes(edit_crop(face.crop, changes)[0]))
             errors = {n: open_error(goals[n] - scores[n], goals[n], kinds[n]) for n in targets}
             total = sum(abs(error) / NEAR[kinds[name]] for name, error in errors.items())
             best = min(best, (total, at, scores, changes), key=lambda item: item[0])
@@ -330,15 +329,21 @@ class PhotoEditor:
     def _kind(self, name: str) -> str:
         return self.models.scorer.attributes[self.models.scorer.column(name)].kind
 
-    def _readings(self, before, targets, changes, crop) -> dict[str, Reading]:
-        *drawn, photo = self.read([*(change.edited for change in changes), crop])
+    def _read_edited(self, face: Face, names, changes: list[Change], crop) -> dict[str, float]:
+        """Attributes of a face in `crop`, which shows its changes. Glasses hide what age is read by: all but glasses is
+        read without that change."""
+        bare = [change for change in changes if change.parts != ("glasses",)]
+        crops = [crop] if len(bare) == len(changes) else [crop, to_bytes(edit_crop(face.crop, bare)[0])]
+        scores, column = self.read(crops), self.models.scorer.column
+        return {name: float(scores[0 if PART.get(name) == "glasses" else -1, column(name)]) for name in names}
+
+    def _readings(self, face: Face, before, targets, changes, crop) -> dict[str, Reading]:
+        drawn, photo = self.read([change.edited for change in changes]), self._read_edited(face, targets, changes, crop)
         drawn_by = {name: scores for group, scores in zip(self._groups(targets), drawn, strict=True) for name in group}
         readings = {}
         for name, target in targets.items():
-            scores = drawn_by[name]
-            column, kind = self.models.scorer.column(name), self._kind(name)
-            values = target.goal(before[name], kind), float(scores[column]), float(photo[column])
-            readings[name] = Reading(before[name], *values, kind)
+            kind, value = self._kind(name), float(drawn_by[name][self.models.scorer.column(name)])
+            readings[name] = Reading(before[name], target.goal(before[name], kind), value, photo[name], kind)
         return readings
 
 
@@ -347,16 +352,6 @@ def changes_of(images, attributes) -> list[Change]:
     unedited, *edited = images
     parts = tuple(sorted({PART.get(name, "head") for name in attributes})) or ("head",)
     return [Change(unedited, image, parts) for image in edited]
-
-
-def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The part of a curve ([K] each) from its start to where identity `same` falls below PERSON, with FINE positions
-    per given one, by straight lines."""
-    fine = np.arange(FINE * (len(positions) - 1) + 1) / FINE
-    positions, values, same = (np.interp(fine, range(len(positions)), x) for x in (positions, values, same))
-    kept = np.cumprod(same >= PERSON, dtype=bool)
-    kept[0] = True
-    return positions[kept], values[kept]
 
 
 def expression_of(photo, models: Models) -> dict[str, Target]:
@@ -382,19 +377,3 @@ def scale_alignment(alignment: Alignment, photo_size) -> Alignment:
     scales = np.divide(photo_size, alignment.photo_size)
     quad = (np.array(alignment.quad) + 0.5) * scales - 0.5
     return replace(alignment, quad=quad.tolist(), photo_size=list(photo_size))
-
-
-def open_error(error: float, goal: float, kind: str) -> float:
-    """0 for a probability beyond a goal near 0 or 1: more of a smile than the goal is no error."""
-    beyond = kind == "probability" and (error < 0 if goal >= 1 - EDGE else error > 0 and goal <= EDGE)
-    return 0.0 if beyond else error
-
-
-def position_for(positions: np.ndarray, values: np.ndarray, goal: float, near: float) -> float:
-    """Position at which `values` (read at `positions`, [K]) reach a goal: on the crossing nearest to 0, by straight
-    lines; else the least of those within `near`, else that which comes nearest."""
-    k = nearest_crossing(positions, values, goal)
-    if k is None:
-        return float(positions[nearest_value(positions, values, goal, near)])
-    share = (goal - values[k]) / (values[k + 1] - values[k])
-    return float(positions[k] + share * (positions[k + 1] - positions[k]))

@@ -56,6 +56,12 @@ def shows(before: float, goal: float, photo: float, kind: str) -> bool:
     return change <= NEAR[kind] or moved >= min(change / 4, VISIBLE[kind])
 
 
+def open_error(error: float, goal: float, kind: str) -> float:
+    """0 for a probability beyond a goal near 0 or 1: more of a smile than the goal is no error."""
+    beyond = kind == "probability" and (error < 0 if goal >= 1 - EDGE else error > 0 and goal <= EDGE)
+    return 0.0 if beyond else error
+
+
 @dataclass(frozen=True)
 class Reading:
     """Attribute of a face: in the photo before, the goal, in the drawn face and in the photo after the edit."""

@@ -10,21 +10,13 @@ from PIL import Image
 
 import edit_photos
 from common.images import read_image, to_tensor
-from demo_app.editor import (
-    READ,
-    PhotoEditor,
-    PhotoError,
-    cut_curve,
-    expression_of,
-    open_error,
-    position_for,
-    scale_alignment,
-)
+from demo_app.curves import cut_curve, position_for
+from demo_app.editor import READ, PhotoEditor, PhotoError, expression_of, scale_alignment
 from demo_app.flags import MODELS, model_flags
 from demo_app.inversions import inversion_file, load_faces, save_faces
 from demo_app.models import CHECKPOINTS, Conditional, load_models
-from demo_app.targets import Reading, Target
-from faces.align import Alignment, crop_aligned
+from demo_app.targets import Reading, Target, open_error
+from faces.align import Alignment, crop_aligned, to_bytes
 from faces.paste import STRONGEST, Change, edit_crop, motion, part_mask, paste_edit, warp
 from perceptual.lpips import FeatureDistance
 
@@ -74,7 +66,7 @@ def test_strength_scales_the_edit(editor):
 def test_an_edit_ends_where_the_person_would_change(editor, monkeypatch):
     positions, similarities = [], []
     for person in (0.65, 0.9, 1.1):
-        monkeypatch.setattr("demo_app.editor.PERSON", person)
+        monkeypatch.setattr("demo_app.curves.PERSON", person)
         editor.faces[0].inversion.curves.clear()
         face_edit = editor.edit({"age": Target(200)}, rounds=0).faces[0]
         pair = torch.stack([to_tensor(crop.resize((READ, READ))) for crop in (editor.faces[0].crop, face_edit.crop)])
@@ -85,7 +77,7 @@ def test_an_edit_ends_where_the_person_would_change(editor, monkeypatch):
 
 
 def test_a_curve_is_cut_where_identity_crosses_the_floor(monkeypatch):
-    monkeypatch.setattr("demo_app.editor.PERSON", 0.65)
+    monkeypatch.setattr("demo_app.curves.PERSON", 0.65)
     at, same = np.arange(4.0), np.array([1, 0.8, 0.6, 0.9])
     positions, values = cut_curve(-at, 10 * at, same)
     np.testing.assert_allclose(positions, -np.arange(18) / 10)  # 0.65 is crossed at 1.75; what comes back is lost
@@ -343,6 +335,28 @@ def test_the_light_conditional_generator_edits_and_given_boundaries_go_first(mon
         drawn[layers] = smile.edited
         assert (np.abs(smile.edited.astype(float) - smile.unedited).mean() > 1) == (layers != range(0))
     assert not np.array_equal(drawn[None], drawn[range(4)]) and np.array_equal(drawn[range(0)], smile.unedited)
+    editor.set_layers(None)
+    ((smile, glasses),) = editor._draw(face, [{"eyeglasses": 1.2, "smile": 1.2}])
+    crops = [to_bytes(edit_crop(face.crop, changes)[0]) for changes in ([smile, glasses], [smile])]
+    (both, bare), column = editor.read(crops), models.scorer.column
+    read = editor._read_edited(face, ["age", "eyeglasses"], [smile, glasses], crops[0])
+    assert (
+        read == {"age": bare[column("age")], "eyeglasses": both[column("eyeglasses")]}
+        and read["age"] != both[column("age")]
+    )
+
+
+def test_edits_of_one_part_share_its_range(monkeypatch):
+    """Age and gender move the head; glasses, which lie on it, leave them all of their range."""
+    monkeypatch.setattr("demo_app.models.load_encoder", lambda *args: None)
+    editor = PhotoEditor(load_models())
+    editor.set_drawn(3)
+    monkeypatch.setattr(editor, "_curve", lambda face, name, down: (np.array([0.0, 1]), np.array([0.0, 1])))
+    for other, expected in (("eyeglasses", 1), ("gender", 0.5**0.5)):
+        before = {"age": 0.0, other: 0.0}
+        targets = {"age": Target(90), other: Target(1)}
+        positions, _ = editor._search(editor.faces[0], before, targets, strength=1, rounds=0)
+        assert positions["age"] == pytest.approx(expected, abs=0.05)
 
 
 def test_another_choice_of_layers_reads_the_edits_again(editor):
