@@ -10,7 +10,7 @@ generator=$(realpath "$1") faces=$(realpath "$2") work=$(mkdir -p "$3/models" &&
 cd "$checkpoints/.."
 py=.venv/bin/python models=$work/models
 gen=$models/face-wpp-128.safetensors encoder=$models/face-psp-128.safetensors cgan=$models/face-cgan-128.safetensors
-steps=${ENCODER_STEPS:-800} samples=${SAMPLES:-20000} cgan_steps=${CGAN_STEPS:-400}
+steps=${ENCODER_STEPS:-2400} samples=${SAMPLES:-20000} cgan_steps=${CGAN_STEPS:-400}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 settings() {  # the settings that the header of the bundled model $1 recommends, as a file in WORK
@@ -60,8 +60,9 @@ for name in (name for name in g if name.endswith(MODULATION)):
 state = {name: new.state[name] for name in ("d", "aux_d", "texture_d", "vision_aided") if name in new.state}
 save_checkpoint(sys.argv[3], state | {"g": g, "g_ema": g, "condition": old.state["condition"], "config": old.config.to_dict()})
 PY
-  $py train.py "$faces" --exp_name "$work/conditional" --condition face-scorer --attributes smile,eyes_open,mouth_open,eyeglasses,age,gender --light \
-    --light_lr 0.01 --attr_ramp 20 --vision_aided efficientnet --vision_aided_weight 0.3 --texture_weight 4 --r1 0.2 --lr 0.0025 --batch 16 --ema_images 1000 \
+  precision=$($py -c "from common.precision import bf16_pays; print('bf16' if bf16_pays() else 'fp32')")
+  $py train.py "$faces" --exp_name "$work/conditional" --precision "$precision" \
+    --condition face-scorer --attributes smile,eyes_open,mouth_open,eyeglasses,age,gender --light --light_lr 0.01 --attr_ramp 20 --vision_aided efficientnet --vision_aided_weight 0.3 --texture_weight 4 --r1 0.2 --lr 0.0025 --batch 16 --ema_images 1000 \
     --augment --one_stage --noise none --workers 1 --threads 1 --n_sample 26 --log_every 20 --sample_every 100 --save_every 50 --device cpu \
     --resume auto --init_from "$work/start.pt" --iter "$cgan_steps"
   $py convert.py "$work/conditional/checkpoint/$(printf %06d "$cgan_steps").pt" "$cgan" --half --base "$gen" --recommended "$(settings face-cgan-128)"
