@@ -25,7 +25,7 @@ from training.trainer import Trainer
 MAX_ROLLBACKS = 5  # in one run, before a run that keeps diverging is given up
 LONG_DAYS = 100  # of training left: worth a warning
 FEW_IMAGES = 500  # below this a GAN memorises its training set
-LOSSES = ("d", "g", "r1", "aux_d", "aux_g", "texture_d", "texture_g", "attr")
+LOSSES = ("d", "g", "r1", "aux_d", "aux_g", "texture_d", "texture_g", "part_d", "part_g", "attr")
 
 
 def training_loop(

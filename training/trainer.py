@@ -22,6 +22,7 @@ from dataset import mirror, normalise
 from model import Discriminator, Generator, GeneratorConfig
 from training import losses
 from training.augment import AdaptiveAugment
+from training.parts import PartDiscriminator
 from training.settings import TrainSettings
 from training.texture import TextureDiscriminator
 from training.vision_aided import build_aux_discriminator
@@ -56,19 +57,21 @@ class Trainer:
         torch.manual_seed(mix_seeds(WEIGHT_STREAM, settings.seed))
         self.g, self.d = Generator(config).to(device), Discriminator(config).to(device)
         self.g_ema = copy.deepcopy(self.g).eval().requires_grad_(False)
-        self.dtype, self.aux_d, self.texture_d = DTYPES[settings.precision], None, None
+        self.dtype = DTYPES[settings.precision]
+        self.others: dict[str, nn.Module] = {}  # discriminators beside d
         if settings.vision_aided:
-            self.aux_d = build_aux_discriminator(settings.vision_aided, self.dtype, device)
+            self.others["aux"] = build_aux_discriminator(settings.vision_aided, self.dtype, device)
         if settings.texture_weight:
-            self.texture_d = TextureDiscriminator(config.size).to(device)
+            self.others["texture"] = TextureDiscriminator(config.size).to(device)
+        if settings.part_weight:
+            self.others["part"] = PartDiscriminator(config.size).to(device)
         target = settings.ada_target if settings.augment and not settings.augment_p else None
         ranks = {"device": device, "world_size": dist.world_size}
         self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, **ranks)  # without --augment: p = 0
 
         d_every, g_every = settings.d_reg_every, settings.g_reg_every
         self.g_optim = build_adam([self.g], settings.lr, g_every)
-        d_networks = [network for network in (self.d, self.aux_d, self.texture_d) if network is not None]
-        self.d_optim = build_adam(d_networks, settings.d_lr or settings.lr, d_every)
+        self.d_optim = build_adam([self.d, *self.others.values()], settings.d_lr or settings.lr, d_every)
         of_d, of_g = (self.d_optim,), (self.g_optim,)
         phases = (
             Phase("d", self.d_loss, of_d, gain=not settings.one_stage),
@@ -144,24 +147,22 @@ class Trainer:
 
     def discriminate(self, *batches: torch.Tensor) -> list[dict[str, list[torch.Tensor]]]:
         """Logits of each batch of images: "d" [N, 1], and of the others that are trained, "aux" [N, P] of each head of
-        the vision-aided discriminator and "texture" [N, P] of each octave."""
+        the vision-aided discriminator, "texture" [N, P] of each octave and "part" [N, 1] of eyes and mouth."""
         logits = [{"d": [self.d(self.ada(images), dtype=self.dtype)]} for images in batches]
         for of_batch, images in zip(logits, batches, strict=True):
-            if self.aux_d is not None:
-                of_batch["aux"] = self.aux_d(images, self.dtype)
-            if self.texture_d is not None:
-                of_batch["texture"] = self.texture_d(images, self.dtype)
+            of_batch |= {name: network(images, self.dtype) for name, network in self.others.items()}
         return logits
 
     def adversarial_loss(self, name: str, criterion, *logits: dict[str, list[torch.Tensor]]) -> torch.Tensor:
         """`criterion` of the logits of d, plus the weighted means over the heads of the other discriminators."""
-        weights, total = {"aux": self.settings.vision_aided_weight, "texture": self.settings.texture_weight}, 0.0
+        weights = {"d": 1.0, "aux": self.settings.vision_aided_weight, "texture": self.settings.texture_weight}
+        weights["part"], total = self.settings.part_weight, 0.0
         for network in logits[0]:
             heads = zip(*(of_batch[network] for of_batch in logits), strict=True)  # of each: the logits of every batch
             of_heads = [criterion(*of_head) for of_head in heads]
             loss = sum(of_heads) / len(of_heads)
             self.stats.report(**{name if network == "d" else f"{network}_{name}": loss})
-            total = total + weights.get(network, 1.0) * loss
+            total = total + weights[network] * loss
         return total
 
     def d_loss(self, real: torch.Tensor, logits: list[dict] | None = None) -> torch.Tensor:
@@ -226,10 +227,9 @@ class Trainer:
     def state_dict(self) -> dict:
         """Everything a resumed run needs besides the sampler's position. All ranks must call it."""
         state = {name: getattr(self, name).state_dict() for name in STATES}
-        if self.aux_d is not None:
-            state |= {"aux_d": self.aux_d.state_dict(), "vision_aided": self.settings.vision_aided}
-        if self.texture_d is not None:
-            state["texture_d"] = self.texture_d.state_dict()
+        state |= {f"{name}_d": network.state_dict() for name, network in self.others.items()}
+        if self.settings.vision_aided:
+            state["vision_aided"] = self.settings.vision_aided
         return state | {
             "config": self.config.to_dict(),
             "step": self.n_steps,
@@ -245,9 +245,10 @@ class Trainer:
         if missing := [name for name in STATES if name not in state]:
             hint = "--init_from starts a new run from its weights"
             raise CheckpointError(f"{source} cannot be continued: it lacks {', '.join(missing)}; {hint}")
-        if ("texture_d" in state) != bool(self.settings.texture_weight):
-            was = "with" if "texture_d" in state else "without"
-            raise CheckpointError(f"{source} was trained {was} --texture_weight: --init_from starts a new run of it")
+        for name in ("texture", "part"):
+            if (f"{name}_d" in state) != (name in self.others):
+                was = "with" if f"{name}_d" in state else "without"
+                raise CheckpointError(f"{source} was trained {was} --{name}_weight: --init_from starts a new run of it")
         self.load_weights(state, source)
         load_optimiser(self.g_optim, state["g_optim"], f"{source}: g_optim")
         load_optimiser(self.d_optim, state["d_optim"], f"{source}: d_optim")
@@ -266,10 +267,10 @@ class Trainer:
                 torch._foreach_zero_([strength.data for strength in network.noise_strengths])
         if "d" in state:
             load_strictly(self.d, state["d"], source)
-        if self.aux_d is not None and state.get("vision_aided") == self.settings.vision_aided:
-            load_strictly(self.aux_d, state["aux_d"], source)
-        if self.texture_d is not None and "texture_d" in state:
-            load_strictly(self.texture_d, state["texture_d"], source)
+        for name, network in self.others.items():
+            same = name != "aux" or state.get("vision_aided") == self.settings.vision_aided
+            if f"{name}_d" in state and same:
+                load_strictly(network, state[f"{name}_d"], source)
 
     def warm_start(self, weights: dict, source) -> None:
         """Begin a new run with these weights (--init_from)."""

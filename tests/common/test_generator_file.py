@@ -20,7 +20,8 @@ def call(*flags):
 
 @pytest.mark.parametrize("features", ["", FEATURES])
 def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features):
-    settings = {"batch": 4, "vision_aided": features, "texture_weight": 0.5 if features else 0.0}
+    settings = {"batch": 4, "vision_aided": features}
+    settings |= {"texture_weight": 0.5, "part_weight": 0.5} if features else {}
     old = Trainer(tiny_config, TrainSettings(**settings), ALONE)
     save_checkpoint(tmp_path / "000007.pt", old.state_dict())
     export = tmp_path / "face.safetensors"
@@ -28,9 +29,11 @@ def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features
     assert (tmp_path / "face-d.safetensors").is_file()
     new = Trainer(tiny_config, TrainSettings(**settings, seed=1), ALONE)
     init_from(new, read_checkpoint(export, continues=False))
-    for network in ("g", "d", "g_ema", *(("aux_d", "texture_d") if features else ())):
-        pairs = zip(getattr(new, network).parameters(), getattr(old, network).parameters(), strict=True)
-        assert all(torch.equal(a, b) for a, b in pairs), network
+    assert set(new.others) == ({"aux", "texture", "part"} if features else set())
+    networks = {name: (getattr(new, name), getattr(old, name)) for name in ("g", "d", "g_ema")}
+    for name, pair in (networks | {name: (new.others[name], old.others[name]) for name in new.others}).items():
+        parameters = zip(*(network.parameters() for network in pair), strict=True)
+        assert all(torch.equal(a, b) for a, b in parameters), name
     other = Trainer(tiny_config, TrainSettings(batch=4, seed=1), ALONE)
     init_from(other, read_checkpoint(export, continues=False))  # heads that the new run has no use for are left
     assert torch.equal(other.d.final_conv[0].weight, old.d.final_conv[0].weight)

@@ -104,7 +104,7 @@ def test_a_training_resumes_with_the_same_heads(random_weights, tiny_config):
     images, logits = torch.rand(2, 3, 16, 16) * 2 - 1, []
     for one in (trainer, second):
         torch.manual_seed(0)  # of its augmentation and shift
-        logits.append(one.aux_d(images))
+        logits.append(one.others["aux"](images))
     assert all(torch.equal(a, b) for a, b in zip(*logits, strict=True))
 
 

@@ -41,9 +41,11 @@ def test_one_stage_moves_the_heads_as_two_stages_do(tiny_config):
         trainer = make_trainer(
             tiny_config, vision_aided=FEATURES, one_stage=one_stage, r1=0, path_regularize=0, lr=0.01
         )
-        before = {name: p.clone() for name, p in trainer.aux_d.named_parameters()}
+        before = {name: p.clone() for name, p in trainer.others["aux"].named_parameters()}
         trainer.step(random_images(4))
         metrics = trainer.stats.read()
         assert metrics["aux_d"] > 0 and metrics["aux_g"] > 0
-        moved[one_stage] = sum((p - before[name]).abs().sum() for name, p in trainer.aux_d.named_parameters()).item()
+        moved[one_stage] = sum(
+            (p - before[name]).abs().sum() for name, p in trainer.others["aux"].named_parameters()
+        ).item()
     assert moved[True] == pytest.approx(moved[False], rel=0.05)  # Adam's first step: the size of the gradient drops out

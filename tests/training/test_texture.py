@@ -62,11 +62,13 @@ def test_it_learns_to_tell_a_weave_from_noise_of_the_same_size(texture_d):
 def test_a_step_trains_it_and_the_generator_by_it(tiny_config, one_stage):
     flags = {"one_stage": one_stage, "r1": 0, "path_regularize": 0}
     trainer, plain = make_trainer(tiny_config, texture_weight=2.0, **flags), make_trainer(tiny_config, **flags)
-    before = {name: value.clone() for name, value in trainer.texture_d.state_dict().items() if name.endswith("weight")}
+    before = {
+        name: value.clone() for name, value in trainer.others["texture"].state_dict().items() if name.endswith("weight")
+    }
     for one in (trainer, plain):
         one.step(random_images(4))
-    assert all(not torch.equal(trainer.texture_d.state_dict()[name], value) for name, value in before.items())
-    assert {"texture_d", "texture_g"} <= trainer.stats.read().keys() and plain.texture_d is None
+    assert all(not torch.equal(trainer.others["texture"].state_dict()[name], value) for name, value in before.items())
+    assert {"texture_d", "texture_g"} <= trainer.stats.read().keys() and "texture" not in plain.others
     same = [torch.equal(a, b) for a, b in zip(trainer.g.parameters(), plain.g.parameters(), strict=True)]
     assert not all(same), "it moves the generator"
 

@@ -73,10 +73,10 @@ def test_heads_learn_to_tell_red_from_green(aux_d):
 
 def test_a_step_trains_heads_with_the_discriminator(tiny_config):
     trainer, plain = make_trainer(tiny_config, vision_aided=FEATURES), make_trainer(tiny_config)
-    heads = {name: value.clone() for name, value in trainer.aux_d.state_dict().items()}
+    heads = {name: value.clone() for name, value in trainer.others["aux"].state_dict().items()}
     for one in (trainer, plain):
         one.step(random_images(4))
-    assert all(not torch.equal(value, heads[name]) for name, value in trainer.aux_d.state_dict().items())
+    assert all(not torch.equal(value, heads[name]) for name, value in trainer.others["aux"].state_dict().items())
     assert {"aux_d", "aux_g"} <= trainer.stats.read().keys()
     same = [torch.equal(a, b) for a, b in zip(trainer.g.parameters(), plain.g.parameters(), strict=True)]
     assert not all(same), "the heads move the generator"
@@ -123,7 +123,7 @@ def test_a_continued_run_keeps_its_networks_features(tiny_config, tmp_path):
     fresh = make_trainer(tiny_config, vision_aided=FEATURES, seed=1)
     fresh.warm_start(start.state, "file")
     for trainer in (again, fresh):
-        assert torch.equal(trainer.aux_d.heads[0][0][0].weight, state["aux_d"]["heads.0.0.0.weight"])
+        assert torch.equal(trainer.others["aux"].heads[0][0][0].weight, state["aux_d"]["heads.0.0.0.weight"])
 
 
 def test_learning_rate_of_the_discriminator(tiny_config):
