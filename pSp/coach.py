@@ -141,9 +141,9 @@ class Coach:
 
     def loop(self, batches, sampler, held_out: Dataset, run: Run, opts: dict, stop: StopSignal) -> None:
         """The steps of `train`."""
-        dist, total, metrics = self.dist, self.settings.max_steps, {}
+        dist, total = self.dist, self.settings.max_steps
         if self.net.step == 0:
-            metrics = self.validate_and_save(held_out, run, opts)  # also: a folder that cannot be written shows now
+            self.validate_and_save(held_out, run, opts)  # also: a folder that cannot be written shows now
         with StepBar(total, self.net.step, main=dist.is_main) as bar:
             while self.net.step < total:
                 self.train_step(next(batches))
@@ -153,7 +153,7 @@ class Coach:
                 step, due = self.net.step, self.settings.due(self.net.step)
                 ending = (dist.world_size == 1 or bool(due)) and any(gather_list(stop.raised)) and step < total
                 if due or ending:
-                    metrics = self.stats.read() or metrics
+                    metrics = self.stats.read()
                     require_finite(metrics, step)
                 if "image" in due and dist.is_main:
                     save_samples(self.last, run.path("sample", f"train_{step:06d}.png"))
@@ -163,7 +163,7 @@ class Coach:
                     run.log(step, "Speed", images_per_s=round(speed, 2), eta_s=round(left))
                     bar.report(step, f"loss {metrics['loss']:.4f}, {speed:.1f} img/s, left {format_duration(left)}")
                 if "val" in due:
-                    metrics = self.validate_and_save(held_out, run, opts)
+                    self.validate_and_save(held_out, run, opts)
                 if "save" in due or ending:
                     state = self.state_dict(opts) | {"sampler": sampler.state_dict()}
                     if dist.is_main:
@@ -172,7 +172,7 @@ class Coach:
                 if ending:
                     raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
 
-    def validate_and_save(self, held_out: Dataset, run: Run, opts: dict) -> dict[str, float]:
+    def validate_and_save(self, held_out: Dataset, run: Run, opts: dict) -> None:
         """Validate, log, write the sample grid, and best_model.pt when the loss is the lowest so far."""
         metrics, shown = self.validate(held_out)
         require_finite(metrics, self.net.step, "validation ")
@@ -185,7 +185,6 @@ class Coach:
             save_samples(shown, run.path("sample", f"{self.net.step:06d}.png"))
         if self.dist.is_main and better:
             save_checkpoint(run.path("checkpoints", "best_model.pt"), state)
-        return metrics
 
 
 def save(state: dict, run: Run, keep: int) -> None:
