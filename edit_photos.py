@@ -8,9 +8,9 @@
 Writes every photo under its own name and format into --output_dir, before_after/NAME.jpg, overview.jpg with up to 300
 faces, and report.csv: each attribute as it was, its target, in the drawn face and in the photo. Attributes are read by
 a scorer that took no part in finding the edits; a change of age of which the photo shows nothing is left out, unless
---strength names a factor. Inversions are kept in OUTPUT_DIR/inversions: another edit of the same photos takes about a
-second each. A photo without a face is reported and skipped; the exit status is 1 if none was edited. Of folders within
-a folder of photos, those that this script wrote are left out.
+--strength names a factor. Inversions are kept in OUTPUT_DIR/inversions: another edit of the same photos takes less
+than two seconds each. A photo without a face is reported and skipped; the exit status is 1 if none was edited. Of
+folders within a folder of photos, those that this script wrote are left out.
 """
 
 from pathlib import Path

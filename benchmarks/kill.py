@@ -48,7 +48,7 @@ COMMANDS = {
     "edit_photos.py": "photos/0.jpg photos/1.jpg --age +20 --strength 0.5 --quality fast --output_dir out",
     "metrics/extract_features.py": "generator.pt --extractor scorer --n_sample 200 --batch 20 --out out/features.npz",
 }
-NOT_COMPARED = ("options", "opt.json", "lock.mdb", "events.out", "timestamp.txt")  # the last: a note per checkpoint
+NOT_COMPARED = ("options", "opt.json", "events.out")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 LIMIT, GRACE = 300, 20  # seconds of a whole run; of what is left of one after its signal
 
@@ -56,7 +56,7 @@ LIMIT, GRACE = 300, 20  # seconds of a whole run; of what is left of one after i
 def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=positive_int, default=100, help="kills in all, shared by the commands")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, the signals and their number per run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments, the signals and their number per run")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Small commands around the toolkit: doctor, report, figures."""
+"""Small commands around the toolkit: doctor, figures."""
