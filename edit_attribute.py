@@ -48,7 +48,7 @@ def build_parser() -> ArgumentParser:
     add("--attribute", help="gender, smile ...: what the scorer reads (default: that of --target, else age)")
     add("--scorer", default="face-scorer", help="face-scorer | FILE.safetensors | dex | dex_crop | FILE.json")
     add("--preset", choices=("published",), help="the paper's settings and file names, whatever the files recommend")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the generator's convolutions")
+    add("--precision", choices=PRECISIONS, default="fp32", help="number type of the generator's convolutions")
     add = parser.add_argument_group("boundary").add_argument
     add("--boundary", nargs="+", help="use these files instead of sampling and fitting")
     add("--num_sample", type=int, default=100_000, help="random samples to score")
@@ -57,8 +57,8 @@ def build_parser() -> ArgumentParser:
     add("--fit", choices=("ridge", "svm", "svc"), default="ridge", help="svc: published; svm: faster")
     add("--conditional_fit", default="auto", metavar="NAMES", help="held fixed by ridge: auto (all), none, names")
     add("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")
-    add("--truncation", type=float, default=1.0, help="of the samples, towards the mean latent")
-    add("--noise", choices=("random", "const", "none"), default="random", help="of the samples")
+    add("--truncation", type=float, default=1.0, help="factor on the samples' distance from the mean w")
+    add("--noise", choices=("random", "const", "none"), default="random", help="noise maps of the samples")
     add("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
     add("--seed", type=seed_number, default=0, help="first seed of the samples, and of the 70/30 split")
     add = parser.add_argument_group("edit").add_argument

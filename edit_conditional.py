@@ -33,7 +33,7 @@ def build_parser() -> ArgumentParser:
     add("--latent", metavar="PATH", help="inversions to edit instead: a folder, or a .npy")
     add("--reference", nargs="+", metavar="PATH", help="faces whose attributes are taken")
     add("--set", metavar="NAME=NUMBER,...", help="numbers instead, such as smile=1,age=60")
-    add("--attributes", help="that a reference gives, with commas between (default: expression, or all)")
+    add("--attributes", help="what a reference gives, with commas between (default: expression, or all)")
     add("--paired", action="store_true", help="first source with first reference ... (default: each with each)")
     start = {"choices": ("source", "inversion"), "default": "source"}
     add("--start", **start, help="attributes that an edit starts from: the source's, or those read in the inversion")
@@ -55,7 +55,7 @@ def build_parser() -> ArgumentParser:
     add("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
     add("--perceptual", default="auto", help="distance that is minimised: auto, vgg, squeeze-up64 ...")
     add("--mean_samples", type=whole(2), default=10_000, help="samples for mean and deviation of w")
-    add("--seed", type=seed_number, default=0, help="of noise maps and perturbations, with the pixels")
+    add("--seed", type=seed_number, default=0, help="seed, with the pixels, of noise maps and perturbations")
     add("--batch", type=whole(1), default=8, help="images at once; on a CPU at most 512 / size")
     add("--overwrite", action="store_true", help="invert anew where other inversions are")
     add_device_flags(parser)

@@ -33,7 +33,7 @@ def build_parser() -> ArgumentParser:
     add("--grid", nargs="?", type=count, const=0, metavar="NROW", help="grid.png as well, NROW per row")
     add("--save_latents", nargs="?", const="", metavar="FOLDER", help="save w; default OUTPUT_DIR/latents")
     add("--batch", type=whole(1), default=8, help="images per forward pass")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions")
+    add("--precision", choices=PRECISIONS, default="fp32", help="number type of the convolutions")
     add_device_flags(parser)
     return parser
 

@@ -30,14 +30,14 @@ class Resample(nn.Module):
         self.register_buffer("kernel", make_kernel(gain=gain))
         self.pad, self.up, self.down = pad, up, down
 
-    def forward(self, x):
+    def forward(self, x):  # [N, C, H, W] -> [N, C, H * up / down, W * up / down], with the padding for it
         return upfirdn2d(x, self.kernel, up=self.up, down=self.down, pad=self.pad)
 
 
 class PixelNorm(nn.Module):
     """Divide by the root mean square of the last axis."""
 
-    def forward(self, x):
+    def forward(self, x):  # [..., C], any shape
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8)
 
 
@@ -70,7 +70,7 @@ class EqualConv2d(nn.Module):
         self.scale = gain / math.sqrt(in_channel * kernel_size**2)
         self.stride, self.padding = stride, padding
 
-    def forward(self, x):
+    def forward(self, x):  # [N, I, H, W] -> [N, O, H', W']
         return F.conv2d(x, (self.weight * self.scale).to(x.dtype), stride=self.stride, padding=self.padding)
 
 
@@ -231,7 +231,7 @@ class ModulatedConv2d(nn.Module):
 
 
 class NoiseInjection(nn.Module):
-    """Holds the learned noise strength; the sum itself happens inside `noise_bias_act`."""
+    """The learned strength of the noise; the sum itself happens inside `noise_bias_act`."""
 
     def __init__(self):
         super().__init__()

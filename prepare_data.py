@@ -27,7 +27,7 @@ def build_parser() -> ArgumentParser:
     add("--size", type=several(whole(1, MAX_SIZE)), default="128,256,512,1024", help="pixels, with commas between")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes that read and encode")
     add("--resample", default="lanczos", choices=FILTERS, help="filter of the resizing")
-    add("--fit", default="crop", choices=FITS, help="of images that are not square: the centre, filled up, distorted")
+    add("--fit", default="crop", choices=FITS, help="images that are not square: the centre, filled up, distorted")
     colour = several(whole(0, 255))
     add("--background", type=colour, default="255,255,255", help="R,G,B below transparent parts and in padding")
     add("--format", default="png", choices=("png", "jpeg", "webp"), help="how images are stored")

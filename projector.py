@@ -50,7 +50,7 @@ def build_parser() -> ArgumentParser:
     add_fields(group, ProjectorSettings)
     add("--tune", type=count, default=0, metavar="STEPS", help="then tune the generator to each image around its w")
     add("--mean_samples", type=positive_int, default=10_000, help="samples for mean and deviation of w")
-    add("--seed", type=seed_number, default=0, help="of noise maps and perturbations, with the pixels")
+    add("--seed", type=seed_number, default=0, help="seed, with the pixels, of noise maps and perturbations")
 
     add = parser.add_argument_group("networks that compare").add_argument
     names = "vgg (published), squeeze, alex, with -up64 small images are enlarged; scorer:NAME; auto: the first here"
@@ -62,7 +62,7 @@ def build_parser() -> ArgumentParser:
     add("--output_dir", type=Path, default=Path("./projection"), help="folder of the results; made when absent")
     add("--overwrite", action="store_true", help="start anew in a folder that holds other results")
     add("--batch", type=positive_int, default=8, help="images at once; on a CPU at most 512 / size")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the convolutions while optimising")
+    add("--precision", choices=PRECISIONS, default="fp32", help="number type of convolutions while optimising")
     add_device_flags(parser)
     return parser
 

@@ -35,14 +35,14 @@ def build_parser() -> ArgumentParser:
     add("--out", help="run folder; everything is written below it")
     add("--attributes", default="auto", help="comma-separated columns; auto: known ones; all: all numbers")
     add("--validation", type=float, default=0.08, help="fraction of the people kept out of training")
-    add("--split_seed", type=seed_number, default=0, help="of the split; another seed keeps out other people")
+    add("--split_seed", type=seed_number, default=0, help="seed of the choice of those people")
     add("--resume", metavar="auto|PATH", help="continue with the run's options; auto: its newest checkpoint")
 
     add = parser.add_argument_group("network and optimisation").add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
     add("--backbone", default="resnet", help="resnet, or efficientnet: starts from ImageNet weights (a package)")
     window = {"type": several(float), "default": "0,0,1,1"}
-    add("--window", **window, help="of an image that the network sees: left,top,right,bottom from 0 to 1")
+    add("--window", **window, help="part of an image that the network sees: left,top,right,bottom from 0 to 1")
     add("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
     add("--iter", type=positive_int, default=3000, help="training steps in all")
     add("--batch", type=positive_int, default=64, help="faces per step")

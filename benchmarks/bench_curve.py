@@ -35,7 +35,7 @@ def build_parser():
     add("--dataset", nargs="+", required=True, help="aligned faces")
     add("--images", type=positive_int, default=50, help="how many of them, evenly spread")
     add("--project", type=positive_int, nargs="*", default=[33, 100], help="steps of the projector")
-    add("--project_perceptual", default="scorer:face-scorer", help="that the projector minimises")
+    add("--project_perceptual", default="scorer:face-scorer", help="distance that the projector minimises")
     add("--tune", type=positive_int, nargs="*", default=[10, 20, 40], help="steps of tuning")
     add("--lpips", default="squeeze", help="network of the LPIPS column, as --perceptual")
     add("--threads", type=count, default=0, help="CPU threads; 0: PyTorch's choice")

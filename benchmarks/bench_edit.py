@@ -54,7 +54,7 @@ def build_parser():
     parser.add_argument("--frames", type=int, default=61, help="frames of the sweep")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs per number")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
-    parser.add_argument("--device", default="auto", help="of the sweep: auto | cpu | cuda[:i] | mps")
+    parser.add_argument("--device", default="auto", help="device of the sweep: auto | cpu | cuda[:i] | mps")
     parser.add_argument("--only", choices=("svm", "ridge", *SWEEPS), help="measure one thing (used internally)")
     parser.add_argument("--frames_file", help="where its frames go (used internally)")
     return parser

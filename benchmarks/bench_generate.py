@@ -52,7 +52,7 @@ def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[256], help="image sizes: 64 256 1024 ...")
     parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images per forward pass")
-    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="our number types")
     parser.add_argument("--spaces", nargs="+", choices=("w++", "w"), default=["w++"], help="mapping networks")
     parser.add_argument("--ckpt", help="a generator whose weights, size and space are taken instead of random ones")
     add_row_flags(parser)

@@ -39,14 +39,14 @@ def build_parser():
     parser.add_argument("--ckpt", help="generator; without it one with random weights, which says little of the loss")
     parser.add_argument("--dataset", nargs="+", help="images to project (the first --images); default: own samples")
     parser.add_argument("--images", type=int, default=BATCH, help="how many; a multiple of 8 is fair to both")
-    parser.add_argument("--steps", type=int, default=200, help="of the original, and of ours at first")
+    parser.add_argument("--steps", type=int, default=200, help="steps of the original, and of ours at first")
     parser.add_argument("--shorter", type=int, nargs="*", default=[100, 70], help="fewer steps to try with ours")
     parser.add_argument("--faster_lr", type=float, default=0.2, help="step size of these")
     parser.add_argument("--mse", type=float, default=0, help="weight of the mean squared error in the loss of both")
     names = "as in projector.py; random: a discriminator with random weights, for speed alone, which needs no file"
     parser.add_argument("--perceptual", default="auto", help=names)
-    parser.add_argument("--size", type=int, default=32, help="of the generator with random weights")
-    parser.add_argument("--channel_max", type=int, default=64, help="of the generator with random weights")
+    parser.add_argument("--size", type=int, default=32, help="pixels of the generator with random weights")
+    parser.add_argument("--channel_max", type=int, default=64, help="channels of the generator with random weights")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda[:i] | mps")
     return parser

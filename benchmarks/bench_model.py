@@ -40,7 +40,7 @@ def build_parser():
     parser.add_argument("--train_batch", type=int, default=8, help="images per training step")
     parser.add_argument("--channel_max", type=int, default=512, help="largest number of feature maps")
     both = ["fp32", "bf16"]
-    parser.add_argument("--precision", nargs="+", choices=both, default=both, help="of our convolutions")
+    parser.add_argument("--precision", nargs="+", choices=both, default=both, help="our number types")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs per number, after one to warm up")
     parser.add_argument("--untuned", action="store_true", help="do not measure the original with our allocator setting")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's choice")

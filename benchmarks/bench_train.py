@@ -50,7 +50,7 @@ def build_parser():
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64], help="image sizes: 64 128 256 1024 ...")
     parser.add_argument("--batches", type=int, nargs="+", default=[4], help="images per step and process: 4 to 64")
-    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="of our convolutions")
+    parser.add_argument("--precision", nargs="+", choices=list(DTYPES), default=["fp32"], help="our number types")
     add_row_flags(parser)
     parser.add_argument("--w_space", action="store_true", help="W (MLP mapping) instead of W++")
     parser.add_argument("--augment", type=float, metavar="P", help="ADA with this probability; default: none")

@@ -194,7 +194,7 @@ def measure_rows(rows, measure, table, cells, seconds: float | None) -> list[dic
 
 
 def failure(error: Exception) -> str:
-    """Why there is no number, as a row says it. Raises the error again when it is a bug of ours."""
+    """The reason in a row without a number. Raises the error again when it is a bug of ours."""
     if is_out_of_memory(error) or OUT_OF_MEMORY in str(error):
         return OUT_OF_MEMORY
     if isinstance(error, ChildError):

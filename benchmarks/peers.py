@@ -56,7 +56,7 @@ def adam(network, every):
 
 
 def require_own(module, folder: Path) -> None:
-    """Raises UsageError when `module` is not the peer's but of the same name elsewhere, such as ours."""
+    """Raise UsageError when `module` is not the peer's but of the same name elsewhere, such as ours."""
     if not Path(module.__file__).resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{folder} holds no {module.__name__} of the peer's: expected a checkout of its repository")
 

@@ -68,7 +68,7 @@ def is_like(value, default) -> bool:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the line breaks of the description; shows the defaults that say something."""
+    """Help with the line breaks of the description and the defaults that say something."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default == []
@@ -206,7 +206,7 @@ def _sigterm_unwinds():
 
 
 class StopSignal:
-    """Lets a long run finish its step and save: `raised` turns true at SIGTERM or Ctrl-C; a second one interrupts."""
+    """Orderly stop of a run after its step: `raised` turns true at SIGTERM or Ctrl-C; a second one interrupts."""
 
     def __init__(self):
         self.raised = False

@@ -43,8 +43,8 @@ def add_training_flags(parser, *, published: str, keep: int, workers: int, wandb
     add(f"--{published}", metavar="PATH", help="continue from this checkpoint (the published flag)")
     add("--init_from", metavar="PATH", help="weights for a new run; with --resume auto: until there is a checkpoint")
     add = parser.add_argument_group("run").add_argument
-    add("--precision", choices=PRECISIONS, default="fp32", help="of convolutions; losses stay in fp32")
-    add("--seed", type=seed_number, default=0, help="of weights, data order and every draw")
+    add("--precision", choices=PRECISIONS, default="fp32", help="number type of convolutions; losses: fp32")
+    add("--seed", type=seed_number, default=0, help="seed of weights, data order and every draw")
     add("--keep", type=count, default=keep, help="checkpoints that can be continued; 0: all; older ones: weights alone")
     add("--workers", type=count, default=workers, help="loader processes (0: decode in the training process)")
     add("--threads", type=count, default=0, help="CPU threads of this process; 0: PyTorch's choice")

@@ -1,5 +1,5 @@
-"""A generator's file: its architecture, its weights (EMA) and what else it says. Read are training checkpoints (`.pt`)
-of ours, of rosinality and of TransStyleGAN, and exports (`.safetensors`), which are written here."""
+"""A generator's file: its architecture, its weights (EMA) and what else it says. This module reads training
+checkpoints (`.pt`), ours, rosinality's and TransStyleGAN's, and reads and writes exports (`.safetensors`)."""
 
 import math
 from dataclasses import asdict, dataclass, fields
@@ -50,6 +50,7 @@ class GeneratorConfig:
 
     @property
     def n_noise(self) -> int:
+        """Number of noise maps: one per 3x3 convolution of the synthesis."""
         return self.n_tokens - 1
 
     @property
@@ -75,6 +76,7 @@ class GeneratorConfig:
         return [self.channels(2**r) for r in range(2, int(math.log2(self.size)) + 1)]
 
     def noise_size(self, index: int) -> int:
+        """Side in pixels of a noise map: 4, 8, 8, 16, 16 ..."""
         return 2 ** ((index + 5) // 2)
 
     def to_dict(self) -> dict:

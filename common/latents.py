@@ -2,7 +2,7 @@
 
 A folder of latents holds `latents.npy` (float32 [N, L, D], the file of the published projector), `latents.json` (names,
 space, image size, fingerprint of the generator, losses per image, alignment), and `noise.npz` when the noise maps were
-optimised too. Read are also a bare `.npy` of the published tools, which tells nothing of its origin, and the
+optimised too. This module also reads a bare `.npy` of the published tools, which tells nothing of its origin, and the
 projections of rosinality (`.pt`) and of NVIDIA (`projected_w.npz`).
 """
 

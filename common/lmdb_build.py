@@ -142,7 +142,7 @@ def _encode_compat(path: Path, settings: dict) -> tuple[list[bytes], tuple[int, 
 
 
 class StoreWriter:
-    """Fills FOLDER/building.mdb with encoded images and makes it FOLDER/data.mdb at the end; for one writer at a time.
+    """Writer of encoded images into FOLDER/building.mdb, FOLDER/data.mdb at the end; for one process at a time.
     settings: go into the manifest; `sizes` among them. sources: [name, bytes, mtime] of every file, in order."""
 
     def __init__(self, folder: Path, settings: dict, sources: list[list]):

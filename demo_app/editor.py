@@ -100,7 +100,7 @@ class Edited:
 
 
 class PhotoEditor:
-    """Holds one photo with its faces; `models` may be shared by any number of editors, each used by one thread."""
+    """One photo with its faces; `models` may be shared by any number of editors, each used by one thread."""
 
     def __init__(self, models: Models):
         self.models = models

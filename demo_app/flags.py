@@ -14,8 +14,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
     add("--boundaries", type=Path, help="folder of boundary files (.npz), instead of those in checkpoints/")
     add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
-    add("--scorer", default="face-scorer-eval", help="that reads attributes: a name or FILE.safetensors")
-    add("--perceptual", default="mobilefacenet", help="that tuning minimises; also vgg, squeeze, alex, scorer:NAME")
+    add("--scorer", default="face-scorer-eval", help="reader of attributes: a name or FILE.safetensors")
+    add("--perceptual", default="mobilefacenet", help="distance that tuning minimises: also vgg, alex, scorer:NAME ...")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")
 
 

@@ -17,7 +17,7 @@ def build_page(models: Models, folder: Path, flags: str = ""):
     import gradio as gr
 
     class Blocks(gr.Blocks):
-        """Refuses values that no control of the page sends, without a traceback in the log."""
+        """Controls that refuse values which none of them sends, without a traceback in the log."""
 
         async def preprocess_data(self, block_fn, *args, **kwargs):
             try:

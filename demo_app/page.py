@@ -58,7 +58,7 @@ class Page:
         self.names = [name for name in SLIDERS if name in models.attributes]
 
     def upload(self, path, points, session: Session | None = None):
-        """Yields the stages from an uploaded file to the encoder's inversion. session: of the photo before."""
+        """Yield the stages from an uploaded file to the encoder's inversion. session: of the photo before."""
         self.replace(session)
         if path is None:
             return
@@ -119,7 +119,7 @@ class Page:
         return {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
 
     def refine(self, session: Session | None, steps):
-        """Yields the photo, better each time, until the inversion has had `steps` steps of refinement."""
+        """Yield the photo, better each time, until the inversion has had `steps` steps of refinement."""
         if session is None or session.editor.faces[0].exact:
             return
         face, steps = session.editor.faces[0], int(steps)
@@ -161,7 +161,7 @@ class Page:
             return self.start(session)
 
     def take_expression(self, session: Session | None, path):
-        """Yields until the expression of a reference photo is on the face."""
+        """Yield until the expression of a reference photo is on the face."""
         if session is None or path is None:
             yield {"message": "**first choose a photo, then one of the face whose expression is taken over**"}
             return

@@ -84,6 +84,7 @@ class Condition:
 
     @classmethod
     def from_dict(cls, values: dict, source) -> "Condition":
+        """The condition that `source` describes. Raises ConditionError for what is unknown here."""
         try:
             check_shape(values, SCHEMA)
             values = {f.name: values[f.name] for f in fields(cls) if f.name in values}

@@ -205,8 +205,8 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
 
 
 def _extend(part: Image.Image, pad, side: float) -> Image.Image:
-    """Mirrors the image over its borders by `pad` (left, top, right, bottom) pixels, and blurs it towards the
-    outside, down to its median colour: the recipe and constants of FFHQ."""
+    """Mirror the image over its borders by `pad` (left, top, right, bottom) pixels, and blur it towards the outside,
+    down to its median colour: the recipe and constants of FFHQ."""
     left, top, right, bottom = (int(v) for v in pad)
     mirrored = np.pad(np.asarray(part), ((top, bottom), (left, right), (0, 0)), "reflect")
     height, width = mirrored.shape[:2]

@@ -40,7 +40,7 @@ def compute_kid(real, fake) -> tuple[float, dict]:
 
 
 def check_features(real, fake) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as CPU float32 tensors. Raises ValueError for other shapes, one row, or values that are not finite."""
+    """Both sets as CPU float32 tensors. Raises ValueError for other shapes, one row, or values that are not finite."""
     sides = {"real": real, "fake": fake}
     for name, features in sides.items():
         sides[name] = features = torch.as_tensor(features).detach().cpu().float()

@@ -1,4 +1,4 @@
-"""From two sets of images to stamped numbers: what fid.py, prdc.py and train.py --eval_every share."""
+"""Stamped numbers of two sets of images: what fid.py, prdc.py and train.py --eval_every share."""
 
 import hashlib
 import itertools

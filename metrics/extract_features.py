@@ -19,7 +19,7 @@ def build_parser() -> ArgumentParser:
     add("source", type=Path, help="folder of images, LMDB, checkpoint, or folder of latents")
     add("--out", type=Path, help="features file to write (.npz; default: features-NAME.npz here)")
     add("--ckpt", help="generator of the latents")
-    add("--order", choices=("first", "drawn"), help="of a larger set; default: drawn, for --protocol paper the first")
+    add("--order", choices=("first", "drawn"), help="images of a larger set (default: drawn; --protocol paper: first)")
     add_feature_flags(parser)
     return parser
 

@@ -25,7 +25,7 @@ def build_parser() -> ArgumentParser:
     add("--method", help="method of all folders whose latents.json does not tell it (projector, pSp)")
     add("--measures", default="perceptual,mse", help=f"comma-separated, of {', '.join(MEASURES)}")
     add("--format", choices=("text", "csv", "latex"), default="text", help="format of the table")
-    add("--common", action="store_true", help="of folders with different images, compare those that all of them have")
+    add("--common", action="store_true", help="compare only the images that all folders have")
     add("--output", type=Path, help="file for the table (default: stdout)")
     return parser
 

@@ -1,4 +1,4 @@
-"""Which implementation an operation takes: the plain PyTorch reference, or the Triton kernels.
+"""Choice of an operation's implementation: the plain PyTorch reference, or the Triton kernels.
 
 `auto` takes the kernels on CUDA and the reference elsewhere, call by call; `ref` and `triton` allow one of them only.
 Chosen by `--ops` of every script (common/distributed.py), else by the environment variable WPP_OPS. Triton is imported
@@ -70,7 +70,7 @@ def _load(device):
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, in words; None when they can."""
+    """The reason, in words, for which the kernels cannot run on a device; None when they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if os.environ.get("TRITON_INTERPRET") == "1":

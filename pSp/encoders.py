@@ -81,6 +81,7 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "EncoderConfig":
+        """The config of a checkpoint's entries. Raises ValueError for unknown ones."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"encoder config has unknown entries {sorted(unknown)}: written by a newer version?")
@@ -109,7 +110,7 @@ class GradualStyleBlock(nn.Module):
         self.linear = linear(channels, out_dim)
 
     def forward(self, x):
-        return self.linear(self.convs(x).flatten(1))
+        return self.linear(self.convs(x).flatten(1))  # [N, C, 1, 1] -> [N, out]
 
 
 class Backbone(nn.Module):
@@ -220,14 +221,15 @@ class IdentityStyleEncoder(nn.Module):
         self.identity.bias.copy_(solution[-1])
 
     def forward(self, images):
-        faces = crop_with_margin(images)
-        taps, embedding = self.recognition.taps(faces)
+        faces = crop_with_margin(images)  # [N, 3, 144, 144]
+        taps, embedding = self.recognition.taps(faces)  # maps; [N, 128]
         pyramid = [
             lateral(torch.cat([F.interpolate(x, (side, side), mode="area") for x in (faces, *taps)], 1))
             for lateral, side in zip(self.lateral, self.sides, strict=True)
         ]  # [N, 8w, 36, 36], [N, 8w, 18, 18], [N, 8w, 9, 9]
         ws = [style(pyramid[self.config.tap_of(i)]) for i, style in enumerate(self.styles)]
-        return (torch.stack(ws, 1) + self.identity(embedding).unflatten(1, (-1, self.config.style_dim))) @ self.basis
+        known = self.identity(embedding).unflatten(1, (-1, self.config.style_dim))  # [N, L, style_dim]
+        return (torch.stack(ws, 1) + known) @ self.basis  # [N, L, style_dim]
 
 
 class BackboneEncoderUsingLastLayerIntoW(Backbone):
@@ -239,7 +241,7 @@ class BackboneEncoderUsingLastLayerIntoW(Backbone):
 
     def forward(self, images):
         coarse = self.features(images)[-1]  # [N, 8w, s, s]
-        return self.linear(coarse.mean((2, 3)))
+        return self.linear(coarse.mean((2, 3)))  # [N, style_dim]
 
 
 class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
@@ -254,7 +256,7 @@ class BackboneEncoderUsingLastLayerIntoWPlus(Backbone):
 
     def forward(self, images):
         x = self.output_layer_2(self.features(images)[-1])  # [N, 8w]
-        return self.linear(x).unflatten(1, (self.config.n_styles, self.config.style_dim))
+        return self.linear(x).unflatten(1, (self.config.n_styles, self.config.style_dim))  # [N, L, style_dim]
 
 
 ENCODERS = {

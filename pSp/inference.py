@@ -66,8 +66,8 @@ def invert(
     identity,
     save: Callable,  # (position, original, source, output), uint8 arrays, for each image
 ) -> Inverted:
-    """w, reconstructions and measures of images. Measured are the 8-bit images, at 256 px or the generator's size where
-    that is smaller."""
+    """w, reconstructions and measures of images, of 8 bits each, at 256 px or the generator's size where that is
+    smaller."""
     device, dtype, inverted = net.latent_avg.device, DTYPES[settings.precision], Inverted()
     mix, n_pairs = style_mixing(net, settings), max(SHOWN, settings.retrieval)
     for items in read_batches(images.read, positions, settings.test_batch_size, settings.test_workers):

@@ -14,7 +14,7 @@ EVERY, ALPHA = 6, 0.5  # steps between two looks back, and how far the slow weig
 
 
 class Ranger(torch.optim.RAdam):
-    """Every EVERY steps the weights go back to slow + ALPHA * (fast - slow), which becomes the new slow weight.
+    """RAdam with lookahead: every EVERY steps the weights become slow + ALPHA * (fast - slow), the new slow weights.
     Gradients of matrices and convolutions lose their mean over all axes but the first. `state_dict` holds everything,
     the slow weights included: continuing from it equals never having stopped."""
 

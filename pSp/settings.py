@@ -21,7 +21,7 @@ class TrainSettings:
     batch_size: int = flag(4, "images per step and process")
     test_batch_size: int = flag(2, "images per validation batch")
     test_workers: int = flag(2, "threads that read validation images", type=count)
-    learning_rate: float = flag(1e-4, "of the optimiser")
+    learning_rate: float = flag(1e-4, "learning rate of the optimiser")
     optim_name: str = flag("ranger", "optimiser", choices=("ranger", "adam"))
     train_decoder: bool = False
     precision: str = "fp32"
@@ -93,9 +93,9 @@ class InferenceSettings:
     latent_mask: str | None = flag(None, "style mixing: layers (8,9,10) whose w comes from a random sample", type=str)
     mix_alpha: float | None = flag(None, "how far those go to the sample, 0 to 1 (default: all the way)", type=float)
     resize_factors: str = flag("1", "super-resolution: one factor by which inputs are shrunk")
-    retrieval: int = flag(0, "of the first N: whose nearest original is its own?", type=count, metavar="N")
-    precision: str = flag("fp32", "of the convolutions", choices=PRECISIONS)
-    seed: int = flag(0, "of the samples of --latent_mask", type=seed_number)
+    retrieval: int = flag(0, "images of which is told how many find their own original", type=count, metavar="N")
+    precision: str = flag("fp32", "number type of the convolutions", choices=PRECISIONS)
+    seed: int = flag(0, "seed of the samples of --latent_mask", type=seed_number)
 
     def __post_init__(self):
         require(self, "resize_factors", lambda t: len(resize_factors(t)) == 1, "is a list: inference takes one factor")

@@ -21,7 +21,7 @@ STRIDES = (2, 2, 2, 2)  # of the stages
 
 
 class SqueezeExcite(nn.Module):
-    """Scales each channel by a gate computed from all channels' means."""
+    """A gate on each channel, computed from all channels' means."""
 
     def __init__(self, channels: int):
         super().__init__()

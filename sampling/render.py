@@ -1,4 +1,4 @@
-"""From seeds and latents to images: the one way to render.
+"""Rendering, the one way from seeds and latents to images.
 
 Everything that belongs to an image (z, noise maps) is drawn on the CPU from the image's own seed, whatever the batch or
 device. What is computed from it is equal up to rounding: batches of another size sum in another order.

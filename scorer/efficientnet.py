@@ -50,8 +50,8 @@ class Block(nn.Module):
         self.residual = stride == 1 and c_in == c_out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
-        y = self.project(F.relu6(self.depthwise(y), inplace=True))
+        y = x if self.expand is None else F.relu6(self.expand(x), inplace=True)  # [N, width, H, W]
+        y = self.project(F.relu6(self.depthwise(y), inplace=True))  # [N, c_out, H/stride, W/stride]
         return x + y if self.residual else y
 
 

@@ -70,6 +70,7 @@ def read_checkpoint(path: str | Path, *, continues: bool = True) -> Start:
 
 
 def read_export(path: Path) -> Start:
+    """Weights for a new run from an export, with the discriminator that lies beside it. Raises CheckpointError."""
     generator, config, metadata = read_generator(path)
     state = {"g_ema": generator, **provenance(metadata)}
     if (file := discriminator_file(path)).is_file():  # as convert.py wrote it
@@ -157,6 +158,7 @@ def resolve_condition(scorer: str | None, attributes: str | None, light: bool | 
 
 
 def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, path) -> None:
+    """Raise CheckpointError, naming the flags, where the file's config `other` makes other networks."""
     if config.widths == other.widths:  # several rules give the same networks
         other = replace(other, **{name: getattr(config, name) for name in WIDTHS})
     pairs = ((name, value, getattr(other, name)) for name, value in config.to_dict().items())

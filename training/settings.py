@@ -17,7 +17,7 @@ class TrainSettings:
     batch: int = flag(16, "images per step and process")
     micro_batch: int = 0  # images per forward pass; 0: the whole batch
     lr: float = flag(0.002, "Adam learning rate before the lazy-regularisation ratio")
-    d_lr: float = flag(0.0, "that of the discriminator; 0: --lr")
+    d_lr: float = flag(0.0, "learning rate of the discriminator; 0: --lr")
     r1: float = flag(10.0, "weight of the R1 penalty; 0: none")
     ema_images: int = flag(0, "images in which the average of the generator halves; 0: 312.5 steps, as published")
     path_regularize: float = flag(2.0, "weight of path length regularisation; 0: none")

@@ -36,9 +36,9 @@ class TextureDiscriminator(nn.ModuleList):
         )
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        grey, logits = images.float().mean(1, keepdim=True), []
+        grey, logits = images.float().mean(1, keepdim=True), []  # [N, 1, S, S]
         for octave, network in enumerate(self):
-            coarser = blur(grey)
-            logits.append(network((GAIN / 2**octave * (grey - coarser)).to(dtype)).float().flatten(1))
-            grey = coarser[:, :, ::2, ::2]
+            coarser = blur(grey)  # [N, 1, s, s], s = S / 2**octave
+            logits.append(network((GAIN / 2**octave * (grey - coarser)).to(dtype)).float().flatten(1))  # [N, P]
+            grey = coarser[:, :, ::2, ::2]  # [N, 1, s/2, s/2]
         return logits
