@@ -15,10 +15,10 @@ from PIL import Image
 from common.cli import UserError
 from common.images import fit_image, read_image, to_pil, to_tensor
 from demo_app.curves import cut_curve, position_for
-from demo_app.models import Models
+from demo_app.models import Models, mean_w
 from demo_app.targets import NEAR, Reading, Target, open_error, shows
 from editing.attributes import EXPRESSION
-from editing.edit import edit_face
+from editing.edit import InvertedFace, edit_face
 from editing.evaluate import score_frames
 from editing.transfer import render_path
 from faces.align import Alignment, align, crop_aligned, to_bytes
@@ -49,31 +49,17 @@ class SmallFaceError(PhotoError):
         self.side, self.least = side, least
 
 
-@dataclass(frozen=True)
-class Inversion:
-    """A face in a generator. condition: attributes [d] in [0, 1] at which it is drawn, of a conditional one."""
-
-    w: np.ndarray  # float32 [L, D]
-    generator: Generator  # that draws it: the bundled one, or a copy tuned to the face
-    condition: torch.Tensor | None = None
-    curves: dict = field(default_factory=dict, compare=False)  # (attribute, down) -> (positions, readings)
-
-    @property
-    def noise(self) -> list[torch.Tensor]:
-        """The generator's own maps, per layer [1, 1, r, r]."""
-        return [layer.cpu() for layer in self.generator.fixed_noise()]
-
-
 @dataclass(eq=False)
 class Face:
     """A face of the photo and its inversions."""
 
     alignment: Alignment
     crop: Image.Image  # CROP pixels
-    inversion: Inversion
-    conditional: Inversion | None = None  # in the conditional generator, once an edit needed it
+    inversion: InvertedFace
+    conditional: InvertedFace | None = None  # in the conditional generator, once an edit needed it
     steps: int = 0  # of refinement
     exact: bool = False  # drawn by the generator itself
+    curves: dict = field(default_factory=dict)  # (attribute, down) -> (positions, readings)
 
 
 @dataclass(frozen=True)
@@ -127,9 +113,9 @@ class PhotoEditor:
 
     def set_drawn(self, seed: int) -> None:
         """The generator's own face of a seed, whose w is exact: generate.py --truncation 0.7 --noise none."""
-        generator, mean = self.models.generator, self.models.statistics[0]
+        generator, mean = self.models.generator, mean_w(self.models.generator)
         (w,) = map_latents(generator, seeded_z(generator, [seed]), truncation=TRUNCATION, mean=mean)
-        inversion = Inversion(w.cpu().numpy(), generator)
+        inversion = face_in(generator, w)
         (image,) = render(generator, [w], noise=inversion.noise)
         photo, end = Image.fromarray(image).resize((CROP, CROP), Image.Resampling.BICUBIC), CROP - 0.5
         quad = [[-0.5, -0.5], [-0.5, end], [end, end], [end, -0.5]]
@@ -142,7 +128,7 @@ class PhotoEditor:
         for face, image in zip(self.faces, self._images(self.models.generator), strict=True):
             if not face.exact:
                 face.inversion, loss = self._tune(face.inversion, image, steps, callback)
-                face.conditional, face.steps = None, face.steps + steps
+                face.conditional, face.curves, face.steps = None, {}, face.steps + steps
                 losses.append(loss)
         return float(np.mean(losses or 0.0))
 
@@ -150,8 +136,8 @@ class PhotoEditor:
         """Layers that edits move from now on."""
         if layers != self.layers:
             self.layers = layers
-            for inversion in (one for face in self.faces for one in (face.inversion, face.conditional) if one):
-                inversion.curves.clear()
+            for face in self.faces:
+                face.curves.clear()
 
     def invert_conditional(self, steps: int) -> None:
         """Invert the faces in the conditional generator; what is there stays. One that was trained from the other by
@@ -162,11 +148,10 @@ class PhotoEditor:
             if face.conditional is None and conditional.light:
                 neutral = torch.full((len(conditional.reader.names),), 0.5)
                 generator = tuned_generator(conditional.generator, tunable(face.inversion.generator))
-                face.conditional = Inversion(face.inversion.w, generator, neutral)
+                face.conditional = face_in(generator, face.inversion.w, neutral)
             elif face.conditional is None:
                 (condition,) = conditional.reader.read(image[None])
-                mean = conditional.statistics[0][0].cpu().numpy()
-                start = Inversion(mean, conditional.generator, condition)
+                start = face_in(conditional.generator, mean_w(conditional.generator)[0], condition)
                 face.conditional, _ = self._tune(start, image, steps)
 
     def edit(
@@ -224,22 +209,22 @@ class PhotoEditor:
         return torch.stack(images).to(generator.token)
 
     @torch.no_grad()
-    def _encode(self, crop: Image.Image) -> Inversion:
+    def _encode(self, crop: Image.Image) -> InvertedFace:
         models, net = self.models, self.models.encoder
         if net is None:
-            return Inversion(models.statistics[0][0].cpu().numpy(), models.generator)
+            return face_in(models.generator, mean_w(models.generator)[0])
         image = to_tensor(fit_image(crop, max(net.config.input_size, net.image_size)))[None].to(models.generator.token)
         (w,) = net.encode(net.fit(image))  # [1, L, D]
-        return Inversion(w.float().cpu().numpy(), models.generator)
+        return face_in(models.generator, w.float())
 
-    def _tune(self, inversion: Inversion, image, steps, callback=None) -> tuple[Inversion, float]:
+    def _tune(self, inversion: InvertedFace, image, steps, callback=None) -> tuple[InvertedFace, float]:
         """The inversion with a generator that was tuned to the image [3, S, S], and the loss."""
         condition = None if inversion.condition is None else inversion.condition[None].to(image)
         w, how = torch.from_numpy(inversion.w), {"steps": steps, "condition": condition, "callback": callback}
         tuned, loss = tune(inversion.generator, image[None], w, perceptual=self.models.perceptual, **how)
         if not np.isfinite(loss):
             raise PhotoError("the refinement diverged: do without it (--quality fast, or 0 steps on the page)")
-        return Inversion(inversion.w, tuned, inversion.condition), loss
+        return replace(inversion, generator=tuned), loss
 
     def _draw(self, face: Face, at: list[dict[str, float]]) -> list[list[Change]]:
         """Per position the changes of the face, one of each group."""
@@ -271,8 +256,7 @@ class PhotoEditor:
     def _curve(self, face: Face, name: str, down: bool) -> tuple[np.ndarray, np.ndarray]:
         """Positions from 0 to an end of an attribute's range, as far as the photo shows the same person; what is read
         there in the edited photo."""
-        curves = (face.inversion if name in self.models.boundaries else face.conditional).curves
-        if (name, down) not in curves:
+        if (name, down) not in face.curves:
             crop, end = fit_image(face.crop, READ), self.models.safe_range(name)[0 if down else 1]
             if name in self.models.boundaries and not face.exact:
                 end *= REACH.get(name, 1.0)
@@ -282,8 +266,8 @@ class PhotoEditor:
             if name not in PART:  # what changes a part alone leaves the person
                 images = torch.stack([to_tensor(to_pil(crop)) for crop in crops]).to(self.models.generator.token)
                 at, values = cut_curve(at, values, self.models.identity.similarity(images, images[:1]).cpu().numpy())
-            curves[name, down] = at, values
-        return curves[name, down]
+            face.curves[name, down] = at, values
+        return face.curves[name, down]
 
     def _before(self, face: Face, names) -> dict[str, float]:
         """Attributes of a face in the photo as it is."""
@@ -345,6 +329,13 @@ class PhotoEditor:
             kind, value = self._kind(name), float(drawn_by[name][self.models.scorer.column(name)])
             readings[name] = Reading(before[name], target.goal(before[name], kind), value, photo[name], kind)
         return readings
+
+
+def face_in(generator: Generator, w: np.ndarray | torch.Tensor, condition=None) -> InvertedFace:
+    """The face that a generator draws of w [L, D] with its own noise maps. condition: attributes [d] in [0, 1], of a
+    conditional one."""
+    noise = [layer.cpu() for layer in generator.fixed_noise()]
+    return InvertedFace("", w if isinstance(w, np.ndarray) else w.cpu().numpy(), noise, condition, generator=generator)
 
 
 def changes_of(images, attributes) -> list[Change]:

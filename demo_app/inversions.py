@@ -11,8 +11,9 @@ from PIL import Image
 
 from common.arrays import read_npz
 from common.files import atomic_write
-from demo_app.editor import Face, Inversion
+from demo_app.editor import Face, face_in
 from demo_app.models import Models
+from editing.edit import InvertedFace
 from faces.align import alignment_of, crop_aligned
 from inversion.tuning import tunable, tuned_generator
 
@@ -26,7 +27,7 @@ def inversion_file(folder: Path, photo: Path, models: Models, **settings) -> Pat
     return Path(folder) / f"{key.hexdigest()[:24]}.npz"
 
 
-def own_conditional(face: Face) -> Inversion | None:
+def own_conditional(face: Face) -> InvertedFace | None:
     """The face's inversion in the conditional generator, where it is more than its w in another generator."""
     return face.conditional if face.conditional and face.conditional.w is not face.inversion.w else None
 
@@ -61,11 +62,11 @@ def load_faces(file: Path, photo: Image.Image, models: Models) -> list[Face] | N
         return None
 
 
-def _inversion(arrays, name: str, generator) -> Inversion | None:
+def _inversion(arrays, name: str, generator) -> InvertedFace | None:
     if name not in arrays:
         return None
     start = f"{name}."
     weights = {k.removeprefix(start): torch.from_numpy(value) for k, value in arrays.items() if k.startswith(start)}
     condition = arrays.get(f"{name}_condition")
     condition = None if condition is None else torch.from_numpy(condition)
-    return Inversion(arrays[name], tuned_generator(generator, weights) if weights else generator, condition)
+    return face_in(tuned_generator(generator, weights) if weights else generator, arrays[name], condition)

@@ -3,7 +3,7 @@
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -24,33 +24,23 @@ SCORER = "face-scorer-eval"  # reports: it had no part in fitting boundaries, no
 SAFE = 3.5  # standard deviations along a boundary without a range of its own: further out faces break
 CONDITION_SAFE = -0.8, 1.8  # change of a condition in [0, 1]: less than that of a smile harms eyes (docs/log.md)
 CONDITION_RANGE = {"age": (-3.0, 3.0), "gender": (-2.0, 2.0), "eyeglasses": (-0.8, 2.0)}  # identity ends them earlier
-MEAN_SAMPLES = 1000  # for mean and deviation of w
+MEAN_SAMPLES = 1000  # for the mean of w
 
 
 @dataclass(frozen=True)
-class Inverter:
-    """A generator in which faces are inverted."""
-
-    generator: Generator
-
-    @cached_property
-    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean [1, L, D] and deviation [L], the norm over channels, of w. Seconds, unless the file has them."""
-        return self.generator.latent_statistics(MEAN_SAMPLES)
-
-
-@dataclass(frozen=True)
-class Conditional(Inverter):
+class Conditional:
     """A conditional generator; reader: attributes as it takes them; light: trained from the other by --light."""
 
+    generator: Generator
     reader: ConditionScorer
     light: bool = False
 
 
 @dataclass(frozen=True)
-class Models(Inverter):
+class Models:
     """Frozen networks on one device. Without encoder, faces are tuned around the mean of w."""
 
+    generator: Generator
     scorer: AttributeScorer  # all read-outs come from it
     perceptual: Perceptual  # distance that tuning minimises
     identity: Identity  # by which an edit keeps the person
@@ -137,6 +127,12 @@ def load_models(
         conditional=conditional,
         weights_dir=weights_dir,
     )
+
+
+@lru_cache(2)  # the generator and the conditional one
+def mean_w(generator: Generator) -> torch.Tensor:
+    """Mean of w, [1, L, D]. Seconds, unless the generator's file has it."""
+    return generator.mean_latent(MEAN_SAMPLES)
 
 
 def largest(kind: str) -> Path | None:

@@ -67,7 +67,7 @@ def test_an_edit_ends_where_the_person_would_change(editor, monkeypatch):
     positions, similarities = [], []
     for person in (0.65, 0.9, 1.1):
         monkeypatch.setattr("demo_app.curves.PERSON", person)
-        editor.faces[0].inversion.curves.clear()
+        editor.faces[0].curves.clear()
         face_edit = editor.edit({"age": Target(200)}, rounds=0).faces[0]
         pair = torch.stack([to_tensor(crop.resize((READ, READ))) for crop in (editor.faces[0].crop, face_edit.crop)])
         positions.append(face_edit.positions["age"])
@@ -361,6 +361,6 @@ def test_edits_of_one_part_share_its_range(monkeypatch):
 
 def test_another_choice_of_layers_reads_the_edits_again(editor):
     face = editor.faces[0]
-    face.conditional = replace(face.inversion, curves={("smile", False): ([], [])})
+    face.curves["smile", False] = [], []
     editor.set_layers(range(3))
-    assert not face.conditional.curves
+    assert not face.curves
