@@ -19,7 +19,9 @@ import sys
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, positive_int, run_script
+from common.flags import add_fields, read_fields
 from common.workers import n_cores
+from faces.settings import AlignSettings
 
 
 def build_parser() -> ArgumentParser:
@@ -27,11 +29,8 @@ def build_parser() -> ArgumentParser:
     add = parser.add_argument
     add("--photos", type=Path, required=True, help="folder of photos, of any depth, or one photo")
     add("--output_dir", type=Path, required=True, help="folder of the results")
-    add("--size", type=int, default=256, help="side of the aligned faces in pixels")
-    add("--faces", default="largest", help="largest | all | INDEX; 0 is the largest face of a photo")
+    add_fields(parser, AlignSettings)
     add("--landmarks", type=Path, help="JSON file {photo: landmarks} of faces given by hand")
-    add("--aligned_tolerance", type=float, default=4.0, help="%% of the side: take nearly aligned photos as they are")
-    add("--max_yaw", type=float, default=90.0, help="leave out heads that are turned further, in degrees; 90: none")
     add("--n_worker", type=positive_int, default=n_cores(), help="processes")
     add("--overwrite", action="store_true", help="do all photos again")
     add("--weights_dir", type=Path, help="folder with the detector's weights, looked into first")
@@ -45,7 +44,7 @@ def build_parser() -> ArgumentParser:
 def main(args) -> None:
     from common.lock import lock_folder
     from faces.align import MAX_SIZE
-    from faces.folder import TIGHT_NOTE, AlignSettings, align_folder, count_outcomes, list_photos, require_faces
+    from faces.folder import TIGHT_NOTE, align_folder, count_outcomes, list_photos, require_faces
     from faces.paste import paste_folder
 
     if not 8 <= args.size <= MAX_SIZE or args.aligned_tolerance < 0 or args.max_yaw < 0:
@@ -59,7 +58,7 @@ def main(args) -> None:
     out = args.output_dir
     if args.paste_back:
         return paste_folder(args.photos, args.paste_back, args.alignment, out, unedited=args.unedited)
-    settings = AlignSettings(**{name: getattr(args, name) for name in vars(AlignSettings())})
+    settings = read_fields(AlignSettings, vars(args))
     options = {name: getattr(args, name) for name in ("landmarks", "n_worker", "overwrite", "weights_dir")}
     with lock_folder(out, "align_faces.py"):
         records = align_folder(list_photos([args.photos], out), out, settings, **options)

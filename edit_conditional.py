@@ -19,10 +19,12 @@ edited; below each what the scorer reads, in the order in which the generator kn
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script, seed_number, whole
-from common.flags import add_face_flags, add_preset_flag
+from common.flags import add_face_flags, add_fields, add_preset_flag
+from inversion.settings import ProjectorSettings
 
-INVERTING = ("preset", "step", "lr", "noise", "mse", "perceptual", "mean_samples", "overwrite")  # flags
-RECOMMENDED = ("step", "lr", "noise", "mse", "perceptual")  # flags that a generator's file may set (`projector`)
+SETTINGS = ("lr", "noise", "mse")  # of the inversion
+RECOMMENDED = ("step", *SETTINGS, "perceptual", "mean_samples")  # flags that a generator's file may set (`projector`)
+INVERTING = ("preset", *RECOMMENDED, "overwrite")  # flags
 
 
 def build_parser() -> ArgumentParser:
@@ -50,9 +52,7 @@ def build_parser() -> ArgumentParser:
     add_preset_flag(group)
     add_face_flags(group)
     add("--step", type=int, default=1000, help="optimisation steps")
-    add("--lr", type=float, default=0.1, help="step size of Adam")
-    add("--noise", type=float, default=0.05, help="perturbation of the latent at the first step")
-    add("--mse", type=float, default=0, help="weight of the mean squared error in the loss")
+    add_fields(group, ProjectorSettings, SETTINGS)
     add("--perceptual", default="auto", help="distance that is minimised: auto, vgg, squeeze-up64 ...")
     add("--mean_samples", type=whole(2), default=10_000, help="samples for mean and deviation of w")
     add("--seed", type=seed_number, default=0, help="seed, with the pixels, of noise maps and perturbations")
@@ -86,7 +86,6 @@ def main(args) -> None:
     from editing import transfer
     from inversion.inputs import open_faces
     from inversion.runner import invert_images
-    from inversion.settings import ProjectorSettings
     from perceptual.lpips import build_perceptual
 
     with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
@@ -95,7 +94,7 @@ def main(args) -> None:
         generator, scorer, out = models.generator, models.scorer, args.output_dir
         if args.source:
             args.recommend(generator.recommended.get("projector", {}), RECOMMENDED, args.ckpt)
-        settings = {"steps": args.step, "lr": args.lr, "noise": args.noise, "mse": args.mse}
+        settings = {"steps": args.step, **{name: getattr(args, name) for name in SETTINGS}}
         ProjectorSettings(**settings)  # mistakes before any image is opened
 
         def open_all(paths, folder):

@@ -30,7 +30,8 @@ from common.cli import (
 from common.flags import add_face_flags, add_fields, add_preset_flag, read_fields
 from inversion.settings import ProjectorSettings
 
-RECOMMENDED = ("init", "step", "perceptual", *(item.name for item in fields(ProjectorSettings) if item.metadata))
+SETTINGS = tuple(item.name for item in fields(ProjectorSettings) if item.metadata)
+RECOMMENDED = ("init", "step", "perceptual", "mean_samples", *SETTINGS)
 
 
 def build_parser() -> ArgumentParser:

@@ -17,12 +17,13 @@ from common.cli import (
     UsageError,
     add_device_flags,
     count,
-    positive,
     positive_int,
     run_script,
     seed_number,
     several,
 )
+from common.flags import add_fields, read_fields
+from scorer.settings import ScorerSettings
 
 NOT_RESTORED = ("full", "evaluate", "scorer", "sizes", "scores")  # of one invocation
 
@@ -38,17 +39,13 @@ def build_parser() -> ArgumentParser:
     add("--split_seed", type=seed_number, default=0, help="seed of the choice of those people")
     add("--resume", metavar="auto|PATH", help="continue with the run's options; auto: its newest checkpoint")
 
-    add = parser.add_argument_group("network and optimisation").add_argument
+    add = (group := parser.add_argument_group("network and optimisation")).add_argument
     add("--width", type=float, default=1.0, help="scales the channels of the network")
     add("--backbone", default="resnet", help="resnet, or efficientnet: starts from ImageNet weights (a package)")
     window = {"type": several(float), "default": "0,0,1,1"}
     add("--window", **window, help="part of an image that the network sees: left,top,right,bottom from 0 to 1")
     add("--input_size", type=int, default=64, help="pixels; images of any size are resized to it")
-    add("--iter", type=positive_int, default=3000, help="training steps in all")
-    add("--batch", type=positive_int, default=64, help="faces per step")
-    add("--lr", type=positive, default=0.003, help="AdamW's peak learning rate")
-    add("--weight_decay", type=float, default=0.05, help="of kernels and matrices")
-    add("--seed", type=seed_number, default=0, help="of weights, order and augmentation")
+    add_fields(group, ScorerSettings)
     add("--val_every", type=positive_int, default=500, help="steps between measurements on the validation split")
     add("--save_every", type=positive_int, default=250, help="steps between checkpoints")
     add("--log_every", type=positive_int, default=50, help="steps between log lines")
@@ -76,7 +73,7 @@ def main(args) -> None:
     from scorer.labels import read_labels, split_faces
     from scorer.loop import export, read_start, train
     from scorer.network import ScorerConfig
-    from scorer.training import FaceStore, ScorerSettings, ScorerTrainer
+    from scorer.training import FaceStore, ScorerTrainer
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -105,8 +102,7 @@ def main(args) -> None:
     parts = split_faces(table, args.data, args.validation, args.split_seed)
     config = ScorerConfig(table.attributes, args.width, args.input_size, args.backbone, tuple(args.window))
     faces, validation = (FaceStore(part, args.data, config.frame_size) for part in parts)
-    settings = ScorerSettings(args.iter, args.batch, args.lr, args.weight_decay, args.seed)
-    trainer = ScorerTrainer(config, settings, faces.table.weights.mean(0), device)
+    trainer = ScorerTrainer(config, read_fields(ScorerSettings, vars(args)), faces.table.weights.mean(0), device)
     sampler = InfiniteSampler(len(faces), seed=args.seed)
     if state is not None:
         trainer.load_state_dict(state, source)

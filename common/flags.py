@@ -12,10 +12,10 @@ def flag(default, help: str, **options):
     return field(default=default, metadata={"help": help, **options})
 
 
-def add_fields(group, settings: type) -> None:
-    """Add a flag for each `flag` of a dataclass: its name, type, default and help."""
+def add_fields(group, settings: type, names=None) -> None:
+    """Add a flag for each `flag` of a dataclass, those called `names` or all: its name, type, default and help."""
     for item in fields(settings):
-        if item.metadata:
+        if item.metadata and (names is None or item.name in names):
             kind = {"action": "store_true"} if isinstance(item.default, bool) else {"type": type(item.default)}
             group.add_argument(f"--{item.name}", default=item.default, **kind | dict(item.metadata))
 

@@ -24,6 +24,7 @@ from common.tables import csv_text
 from common.workers import map_ordered
 from faces import align as geometry
 from faces.detect import DetectorError, FaceDetector
+from faces.settings import AlignSettings
 
 VERSION = 1
 REPORT = ("photo", "outcome", "faces_found", "faces_aligned", "names", "score", "yaw", "note")
@@ -35,16 +36,6 @@ TIGHT = 0.4  # share of a face's frame outside its photo from which a note is wr
 INVERSIONS, PAIRS, OVERVIEW = "inversions", "before_after", "overview.jpg"  # in the folder of edit_photos.py's results
 FRAMED = 0.06  # of the side: template_error up to which an image looks aligned
 RECORD = {"photo": str, "name": str, "stamp": str, "outcome": str, "faces_found": int, "note": str}
-
-
-@dataclass(frozen=True)
-class AlignSettings:
-    """Settings that the crops depend on; see align_faces.py --help."""
-
-    size: int = 256
-    faces: str = "largest"  # or all, or an index as text, 0 being the largest
-    aligned_tolerance: float = 4.0  # % of the side
-    max_yaw: float = 90.0  # degrees
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from common.lmdb_store import BUILDING_FILE, DATA_FILE
 from common.workers import n_cores
 from dataset import MultiResolutionDataset
 from faces.align import read_alignment
-from faces.folder import AlignSettings, align_folder, list_photos, looks_aligned, require_faces
+from faces.folder import align_folder, list_photos, looks_aligned, require_faces
+from faces.settings import AlignSettings
 
 
 class Images:

@@ -11,7 +11,7 @@ import copy
 import functools
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,22 +27,12 @@ from scorer.efficientnet import load_imagenet
 from scorer.interface import expected_age, resize
 from scorer.labels import AGE_BINS, LabelTable
 from scorer.network import ScorerConfig, ScorerNetwork, split_outputs
+from scorer.settings import ScorerSettings
 
 AGE_SIGMA = 2.5  # years: width of the label distribution
 AGE_L1 = 0.1  # weight of the absolute error in years beside the divergence
 AGE_WEIGHT = 0.5  # of age beside one other attribute: its loss is larger by nature
 EMA_DECAY = 0.998
-
-
-@dataclass(frozen=True)
-class ScorerSettings:
-    """Flags of train_scorer.py."""
-
-    iter: int = 3000
-    batch: int = 64
-    lr: float = 0.003
-    weight_decay: float = 0.05
-    seed: int = 0
 
 
 class FaceStore:

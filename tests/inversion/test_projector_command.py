@@ -196,7 +196,7 @@ def export(checkpoint, tmp_path_factory):
     """The generator as a file that recommends settings, and an output folder, which no file may choose."""
     generator = load_generator(checkpoint)
     file = tmp_path_factory.mktemp("export") / "wpp.safetensors"
-    settings = {"step": 3, "mse": 0.5, "output_dir": "elsewhere", "init": "latents:../start.npy"}
+    settings = {"step": 3, "mse": 0.5, "mean_samples": 40, "output_dir": "elsewhere", "init": "latents:../start.npy"}
     state = {"g_ema": generator.state_dict(), "config": generator.config.to_dict()}
     export_ema(state, file, recommended={"projector": settings})
     np.save(file.with_name("start.npy"), generator.mean_latent(50).numpy())
@@ -214,7 +214,9 @@ def test_recommended_settings_are_used_and_named(checkpoint, export, photos, tmp
 
     used = settings()
     assert (used["steps"], used["mse"], used["noise"]) == (3, 2, 0.0) and used["init"].startswith("latents:")
-    assert "recommends --init latents:../start.npy --step 3 (--preset published" in capsys.readouterr().err
+    assert used["mean_samples"] == 40
+    recommended = "--init latents:../start.npy --mean_samples 40 --step 3"
+    assert f"recommends {recommended} (--preset published" in capsys.readouterr().err
     used = settings("--preset", "published", "--step", "2", "--overwrite", "--mean_samples", "50")
     assert (used["steps"], used["mse"], used["noise"], used["init"]) == (2, 2, 0.05, "mean")
     assert "recommends" not in capsys.readouterr().err
