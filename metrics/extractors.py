@@ -107,12 +107,22 @@ def build_vgg16(protocol: Protocol, weights_dir) -> Extractor:
     return Extractor("vgg16", network, size, 4096, mean, std, weights.file_sha256(path))
 
 
+class ScorerFeatures(nn.Module):
+    """A scorer whose output are the last features in place of scores: [N, 3, H, W] in [-1, 1] -> [N, F]."""
+
+    def __init__(self, scorer: nn.Module):
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, images):
+        return self.scorer.features(images)  # [N, F]
+
+
 def build_scorer(protocol: Protocol, weights_dir) -> Extractor:
     """The bundled attribute scorer, a network that knows faces: [N, F]."""
     scorer = load_scorer("face-scorer", weights_dir=weights_dir)
-    scorer.forward = scorer.features  # the last features in place of scores, [N, F]
     size, dim = scorer.input_size, scorer.network.n_features
-    return Extractor("scorer", scorer, size, dim, HALF, HALF, scorer.fingerprint)
+    return Extractor("scorer", ScorerFeatures(scorer), size, dim, HALF, HALF, scorer.fingerprint)
 
 
 EXTRACTORS = {"inception": build_inception, "vgg16": build_vgg16, "squeeze": build_squeeze, "scorer": build_scorer}

@@ -4,6 +4,7 @@ Labels may be soft (another network's probabilities): above 0.5 counts as yes fo
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +102,12 @@ def read_evaluation(folder: Path, labels: str | None, scorer) -> tuple[list[str]
         if not names:
             raise UserError(f"{folder} holds no images")
         return names, None
-    known = [attribute.name for attribute in read_labels(path, "all").attributes]
-    shared = [name for name in scorer.names if name in known]
-    if not shared:
+    table = read_labels(path, "all")
+    known = [attribute.name for attribute in table.attributes]
+    columns = [known.index(name) for name in scorer.names if name in known]
+    if not columns:
         raise UserError(f"{path} has labels for {', '.join(known)}; the scorer predicts {', '.join(scorer.names)}")
-    table = present_faces(read_labels(path, ",".join(shared)), folder)
+    attributes = tuple(table.attributes[i] for i in columns)
+    shared = replace(table, attributes=attributes, values=table.values[:, columns], weights=table.weights[:, columns])
+    table = present_faces(shared, folder)
     return list(table.names), table
