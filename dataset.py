@@ -288,7 +288,6 @@ def data_loader(
     *,
     workers: int = 2,  # processes that decode (0: this one), alive as long as the stream
     device: str | torch.device = "cpu",  # on CUDA the memory is pinned and the copy asynchronous
-    start_method: str | None = None,  # fork, forkserver or spawn; default: the platform's
 ) -> BatchStream:
     """Endless batches from the sampler's position on; a batch larger than the data set spans several epochs. A
     DatasetError in a worker is raised here as itself. Leaves the global random state of this process alone."""
@@ -297,7 +296,6 @@ def data_loader(
     options = {"batch_size": batch, "pin_memory": device.type == "cuda", "generator": generator}
     if workers:
         options |= {"num_workers": workers, "prefetch_factor": 4, "worker_init_fn": _ignore_signals}
-        options["multiprocessing_context"] = start_method
     return BatchStream(DataLoader(dataset, sampler=sampler, **options), sampler, device)
 
 

@@ -146,7 +146,8 @@ def main(args) -> None:
         free_of = [boundary_of(path.strip(), generator) for path in args.orthogonal_to.split(",") if path.strip()]
         seeds = range(args.seed, args.seed + args.num_sample)
         samples = Samples(generator, seeds, truncation=args.truncation, noise=args.noise)
-        boundaries = [fit.measured(boundary_of(path, generator), free_of, samples) for path in args.boundary or ()]
+        given = (boundary_of(path, generator) for path in args.boundary or ())
+        boundaries = [fit.measure_boundary(boundary, free_of, samples) for boundary in given]
         if not boundaries:
             fitting = {"fit": args.fit, "ratio": args.ratio, "seed": args.seed, "conditional": args.conditional_fit}
             fitting |= {"free_of": free_of, "folder": args.output_dir, "weights_dir": args.weights_dir}

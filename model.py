@@ -113,9 +113,9 @@ class Generator(nn.Module):
         std = (square / n - mean.square()).clamp(min=0).sum(-1).sqrt()
         return mean[None].float().to(self.token.device), std.float().to(self.token.device)
 
-    def mean_latent(self, n: int = 10_000, seed: int = 0) -> torch.Tensor:
-        """Mean w per token, [1, L, 512], of n samples drawn from the seed."""
-        return self.latent_statistics(n, seed)[0]
+    def mean_latent(self, n: int = 10_000) -> torch.Tensor:
+        """Mean w per token, [1, L, 512], of n samples."""
+        return self.latent_statistics(n)[0]
 
     @property
     def noise_strengths(self) -> list[nn.Parameter]:
@@ -229,11 +229,11 @@ class Discriminator(nn.Module):
         x = images.to(dtype or self.compute_dtype).contiguous(memory_format=torch.channels_last)
         return self.convs(x)
 
-    def forward(self, images, dtype=None, group: int | None = None):
-        """Logits [N, 1]. group: size of the minibatch-stddev groups (default: of `stddev_group`)."""
+    def forward(self, images, dtype=None):
+        """Logits [N, 1]."""
         x = self.features(images, dtype).to(self.final_conv[0].weight.dtype)  # the head keeps the parameters' precision
         n, channels, height, width = x.shape
-        group = group or stddev_group(n)
+        group = stddev_group(n)
         # Minibatch standard deviation (Karras et al. 2018, arXiv 1710.10196), one statistic per group
         std = x.view(group, n // group, channels, height, width).var(0, unbiased=False).add(1e-8).sqrt()
         std = std.mean((1, 2, 3)).repeat(group).view(n, 1, 1, 1).expand(-1, 1, height, width)

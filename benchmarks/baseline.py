@@ -89,12 +89,12 @@ class BaselineDiscriminator(Discriminator):
         out = F.conv2d(upfirdn(x, layer[0].kernel, pad=pad), weight, stride=2)
         return activate(out, layer[2].bias) if kernel_size == 3 else out
 
-    def forward(self, images, dtype=None, group=None):
+    def forward(self, images, dtype=None):
         x = self.conv(self.convs[0], images)
         for block in self.convs[1:]:
             x = (self.down(block.conv2, self.conv(block.conv1, x)) + self.down(block.skip, x)) / 2**0.5
         n, c, h, w = x.shape
-        group = group or stddev_group(n)
+        group = stddev_group(n)
         std = torch.sqrt(x.view(group, n // group, c, h, w).var(0, unbiased=False) + 1e-8)
         std = std.mean((1, 2, 3)).repeat(group).view(n, 1, 1, 1).expand(-1, 1, h, w)
         x = self.conv(self.final_conv, torch.cat((x, std), 1))

@@ -56,7 +56,7 @@ def fit_svm(latents, side, *, kernel: bool = False) -> tuple[np.ndarray, float]:
     return _unit(machine.coef_[0], machine.intercept_[0], "the latents of the two ends do not differ")
 
 
-def fit_ridge(latents, scores, *, others=None, rows=None, penalty: float = RIDGE) -> tuple[np.ndarray, float]:
+def fit_ridge(latents, scores, *, others=None, rows=None) -> tuple[np.ndarray, float]:
     """Unit normal [D] (float64) and intercept of the ridge regression of scores [N] on latents [N, D].
 
     others: [N, K], scores that are held fixed: regressors beside the latent, without penalty (Frisch and Waugh 1933).
@@ -81,7 +81,7 @@ def fit_ridge(latents, scores, *, others=None, rows=None, penalty: float = RIDGE
         sum_x, sum_xy = sum_x + x.sum(0).numpy(), sum_xy + x.numpy().T @ y[start : start + BLOCK]
     mean = torch.from_numpy(sum_x / n)
     covariance = gram.addr_(mean, mean, alpha=-n).numpy().T  # times n; in place, symmetric
-    strength = penalty * np.trace(covariance) / width
+    strength = RIDGE * np.trace(covariance) / width
     if not strength > 0:
         raise BoundaryError("the latents of the samples do not differ")
     score, sums = y[:, 0], sum_xy[:, 0]
@@ -197,7 +197,7 @@ def fit_attribute(
     return broadcast_object(boundary)
 
 
-def measured(boundary: Boundary, free_of, samples: Samples) -> Boundary:
+def measure_boundary(boundary: Boundary, free_of, samples: Samples) -> Boundary:
     """A given boundary with the directions `free_of` projected out, and its standard deviation over the samples."""
     samples = Samples(samples.generator, samples.seeds[:N_MEASURED], truncation=samples.truncation)
     boundary = boundary if boundary.std else boundary.measured_on(samples)

@@ -62,7 +62,7 @@ def main(args) -> None:
     from common.distributed import setup
     from common.latents import parse_layers
     from editing.boundary import boundary_of
-    from editing.fit import N_MEASURED, measured
+    from editing.fit import N_MEASURED, measure_boundary
     from editing.samples import Samples
     from metrics.sweeps import sweep_faces, write_results
     from model import load_generator
@@ -86,7 +86,7 @@ def main(args) -> None:
         sweeps, inputs, attribute = [], [], None
         for k, (ckpt, latent, path) in enumerate(zip(ckpts, args.latent, paths, strict=True)):
             generator = load_generator(ckpt, dist.device)
-            boundary = measured(boundary_of(path, generator), (), Samples(generator, range(N_MEASURED)))
+            boundary = measure_boundary(boundary_of(path, generator), (), Samples(generator, range(N_MEASURED)))
             if attribute not in (None, boundary.attribute):
                 raise UserError(f"{path} is a boundary of {boundary.attribute}, {paths[0]} of {attribute}")
             attribute = boundary.attribute

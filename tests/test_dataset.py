@@ -175,13 +175,15 @@ def read_in_child(data, index, queue):
 
 
 @pytest.mark.parametrize(("method", "opened_before"), [("fork", False), ("fork", True), ("spawn", True)])
-def test_workers_of_either_kind(store, method, opened_before):
+def test_workers_of_either_kind(store, method, opened_before, monkeypatch):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this platform cannot {method}")
+    default = multiprocessing.context._default_context  # as set_start_method does
+    monkeypatch.setattr(default, "_actual_context", multiprocessing.get_context(method))
     data = open_dataset(store, 8)
     expected = torch.stack([data[i] for i in range(7)]) if opened_before else None
     sampler = InfiniteSampler(7, seed=3)
-    batches = data_loader(data, 7, sampler, workers=2, start_method=method)
+    batches = data_loader(data, 7, sampler, workers=2)
     first = next(batches)
     batches.close()
     expected = torch.stack([data[i] for i in range(7)]) if expected is None else expected

@@ -26,6 +26,7 @@ LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator
 WIDTH = 64
 BINOMIAL = (1, 4, 6, 4, 1)
 MOST_SHIFT = 7  # pixels: every position within the stride of the second finest map
+MIXING_SEED = 0  # of RandomMixing
 MIXED_WIDTHS = (64, 128, 256, 512)  # channels of the mixed maps, fine to coarse: no fewer than EfficientNet's own
 TRANSFORMS = ("xflip", "xint", "brightness", "contrast", "saturation")
 AUGMENT_P = 0.5  # heads on strong features overfit soon
@@ -102,12 +103,12 @@ def find_features() -> str:
 class RandomMixing(nn.Module):
     """Maps [N, C, h, w], fine to coarse, each half the size of the one before -> mixtures of MIXED_WIDTHS channels and
     the same sizes, by fixed random convolutions (Sauer et al. 2021, section 3.2; theirs also doubles the sizes): a head
-    cannot single out the few channels by which it would tell real from generated at once. The weights follow from the
-    seed and are not part of state_dict()."""
+    cannot single out the few channels by which it would tell real from generated at once. The weights follow from
+    MIXING_SEED and are not part of state_dict()."""
 
-    def __init__(self, channels, seed: int = 0):
+    def __init__(self, channels):
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(MIXING_SEED)
         shapes = {f"channels_{i}": (*pair, 1) for i, pair in enumerate(zip(channels, MIXED_WIDTHS, strict=True))}
         shapes |= {f"scales_{i}": (coarse, fine, 3) for i, (fine, coarse) in enumerate(pairwise(MIXED_WIDTHS))}
         for name, (c_in, c_out, size) in shapes.items():

@@ -62,7 +62,8 @@ def test_svm_is_the_published_machine():
 def test_ridge_in_blocks_is_the_closed_form(monkeypatch):
     latents, scores, _ = planted(300, 20, mean=50.0)
     monkeypatch.setattr(editing.fit, "BLOCK", 7)
-    normal, intercept = fit_ridge(latents, scores, penalty=0.5)
+    monkeypatch.setattr(editing.fit, "RIDGE", 0.5)
+    normal, intercept = fit_ridge(latents, scores)
     x = latents - latents.mean(0, dtype=np.float64)
     gram = x.T @ x
     expected = np.linalg.solve(gram + 0.5 * np.trace(gram) / 20 * np.eye(20), x.T @ (scores - scores.mean()))
