@@ -49,7 +49,7 @@ def main(args) -> None:
 
     from common.distributed import resolve_device
     from common.lock import lock_folder
-    from demo_app.batch import INVERSIONS, PhotoBatch, possible
+    from demo_app.batch import INVERSIONS, PhotoBatch, select_targets
     from demo_app.editor import PhotoError, expression_of
     from demo_app.models import load_models
     from faces.folder import list_photos, require_elsewhere
@@ -62,7 +62,7 @@ def main(args) -> None:
         targets = expression_of(args.like, models) | targets if args.like else targets
     except PhotoError as error:
         raise UserError(f"--like {args.like}: {error}") from None
-    targets = possible(targets, models)
+    targets = select_targets(targets, models)
     settings = {"steps": QUALITY[args.quality], "faces": args.faces, "strength": args.strength}
     with lock_folder(args.output_dir, "edit_photos.py"):
         PhotoBatch(models, args.output_dir, targets, **settings).run(photos)

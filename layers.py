@@ -198,7 +198,7 @@ class ModulatedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(1, out_channel, in_channel, kernel_size, kernel_size))
         self.modulation = EqualLinear(style_dim, in_channel, bias_init=1)
         self.scale, self.up = 1 / math.sqrt(in_channel * kernel_size**2), up
-        self.kept = None, None  # what `prepare` gave last for a frozen weight, after what it depends on
+        self.cache = None, None  # what `prepare` gave last for a frozen weight, after what it depends on
         if up:
             self.blur = Resample((1, 1), gain=4)  # the gain makes up for the zeros between upsampled pixels
 
@@ -211,7 +211,7 @@ class ModulatedConv2d(nn.Module):
         return modulated_conv2d(x, weight, styles, energy=energy, up=self.up, kernel=kernel, **options)
 
     def __getstate__(self):  # a copy prepares its own weights: their version counters start at zero
-        return self.__dict__ | {"kept": (None, None)}
+        return self.__dict__ | {"cache": (None, None)}
 
     def prepare(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight [O, I, k, k] in `dtype`, and its energy [O, I]. Kept from call to call while the weight is frozen
@@ -221,12 +221,12 @@ class ModulatedConv2d(nn.Module):
         if dtype == torch.float16:
             return weight, None
         frozen = not self.training and not self.weight.requires_grad
-        if frozen and self.kept[0] == state:
-            return self.kept[1]
+        if frozen and self.cache[0] == state:
+            return self.cache[1]
         axes = (1, 0, 2, 3) if self.up else (0, 1, 2, 3)  # in the layout that the convolution reads
         laid_out = weight.permute(axes).to(dtype, memory_format=torch.channels_last).permute(axes)
         prepared = laid_out, weight.square().sum((2, 3))
-        self.kept = (state, prepared) if frozen else (None, None)
+        self.cache = (state, prepared) if frozen else (None, None)
         return prepared
 
 

@@ -28,7 +28,7 @@ OVERHEAD = 15  # detection, edit and files, in steps of refinement: for the prog
 OWN_FILES = (OVERVIEW, "report.csv")
 
 
-def possible(targets: dict[str, Target], models: Models) -> dict[str, Target]:
+def select_targets(targets: dict[str, Target], models: Models) -> dict[str, Target]:
     """Targets that the models can edit; the others are named on stderr. Raises UserError when none is left."""
     if missing := [name for name in targets if name not in models.attributes]:
         known = f"only {', '.join(models.attributes) or 'nothing'} can be edited"

@@ -97,9 +97,9 @@ class FaceDetector:
             if not looks:
                 break
             landmarks = np.mean([look[4:14].reshape(5, 2) for look in looks], axis=0)
-            if abs(_lean(landmarks) - degrees) <= self.UPRIGHT:
+            if abs(_roll(landmarks) - degrees) <= self.UPRIGHT:
                 break
-            degrees = _lean(landmarks)
+            degrees = _roll(landmarks)
         return Detection(landmarks, tuple(float(v) for v in row[:4]), float(row[14]))
 
     def _looks_at_face(self, photo, box, degrees) -> list[np.ndarray]:
@@ -146,8 +146,8 @@ def _window(photo, middle, span, size, degrees=0.0) -> _Window:
     return _Window(np.asarray(view), matrix, corner)
 
 
-def _lean(landmarks) -> float:
-    """Degrees by which a face leans, clockwise in the image; from the eye line and the upright, as FFHQ's frame."""
+def _roll(landmarks) -> float:
+    """Roll of a face in degrees, clockwise in the image; from the eye line and the upright, as FFHQ's frame."""
     right_eye, left_eye, _, right_mouth, left_mouth = landmarks
     across, down = left_eye - right_eye, (right_mouth + left_mouth - right_eye - left_eye) / 2
     return float(np.degrees(np.arctan2(across[1] - down[0], across[0] + down[1])))

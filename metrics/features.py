@@ -24,7 +24,7 @@ from metrics.extractors import Extractor
 from metrics.flags import Sampling
 from metrics.sources import ImageSource, open_source
 
-FORMAT = 1  # raised when the same inputs give other features
+FORMAT = 2  # of a cached file, raised when the same inputs give another one
 HERE = Distributed(0, 1, torch.device("cpu"))
 ABOUT = {"n": int, "size?": (int, None), "truncation?": (float, None)}
 SCHEMA = {"about": ABOUT, "extractor": {"name": str, "dim": int}, "protocol": {"name": str}}  # of a file (.npz)
@@ -133,15 +133,15 @@ def save_features(path: Path, features: Features) -> None:
     """Write features [N, D] with their metadata, atomically."""
     metadata = {"about": features.info, "extractor": features.extractor, "protocol": features.protocol}
     with atomic_write(path) as file:
-        np.savez(file, features=features.values.numpy(), known=np.array(json.dumps(metadata)))
+        np.savez(file, features=features.values.numpy(), metadata=np.array(json.dumps(metadata)))
 
 
 def load_features(path: str | os.PathLike) -> Features:
     """Features from a file of `save_features`. Raises FileNotFoundError, or ValueError when it is not one."""
     arrays = read_npz(path, "features file (.npz)")
-    if not {"features", "known"} <= set(arrays):
+    if not {"features", "metadata"} <= set(arrays):
         raise UserError(f"{path} has the entries {', '.join(arrays)}: features made elsewhere do not say how")
-    metadata = parse_json(str(arrays["known"]), SCHEMA, source=path, what="features file")
+    metadata = parse_json(str(arrays["metadata"]), SCHEMA, source=path, what="features file")
     values = torch.from_numpy(require_floats(arrays["features"], path))
     shape = (metadata["about"]["n"], metadata["extractor"]["dim"])
     if values.shape != shape:

@@ -15,7 +15,7 @@ SCHEMA = {"space": str, "size?": (int, None), "extra?": ({"method?": (str, None)
 
 
 @dataclass(frozen=True)
-class Inversion:
+class InversionFolder:
     """One folder: its measures, its space, its method."""
 
     folder: Path
@@ -36,7 +36,7 @@ def split_row(text: str) -> tuple[Path, str | None]:
     return (Path(text), None) if Path(text).is_dir() or not (row and equals) else (Path(folder), row)
 
 
-def read_inversion(folder: Path, method: str | None = None) -> Inversion:
+def read_inversion(folder: Path, method: str | None = None) -> InversionFolder:
     """Read a folder. Raises FileNotFoundError, or ValueError naming the file that lacks space, method or measures."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: the output folder of an inversion is expected")
@@ -50,13 +50,14 @@ def read_inversion(folder: Path, method: str | None = None) -> Inversion:
     method = method or (info.get("extra") or {}).get("method")
     if not method:
         raise UserError(f"{file} does not tell the method: give --method")
-    return Inversion(folder, info["space"], method, read_measures(folder / "reconstruction.csv"), info.get("size"))
+    measured = read_measures(folder / "reconstruction.csv")
+    return InversionFolder(folder, info["space"], method, measured, info.get("size"))
 
 
-def comparable(inversions: list[Inversion], measures: list[str], *, common: bool = False) -> list[Inversion]:
+def match(inversions: list[InversionFolder], measures: list[str], *, common: bool = False) -> list[InversionFolder]:
     """The inversions, restricted to their common images if `common`; ValueError when they cannot be compared."""
     first = inversions[0]
-    cells: dict[tuple[str, str], Inversion] = {}
+    cells: dict[tuple[str, str], InversionFolder] = {}
     for other in inversions:
         same = cells.setdefault((other.method, other.space), other)
         if same is not other:
@@ -86,7 +87,7 @@ def comparable(inversions: list[Inversion], measures: list[str], *, common: bool
     return inversions
 
 
-def format_table(inversions: list[Inversion], measures: list[str], form: str) -> str:
+def format_table(inversions: list[InversionFolder], measures: list[str], form: str) -> str:
     """Text, CSV or LaTeX: a row per method and measure, methods in the paper's order, then others as given."""
     measured = {(i.method, i.space): i.measured.values for i in inversions}
     methods = sorted(dict.fromkeys(i.method for i in inversions), key=lambda name: (*METHODS, name).index(name))

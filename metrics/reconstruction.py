@@ -32,13 +32,13 @@ def build_parser() -> ArgumentParser:
 
 def main(args) -> None:
     from common.files import write_text
-    from metrics.inversions import comparable, format_table, read_inversion, split_row
+    from metrics.inversions import format_table, match, read_inversion, split_row
 
     measures = [name.strip() for name in args.measures.split(",")]
     if unknown := [name for name in measures if name not in MEASURES]:
         raise UsageError(f"--measures {args.measures}: {unknown[0]!r} is none of {', '.join(MEASURES)}")
     inversions = [read_inversion(folder, row or args.method) for folder, row in map(split_row, args.folders)]
-    text = format_table(comparable(inversions, measures, common=args.common), measures, args.format)
+    text = format_table(match(inversions, measures, common=args.common), measures, args.format)
     if args.output:
         write_text(args.output, text)
     else:

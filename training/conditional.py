@@ -27,10 +27,10 @@ MODULATION = ".modulation.weight"  # ends the names of tensors [channels, style_
 TABLE = 5000  # real faces whose attributes stand for the data set
 SHIFT, SCALE, NOISE = 1 / 16, 1.06, 0.04  # of `jitter`: share of the side, factor, standard deviation
 # Of --light:
-ENDS = 0.25  # probability that an attribute is at an end of the table, so that rare ones are asked for
-END = 0.01  # quantile of the table that is an end
+END_PROBABILITY = 0.25  # probability that an attribute is at an end of the table, so that rare ones are asked for
+END_QUANTILE = 0.01  # quantile of the table that is an end
 LIGHT_WEIGHTS = {"probability": 0.5, "years": 3.0}  # of the cross entropy, of the L1 loss; 1 for the L1 loss otherwise
-KEEP, KEPT = 3.0, 8  # weight of the change of colours, averaged over so many blocks per side
+COLOUR_WEIGHT, COLOUR_BLOCKS = 3.0, 8  # weight of the change of colours, averaged over so many blocks per side
 
 
 class ConditionalTrainer(Trainer):
@@ -42,7 +42,7 @@ class ConditionalTrainer(Trainer):
             settings = replace(settings, path_regularize=0)
         super().__init__(config, settings, dist)
         self.scorer, self.table, self.condition = scorer, table.to(dist.device), condition
-        self.ends = torch.quantile(self.table, torch.tensor([END, 1 - END], device=dist.device), 0)  # [2, d]
+        self.ends = torch.quantile(self.table, self.table.new_tensor((END_QUANTILE, 1 - END_QUANTILE)), 0)  # [2, d]
         if condition.light:
             self.g_optim.param_groups[0]["lr"] = condition.light_lr
             columns = torch.arange(config.style_dim + config.condition_dim, device=dist.device) >= config.style_dim
@@ -62,7 +62,7 @@ class ConditionalTrainer(Trainer):
         if not self.condition.light:
             return drawn
         u = torch.rand(2, *drawn.shape, device=drawn.device)
-        return torch.where(u[0] < ENDS, torch.where(u[1] < 0.5, *self.ends), drawn)
+        return torch.where(u[0] < END_PROBABILITY, torch.where(u[1] < 0.5, *self.ends), drawn)
 
     def condition_loss(self, fake, ws, condition):
         read = self.scorer(jitter(fake))
@@ -81,10 +81,10 @@ class ConditionalTrainer(Trainer):
         loss = (weights * torch.where(in_years, errors, entropy)).mean()
         with torch.no_grad():
             neutral, _ = self.g(ws, input_is_latent=True, dtype=self.dtype)
-        before, after = (F.adaptive_avg_pool2d(images.float(), KEPT) for images in (neutral, fake))
+        before, after = (F.adaptive_avg_pool2d(images.float(), COLOUR_BLOCKS) for images in (neutral, fake))
         keep = (after - before).abs().mean()
         self.stats.report(keep=keep)
-        return loss + KEEP * keep
+        return loss + COLOUR_WEIGHT * keep
 
     def sample_inputs(self, z):
         """One face per row: at the means of the data, then each attribute at 0 and at 1."""

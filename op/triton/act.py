@@ -133,7 +133,7 @@ def accumulator(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def cut(x: torch.Tensor, *, per_image: bool = True):
+def tile(x: torch.Tensor, *, per_image: bool = True):
     """Tiles over a dense x [N, C, P]: (grid, (N, C, P), options of the kernel). Without anything per image,
     channels_last images are one long image."""
     last, (n, channels) = is_last(x), x.shape[:2]
@@ -171,7 +171,7 @@ class _Forward(torch.autograd.Function):
         x = dense(x)
         y = torch.empty_like(x)
         factors = [None if t is None else t.contiguous() for t in (demod, noise, strength, bias)]
-        grid, (_, channels, pixels), options = cut(x, per_image=demod is not None or noise is not None)
+        grid, (_, channels, pixels), options = tile(x, per_image=demod is not None or noise is not None)
         stride = pixels if noise is not None and len(noise) > 1 else 0
         options |= {"SLOPE": float(slope), "SCALE": float(scale)}
         with device_of(x):
@@ -206,7 +206,7 @@ class _Backward(torch.autograd.Function):
         need_demod, need_bias, need_pixel = needs
         grad = grad.contiguous(memory_format=memory_format(y))
         out = torch.empty_like(y)
-        grid, (n, channels, pixels), options = cut(y, per_image=demod is not None or need_pixel)
+        grid, (n, channels, pixels), options = tile(y, per_image=demod is not None or need_pixel)
         options |= {"SLOPE": float(slope), "SCALE": float(scale)}
         blocks_p, blocks_c, exact = grid[0] // n, grid[1], accumulator(y)
         sum_x, sum_1 = (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from op.triton.act import cut, dense, device_of, locate, memory_format
+from op.triton.act import dense, device_of, locate, memory_format, tile
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def resample(x, kernel, up, down, pad, size):
     kh, kw = kernel.shape
     kernel = F.pad(kernel, (0, -kw % up[0], 0, -kh % up[1])).contiguous()  # every phase has as many taps
     taps = kernel.shape[1] // up[0], kernel.shape[0] // up[1]
-    grid, (_, channels, pixels), options = cut(y)
+    grid, (_, channels, pixels), options = tile(y)
     pads = pad[0], pad[2], -pad[0] % up[0], -pad[2] % up[1]
     with device_of(x):
         fir_kernel[grid](x, y, kernel, *x.shape[2:], size[1], *pads, channels, pixels, *up, *down, *taps, **options)

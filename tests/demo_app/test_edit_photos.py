@@ -12,7 +12,7 @@ import demo_app.batch
 import edit_photos
 from common.cli import UserError, run
 from common.images import ImageError
-from demo_app.batch import possible
+from demo_app.batch import select_targets
 from demo_app.editor import PhotoError, expression_of
 from demo_app.targets import Target, parse_gender, parse_share, parse_years
 from faces.folder import list_photos
@@ -172,7 +172,7 @@ def test_targets_out_of_range_are_refused(flag, value, expected, capsys):
 
 def test_an_attribute_without_a_boundary_is_said(models, capsys):
     targets = {"age": Target(1, True), "eyeglasses": Target(1)}
-    assert list(possible(targets, models)) == ["age"]
+    assert list(select_targets(targets, models)) == ["age"]
     assert "no boundary of eyeglasses" in capsys.readouterr().err
     with pytest.raises(UserError, match="only age can be edited"):
-        possible({"eyeglasses": Target(1)}, models)
+        select_targets({"eyeglasses": Target(1)}, models)

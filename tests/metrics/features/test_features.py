@@ -262,7 +262,7 @@ def test_features_file(face_folder, tiny, tmp_path):
 )
 def test_features_files_of_the_wrong_shape(features, known, sentence, tmp_path):
     whole = {"about": {"n": 3}, "extractor": {"name": "tiny", "dim": 12}, "protocol": {"name": "clean"}}
-    np.savez(tmp_path / "f.npz", features=features, known=np.array(known or json.dumps(whole)))
+    np.savez(tmp_path / "f.npz", features=features, metadata=np.array(known or json.dumps(whole)))
     with pytest.raises(ValueError, match=f"f.npz.*{sentence}"):
         load_features(tmp_path / "f.npz")
 

@@ -197,7 +197,7 @@ def test_light_mode_leaves_the_rest_bit_equal(tmp_path, face_lmdb, unconditional
 @pytest.mark.parametrize("light", [True, False])
 def test_training_follows_the_target(reader, unconditional, light, monkeypatch):
     """The redness asked for moves the redness there is; before the training nothing does."""
-    monkeypatch.setattr("training.conditional.KEEP", 0)  # colours are the attributes here
+    monkeypatch.setattr("training.conditional.COLOUR_WEIGHT", 0)  # colours are the attributes here
     torch.manual_seed(0)
     known = load_checkpoint(unconditional)
     config = GeneratorConfig(**SMALL)
