@@ -1,4 +1,4 @@
-"""Reads the network pickles of NVlabs/stylegan2-ada-pytorch and NVlabs/stylegan3 without running anything in them.
+"""Reader of the network pickles of NVlabs/stylegan2-ada-pytorch and NVlabs/stylegan3 without running anything in them.
 
 Such a `.pkl` is a pickle of {"G", "D", "G_ema", ...}. Each module in it is a call of
 `torch_utils.persistence._reconstruct_persistent_obj` on its class name, attributes and Python source, which NVIDIA's

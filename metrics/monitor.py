@@ -22,7 +22,7 @@ BEST = "best.safetensors"
 
 
 class Monitor:
-    """Evaluates a generator against the training images, always by the same draws: into the group Metrics of the run's
+    """Evaluation against the training images, always by the same draws: into the group Metrics of the run's
     log and metrics.jsonl of its folder; the weights with the lowest FID so far into checkpoint/best.safetensors. The
     features of the real images are computed at once: what is missing shows before the training starts. Raises
     UsageError for an unknown metric or too few images, FileNotFoundError without the extractor's weights."""
