@@ -37,7 +37,7 @@ class Resample(nn.Module):
 class PixelNorm(nn.Module):
     """Divide by the root mean square of the last axis."""
 
-    def forward(self, x):  # [..., C], any shape
+    def forward(self, x):  # [..., C], the shape stays
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-8)
 
 

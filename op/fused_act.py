@@ -87,5 +87,5 @@ class FusedLeakyReLU(nn.Module):
         self.negative_slope = negative_slope
         self.scale = scale
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:  # [N, channel, ...], any shape
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # [N, channel, ...], the shape stays
         return fused_leaky_relu(input, self.bias, self.negative_slope, self.scale)

@@ -83,7 +83,7 @@ class DepthwiseSeparable(nn.Module):
         self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
 
-    def forward(self, x):  # [N, C, H, W], kept
+    def forward(self, x):  # [N, C, H, W], the shape stays
         return F.relu(self.bn2(self.pointwise(F.relu(self.bn1(self.depthwise(x))))))
 
 
