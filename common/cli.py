@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import math
 import os
+import select
 import signal
 import sys
 import threading
@@ -173,14 +174,22 @@ def run(main, parser, argv=None):
         return _report("interrupted", 130)
     except Terminated:
         return _report("terminated", 143)
-    except BrokenPipeError:  # `... | head`: the reader has gone, which is no error
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        return 0
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():  # `... | head`, which is no error
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes both at exit
+            return 0
         message = _one_line(error)
         if message is None or os.environ.get("WPP_TRACEBACK"):
             raise
         return _report(f"error: {message}", 2 if isinstance(error, UsageError) else 1)
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads this process's stdout or stderr any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Frames to a video: .mp4 through ffmpeg (of the package imageio-ffmpeg), .gif and .webp through Pillow."""
 
+import contextlib
 import errno
 import importlib
 import itertools
@@ -83,8 +84,9 @@ def _save_mp4(first: Image.Image, rest: Iterable[Image.Image], path: Path, fps: 
             for frame in itertools.chain([first], rest):
                 process.stdin.write(np.ascontiguousarray(np.asarray(frame)[:height, :width]))
             process.stdin.close()
-        except BrokenPipeError:  # it has given up
-            pass
+        except BrokenPipeError:  # it has given up; what is still buffered would raise again on leaving the block
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
         except BaseException:
             process.kill()
             raise

@@ -148,10 +148,11 @@ def read_labels(path, attributes: str = "auto") -> LabelTable:
 
 
 class Column:
-    """Cells of a CSV under one header, and every different one's number: NaN where unknown, None where it is text."""
+    """Cells of a CSV under one header, the last line of each, and every different one's number: NaN where unknown, None
+    where it is text."""
 
-    def __init__(self, header: str, cells: list[str]):
-        self.header, self.cells = header, cells
+    def __init__(self, header: str, cells: list[str], lines: list[int]):
+        self.header, self.cells, self.lines = header, cells, lines
         self.numbers = {cell: _number(cell.lower()) for cell in set(cells)}
 
 
@@ -169,13 +170,15 @@ def _read_csv(path) -> dict[str, Column]:
     """Columns by their lower-case names; missing cells are empty strings."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(reader := csv.DictReader(file, restval=""))
+            reader = csv.DictReader(file, restval="")
+            rows = [(row, reader.line_num) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8 ({error})") from error
     if not rows:
         raise ValueError(f"{path} holds no labels: expected a header line and one line per face")
     headers = {name.strip().lower(): name for name in reader.fieldnames if name}
-    return {name: Column(header, [row[header].strip() for row in rows]) for name, header in headers.items()}
+    rows, lines = zip(*rows, strict=True)
+    return {name: Column(header, [row[header].strip() for row in rows], lines) for name, header in headers.items()}
 
 
 def _headers(columns: dict[str, Column]) -> str:
@@ -211,8 +214,8 @@ def _read_attribute(path, columns: dict[str, Column], name: str) -> tuple | None
     column = columns[source]
     numbers = [column.numbers[cell] for cell in column.cells]
     if None in numbers:
-        line = numbers.index(None) + 2
-        where = f"{path}, line {line}: {column.cells[line - 2].lower()!r} in column {column.header!r}"
+        row = numbers.index(None)
+        where = f"{path}, line {column.lines[row]}: {column.cells[row].lower()!r} in column {column.header!r}"
         raise ValueError(f"{where} is neither a number nor yes/no")
     values = np.array(numbers, np.float32)
     if not np.isfinite(values).any():
@@ -228,7 +231,7 @@ def _read_attribute(path, columns: dict[str, Column], name: str) -> tuple | None
         attribute = Attribute(name) if low >= 0 and high <= 1 else Attribute(name, "value", mean=mean, std=std or 1.0)
     high = {"probability": 1, "years": 150}.get(attribute.kind)
     if high and (outside := np.flatnonzero((values < 0) | (values > high))).size:  # NaN is neither
-        where = f"{path}, line {outside[0] + 2}: {values[outside[0]]:g} in column {column.header!r}"
+        where = f"{path}, line {column.lines[outside[0]]}: {values[outside[0]]:g} in column {column.header!r}"
         raise ValueError(f"{where} is outside 0..{high}")
     if attribute.kind == "years":
         values = values.clip(None, AGE_BINS - 1)

@@ -112,6 +112,25 @@ def test_other_endings(capsys):
     assert run(lambda args: None, build_parser(), ["--unknown"]) == 2
 
 
+def test_another_pipe_that_breaks_is_an_error(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert run(raiser(BrokenPipeError(errno.EPIPE, "Broken pipe")), build_parser(), []) == 1
+    assert capsys.readouterr().err == "error: Broken pipe\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_reads_is_no_error(stream, root):
+    program = (
+        "import sys; from common.cli import ArgumentParser, run_script\n"
+        f"run_script(lambda args: print('line', file=sys.{stream}, flush=True), ArgumentParser())"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, **{"stderr": subprocess.PIPE, stream: writer})
+    os.close(writer)
+    assert done.returncode == 0 and not done.stderr
+
+
 def test_out_of_memory_of_torch(capsys):
     import torch
 

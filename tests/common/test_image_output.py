@@ -149,7 +149,8 @@ import resource, sys
 import numpy as np
 from common.images import save_image
 from common.video import save_video
-frames = [np.random.RandomState(i).randint(0, 256, (128, 128, 3), np.uint8) for i in range(20)]
+side = int(sys.argv[2])
+frames = [np.random.RandomState(i).randint(0, 256, (side, side, 3), np.uint8) for i in range(5120 // side)]
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 try:
     save_image(frames[0], sys.argv[1]) if sys.argv[1].endswith("png") else save_video(frames, sys.argv[1])
@@ -158,15 +159,29 @@ except OSError as error:
 """
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.gif", "a.webp", "a.mp4"])
-def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "side"), [("a.png", 128), ("a.gif", 128), ("a.webp", 128), ("a.mp4", 128), ("a.mp4", 33)]
+)
+def test_a_full_disk_is_an_error_and_leaves_no_file(tmp_path, name, side):
     if name == "a.mp4":
         pytest.importorskip("imageio_ffmpeg", reason="the package imageio[ffmpeg] is not installed")
     path = tmp_path / name
     path.write_bytes(b"old")
-    done = subprocess.run([sys.executable, "-c", FULL, str(path)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", FULL, str(path), str(side)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.startswith(f"{path}|could not be written: "), (done.stdout, done.stderr)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("size", [33, 128])  # a frame that stays in the pipe's buffer, and one that does not
+def test_an_ffmpeg_that_gives_up_is_an_error(tmp_path, monkeypatch, size):
+    stand_in = tmp_path / "ffmpeg"
+    stand_in.write_text("#!/bin/sh\necho no such codec >&2\nexit 1\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr("common.video._ffmpeg", lambda: str(stand_in))
+    with pytest.raises(OSError, match="no such codec") as caught:
+        save_video((noise(size, seed) for seed in range(40)), tmp_path / "a.mp4")
+    assert caught.value.filename == str(tmp_path / "a.mp4") and os.listdir(tmp_path) == ["ffmpeg"]
 
 
 @pytest.mark.parametrize(("suffix", "step"), [(".gif", 10), (".webp", 1)])

@@ -102,6 +102,14 @@ def test_labels_that_cannot_be_used(tmp_path, header, row, attributes, message):
         read_labels(write_csv(tmp_path / "l.csv", header, row), attributes)
 
 
+@pytest.mark.parametrize("cell, message", [("old", "'old' in column 'age'"), ("-3", "-3 in column 'age'")])
+def test_the_line_named_is_the_files(tmp_path, cell, message):
+    path = tmp_path / "l.csv"
+    path.write_text(f'file,note,age\n\n1.jpg,"of\ntwo lines",30\n\n2.jpg,,{cell}\n')  # blank lines are no rows
+    with pytest.raises(ValueError, match=f"line 6: {message}"):
+        read_labels(path)
+
+
 def test_files_that_are_no_labels(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such CSV"):
         read_labels(tmp_path / "none.csv")
