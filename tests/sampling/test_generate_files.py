@@ -180,6 +180,18 @@ def test_half_export(ckpt, generator, tmp_path):
     assert np.abs(full.astype(int) - half).max() <= 4  # weights 5e-4 apart, values 0..255
 
 
+def test_a_zero_of_the_other_sign_is_equal_to_that_of_the_base(tmp_path):
+    """An average of weights turns -0 into 0: the file reads back, with the base's zero."""
+    base, part = tmp_path / "base.safetensors", tmp_path / "part.safetensors"
+    for target, zero, flags in ((base, -0.0, []), (part, 0.0, ["--base", base])):
+        network = new_generator()
+        network.to_rgb1.bias.data.fill_(zero)
+        network.conv1.conv.modulation.weight.data.add_(bool(flags))
+        assert export(write_ckpt(tmp_path / "1.pt", network), target, "--half", *flags) == 0
+    assert list(load_safetensors(part)[0]) == ["conv1.conv.modulation.weight"]
+    assert torch.signbit(load_generator(part).to_rgb1.bias).all()
+
+
 def test_export_beside_its_base(tmp_path, capsys):
     """Equal tensors are left out; the file reads back as a whole one, and without its base says what is missing."""
     base, whole, part = (tmp_path / f"{name}.safetensors" for name in ("base", "whole", "part"))
