@@ -216,25 +216,26 @@ def export_ema(
         weights = {name: tensor.half() for name, tensor in weights.items()}
         if large := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
             raise ValueError(f"{path}: {large[0]} has values beyond the range of 16 bits (65504): leave out --half")
-    header, equal = {"config": state["config"], **provenance(state)}, set()
+    header, extra, shared = {"config": state["config"], **provenance(state)}, {}, {}
+    if statistics is not None:
+        mean, std, samples = statistics
+        extra = {"latent_mean": mean[0].float().cpu(), "latent_std": std.float().cpu()}
+        header["statistics"] = {"samples": samples, "fingerprint": fingerprint(extra)}
     if base is not None:
         shared, info = load_export(base)
-        own, other = Path(path).resolve(), Path(base).resolve()
-        if own == other or own.parent != other.parent or "base" in info or "fingerprint" not in info:
-            raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {own.name}")
-        equal = {n for n, t in weights.items() if n in shared and t.dtype == shared[n].dtype and t.equal(shared[n])}
-        weights |= {name: shared[name] for name in equal}  # whose zeros may have another sign
+        file, other = Path(path).resolve(), Path(base).resolve()
+        if file == other or file.parent != other.parent or "base" in info or "fingerprint" not in info:
+            raise ValueError(f"{base}: a base is another export, complete itself, in the folder of {file.name}")
+        named = (weights | extra).items()
+        shared = {n: shared[n] for n, t in named if n in shared and t.dtype == shared[n].dtype and t.equal(shared[n])}
+        weights |= {name: tensor for name, tensor in shared.items() if name in weights}  # a zero has the base's sign
         header["base"] = {"file": Path(base).name, "fingerprint": info["fingerprint"]}
     header["half"] = all(tensor.dtype == torch.float16 for tensor in weights.values())
     header["fingerprint"] = generator_fingerprint(weights)
     if recommended:
         header["recommended"] = recommended
-    if statistics is not None:
-        mean, std, samples = statistics
-        tensors = {"latent_mean": mean[0].float().cpu(), "latent_std": std.float().cpu()}
-        header["statistics"] = {"samples": samples, "fingerprint": fingerprint(tensors)}
-        weights |= tensors
-    save_safetensors(path, {name: tensor for name, tensor in weights.items() if name not in equal}, header)
+    own = {name: tensor for name, tensor in (weights | extra).items() if name not in shared}
+    save_safetensors(path, own, header)
     return header["fingerprint"]
 
 
