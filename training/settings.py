@@ -33,7 +33,7 @@ class TrainSettings:
     vision_aided: str = ""  # network of the vision-aided discriminator (training/vision_aided.py)
     vision_aided_weight: float = flag(1.0, "weight of its loss beside the discriminator's")
     texture_weight: float = flag(0.0, "weight of the texture discriminators' loss; 0: none (training/texture.py)")
-    part_weight: float = flag(0.0, "weight of the loss of eyes and mouth; 0: none; aligned faces (training/parts.py)")
+    part_weight: float = flag(0.0, "weight of the vision-aided loss on eyes and mouth of aligned faces; 0: none")
     noise: str = "random"  # none: no noise enters the generator, w alone decides the image
     precision: str = "fp32"
     seed: int = 0
@@ -43,6 +43,7 @@ class TrainSettings:
         require(self, positive, lambda value: value > 0, "must be positive")
         weights = "r1 path_regularize d_lr vision_aided_weight texture_weight part_weight ema_images"
         require(self, weights, not_negative, "must not be negative")
+        require(self, "part_weight", lambda weight: self.vision_aided or not weight, "needs --vision_aided")
         require(self, "mixing augment_p", lambda p: 0 <= p <= 1, "is a probability, 0 to 1")
         require(self, "ada_target", lambda r: -1 < r < 1, "is a number between -1 and 1")
         require(self, "augment_p", lambda p: self.augment or not p, "needs --augment")

@@ -64,7 +64,8 @@ class Trainer:
         if settings.texture_weight:
             self.others["texture"] = TextureDiscriminator(config.size).to(device)
         if settings.part_weight:
-            self.others["part"] = PartDiscriminator(config.size).to(device)
+            on_parts = build_aux_discriminator(settings.vision_aided, self.dtype, device)
+            self.others["part"] = PartDiscriminator(on_parts)
         target = settings.ada_target if settings.augment and not settings.augment_p else None
         ranks = {"device": device, "world_size": dist.world_size}
         self.ada = AdaptiveAugment(settings.augment_p, target, settings.ada_length, **ranks)  # without --augment: p = 0
@@ -147,7 +148,7 @@ class Trainer:
 
     def discriminate(self, *batches: torch.Tensor) -> list[dict[str, list[torch.Tensor]]]:
         """Logits of each batch of images: "d" [N, 1], and of the others that are trained, "aux" [N, P] of each head of
-        the vision-aided discriminator, "texture" [N, P] of each octave and "part" [N, 1] of eyes and mouth."""
+        the vision-aided discriminator, "texture" [N, P] of each octave and "part" [N, P] of each head on the parts."""
         logits = [{"d": [self.d(self.ada(images), dtype=self.dtype)]} for images in batches]
         for of_batch, images in zip(logits, batches, strict=True):
             of_batch |= {name: network(images, self.dtype) for name, network in self.others.items()}
@@ -268,7 +269,7 @@ class Trainer:
         if "d" in state:
             load_strictly(self.d, state["d"], source)
         for name, network in self.others.items():
-            same = name != "aux" or state.get("vision_aided") == self.settings.vision_aided
+            same = name == "texture" or state.get("vision_aided") == self.settings.vision_aided  # features
             if f"{name}_d" in state and same:
                 load_strictly(network, state[f"{name}_d"], source)
 
