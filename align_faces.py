@@ -56,11 +56,11 @@ def main(args) -> None:
     if args.unedited and not args.paste_back:
         raise UsageError("--unedited goes with --paste_back")
     out = args.output_dir
-    if args.paste_back:
-        return paste_folder(args.photos, args.paste_back, args.alignment, out, unedited=args.unedited)
     settings = read_fields(AlignSettings, vars(args))
     options = {name: getattr(args, name) for name in ("landmarks", "n_worker", "overwrite", "weights_dir")}
     with lock_folder(out, "align_faces.py"):
+        if args.paste_back:
+            return paste_folder(args.photos, args.paste_back, args.alignment, out, unedited=args.unedited)
         records = align_folder(list_photos([args.photos], out), out, settings, **options)
     require_faces(records, out)
     for record in records:

@@ -121,7 +121,7 @@ def main(args) -> None:
         raise UsageError("--at takes one distance for all boundaries or one for each, and excludes --target")
     if len(targets := dict(args.target or ())) > 1 and not args.boundary:
         raise UsageError(f"--target {' '.join(targets)}: several need a --boundary each; a single one is fitted")
-    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist, dist.lock(args.output_dir, "an edit"):
         generator = load_generator(args.ckpt, dist.device, DTYPES[args.precision])
         if args.size not in (None, generator.config.size):
             raise UserError(f"--size {args.size}: {args.ckpt} draws {generator.config.size} pixels")

@@ -88,7 +88,7 @@ def main(args) -> None:
     from inversion.runner import invert_images
     from perceptual.lpips import build_perceptual
 
-    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist, dist.lock(args.output_dir, "an edit"):
         names = {"scorer": args.scorer, "eval_scorer": args.eval_scorer, "identity": args.identity}
         models = transfer.load_models(args.ckpt, dist.device, weights_dir=args.weights_dir, **names)
         generator, scorer, out = models.generator, models.scorer, args.output_dir
@@ -120,7 +120,8 @@ def main(args) -> None:
             options |= {"recorded": {"fit": args.fit, "attributes": list(scorer.names)}}
             options |= {"start": lambda positions, batch: {"condition": scorer.read(batch)}}
             faces, compared = open_all(args.source, out), {"identity": models.identity, "dist": dist}
-            invert_images(generator, faces, folder, settings=settings, **compared, **options)
+            with dist.lock(folder, "an inversion"):
+                invert_images(generator, faces, folder, settings=settings, **compared, **options)
         path = {"start": args.start, "ts": np.linspace(0, args.strength, args.steps)}
         transfer.edit_faces(models, folder, targets, out, paired=args.paired, dist=dist, **path)
 

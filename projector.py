@@ -79,7 +79,7 @@ def main(args) -> None:
     from perceptual.lpips import build_perceptual
     from pSp.psp import load_psp
 
-    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist, dist.lock(args.output_dir, "projector"):
         # Settings: flags, else what the generator's file recommends; an encoder that it names lies beside it.
         generator = load_generator(args.ckpt, dist.device)
         args.recommend(generator.recommended.get("projector", {}), RECOMMENDED, args.ckpt)

@@ -24,6 +24,7 @@ FITS = ("crop", "pad", "squash")
 FILTERS = ("nearest", "box", "area", "bilinear", "hamming", "bicubic", "lanczos")
 SPACES = ("w", "w+", "w++")
 EXTRAS = {"gradio": "demo.py", "torch_fidelity": "FID and KID", "tensorboard": "TensorBoard's log"}  # package: stage
+STAGES = EXTRAS | {"cv2": "finding and pasting faces"}  # the same, with what requirements.txt lists
 RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scripts write to
 
 
@@ -253,8 +254,9 @@ def _one_line(error):
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         text += f" ({error.filename2})" if error.filename2 is not None else ""
-    elif isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
-        text = f"{EXTRAS[error.name]} needs the package {error.name}: pip install -r requirements-extra.txt"
+    elif isinstance(error, ModuleNotFoundError) and error.name in STAGES:
+        file = "requirements-extra.txt" if error.name in EXTRAS else "requirements.txt"
+        text = f"{STAGES[error.name]} needs the package {error.name}: pip install -r {file}"
     elif isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError):  # never a considered message
         text = str(error) or type(error).__name__
     else:

@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from common.cli import TIMEOUT, UsageError
+from common.lock import lock_folder
 from op import dispatch
 
 BEAT = 2.0  # seconds between two signs of life
@@ -47,6 +48,13 @@ class Distributed:
 
     def __exit__(self, *_):
         shutdown()
+
+    @contextmanager
+    def lock(self, folder, what):
+        """`lock_folder` for all ranks: held by the first, and none goes on before it is."""
+        with lock_folder(folder, what) if self.is_main else nullcontext():
+            barrier()
+            yield
 
 
 def resolve_device(name, *, ops=None):

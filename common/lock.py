@@ -24,9 +24,11 @@ TIE_WAIT = 2.0  # seconds that the first by name of two writers waits for the ot
 
 @contextmanager
 def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
-    """Hold `folder` (created when absent) for the block, as its single writer; what: a noun for the message to others.
-    Only one rank of a group calls it. Raises UserError naming the folder and the process that holds it, or OSError."""
+    """Hold `folder` for the block, as its single writer; what: a noun for the message to others. An absent folder is
+    created, and removed if the block leaves it empty. Only one rank of a group calls it (`Distributed.lock`). Raises
+    UserError naming the folder and the process that holds it, or OSError."""
     folder, pid = Path(folder), os.getpid()
+    absent = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / f".writer-{uuid.uuid4().hex[:12]}.lock"
     holder = {"what": what, "pid": pid, "start": process_start(pid), "host": platform.node()}
@@ -47,6 +49,8 @@ def lock_folder(folder: str | os.PathLike, what: str) -> Iterator[None]:
         ended.set()
         if os.getpid() == pid:  # a fork that leaves the block does not own the folder
             lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir() if absent else None
 
 
 def process_start(pid: int) -> str | None:

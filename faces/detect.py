@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -11,7 +12,7 @@ GREY = (128, 128, 128)  # beyond the borders of a photo
 
 
 class DetectorError(ValueError):
-    """The detector cannot be built, or cannot take a photo."""
+    """The detector cannot take a photo."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Detection:
 
 class FaceDetector:
     """YuNet, with landmarks refined: found in the whole photo, then measured again on the face alone. For one thread at
-    a time. Raises FileNotFoundError without the weights, DetectorError without OpenCV."""
+    a time. Raises FileNotFoundError without the weights."""
 
     PASSES = (640, 1600, 320)  # longer side that the photo is scaled to; the next only when nothing was found
     MANY_PASSES = (640, 1600)
@@ -37,15 +38,10 @@ class FaceDetector:
     SCORE = 0.6  # from which a detection counts
 
     def __init__(self, weights_dir=None):
-        try:
-            import cv2
-        except ImportError as error:
-            raise DetectorError(f"finding faces needs OpenCV: pip install opencv-python-headless ({error})") from error
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns about a target nobody set
-        self.cv2 = cv2
         model = require("yunet_640", weights_dir).read_bytes()  # bytes: OpenCV cannot open every path on every system
         buffer, empty = np.frombuffer(model, np.uint8), np.empty(0, np.uint8)
-        self.net = self.cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), self.SCORE, 0.3, 5000)
+        self.net = cv2.FaceDetectorYN.create("onnx", buffer, empty, (320, 320), self.SCORE, 0.3, 5000)
 
     def detect(self, photo: Image.Image, *, many: bool = False) -> list[Detection]:
         """The faces in a photo (PIL, RGB), largest first. many: look for small ones in large photos as well."""
@@ -77,7 +73,7 @@ class FaceDetector:
         try:
             self.net.setInputSize((width, height))
             _, rows = self.net.detect(np.ascontiguousarray(pixels[:, :, ::-1]))  # OpenCV's order is B, G, R
-        except self.cv2.error as error:
+        except cv2.error as error:
             raise DetectorError(f"OpenCV's detector fails on {width}x{height} pixels: {error.err}") from error
         results = []
         for row in np.empty((0, 15)) if rows is None else rows.astype(np.float64):

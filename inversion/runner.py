@@ -1,6 +1,5 @@
 """Invert many images into one folder of results, each written as it is finished: in batches, by ranks, resumable."""
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -14,7 +13,6 @@ from common.cli import UsageError, UserError
 from common.distributed import Distributed, barrier, gather_list, shard
 from common.images import save_image, to_tensor, to_uint8
 from common.latents import load_latents
-from common.lock import lock_folder
 from common.runs import claim_folder, to_plain
 from common.weights import file_sha256
 from common.workers import blocks
@@ -49,9 +47,9 @@ def invert_images(
     overwrite: bool = False,  # remove the results of other settings
     published_names: bool = False,  # also origin_I.png and project_I.png
 ) -> None:
-    """Project all images and write the report; all ranks must call it. An image that cannot be read, or diverges, is
-    listed in skipped.csv. Raises ValueError when the folder holds results of other settings or another process writes
-    to it, and when no image could be inverted."""
+    """Project all images and write the report; all ranks must call it, in a block that locks the folder. An image that
+    cannot be read, or diverges, is listed in skipped.csv. Raises ValueError when the folder holds results of other
+    settings, and when no image could be inverted."""
     space, device, size = choose_space(generator, space), generator.token.device, generator.config.size
     config = {**settings, "perceptual": perceptual.name, "identity": identity and identity.name, "space": space}
     config |= {"generator": generator.fingerprint, "size": size, "seed": seed, "mean_samples": mean_samples}
@@ -70,7 +68,7 @@ def invert_images(
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {float(losses.mean()):.4f}")
 
-    with lock_folder(folder, "an inversion") if dist.is_main else contextlib.nullcontext(), bar:
+    with bar:
         if dist.is_main:
             for name in (RESULTS, ORIGINALS, PROJECTED, TUNED) if overwrite else ():
                 shutil.rmtree(folder / name, ignore_errors=True)

@@ -52,9 +52,10 @@ def main(args) -> None:
 
     read_fields(InferenceSettings, vars(args))  # mistakes before any file is opened
     exp_dir = Path(args.exp_dir)
+    own = exp_dir / "inference_results"  # not exp_dir, which a training may hold
     path = Path(args.checkpoint_path or exp_dir / "checkpoints" / "best_model.pt")
 
-    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist:
+    with setup(args.device, ops=args.ops, timeout=args.dist_timeout) as dist, dist.lock(own, "an inversion"):
         # Networks.
         generator = load_generator(args.stylegan_weights, dist.device) if args.stylegan_weights else None
         net = load_psp(path, dist.device, generator)

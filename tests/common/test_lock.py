@@ -35,9 +35,11 @@ def test_the_second_writer_is_told_who_holds_the_folder(tmp_path):
             with lock_folder(folder, what="another"):
                 pytest.fail("two writers")
         assert len(list(folder.iterdir())) == 1 and str(next(folder.iterdir())) in str(error.value)
-    assert list(folder.iterdir()) == []
+    assert not folder.exists() and folder.parent.is_dir()  # it was made for the block, and nothing was written
+    folder.mkdir()
     with lock_folder(folder, what="again"):
         pass
+    assert list(folder.iterdir()) == []
 
 
 def test_another_process_holds_it_until_it_is_killed(tmp_path):

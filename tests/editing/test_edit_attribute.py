@@ -12,6 +12,7 @@ from PIL import Image
 
 from common.checkpoint import save_checkpoint
 from common.latents import save_latents
+from common.lock import lock_folder
 from editing.boundary import Boundary, load_boundary
 from editing.edit import edit_face
 from editing.evaluate import score_frames
@@ -45,6 +46,12 @@ def test_editing_moves_the_score(ckpt, latents, scorer, tmp_path, capsys, genera
         name = f"origin_{row['origin']}_edit_{row['edit']}_age_{float(row['age']):.0f}.png"
         assert published["frame"] == name and published["age"] == row["age"]
         assert (again / "frames" / name).read_bytes() == (out / "frames" / row["frame"]).read_bytes()
+
+
+def test_a_folder_in_use_is_refused(ckpt, latents, scorer, tmp_path, capsys):
+    with lock_folder(tmp_path / "out", "another edit"):
+        assert command(ckpt, latents, tmp_path / "out", "--num_sample 60 --ratio 0.2 --steps 1") == 1
+    assert "out is in use: another edit" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_frame_at_distance_zero_is_the_inversion(ckpt, latents, scorer, tmp_path, generator):

@@ -17,6 +17,7 @@ import projector
 from common.cli import run
 from common.images import image_size, read_image
 from common.latents import load_latents
+from common.lock import lock_folder
 from faces.align import crop_aligned, read_alignment
 from model import Generator
 from pSp.scripts import inference
@@ -89,6 +90,15 @@ def test_photos_are_aligned_first(script, invert, photos, tmp_path, astronaut, c
     done = [path.stat().st_mtime_ns for path in sorted((out / "aligned").iterdir())]
     assert invert(script, [photos], out, "--align", "auto", *flags) == 0
     assert [path.stat().st_mtime_ns for path in sorted((out / "aligned").iterdir())] == done, "a second start continues"
+
+
+@pytest.mark.parametrize("script", [projector, inference, edit_conditional], ids=lambda script: script.__name__)
+def test_a_folder_in_use_is_refused_before_photos_are_aligned(script, invert, photos, tmp_path, capfd):
+    out = tmp_path / "out"
+    flags = ["--set", "smile=1"] if script is edit_conditional else []
+    with lock_folder(out / "inference_results" if script is inference else out, "another run"):
+        assert invert(script, [photos], out, "--align", "auto", *flags) == 1
+    assert "is in use: another run" in capfd.readouterr().err and not (out / "aligned").exists()
 
 
 def test_the_order_of_the_photos_stays(invert, photos, tmp_path):

@@ -12,6 +12,7 @@ from points import ASTRONAUT, difference
 import align_faces
 from common.cli import run
 from common.images import read_image, reading_losses
+from common.lock import lock_folder
 from faces.paste import save_like
 from sampling.render import file_names
 
@@ -41,6 +42,9 @@ def test_paste_back_command(tmp_path, astronaut, no_detector, capsys):
         argv = [*flags, "--output_dir", str(tmp_path / "pasted"), *more]
         return run(align_faces.main, align_faces.build_parser(), argv)
 
+    with lock_folder(tmp_path / "pasted", "another run"):
+        assert paste() == 1
+    assert "pasted is in use: another run" in capsys.readouterr().err and not (tmp_path / "pasted").exists()
     assert paste() == 0
     printed = capsys.readouterr()
     assert "2 faces pasted into 2 photos, 1 left out" in printed.out and "no face called stranger" in printed.err
