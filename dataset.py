@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common import lmdb_store
-from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image
+from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image, to_planes
 from common.lmdb_store import PREPARE, DatasetError, image_key, open_store, reading
 
 ARCHIVE_SUFFIXES = frozenset((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))
@@ -110,7 +110,7 @@ class MultiResolutionDataset(Dataset):
         if image.size != (self.size, self.size):
             found = f"{image.width}x{image.height} pixels, not {self.size}x{self.size}"
             raise DatasetError(f"{self.path}: item {key} has {found}: {again}")
-        return _as_tensor(image)
+        return to_planes(image)
 
 
 class FolderDataset(Dataset):
@@ -146,20 +146,11 @@ class FolderDataset(Dataset):
             image = read_image(self.files[index])
         except (ImageError, FileNotFoundError) as error:
             raise DatasetError(f"{error}: repair or remove it, or run {PREPARE}, which leaves it out") from error
-        return _as_tensor(fit_image(image, self.size))
+        return to_planes(fit_image(image, self.size))
 
     def encoded(self, indices: Iterable[int]) -> Iterator[bytes]:
         """The images as they lie in the folder."""
         return (self.files[index].read_bytes() for index in indices)
-
-
-def _as_tensor(image) -> torch.Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # uint8 [3, size, size]
-
-
-def normalise(images: torch.Tensor, device) -> torch.Tensor:
-    """uint8 [N, 3, S, S] -> float32 in [-1, 1] on the device."""
-    return images.to(device).float().div_(127.5).sub_(1)
 
 
 def mirror(images: torch.Tensor) -> torch.Tensor:

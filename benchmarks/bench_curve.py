@@ -19,6 +19,7 @@ from benchmarks.bench_invert import timed  # noqa: E402
 from benchmarks.measuring import Table, circumstances, headline  # noqa: E402
 from common.cli import ArgumentParser, UsageError, count, positive_int, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
+from common.images import normalise  # noqa: E402
 from demo_app.flags import add_model_flags, model_flags  # noqa: E402
 from demo_app.models import load_models  # noqa: E402
 from inversion.inputs import open_images  # noqa: E402
@@ -66,7 +67,7 @@ def main(args):
         results[way].append([seconds, *(float(value) for value in measures)])
 
     for i in range(args.images):
-        image = found.read(i * len(found) // args.images)[None].to(device).float() / 127.5 - 1
+        image = normalise(found.read(i * len(found) // args.images)[None], device)
         with torch.no_grad():
             w, _, start = timed(lambda image=image: encoder.encode(encoder.fit(image)), device)
         add("encoder", start, generator, w, noise)

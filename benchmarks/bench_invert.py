@@ -25,11 +25,11 @@ from benchmarks.baseline import BaselineGenerator  # noqa: E402
 from benchmarks.measuring import circumstances, headline, synchronise  # noqa: E402
 from common.cli import ArgumentParser, UsageError, run_script  # noqa: E402
 from common.distributed import resolve_device, tune_allocator  # noqa: E402
+from common.images import normalise, resize  # noqa: E402
 from inversion.projector import learning_rate, project  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig, load_generator  # noqa: E402
 from perceptual.image_metrics import average_down  # noqa: E402
 from perceptual.lpips import FeatureDistance, build_perceptual  # noqa: E402
-from scorer.interface import resize  # noqa: E402
 
 BATCH = 8  # of the original
 
@@ -151,7 +151,7 @@ def targets(args, generator, device):
         found = open_images(args.dataset, generator.config.size)
         if len(found) < args.images:
             raise UsageError(f"--images {args.images}, but there are {len(found)} images")
-        return torch.stack([found.read(i) for i in range(args.images)]).to(device).float() / 127.5 - 1
+        return normalise(torch.stack([found.read(i) for i in range(args.images)]), device)
     z = generator.draw_z(args.images, torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         return generator(z, randomize_noise=False)[0].clamp(-1, 1)

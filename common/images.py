@@ -1,7 +1,7 @@
 """The one place where images are read, fitted, converted and written.
 
 `read_image` brings photos of every form to 8-bit sRGB, or refuses them in one sentence. Networks use float32 [3, H, W]
-in [-1, 1], files uint8 [H, W, 3]; between them are only `to_tensor` and `to_uint8`, whose round trip is exact.
+in [-1, 1], files uint8 [H, W, 3]; between them are only `to_tensor` (`normalise`) and `to_uint8`, exact both ways.
 """
 
 import contextlib
@@ -249,15 +249,35 @@ def fit_image(image: Image.Image, size: int, *, fit="crop", resample="lanczos", 
     return canvas
 
 
-def to_tensor(image):
-    """PIL image, or uint8 array [H, W, 3] or [H, W] -> torch float32 [3, H, W] in [-1, 1]."""
+def resize(images, size: int):
+    """Tensor [N, C, H, W] -> [N, C, size, size], bilinear, antialiased when it shrinks; differentiable."""
+    from torch.nn.functional import interpolate
+
+    if images.shape[2:] == (size, size):
+        return images
+    resized = interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(images.dtype)  # a CPU has no antialiasing in half precision (torch 2.14)
+
+
+def to_planes(image):
+    """PIL image (RGB) or uint8 array [H, W, 3] -> torch uint8 [3, H, W], the same pixels in memory (channels last)."""
     import torch
 
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalise(images, device="cpu"):
+    """Torch uint8 [..., 3, H, W] -> float32 in [-1, 1] on the device."""
+    return images.to(device).float().div_(127.5).sub_(1)
+
+
+def to_tensor(image):
+    """PIL image, or uint8 array [H, W, 3] or [H, W] -> torch float32 [3, H, W] in [-1, 1]."""
     array = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
     if array.dtype != np.uint8:
         raise TypeError(f"expected a PIL image or a uint8 array, got {array.dtype}")
     array = np.repeat(array[:, :, None], 3, axis=2) if array.ndim == 2 else array
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    return normalise(to_planes(array).contiguous())
 
 
 def to_uint8(images) -> np.ndarray:

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from common.distributed import Distributed, gather_list, shard
 from common.files import safe_name
 from common.grids import make_strip
-from common.images import read_image, save_image
+from common.images import normalise, read_image, save_image
 from common.tables import append_table, write_table
-from dataset import normalise
 from editing.attributes import (
     EXPRESSION,
     Condition,

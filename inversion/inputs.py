@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from common.cli import UserError
 from common.distributed import Distributed, broadcast_object
-from common.images import fit_image, image_size, list_images, read_image
+from common.images import fit_image, image_size, list_images, read_image, to_planes
 from common.lmdb_store import BUILDING_FILE, DATA_FILE
 from common.workers import n_cores
 from dataset import MultiResolutionDataset
@@ -46,8 +45,7 @@ class Images:
 
 def read_file(paths: Sequence[Path], size: int, fit: str, resample: str, position: int) -> torch.Tensor:
     """An image file fitted to size x size, uint8 [3, size, size]."""
-    image = fit_image(read_image(paths[position]), size, fit=fit, resample=resample)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return to_planes(fit_image(read_image(paths[position]), size, fit=fit, resample=resample)).contiguous()
 
 
 def open_images(sources: Sequence, size: int, *, fit: str = "crop", resample: str = "lanczos") -> Images:

@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from common.cli import UsageError, UserError
 from common.distributed import Distributed, barrier, gather_list, shard
-from common.images import save_image, to_tensor, to_uint8
+from common.images import normalise, save_image, to_tensor, to_uint8
 from common.latents import load_latents
 from common.runs import claim_folder, to_plain
 from common.weights import file_sha256
 from common.workers import blocks
-from dataset import normalise
 from inversion.inputs import pixel_seed
 from inversion.projector import choose_space, project
 from inversion.report import ORIGINALS, PROJECTED, RESULTS, load_result, save_result, write_report

@@ -13,10 +13,11 @@ from common.checkpoint import CheckpointError, load_checkpoint, load_optimiser, 
 from common.cli import StopSignal, UserError
 from common.distributed import Distributed, Stats, all_reduce_mean, barrier, gather_list, mix_seeds, shard
 from common.grids import save_grid
+from common.images import normalise
 from common.lmdb_store import DatasetError
 from common.precision import DTYPES
 from common.runs import Run, StepBar, format_duration, open_run
-from dataset import InfiniteSampler, data_loader, normalise
+from dataset import InfiniteSampler, data_loader
 from pSp.data_configs import DATASETS
 from pSp.images import make_pair, read_batches
 from pSp.losses import EncoderLoss

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 from common.files import atomic_write, write_text
-from common.images import save_image, to_tensor, to_uint8
+from common.images import normalise, save_image, to_tensor, to_uint8
 from common.latents import draw_z, parse_layers
 from common.precision import DTYPES
-from dataset import normalise
 from inversion.report import PER_GRID, write_results
 from perceptual.image_metrics import image_digest, measure
 from pSp.images import read_batches, shrink

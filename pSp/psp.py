@@ -19,9 +19,9 @@ from torch import nn
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly, save_safetensors
 from common.generator_file import generator_fingerprint, infer_config
+from common.images import resize
 from model import Generator, GeneratorConfig, load_generator
 from pSp.encoders import IDENTITY, INTO_W, PUBLISHED_INPUT, EncoderConfig, build_encoder, infer_encoder_config, part
-from scorer.interface import resize
 
 RESTYLE_PASSES = 5  # as published
 # What building from a wrong file raises

@@ -12,9 +12,9 @@ from torch import nn
 
 from common.checkpoint import CheckpointError, load_checkpoint, load_safetensors, load_strictly
 from common.files import read_json
-from common.images import IMAGENET_MEAN, IMAGENET_STD
+from common.images import IMAGENET_MEAN, IMAGENET_STD, resize
 from common.weights import require
-from scorer.interface import AttributeScorer, expected_age, require_images, resize
+from scorer.interface import AttributeScorer, expected_age, require_images
 from scorer.labels import AGE_BINS, KNOWN, Attribute
 
 DEX_SIZE, DEX_CROP_FROM = 224, 256  # pixels

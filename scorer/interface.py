@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from scorer.labels import AGE_BINS, Attribute
@@ -12,14 +11,6 @@ from scorer.labels import AGE_BINS, Attribute
 def expected_age(logits: torch.Tensor) -> torch.Tensor:
     """[N, 101] -> [N] years: sum over i = 0..100 of i p_i (DEX, Rothe et al. 2015)."""
     return logits.softmax(1) @ torch.arange(AGE_BINS, dtype=logits.dtype, device=logits.device)
-
-
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, C, H, W] -> [N, C, size, size], bilinear, antialiased when it shrinks; differentiable."""
-    if images.shape[2:] == (size, size):
-        return images
-    resized = F.interpolate(images.float(), (size, size), mode="bilinear", align_corners=False, antialias=True)
-    return resized.to(images.dtype)  # a CPU has no antialiasing in half precision (torch 2.14)
 
 
 class AttributeScorer(nn.Module, ABC):

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from common.checkpoint import CheckpointError, fingerprint, load_safetensors, load_strictly, save_safetensors
 from common.cli import ROOT
 from common.distributed import resolve_device
-from common.images import fit_image, read_image, to_tensor
+from common.images import fit_image, read_image, resize, to_tensor
 from scorer.backends import load_classifier, load_dex
 from scorer.efficientnet import build_efficientnet
-from scorer.interface import AttributeScorer, expected_age, require_images, resize
+from scorer.interface import AttributeScorer, expected_age, require_images
 from scorer.labels import AGE_BINS, Attribute
 
 BUNDLED = ("face-scorer", "face-scorer-eval")  # in checkpoints/: for editing, and for evaluating edits only

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.optimize import minimize
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.checkpoint import CheckpointError, load_optimiser, load_strictly
 from common.distributed import mix_seeds
-from common.images import read_image, to_tensor, to_uint8
+from common.images import normalise, read_image, resize, to_tensor, to_uint8
 from scorer.efficientnet import load_imagenet
-from scorer.interface import expected_age, resize
+from scorer.interface import expected_age
 from scorer.labels import AGE_BINS, LabelTable
 from scorer.network import ScorerConfig, ScorerNetwork, split_outputs
 from scorer.settings import ScorerSettings
@@ -168,7 +169,7 @@ class ScorerTrainer:
     def train_step(self, images: torch.Tensor, values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """One step on uint8 [B, 3, S, S], labels [B, A] and their weights [B, A]. Returns the losses [A]."""
         generator = torch.Generator().manual_seed(mix_seeds(self.settings.seed, self.step))
-        images = augment_faces(images.to(self.device).float().div_(127.5).sub_(1), generator)
+        images = augment_faces(normalise(images, self.device), generator)
         self.network.train()
         outputs = self.network(images.contiguous(memory_format=torch.channels_last))
         values, weights = values.to(self.device), weights.to(self.device)
@@ -188,7 +189,7 @@ class ScorerTrainer:
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         average, current = self.average.state_dict(), self.network.state_dict()
         floats = [name for name in current if current[name].is_floating_point()]
-        torch._foreach_lerp_([average[name] for name in floats], [current[name] for name in floats], 1 - decay)
+        get_ema_multi_avg_fn(decay)([average[name] for name in floats], [current[name] for name in floats], None)
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimiser")}
@@ -212,8 +213,8 @@ class ScorerTrainer:
 def network_outputs(network: ScorerNetwork, store: FaceStore, batch: int = 128) -> torch.Tensor:
     """Outputs [N, K] of a network in evaluation mode on the images of a store, in order, on the CPU."""
     device, rows = network.head.weight.device, range(len(store))
-    chunks = (store.batch(rows[start : start + batch]).to(device) for start in range(0, len(rows), batch))
-    return torch.cat([network(chunk.float().div(127.5).sub(1)).cpu() for chunk in chunks])
+    chunks = (store.batch(rows[start : start + batch]) for start in range(0, len(rows), batch))
+    return torch.cat([network(normalise(chunk, device)).cpu() for chunk in chunks])
 
 
 def _describe(config: ScorerConfig) -> str:

@@ -3,7 +3,8 @@
 import torch
 
 from common.distributed import Distributed, mix_seeds
-from dataset import mirror, normalise
+from common.images import normalise
+from dataset import mirror
 from training.trainer import PHASES, Trainer, TrainSettings
 
 ALONE = Distributed(0, 1, torch.device("cpu"))

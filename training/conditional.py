@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from common.checkpoint import CheckpointError
 from common.distributed import broadcast_object
-from dataset import normalise
+from common.images import normalise
 from editing.attributes import Condition, ConditionScorer, load_condition_scorer
 from scorer.network import load_scorer
 from training.resume import Start, init_from

@@ -17,8 +17,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.checkpoint import CheckpointError, load_optimiser, load_strictly
 from common.distributed import Distributed, Stats, all_reduce_mean, mix_seeds
+from common.images import normalise
 from common.precision import DTYPES
-from dataset import mirror, normalise
+from dataset import mirror
 from model import Discriminator, Generator, GeneratorConfig
 from training import losses
 from training.augment import AdaptiveAugment

@@ -5,7 +5,7 @@ import csv
 import torch
 from torch import nn
 
-from scorer.interface import resize
+from common.images import resize
 from scorer.labels import KNOWN, Attribute
 from scorer.network import Scorer, ScorerConfig, ScorerNetwork
 

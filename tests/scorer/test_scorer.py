@@ -9,7 +9,7 @@ from scorers import AGE, ALL, GENDER, SMILE, VALUE, make_scorer, smooth_faces
 from torch import nn
 
 from common.checkpoint import CheckpointError, load_safetensors, save_checkpoint, save_safetensors
-from scorer.interface import resize
+from common.images import resize
 from scorer.labels import read_labels
 from scorer.network import Scorer, ScorerConfig, ScorerNetwork, load_scorer, read_scorer, save_scorer
 

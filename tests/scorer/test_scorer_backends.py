@@ -9,8 +9,8 @@ from scorers import smooth_faces
 from torch import nn
 
 from common.checkpoint import CheckpointError, save_checkpoint
+from common.images import resize
 from scorer.backends import ClassifierScorer, DexScorer, Vgg, load_dex, read_vgg
-from scorer.interface import resize
 from scorer.network import load_scorer
 
 # -- DEX -----------------------------------------------------------------------------------------------------------
