@@ -30,6 +30,7 @@ from common.cli import (
     seed_number,
     whole,
 )
+from common.flags import NOISES
 
 PUBLISHED = {"fit": "svc", "conditional_fit": "none"}
 SWEEP = {"start_distance": float, "end_distance": float, "distance": str, "unit": str}  # one choice, in one unit
@@ -58,7 +59,7 @@ def build_parser() -> ArgumentParser:
     add("--conditional_fit", default="auto", metavar="NAMES", help="held fixed by ridge: auto (all), none, names")
     add("--orthogonal_to", default="", help="boundary files, comma-separated, to project out")
     add("--truncation", type=float, default=1.0, help="factor on the samples' distance from the mean w")
-    add("--noise", choices=("random", "const", "none"), default="random", help="noise maps of the samples")
+    add("--noise", choices=NOISES, default="random", help="noise maps of the samples")
     add("--samples", type=Path, help="folder of the scores (default: OUTPUT_DIR/samples)")
     add("--seed", type=seed_number, default=0, help="first seed of the samples, and of the 70/30 split")
     add = parser.add_argument_group("edit").add_argument

@@ -13,6 +13,7 @@ than two seconds each. A photo without a face is reported and skipped; the exit 
 folders within a folder of photos, those that this script wrote are left out.
 """
 
+import sys
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
@@ -45,8 +46,6 @@ def main(args) -> None:
     targets = {name: target for name, flag in FLAGS.items() if (target := getattr(args, flag)) is not None}
     if not targets and args.like is None:
         raise UsageError("say what to change: --age, --gender, --smile, --glasses, --mouth_open or --like")
-    import sys
-
     from common.distributed import resolve_device
     from common.lock import lock_folder
     from demo_app.batch import INVERSIONS, PhotoBatch, select_targets

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cli import PRECISIONS, ArgumentParser, UsageError, add_device_flags, count, positive, run_script, whole
+from common.flags import NOISES, VIDEOS
 
-VIDEOS = (".mp4", ".gif", ".webp")
 RECOMMENDED = ("truncation", "truncation_mean", "noise", "noise_seed")  # flags that a generator's file may set
 
 
@@ -46,7 +46,7 @@ def add_source_flags(group) -> None:
     add("--truncation", "--trunc", type=float, default=1.0, metavar="PSI", help="w = mean + psi (w - mean), per token")
     add("--truncation_mean", type=whole(1), default=10_000, metavar="N", help="samples for the mean of w")
     noise = "stored maps, maps drawn from each seed, or zeros; default const, for --latents as they were saved"
-    add("--noise", choices=("const", "random", "none"), help=noise)
+    add("--noise", choices=NOISES, help=noise)
     add("--noise_seed", type=whole(0), help="another value, other maps of --noise random; default 0")
     attributes = "attributes of a conditional generator, such as smile=1; the others as saved, or the training's means"
     add("--set", metavar="NAME=NUMBER,...", help=attributes)

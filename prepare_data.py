@@ -42,8 +42,10 @@ def main(args) -> None:
     from common.lmdb_build import build_lmdb
     from common.lmdb_store import DATA_FILE
 
-    start, codec = time.monotonic(), (args.format, args.quality)
-    settings = read_settings(args.size, args.background, *codec, args.fit, args.resample, args.compat)
+    start = time.monotonic()
+    settings = read_settings(
+        args.size, args.background, args.format, args.quality, args.fit, args.resample, args.compat
+    )
     options = {"n_worker": args.n_worker, "max_bad": parse_max_bad(args.max_bad), "overwrite": args.overwrite}
     manifest = build_lmdb(args.path, args.out, settings=settings, **options)
     if n_enlarged := sum(min(size) < max(manifest["sizes"]) for size in manifest["source_sizes"]):

@@ -67,7 +67,7 @@ def parse_micro_batch(text: str) -> str:
     return text if text == "auto" else str(count(text))
 
 
-def main(args) -> int:
+def main(args) -> None:
     from contextlib import ExitStack, closing
 
     import torch
@@ -121,7 +121,6 @@ def main(args) -> int:
             report_start(trainer, run.folder, continued, len(dataset), args.iter, changed)
         loop = read_fields(LoopSettings, options)
         training_loop(trainer, batches, run, loop, options=options, continued=continued)
-    return 0
 
 
 if __name__ == "__main__":

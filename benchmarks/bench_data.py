@@ -33,14 +33,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import flag_list, pick  # noqa: E402
-from common.cli import ArgumentParser, run_script  # noqa: E402
+from common.cli import ROOT, ArgumentParser, run_script  # noqa: E402
 from common.images import list_images  # noqa: E402
 from common.lmdb_store import image_key  # noqa: E402
 from common.runs import read_log  # noqa: E402
 from dataset import InfiniteSampler, data_loader, open_dataset  # noqa: E402
 
 PARTS = ("prepare", "store", "loader", "wait")
-ROOT = Path(__file__).resolve().parents[1]
 MAP_SIZE = 4 << 30  # bytes
 
 

@@ -23,12 +23,12 @@ from contextlib import suppress
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WPP_CACHE": "out/cache"}
-sys.path.insert(0, str(ROOT := Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lmdb  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from common.cli import ArgumentParser, positive_int, run_script  # noqa: E402
+from common.cli import ROOT, ArgumentParser, positive_int, run_script  # noqa: E402
 from common.images import save_image  # noqa: E402
 from common.tables import text_table  # noqa: E402
 from model import Discriminator, Generator, GeneratorConfig  # noqa: E402

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.cli import ArgumentParser, run_script  # noqa: E402
 
 QUANTITIES = ("images", "w", "logits", "path lengths", "path gradient", "r1 gradient")

@@ -223,6 +223,10 @@ class StopSignal:
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._handle)
 
+    def error(self, step: int) -> UserError:
+        """The error that a run ends with after its last step, which it has saved."""
+        return UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
+
     def _handle(self, number, frame):
         if self.raised:
             raise KeyboardInterrupt

@@ -6,6 +6,11 @@ from dataclasses import field, fields
 
 from common.cli import FITS, PRECISIONS, UsageError, add_device_flags, count, seed_number
 
+# Choices that flags and the modules behind them share
+NOISES = ("const", "random", "none")
+VIDEOS = (".mp4", ".gif", ".webp")
+MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
+
 
 def flag(default, help: str, **options):
     """A field of a settings dataclass that is a flag as well; options: of `add_argument`."""

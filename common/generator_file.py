@@ -10,6 +10,7 @@ import torch
 
 from common.checkpoint import CheckpointError, fingerprint, load_checkpoint, load_export, save_safetensors
 from common.files import check_shape
+from common.latents import n_tokens
 
 STATISTICS = ("latent_mean", "latent_std")  # tensors of an exported file: [L, style_dim] and [L] of w
 # Bounds on a config: no file makes us build what no machine holds
@@ -46,7 +47,7 @@ class GeneratorConfig:
     @property
     def n_tokens(self) -> int:
         """Tokens of w: two per resolution from 8 up, plus two. 8 at 32 px ... 14 at 256 ... 18 at 1024."""
-        return 2 * (int(math.log2(self.size)) - 1)
+        return n_tokens(self.size)
 
     @property
     def n_noise(self) -> int:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from common.cli import UsageError
 from common.files import atomic_path
+from common.flags import VIDEOS
 from common.images import to_pil
 
 SLOWEST = 0.02  # frames per second; a GIF holds no pause of 11 minutes
@@ -46,7 +47,7 @@ def save_video(frames: Iterable, path: str | os.PathLike, fps: float = 30) -> Pa
 def require_video(path: Path, fps: float) -> str:
     """The suffix of a video. Raises ValueError as `save_video` does, before there are frames."""
     suffix = path.suffix.lower()
-    if suffix not in (".mp4", ".gif", ".webp"):
+    if suffix not in VIDEOS:
         raise ValueError(f"{path}: a video is written as .mp4, .gif or .webp, not {suffix or 'without a suffix'}")
     if not (math.isfinite(fps) and fps >= SLOWEST) or (suffix == ".gif" and fps > GIF_FPS):
         limit = f"{SLOWEST} to {GIF_FPS} (.mp4 and .webp can play faster)" if suffix == ".gif" else f"{SLOWEST} or more"

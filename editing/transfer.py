@@ -27,14 +27,13 @@ from editing.attributes import (
 )
 from editing.edit import InvertedFace, face_at, note_tuned
 from editing.evaluate import evaluate, score_frames
-from inversion.report import ORIGINALS
+from inversion.report import ORIGINALS, PER_GRID
 from model import Generator, load_generator
 from perceptual.identity import identity_or_none
 from sampling.render import Source, latents_source, render
 from scorer.interface import AttributeScorer
 from scorer.network import load_scorer
 
-PER_GRID = 8  # columns
 KINDS = ("original", "reference", "inverted", "edited")  # rows of a grid
 
 

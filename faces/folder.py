@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import UsageError, UserError
-from common.files import atomic_write, check_shape, read_json, write_text
+from common.files import atomic_write, check_shape, read_json
 from common.images import ImageError, fit_image, list_images, read_image
 from common.runs import write_json
-from common.tables import csv_text
+from common.tables import write_table
 from common.workers import map_ordered
 from faces import align as geometry
 from faces.detect import DetectorError, FaceDetector
@@ -299,16 +299,16 @@ def _write_records(output_dir, settings, records) -> None:
 
 
 def _report(output_dir, records) -> None:
-    rows, listed = [REPORT], set()
+    rows, listed = [], set()
     for record in records:
         names = [face.name for face in record.faces]
         scores = " ".join(f"{face.score:.2f}" for face in record.faces if face.score is not None)
         yaws = " ".join(f"{face.yaw:.0f}" for face in record.faces)
         outcome = (record.photo, record.outcome, record.faces_found, len(record.faces))
-        rows.append((*outcome, " | ".join(names), scores, yaws, record.note))
+        cells = (*outcome, " | ".join(names), scores, yaws, record.note)
+        rows.append(dict(zip(REPORT, cells, strict=True)))
         listed |= set(names)
-    # The mark lets spreadsheets read UTF-8; a name may hold bytes that are none
-    write_text(output_dir / "report.csv", csv_text(rows), "utf-8-sig", "surrogateescape")
+    write_table(output_dir / "report.csv", rows)
     others = sorted(path.name for path in (output_dir / "aligned").glob("*.png") if path.stem not in listed)
     if others:
         unknown = f"{len(others)} images in {output_dir / 'aligned'} belong to no photo of this run"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import ArgumentParser, add_device_flags, count, finite, positive_int, several, whole
-from common.flags import add_fields, flag
+from common.flags import NOISES, add_fields, flag
 
 IMAGES = "folder of images, LMDB, checkpoint, folder of latents, or features (.npz)"
 NAMES = "inception, vgg16, squeeze, scorer; auto: Inception (VGG-16 for the paper's prdc), else a fallback"
@@ -34,7 +34,7 @@ class Sampling:
 
     truncation: float = 1.0
     truncation_mean: int = flag(10_000, "samples for the mean of w")
-    noise: str = flag("random", "drawn for each image, the stored maps, or none", choices=("random", "const", "none"))
+    noise: str = flag("random", "drawn for each image, the stored maps, or none", choices=NOISES)
     seed: int = flag(0, "seed of the images", type=whole(0, LARGEST_SEED))
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import ArgumentParser, UsageError, run_script
-
-MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
+from common.flags import MEASURES
 
 
 def build_parser() -> ArgumentParser:

@@ -171,7 +171,7 @@ class Coach:
                         save(state, run, self.settings.keep)
                     barrier()
                 if ending:
-                    raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
+                    raise stop.error(step)
 
     def validate_and_save(self, held_out: Dataset, run: Run, opts: dict) -> None:
         """Validate, log, write the sample grid, and best_model.pt when the loss is the lowest so far."""

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 
 from common.checkpoint import require_file
 from common.files import write_text
+from common.flags import MEASURES
 from common.tables import csv_text
-
-MEASURES = ("perceptual", "mse", "psnr", "ssim", "identity")
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from common.files import safe_path
+from common.flags import NOISES
 from common.images import IMAGE_SUFFIXES, to_uint8
 from common.latents import Latents, draw_z, load_latents
 from common.workers import blocks
 from model import Generator
 
-NOISE_MODES = ("const", "random", "none")
 RECORD = "rendering"  # the entry of a latents.json's `extra` that tells how the w were drawn
 CONDITION = "condition"  # the entry that tells the attributes of each image of a conditional generator
 
@@ -90,7 +90,7 @@ def noise_maps(generator: Generator, mode: str, *, seeds: Sequence[int] = (), no
         return [torch.zeros_like(noise) for noise in generator.fixed_noise()]
     if mode == "random":
         return lambda positions: generator.seeded_noise([noise_stream(noise_seed, seeds[i]) for i in positions])
-    raise ValueError(f"noise mode {mode!r}: expected one of {', '.join(NOISE_MODES)}")
+    raise ValueError(f"noise mode {mode!r}: expected one of {', '.join(NOISES)}")
 
 
 def noise_stream(noise_seed: int, seed: int) -> int:

@@ -77,7 +77,7 @@ def train(
             if "save" in due or ending:
                 save(trainer.state_dict() | {"sampler": sampler.state_dict(), "options": options}, run)
             if ending and step < total:
-                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
+                raise stop.error(step)
 
 
 def save(state: dict, run: Run) -> None:

@@ -107,7 +107,7 @@ def training_loop(
             if save_due or stopping:
                 save()
             if stopping and not last:
-                raise UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
+                raise stop.error(step)
 
 
 def write_log(run: Run, trainer: Trainer, metrics: dict, bar: StepBar, waited: float) -> None:
