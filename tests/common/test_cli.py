@@ -112,6 +112,12 @@ def test_other_endings(capsys):
     assert run(lambda args: None, build_parser(), ["--unknown"]) == 2
 
 
+@pytest.mark.parametrize("package, file", [("cv2", "requirements.txt"), ("gradio", "requirements-extra.txt")])
+def test_a_missing_package_is_named_with_the_file_that_lists_it(package, file, capsys):
+    assert run(raiser(ModuleNotFoundError(name=package)), build_parser(), []) == 1
+    assert f"needs the package {package}: pip install -r {file}\n" in capsys.readouterr().err
+
+
 def test_another_pipe_that_breaks_is_an_error(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert run(raiser(BrokenPipeError(errno.EPIPE, "Broken pipe")), build_parser(), []) == 1
