@@ -158,12 +158,14 @@ def test_latents_are_read_again_and_set(edit, faces, tmp_path):
 
 def test_memory_does_not_grow_with_faces_and_references(edit, faces, tmp_path, monkeypatch):
     """One face is held at a time, and what is kept of an edit has no images; grids are made from the files."""
-    held, kept = [], []
+    held, kept, count = [], [], lambda: sum(type(thing) is InvertedFace for thing in gc.get_objects())
+    gc.collect()
+    others = count()  # of fixtures of other tests
     whole, gather = transfer.table_rows, common.distributed.gather_list
 
     def watched(*args):
         gc.collect()
-        held.append(sum(type(thing) is InvertedFace for thing in gc.get_objects()))
+        held.append(count() - others)
         return whole(*args)
 
     monkeypatch.setattr(transfer, "table_rows", watched)
