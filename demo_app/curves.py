@@ -5,9 +5,7 @@ import numpy as np
 from editing.edit import nearest_crossing, nearest_value
 
 FINE = 10  # positions per one that was read, by straight lines between them
-PERSON = (
-    0.65  # least identity of a face after an edit of the whole head; below it large changes break faces (docs/log.md)
-)
+PERSON = 0.65  # least identity of a face after an edit of the whole head; below, large edits break faces (docs/log.md)
 
 
 def cut_curve(positions: np.ndarray, values: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
