@@ -2,7 +2,7 @@
 
 The discriminators judge a face as a whole, where two eyes that do not match, or a smeared mouth, are a few of many
 things to see. Windows at fixed places of an aligned face are the facial component discriminators of GFPGAN (Wang et
-al. 2021, arXiv 2101.04061, section 3.3); theirs are trained from nothing, which here stayed at chance for 400 steps
+al. 2021, arXiv 2101.04061, section 3.3); theirs are trained from nothing, which here stayed at chance for 500 steps
 where heads on EfficientNet's features (training/vision_aided.py) learn at once (docs/log.md).
 """
 
