@@ -317,7 +317,8 @@ class PhotoEditor:
         """Attributes of a face in `crop`, which shows its changes. Glasses hide what age is read by: all but glasses is
         read without that change."""
         bare = [change for change in changes if change.parts != ("glasses",)]
-        crops = [crop] if len(bare) == len(changes) else [crop, to_bytes(edit_crop(face.crop, bare)[0])]
+        hidden = len(bare) < len(changes) and any(PART.get(name) != "glasses" for name in names)
+        crops = [crop, to_bytes(edit_crop(face.crop, bare)[0])] if hidden else [crop]
         scores, column = self.read(crops), self.models.scorer.column
         return {name: float(scores[0 if PART.get(name) == "glasses" else -1, column(name)]) for name in names}
 
