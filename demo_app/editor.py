@@ -287,7 +287,8 @@ class PhotoEditor:
         for _ in range(max(1, rounds)):
             curves = {n: self._curve(face, n, aims[n] < before[n]) for n in targets if aims[n] != before[n]}
             at = {n: strength * position_for(*curve, aims[n], NEAR[kinds[n]]) for n, curve in curves.items()}
-            for group in self._groups(at):  # within the range, all together
+            for on_top in (False, True):  # within the range, all together; glasses, on top of the face, by themselves
+                group = [name for name in at if (PART.get(name) == "glasses") == on_top]
                 away = float(np.linalg.norm([at[name] / (curves[name][0][-1] or 1.0) for name in group]))
                 at |= {name: at[name] / max(1.0, away) for name in group}
             at = dict.fromkeys(targets, 0.0) | at

@@ -346,7 +346,7 @@ def test_the_light_conditional_generator_edits_and_given_boundaries_go_first(mon
     )
 
 
-def test_edits_of_one_part_share_its_range(monkeypatch):
+def test_edits_of_the_face_share_its_range(monkeypatch):
     """Age and gender move the head; glasses, which lie on it, leave them all of their range."""
     monkeypatch.setattr("demo_app.models.load_encoder", lambda *args: None)
     editor = PhotoEditor(load_models())
