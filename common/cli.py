@@ -13,6 +13,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,10 +217,13 @@ def _sigterm_unwinds():
 
 
 class StopSignal:
-    """Orderly stop of a run after its step: `raised` turns true at SIGTERM or Ctrl-C; a second one interrupts."""
+    """Orderly stop of a run after its step: `raised` turns true at SIGTERM or Ctrl-C; a later one interrupts. Within
+    ECHO_S it is the same one: torchrun passes on to its workers what a terminal, pkill or a scheduler sent to all."""
+
+    ECHO_S = 3.0
 
     def __init__(self):
-        self.raised = False
+        self.raised, self._since = False, 0.0
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._handle)
 
@@ -228,9 +232,10 @@ class StopSignal:
         return UserError(f"stopped at step {step}, checkpoint written: --resume auto continues")
 
     def _handle(self, number, frame):
-        if self.raised:
+        if not self.raised:
+            self.raised, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > self.ECHO_S:
             raise KeyboardInterrupt
-        self.raised = True
 
 
 def run_script(main, parser):

@@ -76,6 +76,7 @@ def read_export(path: Path) -> Start:
     if (file := discriminator_file(path)).is_file():  # as convert.py wrote it
         tensors, metadata = load_safetensors(file)
         state["vision_aided"] = rename_keys(metadata).get("vision_aided", "")
+        state["ada"] = {"p": float(metadata.get("augment_p", 0.0))}
         for name, tensor in tensors.items():
             network, _, name = name.partition(".")
             state.setdefault(RENAMED.get(network, network), {})[name] = tensor.float()
@@ -168,7 +169,7 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
 
 
 def init_from(trainer: Trainer, start: Start) -> None:
-    """Weights of g, d and g_ema as far as `start` has them; step, optimisers and averages start anew. A smaller or
+    """Weights of g, d and g_ema as far as `start` has them, and ADA's probability; the rest starts anew. A smaller or
     narrower network is enlarged, an unconditional generator gets the condition that is trained (training/transfer.py).
     Raises CheckpointError for any other difference."""
     weights, config = start.state, start.config

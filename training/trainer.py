@@ -275,9 +275,12 @@ class Trainer:
                 load_strictly(network, state[f"{name}_d"], source)
 
     def warm_start(self, weights: dict, source) -> None:
-        """Begin a new run with these weights (--init_from)."""
+        """Begin a new run with these weights (--init_from), and with the probability of augmentation that the
+        discriminator is used to: at 0 it overfits until p is back, 20,000 images later (docs/log.md)."""
         self.load_weights(weights, source)
         self.warm = True
+        if "d" in weights and self.ada.target is not None:
+            self.ada.p = weights.get("ada", {}).get("p", self.ada.p)
 
 
 def build_adam(networks: list[nn.Module], lr: float, reg_every: int) -> torch.optim.Adam:

@@ -26,6 +26,7 @@ from train_runs import (
 )
 
 from common.checkpoint import load_checkpoint, load_safetensors
+from common.cli import StopSignal
 from common.runs import read_log
 from model import load_generator
 from training.trainer import Trainer
@@ -161,7 +162,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(straight, face_lmdb, tiny_fl
 
 
 def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
-    """The first SIGTERM or Ctrl-C finishes the step and writes a checkpoint; the run goes on from there."""
+    """SIGTERM or Ctrl-C finishes the step and writes a checkpoint, also when it comes twice, from a terminal and from
+    torchrun; the run goes on from there."""
     for number in (signal.SIGTERM, signal.SIGINT):
         folder = tmp_path / signal.Signals(number).name
         original = Trainer.step
@@ -169,6 +171,7 @@ def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
         def step(self, images, number=number, original=original):
             if self.n_steps == 2:
                 os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
             original(self, images)
 
         with monkeypatch.context() as patch:
@@ -178,6 +181,20 @@ def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
         assert "stopped at step 3" in error_line(ending) and "--resume auto" in error_line(ending)
         assert checkpoint(folder, 3)["step"] == 3
         good(start_run(face_lmdb, "--exp_name", folder, "--iter", 4, "--resume", "auto"))
+
+
+def test_a_later_second_signal_ends_at_once(face_lmdb, start_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(StopSignal, "ECHO_S", 0.0)
+
+    def step(self, images):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    ending = start_run(face_lmdb, "--iter", 9)
+    assert ending.status == 130 and ending.err.endswith("interrupted\n")
+    assert not (tmp_path / "run" / "checkpoint" / "000001.pt").exists()
 
 
 def test_sigterm_to_the_whole_process_group(face_lmdb, tiny_flags, root, tmp_path):
