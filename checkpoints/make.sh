@@ -57,7 +57,7 @@ new, old = (read_export(Path(file)) for file in sys.argv[1:3])
 g = enlarge(new.state["g_ema"], new.config, Generator(old.config))
 for name in (name for name in g if name.endswith(MODULATION)):
     g[name][:, old.config.style_dim :] = old.state["g_ema"][name][:, old.config.style_dim :]
-state = {name: new.state[name] for name in ("d", "aux_d", "texture_d", "vision_aided") if name in new.state}
+state = {name: new.state[name] for name in ("d", "aux_d", "texture_d", "vision_aided", "ada") if name in new.state}
 save_checkpoint(sys.argv[3], state | {"g": g, "g_ema": g, "condition": old.state["condition"], "config": old.config.to_dict()})
 PY
   precision=$($py -c "from common.precision import bf16_pays; print('bf16' if bf16_pays() else 'fp32')")

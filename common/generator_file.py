@@ -254,11 +254,11 @@ def discriminator_file(path: str | Path) -> Path:
 
 def export_discriminator(state: dict, path: str | Path, *, half: bool = False) -> None:
     """The discriminators of a training state beside the exported generator `path`: tensors `d.NAME`, `aux_d.NAME` (the
-    heads of the vision-aided one), `texture_d.NAME`, `part_d.NAME`, in the header `config`, `vision_aided` and
-    `augment_p`, the probability that ADA had reached. For train.py --init_from."""
+    heads of the vision-aided one), `texture_d.NAME`, `part_d.NAME`, in the header `config`, `vision_aided`, and
+    what two controls had reached: `augment_p` (ADA), `mean_path_length`. For train.py --init_from."""
     networks = {"d": state["d"], "aux_d": state.get("aux_d", state.get("critic", {}))}  # the last: of earlier versions
     networks |= {name: state[name] for name in ("texture_d", "part_d") if name in state}
     tensors = {f"{part}.{name}": t.half() if half else t for part, n in networks.items() for name, t in n.items()}
     header = {"config": state["config"], "vision_aided": state.get("vision_aided", state.get("aid", ""))}
-    header["augment_p"] = state.get("ada", {}).get("p", 0.0)
+    header |= {"augment_p": state.get("ada", {}).get("p", 0.0), "mean_path_length": state.get("mean_path_length", 0.0)}
     save_safetensors(discriminator_file(path), tensors, header)

@@ -26,9 +26,9 @@ SETTINGS = {str: {str: (str, float, bool, None, list)}}  # per script, flag name
 
 def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]:
     """The state of a checkpoint, and sentences on what will differ: `g_ema`, `config`, and `g`, `d`, `aux_d`,
-    `texture_d`, `part_d`, `ada`, `latent_avg`, `recommended` and what `provenance` reads where the file has them.
-    ema_only: the EMA generator alone, in its own number format (else float32). Raises FileNotFoundError,
-    CheckpointError or UserError."""
+    `texture_d`, `part_d`, `ada`, `mean_path_length`, `latent_avg`, `recommended` and what `provenance` reads where
+    the file has them. ema_only: the EMA generator alone, in its own number format (else float32). Raises
+    FileNotFoundError, CheckpointError or UserError."""
     if path.suffix.lower() in (".pkl", ".pickle"):
         return _read_pickle(path, ema_only)
     load_generator(path)  # refuses what does not fit or is damaged
@@ -41,8 +41,7 @@ def read_source(path: Path, *, ema_only: bool = False) -> tuple[dict, list[str]]
     for network in ("g", "d", "aux_d", "texture_d", "part_d", "critic"):  # the last: aux_d in earlier versions
         if network in file and path.suffix != ".safetensors":
             state[network] = {name: tensor.float() for name, tensor in without_module(file[network]).items()}
-    if "ada" in file:
-        state["ada"] = file["ada"]
+    state |= {name: file[name] for name in ("ada", "mean_path_length") if name in file}
     if isinstance(file.get("latent_avg"), torch.Tensor):
         state["latent_avg"] = file["latent_avg"].float()
     return state, []

@@ -77,6 +77,7 @@ def read_export(path: Path) -> Start:
         tensors, metadata = load_safetensors(file)
         state["vision_aided"] = rename_keys(metadata).get("vision_aided", "")
         state["ada"] = {"p": float(metadata.get("augment_p", 0.0))}
+        state["mean_path_length"] = float(metadata.get("mean_path_length", 0.0))
         for name, tensor in tensors.items():
             network, _, name = name.partition(".")
             state.setdefault(RENAMED.get(network, network), {})[name] = tensor.float()
@@ -169,9 +170,9 @@ def require_same_architecture(config: GeneratorConfig, other: GeneratorConfig, p
 
 
 def init_from(trainer: Trainer, start: Start) -> None:
-    """Weights of g, d and g_ema as far as `start` has them, and ADA's probability; the rest starts anew. A smaller or
-    narrower network is enlarged, an unconditional generator gets the condition that is trained (training/transfer.py).
-    Raises CheckpointError for any other difference."""
+    """Weights of g, d and g_ema as far as `start` has them, ADA's p and the mean path length; the rest starts anew. A
+    smaller or narrower network is enlarged, an unconditional generator gets the condition that is trained
+    (training/transfer.py). Raises CheckpointError for any other difference."""
     weights, config = start.state, start.config
     networks = {name: getattr(trainer, name) for name in ("g", "d", "g_ema") if name in weights}
     if config != trainer.config and can_enlarge(config, trainer.config):

@@ -275,11 +275,12 @@ class Trainer:
                 load_strictly(network, state[f"{name}_d"], source)
 
     def warm_start(self, weights: dict, source) -> None:
-        """Begin a new run with these weights (--init_from), and with the probability of augmentation that the
-        discriminator is used to: at 0 it overfits until p is back, 20,000 images later (docs/log.md)."""
+        """Begin a new run with these weights (--init_from), and with what ADA's p and the mean path length had reached:
+        from p = 0 the discriminator overfits for 20,000 images, until p is back (docs/log.md)."""
         self.load_weights(weights, source)
         self.warm = True
-        if "d" in weights and self.ada.target is not None:
+        self.mean_path_length.fill_(weights.get("mean_path_length", 0.0))
+        if self.ada.target is not None:
             self.ada.p = weights.get("ada", {}).get("p", self.ada.p)
 
 
