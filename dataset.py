@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common import lmdb_store
+from common.cli import STOPPING
 from common.images import IMAGE_SUFFIXES, ImageError, check_header, fit_image, list_images, read_image, to_planes
 from common.lmdb_store import PREPARE, DatasetError, image_key, open_store, reading
 
@@ -292,5 +293,5 @@ def data_loader(
 
 def _ignore_signals(worker: int) -> None:
     """Schedulers and Ctrl-C signal the whole process group; the workers must outlive the trainer's last step."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -26,6 +26,7 @@ FILTERS = ("nearest", "box", "area", "bilinear", "hamming", "bicubic", "lanczos"
 SPACES = ("w", "w+", "w++")
 EXTRAS = {"gradio": "demo.py", "torch_fidelity": "FID and KID", "tensorboard": "TensorBoard's log"}  # package: stage
 STAGES = EXTRAS | {"cv2": "finding and pasting faces"}  # the same, with what requirements.txt lists
+STOPPING = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))  # no Windows
 RESULT_FLAGS = ("output_dir", "exp_name", "exp_dir", "out")  # folders that scripts write to
 
 
@@ -217,15 +218,17 @@ def _sigterm_unwinds():
 
 
 class StopSignal:
-    """Orderly stop of a run after its step: `raised` turns true at SIGTERM or Ctrl-C; a later one interrupts. Within
-    ECHO_S it is the same one: torchrun passes on to its workers what a terminal, pkill or a scheduler sent to all."""
+    """Orderly stop of a run after its step: `raised` turns true at SIGTERM, Ctrl-C or when the terminal is closed
+    (SIGHUP, unless nohup has it ignored); a later one interrupts. Within ECHO_S it is the same one: torchrun passes on
+    to its workers what a terminal, pkill or a scheduler sent to all."""
 
     ECHO_S = 3.0
 
     def __init__(self):
         self.raised, self._since = False, 0.0
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._handle)
+        for number in STOPPING:
+            if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def error(self, step: int) -> UserError:
         """The error that a run ends with after its last step, which it has saved."""
@@ -240,8 +243,8 @@ class StopSignal:
 
 def run_script(main, parser):
     """Parse the command line, call `main(args)`, and end the process with the status of `run`."""
-    if hasattr(sys.stdout, "reconfigure"):  # a file name need not be valid UTF-8
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # a file name need not be valid UTF-8, a log file shows a line at once
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     exit_process(run(main, parser))
 
 
@@ -282,5 +285,13 @@ def is_out_of_memory(error) -> bool:
 
 def _report(line, status):
     rank = os.environ.get("RANK", "0")
-    print(line if rank == "0" else f"{line} (rank {rank})", file=sys.stderr, flush=True)
+    say(line if rank == "0" else f"{line} (rank {rank})")
     return status
+
+
+def say(line: str) -> None:
+    """Print a line on stderr. A reader that has gone, such as `| tee log`, which Ctrl-C ends first, ends nothing."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit

@@ -49,6 +49,13 @@ class Distributed:
     def __exit__(self, *_):
         shutdown()
 
+    def any_stops(self, stops, meeting):
+        """Whether a rank stops. All ranks must call it. GPUs, of which none must wait for it at every step, are asked
+        at a `meeting`, processors always: torchrun kills its ranks 30 seconds after SIGTERM."""
+        if self.world_size == 1:
+            return stops
+        return (meeting or self.device.type == "cpu") and any(gather_list(stops))
+
     @contextmanager
     def lock(self, folder, what):
         """`lock_folder` for all ranks: held by the first, and none goes on before it is."""

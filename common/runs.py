@@ -22,7 +22,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, latest_checkpoint
-from common.cli import ROOT, Flags, UserError, is_like
+from common.cli import ROOT, Flags, UserError, is_like, say
 from common.distributed import barrier
 from common.files import atomic_write, open_regular, parse_json, read_json, write_text
 from common.lock import lock_folder
@@ -250,7 +250,12 @@ class StepBar(tqdm):
         if not self.disable:
             self.set_postfix_str(text)
         elif self.main:
-            print(f"step {step} of {self.total}: {text}", file=sys.stderr, flush=True)
+            say(f"step {step} of {self.total}: {text}")
+
+    def warn(self, text):
+        """Print a warning above the bar."""
+        self.clear()
+        say(f"warning: {text}")
 
 
 def peak_bytes() -> int:

@@ -150,9 +150,8 @@ class Coach:
                 self.train_step(next(batches))
                 bar.update()
 
-                # Ranks agree on stopping where they meet anyway.
                 step, due = self.net.step, self.settings.due(self.net.step)
-                ending = (dist.world_size == 1 or bool(due)) and any(gather_list(stop.raised)) and step < total
+                ending = dist.any_stops(stop.raised, bool(due)) and step < total
                 if due or ending:
                     metrics = self.stats.read()
                     require_finite(metrics, step)

@@ -71,11 +71,11 @@ def train(
                 run.log(step, "Speed", images_per_s=round(speed, 1), lr=trainer.learning_rate())
                 bar.report(step, f"loss {sum(losses):.3f}, {speed:.0f} img/s")
                 recent = []
+            if "save" in due or ending:
+                save(trainer.state_dict() | {"sampler": sampler.state_dict(), "options": options}, run)
             if "val" in due:
                 log_validation(trainer, validation, run)
                 bar.speed(step, batch)  # measured from here
-            if "save" in due or ending:
-                save(trainer.state_dict() | {"sampler": sampler.state_dict(), "options": options}, run)
             if ending and step < total:
                 raise stop.error(step)
 

@@ -72,13 +72,11 @@ def training_loop(
             step, last = trainer.n_steps, trainer.n_steps == total
             bar.update()
 
-            # Find what is due after it. Several ranks agree on a stop at log ticks, where no GPU must wait for it, or,
-            # on processors, at every step: torchrun kills them 30 seconds after SIGTERM.
+            # Find what is due after it.
             every = (settings.log_every, settings.sample_every, settings.save_every)
             log_due, sample_due, save_due = (last or step % n == 0 for n in every)
             eval_due = evaluate is not None and (last or step % settings.eval_every == 0)
-            agree = log_due or dist.device.type == "cpu"
-            stopping = stop.raised if dist.world_size == 1 else agree and any(gather_list(stop.raised))
+            stopping = dist.any_stops(stop.raised, log_due)
 
             # Check that all numbers are finite; what the last phase broke shows in no loss yet.
             if log_due or save_due or eval_due or stopping:
@@ -99,13 +97,13 @@ def training_loop(
                     write_log(run, trainer, metrics, bar, waited)
                     waited = 0.0
 
-            # Save samples, evaluate, save checkpoint.
+            # Save the checkpoint before what may take minutes or fail; save samples, evaluate.
+            if save_due or stopping:
+                save()
             if sample_due:
                 sample()
             if eval_due:
                 evaluate(trainer.g_ema, step, sampler.position)
-            if save_due or stopping:
-                save()
             if stopping and not last:
                 raise stop.error(step)
 
@@ -129,7 +127,7 @@ def write_log(run: Run, trainer: Trainer, metrics: dict, bar: StepBar, waited: f
     bar.report(step, f"{shown}, {speed:.2f} img/s, data wait {waited / seconds:.1%}, left {format_duration(left)}")
     if left > 86400 * LONG_DAYS and not bar.warned:
         bar.warned, text = True, f"{bar.total - step:,} steps are left, {left / 86400:,.0f} days at this speed"
-        StepBar.write(f"warning: {text}: a smaller --iter, --size or --batch", file=sys.stderr)
+        bar.warn(f"{text}: a smaller --iter, --size or --batch")
 
 
 def report_start(trainer: Trainer, folder: Path, continued: Path | None, n_images: int, total: int, note: str) -> None:

@@ -278,3 +278,14 @@ def test_any_file_name_can_be_printed(root):
         environment = {**os.environ, "PYTHONIOENCODING": encoding}
         done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True)
         assert done.returncode == 0 and done.stdout.startswith(b"caf\\udce9 "), done.stderr
+
+
+def test_a_line_in_a_log_file_shows_at_once(root):
+    """Not at the end of a training of days, nor never where it is killed."""
+    program = (
+        "import os; from common.cli import ArgumentParser, run_script\n"
+        "run_script(lambda args: print('a new run') or os._exit(9), ArgumentParser())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, capture_output=True)
+    assert (done.returncode, done.stdout) == (9, b"a new run\n")

@@ -9,7 +9,7 @@ from torch import nn
 
 import train
 from common.checkpoint import latest_checkpoint, load_safetensors
-from common.cli import run
+from common.cli import STOPPING, run
 from common.runs import read_log
 from metrics import extractors, fid
 from metrics.extractors import Extractor
@@ -33,7 +33,7 @@ def tiny_extractor(monkeypatch, tmp_path):
 
 @pytest.fixture
 def command(capfd, tiny_flags, tmp_path, face_lmdb):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
 
     def command(name, *flags):
         small = "--device cpu --workers 0 --n_sample 4 --batch 4 --log_every 1 --extractor tiny --eval_samples 12"

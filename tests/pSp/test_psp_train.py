@@ -1,7 +1,9 @@
 """Training a pSp encoder: gradients of a step, the published commands, exact resuming, what is written."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from psp_networks import tiny_generator, tiny_net
 from trainers import assert_equal_states
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_safetensors
-from common.distributed import setup
+from common.distributed import Distributed, setup
 from common.generator_file import Statistics
 from common.latents import load_latents
 from common.runs import read_log
@@ -303,6 +305,15 @@ def test_mistakes_are_one_line(flags, message, status, generators, tmp_path, cap
     assert message in error and "Traceback" not in error
     assert status == 2 or len(error.strip().splitlines()) == 1
     assert not (tmp_path / "E").exists()  # nothing was begun
+
+
+def test_ranks_on_processors_stop_after_any_step(train, tmp_path, monkeypatch):
+    """torchrun kills them 30 seconds after SIGTERM; 50 steps to the next log line take longer."""
+    step, stop = Coach.train_step, lambda self: self.net.step == 1 and os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr("common.distributed.setup", lambda *_, **__: Distributed(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(Coach, "train_step", lambda self, images: stop(self) or step(self, images))
+    assert train(tmp_path, "--max_steps", 9, "--board_interval", 50, "--holdout", 0.1) == 1
+    assert load_checkpoint(tmp_path / "checkpoints" / "iteration_2.pt")["step"] == 2
 
 
 def test_an_earlier_run_is_not_overwritten_and_keeps_its_networks(train, trained, best, generators, tmp_path, capsys):

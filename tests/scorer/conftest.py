@@ -7,6 +7,8 @@ import pytest
 from PIL import Image, ImageDraw
 from scorers import write_csv
 
+from common.cli import STOPPING
+
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory):
@@ -27,7 +29,7 @@ def planted(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {name: signal.getsignal(name) for name in STOPPING}
     yield
     for name, handler in handlers.items():
         signal.signal(name, handler)

@@ -9,7 +9,7 @@ import torch
 from train_runs import Ending, checkpoint, command, end, fork
 
 import train
-from common.cli import run
+from common.cli import STOPPING, run
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def start_run(capfd, tiny_flags, tmp_path, monkeypatch):
     """Runs train.py's command line in this process; later flags override the tiny network's. TensorBoard, which takes
     longer than the training, is that of `straight` alone."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", MagicMock())
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     capfd.readouterr()
 
     def start_run(*flags):

@@ -1,6 +1,7 @@
 """train.py stopped and resumed: the published command on several processes, exact resume after SIGKILL, a full disk,
 SIGTERM, and what a run leaves behind. Networks are tiny; the code is that of 256 px on 8 GPUs."""
 
+import io
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+from unittest.mock import Mock
 
 import torch
 from PIL import Image
@@ -26,7 +28,7 @@ from train_runs import (
 )
 
 from common.checkpoint import load_checkpoint, load_safetensors
-from common.cli import StopSignal
+from common.cli import STOPPING, StopSignal, UserError
 from common.runs import read_log
 from model import load_generator
 from training.trainer import Trainer
@@ -162,9 +164,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(straight, face_lmdb, tiny_fl
 
 
 def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
-    """SIGTERM or Ctrl-C finishes the step and writes a checkpoint, also when it comes twice, from a terminal and from
-    torchrun; the run goes on from there."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """SIGTERM, Ctrl-C or a closed terminal finishes the step and writes a checkpoint, also when it comes twice, from a
+    terminal and from torchrun; the run goes on from there."""
+    for number in STOPPING:
         folder = tmp_path / signal.Signals(number).name
         original = Trainer.step
 
@@ -181,6 +183,42 @@ def test_sigterm_ends_in_order(face_lmdb, start_run, tmp_path, monkeypatch):
         assert "stopped at step 3" in error_line(ending) and "--resume auto" in error_line(ending)
         assert checkpoint(folder, 3)["step"] == 3
         good(start_run(face_lmdb, "--exp_name", folder, "--iter", 4, "--resume", "auto"))
+
+
+def test_a_stop_is_kept_when_the_reader_of_the_log_ends_first(face_lmdb, start_run, tmp_path, monkeypatch):
+    """`train.py 2>&1 | tee log`: Ctrl-C, pkill and scancel end tee as well, and at once."""
+    original, (reader, writer) = Trainer.step, os.pipe()
+
+    def step(self, images):
+        if self.n_steps == 2:
+            os.close(reader)
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, images)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        assert start_run(face_lmdb, "--iter", 9).status == 1
+    assert checkpoint(tmp_path / "run", 3)["step"] == 3
+
+
+def test_nohup_keeps_a_run_alive(monkeypatch):
+    monkeypatch.setattr(signal, "signal", handled := Mock())
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    StopSignal()
+    assert {call.args[0] for call in handled.call_args_list} == {signal.SIGTERM, signal.SIGINT}
+
+
+def test_a_failed_evaluation_comes_after_the_checkpoint(face_lmdb, start_run, tmp_path, monkeypatch):
+    """It also takes longer than the 30 seconds that schedulers and torchrun leave after SIGTERM."""
+
+    def evaluate(generator, step, images):
+        raise UserError("no memory is left")
+
+    monkeypatch.setattr("training.loop.start_monitor", lambda *_: evaluate)
+    ending = start_run(face_lmdb, "--iter", 4, "--eval_every", 2, "--save_every", 2)
+    assert ending.status == 1 and "no memory" in error_line(ending)
+    assert checkpoint(tmp_path / "run", 2)["step"] == 2
 
 
 def test_a_later_second_signal_ends_at_once(face_lmdb, start_run, tmp_path, monkeypatch):
