@@ -29,15 +29,18 @@ COLOUR = 0.06  # of the side: blur of a change of hue
 HUE = 0.35  # share of it that is taken over; more reddens older skin
 STRONGEST = 50.0  # grey levels: largest change beyond motion, softly; more draws smudges beside mouths and bald bands
 FRAMES = 150.0  # the same of glasses, which may be black on a fair face
-SPARED = 0.8  # share of a change beyond motion that the eyes are spared, unless the edit is one of the eyes
 FEATHER = 0.05  # of the side: width of the soft border
 PARTS = {  # ellipses that an edit stays in: centre and radii, of the side of an FFHQ frame
     "head": [((0.5, 0.52), (0.46, 0.5))],
     "eyes": [((0.38, 0.48), (0.12, 0.07)), ((0.62, 0.48), (0.12, 0.07))],
     "mouth": [((0.5, 0.7), (0.3, 0.2))],
     "glasses": [((0.5, 0.49), (0.38, 0.15))],
+    "nose": [((0.5, 0.57), (0.13, 0.12))],
+    "lips": [((0.5, 0.71), (0.17, 0.09))],
 }
 FADE = 0.25  # of these radii: where an edit fades out
+SPARED = 0.8  # share of an edit that features of the photo are spared; more of it smears teeth and doubles noses
+FEATURES = {"head": {"eyes", "nose", "lips"}, "mouth": {"nose"}}  # by the parts that an edit changes
 
 KEPT_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")
 
@@ -65,7 +68,7 @@ def paste_back(photo, face, alignment, *, unedited=None) -> Image.Image:
         if unedited.size != face.size:
             raise AlignError(f"the edited face {alignment.name} is {face.width} pixels wide, unedited {unedited.width}")
         crop = crop_aligned(photo, alignment, max(alignment.size, face.width))
-        return paste_edit(photo, [Change(unedited, face)], alignment, crop)
+        return paste_edit(photo, [Change(unedited, face, ("head", "eyes"))], alignment, crop)  # of whatever it is
     crop = crop_aligned(photo, alignment, face.width)
     new, old = np.asarray(face, np.float32), np.asarray(crop, np.float32)
     mask = feather_mask(face.width, 0.0 if alignment.whole else BORDER)
@@ -156,17 +159,17 @@ def part_mask(size: int, parts=("head",)) -> np.ndarray:
 def split_change(change: Change, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Split an edit of an aligned crop of `size` pixels into its motion [size, size, 2] and what is added to the moved
     crop, float32 [size, size, 3] in grey levels. A change of the whole head's colour is left out, strong ones are
-    softened, eyes are spared, and colour changes smoothly: far along a boundary hair turns orange and green. Glasses
-    lie on a face that does not move."""
+    softened, features of the face are spared, and colour changes smoothly: far along a boundary hair turns orange and
+    green. Glasses lie on a face that does not move."""
     before, after = (_resize(to_pil(image), size) for image in (change.unedited, change.edited))
     mask, glasses = part_mask(size, change.parts), "glasses" in change.parts
+    if spared := set.intersection(*(FEATURES.get(part, set()) for part in change.parts)):
+        mask = mask * (1 - SPARED * part_mask(size, spared))
     flow = np.zeros((size, size, 2), np.float32) if glasses else motion(after, before, mask)
     added = after - warp(before, flow)
     added -= np.median(added[part_mask(size) > 0.5], axis=0)  # the photo's light stays
     strongest = FRAMES if glasses else STRONGEST
     added = strongest * np.tanh(added / strongest)
-    if not {"eyes", "glasses"} & set(change.parts):
-        mask = mask * (1 - SPARED * part_mask(size, ("eyes",)))
     grey = added.mean(-1, keepdims=True)
     hue = HUE * ndimage.gaussian_filter(added - grey, [COLOUR * size] * 2 + [0])
     return flow, mask[..., None] * (grey + hue)
