@@ -17,10 +17,8 @@ import sys
 from pathlib import Path
 
 from common.cli import ArgumentParser, UsageError, UserError, add_device_flags, positive, run_script
-from demo_app.flags import add_model_flags, model_flags
+from demo_app.flags import QUALITY, add_model_flags, model_flags
 from demo_app.targets import FLAGS, parse_gender, parse_share, parse_years
-
-QUALITY = {"fast": 0, "good": 20, "best": 60}  # steps of refinement after the encoder
 
 
 def build_parser() -> ArgumentParser:
@@ -48,13 +46,13 @@ def main(args) -> None:
         raise UsageError("say what to change: --age, --gender, --smile, --glasses, --mouth_open or --like")
     from common.distributed import resolve_device
     from common.lock import lock_folder
-    from demo_app.batch import INVERSIONS, PhotoBatch, select_targets
+    from demo_app.batch import INVERSIONS, OWN_FILES, PhotoBatch, select_targets
     from demo_app.editor import PhotoError, expression_of
     from demo_app.models import load_models
     from faces.folder import list_photos, require_elsewhere
 
     photos = list_photos(args.photos, args.output_dir)
-    require_elsewhere(photos, args.output_dir, INVERSIONS)
+    require_elsewhere(photos, args.output_dir, INVERSIONS, OWN_FILES)
     models = load_models(resolve_device(args.device, ops=args.ops), **model_flags(args))
     print(f"note: {models.describe()}", file=sys.stderr)
     try:

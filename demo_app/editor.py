@@ -112,7 +112,8 @@ class PhotoEditor:
             self.refine(steps, callback=callback)
 
     def set_drawn(self, seed: int) -> None:
-        """The generator's own face of a seed, whose w is exact: generate.py --truncation 0.7 --noise none."""
+        """The generator's own face of a seed, whose w is exact: generate.py --truncation 0.7 --noise const, with 1,000
+        samples for the mean of w unless the generator's file has it."""
         generator, mean = self.models.generator, mean_w(self.models.generator)
         (w,) = map_latents(generator, seeded_z(generator, [seed]), truncation=TRUNCATION, mean=mean)
         inversion = face_in(generator, w)

@@ -4,6 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+QUALITY = {"fast": 0, "good": 20, "best": 60}  # steps of refinement after the encoder
 MODELS = ("ckpt", "encoder", "boundaries", "conditional", "scorer", "perceptual", "weights_dir")  # of load_models
 
 
@@ -12,8 +13,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("models (default: those in checkpoints/)").add_argument
     add("--ckpt", type=Path, help="generator (default: the largest checkpoints/face-wpp-SIZE)")
     add("--encoder", type=Path, help="pSp encoder for it (default: the one in checkpoints/ that fits)")
-    add("--boundaries", type=Path, help="folder of boundary files (.npz), instead of those in checkpoints/")
-    add("--conditional", help="generator for expressions, or none (default: face-cgan-SIZE)")
+    add("--boundaries", type=Path, help="folder of boundary files (.npz); what they move --conditional does not")
+    add("--conditional", help="conditional generator, or none (default: face-cgan-SIZE)")
     add("--scorer", default="face-scorer-eval", help="reader of attributes: a name or FILE.safetensors")
     add("--perceptual", default="mobilefacenet", help="distance that tuning minimises: also vgg, alex, scorer:NAME ...")
     add("--weights_dir", type=Path, help="folder with third-party weights, looked into first")

@@ -75,10 +75,11 @@ def add_advanced(gr, n_tokens: int, parts: dict, inputs: dict) -> None:
         inputs["like"] = gr.Button("Take over its expression", size="sm", elem_id="like")
         label = "face not found? five points by hand: eyes, nose, mouth corners (pixels)"
         parts["points"] = gr.Textbox(label=label, elem_id="points")
-    parts["distances"] = gr.Textbox(label="moved by standard deviations", interactive=False, elem_id="distances")
+    label = "moved by (change of the condition, or standard deviations of a boundary)"
+    parts["distances"] = gr.Textbox(label=label, interactive=False, elem_id="distances")
     parts["command"] = gr.Textbox(label="the same by a command", interactive=False, elem_id="command")
-    label = "aligned, inverted, edited"
-    parts["crops"] = gr.Gallery(label=label, columns=3, height=160, allow_preview=False, elem_id="crops")
+    label = "aligned, inverted, edited (one image per part of the face)"
+    parts["crops"] = gr.Gallery(label=label, columns=5, height=160, allow_preview=False, elem_id="crops")
 
 
 def connect(gr, page: Page, parts: dict, inputs: dict) -> None:

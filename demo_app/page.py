@@ -15,6 +15,7 @@ from PIL import Image
 from common.cli import ROOT
 from common.images import image_size, read_image
 from demo_app.editor import ROUNDS, Edited, PhotoEditor, PhotoError, SmallFaceError, expression_of, shrink
+from demo_app.flags import QUALITY
 from demo_app.models import Models
 from demo_app.targets import FLAGS, Target
 from faces.align import parse_landmarks
@@ -42,7 +43,8 @@ class Session:
     file: Path | None = None  # the upload; None for a drawn face
     before: dict[str, float] = field(default_factory=dict)
     values: list[float] = field(default_factory=list)
-    expression: dict[str, Target] = field(default_factory=dict)
+    expression: dict[str, Target] = field(default_factory=dict)  # of the reference, beside what sliders show
+    like: str = ""  # name of the reference
     result: Edited | None = None
     rounds: int = 0  # of corrections of the result
     replaced: bool = False  # by another photo: its refinement ends
@@ -172,6 +174,7 @@ class Page:
                 values = zip(self.names, session.values, strict=True)
                 session.values = [round(taken[name].value, 2) if name in taken else value for name, value in values]
                 session.expression = {name: target for name, target in taken.items() if name not in self.names}
+                session.like = Path(path).name
                 yield dict(zip(self.names, session.values, strict=True)) | self.show(session, rounds=ROUNDS)
         except ValueError as error:
             yield self.refuse(path, error)
@@ -179,32 +182,41 @@ class Page:
     def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
         """The photo before and after, the read-outs, the aligned face as the generator draws it."""
         with session.lock:
-            targets = dict(session.expression)
+            targets = {}
             for name, value in zip(self.names, session.values, strict=True):
                 moved = value if name == "age" else abs(value - session.before[name]) > UNMOVED
                 targets |= {name: Target(value, relative=name == "age")} if moved else {}
             try:
-                result = session.result = session.editor.edit(targets, rounds=rounds)
+                result = session.result = session.editor.edit(session.expression | targets, rounds=rounds)
             except PhotoError as error:
                 return {"message": f"**{error}**"}
             session.rounds = rounds
         face = result.faces[0]
-        crops = [face.face.crop, *(Image.fromarray(image) for image in face.changes[0][:2])]
-        same = session.file and not session.editor.layers  # edit_photos.py takes files, and moves all layers
+        drawn = [face.changes[0].unedited, *(change.edited for change in face.changes)]
+        crops = [face.face.crop, *map(Image.fromarray, drawn)]
         return {
             "message": message or f"{session.name}: move a slider.",
             "compare": (session.editor.photo, result.photo),
             "crops": [(image.resize((128, 128), Image.Resampling.BICUBIC), "") for image in crops],
             "readout": self.readout(face.readings),
             "distances": ", ".join(f"{name} {position:+.2f}" for name, position in face.positions.items()),
-            "command": command_of(session.name, targets, self.flags) if same else "",
+            "command": self.command(session, targets),
         }
+
+    def command(self, session: Session, targets: dict[str, Target]) -> str:
+        """The edit as a command line; empty for what edit_photos.py does not take: drawn faces, points by hand, some of
+        the layers."""
+        face, like = session.editor.faces[0], session.like if session.expression else ""
+        if face.alignment.score is None or session.editor.layers:
+            return ""
+        quality = max((name for name, steps in QUALITY.items() if steps <= face.steps), key=QUALITY.get)
+        return command_of(session.name, targets, like, f"--quality {quality} {self.flags}".rstrip())
 
     def readout(self, readings) -> str:
         words = {name.replace("_", " "): reading.describe().replace("->", "→") for name, reading in readings.items()}
         lines = [f"**{name}** {text}" for name, text in words.items()]
         error = self.models.scorer.errors.get("age")
-        return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and lines else lines)
+        return "  \n".join([*lines, f"*ages are read to ±{error:.0f} years*"] if error and "age" in readings else lines)
 
     def save(self, session: Session | None) -> dict:
         """The photo at its full size with the edit, as a file to download. Of earlier ones the last stays, since its
@@ -233,12 +245,16 @@ class Page:
         return {"message": f"**{Path(path).name}: {reason}**"}
 
 
-def command_of(name: str, targets: dict[str, Target], flags: str = "") -> str:
-    """The edit as a command line, for the folder that holds the photo; flags: of the models."""
-    known = {FLAGS[key]: target for key, target in targets.items() if key in FLAGS}
-    name = f"./{name}" if name.startswith("-") else name
-    words = [f"--{flag} {target.value:{'+' if target.relative else ''}.3g}" for flag, target in known.items()]
-    return " ".join(["python edit_photos.py", shlex.quote(name), *words, flags]).rstrip() if words else ""
+def command_of(name: str, targets: dict[str, Target], like: str = "", flags: str = "") -> str:
+    """An edit as a command line, for the folder that holds the photo and the reference `like`; flags: further ones."""
+    words = [f"--{FLAGS[k]} {target.value:{'+' if target.relative else ''}.3g}" for k, target in targets.items()]
+    words += [f"--like {quote(like)}"] if like else []
+    return " ".join(["python edit_photos.py", quote(name), *words, flags]).rstrip() if words else ""
+
+
+def quote(name: str) -> str:
+    """A file's name as a word of a command line, not to be taken for a flag."""
+    return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
 
 def parse_points(text: str | None, scale: float) -> np.ndarray | None:

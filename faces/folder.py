@@ -191,9 +191,10 @@ def _edit_results(folder: Path, images: list[Path]) -> list[Path]:
     return written
 
 
-def require_elsewhere(photos: dict[str, Path], output_dir: Path, mark: str | None = None) -> None:
+def require_elsewhere(photos: dict[str, Path], output_dir: Path, mark: str | None = None, own=()) -> None:
     """Raise UsageError where a result, which is called as its photo {name: path}, would replace the photo; with `mark`,
-    a name in every folder of the script's results, also where it would replace a file in another folder."""
+    a name in every folder of the script's results, also where it, or a file called as in `own`, would replace a file
+    in another folder."""
     known = mark is None or (output_dir / mark).exists()
     for name, path in photos.items():
         if not (target := output_dir / name).exists():
@@ -202,6 +203,8 @@ def require_elsewhere(photos: dict[str, Path], output_dir: Path, mark: str | Non
             raise UsageError(
                 f"--output_dir {output_dir}: a result would replace the photo {target}: name another folder"
             )
+    if not known and (taken := [name for name in own if (output_dir / name).exists()]):
+        raise UsageError(f"--output_dir {output_dir}: a result would replace its {taken[0]}: name another folder")
 
 
 def align_folder(photos, output_dir, settings, *, landmarks=None, n_worker=1, overwrite=False, weights_dir=None):

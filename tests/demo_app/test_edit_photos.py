@@ -111,6 +111,15 @@ def test_another_photo_is_never_replaced(no_face, tmp_path, capsys):
     assert f"would replace the photo {no_face}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["report.csv", "overview.jpg"])
+def test_a_file_of_another_program_is_never_replaced(name, no_face, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    assert command(no_face, "--age", "60", "--output_dir", out) == 2
+    assert f"would replace its {name}" in capsys.readouterr().err and (out / name).read_text() == "mine"
+
+
 def test_results_in_a_folder_of_photos_are_no_photos(no_face, tmp_path, capsys):
     photos = tmp_path / "photos"
     for name in ("me.png", "old/me.png", "old/overview.jpg", "old/before_after/me.jpg", "mine/before_after/me.png"):

@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,14 @@ def page(models, tmp_path):
 
 
 def test_upload_edit_refine_download(page, astronaut):
-    *stages, answer = page.upload(astronaut, json.dumps(POINTS))
+    *stages, answer = page.upload(astronaut, "")
     assert stages[0]["message"].startswith("Finding the face")
     session, (before, after) = answer["session"], answer["compare"]
     assert np.array_equal(before, after) and answer["age"] == 0
     moved = page.move(session, 0, page.models.generator.config.n_tokens - 1, -8)
     assert not np.array_equal(*moved["compare"]) and "**age**" in moved["readout"]
     assert re.search(r"ages are read to ±\d+ years", moved["readout"]), "the read-out's own error stands beside it"
-    assert moved["command"].endswith("--age -8") and re.fullmatch(r"age -\d+\.\d\d", moved["distances"])
+    assert moved["command"].endswith("--age -8 --quality fast") and re.fullmatch(r"age -\d+\.\d\d", moved["distances"])
     coarse = page.move(session, 0, 2, -8)
     assert not np.array_equal(coarse["compare"][1], moved["compare"][1]), "three layers move instead of all"
     assert coarse["command"] == "", "edit_photos.py moves all layers"
@@ -43,6 +44,7 @@ def test_upload_edit_refine_download(page, astronaut):
     assert np.array_equal(page.move(session, 0, every - 1, -8)["compare"][1], moved["compare"][1])
     refined = list(page.refine(session, 20))
     assert "0 of 20 steps" in refined[0]["message"] and "Refined" in refined[-1]["message"]
+    assert refined[-1]["command"].endswith("--age -8 --quality good")
     assert session.editor.faces[0].steps == 20
     with Image.open(page.save(session)["download"]) as saved, Image.open(astronaut) as photo:
         assert saved.format == photo.format and saved.size == photo.size
@@ -78,7 +80,9 @@ def test_a_drawn_face_needs_no_refinement(page):
     third = Path(page.save(another)["download"])
     assert second.is_file(), "its link may have been clicked just before"
     assert not first.parent.exists(), "files that are no longer offered fill the disk"
-    (state,) = (block for block in build_page(page.models, page.folder).blocks.values() if block.stateful)
+    blocks = build_page(page.models, page.folder).blocks.values()
+    assert "change of the condition" in next(b.label for b in blocks if b.elem_id == "distances")
+    (state,) = (block for block in blocks if block.stateful)
     state.delete_callback(another)  # an hour after the tab was closed
     assert not third.parent.exists() and not second.exists()
 
@@ -153,6 +157,18 @@ def test_points_by_hand_are_of_one_photo(page, astronaut, no_face):
     *_, refused = page.upload(no_face, "1 2 three")
     *_, taken = page.upload(astronaut, json.dumps(POINTS))
     assert "points" not in refused and taken["points"] == ""
+    moved = page.move(taken["session"], 0, page.models.generator.config.n_tokens - 1, -8)
+    assert moved["command"] == "", "edit_photos.py would look for the face itself"
+
+
+def test_every_part_of_an_edit_is_shown(page, editor, monkeypatch):
+    """A head and a mouth are drawn one by one; ages that are not read have no error."""
+    result = editor.edit({"age": Target(5, relative=True)}, rounds=0)
+    face = replace(result.faces[0], changes=2 * result.faces[0].changes)
+    monkeypatch.setattr(editor, "edit", lambda *_, **__: replace(result, faces=[face]))
+    session = Session(editor, "me.jpg", Path("me.jpg"), before={"age": 40.0}, values=[5.0])
+    assert len(page.show(session)["crops"]) == 4, "the photo's face, the inversion, two edits"
+    assert "ages are read" not in page.readout({"smile": face.readings["age"]})
 
 
 def test_sliders_show_an_expression_that_is_taken_over(page, astronaut, monkeypatch):
@@ -163,6 +179,7 @@ def test_sliders_show_an_expression_that_is_taken_over(page, astronaut, monkeypa
     monkeypatch.setattr(page, "show", lambda session, **_: shown.append((session.values, session.expression)) or {})
     session = Session(None, "me.jpg", before={"smile": 0.1}, values=[1.0])
     *_, answer = page.take_expression(session, astronaut)
+    assert session.like == astronaut.name
     assert answer["smile"] == 0.25 and shown == [([0.25], {"eyes_open": Target(0.9)})]
 
 
@@ -174,7 +191,7 @@ def test_without_a_photo_the_controls_say_so(page):
 
 def test_the_command_is_quoted_for_a_shell():
     name = "it's $HOME.jpg"
-    command = command_of(name, {"age": Target(15, relative=True), "eyes_open": Target(1)})
+    command = command_of(name, {"age": Target(15, relative=True)})
     assert shlex.split(command) == ["python", "edit_photos.py", name, "--age", "+15"]
     assert shlex.quote(name) in command, "no shell replaces a variable"
     assert command_of("-me.jpg", {"smile": Target(1)}) == "python edit_photos.py ./-me.jpg --smile 1"
@@ -185,7 +202,12 @@ def test_the_command_names_the_models_of_the_page(page, editor):
     page.flags = given_model_flags(demo.build_parser().parse_args([*words, "--port", "7000"]))
     assert shlex.split(page.flags) == words
     session = Session(editor, "me.jpg", Path("me.jpg"), before={"age": 40.0}, values=[5.0])
-    assert page.show(session)["command"] == f"python edit_photos.py me.jpg --age +5 {page.flags}"
+    editor.faces[0].alignment = replace(editor.faces[0].alignment, score=0.9)  # found, not given by hand
+    assert page.show(session)["command"] == f"python edit_photos.py me.jpg --age +5 --quality fast {page.flags}"
+    session.like, session.expression, page.flags = "-a.jpg", {"eyes_open": Target(0.9)}, ""
+    assert page.command(session, {}) == "python edit_photos.py me.jpg --like ./-a.jpg --quality fast"
+    session.expression = {}  # reset
+    assert page.command(session, {}) == ""
 
 
 def test_points_are_typed_in_any_form_and_scaled_about_the_corner():
