@@ -48,7 +48,7 @@ def add_source_flags(group) -> None:
     noise = "stored maps, maps drawn from each seed, or zeros; default const, for --latents as they were saved"
     add("--noise", choices=NOISES, help=noise)
     add("--noise_seed", type=whole(0), help="another value, other maps of --noise random; default 0")
-    attributes = "attributes of a conditional generator, such as smile=1; the others as saved, or the training's means"
+    attributes = "attributes of a conditional generator, as smile=1; the others as saved, of seeds the training's means"
     add("--set", metavar="NAME=NUMBER,...", help=attributes)
 
 
@@ -117,7 +117,9 @@ def main(args) -> None:
             if args.mix:  # positions of these seeds
                 rows, columns = list(range(len(rows))), list(range(len(rows), len(seeds)))
         if args.set:
-            condition, bases = read_condition(args.ckpt), [None] if source.condition is None else source.condition
+            condition, bases = read_condition(args.ckpt), source.condition
+            if bases is None:  # latents were found under the neutral condition
+                bases = torch.full((1, len(condition.attributes)), 0.5) if args.latents else [None]
             targets = condition.parse(args.set)
             source = replace(source, condition=torch.stack([condition.vector(targets, base) for base in bases]))
         if args.mix:

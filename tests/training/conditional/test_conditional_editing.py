@@ -251,6 +251,18 @@ def test_generate_asks_for_attributes(cgan, tmp_path, capfd):
     assert "--set smile: expected NAME=NUMBER" in capfd.readouterr().err
 
 
+def test_latents_without_attributes_are_set_from_the_neutral_ones(cgan, tmp_path):
+    """As projector.py finds them: what is not named stays as it was drawn."""
+
+    def draw(folder, *flags):
+        argv = ["--ckpt", cgan, "--device", "cpu", "--output_dir", tmp_path / folder, *flags]
+        assert run(generate.main, generate.build_parser(), [str(arg) for arg in argv]) == 0
+        return np.asarray(read_image(tmp_path / folder / "seed0000.png"))
+
+    drawn = draw("drawn", "--seeds", "0", "--save_latents", tmp_path / "latents")
+    assert np.array_equal(draw("again", "--latents", tmp_path / "latents", "--set", "smile=0.5"), drawn)
+
+
 def test_misuse_of_the_editing(edit, faces, cgan, unconditional, tmp_path):
     def error(*flags, **options):
         status, _, line = edit("--output_dir", tmp_path / "out", *flags, **options)
