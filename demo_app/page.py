@@ -48,6 +48,7 @@ class Session:
     result: Edited | None = None
     rounds: int = 0  # of corrections of the result
     replaced: bool = False  # by another photo: its refinement ends
+    gone: bool = False  # the page shows another photo: an answer that comes late is left out
     downloads: list[Path] = field(default_factory=list)  # folders of the last two files to download
     lock: threading.RLock = field(default_factory=threading.RLock)  # an editor is for one thread, events are of several
 
@@ -118,7 +119,10 @@ class Page:
         session.downloads = before.downloads if before else session.downloads
         session.before = session.editor.read_faces(self.names)
         session.values = [0.0 if name == "age" else round(session.before[name], 2) for name in self.names]
-        return {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
+        answer = {"session": session, **dict(zip(self.names, session.values, strict=True)), **self.show(session)}
+        if before:
+            before.gone = True
+        return answer
 
     def refine(self, session: Session | None, steps):
         """Yield the photo, better each time, until the inversion has had `steps` steps of refinement."""
@@ -167,7 +171,7 @@ class Page:
         if session is None or path is None:
             yield {"message": "**first choose a photo, then one of the face whose expression is taken over**"}
             return
-        yield {"message": "Inverting the face once more, for its expression ..."}
+        yield {"message": "Reading its expression ..."}
         try:
             taken = expression_of(path, self.models)
             with session.lock:  # sliders show what they move; what has none is kept beside them
@@ -175,12 +179,15 @@ class Page:
                 session.values = [round(taken[name].value, 2) if name in taken else value for name, value in values]
                 session.expression = {name: target for name, target in taken.items() if name not in self.names}
                 session.like = Path(path).name
-                yield dict(zip(self.names, session.values, strict=True)) | self.show(session, rounds=ROUNDS)
+                sliders = dict(zip(self.names, session.values, strict=True))
+                answer = self.show(session, rounds=ROUNDS)
+            yield {} if session.gone else sliders | answer
         except ValueError as error:
             yield self.refuse(path, error)
 
     def show(self, session: Session, *, rounds: int = 0, message: str | None = None) -> dict:
-        """The photo before and after, the read-outs, the aligned face as the generator draws it."""
+        """The photo before and after, the read-outs, the aligned face as the generator draws it; nothing of a photo
+        that another one has replaced meanwhile."""
         with session.lock:
             targets = {}
             for name, value in zip(self.names, session.values, strict=True):
@@ -191,6 +198,8 @@ class Page:
             except PhotoError as error:
                 return {"message": f"**{error}**"}
             session.rounds = rounds
+        if session.gone:
+            return {}
         face = result.faces[0]
         drawn = [face.changes[0].unedited, *(change.edited for change in face.changes)]
         crops = [face.face.crop, *map(Image.fromarray, drawn)]

@@ -141,6 +141,19 @@ def test_a_new_photo_ends_the_refinement_of_the_one_before(page, astronaut):
     assert list(refining) == []
 
 
+def test_an_answer_that_comes_after_another_photo_is_left_out(page, editor, monkeypatch):
+    """A slider's correction takes seconds, a click on a drawn face does not."""
+    session, edit = Session(editor, "me.jpg", before={"age": 40.0}, values=[0.0]), editor.edit
+    monkeypatch.setattr("demo_app.page.expression_of", lambda *_: {"age": Target(45)})
+    every = page.models.generator.config.n_tokens - 1
+    assert page.move(session, 0, every, 5, rounds=1)["compare"], "it is shown"
+    monkeypatch.setattr(editor, "edit", lambda *a, **how: (page.pick(1, session), edit(*a, **how))[1])
+    assert page.move(session, 0, every, 8, rounds=1) == {}
+    session.gone = False
+    *_, answer = page.take_expression(session, "reference.jpg")
+    assert answer == {}
+
+
 def test_a_refused_photo_leaves_the_one_before(page, astronaut, no_face):
     """Its refinement, which follows every upload, writes over no refusal; it goes on when it is asked for."""
     *_, answer = page.upload(astronaut, json.dumps(POINTS))
