@@ -70,6 +70,8 @@ class PhotoBatch:
             paths = [*photos.values(), None]
             following = pool.submit(self.load, paths[0])
             for i, (name, path) in enumerate(photos.items()):
+                for done in [other for other, save in saves.items() if save.done()]:  # a full disk ends the run here
+                    attempt(done, photos[done], saves.pop(done).result)
                 loading, following = following, paths[i + 1] and pool.submit(self.load, paths[i + 1])
                 bar.set_description(Path(name).name[:24])
                 if images := attempt(name, path, lambda name=name, one=loading: self.edit(name, *one.result(), bar)):

@@ -1,7 +1,9 @@
 """The command: small with a tiny generator, and once from end to end with the bundled models."""
 
 import csv
+import errno
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -137,6 +139,22 @@ def test_a_photo_that_vanishes_leaves_the_others(no_face, tmp_path, models, caps
         batch.run({"gone.jpg": tmp_path / "gone.jpg", "wall.png": no_face})
     printed = capsys.readouterr().err
     assert "left out: gone.jpg" in printed and "left out: wall.png: no face" in printed
+
+
+def test_a_full_disk_ends_the_run_at_once(tmp_path, monkeypatch):
+    """Not after the last of a thousand photos."""
+    edited = []
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    batch = demo_app.batch.PhotoBatch(None, tmp_path, {}, steps=0)
+    monkeypatch.setattr(batch, "load", lambda path: (None, None, None))
+    monkeypatch.setattr(batch, "edit", lambda name, *_: (edited.append(name), time.sleep(0.05)))
+    monkeypatch.setattr(batch, "save", refuse)
+    with pytest.raises(OSError, match="No space"):
+        batch.run({f"{i:02d}.jpg": tmp_path for i in range(40)})
+    assert len(edited) < 40
 
 
 def test_a_table_of_more_faces_than_an_overview_holds(editor, tmp_path, monkeypatch):
