@@ -161,7 +161,11 @@ class _Watch:
         return [rank for rank, seen in enumerate(self.seen) if time.monotonic() - seen > seconds]
 
     def _guard(self):
+        last = time.monotonic()
         while not self.ended.wait(BEAT) and not self.failing:
+            before, last = last, time.monotonic()
+            if last - before > self.timeout / 2:  # this process did not run: Ctrl-Z, scontrol suspend, docker pause
+                self.seen = [last] * len(self.seen)
             if silent := self.silent(self.timeout):
                 names = "0" if self.rank in silent else ", ".join(map(str, silent))  # no answer from rank 0's store
                 print(f"error: no sign of life of rank {names} for {self.timeout:g} s", file=sys.stderr, flush=True)

@@ -2,13 +2,14 @@
 
 Each writer leaves a file of its own, `.writer-ID.lock`, and looks whether it is alone; no flock, so that it works on
 network file systems too. Files of dead processes are removed: on this machine by process id and start time, of other
-machines when their holder has stopped to touch them.
+machines, and on Windows, when their holder has stopped to touch them.
 """
 
 import contextlib
 import json
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
@@ -59,6 +60,8 @@ def process_start(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     if Path("/proc/self/stat").exists():
         return None
+    if sys.platform == "win32":  # where os.kill(pid, 0) sends Ctrl-C
+        return ""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -88,7 +91,8 @@ def _live_writers(folder: Path, lock: Path) -> list[tuple[Path, dict]]:
                 holder = dict(json.loads(path.read_bytes()[:4096]))
             except (ValueError, TypeError):  # being written, or torn by a full disk
                 holder = {}
-            if holder.get("host") == platform.node() and isinstance(holder.get("pid"), int):
+            here = holder.get("host") == platform.node() and sys.platform != "win32"
+            if here and isinstance(holder.get("pid"), int):
                 alive = holder.get("start") == process_start(holder["pid"])
             else:
                 alive = path.stat().st_mtime > lock.stat().st_mtime - DEAD_AFTER  # both by the file system's clock

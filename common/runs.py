@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.checkpoint import CheckpointError, latest_checkpoint
 from common.cli import ROOT, Flags, UserError, is_like, say
-from common.distributed import barrier
+from common.distributed import gather_list
 from common.files import atomic_write, open_regular, parse_json, read_json, write_text
 from common.lock import lock_folder
 
@@ -72,8 +72,11 @@ def find_start(folder, resume, init_from, *, flag) -> tuple[Path | None, bool]:
 @contextlib.contextmanager
 def open_run(folder, options: dict, dist, *, resume_step: int | None, folders=FOLDERS, wandb=None):
     """The `Run` of a training, which alone writes to its folder; wandb: the project to mirror it to. All ranks call it,
-    and none writes before every rank has looked at the folder. Raises UserError when wandb is not installed."""
-    barrier()
+    and none writes before every rank has looked at the folder. Raises UserError when wandb is not installed, or for
+    ranks that begin at different steps: what each computes would be wrong for the others."""
+    if len(steps := set(gather_list(resume_step))) > 1:
+        differing = ", ".join(map(str, sorted(steps)))
+        raise UserError(f"the ranks begin at different steps ({differing}): {folder} is not one folder for all of them")
     with lock_folder(folder, "training") if dist.is_main else contextlib.nullcontext():
         if wandb and dist.is_main:  # before the TensorBoard writer, which it mirrors
             try:

@@ -1,7 +1,10 @@
 """common/distributed.py: one process, two processes over gloo, and a rank that does not come."""
 
+import os
 import sys
 import time
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -169,6 +172,23 @@ def test_ranks_wait_for_work_that_takes_longer_than_the_timeout(groups, fault, c
     """Longer than torch's own default too, by which rank 0 gives up a barrier whatever the group's timeout is."""
     results = [worker.communicate(timeout=60) for worker in groups[fault, collective, work]]
     assert [out for out, _ in results] == ["through\n"] * 2, results
+
+
+@pytest.mark.parametrize("waits, ending", [([600], nullcontext()), ([2] * 200, pytest.raises(SystemExit))])
+def test_ranks_that_were_suspended_go_on(waits, ending, monkeypatch):
+    """After Ctrl-Z, `scontrol suspend` or `docker pause` nobody's sign of life is new. A process that ran all the time
+    ends."""
+    now, left, watch = [0.0], list(waits), object.__new__(distributed._Watch)
+
+    def wait(_):
+        now[0] += left[-1] if left else 0
+        return not (left and left.pop())
+
+    watch.rank, watch.timeout, watch.seen, watch.failing, watch.ended = 1, 300.0, [0.0, 0.0], False, Mock(wait=wait)
+    monkeypatch.setattr(distributed, "time", Mock(monotonic=lambda: now[0]))
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    with ending:
+        watch._guard()
 
 
 def test_ops_are_chosen_for_the_process(monkeypatch):

@@ -119,3 +119,18 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError, match="file"), lock_folder(tmp_path / "file", what="x"):
         pytest.fail("no folder")
+
+
+def test_on_windows_nothing_is_sent_to_a_process(tmp_path, monkeypatch):
+    """There os.kill(pid, 0) is Ctrl-C; a lock is judged by its age."""
+    monkeypatch.setattr("common.lock.Path", lambda path: tmp_path / str(path).lstrip("/"))  # there is no /proc
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("a signal"))
+    (tmp_path / "run").mkdir()
+    left = tmp_path / "run" / ".writer-0.lock"
+    left.write_text(json.dumps({"what": "training", "pid": os.getpid(), "start": "", "host": platform.node()}))
+    with pytest.raises(UserError, match="in use"), lock_folder("run", "x"):
+        pytest.fail("two writers")
+    os.utime(left, (0, 0))
+    with lock_folder("run", "x"):
+        assert not left.exists()

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from common.checkpoint import CheckpointError
-from common.cli import ArgumentParser
-from common.runs import Run, StepBar, format_duration, read_log, restore_options, to_plain, truncate_log
+from common.cli import ArgumentParser, UserError
+from common.distributed import Distributed
+from common.runs import Run, StepBar, format_duration, open_run, read_log, restore_options, to_plain, truncate_log
 
 
 def steps(path):
@@ -130,6 +131,14 @@ def test_to_plain():
 )
 def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_ranks_that_begin_at_different_steps_are_refused(tmp_path, monkeypatch):
+    """As where each node has a run folder of its own, or an old view of a network's."""
+    monkeypatch.setattr("common.runs.gather_list", lambda step: [11, step])
+    with pytest.raises(UserError, match="different steps \\(1, 11\\): .*run is not one folder"):
+        with open_run(tmp_path / "run", {}, Distributed(1, 2, "cpu"), resume_step=1):
+            pytest.fail("it begins")
 
 
 def test_step_bar_without_a_terminal(capsys):
