@@ -192,9 +192,11 @@ def _read_statistics(tensors: dict, header: dict, config: GeneratorConfig, path)
 
 
 def provenance(state: dict) -> dict:
-    """The entries step, images (seen), condition and noise of a training state or a generator's header, if known."""
-    run = {"noise": state.get("options", {}).get("noise"), "images": state.get("sampler", {}).get("position")}
-    known = run | state
+    """The entries step, images (seen, those before --init_from among them), condition and noise of a training state or
+    a generator's header, if known."""
+    known = {"noise": state.get("options", {}).get("noise")} | state
+    if "sampler" in state:
+        known["images"] = state["sampler"]["position"] + state.get("images_before", 0)
     return {name: known[name] for name in ("step", "images", "condition", "noise") if known.get(name) is not None}
 
 

@@ -11,6 +11,7 @@ import torch
 
 from common.checkpoint import load_checkpoint, load_safetensors
 from common.cli import UserError
+from common.generator_file import provenance
 from common.images import image_size, list_images
 from common.latents import Latents
 from common.lmdb_store import DatasetError, is_lmdb, open_store, sizes_present
@@ -179,9 +180,7 @@ def checkpoint_info(path: Path) -> dict:
         state = load_checkpoint(path, map_location="meta")
         average = "g_ema" in state
         step = state.get("step", int(path.stem) if path.stem.isdigit() and average else None)
-    sampler = state.get("sampler")
-    images = sampler.get("position") if isinstance(sampler, dict) else state.get("images")
-    return {"step": step, "images": images, "ema": True if average else None}
+    return {"step": step, "images": provenance(state).get("images"), "ema": True if average else None}
 
 
 def run_folder(path: Path) -> Path | None:

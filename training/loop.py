@@ -103,7 +103,7 @@ def training_loop(
             if sample_due:
                 sample()
             if eval_due:
-                evaluate(trainer.g_ema, step, sampler.position)
+                evaluate(trainer.g_ema, step, trainer.images_before + sampler.position)
             if stopping and not last:
                 raise stop.error(step)
 

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from common.checkpoint import CheckpointError, load_optimiser, load_strictly
 from common.distributed import Distributed, Stats, all_reduce_mean, mix_seeds
+from common.generator_file import provenance
 from common.images import normalise
 from common.precision import DTYPES
 from dataset import mirror
@@ -88,6 +89,7 @@ class Trainer:
 
         self.n_steps = 0
         self.warm = False  # started from trained weights (--init_from)
+        self.images_before = 0  # that those weights had seen
         self.rng_offset = 0  # raised by a rollback, so that the same numbers are not drawn again
         self.mean_path_length = torch.zeros((), device=device)
         self.path_means: list[torch.Tensor] = []  # mean_path_length as each micro-batch of this step moves it
@@ -236,6 +238,7 @@ class Trainer:
             "config": self.config.to_dict(),
             "step": self.n_steps,
             "warm": self.warm,
+            "images_before": self.images_before,
             "rng_offset": self.rng_offset,
             "mean_path_length": float(self.mean_path_length),
             "ada": self.ada.state_dict(),
@@ -255,7 +258,7 @@ class Trainer:
         load_optimiser(self.g_optim, state["g_optim"], f"{source}: g_optim")
         load_optimiser(self.d_optim, state["d_optim"], f"{source}: d_optim")
         self.n_steps, self.rng_offset = int(state.get("step", 0)), int(state.get("rng_offset", 0))
-        self.warm = bool(state.get("warm"))
+        self.warm, self.images_before = bool(state.get("warm")), int(state.get("images_before", 0))
         self.mean_path_length.fill_(state.get("mean_path_length", 0.0))
         if "ada" in state and self.ada.target is not None:
             self.ada.load_state_dict(state["ada"])
@@ -278,7 +281,7 @@ class Trainer:
         """Begin a new run with these weights (--init_from), and with what ADA's p and the mean path length had reached:
         from p = 0 the discriminator overfits for 20,000 images, until p is back (docs/log.md)."""
         self.load_weights(weights, source)
-        self.warm = True
+        self.warm, self.images_before = True, provenance(weights).get("images", 0)
         self.mean_path_length.fill_(weights.get("mean_path_length", 0.0))
         if self.ada.target is not None:
             self.ada.p = weights.get("ada", {}).get("p", self.ada.p)

@@ -7,6 +7,7 @@ import convert
 from common.checkpoint import save_checkpoint
 from common.cli import run
 from common.distributed import Distributed
+from common.generator_file import provenance
 from training.resume import init_from, read_checkpoint
 from training.trainer import Trainer, TrainSettings
 
@@ -25,13 +26,16 @@ def test_a_new_run_takes_the_discriminator_along(tiny_config, tmp_path, features
     old = Trainer(tiny_config, TrainSettings(**settings), ALONE)
     old.ada.p = 0.25
     old.mean_path_length.fill_(0.125)
-    save_checkpoint(tmp_path / "000007.pt", old.state_dict())
+    old.images_before = 100
+    save_checkpoint(tmp_path / "000007.pt", old.state_dict() | {"sampler": {"position": 28}})
     export = tmp_path / "face.safetensors"
     assert call(tmp_path / "000007.pt", export, "--with_d") == 0
     assert (tmp_path / "face-d.safetensors").is_file()
     new = Trainer(tiny_config, TrainSettings(**settings, seed=1), ALONE)
     init_from(new, read_checkpoint(export, continues=False))
-    assert float(new.mean_path_length) == 0.125
+    assert float(new.mean_path_length) == 0.125 and new.images_before == 128
+    state = new.state_dict() | {"sampler": {"position": 4}}
+    assert provenance(state)["images"] == 132
     assert new.ada.p == (0.25 if features else 0.0)  # without --augment it stays at 0
     assert set(new.others) == ({"aux", "texture", "part"} if features else set())
     networks = {name: (getattr(new, name), getattr(old, name)) for name in ("g", "d", "g_ema")}
