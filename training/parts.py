@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training.vision_aided import BLUR, blur
+
 WINDOWS = {"eyes": (8, 11), "mouth": (8, 19)}  # left and top, in 32nds of the side of an FFHQ frame; both eyes in one
 WIDTH, HEIGHT = 16, 8  # of a window
 
@@ -26,9 +28,9 @@ class PartDiscriminator(nn.Module):
 
 
 def enlarge_parts(images: torch.Tensor) -> torch.Tensor:
-    """The eyes above the mouth of aligned faces [N, 3, S, S], at twice the size: [N, 3, S, S]."""
+    """The eyes above the mouth of aligned faces [N, 3, S, S], blurred, at twice the size: [N, 3, S, S]."""
     side, parts = images.shape[-1], []
     for window in WINDOWS.values():
         left, top, width, height = (side * value // 32 for value in (*window, WIDTH, HEIGHT))
         parts.append(images[:, :, top : top + height, left : left + width])  # [N, 3, S/4, S/2]
-    return F.interpolate(torch.cat(parts, 2), size=(side, side), mode="bilinear", align_corners=False)
+    return F.interpolate(blur(torch.cat(parts, 2), BLUR), size=(side, side), mode="bilinear", align_corners=False)

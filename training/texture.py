@@ -12,6 +12,7 @@ from torch import nn
 from layers import ConvLayer
 from training.vision_aided import blur
 
+OCTAVE = 4  # order of the filter between two octaves: one pixel's deviation
 OCTAVES = 3  # windows of 12, 24 and 48 pixels
 GAIN = 8.0  # of the finest octave, a few hundredths of the range; half as much for the next, which has twice the detail
 WIDTHS = 16, 32
@@ -38,7 +39,7 @@ class TextureDiscriminator(nn.ModuleList):
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         grey, logits = images.float().mean(1, keepdim=True), []  # [N, 1, S, S]
         for octave, network in enumerate(self):
-            coarser = blur(grey)  # [N, 1, s, s], s = S / 2**octave
+            coarser = blur(grey, OCTAVE)  # [N, 1, s, s], s = S / 2**octave
             logits.append(network((GAIN / 2**octave * (grey - coarser)).to(dtype)).float().flatten(1))  # [N, P]
             grey = coarser[:, :, ::2, ::2]  # [N, 1, s/2, s/2]
         return logits

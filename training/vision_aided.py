@@ -24,7 +24,7 @@ SIDE = 96  # pixels to which smaller images are enlarged: classification network
 EFFICIENTNET_SIDE = 128  # a multiple of 32, its coarsest stride
 LARGEST_MAP = 32  # pixels: maps above it see little more than the discriminator does, and cost most
 WIDTH = 64
-BINOMIAL = (1, 4, 6, 4, 1)
+BLUR = 8  # order of the filter before the frozen network
 MOST_SHIFT = 7  # pixels: every position within the stride of the second finest map
 MIXING_SEED = 0  # of RandomMixing
 MIXED_WIDTHS = (64, 128, 256, 512)  # channels of the mixed maps, fine to coarse: no fewer than EfficientNet's own
@@ -54,10 +54,10 @@ class VisionAidedDiscriminator(nn.Module):
         self.to(device)
 
     def forward(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        images = augment(images, AUGMENT_P, transforms=TRANSFORMS)
+        images = augment(blur(images, BLUR), AUGMENT_P, transforms=TRANSFORMS)
         if images.shape[-1] < self.side:
             images = F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
-        activations, maps = self.frozen[0].activations(shift(blur(images))), []
+        activations, maps = self.frozen[0].activations(shift(images)), []
         for layer in self.layers:
             x = F.normalize(activations[layer], dim=1, eps=1e-4)
             x = x.mul(math.sqrt(x.shape[1])).to(dtype)  # unit variance per pixel
@@ -65,11 +65,12 @@ class VisionAidedDiscriminator(nn.Module):
         return [head(x).float().flatten(1) for head, x in zip(self.heads, self.mix(maps), strict=True)]  # [N, h * w]
 
 
-def blur(images: torch.Tensor) -> torch.Tensor:
-    """Images [N, C, H, W] through a binomial filter of one pixel's deviation. Unfiltered, the gradient of a trained
-    network is several times the discriminator's at the finest patterns: the images look woven (docs/log.md).
-    """
-    return upfirdn2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), make_kernel(BINOMIAL).to(images.device))
+def blur(images: torch.Tensor, order: int) -> torch.Tensor:
+    """Images [N, C, H, W] through a binomial filter of an even order, whose deviation is sqrt(order) / 2 pixels.
+    Unfiltered, the gradient of a trained network is several times the discriminator's at fine patterns: the images look
+    woven, with a deviation of one pixel engraved, by strokes three to ten pixels apart (docs/log.md)."""
+    taps = [math.comb(order, k) for k in range(order + 1)]
+    return upfirdn2d(F.pad(images, (order // 2,) * 4, mode="reflect"), make_kernel(taps).to(images.device))
 
 
 def shift(images: torch.Tensor) -> torch.Tensor:

@@ -85,10 +85,10 @@ def test_a_step_trains_heads_with_the_discriminator(tiny_config):
 
 def test_fine_patterns_are_filtered_and_coarse_ones_pass():
     ramp = torch.arange(64.0)
-    for period, lowest, highest in ((2, 0, 1e-3), (4, 0.2, 0.3), (32, 0.95, 1)):
+    for order, period, lowest, highest in ((4, 2, 0, 1e-3), (4, 4, 0.2, 0.3), (4, 32, 0.95, 1), (8, 4, 0.05, 0.08)):
         wave = torch.cos(2 * math.pi * ramp / period).expand(1, 3, 64, 64)
-        share = blur(wave)[..., 8:-8].square().mean().sqrt() / wave[..., 8:-8].square().mean().sqrt()
-        assert lowest <= share <= highest, period
+        share = blur(wave, order)[..., 8:-8].square().mean().sqrt() / wave[..., 8:-8].square().mean().sqrt()
+        assert lowest <= share <= highest, (order, period)
 
 
 def test_resume_is_exact(tiny_config, tmp_path):
