@@ -26,7 +26,7 @@ PY
 fi
 precision=${PRECISION:-$("$python" -c "from common.precision import bf16_pays; print('bf16' if bf16_pays() else 'fp32')")}
 flags=(--path "$work/faces.lmdb" --exp_name "$work/run" --size 128 --device cpu --precision "$precision" --channel_base 4096 --channel_max 256
-  --g_reg_every 8 --augment --ada_length 60000 --vision_aided efficientnet --vision_aided_weight 0.2 --texture_weight 4 --part_weight 0.5 --one_stage --noise none --r1 0.2 --lr "${LR:-0.0015}" --ema_images 12000
+  --g_reg_every 8 --augment --ada_length 60000 --vision_aided efficientnet --vision_aided_weight 0.2 --texture_weight 2 --part_weight 0.5 --one_stage --noise none --r1 0.2 --lr "${LR:-0.0015}" --ema_images 12000
   --source_weights ffhq=4,ffhq-q50=3,celebahq=3,aaf=0.6,lfw=0.4 --workers 1 --threads 1
   --resume auto --dist_timeout 86400 --init_from checkpoints/training-128/generator.safetensors
   --n_sample 36 --log_every 50 --sample_every 500 --save_every 200 --keep 2 --iter 200000)
