@@ -16,12 +16,12 @@ if [ ! -e "$work/faces.lmdb" ]; then  # one folder per source, so that --source_
 import csv, sys
 from pathlib import Path
 data, out = map(Path, sys.argv[1:])
-for folder in ("faces", "faces-ffhq"):
-    for row in csv.DictReader(open(data / folder / "labels.csv")):
-        link = out / ("ffhq-q50" if folder == "faces-ffhq" else row["source"]) / row["file"]
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((data / folder / row["file"]).resolve())
+for row in csv.DictReader(open(data / "faces" / "labels.csv")):
+    link = out / row["source"] / row["file"]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to((data / "faces" / row["file"]).resolve())
 PY
+  "$python" checkpoints/training-128/restore_jpeg.py "$data/faces-ffhq" "$work/faces/ffhq-q50" --clean "$work/faces/ffhq" "$work/faces/celebahq"
   "$python" prepare_data.py --out "$work/faces.lmdb" --size 128 --n_worker 2 --format jpeg --quality 97 "$work/faces"
 fi
 precision=${PRECISION:-$("$python" -c "from common.precision import bf16_pays; print('bf16' if bf16_pays() else 'fp32')")}
