@@ -134,7 +134,7 @@ def test_format_duration(seconds, text):
 
 
 def test_ranks_that_begin_at_different_steps_are_refused(tmp_path, monkeypatch):
-    """As where each node has a run folder of its own, or an old view of a network's."""
+    """Each node may have a run folder of its own, or an old view of a shared one."""
     monkeypatch.setattr("common.runs.gather_list", lambda step: [11, step])
     with pytest.raises(UserError, match="different steps \\(1, 11\\): .*run is not one folder"):
         with open_run(tmp_path / "run", {}, Distributed(1, 2, "cpu"), resume_step=1):

@@ -252,7 +252,7 @@ def test_generate_asks_for_attributes(cgan, tmp_path, capfd):
 
 
 def test_latents_without_attributes_are_set_from_the_neutral_ones(cgan, tmp_path):
-    """As projector.py finds them: what is not named stays as it was drawn."""
+    """Saved w are found under the neutral condition: what is not named stays as it was drawn."""
 
     def draw(folder, *flags):
         argv = ["--ckpt", cgan, "--device", "cpu", "--output_dir", tmp_path / folder, *flags]
