@@ -11,7 +11,6 @@ import io
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from common.checkpoint import load_safetensors, load_strictly, save_safetensors
-from common.images import list_images, read_image, save_image
+from common.images import list_images, read_image, save_image, to_tensor
 
 WEIGHTS = Path(__file__).with_name("restore-jpeg.safetensors")
 WIDTH, DILATIONS = 48, (1, 2, 1, 2, 1)
@@ -40,11 +39,6 @@ def build() -> nn.Sequential:
     return network
 
 
-def read(image: Image.Image) -> torch.Tensor:
-    """Image -> [3, H, W] in [-0.5, 0.5]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5
-
-
 def compress(image: Image.Image, tables: dict) -> Image.Image:
     """The image after JPEG with these quantisation tables, colours at half the resolution."""
     file = io.BytesIO()
@@ -56,7 +50,8 @@ def fit(clean: list[Path], tables: dict) -> nn.Sequential:
     """Train the network on clean images of one size."""
     torch.manual_seed(0)
     images = [read_image(file) for file in clean]
-    pairs = [torch.stack([read(compress(image, tables)) for image in images]), torch.stack(list(map(read, images)))]
+    compressed = [compress(image, tables) for image in images]
+    pairs = [torch.stack([to_tensor(image) / 2 for image in group]) for group in (compressed, images)]
     network = build()
     adam = torch.optim.Adam(network.parameters(), RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=STEPS)
@@ -75,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--clean", type=Path, nargs="+", help="folders of images to learn from")
+    parser.add_argument("--clean", type=Path, nargs="+", required=True, help="folders of images to learn from")
     args = parser.parse_args()
     files = list_images(args.images)
     if not WEIGHTS.exists():
@@ -88,7 +83,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         for file in tqdm(files, desc="restoring", unit="img", disable=None):
-            image = read(read_image(file))[None]
+            image = to_tensor(read_image(file))[None] / 2
             save_image(2 * (image + network(image))[0], args.out / f"{file.stem}.png")
 
 
